@@ -1,0 +1,191 @@
+"""Checkpoints: one file of plain dicts, tensors, numbers and strings, written atomically, read without pickled code.
+
+A run folder holds last.pt (newest), best.pt (lowest evaluation loss) and, on demand, step_N.pt.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.runtime import Runtime
+
+FORMAT_VERSION = 1
+KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message names the file and what to do."""
+
+
+def local_folder(out_dir: str) -> Path:
+    """The folder of a run. The one place that decides where runs live: remote stores would be resolved here."""
+    if "://" in str(out_dir):
+        raise CheckpointError(f"out_dir={out_dir} is a URL; only folders of this machine are supported: use a path")
+    return Path(out_dir)
+
+
+def capture(rt: Runtime, experiment: str, config: dict, step: int, model, optimizer, best: float, extra: dict,
+            rank_extra: dict) -> dict:
+    """Everything a run needs to go on to the bit. Collective: call it on every rank.
+
+    Args:
+        step: optimizer steps done. best: lowest evaluation loss so far.
+        extra: further plain state, the same on all ranks; rank_extra: further plain state of each rank.
+    """
+    return {
+        "format_version": FORMAT_VERSION, "experiment": experiment, "config": config, "step": step, "best": best,
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": rt.scaler.state_dict(),
+        "ranks": rt.gather({**_random_state(rt), **rank_extra}), "extra": extra,
+    }  # fmt: skip
+
+
+def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int, float, dict, dict]:
+    """Put a captured state back; returns (step, best, extra, this rank's rank_extra)."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{path} does not fit this model: {reason}. Use the settings it was trained with, "
+                              "or resume=never to start anew") from e
+    if rt.scaler.is_enabled() and state["scaler"]:
+        rt.scaler.load_state_dict(state["scaler"])
+    if len(state["ranks"]) != rt.world_size:
+        print(f"note: {path} was written by {len(state['ranks'])} ranks, now {rt.world_size}: the data stay the same, "
+              "random numbers of dropout do not")
+        return state["step"], state["best"], state["extra"], {}
+    mine = dict(state["ranks"][rt.rank])
+    torch.set_rng_state(mine.pop("torch_rng"))
+    key = mine.pop("numpy_rng")
+    np.random.set_state(("MT19937", key["keys"].numpy().astype(np.uint32), key["pos"], key["gauss"], key["cached"]))
+    cuda_rng = mine.pop("cuda_rng")
+    if rt.device.type == "cuda" and cuda_rng is not None:
+        torch.cuda.set_rng_state(cuda_rng, rt.device)
+    return state["step"], state["best"], state["extra"], mine
+
+
+def _random_state(rt: Runtime) -> dict:
+    _, keys, pos, gauss, cached = np.random.get_state()
+    return {
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(rt.device) if rt.device.type == "cuda" else None,
+        "numpy_rng": {"keys": torch.from_numpy(keys.astype(np.int64)), "pos": pos, "gauss": gauss, "cached": cached},
+    }
+
+
+def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = False, keep_last: int = 0) -> None:
+    """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0: all).
+
+    Each name changes from one complete file to the next in one rename, whenever the process dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f".saving-{os.getpid()}.pt"
+    try:
+        with open(fresh, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        names = ["best.pt"] * is_best + [f"step_{state['step']}.pt"] * keep_step
+        for name in names:
+            _link(fresh, folder / name)
+        os.replace(fresh, folder / "last.pt")
+    finally:
+        fresh.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # make the renames themselves durable, where folders can be synced
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if keep_last > 0:
+        for old in _step_files(folder)[keep_last:]:
+            old.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, atomically. Checkpoints are replaced, never written over, so sharing is safe."""
+    twin = target.with_name(f".{target.name}-{os.getpid()}")
+    twin.unlink(missing_ok=True)
+    try:
+        os.link(source, twin)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, twin)
+    os.replace(twin, target)
+
+
+def _step_files(folder: Path) -> list[Path]:
+    """step_N.pt files, newest first."""
+    found = [(int(m[1]), p) for p in folder.glob("step_*.pt") if (m := re.fullmatch(r"step_(\d+)\.pt", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of an earlier run, so that none of them can be taken for this run's."""
+    for path in [folder / "last.pt", folder / "best.pt", *_step_files(folder), *folder.glob(".saving-*.pt")]:
+        path.unlink(missing_ok=True)
+
+
+def load(path: Path, experiment: str | None = None) -> dict:
+    """Read a checkpoint (or a run folder's last.pt) to the CPU, checked.
+
+    Raises CheckpointError if it is missing, torn, foreign, newer than this code or of another experiment, naming the
+    newest good checkpoint beside it where there is one.
+    """
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}")
+    state, problem = _read(path)
+    if problem:
+        others = sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+        good = next((p for p in others if p != path and not p.name.startswith(".") and not _read(p)[1]), None)
+        raise CheckpointError(f"{path} {problem}. " + (f"The newest good checkpoint is {good}: use resume={good}"
+                                                       if good else "There is no other good checkpoint beside it"))
+    if experiment and state["experiment"] != experiment:
+        raise CheckpointError(f"{path} belongs to {state['experiment']}, not {experiment}: give a checkpoint of {experiment}")
+    return state
+
+
+def _read(path: Path) -> tuple[dict, str]:
+    """(state, "") or ({}, what is wrong with the file)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
+        return {}, f"is damaged or no checkpoint ({type(e).__name__})"
+    if not isinstance(state, dict) or any(key not in state for key in KEYS):
+        return {}, "is no checkpoint of this repository"
+    if state["format_version"] > FORMAT_VERSION:
+        return {}, f"has format {state['format_version']}, newer than this code ({FORMAT_VERSION}): update the code"
+    return state, ""
+
+
+def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> tuple[Path | None, dict | None, list]:
+    """Decide what a run starts from: (path, state, changed settings), or (None, None, []) for a fresh one.
+
+    Under resume=auto an unfinished run goes on, telling what changed. A finished run whose settings or script changed
+    is neither evaluated as if it were the new one nor overwritten: that is a CheckpointError with the choices.
+
+    Args:
+        differences: saved config (a dict) -> list of lines "field: old -> new".
+    """
+    if getattr(cfg, "load_checkpoint_step", None) is not None:
+        path = folder / f"step_{cfg.load_checkpoint_step}.pt"
+    elif cfg.resume in ("auto", "never"):
+        path = folder / "last.pt"
+        if cfg.resume == "never" or not path.exists():
+            return None, None, []
+    else:
+        path = Path(cfg.resume)
+    state = load(path, experiment)
+    path = path / "last.pt" if path.is_dir() else path
+    changes = differences(state["config"])
+    copy = path.parent / Path(script).name
+    if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
+        changes = [*changes, f"{copy.name}: edited since"]
+    if cfg.resume == "auto" and changes and path.name == "last.pt" and state["step"] >= state["config"]["max_steps"]:
+        raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
+                              f"out_dir, or resume=never to train anew there, or resume={path} to go on from its weights")
+    return path, state, changes

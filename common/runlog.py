@@ -1,0 +1,140 @@
+"""What a run leaves behind: aligned lines on the console, a progress bar, and the files of the run folder.
+
+config.json (settings), metrics.jsonl (one object a line: step, time_s, split, values), train.log (all lines),
+summary.json (final metrics) and a copy of the script. TensorBoard and W&B only if asked for.
+"""
+
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Opened once the run is known to be valid; rank 0 writes and prints, all other ranks' calls do nothing.
+
+    Args:
+        folder: the run folder, made if missing.
+        start_step: steps already done; later lines of an interrupted run's metrics.jsonl are dropped.
+    """
+
+    def __init__(self, rt, cfg, config: dict, folder: Path, script: str, start_step: int, max_steps: int):
+        self.active, self.folder, self.began = rt.is_main, folder, time.perf_counter()
+        self.bar = self.board = self.wandb = None
+        if not self.active:
+            return
+        board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
+        self.wandb = _optional("wandb", "wandb") if cfg.wandb else None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = _reopen(folder / "metrics.jsonl", start_step)
+        self._text = open(folder / "train.log", "a" if start_step else "w", encoding="utf-8")
+        _write_json(folder / "config.json", config)
+        if not (start_step and (folder / Path(script).name).exists()):
+            shutil.copyfile(script, folder / Path(script).name)
+        if board:
+            self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        if self.wandb:
+            self.wandb.init(project=Path(script).stem, config=config, dir=str(folder), resume="allow",
+                            id=folder.resolve().name)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
+                        mininterval=0.5, leave=False)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not self.active:
+            return
+        if error is not None and not isinstance(error, SystemExit):
+            self._text.write(f"stopped by {kind.__name__}: {error}\n")
+        self.bar.close()
+        self._metrics.close()
+        self._text.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=int(error is not None))
+
+    def say(self, text: str) -> None:
+        """A line for the console and train.log."""
+        if self.active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            self._text.write(text + "\n")
+            self._text.flush()
+
+    def metrics(self, step: int, split: str, values: dict) -> None:
+        """A line of metrics.jsonl, whole or not at all: numbers, or lists of numbers."""
+        if not self.active:
+            return
+        record = {"step": step, "time_s": round(time.perf_counter() - self.began, 3), "split": split, **values}
+        self._metrics.write(json.dumps(_plain(record)) + "\n")
+        self._metrics.flush()
+        numbers = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def progress(self, step: int, **shown) -> None:
+        """Move the progress bar (on a terminal only); `shown` are short strings."""
+        if self.active and not self.bar.disable:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def summary(self, values: dict) -> None:
+        """Write summary.json and print it, a `name: value` line each, for people and grep alike."""
+        if not self.active:
+            return
+        _write_json(self.folder / "summary.json", values)
+        self.bar.clear()
+        for key, value in values.items():
+            if isinstance(value, (int, float, str)):
+                self.say(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def _reopen(path: Path, start_step: int):
+    """metrics.jsonl for appending, without what an interrupted run wrote after its last checkpoint."""
+    kept = []
+    if start_step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line torn by a kill
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+    return open(path, "a", encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict) -> None:
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _plain(value):
+    """JSON has no NaN or infinity: they become null, so that every line can be read by any tool."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _optional(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        print(f"error: {package}=true needs the package {package}: pip install {package}", file=sys.stderr)
+        raise SystemExit(2) from None
