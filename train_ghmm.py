@@ -76,6 +76,7 @@ class Config:
     n_layers: int = 4
     d_model: int = 64  # width of the residual stream (transformer) or of the hidden state
     n_heads: int = 1  # transformer: attention heads
+    d_head: int | None = None  # transformer: width of a head; default d_model / n_heads
     d_mlp: int = 256  # transformer: width of the MLP
     act: Literal["relu", "gelu"] = "relu"  # transformer: nonlinearity of the MLP
     positional: Literal["learned", "rope", "none"] = "learned"  # transformer: positional encoding
@@ -103,6 +104,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
 
+    def head_width(self) -> int:
+        return self.d_model // max(1, self.n_heads) if self.d_head is None else self.d_head
+
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
         positive = ("log_interval", "eval_interval", "save_interval", "n_ctx", "n_layers", "d_model", "n_heads", "d_mlp",
@@ -110,10 +114,10 @@ class Config:
         wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in positive if getattr(self, k) < 1]
         negative = ("lr", "weight_decay", "grad_clip", "warmup_steps", "min_lr", "seed")
         wrong += [f"{k} = {getattr(self, k)}: must not be negative" for k in negative if getattr(self, k) < 0]
-        if self.model == "transformer" and self.n_heads > 0 and self.d_model % self.n_heads:
-            wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}")
-        elif self.model == "transformer" and self.positional == "rope" and self.d_model // max(1, self.n_heads) % 2:
-            wrong.append(f"positional = rope needs an even head width; d_model / n_heads = {self.d_model // self.n_heads}")
+        if self.model == "transformer" and self.d_head is None and self.d_model % max(1, self.n_heads):
+            wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set d_head or change one")
+        elif self.model == "transformer" and self.positional == "rope" and self.head_width() % 2:
+            wrong.append(f"positional = rope needs an even head width, not {self.head_width()}: change d_head or n_heads")
         if self.carry_state and (self.initial_state or self.add_bos):
             wrong.append("carry_state continues sequences, so it goes with neither initial_state nor add_bos")
         return wrong
@@ -798,17 +802,18 @@ class Block(nn.Module):
         super().__init__()
         self.n_heads, self.rope = cfg.n_heads, cfg.positional == "rope"
         self.attention_norm, self.mlp_norm = build_norm(cfg), build_norm(cfg)
-        self.qkv, self.attention_out = nn.Linear(cfg.d_model, 3 * cfg.d_model), nn.Linear(cfg.d_model, cfg.d_model)
+        width = cfg.n_heads * cfg.head_width()
+        self.qkv, self.attention_out = nn.Linear(cfg.d_model, 3 * width), nn.Linear(width, cfg.d_model)
         self.mlp_in, self.mlp_out = nn.Linear(cfg.d_model, cfg.d_mlp), nn.Linear(cfg.d_mlp, cfg.d_model)
-        self.act = {"relu": F.relu, "gelu": F.gelu}[cfg.act]
+        self.act = {"relu": F.relu_, "gelu": F.gelu}[cfg.act]  # in place: half the memory traffic of the widest tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, T, C]
         if self.rope:
             q, k = rotate(q), rotate(k)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(B, T, D))
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(B, T, -1))
         return x + self.mlp_out(self.act(self.mlp_in(self.mlp_norm(x))))
 
 

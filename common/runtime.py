@@ -243,7 +243,7 @@ def _keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks instead of returning them: fresh pages cost 20 times a warm copy on Linux."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes; the largest glibc takes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
 
 

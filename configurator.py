@@ -1,0 +1,710 @@
+"""Typed configuration of a script: dataclass defaults <- config files <- command line.
+
+    cfg = configure(Config, argv)       # python train_x.py config/small.py --lr=1e-3 --no-compile
+
+Config is a dataclass whose every field has a default and a comment. Its annotations say how values are read
+(int, float, bool, str, Literal, Optional and other unions, list, tuple, dict), its comments are the --help.
+
+- .py files run with the current values as globals: `batch_size = batch_size * 2`. Names that begin with an
+  underscore, imports and functions are the file's own; any other name must be a field.
+- .yaml and .json files may be nested, and keys may be dotted: only the last part counts, so that
+  `model.kwargs.hidden_dim` is hidden_dim. A dict field takes the mapping, or the keys, below its name.
+- The command line wins over the files: --key=value, --key value, key=value, --flag, --no-flag.
+
+Bad input is the user's mistake, not ours: every error of a call is one line on stderr, then exit code 2.
+"""
+import ast
+import copy
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import numbers
+import os
+import re
+import sys
+import textwrap
+import tokenize
+import traceback
+import types
+import typing
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union
+
+SUFFIXES = (".py", ".yaml", ".yml", ".json")
+BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False,
+         "1": True, "0": False}
+NONES = {"none": None, "null": None}
+IGNORED = "(ignored)"  # where the keys go that an alias sends to None
+
+# -------------------------------------------------------------------------------------------- for the scripts
+
+
+def configure(
+    Config: type, argv: list[str] | None = None, aliases: dict[str, str | None] | None = None
+) -> Any:
+    """A Config from its defaults, then the config files in argv in their order, then the overrides in theirs.
+
+    aliases: foreign names, plain or dotted ("optim.learning_rate"), and the fields they mean; None is a name
+    that is accepted and has no effect here (one warning lists those met). A dotted alias beats a plain one.
+    If Config has a method check(self) -> list[str], what it returns are errors too.
+    Exits: 0 after --help and --print_config, 2 on bad input.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        _show(help_text(Config, _script(Config).name))
+    settings = Settings(Config, aliases or {})
+    show = {"--print_config", "--print-config"}
+    files, overrides = settings.split(word for word in argv if word not in show)
+    for name in files:
+        settings.load(name)
+    for key, raw in overrides:
+        settings.assign(key.split("."), raw, "command line")
+    cfg = settings.build()
+    if show & set(argv):
+        _show(print_config(cfg))
+    return cfg
+
+
+def fail(*messages: str) -> NoReturn:
+    """Exit with code 2 after one `error:` line a message; of the processes torchrun starts, one prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for message in messages:
+            print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def print_config(cfg: Any) -> str:
+    """The text of a .py config file that sets every field to its value in cfg."""
+    lines, last_group = [f"# every setting of a run of {_script(type(cfg)).name}"], ""
+    for name, group, comment in _described_fields(type(cfg)):
+        lines += ["", f"# {group}"] if group != last_group else []
+        lines.append(f"{name} = {_source(getattr(cfg, name))}" + (f"  # {comment}" if comment else ""))
+        last_group = group
+    return "\n".join(lines) + "\n"
+
+
+def help_text(Config: type, prog: str) -> str:
+    """What --help prints: the script's docstring, how to pass settings, and every field from its own line."""
+    doc = inspect.cleandoc(sys.modules[Config.__module__].__doc__ or "")
+    usage = f"""
+        usage: python {prog} [CONFIG FILE ...] [--key=value ...]
+
+          CONFIG FILE     .py, .yaml or .json, such as config/small.py; applied in order, before the overrides
+          --key=value     also --key value, key=value, and for switches --key and --no-key
+          --print_config  print all settings as a .py config file, and stop"""
+    kinds, defaults = _kinds(Config), _defaults(Config)
+    rows = [(f"--{name}", _type_name(kinds[name]), _source(defaults[name]), group, comment)
+            for name, group, comment in _described_fields(Config)]
+    widths = [min(24, max(len(row[column]) for row in rows)) for column in range(3)] if rows else []
+    lines, last_group = [doc, textwrap.dedent(usage)] if doc else [textwrap.dedent(usage)[1:]], ""
+    for *cells, group, comment in rows:
+        lines += ["", group] if group != last_group else []
+        lines.append("  ".join(["", *map(str.ljust, cells, widths), comment]).rstrip())
+        last_group = group
+    return "\n".join(lines)
+
+
+def config_dict(cfg: Any) -> dict[str, Any]:
+    """The settings as plain JSON types (tuples as lists): for config.json, checkpoints and loggers."""
+    return {field.name: _jsonable(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
+
+
+def from_dict(Config: type, saved: dict[str, Any], where: str) -> Any:
+    """The Config that config_dict saved in `where` (a file name, for messages).
+
+    Settings that Config has no more are ignored with one warning; those it has since gained take defaults.
+    """
+    if not isinstance(saved, dict):
+        fail(f"{where}: expected the settings of a run, got {_short(saved)}")
+    settings = Settings(Config, {})
+    unknown = [str(name) for name in saved if name not in settings.kinds]
+    if unknown:
+        warnings.warn(f"{where}: ignored settings of another version: {', '.join(unknown)}", stacklevel=2)
+    for name in settings.kinds:
+        if name in saved:
+            settings.assign([name], saved[name], where)
+    return settings.build(check=False)
+
+
+def config_hash(cfg: Any) -> str:
+    """12 hexadecimal digits that tell resolved configurations apart, the same in every process."""
+    return hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(old: dict[str, Any], cfg: Any) -> list[str]:
+    """Lines "lr: 0.001 -> 0.0001" for what changed since `old` was saved; what it lacks had the default."""
+    before = {**_jsonable(_defaults(type(cfg))), **_jsonable(old)}
+    return [f"{name}: {_source(before[name])} -> {_source(value)}"
+            for name, value in config_dict(cfg).items() if value != before[name]]
+
+
+# ---------------------------------------------------------------------------------- from settings to a Config
+
+
+class Settings:
+    """The values so far, and every error met on the way to them."""
+
+    def __init__(self, Config: type, aliases: dict[str, str | None]):
+        self.Config, self.kinds, self.values = Config, _kinds(Config), _defaults(Config)
+        self.aliases = {key.replace("-", "_"): name or IGNORED for key, name in aliases.items()}
+        self.alias_depth = max((key.count(".") + 1 for key in self.aliases), default=0)
+        self.errors: list[str] = []
+        self.ignored: list[str] = []
+        strays = set(self.aliases.values()) - {*self.kinds, IGNORED}
+        assert not strays, f"aliases for fields that {Config.__name__} does not have: {sorted(strays)}"
+
+    def build(self, check: bool = True) -> Any:
+        """The Config, or exit with all errors; check: ask Config.check() as well."""
+        if not self.errors:
+            cfg = self.Config(**self.values)
+            if check and callable(getattr(cfg, "check", None)):
+                self.errors += cfg.check()
+        if self.errors:
+            fail(*self.errors)
+        if self.ignored:
+            warnings.warn(f"settings without effect here: {', '.join(self.ignored)}", stacklevel=3)
+        return cfg
+
+    def field_at(self, path: list[str], end: int) -> str | None:
+        """The field that path[:end] names: by the longest alias that ends it, or by its last part."""
+        for start in range(max(0, end - self.alias_depth), end):
+            key = ".".join(path[start:end])
+            if key in self.aliases and key not in self.kinds:
+                return self.aliases[key]
+        return path[end - 1] if path[end - 1] in self.kinds else None
+
+    def resolve(self, parts: list[str]) -> tuple[str | None, list[str]]:
+        """The field that a dotted key means, and the keys inside of it where it is a dict."""
+        path = [part.replace("-", "_") for part in parts]
+        if "" in path:
+            return None, []
+        if (whole := self.field_at(path, len(path))) not in (None, path[-1]):
+            return whole, []  # an alias is more deliberate than the name of a dict on the way
+        for end in range(1, len(path)):
+            name = self.field_at(path, end)
+            if self.takes_dict(name):
+                return name, parts[end:]
+        return whole, []
+
+    def takes_dict(self, name: str | None) -> bool:
+        return name == IGNORED or name in self.kinds and _takes_dict(self.kinds[name])
+
+    def assign(self, parts: list[str], raw: Any, source: str) -> tuple[str, ...] | None:
+        """Set what a dotted key means, and return its place (field, keys...); None after an error."""
+        key = ".".join(parts)
+        where = f"{source}: {key if key.isprintable() and len(key) < 80 else _short(key)}"
+        name, inside = self.resolve(parts)
+        if name is None:
+            self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")
+        elif name == IGNORED:
+            self.ignored.append(key)
+        else:
+            try:
+                value = _with_item(self.values[name], inside, raw) if inside else raw
+                self.values[name] = convert(value, self.kinds[name])
+                return name, *inside
+            except (ValueError, RecursionError) as error:
+                alias = f" ({name})" if key.replace("-", "_") != name else ""
+                expected = f"expected {_type_name(self.kinds[name])}, got {_short(raw)}"
+                self.errors.append(f"{where}{alias}: {expected}: {error}")
+        return None
+
+    def suggest(self, key: str) -> str:
+        names = [*self.kinds, *(alias for alias in self.aliases if "." not in alias)]
+        near = difflib.get_close_matches(key.replace("-", "_").removeprefix("no_"), names, 1)
+        return f", did you mean {near[0]}?" if near else "; --help lists them all"
+
+    # ------------------------------------------------------------------------------------------- command line
+
+    def split(self, argv: Iterable[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+        """The config files and the (key, value) overrides of a command line."""
+        files, overrides, words = [], [], deque(argv)
+        while words:
+            word = words.popleft()
+            key, equals, value = word.partition("=")
+            if word.startswith("--") and key != "--":
+                key = key.removeprefix("--")
+                overrides += [(key, Text(value))] if equals else self.option(key, words)
+            elif equals and re.fullmatch(r"\+{0,2}\w[\w.-]*", key):  # Hydra's +key=value and ++key=value too
+                overrides.append((key.lstrip("+"), Text(value)))
+            elif word.endswith(SUFFIXES) and not word.startswith("-"):
+                files.append(word)
+            else:
+                self.errors.append(f"command line: {_short(word)}: expected --key=value, "
+                                   f"or a config file that ends in {', '.join(SUFFIXES)}")
+        return files, overrides
+
+    def option(self, key: str, words: deque[str]) -> list[tuple[str, Any]]:
+        """`--key` without a value of its own is a switch, or takes the next word."""
+        name, negated = (self.resolve(given.split("."))[0] for given in (key, key[3:]))
+        if name is None and key[:3] in ("no-", "no_") and "true" in _words(self.kinds.get(negated)):
+            return [(key[3:], Text("false"))]
+        known = _words(self.kinds.get(name))
+        if words and (words[0].lower() in known if "true" in known else not words[0].startswith("--")):
+            return [(key, Text(words.popleft()))]
+        if "true" in known or name not in self.kinds:  # an unknown name is the error to report
+            return [(key, Text("true"))]
+        self.errors.append(f"command line: {key}: needs a value, as in --{key}={_source(self.values[name])}")
+        return []
+
+    # ------------------------------------------------------------------------------------------- config files
+
+    def load(self, name: str) -> None:
+        """Apply one config file."""
+        path = self.find(name)
+        if path is None:
+            return
+        try:
+            settings = list(self.read(path, name))
+        except (Exception, SystemExit) as error:  # whatever a user's file does wrong is told in one line
+            self.errors.append(f"{name}{_line_number(error, path)}: {_reason(error)}")
+            return
+        seen: dict[tuple[str, ...], tuple[str, Any]] = {}
+        for parts, raw in settings:
+            key, place = ".".join(parts), self.assign(parts, raw, name)
+            if place:
+                value = raw if place[1:] else self.values[place[0]]
+                other, before = seen.setdefault(place, (key, value))
+                if before != value:
+                    self.errors.append(f"{name}: {key}: ambiguous, {other} sets {'.'.join(place)} too: "
+                                       f"{_short(before)} or {_short(value)}?")
+
+    def find(self, name: str) -> Path | None:
+        """The config file `name`, from the working directory or from the folder of the script."""
+        folder = _script(self.Config).parent
+        for path in (Path(name), folder / name):
+            if os.path.isfile(path):
+                return path
+        there = {file.name: file.relative_to(folder).as_posix()
+                 for file in sorted((folder / "config").rglob("*")) if file.suffix in SUFFIXES}
+        near = difflib.get_close_matches(Path(name).name, there, 3) or list(there)[:8]
+        hint = f"; there is {', '.join(there[file] for file in near)}" if near else ""
+        self.errors.append(f"command line: no config file {_short(name)}{hint}")
+        return None
+
+    def read(self, path: Path, name: str) -> Iterator[tuple[list[str], Any]]:
+        """The (key path, value) pairs of one config file."""
+        if path.suffix == ".py":
+            return (([key], value) for key, value in _run_python(path, self.values).items())
+        data = path.read_bytes()
+        is_json = path.suffix == ".json"
+        tree = json.loads(data, object_pairs_hook=_without_repeats) if is_json else _read_yaml(data)
+        if not isinstance(tree, dict | None):
+            raise ValueError(f"expected a mapping of settings at the top, got {_short(tree)}")
+        return self.leaves(tree or {}, (lambda value: value) if is_json else _reference_filler(tree), name)
+
+    def leaves(self, tree: dict, fill: Callable[[Any], Any], source: str, above: Iterable[str] = ()
+               ) -> Iterator[tuple[list[str], Any]]:
+        """The (key path, value) pairs of nested settings; what is below a dict field stays one value."""
+        for key, value in tree.items():
+            parts = [*above, *str(key).split(".")]
+            if parts[-1].startswith("_"):
+                continue  # the file's own names: anchors, _target_
+            whole = self.takes_dict(self.resolve(parts)[0])
+            try:
+                value = value if isinstance(value, dict) and not whole else fill(value)
+                nested = isinstance(value, dict) and not whole
+                yield from self.leaves(value, fill, source, parts) if nested else [(parts, value)]
+            except ValueError as error:
+                self.errors.append(f"{source}: {'.'.join(parts)}: {error}")
+
+
+def _run_python(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What a .py file sets when the current values are its globals."""
+    scope = {**copy.deepcopy(values), "__file__": str(path.absolute()), "__name__": "config"}
+    exec(compile(path.read_bytes(), str(path), "exec"), scope)
+    changed = {name: value for name, value in scope.items()
+               if name not in values or repr(value) != repr(values[name])}  # also what was changed in place
+    return {name: value for name, value in changed.items() if name in values
+            or not (name.startswith("_") or callable(value) or isinstance(value, types.ModuleType))}
+
+
+def _read_yaml(data: bytes) -> Any:
+    """A YAML file in which unquoted words stay words (Text), for the field's type to read.
+
+    YAML 1.1 would take `off` for False, 1.10 for 1.1, 12:30 for 750 and 1e-4 for a string.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {}
+
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node, keys = super().compose_mapping_node(anchor), set()
+            for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+                if str(key.value) in keys:
+                    problem = f"{key.value} is set twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                keys.add(str(key.value))
+            return node
+
+    for tag, pattern, first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("merge", "<<", ["<"]),
+        ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", [*"-+."]),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), first)
+    Loader.add_constructor("tag:yaml.org,2002:str",
+                           lambda _, node: node.value if node.style else Text(node.value))
+    return yaml.load(data, Loader)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError(f"a key of {', '.join(tree)} is set twice")
+    return tree
+
+
+def _reference_filler(tree: Any) -> Callable[[Any], Any]:
+    """A function that replaces "${a.b}" in a value by what `tree` holds at a.b, as OmegaConf does."""
+    reference = re.compile(r"\$\{([^${}]*)\}")
+
+    def look_up(path: str, seen: tuple[str, ...]) -> Any:
+        if path in seen:
+            raise ValueError(f"references in a circle: {' -> '.join([*seen, path])}")
+        value = tree
+        for key in path.split("."):
+            value = fill(value, (*seen, path)) if isinstance(value, str) else value
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(f"${{{path}}} is not in this file")
+            value = value[key]
+        return fill(value, (*seen, path))
+
+    def fill(value: Any, seen: tuple[str, ...] = ()) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(item, seen) for key, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item, seen) for item in value]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        if match := reference.fullmatch(value):
+            return look_up(match[1].strip(), seen)
+        text = reference.sub(lambda match: str(look_up(match[1].strip(), seen)), value)
+        if "${" in text:
+            raise ValueError(f"cannot read the reference in {_short(value)}, expected ${{key.path}}")
+        return type(value)(text)
+
+    return fill
+
+
+def _line_number(error: BaseException, path: Path) -> str:
+    """":12" for the line of a config file that an exception comes from, "" if it is not known."""
+    number = None
+    if mark := getattr(error, "problem_mark", None):  # PyYAML
+        number = mark.line + 1
+    elif path.suffix == ".json" or getattr(error, "filename", "") == str(path):  # syntax of JSON, of Python
+        number = getattr(error, "lineno", None)
+    if not number:
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_filename == str(path)]
+        number = lines[-1] if lines else None
+    return f":{number}" if number else ""
+
+
+def _reason(error: BaseException) -> str:
+    if type(error) is ValueError:
+        return str(error)
+    told = getattr(error, "problem", None) or getattr(error, "msg", None)  # by PyYAML; by Python and JSON
+    return told or f"{type(error).__name__}: {error}"
+
+
+# --------------------------------------------------------------------------------------- from values to types
+
+
+class Text(str):
+    """A word as typed on the command line or unquoted in YAML: 5 may be a number or a name, none may be None.
+
+    A plain str comes from .py, JSON or quotes, and means itself wherever a str is allowed.
+    """
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """A fresh copy of value in the type of the annotation `kind`; ValueError says why it cannot be."""
+    origin, args = _origin(kind), typing.get_args(kind)
+    if len(_options(kind)) > 1:
+        return _to_union(value, args)
+    if origin is Literal:
+        return _to_choice(value, args)
+    if origin in (list, tuple):
+        return _to_sequence(value, origin, args)
+    if origin is dict:
+        return _to_dict(value, args or (str, Any))
+    if kind not in _SCALARS:
+        raise TypeError(f"configurator.py does not know how to read the annotation {kind}")
+    return _SCALARS[kind](value)
+
+
+def _to_union(value: Any, kinds: tuple) -> Any:
+    """Into the type that value has already, else into the most specific one that takes it."""
+    one_word = isinstance(value, str) and "," not in value and not value.startswith(("[", "("))
+
+    def rank(kind: Any) -> tuple[bool, bool, int]:
+        origin = _origin(kind)
+        return type(value) is not origin, one_word and origin in (list, tuple), _SPECIFIC.index(origin)
+
+    reasons = []
+    for kind in sorted(kinds, key=rank):
+        try:
+            return convert(value, kind)
+        except ValueError as error:
+            reasons += [str(error)] if kind is not types.NoneType else []
+    raise ValueError(", ".join(dict.fromkeys(reasons)))
+
+
+def _to_choice(value: Any, choices: tuple) -> Any:
+    for choice in sorted(choices, key=lambda choice: type(choice) is not type(value)):
+        try:
+            if convert(value, type(choice)) == choice:
+                return choice
+        except ValueError:
+            continue
+    raise ValueError("not one of these")
+
+
+def _to_sequence(value: Any, origin: type, args: tuple) -> list | tuple:
+    items = _split_list(value) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("not a list")
+    if origin is tuple and args and args[-1] is not ...:
+        if len(args) != len(items):
+            raise ValueError(f"needs {len(args)} values")
+        return tuple(map(convert, items, args))
+    return origin(convert(item, args[0] if args else Any) for item in items)
+
+
+def _split_list(text: str) -> list:
+    """1,2,3 or [1, 2, 3] or (1, 2) or ['a', 'b,c'] or [[1, 2], [3]]."""
+    text = text.strip()
+    bracketed = text.startswith(("[", "(")) and text.endswith(("]", ")"))
+    inner = text[1:-1] if bracketed else text
+    if re.search(r"""["'{}()\[\]]""", inner):
+        try:
+            return _literal(f"[{inner}]")
+        except ValueError:
+            if bracketed:
+                raise
+    inner = inner.strip().removesuffix(",")
+    return [Text(part.strip()) for part in inner.split(",")] if inner else []
+
+
+def _to_dict(value: Any, args: tuple) -> dict:
+    value = _literal(value) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise ValueError("not a dict")
+    return {convert(key, args[0]): convert(item, args[1]) for key, item in value.items()}
+
+
+def _literal(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of Python about odd escapes and numbers
+                return parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    raise ValueError("neither JSON nor a Python literal")
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            value = _to_float(value)  # 1e5
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("not a number")
+    if value % 1 != 0:  # inf too: inf % 1 is nan
+        raise ValueError("not a whole number")
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = None
+    if number is None:
+        raise ValueError("not a number")
+    if math.isnan(number):
+        raise ValueError("nan is not allowed")
+    return number
+
+
+def _to_bool(value: Any) -> bool:
+    word = str(value).lower() if isinstance(value, str | int) else ""
+    if word not in BOOLS:
+        raise ValueError(f"not one of {', '.join(BOOLS)}")
+    return BOOLS[word]
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, str | os.PathLike | numbers.Integral) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("not a text, and only whole numbers become one without quotes")
+
+
+def _to_none(value: Any) -> None:
+    if value is not None and str(value).lower() not in NONES:
+        raise ValueError("not none")
+
+
+def _to_plain(value: Any, depth: int = 0) -> Any:
+    """For the items of a bare list or dict, which have no annotation: what JSON can hold, and tuples."""
+    if depth > 50:
+        raise ValueError("nested too deeply")
+    if isinstance(value, Text):
+        try:
+            return _to_plain(_jsonable(_literal(value)), depth)
+        except ValueError:
+            return str(value)
+    if isinstance(value, list | tuple):
+        return (tuple if isinstance(value, tuple) else list)(_to_plain(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        return {_to_str(key): _to_plain(item, depth + 1) for key, item in value.items()}
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Real):  # numpy's too
+        return int(value) if isinstance(value, numbers.Integral) else _to_float(value)
+    return _to_str(value)
+
+
+_SCALARS = {
+    int: _to_int, float: _to_float, bool: _to_bool, str: _to_str, types.NoneType: _to_none, Any: _to_plain,
+}
+# A word in a union means the first of these that takes it; bool after the numbers: 1 is a boolean word too.
+_SPECIFIC = [Literal, types.NoneType, int, float, bool, dict, list, tuple, str, Any]
+
+
+def _origin(kind: Any) -> Any:
+    return typing.get_origin(kind) or kind
+
+
+def _options(kind: Any) -> tuple:
+    """The members of a union; a type that is none is its only option."""
+    return typing.get_args(kind) if _origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _takes_dict(kind: Any) -> bool:
+    return any(_origin(option) is dict for option in _options(kind))
+
+
+def _words(kind: Any) -> set[str]:
+    """The words that mean something of their own to a type. If "true" is one, the type can be a switch."""
+    fixed = {bool: BOOLS, types.NoneType: NONES}
+    return {str(word).lower() for option in _options(kind)
+            for word in (typing.get_args(option) if _origin(option) is Literal else fixed.get(option, ()))}
+
+
+def _type_name(kind: Any) -> str:
+    if len(_options(kind)) > 1:
+        return "|".join(map(_type_name, _options(kind)))
+    if _origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if kind is types.NoneType:
+        return "none"
+    return str(kind).replace("typing.", "") if typing.get_args(kind) or kind is Any else kind.__name__
+
+
+# ------------------------------------------------------------------------------------- the dataclass's source
+
+
+def _kinds(Config: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(Config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(Config)}
+
+
+def _defaults(Config: type) -> dict[str, Any]:
+    """Fresh default values, in the types of their annotations (`lr: float = 1` is 1.0)."""
+    defaults, kinds = {}, _kinds(Config)
+    for field in dataclasses.fields(Config):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        try:
+            defaults[field.name] = convert(value, kinds[field.name])
+        except ValueError as error:
+            raise TypeError(f"{Config.__name__}.{field.name}: its default {value!r}: {error}") from error
+    return defaults
+
+
+def _script(Config: type) -> Path:
+    """The file that defines Config; a class typed at a prompt belongs to a nameless script of this folder."""
+    return Path(getattr(sys.modules.get(Config.__module__), "__file__", None) or "script.py")
+
+
+def _described_fields(Config: type) -> list[tuple[str, str, str]]:
+    """(field, group heading, comment) in the fields' order; a subclass may reword its base's comments."""
+    described: dict[str, tuple[str, str]] = {}
+    for cls in reversed(Config.__mro__):
+        for name, group, comment in _comments(cls) if dataclasses.is_dataclass(cls) else ():
+            old_group, old_comment = described.get(name, (group, ""))
+            described[name] = old_group, comment or old_comment
+    return [(name, *described.get(name, ("settings", ""))) for name in _kinds(Config)]
+
+
+def _comments(cls: type) -> Iterator[tuple[str, str, str]]:
+    """(field, group heading, comment) from a class's own source: a comment line of its own heads a group."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+        tree = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return  # no source, as at a prompt: the settings work without their comments
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+              if token.type == tokenize.COMMENT]
+    comments = {token.start[0]: token.string.lstrip("#").strip() for token in tokens}
+    group, line = "settings", tree.lineno
+    for node in tree.body:
+        heading = " ".join(comments.get(above, "").strip("-= ") for above in range(line + 1, node.lineno))
+        group, line = heading.strip() or group, node.end_lineno
+        if isinstance(node, ast.AnnAssign):
+            yield node.target.id, group, comments.get(line, "")
+
+
+# --------------------------------------------------------------------------------------------- values as text
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _source(value: Any) -> str:
+    """repr(value), except that an infinite float has a Python expression too."""
+    if isinstance(value, float) and math.isinf(value):
+        return f'float("{value}")'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_source, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_source, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_source(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _short(value: Any) -> str:
+    """repr(value), cut to fit an error line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of 5,000 digits, a list in a list in a list ...
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
+
+
+def _with_item(mapping: Any, keys: list[str], value: Any) -> dict:
+    """A copy of mapping in which mapping[keys[0]][keys[1]]... is value."""
+    old = mapping if isinstance(mapping, dict) else {}
+    return {**old, keys[0]: _with_item(old.get(keys[0]), keys[1:], value) if keys[1:] else value}
+
+
+def _show(text: str) -> NoReturn:
+    """Print and stop, whatever the terminal's encoding; of the processes torchrun starts, one prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding).removesuffix("\n"))
+    raise SystemExit(0)
