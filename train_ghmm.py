@@ -807,13 +807,14 @@ class Block(nn.Module):
         self.mlp_in, self.mlp_out = nn.Linear(cfg.d_model, cfg.d_mlp), nn.Linear(cfg.d_mlp, cfg.d_model)
         self.act = {"relu": F.relu_, "gelu": F.gelu}[cfg.act]  # in place: half the memory traffic of the widest tensor
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, _ = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, T, C]
+    def forward(self, x: torch.Tensor, B: int) -> torch.Tensor:
+        """x [B*T, D] -> [B*T, D]. Rows stay flat: in-place operations on views of 3-D tensors would copy them."""
+        qkv = self.qkv(self.attention_norm(x)).view(B, len(x) // B, 3, self.n_heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, C]
         if self.rope:
             q, k = rotate(q), rotate(k)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(B, T, -1))
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(len(x), -1))
         return x + self.mlp_out(self.act(self.mlp_in(self.mlp_norm(x))))
 
 
@@ -838,11 +839,12 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position[: tokens.shape[1]]
+        shape, x = x.shape, x.flatten(0, 1)
         activations = [x]
         for block in self.blocks:
-            x = block(x)
-            activations.append(x)
-        return self.unembed(self.final_norm(x)), activations
+            activations.append(block(activations[-1], shape[0]))
+        logits = self.unembed(self.final_norm(activations[-1]))
+        return logits.view(*shape[:2], -1), [a.view(shape) for a in activations]
 
 
 class Recurrent(nn.Module):
@@ -1077,7 +1079,7 @@ def pca(features: torch.Tensor, weights: torch.Tensor, components: int = 3) -> d
             "explained": explained.tolist(), **needed}
 
 
-RCONDS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative singular values that regression may drop
+RCONDS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)  # relative; 1 keeps nothing but the mean
 
 
 def belief_regression(features: torch.Tensor, beliefs: torch.Tensor, weights: torch.Tensor, seed: int = 0) -> dict:
@@ -1294,7 +1296,6 @@ def train(cfg: Config) -> dict:
             batches.carried = mine.get("carried")
         trained = rt.wrap(model)
         tokens_per_step = cfg.batch_size * cfg.n_ctx
-
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             log.say(rt.describe())
             log.say(f"process {process.name}: {process.vocab_size} tokens, {process.num_states} states | {cfg.model}: "
@@ -1376,23 +1377,32 @@ def train(cfg: Config) -> dict:
             return summary
 
 
+def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Module, int]:
+    """(settings, process, model, steps done) of a run folder or checkpoint, on the CPU; the settings name `device`.
+
+    Raises CheckpointError for a missing, damaged or foreign file.
+    """
+    state = checkpoint.load(path, "ghmm")
+    cfg = from_dict(Config, state["config"], str(path))
+    cfg.device = device
+    process = build_process(cfg)
+    model = build_model(cfg, process.vocab_size)
+    model.load_state_dict(state["model"])
+    return cfg, process, model, state["step"]
+
+
 def analyze(cfg: Config) -> dict:
     """The final evaluation, analysis and pictures again, for the run folder or checkpoint cfg.analyze."""
-    state = checkpoint.load(Path(cfg.analyze), "ghmm")
     path = Path(cfg.analyze)
     folder = path if path.is_dir() else path.parent
-    saved = from_dict(Config, state["config"], str(path))
-    saved.device, saved.precision, saved.max_words, saved.last_token_only = (
-        cfg.device, cfg.precision, cfg.max_words, cfg.last_token_only)
+    saved, process, model, step = load_run(path, cfg.device)
+    saved.precision, saved.max_words, saved.last_token_only = cfg.precision, cfg.max_words, cfg.last_token_only
     with Runtime(saved) as rt:
-        process = build_process(saved)
         floor = process.optimal_loss(saved.n_ctx)
-        process.to(rt.device)
-        model = build_model(saved, process.vocab_size).to(rt.device)
-        model.load_state_dict(state["model"])
-        result = finish(model, process, floor, saved, rt, folder, f"{process.name}, {saved.model}, {state['step']} steps")
-    print(f"step {state['step']}: loss {result['loss']:.6f}, floor {result['optimal_loss']:.6f}, "
-          f"excess {result['excess_loss']:.6f} nats, r2_concat {result['r2_concat']:.4f}; see {folder / 'analysis.json'}")
+        title = f"{process.name}, {saved.model}, {step} steps"
+        result = finish(model.to(rt.device), process.to(rt.device), floor, saved, rt, folder, title)
+    print(f"step {step}: loss {result['loss']:.6f}, floor {result['optimal_loss']:.6f}, excess "
+          f"{result['excess_loss']:.6f} nats, r2_concat {result['r2_concat']:.4f}; see {folder / 'analysis.json'}")
     return result
 
 

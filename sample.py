@@ -1,0 +1,116 @@
+"""Sample from a trained model: the experiment and its settings are read from the checkpoint.
+
+    python sample.py out/ghmm                              # sequences of the model beside sequences of its process
+    python sample.py out/ghmm --num_samples=2 --length=30 --prompt=0,1 --temperature=0.8
+    python sample.py out/ghmm/best.pt --json=samples.json
+
+For a hidden-Markov run it prints tokens with their log-probabilities under the true process, and how far the model's
+predictions are from the optimal ones at each position.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train_ghmm
+from common import checkpoint
+from common.runtime import Runtime
+from configurator import configure, fail
+
+
+@dataclass
+class Config:
+    # sampling
+    num_samples: int = 4  # sequences of the model, and as many of the process
+    length: int | None = None  # tokens a sequence; default the model's n_ctx
+    prompt: list[int] | None = None  # tokens every sequence begins with
+    temperature: float = 1.0  # divides the logits; 1 samples what the model believes
+    json: str = ""  # file to write the samples to as well
+    # system
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+
+    def check(self) -> list[str]:
+        wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in ("num_samples", "length")
+                 if getattr(self, k) is not None and getattr(self, k) < 1]
+        return wrong + ([f"temperature = {self.temperature}: must be positive"] if self.temperature <= 0 else [])
+
+
+@torch.no_grad()
+def continue_sequences(model, tokens: torch.Tensor, length: int, n_ctx: int, temperature: float, generator):
+    """Draw from the model until the sequences [B, T] have the length; it reads the last n_ctx tokens of each."""
+    while tokens.shape[1] < length:
+        logits, _ = model(tokens[:, -n_ctx:])
+        probs = (logits[:, -1].double() / temperature).softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], 1)
+    return tokens
+
+
+def sample_ghmm(path: Path, cfg: Config) -> dict:
+    """Sequences from the model and from the process, each token's true log-probability, and the KL by position."""
+    run, process, model, step = train_ghmm.load_run(path, cfg.device)
+    run.seed, run.precision = cfg.seed, "fp32"
+    length = cfg.length or run.n_ctx
+    prompt = torch.tensor([cfg.prompt or []], dtype=torch.int64)
+    if process.log_prob(prompt).isinf().any():
+        fail(f"prompt = {cfg.prompt}: these tokens have probability 0 under {process.name}")
+    with Runtime(run) as rt:
+        floor = process.optimal_loss(run.n_ctx)
+        process.to(rt.device)
+        model.to(rt.device).eval()
+        start = prompt.to(rt.device).expand(cfg.num_samples, -1)
+        belief = process.beliefs(start)[:, -1]
+        drawn = torch.rand(length + 1, cfg.num_samples, generator=rt.generator(0), dtype=torch.float64, device=rt.device)
+        if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
+            belief = torch.multinomial(belief, 1, generator=rt.generator(3))[:, 0]
+        true, _ = process.generate(drawn, belief)
+        true = torch.cat([start, true], 1)[:, :max(length, start.shape[1])]
+        # The model predicts from one token on; without a prompt the process gives the first.
+        tokens = start if start.shape[1] else true[:, :1]
+        tokens = continue_sequences(model, tokens, length, run.n_ctx, cfg.temperature, rt.generator(1))
+        contexts = train_ghmm.make_contexts(process, run.n_ctx, run.max_words, 4_096, rt.generator(2))
+        kl = train_ghmm.evaluate(model, process, contexts, floor, rt)["kl_by_position"]
+        result = {"experiment": "ghmm", "step": step, "kl_by_position": kl}
+        for name, sequences in (("model", tokens), ("process", true)):
+            result[name] = {"tokens": sequences.tolist(), "log_prob": process.log_prob(sequences).tolist()}
+    print(f"{process.name}, {run.model} after {step} steps. Log-probabilities in nats, under the true process.")
+    for name in ("model", "process"):
+        print(f"\nfrom the {name}:")
+        for row, log_probs in zip(result[name]["tokens"], result[name]["log_prob"], strict=True):
+            print("  token " + " ".join(f"{x:>6}" for x in row))
+            print("  log p " + " ".join(f"{x:6.2f}" for x in log_probs) + f"   sum {sum(log_probs):.2f}")
+    print("\nKL(optimal || model) in nats, after reading")
+    print("  tokens " + " ".join(f"{i:>8}" for i in range(1, len(kl) + 1)))
+    print("  KL     " + " ".join(f"{x:8.1e}" for x in kl))
+    return result
+
+
+SAMPLERS = {"ghmm": sample_ghmm}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        configure(Config, ["--help"])
+    if argv[0].startswith("-"):
+        fail(f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}")
+    cfg = configure(Config, argv[1:])
+    try:
+        experiment = checkpoint.load(Path(argv[0]))["experiment"]
+        if experiment not in SAMPLERS:
+            fail(f"{argv[0]} is a run of {experiment!r}; sample.py knows {', '.join(SAMPLERS)}")
+        result = SAMPLERS[experiment](Path(argv[0]), cfg)
+    except (checkpoint.CheckpointError, train_ghmm.ProcessError) as e:
+        fail(str(e))
+    if cfg.json:
+        finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # -inf of impossible tokens becomes null
+        Path(cfg.json).write_text(json.dumps(finite) + "\n", encoding="utf-8")
+        print(f"\nwritten to {cfg.json}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
