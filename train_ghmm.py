@@ -374,14 +374,13 @@ class Process:
         if return_states and not self.is_hmm:
             raise ProcessError(f"{self.name} has no hidden path: its weights are no probabilities of states")
         uniforms = torch.rand(length + 1, batch, generator=generator, dtype=torch.float64, device=self.device)
-        tokens, path = self.generate(uniforms)
-        return (tokens, path) if return_states else tokens
+        return self.generate(uniforms, whole_path=True) if return_states else self.generate(uniforms)[0]
 
-    def generate(self, uniforms: torch.Tensor, start: torch.Tensor | None = None):
+    def generate(self, uniforms: torch.Tensor, start: torch.Tensor | None = None, whole_path: bool = False):
         """Turn uniforms [L + 1, B] into tokens [B, L], by inverting the distribution function at every step.
 
-        Row 0 draws the starting state, unless `start` continues an earlier call. Returns the tokens and what carries
-        on: the hidden path [B, L + 1] of a hidden Markov model (pass its last column), else the beliefs [B, S].
+        Row 0 draws the starting state, unless `start` continues an earlier call. Returns the tokens and what to
+        continue from: the last hidden states [B] of a hidden Markov model (or all, [B, L + 1]), else the beliefs [B, S].
         """
         length, batch = uniforms.shape[0] - 1, uniforms.shape[1]
         if not self.is_hmm:
@@ -393,8 +392,8 @@ class Process:
         for t in range(length):  # one search among all (state, outcome) intervals: the hot loop, three kernels a token
             torch.searchsorted(self._edges, uniforms[t + 1] + offset, right=True, out=chosen[t])
             offset = self._edge_offset[chosen[t]]
-        path = torch.cat([start[None], self._edge_next[chosen]])
-        return self._edge_token[chosen].t().contiguous(), path.t()
+        path = torch.cat([start[None], self._edge_next[chosen]]).t() if whole_path else (0.5 * offset).long()
+        return self._edge_token[chosen].t().contiguous(), path
 
     def _generate_by_belief(self, uniforms: torch.Tensor, start: torch.Tensor | None):
         """Sampling where only the belief is known: GHMM states are no random variables."""
@@ -412,27 +411,25 @@ class Process:
     # Filtering -------------------------------------------------------------------------------------------------
 
     def _filter(self, tokens: torch.Tensor, start: torch.Tensor | None = None):
-        """Beliefs [L + 1, S, B] and log-probabilities [L, B] of tokens [B, L], time first for contiguous rows.
+        """Beliefs [L + 1, S, B] and p(token | before) [L, B] of tokens [B, L], time first for contiguous rows.
 
-        The belief is rescaled every 16 tokens only: float64 holds the product of 16 conditional probabilities.
+        After an impossible token both are meaningless. The belief is rescaled every 16 tokens only: float64 holds the product of 16 conditional probabilities.
         """
         tokens = self._checked(tokens)
         (batch, length), V, S = tokens.shape, self.vocab_size, self.num_states
         columns, successors = tokens.t().contiguous(), self._step[V:]
         beliefs = torch.empty(length + 1, S, batch, dtype=torch.float64, device=self.device)
         beliefs[0] = self.initial_state[:, None] if start is None else start.t()
-        log_probs = torch.empty(length, batch, dtype=torch.float64, device=self.device)
+        probs = torch.empty(length, batch, dtype=torch.float64, device=self.device)
         for begin in range(0, length, 16):
             block = slice(begin, min(begin + 16, length))
             for t in range(block.start, block.stop):
                 following = (successors @ beliefs[t]).view(V, S, batch)
                 torch.gather(following, 0, columns[t].expand(1, S, batch), out=beliefs[t + 1][None])
-            weights = torch.einsum("s,tsb->tb", self.normalizing_eigenvector, beliefs[begin : block.stop + 1])
-            ratio = weights[1:] / weights[:-1]
-            log_probs[block] = torch.where(ratio > IMPOSSIBLE, ratio, 0).log()
+            weights = self.normalizing_eigenvector @ beliefs[begin : block.stop + 1]  # [t, B]
+            torch.div(weights[1:], weights[:-1], out=probs[block])
             beliefs[begin + 1 : block.stop + 1] /= weights[1:, None]
-        impossible = log_probs.isinf().cumsum(0) > 0  # nothing follows an impossible word, whatever 0/0 said
-        return beliefs, log_probs.masked_fill(impossible, -math.inf)
+        return beliefs, probs
 
     def _checked(self, tokens) -> torch.Tensor:
         tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
@@ -448,9 +445,9 @@ class Process:
 
         Raises ProcessError for a word of probability 0, naming the first token that cannot be.
         """
-        beliefs, log_probs = self._filter(tokens)
-        if log_probs.isinf().any():
-            t, b = log_probs.isinf().nonzero()[0].tolist()
+        beliefs, probs = self._filter(tokens)
+        if not (probs > IMPOSSIBLE).all():
+            t, b = (~(probs > IMPOSSIBLE)).nonzero()[0].tolist()
             word = self._checked(tokens)[b, : t + 1].tolist()
             raise ProcessError(f"token {word[-1]} at position {t} of sequence {b} is impossible under {self.name} "
                                f"after {word[max(0, t - 8):-1]}: no belief follows it")
@@ -458,7 +455,10 @@ class Process:
 
     def log_prob(self, tokens) -> torch.Tensor:
         """log p(token | tokens before it) in nats, [B, L]; -inf from the first impossible token on."""
-        return self._filter(tokens)[1].t()
+        possible = (probs := self._filter(tokens)[1]) > IMPOSSIBLE
+        if not possible.all():  # nothing follows an impossible word, whatever 0/0 gave
+            probs = torch.where(possible.long().cumprod(0).bool(), probs, 0)
+        return probs.log().t()
 
     def word_probability(self, word) -> float:
         """Probability that a sequence from the initial state begins with the word."""
@@ -773,8 +773,7 @@ class Batches:
         shape = (self.cfg.batch_size, self.cfg.n_ctx + 2)  # one uniform starts a sequence, one more draws each token
         uniforms = torch.rand(shape, generator=self.rt.generator(step), dtype=torch.float64, device=self.rt.device)
         tokens, state = self.process.generate(self.rt.share(uniforms).t().contiguous(), self.carried)
-        if self.cfg.carry_state:
-            self.carried = state[:, -1].contiguous() if self.process.is_hmm else state
+        self.carried = state if self.cfg.carry_state else None
         return tokens
 
 
