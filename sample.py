@@ -63,7 +63,8 @@ def sample_ghmm(path: Path, cfg: Config) -> dict:
         model.to(rt.device).eval()
         start = prompt.to(rt.device).expand(cfg.num_samples, -1)
         belief = process.beliefs(start)[:, -1]
-        drawn = torch.rand(length + 1, cfg.num_samples, generator=rt.generator(0), dtype=torch.float64, device=rt.device)
+        shape = (length + 1, cfg.num_samples)
+        drawn = torch.rand(shape, generator=rt.generator(0), dtype=torch.float64, device=rt.device)
         if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
             belief = torch.multinomial(belief, 1, generator=rt.generator(3))[:, 0]
         true, _ = process.generate(drawn, belief)

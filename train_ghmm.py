@@ -109,15 +109,15 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
-        positive = ("log_interval", "eval_interval", "save_interval", "n_ctx", "n_layers", "d_model", "n_heads", "d_mlp",
-                    "batch_size", "grad_accum", "max_steps", "eval_sequences", "max_words")
+        positive = ("log_interval", "eval_interval", "save_interval", "n_ctx", "n_layers", "d_model", "n_heads",
+                    "d_mlp", "batch_size", "grad_accum", "max_steps", "eval_sequences", "max_words")
         wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in positive if getattr(self, k) < 1]
         negative = ("lr", "weight_decay", "grad_clip", "warmup_steps", "min_lr", "seed")
         wrong += [f"{k} = {getattr(self, k)}: must not be negative" for k in negative if getattr(self, k) < 0]
         if self.model == "transformer" and self.d_head is None and self.d_model % max(1, self.n_heads):
-            wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set d_head or change one")
+            wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set d_head")
         elif self.model == "transformer" and self.positional == "rope" and self.head_width() % 2:
-            wrong.append(f"positional = rope needs an even head width, not {self.head_width()}: change d_head or n_heads")
+            wrong.append(f"positional = rope needs an even head width, not {self.head_width()}: set d_head")
         if self.carry_state and (self.initial_state or self.add_bos):
             wrong.append("carry_state continues sequences, so it goes with neither initial_state nor add_bos")
         return wrong
@@ -380,7 +380,7 @@ class Process:
         """Turn uniforms [L + 1, B] into tokens [B, L], by inverting the distribution function at every step.
 
         Row 0 draws the starting state, unless `start` continues an earlier call. Returns the tokens and what to
-        continue from: the last hidden states [B] of a hidden Markov model (or all, [B, L + 1]), else the beliefs [B, S].
+        continue from: a hidden Markov model's last states [B] (or whole path, [B, L + 1]), else the beliefs [B, S].
         """
         length, batch = uniforms.shape[0] - 1, uniforms.shape[1]
         if not self.is_hmm:
@@ -413,7 +413,8 @@ class Process:
     def _filter(self, tokens: torch.Tensor, start: torch.Tensor | None = None):
         """Beliefs [L + 1, S, B] and p(token | before) [L, B] of tokens [B, L], time first for contiguous rows.
 
-        After an impossible token both are meaningless. The belief is rescaled every 16 tokens only: float64 holds the product of 16 conditional probabilities.
+        After an impossible token both are meaningless. Beliefs are rescaled every 16 tokens only: float64 holds the
+        product of 16 conditional probabilities.
         """
         tokens = self._checked(tokens)
         (batch, length), V, S = tokens.shape, self.vocab_size, self.num_states
@@ -480,7 +481,7 @@ class Process:
         prob = prob[parent, token]
         return parent, token, joint[parent, token] / prob[:, None], weight[parent] * prob
 
-    def _levels(self, depth: int, max_nodes: int, belief: torch.Tensor | None = None, weight: torch.Tensor | None = None):
+    def _levels(self, depth: int, max_nodes: int, belief: torch.Tensor | None = None, weight=None):
         """Yield (beliefs [N, S], weights [N]) of all words of length 0, 1, ..., depth, equal beliefs merged.
 
         Starts from the initial state unless told otherwise; stops early where a level could exceed max_nodes.
@@ -544,7 +545,7 @@ class Process:
         return Estimate(entropy.mean(), entropy.std() / samples**0.5)
 
     def _belief_chain(self, max_beliefs: int = 1_000):
-        """The Markov chain of beliefs, (beliefs [N, S], transitions [N, N]), from the initial one; None if N is large."""
+        """The Markov chain of beliefs, (beliefs [N, S], transitions [N, N]), from the initial one; None if large."""
         beliefs, edges, new = self.initial_state[None], [], slice(0, 1)
         while new.start < new.stop:
             parent, _, child, prob = self._children(beliefs[new], torch.ones_like(beliefs[new, 0]))
@@ -686,7 +687,7 @@ def _only(name: str, params: dict, *allowed: str) -> dict:
 def _read_matrices(matrices=None) -> np.ndarray:
     """A stack [V, S, S] from a nested list or from an .npy or .npz file (the only array in it, or `matrices`)."""
     if matrices is None or (isinstance(matrices, str) and not matrices):
-        raise ProcessError("process custom needs matrices: a nested list [V, S, S], or the path of an .npy or .npz file")
+        raise ProcessError("process custom needs matrices: a nested list [V, S, S] or the path of an .npy or .npz file")
     try:
         if not isinstance(matrices, (str, Path)):
             return np.asarray(matrices, dtype=np.float64)
@@ -714,7 +715,7 @@ def _mixture(components: list | None = None, initial_state=None) -> Process:
         parts.append(make_process(spec.pop("process"), **spec))
         maps.append(list(range(parts[-1].vocab_size)) if vocab_map is None else list(vocab_map))
         if len(set(maps[-1])) != parts[-1].vocab_size or not all(isinstance(x, int) and x >= 0 for x in maps[-1]):
-            raise ProcessError(f"components[{i}]: vocab_map = {maps[-1]} must give {parts[-1].vocab_size} distinct tokens")
+            raise ProcessError(f"components[{i}]: vocab_map = {maps[-1]} needs {parts[-1].vocab_size} distinct tokens")
         if not weights[-1] > 0:
             raise ProcessError(f"components[{i}]: weight = {weights[-1]} must be positive")
     S, V = sum(p.num_states for p in parts), 1 + max(max(m) for m in maps)
@@ -1032,7 +1033,7 @@ def evaluate(model: nn.Module, process: Process, contexts: Contexts, floor: torc
 # Analysis: is the belief in the activations, linearly?
 # ---------------------------------------------------------------------------------------------------------------
 class Prefixes(NamedTuple):
-    """Distinct prefixes: activations by layer, each [P, D]; beliefs [P, S]; weights [P], summing to 1; words' lengths."""
+    """Distinct prefixes: activations by layer, each [P, D]; beliefs [P, S]; weights [P], summing to 1; lengths [P]."""
 
     activations: dict
     beliefs: torch.Tensor
@@ -1068,7 +1069,7 @@ def collect_prefixes(model: nn.Module, contexts: Contexts, rt: Runtime, last_tok
 
 
 def pca(features: torch.Tensor, weights: torch.Tensor, components: int = 3) -> dict:
-    """Weighted principal components of [P, D]: coordinates [P, components], explained fractions, how many reach 80%..."""
+    """Weighted principal components of [P, D]: axes, coordinates, explained fractions, how many explain 80%, ..."""
     centred = features - weights @ features
     values, vectors = torch.linalg.eigh((centred * weights[:, None]).t() @ centred)
     explained = values.flip(0).clamp_min(0) / values.clamp_min(0).sum().clamp_min(1e-300)
@@ -1084,16 +1085,18 @@ RCONDS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)  # re
 def belief_regression(features: torch.Tensor, beliefs: torch.Tensor, weights: torch.Tensor, seed: int = 0) -> dict:
     """Weighted least squares of beliefs [P, S] on features [P, D] with an intercept, by singular values.
 
-    Of the prefixes, 60% fit, 20% choose how small a singular value counts (rcond), 20% are held out and give r2 (the
-    fraction of the variance of all coordinates explained), rmse, mae (means over coordinates) and dist (mean
-    Euclidean distance). The control repeats it with the beliefs shuffled over prefixes: what the features could
-    reproduce by mere dimension. Returns both with the predictions [P, S].
+    Of every five prefixes of similar weight, three fit, one chooses how small a singular value counts (rcond), and one
+    is held out and gives r2 (the fraction of the variance of all coordinates explained), rmse, mae (means over
+    coordinates) and dist (mean Euclidean distance). The control repeats it with the beliefs shuffled over prefixes:
+    what the features could reproduce by mere dimension. Returns both with the predictions [P, S].
     """
+    if len(features) < 5:
+        raise ProcessError(f"{len(features)} prefixes are too few to hold some out: raise n_ctx or max_words")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(features), generator=generator).to(features.device)
-    fit, choose, held = order.tensor_split([int(0.6 * len(order)), int(0.8 * len(order))])
-    if len(fit) < 2 or not len(choose) or not len(held):
-        raise ValueError(f"{len(features)} prefixes are too few to hold some out: raise n_ctx or max_words")
+    rank = weights.cpu().argsort(descending=True).argsort() // 5
+    order = (rank + torch.rand(len(rank), generator=generator, dtype=torch.float64)).argsort().to(features.device)
+    fold = torch.arange(len(order), device=features.device) % 5
+    fit, choose, held = order[fold < 3], order[fold == 3], order[fold == 4]
     share = weights[fit] / weights[fit].sum()
     mean = share @ features[fit]
     root = share.sqrt()[:, None]
@@ -1146,7 +1149,8 @@ def analyse(model: nn.Module, process: Process, contexts: Contexts, cfg: Config,
     untrained = collect_prefixes(build_model(cfg, process.vocab_size).to(rt.device), contexts, rt, cfg.last_token_only)
     control = belief_regression(untrained.activations["concat"], untrained.beliefs, untrained.weights, cfg.seed)
     result = {"prefixes": len(prefixes.weights), "all_prefixes": contexts.exact, "layers": layers,
-              "r2_concat": layers["concat"]["r2"], "r2_by_layer": {k: v["r2"] for k, v in layers.items() if k != "concat"},
+              "r2_concat": layers["concat"]["r2"],
+              "r2_by_layer": {k: v["r2"] for k, v in layers.items() if k != "concat"},
               "shuffled_r2_concat": layers["concat"]["shuffled_r2"], "untrained_r2_concat": control["r2"]}
     return result, {"beliefs": prefixes.beliefs.cpu(), "predicted": predicted.cpu(), "weights": prefixes.weights.cpu()}
 
@@ -1173,11 +1177,12 @@ def plane(beliefs: torch.Tensor, weights: torch.Tensor):
     axes, mean = pca(beliefs, weights)["axes"], weights @ beliefs
     axes = F.pad(axes, (0, max(0, 3 - axes.shape[1])))  # processes of one or two states leave axes empty
     low, high = ((beliefs - mean) @ axes).aminmax(dim=0)
-    return (lambda x: (x - mean) @ axes[:, :2], lambda x: ((x - mean) @ axes - low) / (high - low).clamp_min(1e-9), False)
+    width = (high - low).clamp_min(1e-9)
+    return lambda x: (x - mean) @ axes[:, :2], lambda x: ((x - mean) @ axes - low) / width, False
 
 
 def plot_simplex(folder: Path, title: str, geometry: dict, r2: float) -> None:
-    """True beliefs beside what a linear map reads out of the residual stream, each prefix in the colour of its belief."""
+    """True beliefs beside what a linear map reads out of the residual stream, in the colours of the true ones."""
     place, colour, simplex = plane(geometry["beliefs"], geometry["weights"])
     rows = geometry["weights"].argsort()[-60_000:]  # the likeliest prefixes, on top the likeliest of all
     colours = colour(geometry["beliefs"][rows]).clamp(0, 1).numpy()
@@ -1223,7 +1228,8 @@ def plot_run(folder: Path, title: str, result: dict, analysis: dict) -> None:
         bars = axes.bar(layers, [max(0.0, analysis["layers"][k]["r2"]) for k in layers])
         axes.bar_label(bars, [f"{analysis['layers'][k]['r2']:.4f}" for k in layers], fontsize=8)
         axes.axhline(analysis["untrained_r2_concat"], color="0.4", linestyle="--", label="concat, untrained network")
-        axes.axhline(max(0.0, analysis["shuffled_r2_concat"]), color="0.4", linestyle=":", label="concat, shuffled beliefs")
+        shuffled = max(0.0, analysis["shuffled_r2_concat"])
+        axes.axhline(shuffled, color="0.4", linestyle=":", label="concat, shuffled beliefs")
         axes.set(ylabel="held-out r2 of the belief", ylim=(0, 1.12), title=title)
         axes.legend(loc="lower right", fontsize=8)
 
@@ -1267,12 +1273,32 @@ def finish(model: nn.Module, process: Process, floor: torch.Tensor, cfg: Config,
     return result
 
 
+def describe(process: Process, model: nn.Module, floor: torch.Tensor, error: float, cfg: Config) -> str:
+    size = sum(p.numel() for p in model.parameters())
+    return (f"process {process.name}: {process.vocab_size} tokens, {process.num_states} states | {cfg.model}: {size:,} "
+            f"parameters | {cfg.batch_size * cfg.n_ctx:,} tokens a step | {cfg.out_dir}\n"
+            f"floor {floor.mean():.6f} nats a token " + (f"+- {error:.1e}" if error else "(exact)"))
+
+
+def train_step(model: nn.Module, tokens: torch.Tensor, rt: Runtime, cfg: Config) -> torch.Tensor:
+    """Forward and backward over the micro-batches of tokens [B, T + 1]; returns the mean loss over ranks."""
+    total = torch.zeros((), device=rt.device)
+    for i, part in enumerate(tokens.chunk(cfg.grad_accum)):
+        with rt.sync(model, last=i == cfg.grad_accum - 1):
+            with rt.autocast():
+                logits, _ = model(part[:, :-1])
+                loss = next_token_loss(logits, part[:, 1:]) / cfg.grad_accum
+            rt.backward(loss)
+        total += loss.detach()
+    return rt.mean(total)
+
+
 def train(cfg: Config) -> dict:
     """Train as configured; returns the metrics of summary.json ({"stopped_at": step} if a signal ended it).
 
     Raises ProcessError, CheckpointError (bad input, before anything is written) and FloatingPointError (the loss).
     """
-    folder = checkpoint.local_folder(cfg.out_dir)
+    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
     with Runtime(cfg) as rt:
         if cfg.batch_size % (cfg.grad_accum * rt.world_size):
             fail(f"batch_size = {cfg.batch_size} must be a multiple of grad_accum * ranks = "
@@ -1286,6 +1312,7 @@ def train(cfg: Config) -> dict:
         optimizer = rt.adamw(params, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
         tracker = MetricTracker(model, optimizer, float(floor.mean()))
         batches, finite, watch = Batches(rt, process, cfg), FiniteCheck(rt.device), Stopwatch()
+        contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, rt.generator(0, 1))
 
         path, state, changes = checkpoint.start_from(cfg, folder, "ghmm", __file__, lambda old: differences(old, cfg))
         step, best = 0, math.inf
@@ -1295,85 +1322,73 @@ def train(cfg: Config) -> dict:
             batches.carried = mine.get("carried")
         trained = rt.wrap(model)
         tokens_per_step = cfg.batch_size * cfg.n_ctx
+
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             log.say(rt.describe())
-            log.say(f"process {process.name}: {process.vocab_size} tokens, {process.num_states} states | {cfg.model}: "
-                    f"{sum(p.numel() for p in params):,} parameters | {tokens_per_step:,} tokens a step | {folder}")
-            exactness = max(e.error for e in entropies)
-            log.say(f"floor {floor.mean():.6f} nats a token" + (f" +- {exactness:.1e}" if exactness else " (exact)"))
+            log.say(describe(process, model, floor, max(e.error for e in entropies), cfg))
             if state:
                 log.say(f"resumed from {path} at step {step}" + "".join(f"\n  {line}" for line in changes))
-            contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, rt.generator(0, 1))
-            if step == 0:
+            else:
                 tracker.record_initial_loss(evaluate(model, process, contexts, floor, rt)["loss"])
-
-            seconds_before, lap_step = time.perf_counter(), step
+            lap = step
             watch.start()
             while step < cfg.max_steps:
-                # --- one optimizer step --------------------------------------------------------------------------
                 tokens = batches(step)  # [B, T + 1]
                 optimizer.param_groups[0]["lr"] = lr = learning_rate(step, cfg)
-                total = torch.zeros((), device=rt.device)
-                for i, part in enumerate(tokens.chunk(cfg.grad_accum)):
-                    with rt.sync(trained, last=i == cfg.grad_accum - 1):
-                        with rt.autocast():
-                            logits, _ = trained(part[:, :-1])
-                            loss = next_token_loss(logits, part[:, 1:]) / cfg.grad_accum
-                        rt.backward(loss)
-                    total += loss.detach()
+                loss = train_step(trained, tokens, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip)
                 step += 1
-                # --- look, save, stop ----------------------------------------------------------------------------
-                finite.add(step, total)
-                logs, last = step % cfg.log_interval == 0, step == cfg.max_steps
-                evaluates = step % cfg.eval_interval == 0 or last
-                values = tracker.update(step=step, loss=rt.mean(total) if logs or evaluates else total,
-                                        tokens_in_batch=tokens_per_step, grad_norm=norm, log=logs or evaluates,
-                                        costly=evaluates)
+
+                last, stops = step == cfg.max_steps, rt.stopping(step)
+                evaluates = last or step % cfg.eval_interval == 0
+                logs = evaluates or step % cfg.log_interval == 0
+                saves = last or stops or step % cfg.save_interval == 0
+                finite.add(step, loss)
+                metrics = tracker.update(step=step, loss=loss, tokens_in_batch=tokens_per_step, grad_norm=norm,
+                                         log=logs, costly=evaluates)
                 optimizer.zero_grad(set_to_none=True)
-                stops = rt.stopping(step)
                 log.progress(step)
-                if not (logs or evaluates or stops or step % cfg.save_interval == 0):
+                if not (logs or saves):
                     continue
+
                 finite.verify(model, lr)
                 rt.synchronize()
-                speed = watch.pause((step - lap_step) * tokens_per_step)
-                if logs or evaluates:
-                    log.metrics(step, "train", values)
-                    left = (cfg.max_steps - step) * tokens_per_step / speed
-                    log.say(f"step {step:>6}/{cfg.max_steps} | loss {values['loss/ema']:.4f} | floor {floor.mean():.4f} | "
-                            f"lr {lr:.1e} | norm {float(norm):.2f} | {speed / 1e3:.0f}k tok/s | eta {left:.0f}s")
-                    log.progress(step, loss=f"{values['loss/ema']:.4f}", floor=f"{floor.mean():.4f}",
-                                 tok_s=f"{speed / 1e3:.0f}k")
+                speed = watch.pause((step - lap) * tokens_per_step)
+                if logs:
+                    log.train(step, metrics, lr, norm, speed, left=(cfg.max_steps - step) * tokens_per_step / speed,
+                              loss=metrics["loss/ema"], floor=float(floor.mean()))
                 improved = False
                 if evaluates:
                     result = evaluate(model, process, contexts, floor, rt)
                     improved, best = result["loss"] < best, min(best, result["loss"])
                     log.metrics(step, "eval", result)
-                    log.say(f"step {step:>6} eval | loss {result['loss']:.6f} | excess {result['excess_loss']:.6f} nats "
-                            f"({result['excess_loss'] / max(result['optimal_loss'], 1e-9):.3%}){' *' if improved else ''}")
-                if step % cfg.save_interval == 0 or improved or last or stops:
+                    log.say(f"step {step:>6} eval | loss {result['loss']:.6f} | excess {result['excess_loss']:.6f} "
+                            f"nats ({percent(result)})" + " *" * improved)
+                if saves or improved:
                     saved = checkpoint.capture(rt, "ghmm", config_dict(cfg), step, model, optimizer, best,
                                                {"tracker": tracker.state_dict()}, {"carried": batches.carried})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
-                if stops:
+                if stops and not last:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
-                lap_step = step
+                lap = step
                 watch.start()
 
             result = finish(model, process, floor, cfg, rt, folder, f"{process.name}, {cfg.model}, {step} steps")
-            summary = result | {
-                "steps": step, "seconds": time.perf_counter() - seconds_before,
-                "tokens_per_second": watch.units / watch.seconds if watch.seconds else 0.0,
-                "config_hash": config_hash(cfg), "torch": torch.__version__, "device": str(rt.device)}
+            summary = result | {"steps": step, "seconds": time.perf_counter() - began,
+                                "tokens_per_second": watch.units / watch.seconds if watch.seconds else 0.0,
+                                "config_hash": config_hash(cfg), "torch": torch.__version__, "device": str(rt.device)}
             log.summary(summary)
             if rt.is_main:
-                log.say(f"done: loss {result['loss']:.5f} is {result['excess_loss'] / result['optimal_loss']:.3%} above the "
-                        f"floor, and the belief is in the activations with held-out r2 {result['r2_concat']:.4f}; "
-                        f"pictures in {folder / 'plots'}")
+                log.say(f"done: loss {result['loss']:.5f} is {percent(result)} above the floor, and the activations "
+                        f"hold the belief with held-out r2 {result['r2_concat']:.4f}; pictures in {folder / 'plots'}")
             return summary
+
+
+def percent(result: dict) -> str:
+    """Excess loss relative to the floor."""
+    return f"{result['excess_loss'] / max(result['optimal_loss'], 1e-9):.3%}"
 
 
 def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Module, int]:

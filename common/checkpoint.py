@@ -145,7 +145,7 @@ def load(path: Path, experiment: str | None = None) -> dict:
         raise CheckpointError(f"{path} {problem}. " + (f"The newest good checkpoint is {good}: use resume={good}"
                                                        if good else "There is no other good checkpoint beside it"))
     if experiment and state["experiment"] != experiment:
-        raise CheckpointError(f"{path} belongs to {state['experiment']}, not {experiment}: give a checkpoint of {experiment}")
+        raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}: give one of {experiment}")
     return state
 
 
@@ -187,5 +187,5 @@ def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> 
         changes = [*changes, f"{copy.name}: edited since"]
     if cfg.resume == "auto" and changes and path.name == "last.pt" and state["step"] >= state["config"]["max_steps"]:
         raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
-                              f"out_dir, or resume=never to train anew there, or resume={path} to go on from its weights")
+                              f"out_dir, or resume=never to train anew there, or resume={path} to go on from it")
     return path, state, changes

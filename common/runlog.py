@@ -84,10 +84,25 @@ class RunLog:
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
-    def progress(self, step: int, **shown) -> None:
-        """Move the progress bar (on a terminal only); `shown` are short strings."""
+    def train(self, step: int, values: dict, lr: float, norm, speed: float, left: float, unit: str = "tok",
+              **shown: float) -> None:
+        """The aligned line of a logging step, and its line in metrics.jsonl.
+
+        Args:
+            values: for metrics.jsonl. speed: units (tokens, cells) a second. left: seconds to go.
+            shown: numbers for the line and the bar, such as loss and floor.
+        """
+        if not self.active:
+            return
+        self.metrics(step, "train", values)
+        self.say(f"step {step:>6}/{self.bar.total} | " + "".join(f"{k} {v:.4f} | " for k, v in shown.items())
+                 + f"lr {lr:.1e} | norm {float(norm):.2f} | {speed / 1e3:.0f}k {unit}/s "
+                 f"| eta {tqdm.format_interval(left)}")
+        self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | {f"{unit}/s": f"{speed / 1e3:.0f}k"})
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar, which shows on a terminal only."""
         if self.active and not self.bar.disable:
-            self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
 
     def summary(self, values: dict) -> None:

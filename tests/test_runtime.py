@@ -1,0 +1,558 @@
+"""common/runtime.py: randomness, precision, signals, and training on several ranks.
+
+One torchrun of this very file with two ranks (`rank_main`) serves all tests on ranks: it leaves what each rank saw.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import train_ghmm  # noqa: E402
+from common import checkpoint  # noqa: E402
+from common.runtime import STOP_CHECK_STEPS, FiniteCheck, Runtime, Stopwatch  # noqa: E402
+
+TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
+        "--eval_sequences=64", "--device=cpu", "--precision=fp32")
+# Not the transformer: the gradient of its key biases is 0, and AdamW makes steps of the rounding error.
+FIVE = (*TINY, "--model=gru", "--max_steps=5", "--warmup_steps=0", "--log_interval=1")
+LONG = (*TINY, "--max_steps=300", "--carry_state=true", "--log_interval=1", "--eval_interval=30", "--save_interval=7",
+        "--out_dir=run")
+TIMED = {"time_s", "step/tokens_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_pictures(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(train_ghmm, "plot", lambda *args, **options: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"seed": 7, "device": "cpu", "precision": "fp32", "compile": "false", **changes})
+
+
+def as_rank(rank: int, world_size: int, **changes) -> Runtime:
+    """A runtime that believes to be one of several ranks."""
+    rt = Runtime(settings(**changes))
+    rt.rank, rt.world_size, rt.is_main = rank, world_size, rank == 0
+    return rt
+
+
+def small_config(**changes) -> train_ghmm.Config:
+    return train_ghmm.Config(**{"n_layers": 1, "d_model": 16, "d_mlp": 32, "n_ctx": 6, "batch_size": 16, "device": "cpu",
+                                "precision": "fp32", **changes})
+
+
+def gradients(rt: Runtime, micro_steps: int) -> dict[str, torch.Tensor]:
+    """The gradient of the first batch's loss, summed up over micro-steps as the training loop does."""
+    cfg = small_config()
+    process = train_ghmm.build_process(cfg)
+    rt.reseed()
+    model = train_ghmm.build_model(cfg, process.vocab_size)
+    trained = rt.wrap(model)
+    for i, part in enumerate(train_ghmm.Batches(rt, process, cfg)(0).chunk(micro_steps)):
+        with rt.sync(trained, last=i == micro_steps - 1):
+            logits, _ = trained(part[:, :-1])
+            rt.backward(train_ghmm.next_token_loss(logits, part[:, 1:]) / micro_steps)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_close(found: dict, expected: dict, tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def unequal(a, b, where: str = "") -> list[str]:
+    """The places at which two nested states are not the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return [] if same else [where]
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            return [f"{where}: keys"]
+        return [place for key in a for place in unequal(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{where}: length"]
+        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in unequal(*pair, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a} != {b}"]
+
+
+def trained_state(folder: Path) -> dict:
+    state = checkpoint.load(folder)
+    return {key: state[key] for key in ("step", "best", "model", "optimizer", "ranks", "extra")}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_the_same_counter_always_opens_the_same_stream():
+    draws = [torch.rand(8, generator=Runtime(settings()).generator(3, 4)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_drawing_from_other_generators_does_not_move_a_stream():
+    rt = Runtime(settings())
+    before = torch.rand(8, generator=rt.generator(3))
+    torch.rand(5)
+    torch.rand(5, generator=rt.generator(2))
+    np.random.rand(3)
+    assert torch.equal(before, torch.rand(8, generator=rt.generator(3)))
+
+
+def test_streams_of_neighbouring_seeds_and_counters_differ():
+    seeds = {Runtime(settings(seed=seed)).generator(*counter).initial_seed()
+             for seed in range(20) for counter in [(step,) for step in range(1, 50)] + [(1, 2), (2, 1), (3, 3)]}
+    assert len(seeds) == 20 * 52
+
+
+def test_counters_of_different_lengths_open_different_streams():
+    rt = Runtime(settings())
+    counters = [(), (0,), (0, 0), (5,), (5, 0), (0, 5)]
+    assert len({rt.generator(*counter).initial_seed() for counter in counters}) == len(counters)
+
+
+def test_seeds_of_more_than_32_bits_do_not_run_into_the_counter():
+    small, large = Runtime(settings(seed=5)), Runtime(settings(seed=5 + (7 << 32)))
+    assert small.generator(7, 3).initial_seed() != large.generator(3).initial_seed()
+
+
+def test_reseed_makes_initial_weights_a_function_of_the_seed_alone():
+    weights = []
+    for seed, rank in ((7, 0), (7, 1), (8, 0)):
+        rt = as_rank(rank, 2, seed=seed)
+        torch.rand(rank + 3)
+        rt.reseed()
+        weights.append(torch.nn.Linear(4, 4).weight.detach().clone())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(rank: int = 0, world_size: int = 1, seed: int = 7, **changes) -> train_ghmm.Batches:
+    cfg = small_config(seed=seed, **changes)
+    return train_ghmm.Batches(as_rank(rank, world_size, seed=seed), train_ghmm.build_process(cfg), cfg)
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    draw, other = batches(), batches()
+    expected = {step: draw(step) for step in (0, 1, 2, 50)}
+    for step in (50, 1, 0, 2, 1):  # in any order, any number of times
+        assert torch.equal(other(step), expected[step])
+    assert expected[0].shape == (16, 7)
+    distinct = {tuple(tokens.flatten().tolist()) for tokens in (*expected.values(), batches(seed=8)(0), batches(seed=8)(1))}
+    assert len(distinct) == 6
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+@pytest.mark.parametrize("process", ["mess3", "tom_quantum"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shares_of_ranks_partition_the_global_batch(world_size, process, carry_state):
+    whole = batches(process=process, carry_state=carry_state)
+    ranks = [batches(rank, world_size, process=process, carry_state=carry_state) for rank in range(world_size)]
+    for step in range(3):
+        shares = [draw(step) for draw in ranks]
+        assert {len(share) for share in shares} == {16 // world_size}
+        assert torch.equal(torch.stack(shares, 1).flatten(0, 1), whole(step))
+
+
+def test_carry_state_continues_each_sequence_where_the_last_batch_left_it():
+    draw = batches(process="zero_one_random", p=1.0, carry_state=True)  # 0, 1, 1, over and over
+    stream = torch.cat([draw(step) for step in range(4)], 1)
+    assert torch.equal(stream[:, 3:], stream[:, :-3]) and (stream.sum(1) > 0).all()
+    fresh = batches(process="zero_one_random", p=1.0)
+    stream = torch.cat([fresh(step) for step in range(4)], 1)
+    assert not torch.equal(stream[:, 3:], stream[:, :-3])
+
+
+# ------------------------------------------------------------------------------------------------ device, precision
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"device": "toaster"}, "device=toaster is unknown"),
+    ({"precision": "fp16"}, "precision=fp16 needs a GPU"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_one_error_line_and_exit_code_2(changes, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        Runtime(settings(**changes))
+    errors = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_on_a_machine_without_it_is_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        Runtime(settings(device="cuda"))
+    assert exit_.value.code == 2 and "device=cpu" in capsys.readouterr().err
+
+
+def test_only_the_first_rank_of_a_machine_prints_such_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as exit_:
+        Runtime(settings(precision="fp16"))
+    assert exit_.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_autocast_computes_in_the_precision_that_was_asked_for():
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        with Runtime(settings(precision=precision)).autocast():
+            found[precision] = (x @ y).dtype
+    assert found == {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def test_compile_is_off_on_the_cpu_unless_asked_for():
+    assert [Runtime(settings(compile=value)).compile for value in ("auto", "false", "true")] == [False, False, True]
+
+
+def test_the_gradient_norm_is_reported_before_clipping_and_zero_does_not_clip():
+    moved = {}
+    for limit in (0.0, 0.5):
+        rt, weight = Runtime(settings()), torch.nn.Parameter(torch.zeros(4))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        rt.backward((weight * torch.tensor([3.0, 0.0, 4.0, 0.0])).sum())
+        assert float(rt.step(optimizer, [weight], limit)) == pytest.approx(5)
+        moved[limit] = float(weight.detach().norm())
+    assert moved == {0.0: pytest.approx(5), 0.5: pytest.approx(0.5, rel=1e-4)}
+
+
+# ------------------------------------------------------------------------------------------------- signals, checks
+
+
+def handlers() -> list:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_leaving_the_runtime_restores_the_handlers(number):
+    before = handlers()
+    with Runtime(settings()) as rt:
+        assert handlers() != before and not rt.stopping(1)
+        os.kill(os.getpid(), number)
+        assert rt.stopping(1) and rt.stopping(2)
+    assert handlers() == before
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), Runtime(settings()) as rt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert rt.stopping(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        rt.synchronize()
+
+
+def test_a_repeated_sigterm_changes_nothing():
+    with Runtime(settings()) as rt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert rt.stopping(1)
+
+
+def test_handlers_are_restored_after_an_error_too():
+    before = handlers()
+    with pytest.raises(ZeroDivisionError), Runtime(settings()):
+        assert 1 / 0
+    assert handlers() == before
+
+
+def test_a_thread_can_hold_a_runtime_without_touching_signals():
+    before, seen = handlers(), []
+
+    def work():
+        with Runtime(settings()):
+            seen.append(handlers())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_the_finite_check_names_the_first_bad_step_and_the_broken_parameter():
+    model, check = torch.nn.Linear(2, 2), FiniteCheck(torch.device("cpu"))
+    for step, loss in enumerate((1.0, 2.0, float("inf"), float("nan"), 1.0)):
+        check.add(step, torch.tensor(loss))
+    with pytest.raises(FloatingPointError, match=r"step 2 .*all parameters are still finite"):
+        check.verify(model, 0.1)
+    model.bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 2 .*lr = 0\.1.*1 parameters .*bias"):
+        check.verify(model, 0.1)
+
+
+def test_the_finite_check_lets_finite_losses_pass():
+    check = FiniteCheck(torch.device("cpu"))
+    check.add(1, torch.tensor(1e30))
+    check.verify(torch.nn.Linear(2, 2), 0.1)
+
+
+def test_the_stopwatch_counts_laps_and_nothing_between_them(monkeypatch):
+    clock = iter([10.0, 12.0, 100.0, 101.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    watch.start()
+    assert watch.pause(50) == 25
+    watch.start()
+    assert watch.pause(10) == 10
+    assert (watch.seconds, watch.units) == (3.0, 60)
+
+
+# ------------------------------------------------------------------------------------------------------- micro-steps
+
+
+def test_four_micro_steps_give_the_gradient_of_one_step():
+    with Runtime(settings()) as rt:
+        assert_close(gradients(rt, 4), gradients(rt, 1), 1e-6)
+
+
+def test_one_times_64_trains_like_four_times_16(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, micro_steps in (("one", 1), ("four", 4)):
+        train_ghmm.main([*FIVE, "--batch_size=64", f"--grad_accum={micro_steps}", f"--out_dir={name}"])
+    one, four = (checkpoint.load(tmp_path / name)["model"] for name in ("one", "four"))
+    assert_close(four, one, 2e-6)
+    losses = [[r["loss/step"] for r in metrics(tmp_path / name) if r["split"] == "train"] for name in ("one", "four")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- two ranks
+
+
+def fresh_group() -> None:
+    """A store of its own for the next process group of this process."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1)
+
+
+def rank_main(out: Path) -> None:
+    """What each rank does under torchrun; its findings go to out/rank_N.pt."""
+    out.mkdir(exist_ok=True)
+    os.chdir(out)
+    torch.set_num_threads(1)
+    train_ghmm.plot = lambda *args, **options: None
+    found, written = {}, []
+
+    def watch_writes(event, args):
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.link") or (
+            event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"))
+        if writes and watching:
+            written.append(f"{event} {args[0]}")
+
+    watching = []
+    sys.addaudithook(watch_writes)
+
+    with Runtime(settings()) as rt:
+        found["rank"], found["world_size"], found["is_main"] = rt.rank, rt.world_size, rt.is_main
+        found["mean"], found["gathered"] = rt.mean(torch.tensor([1.0 + rt.rank])), rt.gather({"mine": rt.rank})
+        found["share"] = rt.share(torch.arange(6))
+        found["gradients"], found["accumulated"] = gradients(rt, 1), gradients(rt, 2)
+        asked = rt.rank == 1 and signal.SIGTERM or None
+        rt.stop_signal = asked
+        found["stopping"] = [rt.stopping(step) for step in (1, STOP_CHECK_STEPS - 1, STOP_CHECK_STEPS)]
+    found["open_after"] = dist.is_initialized()
+    fresh_group()
+    with contextlib.suppress(ZeroDivisionError), Runtime(settings()):
+        found["open_inside"] = dist.is_initialized()
+        dist.barrier()
+        assert 1 / 0
+    found["open_after_error"] = dist.is_initialized()
+
+    fresh_group()
+    console = io.StringIO()
+    watching.append(True)
+    with contextlib.redirect_stdout(console):
+        train_ghmm.main([*FIVE, "--out_dir=five"])
+    watching.clear()
+    found["console"], found["written"] = console.getvalue(), list(written)
+
+    travels, after_backward = [], []
+    wrap, backward = Runtime.wrap, Runtime.backward
+
+    def counting_wrap(self, model):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def count(state, bucket):
+            travels.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+        wrapped = wrap(self, model)
+        wrapped.register_comm_hook(None, count)
+        return wrapped
+
+    def counting_backward(self, loss):
+        backward(self, loss)
+        after_backward.append(len(travels))
+
+    fresh_group()
+    Runtime.wrap, Runtime.backward = counting_wrap, counting_backward
+    train_ghmm.main([*FIVE, "--grad_accum=2", "--out_dir=five_in_halves"])
+    Runtime.wrap, Runtime.backward = wrap, backward
+    found["all_reduces"] = after_backward
+
+    fresh_group()
+    (out / "whole").mkdir(exist_ok=True)
+    os.chdir(out / "whole")
+    train_ghmm.main([*LONG])
+    (out / "stopped").mkdir(exist_ok=True)
+    os.chdir(out / "stopped")
+
+    def interrupted(self, loss):
+        backward(self, loss)
+        after_backward.append(0)
+        if self.rank == 1 and len(after_backward) == 143:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    fresh_group()
+    after_backward.clear()
+    Runtime.backward = interrupted
+    found["stopped"] = train_ghmm.main([*LONG])
+    Runtime.backward = backward
+    fresh_group()
+    found["resumed"] = train_ghmm.main([*LONG])["steps"]
+    torch.save(found, out / f"rank_{os.environ['RANK']}.pt")
+
+
+def environment() -> dict:
+    """That of a user who stands in another folder."""
+    return {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*command: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0", *map(str, command)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("ranks") / "out"
+    done = subprocess.run(torchrun(__file__, out), capture_output=True, text=True, env=environment(), timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(out=out, found=[torch.load(out / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)])
+
+
+def test_ranks_know_who_they_are_and_exchange_values(ranks):
+    for rank, found in enumerate(ranks.found):
+        assert (found["rank"], found["world_size"], found["is_main"]) == (rank, 2, rank == 0)
+        assert found["mean"].tolist() == [1.5]
+        assert found["gathered"] == [{"mine": 0}, {"mine": 1}]
+        assert found["share"].tolist() == list(range(rank, 6, 2))
+
+
+def test_all_ranks_agree_on_stopping_though_one_got_the_signal(ranks):
+    assert [found["stopping"] for found in ranks.found] == [[False, False, True]] * 2
+
+
+def test_the_process_group_is_closed_after_use_and_after_an_error(ranks):
+    for found in ranks.found:
+        assert found["open_inside"] and not found["open_after"] and not found["open_after_error"]
+
+
+@pytest.mark.parametrize("kind", ["gradients", "accumulated"])
+def test_two_ranks_find_the_gradient_that_one_finds(ranks, kind):
+    with Runtime(settings()) as rt:
+        alone = gradients(rt, 1)
+    for found in ranks.found:
+        assert_close(found[kind], alone, 1e-6)
+    assert unequal(ranks.found[0][kind], ranks.found[1][kind]) == []
+
+
+def test_two_ranks_train_like_one_with_the_same_global_batch(ranks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_ghmm.main([*FIVE, "--out_dir=alone"])
+    alone = checkpoint.load(tmp_path / "alone")["model"]
+    untrained = train_ghmm.main([*FIVE, "--max_steps=1", "--lr=0", "--out_dir=untrained"])
+    assert untrained["steps"] == 1
+    start = checkpoint.load(tmp_path / "untrained")["model"]
+    assert max(float((alone[name] - start[name]).abs().max()) for name in alone) > 1e-3  # it did train
+    for name in ("five", "five_in_halves"):
+        assert_close(checkpoint.load(ranks.out / name)["model"], alone, 5e-6)
+        for one, two in zip(metrics(tmp_path / "alone"), metrics(ranks.out / name), strict=True):
+            assert one.keys() == two.keys()
+            for key in one:
+                assert two[key] == (one[key] if key in ("step", "split") else pytest.approx(one[key], rel=1e-4, abs=1e-5))
+
+
+def test_only_rank_0_writes_and_prints(ranks):
+    main, other = ranks.found
+    assert any("last.pt" in line for line in main["written"]) and "done: loss" in main["console"]
+    assert other["written"] == [] and other["console"] == ""
+
+
+def test_gradients_travel_on_the_last_micro_step_only(ranks):
+    for found in ranks.found:
+        counts = found["all_reduces"]
+        first, last = counts[0::2], counts[1::2]
+        assert len(counts) == 10 and first[0] == 0
+        assert all(now == before for now, before in zip(first[1:], last[:-1], strict=True))
+        assert all(after > before for before, after in zip(first, last, strict=True))
+
+
+def test_two_ranks_stop_on_a_signal_to_one_and_resume_to_the_bit(ranks):
+    assert [found["stopped"] for found in ranks.found] == [{"stopped_at": 150}] * 2
+    assert [found["resumed"] for found in ranks.found] == [300] * 2
+    whole, stopped = ranks.out / "whole" / "run", ranks.out / "stopped" / "run"
+    state = trained_state(whole)
+    assert unequal(state, trained_state(stopped)) == []
+    assert [set(rank) >= {"carried", "torch_rng"} for rank in state["ranks"]] == [True, True]
+    assert not torch.equal(state["ranks"][0]["carried"], state["ranks"][1]["carried"])
+    assert metrics(whole) == metrics(stopped)
+
+
+def test_a_sigterm_to_torchrun_saves_and_the_same_command_goes_on_to_the_bit(ranks, tmp_path):
+    command = torchrun(ROOT / "train_ghmm.py", *LONG)
+    log = tmp_path / "run" / "train.log"
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as job:
+        deadline = time.monotonic() + 100
+        while not (log.exists() and "step     20/" in log.read_text()):
+            assert job.poll() is None and time.monotonic() < deadline, "training never reached step 20"
+            time.sleep(0.002)
+        job.send_signal(signal.SIGTERM)
+        console = job.communicate(timeout=100)[0]
+    stopped = re.search(r"stopped by a signal after step (\d+)", console)
+    assert stopped, console
+    assert checkpoint.load(tmp_path / "run")["step"] == int(stopped[1]) < 300
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("done: loss") == 1, done.stderr[-3000:]
+    assert unequal(trained_state(ranks.out / "whole" / "run"), trained_state(tmp_path / "run")) == []
+    assert metrics(ranks.out / "whole" / "run") == metrics(tmp_path / "run")
+
+
+def test_an_error_under_torchrun_is_told_once(tmp_path):
+    done = subprocess.run(torchrun(ROOT / "train_ghmm.py", *TINY, "--grad_accum=3"), cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and list(tmp_path.iterdir()) == []
+    assert len(lines) == 1 and "multiple of grad_accum * ranks = 6" in lines[0]
+
+
+if __name__ == "__main__":
+    import faulthandler; faulthandler.dump_traceback_later(50, exit=True)  # DEBUG
+    rank_main(Path(sys.argv[1]).resolve())
