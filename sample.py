@@ -72,7 +72,7 @@ def sample_ghmm(path: Path, cfg: Config) -> dict:
         # The model predicts from one token on; without a prompt the process gives the first.
         tokens = start if start.shape[1] else true[:, :1]
         tokens = continue_sequences(model, tokens, length, run.n_ctx, cfg.temperature, rt.generator(1))
-        contexts = train_ghmm.make_contexts(process, run.n_ctx, run.max_words, 4_096, rt.generator(2))
+        contexts = train_ghmm.make_contexts(process, run.n_ctx, run.max_words, 4_096, cfg.seed)
         kl = train_ghmm.evaluate(model, process, contexts, floor, rt)["kl_by_position"]
         result = {"experiment": "ghmm", "step": step, "kl_by_position": kl}
         for name, sequences in (("model", tokens), ("process", true)):

@@ -772,10 +772,11 @@ class Batches:
     def __call__(self, step: int) -> torch.Tensor:
         """This rank's tokens of a step, [B / world_size, n_ctx + 1]."""
         shape = (self.cfg.batch_size, self.cfg.n_ctx + 2)  # one uniform starts a sequence, one more draws each token
-        uniforms = torch.rand(shape, generator=self.rt.generator(step), dtype=torch.float64, device=self.rt.device)
+        device = self.process.device
+        uniforms = torch.rand(shape, generator=self.rt.generator(step, device=device), dtype=torch.float64, device=device)
         tokens, state = self.process.generate(self.rt.share(uniforms).t().contiguous(), self.carried)
         self.carried = state if self.cfg.carry_state else None
-        return tokens
+        return tokens.to(self.rt.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -896,7 +897,8 @@ class MetricTracker:
         self.optimal_loss, self.lr_schedule_fn = float(optimal_loss), lr_schedule_fn
         self.initial = [p.detach().clone() for p in self.params]
         self.previous = [p.detach().clone() for p in self.params]
-        zero = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+        device = self.params[0].device  # Metal has no float64
+        zero = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.sums = {k: zero.clone() for k in ("cum/gradient_signal", "cum/fisher_proxy", "params/update_l2_norm/cum")}
         self.tokens, self.lr_weighted_tokens, self.steps, self.initial_loss = 0, 0.0, 0, None
         self.window, self.ema, self.min = zero.repeat(self.WINDOW), zero.clone(), zero + math.inf
@@ -911,7 +913,7 @@ class MetricTracker:
                costly: bool = True) -> dict:
         """Count a step (of the given loss, in nats); return the metrics if log, with the costly ones if costly too."""
         lr = self.optimizer.param_groups[0]["lr"] if self.lr_schedule_fn is None else float(self.lr_schedule_fn(step))
-        loss = torch.as_tensor(loss, dtype=torch.float64, device=self.ema.device).detach()
+        loss = torch.as_tensor(loss, dtype=self.ema.dtype, device=self.ema.device).detach()
         norm = _norm([p.grad for p in self.params if p.grad is not None]) if grad_norm is None else grad_norm
         moved = _norm(torch._foreach_sub(self.params, self.previous))
         torch._foreach_copy_(self.previous, self.params)
@@ -992,11 +994,11 @@ def all_words(process: Process, length: int, max_words: int):
     return words, weight
 
 
-def make_contexts(process: Process, length: int, max_words: int, samples: int, generator: torch.Generator) -> Contexts:
+def make_contexts(process: Process, length: int, max_words: int, samples: int, seed: int) -> Contexts:
     """All words of the length with their probabilities if there are at most max_words, else distinct sampled ones."""
     found = all_words(process, length, max_words)
     if found is None:
-        sampled = process.sample(samples, length, generator)
+        sampled = process.sample(samples, length, torch.Generator(process.device).manual_seed(seed))
         words, counts = torch.unique(sampled, dim=0, return_counts=True)
         return Contexts(words, counts.double() / samples, process.beliefs(words)[:, 1:], False)
     words, weights = found
@@ -1012,14 +1014,14 @@ def evaluate(model: nn.Module, process: Process, contexts: Contexts, floor: torc
     an excess of 1e-4 nats shows on a few thousand contexts.
     """
     words, weights, beliefs = rt.share(contexts.words), rt.share(contexts.weights), rt.share(contexts.beliefs)
-    divergence = torch.zeros(words.shape[1], dtype=torch.float64, device=rt.device)
+    divergence = torch.zeros_like(floor, device=process.device)  # [T]
     model.eval()
     for begin in range(0, len(words), batch):
         part = slice(begin, begin + batch)
         optimal = process.next_token_probs(beliefs[part])  # [B, T, V]
         with rt.autocast():
-            logits, _ = model(words[part])
-        log_q = F.log_softmax(logits.double(), -1)
+            logits, _ = model(words[part].to(rt.device))
+        log_q = F.log_softmax(logits.float(), -1).to(optimal)
         kl = (torch.xlogy(optimal, optimal) - torch.where(optimal > 0, optimal * log_q, 0)).sum(-1)  # [B, T]
         divergence += weights[part] @ kl
     model.train()
@@ -1057,8 +1059,8 @@ def collect_prefixes(model: nn.Module, contexts: Contexts, rt: Runtime, last_tok
     parts = []
     for begin in range(0, len(words), batch):
         rows = slice(begin, begin + batch)
-        _, activations = model(words[rows])
-        parts.append([a[first[rows]].double() for a in activations])
+        _, activations = model(words[rows].to(rt.device))
+        parts.append([a.to(contexts.beliefs)[first[rows]] for a in activations])
     model.train()
     layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]  # each [P, D]
     names = ["embed"] + [f"layer_{i}" for i in range(1, len(layers))]
@@ -1259,7 +1261,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 def finish(model: nn.Module, process: Process, floor: torch.Tensor, cfg: Config, rt: Runtime, folder: Path,
            title: str) -> dict:
     """Final evaluation, analysis.json and pictures; returns the metrics of summary.json. Collective."""
-    contexts = make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, rt.generator(0, 2))
+    contexts = make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, cfg.seed + 1)
     result = evaluate(model, process, contexts, floor, rt)
     if rt.is_main:
         analysis, geometry = analyse(model, process, contexts, cfg, rt)
@@ -1306,13 +1308,13 @@ def train(cfg: Config) -> dict:
         process = build_process(cfg)
         entropies = process.entropies(cfg.n_ctx)[1:]
         floor = torch.tensor(entropies, dtype=torch.float64)  # [T], nats
-        process.to(rt.device)
+        process.to("cpu" if rt.device.type == "mps" else rt.device)  # float64 throughout, which Metal lacks
         model = build_model(cfg, process.vocab_size).to(rt.device)
         params = list(model.parameters())
         optimizer = rt.adamw(params, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
         tracker = MetricTracker(model, optimizer, float(floor.mean()))
         batches, finite, watch = Batches(rt, process, cfg), FiniteCheck(rt.device), Stopwatch()
-        contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, rt.generator(0, 1))
+        contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, cfg.seed)
 
         path, state, changes = checkpoint.start_from(cfg, folder, "ghmm", __file__, lambda old: differences(old, cfg))
         step, best = 0, math.inf

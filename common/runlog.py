@@ -40,8 +40,10 @@ class RunLog:
         if board:
             self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
         if self.wandb:
-            self.wandb.init(project=Path(script).stem, config=config, dir=str(folder), resume="allow",
-                            id=folder.resolve().name)
+            name = folder / "wandb_id.txt"  # a resumed run goes on in its own W&B run
+            known = name.read_text() if start_step and name.exists() else None
+            run = self.wandb.init(project=Path(script).stem, config=config, dir=str(folder), id=known, resume="allow")
+            name.write_text(run.id)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
                         mininterval=0.5, leave=False)

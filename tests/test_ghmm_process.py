@@ -14,7 +14,7 @@ GHMMS = ("tom_quantum", "fanizza", "post_quantum")
 COINS = [{"process": "coin", "p": 0.3, "weight": 3, "vocab_map": [2, 0]}, {"process": "coin", "p": 0.6, "weight": 1}]
 MIXTURE = {"name": "nonergodic", "components": [
     {"process": "mess3", "x": 0.1, "a": 0.7, "weight": 2},
-    {"process": "sns", "p": 0.4, "q": 0.7, "vocab_map": [3, 1]},
+    {"process": "sns", "p": 0.4, "q": 0.7, "vocab_map": [2, 1]},
     {"process": "fanizza", "alpha": 1.3, "lamb": 0.45, "weight": 0.5}]}
 # Small and unlike one another: HMMs and GHMMs, unifilar and not, mixtures, framed, with a start of their own.
 SPECS = {
@@ -249,8 +249,8 @@ def test_sampled_words_are_as_frequent_as_their_probabilities(process):
 @pytest.mark.parametrize("key", ["sns", "mess3", "tom_quantum", "fanizza", "post_quantum", "ghmm_mixture", "coins"])
 def test_sampled_words_are_as_frequent_late_as_early(key, processes):
     """Stationary starts: the last words of long sequences follow the same law; catches belief drift and lost scale."""
-    process, count, length = processes[key], 10_000, 3
-    tokens = process.sample(count, 60, seeded(2))[:, -length:]
+    process, count, length = processes[key], 8_000, 3
+    tokens = process.sample(count, 40, seeded(2))[:, -length:]
     observed = np.bincount(word_numbers(tokens, process.vocab_size), minlength=process.vocab_size**length)
     assert chi_square(observed, count * weights_of(process, length).clip(0)) > 1e-4
 
@@ -471,7 +471,8 @@ def test_merging_reaches_sixty_tokens_in_few_nodes_and_there_the_entropy_rate(na
     assert all(b <= a + 1e-10 for a, b in itertools.pairwise(found))  # conditioning on more never hurts
 
 
-@pytest.mark.parametrize("key, nodes", [("mess3", 30), ("leaky_rrxor", 30), ("tom_quantum", 30), ("coins", 7), ("eos", 5)])
+@pytest.mark.parametrize("key, nodes", [
+    ("mess3", 30), ("leaky_rrxor", 30), ("tom_quantum", 30), ("coins", 7), ("eos", 5)])
 def test_monte_carlo_beyond_the_node_budget_is_within_five_standard_errors(key, nodes, processes):
     process = processes[key]
     exact, found = process.entropies(7), process.entropies(7, max_nodes=nodes, samples=4_000, seed=3)
@@ -860,7 +861,7 @@ def test_a_mixture_of_mixtures_is_the_flat_mixture():
 def test_a_mixture_of_ghmms_has_the_weighted_word_probabilities_of_its_parts(processes):
     mixture, shares = processes["ghmm_mixture"], np.array([2, 1, 0.5]) / 3.5
     parts = [make_process("mess3", x=0.1, a=0.7), make_process("sns", p=0.4, q=0.7), processes["fanizza"]]
-    maps = [{0: 0, 1: 1, 2: 2}, {3: 0, 1: 1}, {0: 0, 1: 1}]
+    maps = [{0: 0, 1: 1, 2: 2}, {2: 0, 1: 1}, {0: 0, 1: 1}]
     for word in words_of(mixture, 3):
         expected = sum(share * weight(part, [names[x] for x in word])
                        for part, names, share in zip(parts, maps, shares, strict=True) if all(x in names for x in word))

@@ -29,9 +29,15 @@ if not CASES:
     every_case = pytest.mark.parametrize("file, case", [("", {})], ids=["absent"])
 
 
+built = {}  # a process is checked for negative words when built, which takes a while: once is enough
+
+
 @pytest.fixture
 def process(case):
-    return make_process(case["process"], **case["params"])
+    key = name_of(case)
+    if key not in built:
+        built[key] = make_process(case["process"], **case["params"])
+    return built[key]
 
 
 def words_of(table: dict) -> list[list[int]]:
