@@ -323,11 +323,14 @@ class Process:
         if not np.isfinite(T).all():
             raise ProcessError(f"{name}: matrices hold NaN or infinite weights")
         self.name, self.vocab_size, self.num_states = name, T.shape[0], T.shape[1]
-        T, r, pi = _normalize(T, name, initial_state) if eigenvector is None else (T, eigenvector, stationary)
+        start = None if initial_state is None else np.asarray(initial_state, dtype=np.float64)
+        if start is not None and (start.shape != (self.num_states,) or not np.isfinite(start).all()):
+            raise ProcessError(f"{name}: initial_state must be {self.num_states} numbers, finite and one a state")
+        T, r, pi = _normalize(T, name, start) if eigenvector is None else (T, eigenvector, stationary)
         r, pi = np.asarray(r, dtype=np.float64), np.asarray(pi, dtype=np.float64)
-        start = pi if initial_state is None else np.asarray(initial_state, dtype=np.float64)
-        if start.shape != (self.num_states,) or not np.isfinite(start).all() or not start @ r > 0:
-            raise ProcessError(f"{name}: initial_state must be {self.num_states} numbers of positive weight")
+        start = pi if start is None else start
+        if not start @ r > 0:
+            raise ProcessError(f"{name}: initial_state must have positive weight")
         self.is_hmm = bool((T >= 0).all() and np.allclose(r, 1, atol=1e-9))
         if self.is_hmm and (start < 0).any():
             raise ProcessError(f"{name}: initial_state holds a negative probability")
@@ -531,7 +534,7 @@ class Process:
             beliefs, transitions = chain
             return Estimate(_limit(transitions)[0] @ self._entropy(beliefs))
         if self.is_hmm:
-            pi = self.stationary_state / self.stationary_state.sum()
+            pi = self.initial_state @ _limit(self.transition_matrices.sum(0))  # a mixture keeps its start's weights
             bounds = zip(self._levels(200, max_nodes, pi[None]),
                          self._levels(200, max_nodes, torch.eye(self.num_states).to(pi), pi), strict=False)
             for level in bounds:
@@ -539,7 +542,7 @@ class Process:
                 if upper - lower < 1e-12:
                     break
             if upper - lower < 1e-3:
-                return Estimate((upper + lower) / 2, (upper - lower) / 2)
+                return Estimate((upper + lower) / 2, max(0.0, upper - lower) / 2)
         tokens = self.sample(samples, length, torch.Generator(self.device).manual_seed(0))
         entropy = self._entropy(self._filter(tokens)[0][length // 2 :].transpose(1, 2)).mean(0)  # [samples]
         return Estimate(entropy.mean(), entropy.std() / samples**0.5)
@@ -628,7 +631,7 @@ def _limit(chain):
     return P
 
 
-def _normalize(T: np.ndarray, name: str, initial_state) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scale a stack to principal eigenvalue 1; return it with its right and left eigenvectors r and pi."""
     M = T.sum(0)
     values, right = np.linalg.eig(M)
@@ -639,10 +642,11 @@ def _normalize(T: np.ndarray, name: str, initial_state) -> tuple[np.ndarray, np.
                            "the one of largest modulus must be real and positive")
     T, M = T / real[top], M / real[top]
     if (np.abs(values / real[top] - 1) < 1e-8).sum() > 1:  # several ergodic components
-        if initial_state is None or not ((T >= 0).all() and np.allclose(M.sum(1), 1)):
+        if start is None or not ((T >= 0).all() and np.allclose(M.sum(1), 1)):
             raise ProcessError(f"{name} has several stationary states: say where it starts with initial_state, "
                                "or build it as process='nonergodic' from components")
-        return T, np.ones(len(M)), (np.asarray(initial_state, dtype=np.float64) @ _limit(M).numpy())
+        pi = start @ _limit(M).numpy()
+        return T, np.ones(len(M)), pi / pi.sum()
     r = right[:, top].real
     left_values, left = np.linalg.eig(M.T)
     pi = left[:, int(np.abs(left_values - 1).argmin())].real
@@ -662,18 +666,23 @@ def make_process(name: str = "mess3", *, initial_state=None, add_bos: bool = Fal
     add_bos: a further token that begins each sequence. Both are part of the stack, so everything stays exact.
     Raises ProcessError, naming the allowed range or the known processes.
     """
-    if name == "nonergodic":
-        process = _mixture(initial_state=initial_state, **_only(name, params, "components"))
-    elif name == "custom":
-        matrices = _read_matrices(**_only(name, params, "matrices"))
-        process = Process(matrices, initial_state)
-    elif name in PROCESSES:
-        params = _only(name, params, *inspect.signature(PROCESSES[name]).parameters)
-        process = Process(PROCESSES[name](**params), initial_state, name=name)
-    else:
-        near = difflib.get_close_matches(str(name), [*PROCESSES, "nonergodic", "custom"], n=1)
-        raise ProcessError(f"unknown process {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-                           + f" Known: {', '.join(PROCESSES)}, nonergodic, custom")
+    try:
+        if name == "nonergodic":
+            process = _mixture(initial_state=initial_state, **_only(name, params, "components"))
+        elif name == "custom":
+            process = Process(_read_matrices(**_only(name, params, "matrices")), initial_state)
+        elif name in PROCESSES:
+            params = _only(name, params, *inspect.signature(PROCESSES[name]).parameters)
+            process = Process(PROCESSES[name](**params), initial_state, name=name)
+        else:
+            near = difflib.get_close_matches(str(name), [*PROCESSES, "nonergodic", "custom"], n=1)
+            raise ProcessError(f"unknown process {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+                               + f" Known: {', '.join(PROCESSES)}, nonergodic, custom")
+    except ProcessError:
+        raise
+    except (TypeError, ValueError, OverflowError) as e:  # a parameter of another type, or far out of range
+        given = {**params, "initial_state": initial_state} if initial_state is not None else params
+        raise ProcessError(f"process {name} cannot be built from {given}: {e}") from e
     return _framed(process, add_bos, eos_prob if add_eos else 0.0) if add_bos or add_eos else process
 
 
@@ -695,6 +704,8 @@ def _read_matrices(matrices=None) -> np.ndarray:
         if isinstance(data, np.lib.npyio.NpzFile):
             names = data.files
             data = data["matrices" if "matrices" in names or len(names) != 1 else names[0]]
+        if not np.isrealobj(data):
+            raise ValueError("the numbers are complex")
         return np.asarray(data, dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
         source = matrices if isinstance(matrices, (str, Path)) else "the nested list"
@@ -917,6 +928,7 @@ class MetricTracker:
         norm = _norm([p.grad for p in self.params if p.grad is not None]) if grad_norm is None else grad_norm
         moved = _norm(torch._foreach_sub(self.params, self.previous))
         torch._foreach_copy_(self.previous, self.params)
+        self.initial_loss = loss.clone() if self.initial_loss is None else self.initial_loss
         self.tokens += tokens_in_batch
         self.lr_weighted_tokens += lr * tokens_in_batch
         self.sums["cum/gradient_signal"] += lr * tokens_in_batch * norm
@@ -937,13 +949,13 @@ class MetricTracker:
         return {**values, **self._counted(lr, values["loss/step"], tokens_in_batch)}
 
     def _counted(self, lr: float, loss: float, tokens: int) -> dict:
-        self.initial_loss = loss if self.initial_loss is None else self.initial_loss
         (began, done), self.lap = self.lap, (time.perf_counter(), self.tokens)
-        gap = self.initial_loss - self.optimal_loss
+        initial = float(self.initial_loss)
+        gap = initial - self.optimal_loss
         return {"step/tokens": tokens, "cum/tokens": self.tokens, "lr/step": lr,
                 "step/tokens_per_second": (self.tokens - done) / max(self.lap[0] - began, 1e-9),
                 "cum/lr_weighted_tokens": self.lr_weighted_tokens,
-                "loss/progress_to_optimal": (self.initial_loss - loss) / gap if gap else math.nan}
+                "loss/progress_to_optimal": (initial - loss) / gap if gap else math.nan}
 
     def state_dict(self) -> dict:
         """Plain state for a checkpoint; the initial parameters come again from the seed."""
@@ -954,10 +966,11 @@ class MetricTracker:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take up a saved state; call it after the model's own weights are loaded."""
+        def own(value):
+            return value.to(self.ema.device, copy=True) if isinstance(value, torch.Tensor) else value
+
         for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                value = value.to(self.ema.device)
-            setattr(self, key, {k: v.to(self.ema.device) for k, v in value.items()} if key == "sums" else value)
+            setattr(self, key, {k: own(v) for k, v in value.items()} if key == "sums" else own(value))
         torch._foreach_copy_(self.previous, self.params)
         self.lap = (time.perf_counter(), self.tokens)
 
@@ -1021,7 +1034,7 @@ def evaluate(model: nn.Module, process: Process, contexts: Contexts, floor: torc
         optimal = process.next_token_probs(beliefs[part])  # [B, T, V]
         with rt.autocast():
             logits, _ = model(words[part].to(rt.device))
-        log_q = F.log_softmax(logits.float(), -1).to(optimal)
+        log_q = F.log_softmax(logits.to(optimal), -1)  # float64: the excess may be tiny
         kl = (torch.xlogy(optimal, optimal) - torch.where(optimal > 0, optimal * log_q, 0)).sum(-1)  # [B, T]
         divergence += weights[part] @ kl
     model.train()
@@ -1049,7 +1062,7 @@ def collect_prefixes(model: nn.Module, contexts: Contexts, rt: Runtime, last_tok
     """Activations and beliefs at every distinct prefix of the words, once each, weighted by probability."""
     words = contexts.words
     differs = (words[1:] != words[:-1]).int().cummax(1).values.bool()  # words are sorted: equal prefixes are neighbours
-    first = torch.cat([torch.ones_like(differs[:1]), differs])  # [N, T] whether a prefix occurs for the first time
+    first = torch.cat([torch.ones_like(words[:1], dtype=torch.bool), differs])  # [N, T] whether a prefix occurs for the first time
     group = first.long().cumsum(0) - 1
     weights = torch.zeros_like(contexts.beliefs[..., 0]).scatter_add_(
         0, group, contexts.weights[:, None].expand(group.shape).contiguous())  # [N, T], by group of each position
@@ -1322,6 +1335,8 @@ def train(cfg: Config) -> dict:
             step, best, extra, mine = checkpoint.restore(rt, state, path, model, optimizer)
             tracker.load_state_dict(extra["tracker"])
             batches.carried = mine.get("carried")
+        if rt.is_main:
+            checkpoint.clear(folder, after=step)
         trained = rt.wrap(model)
         tokens_per_step = cfg.batch_size * cfg.n_ctx
 

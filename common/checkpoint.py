@@ -4,6 +4,7 @@ A run folder holds last.pt (newest), best.pt (lowest evaluation loss) and, on de
 """
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ import torch
 from common.runtime import Runtime
 
 FORMAT_VERSION = 1
+NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "log_interval", "wandb", "tensorboard", "device",
+               "compile")  # they change how a run is started or watched, not what it finds
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
 
@@ -46,6 +49,7 @@ def capture(rt: Runtime, experiment: str, config: dict, step: int, model, optimi
 
 def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int, float, dict, dict]:
     """Put a captured state back; returns (step, best, extra, this rank's rank_extra)."""
+    asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -53,6 +57,8 @@ def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int
         reason = " ".join(str(e).split())[:300]
         raise CheckpointError(f"{path} does not fit this model: {reason}. Use the settings it was trained with, "
                               "or resume=never to start anew") from e
+    for group, options in zip(optimizer.param_groups, asked, strict=True):
+        group.update(options)  # betas, weight decay and so on as now configured
     if rt.scaler.is_enabled() and state["scaler"]:
         rt.scaler.load_state_dict(state["scaler"])
     if len(state["ranks"]) != rt.world_size:
@@ -79,7 +85,7 @@ def _random_state(rt: Runtime) -> dict:
 
 
 def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = False, keep_last: int = 0) -> None:
-    """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0: all).
+    """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0 or less: all).
 
     Each name changes from one complete file to the next in one rename, whenever the process dies.
     """
@@ -107,13 +113,16 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
 
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, atomically. Checkpoints are replaced, never written over, so sharing is safe."""
-    twin = target.with_name(f".{target.name}-{os.getpid()}")
+    twin = source.with_suffix(".twin")
     twin.unlink(missing_ok=True)
     try:
-        os.link(source, twin)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, twin)
-    os.replace(twin, target)
+        try:
+            os.link(source, twin)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, twin)
+        os.replace(twin, target)
+    finally:
+        twin.unlink(missing_ok=True)
 
 
 def _step_files(folder: Path) -> list[Path]:
@@ -122,9 +131,17 @@ def _step_files(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def clear(folder: Path) -> None:
-    """Remove the checkpoints of an earlier run, so that none of them can be taken for this run's."""
-    for path in [folder / "last.pt", folder / "best.pt", *_step_files(folder), *folder.glob(".saving-*.pt")]:
+def clear(folder: Path, after: int = 0) -> None:
+    """Remove what no longer belongs to a run that starts from step `after`; call it once its input is known to be good.
+
+    A fresh run (after=0) keeps no checkpoint of an earlier one; a run that goes back loses the future it abandons.
+    """
+    stale = [path for path in _step_files(folder) if int(path.stem[5:]) > after] + [*folder.glob(".saving-*")]
+    if after == 0:
+        stale += [folder / "last.pt"]
+    if after == 0 or ((folder / "best.pt").exists() and _read(folder / "best.pt")[0].get("step", math.inf) > after):
+        stale += [folder / "best.pt"]
+    for path in stale:
         path.unlink(missing_ok=True)
 
 
@@ -140,8 +157,8 @@ def load(path: Path, experiment: str | None = None) -> dict:
         raise CheckpointError(f"no checkpoint at {path}")
     state, problem = _read(path)
     if problem:
-        others = sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-        good = next((p for p in others if p != path and not p.name.startswith(".") and not _read(p)[1]), None)
+        others = [p for p in sorted(path.parent.glob("*.pt")) if p != path and not p.name.startswith(".")]
+        good = max((p for p in others if not _read(p)[1]), key=lambda p: _read(p)[0]["step"], default=None)
         raise CheckpointError(f"{path} {problem}. " + (f"The newest good checkpoint is {good}: use resume={good}"
                                                        if good else "There is no other good checkpoint beside it"))
     if experiment and state["experiment"] != experiment:
@@ -181,7 +198,7 @@ def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> 
         path = Path(cfg.resume)
     state = load(path, experiment)
     path = path / "last.pt" if path.is_dir() else path
-    changes = differences(state["config"])
+    changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
         changes = [*changes, f"{copy.name}: edited since"]

@@ -32,6 +32,7 @@ class RunLog:
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
         self.wandb = _optional("wandb", "wandb") if cfg.wandb else None
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         self._metrics = _reopen(folder / "metrics.jsonl", start_step)
         self._text = open(folder / "train.log", "a" if start_step else "w", encoding="utf-8")
         _write_json(folder / "config.json", config)
@@ -128,14 +129,14 @@ def _reopen(path: Path, start_step: int):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line torn by a kill
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
     fresh.write_text("".join(kept), encoding="utf-8")
     os.replace(fresh, path)
     return open(path, "a", encoding="utf-8")
 
 
 def _write_json(path: Path, value: dict) -> None:
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
     fresh.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(fresh, path)
 

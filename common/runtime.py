@@ -72,7 +72,7 @@ class Runtime:
 
         (seed, counter) is hashed by numpy's SeedSequence, so that neighbouring steps and seeds are unrelated.
         """
-        state = np.random.SeedSequence([self.seed, *counter]).generate_state(1, np.uint64)[0]
+        state = np.random.SeedSequence(self.seed, spawn_key=counter).generate_state(1, np.uint64)[0]
         return torch.Generator(device or self.device).manual_seed(int(state >> np.uint64(1)))
 
     # Model and optimizer ---------------------------------------------------------------------------------------

@@ -366,7 +366,7 @@ TINY = {"mess3": {"name": "mess3"}, "no_consecutive_ones": {"name": "no_consecut
 
 
 def contexts_of(process, length: int, most: int = 10_000, samples: int = 500) -> Contexts:
-    return make_contexts(process, length, most, samples, seeded(1))
+    return make_contexts(process, length, most, samples, 1)
 
 
 def direct_weight(process, word) -> float:
@@ -418,7 +418,7 @@ def test_evaluation_in_small_batches_and_over_ranks_adds_up():
 
 def test_contexts_are_all_words_while_there_are_few_and_distinct_samples_beyond():
     process = make_process("no_consecutive_ones", p=0.3)
-    exact = make_contexts(process, 5, 13, 50, seeded(2))  # 13 words of length 5 without 11
+    exact = make_contexts(process, 5, 13, 50, 2)  # 13 words of length 5 without 11
     assert exact.exact and len(exact.words) == 13
     expected = [w for w in itertools.product(range(2), repeat=5) if direct_weight(process, w) > 0]
     assert [tuple(w) for w in exact.words.tolist()] == expected
@@ -426,7 +426,7 @@ def test_contexts_are_all_words_while_there_are_few_and_distinct_samples_beyond(
     torch.testing.assert_close(exact.beliefs, process.beliefs(exact.words)[:, 1:])
     assert exact.beliefs.shape == (13, 5, 2)
 
-    sampled = make_contexts(process, 5, 12, 2_000, seeded(2))
+    sampled = make_contexts(process, 5, 12, 2_000, 2)
     words = [tuple(w) for w in sampled.words.tolist()]
     assert not sampled.exact and words == sorted(set(words)) and set(words) <= set(expected)
     assert float(sampled.weights.sum()) == pytest.approx(1)

@@ -201,7 +201,7 @@ def test_a_kill_between_writing_and_renaming_leaves_the_checkpoint_before(uninte
 
 def test_the_next_run_removes_what_a_killed_save_left(unfinished):
     (unfinished / ".saving-4194305.pt").write_bytes(b"half a checkpoint")
-    (unfinished / ".best.pt-4194305").write_bytes(b"a twin")
+    (unfinished / ".saving-4194305.twin").write_bytes(b"a twin")
     run()
     assert temporary_files(unfinished) == []
 
