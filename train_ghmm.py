@@ -783,8 +783,8 @@ class Batches:
     def __call__(self, step: int) -> torch.Tensor:
         """This rank's tokens of a step, [B / world_size, n_ctx + 1]."""
         shape = (self.cfg.batch_size, self.cfg.n_ctx + 2)  # one uniform starts a sequence, one more draws each token
-        device = self.process.device
-        uniforms = torch.rand(shape, generator=self.rt.generator(step, device=device), dtype=torch.float64, device=device)
+        generator = self.rt.generator(step, device=self.process.device)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
         tokens, state = self.process.generate(self.rt.share(uniforms).t().contiguous(), self.carried)
         self.carried = state if self.cfg.carry_state else None
         return tokens.to(self.rt.device)
@@ -1062,7 +1062,7 @@ def collect_prefixes(model: nn.Module, contexts: Contexts, rt: Runtime, last_tok
     """Activations and beliefs at every distinct prefix of the words, once each, weighted by probability."""
     words = contexts.words
     differs = (words[1:] != words[:-1]).int().cummax(1).values.bool()  # words are sorted: equal prefixes are neighbours
-    first = torch.cat([torch.ones_like(words[:1], dtype=torch.bool), differs])  # [N, T] whether a prefix occurs for the first time
+    first = torch.cat([torch.ones_like(words[:1]).bool(), differs])  # [N, T] whether a prefix occurs for the first time
     group = first.long().cumsum(0) - 1
     weights = torch.zeros_like(contexts.beliefs[..., 0]).scatter_add_(
         0, group, contexts.weights[:, None].expand(group.shape).contiguous())  # [N, T], by group of each position

@@ -1,4 +1,4 @@
-"""common/checkpoint.py and resuming: a run that is killed, stopped or damaged anywhere ends as if nothing had happened."""
+"""common/checkpoint.py and resuming: a run killed, stopped or damaged anywhere ends as if nothing had happened."""
 
 import functools
 import json
@@ -316,7 +316,8 @@ def test_resume_never_trains_anew(finished, uninterrupted, capsys):
 def test_resume_never_leaves_no_checkpoint_of_the_run_before(finished, monkeypatch):
     monkeypatch.setattr(Runtime, "stopping", lambda self, step: step == 3)
     assert run("--resume=never", "--lr=1e-4") == {"stopped_at": 3}
-    assert {path.name: checkpoint.load(path)["step"] for path in finished.glob("*.pt")} == {"last.pt": 3, "step_3.pt": 3}
+    found = {path.name: checkpoint.load(path)["step"] for path in finished.glob("*.pt")}
+    assert found == {"last.pt": 3, "step_3.pt": 3}
 
 
 def test_resume_never_forgets_the_run_before_even_if_it_dies_at_once(finished, monkeypatch):
@@ -369,8 +370,9 @@ def test_the_best_checkpoint_after_going_back_is_not_one_of_the_abandoned_future
     assert not best.exists() or checkpoint.load(best)["step"] <= 23
 
 
-@pytest.mark.parametrize("setting, words", [("--load_checkpoint_step=33", "step_33.pt"), ("--resume=nowhere.pt", "nowhere.pt"),
-                                            ("--analyze=nowhere", "nowhere")])
+@pytest.mark.parametrize("setting, words", [
+    ("--load_checkpoint_step=33", "step_33.pt"), ("--resume=nowhere.pt", "nowhere.pt"),
+    ("--analyze=nowhere", "nowhere")])
 def test_a_missing_checkpoint_is_named(finished, capsys, setting, words):
     assert f"no checkpoint at {'run/' if 'step' in words else ''}{words}" in refused(capsys, setting)
 

@@ -60,8 +60,9 @@ def as_rank(rank: int, world_size: int, **changes) -> Runtime:
 
 
 def small_config(**changes) -> train_ghmm.Config:
-    return train_ghmm.Config(**{"n_layers": 1, "d_model": 16, "d_mlp": 32, "n_ctx": 6, "batch_size": 16, "device": "cpu",
-                                "precision": "fp32", **changes})
+    tiny = {"n_layers": 1, "d_model": 16, "d_mlp": 32, "n_ctx": 6, "batch_size": 16, "device": "cpu",
+            "precision": "fp32"}
+    return train_ghmm.Config(**{**tiny, **changes})
 
 
 def gradients(rt: Runtime, micro_steps: int) -> dict[str, torch.Tensor]:
@@ -81,7 +82,8 @@ def gradients(rt: Runtime, micro_steps: int) -> dict[str, torch.Tensor]:
 def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 def unequal(a, b, where: str = "") -> list[str]:
@@ -169,7 +171,8 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     for step in (50, 1, 0, 2, 1):  # in any order, any number of times
         assert torch.equal(other(step), expected[step])
     assert expected[0].shape == (16, 7)
-    distinct = {tuple(tokens.flatten().tolist()) for tokens in (*expected.values(), batches(seed=8)(0), batches(seed=8)(1))}
+    found = (*expected.values(), batches(seed=8)(0), batches(seed=8)(1))
+    distinct = {tuple(tokens.flatten().tolist()) for tokens in found}
     assert len(distinct) == 6
 
 
@@ -500,7 +503,8 @@ def test_two_ranks_train_like_one_with_the_same_global_batch(ranks, tmp_path, mo
         for one, two in zip(metrics(tmp_path / "alone"), metrics(ranks.out / name), strict=True):
             assert one.keys() == two.keys()
             for key in one:
-                assert two[key] == (one[key] if key in ("step", "split") else pytest.approx(one[key], rel=1e-4, abs=1e-5))
+                exact = key in ("step", "split")
+                assert two[key] == (one[key] if exact else pytest.approx(one[key], rel=1e-4, abs=1e-5))
 
 
 def test_only_rank_0_writes_and_prints(ranks):
