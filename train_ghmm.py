@@ -1094,46 +1094,61 @@ def pca(features: torch.Tensor, weights: torch.Tensor, components: int = 3) -> d
             "explained": explained.tolist(), **needed}
 
 
-RCONDS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)  # relative; 1 keeps nothing but the mean
+FOLDS = 5
+RCONDS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # 1 keeps only the mean
+
+
+def deal(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The fold [P] of each prefix: every five of neighbouring weight go to different folds, at random."""
+    rank = weights.argsort(descending=True).argsort() // FOLDS
+    fold = torch.empty_like(rank)
+    fold[(rank + torch.rand(len(rank), generator=generator, dtype=torch.float64)).argsort()] = torch.arange(len(rank))
+    return fold % FOLDS
 
 
 def belief_regression(features: torch.Tensor, beliefs: torch.Tensor, weights: torch.Tensor, seed: int = 0) -> dict:
-    """Weighted least squares of beliefs [P, S] on features [P, D] with an intercept, by singular values.
+    """Weighted least squares of beliefs [P, S] on features [P, D] with an intercept, scored on what it has not seen.
 
-    Of every five prefixes of similar weight, three fit, one chooses how small a singular value counts (rcond), and one
-    is held out and gives r2 (the fraction of the variance of all coordinates explained), rmse, mae (means over
-    coordinates) and dist (mean Euclidean distance). The control repeats it with the beliefs shuffled over prefixes:
-    what the features could reproduce by mere dimension. Returns both with the predictions [P, S].
+    Prefixes are dealt into five folds of like weight. Three of them fit, a fourth chooses how small a singular value
+    counts (rcond), and the fifth is predicted; in turn, so that every prefix is held out once. Of these predictions are
+    r2 (the fraction of the variance of all coordinates explained), rmse, mae (means over coordinates) and dist (mean
+    Euclidean distance). shuffled_* is the same with beliefs shuffled over prefixes: what mere dimension reproduces.
+    *r2_fit is the r2 of a map fitted to all prefixes, and `predicted` [P, S] what that one says.
     """
-    if len(features) < 5:
+    if len(features) < FOLDS:
         raise ProcessError(f"{len(features)} prefixes are too few to hold some out: raise n_ctx or max_words")
     generator = torch.Generator().manual_seed(seed)
-    rank = weights.cpu().argsort(descending=True).argsort() // 5
-    order = (rank + torch.rand(len(rank), generator=generator, dtype=torch.float64)).argsort().to(features.device)
-    fold = torch.arange(len(order), device=features.device) % 5
-    fit, choose, held = order[fold < 3], order[fold == 3], order[fold == 4]
-    share = weights[fit] / weights[fit].sum()
-    mean = share @ features[fit]
+    fold = deal(weights.cpu(), generator).to(features.device)
+    shuffled = beliefs[torch.randperm(len(beliefs), generator=generator).to(beliefs.device)]
+    share = weights / weights.sum()
+    X, Y = features - share @ features, torch.stack([beliefs, shuffled])  # [P, D], [2, P, S]
+    X, means = torch.cat([X, torch.ones_like(X[:, :1])], 1), share @ Y
     root = share.sqrt()[:, None]
-    U, s, Vh = torch.linalg.svd((features[fit] - mean) * root, full_matrices=False)
-    shuffled = beliefs[torch.randperm(len(features), generator=generator).to(features.device)]
-    found = {}
-    for name, target in (("", beliefs), ("shuffled_", shuffled)):
-        offset = share @ target[fit]
-        projected = U.t() @ ((target[fit] - offset) * root)  # [D, S]
-        best = (math.inf,)
-        for rcond in RCONDS:
-            kept = (s > rcond * s[0]) & (s > 0)
-            solution = Vh.t() @ (projected * torch.where(kept, 1 / s, 0)[:, None])
-            error = regression_metrics((features[choose] - mean) @ solution + offset, target[choose], weights[choose])
-            if error["rmse"] < best[0]:
-                best = (error["rmse"], rcond, solution)
-        predicted = (features - mean) @ best[2] + offset
-        scores = regression_metrics(predicted[held], target[held], weights[held])
-        found |= {name + k: v for k, v in scores.items()} | {name + "rcond": best[1]}
-        if not name:
-            found |= {"r2_fit": regression_metrics(predicted[fit], target[fit], weights[fit])["r2"],
-                      "predicted": predicted}
+    # Triangular factors stand in for the rows of a fold: any union of folds is then a small problem.
+    factors = [torch.linalg.qr((X * root)[fold == k]) for k in range(FOLDS)]
+    targets = [q.t() @ ((Y - means[:, None]) * root)[:, fold == k] for k, (q, _) in enumerate(factors)]
+
+    def maps(folds: list[int]) -> torch.Tensor:
+        """Least-squares maps [rcond, 2, D + 1, S] of these folds."""
+        U, s, Vh = torch.linalg.svd(torch.cat([factors[k][1] for k in folds]), full_matrices=False)
+        inverse = torch.stack([torch.where((s > rcond * s[0]) & (s > 0), 1 / s, 0) for rcond in RCONDS])
+        return Vh.t() @ (inverse[:, None, :, None] * (U.t() @ torch.cat([targets[k] for k in folds], 1)))
+
+    predicted, chosen, both = torch.empty_like(Y), [], torch.arange(2, device=Y.device)
+    for held in range(FOLDS):
+        judge = (held + 1) % FOLDS
+        candidates = maps([k for k in range(FOLDS) if k not in (held, judge)])
+        at, of = fold == judge, fold == held
+        error = (share[at] @ (X[at] @ candidates + means[:, None] - Y[:, at]).square()).sum(-1)  # [rcond, 2]
+        chosen.append(error.argmin(0))
+        predicted[:, of] = X[of] @ candidates[chosen[-1], both] + means[:, None]
+    typical = torch.stack(chosen).median(0).values  # [2]
+    fitted = X @ maps(list(range(FOLDS)))[typical, both] + means[:, None]
+    found = {"predicted": fitted[0]}
+    for i, name in enumerate(("", "shuffled_")):
+        found |= {name + k: v for k, v in regression_metrics(predicted[i], Y[i], weights).items()}
+        fit = regression_metrics(fitted[i], Y[i], weights)["r2"]
+        found |= {f"{name}rcond": RCONDS[typical[i]], f"{name}r2_fit": fit}
     return found
 
 

@@ -19,6 +19,7 @@ from train_ghmm import (
     belief_regression,
     build_model,
     collect_prefixes,
+    deal,
     evaluate,
     learning_rate,
     make_contexts,
@@ -529,35 +530,40 @@ def test_r2_is_that_of_held_out_prefixes():
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_weighted_regression_equals_lstsq_with_root_weights(seed, monkeypatch):
-    """Watches which prefixes are scored, so that it holds for any way to split them into three parts."""
+def test_regression_equals_lstsq_with_root_weights_on_the_folds_that_fit(seed, monkeypatch):
+    monkeypatch.setattr(train_ghmm, "RCONDS", (1e-12,))
     beliefs, weights, rng = cloud(400)
     features = torch.from_numpy(np.hstack([beliefs[:, :1].numpy() ** 2, rng.normal(size=(400, 5))]) + 3)
-    scored = []
-
-    def spy(predicted, target, some_weights):
-        scored.append((frozenset(np.flatnonzero(np.isin(weights, some_weights)).tolist()), target))
-        return regression_metrics(predicted, target, some_weights)
-
-    monkeypatch.setattr(train_ghmm, "regression_metrics", spy)
     found = belief_regression(features, beliefs, weights, seed)
-    parts = sorted({rows for rows, _ in scored}, key=len)
-    assert [len(rows) for rows in parts] == [80, 80, 240] and len(frozenset.union(*parts)) == 400
-    by_number = sorted(parts[:2], key=lambda part: sum(rows == part for rows, _ in scored))
-    held, fit = sorted(by_number[0]), sorted(parts[2])  # the held-out part is scored once (and once in the control)
-
+    fold = deal(weights, seeded(seed)).numpy()
     design, root = np.hstack([features.numpy(), np.ones((400, 1))]), np.sqrt(weights.numpy())[:, None]
-    solution = np.linalg.lstsq(design[fit] * root[fit], beliefs.numpy()[fit] * root[fit], rcond=None)[0]
-    predicted = design @ solution
-    np.testing.assert_allclose(found["predicted"], predicted, atol=1e-9)
-    w = weights.numpy()[held] / weights.numpy()[held].sum()
-    residual, target = (predicted - beliefs.numpy())[held], beliefs.numpy()[held]
-    spread = target - w @ target
+
+    def fitted(rows):
+        return design @ np.linalg.lstsq(design[rows] * root[rows], beliefs.numpy()[rows] * root[rows], rcond=None)[0]
+
+    np.testing.assert_allclose(found["predicted"], fitted(fold >= 0), atol=1e-9)
+    predicted = np.empty((400, 3))
+    for k in range(5):  # fold k + 1 is kept to choose rcond
+        predicted[fold == k] = fitted((fold != k) & (fold != (k + 1) % 5))[fold == k]
+    w, target = weights.numpy(), beliefs.numpy()
+    residual, spread = predicted - target, target - w @ target
     assert found["r2"] == pytest.approx(1 - (w @ residual**2).sum() / (w @ spread**2).sum())
     assert 0.1 < found["r2"] < 0.9  # neither trivially 0 nor 1
+    assert found["r2_fit"] > found["r2"]
     assert found["rmse"] == pytest.approx(np.sqrt(w @ residual**2).mean())
     assert found["mae"] == pytest.approx((w @ np.abs(residual)).mean())
     assert found["dist"] == pytest.approx(w @ np.linalg.norm(residual, axis=1))
+
+
+def test_folds_are_of_like_size_and_weight():
+    _, weights, _ = cloud(403)
+    fold = deal(weights, seeded(1))
+    assert sorted(torch.bincount(fold).tolist()) == [80, 80, 81, 81, 81]
+    heavy = weights.argsort(descending=True)
+    assert all(set(fold[heavy[i : i + 5]].tolist()) == set(range(5)) for i in range(0, 400, 5))
+    torch.testing.assert_close(torch.zeros(5).double().index_add_(0, fold, weights), torch.full((5,), 0.2).double(),
+                               rtol=0.05, atol=0)
+    assert not torch.equal(fold, deal(weights, seeded(2)))
 
 
 def test_rcond_search_drops_directions_that_only_amplify_noise():
