@@ -223,8 +223,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name in args.names:
         if name not in BENCHES:
             near = difflib.get_close_matches(name, BENCHES, n=1)
-            fail(f"no benchmark {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-                 + f" There are: {', '.join(BENCHES)}")
+            fail(f"no benchmark {name!r}: " + (f"did you mean {near[0]!r}? " if near else "")
+                 + f"There are {', '.join(BENCHES)}")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         fail(f"--json={args.json}: its folder does not exist")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, python {sys.version.split()[0]}")

@@ -36,15 +36,16 @@ class Config:
     def check(self) -> list[str]:
         wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in ("num_samples", "length")
                  if getattr(self, k) is not None and getattr(self, k) < 1]
-        return wrong + ([f"temperature = {self.temperature}: must be positive"] if self.temperature <= 0 else [])
+        wrong += [f"seed = {self.seed}: must be in [0, 2**63)"] if not 0 <= self.seed < 2**63 else []
+        return wrong + ([f"temperature = {self.temperature}: must be at least 1e-6"] if self.temperature < 1e-6 else [])
 
 
 @torch.no_grad()
-def continue_sequences(model, tokens: torch.Tensor, length: int, n_ctx: int, temperature: float, generator):
+def continue_sequences(model, device, tokens: torch.Tensor, length: int, n_ctx: int, temperature: float, generator):
     """Draw from the model until the sequences [B, T] have the length; it reads the last n_ctx tokens of each."""
     while tokens.shape[1] < length:
-        logits, _ = model(tokens[:, -n_ctx:])
-        probs = (logits[:, -1].double() / temperature).softmax(-1)
+        logits, _ = model(tokens[:, -n_ctx:].to(device))
+        probs = (logits[:, -1].to(tokens.device).double() / temperature).softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], 1)
     return tokens
 
@@ -59,19 +60,21 @@ def sample_ghmm(path: Path, cfg: Config) -> dict:
         fail(f"prompt = {cfg.prompt}: these tokens have probability 0 under {process.name}")
     with Runtime(run) as rt:
         floor = process.optimal_loss(run.n_ctx)
-        process.to(rt.device)
+        place = train_ghmm.exact_device(rt)
+        process.to(place)
         model.to(rt.device).eval()
-        start = prompt.to(rt.device).expand(cfg.num_samples, -1)
+        start = prompt.to(place).expand(cfg.num_samples, -1)
         belief = process.beliefs(start)[:, -1]
         shape = (length + 1, cfg.num_samples)
-        drawn = torch.rand(shape, generator=rt.generator(0), dtype=torch.float64, device=rt.device)
+        drawn = torch.rand(shape, generator=rt.generator(0, device=place), dtype=torch.float64, device=place)
         if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
-            belief = torch.multinomial(belief, 1, generator=rt.generator(3))[:, 0]
+            belief = torch.multinomial(belief, 1, generator=rt.generator(3, device=place))[:, 0]
         true, _ = process.generate(drawn, belief)
         true = torch.cat([start, true], 1)[:, :max(length, start.shape[1])]
         # The model predicts from one token on; without a prompt the process gives the first.
         tokens = start if start.shape[1] else true[:, :1]
-        tokens = continue_sequences(model, tokens, length, run.n_ctx, cfg.temperature, rt.generator(1))
+        generator = rt.generator(1, device=place)
+        tokens = continue_sequences(model, rt.device, tokens, length, run.n_ctx, cfg.temperature, generator)
         contexts = train_ghmm.make_contexts(process, run.n_ctx, run.max_words, 4_096, cfg.seed)
         kl = train_ghmm.evaluate(model, process, contexts, floor, rt)["kl_by_position"]
         result = {"experiment": "ghmm", "step": step, "kl_by_position": kl}
@@ -99,6 +102,8 @@ def main(argv: list[str] | None = None) -> dict:
     if argv[0].startswith("-"):
         fail(f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}")
     cfg = configure(Config, argv[1:])
+    if cfg.json and (Path(cfg.json).is_dir() or not Path(cfg.json).resolve().parent.is_dir()):
+        fail(f"json = {cfg.json}: not a file in a folder that exists")
     try:
         experiment = checkpoint.load(Path(argv[0]))["experiment"]
         if experiment not in SAMPLERS:

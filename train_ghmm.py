@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint
-from common.runlog import RunLog
+from common.runlog import RunLog, read_metrics
 from common.runtime import FiniteCheck, Runtime, Stopwatch
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict
 
@@ -114,6 +114,14 @@ class Config:
         wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in positive if getattr(self, k) < 1]
         negative = ("lr", "weight_decay", "grad_clip", "warmup_steps", "min_lr", "seed")
         wrong += [f"{k} = {getattr(self, k)}: must not be negative" for k in negative if getattr(self, k) < 0]
+        wrong += [f"{k} = {getattr(self, k)}: must be finite" for k in negative if getattr(self, k) == math.inf]
+        wrong += [f"{k} = {getattr(self, k)}: must be in [0, 1)" for k in ("adam_beta1", "adam_beta2")
+                  if not 0 <= getattr(self, k) < 1]
+        if self.d_head is not None and self.d_head < 1:
+            wrong.append(f"d_head = {self.d_head}: must be at least 1")
+            return wrong
+        if self.seed >= 2**63:
+            wrong.append(f"seed = {self.seed}: must be below 2**63")
         if self.model == "transformer" and self.d_head is None and self.d_model % max(1, self.n_heads):
             wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set d_head")
         elif self.model == "transformer" and self.positional == "rope" and self.head_width() % 2:
@@ -770,6 +778,11 @@ def build_process(cfg: Config) -> Process:
                         eos_prob=cfg.eos_prob, **params)
 
 
+def exact_device(rt: Runtime) -> torch.device:
+    """Where processes live: beside the model, except that Metal lacks their float64."""
+    return torch.device("cpu") if rt.device.type == "mps" else rt.device
+
+
 class Batches:
     """Fresh sequences at every step, drawn on the device.
 
@@ -1056,13 +1069,17 @@ class Prefixes(NamedTuple):
     lengths: torch.Tensor
 
 
+def first_occurrences(words: torch.Tensor) -> torch.Tensor:
+    """[N, T]: whether the prefix of sorted words [N, T] that ends there occurs for the first time."""
+    differs = (words[1:] != words[:-1]).int().cummax(1).values.bool()  # equal prefixes are neighbours
+    return torch.cat([torch.ones_like(words[:1]).bool(), differs])
+
+
 @torch.no_grad()
 def collect_prefixes(model: nn.Module, contexts: Contexts, rt: Runtime, last_token_only: bool = False,
                      batch: int = 4_096) -> Prefixes:
     """Activations and beliefs at every distinct prefix of the words, once each, weighted by probability."""
-    words = contexts.words
-    differs = (words[1:] != words[:-1]).int().cummax(1).values.bool()  # words are sorted: equal prefixes are neighbours
-    first = torch.cat([torch.ones_like(words[:1]).bool(), differs])  # [N, T] whether a prefix occurs for the first time
+    words, first = contexts.words, first_occurrences(contexts.words)
     group = first.long().cumsum(0) - 1
     weights = torch.zeros_like(contexts.beliefs[..., 0]).scatter_add_(
         0, group, contexts.weights[:, None].expand(group.shape).contiguous())  # [N, T], by group of each position
@@ -1244,8 +1261,7 @@ def plot_simplex(folder: Path, title: str, geometry: dict, r2: float) -> None:
 def plot_run(folder: Path, title: str, result: dict, analysis: dict) -> None:
     """Loss by position against the floor, r2 by layer, and excess loss over training (from metrics.jsonl)."""
     layers = [k for k in analysis["layers"] if k != "concat"] + ["concat"]
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    history = [(r["step"], r["excess_loss"]) for r in history if r["split"] == "eval"]
+    history = [(r["step"], r["excess_loss"]) for r in read_metrics(folder) if r["split"] == "eval"]
 
     def by_position(axes, figure):
         positions = range(1, len(result["loss_by_position"]) + 1)
@@ -1286,10 +1302,20 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def finish(model: nn.Module, process: Process, floor: torch.Tensor, cfg: Config, rt: Runtime, folder: Path,
-           title: str) -> dict:
-    """Final evaluation, analysis.json and pictures; returns the metrics of summary.json. Collective."""
+def final_contexts(process: Process, cfg: Config) -> Contexts:
+    """The contexts of the final evaluation and analysis. Raises ProcessError if they are too few for an analysis."""
     contexts = make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, cfg.seed + 1)
+    first = first_occurrences(contexts.words)
+    count = int(first[:, -1].sum() if cfg.last_token_only else first.sum())
+    if count < FOLDS:
+        raise ProcessError(f"{process.name}: {count} different contexts are too few to hold some out: raise n_ctx or "
+                           "max_words, or analyse prefixes too (last_token_only=false)")
+    return contexts
+
+
+def finish(model: nn.Module, process: Process, contexts: Contexts, floor: torch.Tensor, cfg: Config, rt: Runtime,
+           folder: Path, title: str) -> dict:
+    """Final evaluation, analysis.json and pictures; returns the metrics of summary.json. Collective."""
     result = evaluate(model, process, contexts, floor, rt)
     if rt.is_main:
         analysis, geometry = analyse(model, process, contexts, cfg, rt)
@@ -1336,13 +1362,14 @@ def train(cfg: Config) -> dict:
         process = build_process(cfg)
         entropies = process.entropies(cfg.n_ctx)[1:]
         floor = torch.tensor(entropies, dtype=torch.float64)  # [T], nats
-        process.to("cpu" if rt.device.type == "mps" else rt.device)  # float64 throughout, which Metal lacks
+        process.to(exact_device(rt))
         model = build_model(cfg, process.vocab_size).to(rt.device)
         params = list(model.parameters())
         optimizer = rt.adamw(params, lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay)
         tracker = MetricTracker(model, optimizer, float(floor.mean()))
         batches, finite, watch = Batches(rt, process, cfg), FiniteCheck(rt.device), Stopwatch()
         contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, cfg.seed)
+        final = final_contexts(process, cfg)
 
         path, state, changes = checkpoint.start_from(cfg, folder, "ghmm", __file__, lambda old: differences(old, cfg))
         step, best = 0, math.inf
@@ -1350,12 +1377,12 @@ def train(cfg: Config) -> dict:
             step, best, extra, mine = checkpoint.restore(rt, state, path, model, optimizer)
             tracker.load_state_dict(extra["tracker"])
             batches.carried = mine.get("carried")
-        if rt.is_main:
-            checkpoint.clear(folder, after=step)
         trained = rt.wrap(model)
         tokens_per_step = cfg.batch_size * cfg.n_ctx
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
+            if rt.is_main:
+                checkpoint.clear(folder, after=step)
             log.say(rt.describe())
             log.say(describe(process, model, floor, max(e.error for e in entropies), cfg))
             if state:
@@ -1383,7 +1410,7 @@ def train(cfg: Config) -> dict:
                 if not (logs or saves):
                     continue
 
-                finite.verify(model, lr)
+                finite.verify(step, model, lr)
                 rt.synchronize()
                 speed = watch.pause((step - lap) * tokens_per_step)
                 if logs:
@@ -1407,7 +1434,7 @@ def train(cfg: Config) -> dict:
                 lap = step
                 watch.start()
 
-            result = finish(model, process, floor, cfg, rt, folder, f"{process.name}, {cfg.model}, {step} steps")
+            result = finish(model, process, final, floor, cfg, rt, folder, f"{process.name}, {cfg.model}, {step} steps")
             summary = result | {"steps": step, "seconds": time.perf_counter() - began,
                                 "tokens_per_second": watch.units / watch.seconds if watch.seconds else 0.0,
                                 "config_hash": config_hash(cfg), "torch": torch.__version__, "device": str(rt.device)}
@@ -1442,11 +1469,14 @@ def analyze(cfg: Config) -> dict:
     path = Path(cfg.analyze)
     folder = path if path.is_dir() else path.parent
     saved, process, model, step = load_run(path, cfg.device)
-    saved.precision, saved.max_words, saved.last_token_only = cfg.precision, cfg.max_words, cfg.last_token_only
+    for name in ("precision", "max_words", "last_token_only"):  # what may differ from the run, if asked to
+        if getattr(cfg, name) != getattr(Config(), name):
+            setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
         floor = process.optimal_loss(saved.n_ctx)
         title = f"{process.name}, {saved.model}, {step} steps"
-        result = finish(model.to(rt.device), process.to(rt.device), floor, saved, rt, folder, title)
+        contexts = final_contexts(process.to(exact_device(rt)), saved)
+        result = finish(model.to(rt.device), process, contexts, floor, saved, rt, folder, title)
     print(f"step {step}: loss {result['loss']:.6f}, floor {result['optimal_loss']:.6f}, excess "
           f"{result['excess_loss']:.6f} nats, r2_concat {result['r2_concat']:.4f}; see {folder / 'analysis.json'}")
     return result

@@ -4,6 +4,7 @@ config.json (settings), metrics.jsonl (one object a line: step, time_s, split, v
 summary.json (final metrics) and a copy of the script. TensorBoard and W&B only if asked for.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -31,7 +32,11 @@ class RunLog:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
         self.wandb = _optional("wandb", "wandb") if cfg.wandb else None
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            print(f"error: out_dir={folder} cannot be made ({e.strerror}): use another folder", file=sys.stderr)
+            raise SystemExit(2) from None
         (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         self._metrics = _reopen(folder / "metrics.jsonl", start_step)
         self._text = open(folder / "train.log", "a" if start_step else "w", encoding="utf-8")
@@ -119,16 +124,19 @@ class RunLog:
                 self.say(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl; none where there is no such file."""
+    path, records = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a line torn by a kill
+            record = json.loads(line)
+            records += [record] if isinstance(record, dict) and {"step", "split"} <= record.keys() else []
+    return records
+
+
 def _reopen(path: Path, start_step: int):
     """metrics.jsonl for appending, without what an interrupted run wrote after its last checkpoint."""
-    kept = []
-    if start_step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line torn by a kill
+    kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= start_step] if start_step else []
     fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
     fresh.write_text("".join(kept), encoding="utf-8")
     os.replace(fresh, path)

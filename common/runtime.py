@@ -175,18 +175,20 @@ class FiniteCheck:
         bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
         self.first = torch.where(bad, step, self.first)
 
-    def verify(self, model: torch.nn.Module, lr: float) -> None:
-        """Raise FloatingPointError if a loss was not finite, naming the step and what is known of the cause.
+    def verify(self, step: int, model: torch.nn.Module, lr: float) -> None:
+        """Raise FloatingPointError if a loss or a weight is not finite, naming the step and what is known of the cause.
 
         Called before anything is saved, so the last good checkpoint survives.
         """
-        if int(self.first) < 0:
-            return
         broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+        if int(self.first) < 0 and not broken:
+            return
         cause = f"{len(broken)} parameters are not finite, the first being {broken[0]}" if broken else \
             "all parameters are still finite, so the forward pass overflowed"
-        raise FloatingPointError(f"the loss was not finite at step {int(self.first)} (now lr = {lr:.3g}; {cause}). "
-                                 "Nothing was saved since. Try a lower lr, grad_clip=1 or precision=fp32")
+        what = f"the weights are not finite after step {step}" if int(self.first) < 0 else \
+            f"the loss was not finite at step {int(self.first)}"
+        raise FloatingPointError(f"{what} (now lr = {lr:.3g}; {cause}). Nothing was saved since. Try a lower lr, "
+                                 "grad_clip=1 or precision=fp32")
 
 
 class Stopwatch:
@@ -211,6 +213,8 @@ def _pick_device(asked: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
         _exit(f"device={asked} is unknown: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         _exit(f"device={asked}, but this torch ({torch.__version__}) sees no CUDA device: use device=cpu or auto")
