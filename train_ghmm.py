@@ -81,6 +81,7 @@ class Config:
     act: Literal["relu", "gelu"] = "relu"  # transformer: nonlinearity of the MLP
     positional: Literal["learned", "rope", "none"] = "learned"  # transformer: positional encoding
     normalization: Literal["LN", "RMS", "none"] = "LN"  # transformer: normalization before each block and at the end
+    init_scale: float = 1.0  # factor on all initial weight matrices; below 1 a network learns fewer, cleaner features
     # optimizer
     batch_size: int = 512  # sequences a step, over all ranks and micro-steps
     grad_accum: int = 1  # micro-steps a step
@@ -90,7 +91,7 @@ class Config:
     adam_beta2: float = 0.95
     grad_clip: float = 1.0  # largest gradient norm; 0 does not clip
     # schedule
-    max_steps: int = 2_000  # optimizer steps
+    max_steps: int = 1_500  # optimizer steps
     warmup_steps: int = 100  # linear warm-up
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     min_lr: float = 0.0  # what cosine ends at
@@ -115,6 +116,8 @@ class Config:
         negative = ("lr", "weight_decay", "grad_clip", "warmup_steps", "min_lr", "seed")
         wrong += [f"{k} = {getattr(self, k)}: must not be negative" for k in negative if getattr(self, k) < 0]
         wrong += [f"{k} = {getattr(self, k)}: must be finite" for k in negative if getattr(self, k) == math.inf]
+        if not 0 < self.init_scale < math.inf:
+            wrong.append(f"init_scale = {self.init_scale}: must be positive")
         wrong += [f"{k} = {getattr(self, k)}: must be in [0, 1)" for k in ("adam_beta1", "adam_beta2")
                   if not 0 <= getattr(self, k) < 1]
         if self.d_head is not None and self.d_head < 1:
@@ -891,7 +894,11 @@ class Recurrent(nn.Module):
 
 
 def build_model(cfg: Config, vocab_size: int) -> nn.Module:
-    return Transformer(cfg, vocab_size) if cfg.model == "transformer" else Recurrent(cfg, vocab_size)
+    model = Transformer(cfg, vocab_size) if cfg.model == "transformer" else Recurrent(cfg, vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= cfg.init_scale if parameter.ndim == 2 else 1.0
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1237,7 +1244,7 @@ def plot_simplex(folder: Path, title: str, geometry: dict, r2: float) -> None:
 
     def draw(panels, figure):
         figure.suptitle(title)
-        titles = ("beliefs of the process", f"linear image of the residual stream (held-out r2 = {r2:.4f})")
+        titles = ("beliefs of the process", f"linear image of the activations (held-out r2 = {r2:.4f})")
         for axes, points, text in zip(panels, (geometry["beliefs"], geometry["predicted"]), titles, strict=True):
             x, y = place(points[rows]).t().numpy()
             axes.scatter(x, y, s=size, c=colours, linewidths=0)
@@ -1267,7 +1274,8 @@ def plot_run(folder: Path, title: str, result: dict, analysis: dict) -> None:
         positions = range(1, len(result["loss_by_position"]) + 1)
         axes.plot(positions, result["optimal_loss_by_position"], "k--", label="floor: entropy given the context")
         axes.plot(positions, result["loss_by_position"], "o-", markersize=4, label="model")
-        axes.set(xlabel="tokens read", ylabel="loss of the next token (nats)", title=title)
+        axes.set(xlabel="tokens read", ylabel="loss of the next token (nats)")
+        axes.set_title(title, fontsize=9, wrap=True)
         axes.legend()
 
     def by_layer(axes, figure):
@@ -1276,12 +1284,14 @@ def plot_run(folder: Path, title: str, result: dict, analysis: dict) -> None:
         axes.axhline(analysis["untrained_r2_concat"], color="0.4", linestyle="--", label="concat, untrained network")
         shuffled = max(0.0, analysis["shuffled_r2_concat"])
         axes.axhline(shuffled, color="0.4", linestyle=":", label="concat, shuffled beliefs")
-        axes.set(ylabel="held-out r2 of the belief", ylim=(0, 1.12), title=title)
+        axes.set(ylabel="held-out r2 of the belief", ylim=(0, 1.12))
+        axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(loc="lower right", fontsize=8)
 
     def over_time(axes, figure):
         axes.semilogy(*zip(*history, strict=True), "o-", markersize=3)
-        axes.set(xlabel="step", ylabel="excess over the floor (nats)", title=title)
+        axes.set(xlabel="step", ylabel="excess over the floor (nats)")
+        axes.set_title(title, fontsize=9, wrap=True)
 
     plot(folder, "loss_by_position", by_position)
     plot(folder, "r2_by_layer", by_layer, width=max(6, 1.2 * len(layers)))

@@ -48,7 +48,11 @@ class RunLog:
         if self.wandb:
             name = folder / "wandb_id.txt"  # a resumed run goes on in its own W&B run
             known = name.read_text() if start_step and name.exists() else None
-            run = self.wandb.init(project=Path(script).stem, config=config, dir=str(folder), id=known, resume="allow")
+            project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or Path(script).stem
+            entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
+            mode = cfg.wandb if isinstance(cfg.wandb, str) else None
+            run = self.wandb.init(project=project, entity=entity, mode=mode, config=config, dir=str(folder), id=known,
+                                  resume="allow")
             name.write_text(run.id)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
@@ -122,6 +126,15 @@ class RunLog:
         for key, value in values.items():
             if isinstance(value, (int, float, str)):
                 self.say(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def _dotenv(name: str) -> str | None:
+    """A variable of the environment, or else of a file .env of NAME=VALUE lines in the current folder."""
+    if name not in os.environ and os.path.exists(".env"):
+        with open(".env", encoding="utf-8") as file:
+            pairs = [line.strip().removeprefix("export ").split("=", 1) for line in file if "=" in line]
+        return {k.strip(): v.strip().strip("\"'") for k, v in pairs}.get(name)
+    return os.environ.get(name)
 
 
 def read_metrics(folder: Path) -> list[dict]:

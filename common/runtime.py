@@ -159,6 +159,20 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def matmul_rate(self, seconds: float = 0.2) -> float:
+        """FLOP/s that large matrix products reach on this device in this precision: what a model's are held against."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        a, b = torch.ones(2, size, size, device=self.device, dtype=kind)
+        rates, end = [], time.perf_counter() + seconds
+        while len(rates) < 3 or time.perf_counter() < end:
+            self.synchronize()
+            began = time.perf_counter()
+            a @ b
+            self.synchronize()
+            rates.append(2 * size**3 / (time.perf_counter() - began))
+        return float(np.median(rates))
+
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return (f"device {self.device} ({name}, {torch.get_num_threads()} threads) | precision {self.precision} "
