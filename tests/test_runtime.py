@@ -306,16 +306,16 @@ def test_the_finite_check_names_the_first_bad_step_and_the_broken_parameter():
     for step, loss in enumerate((1.0, 2.0, float("inf"), float("nan"), 1.0)):
         check.add(step, torch.tensor(loss))
     with pytest.raises(FloatingPointError, match=r"step 2 .*all parameters are still finite"):
-        check.verify(model, 0.1)
+        check.verify(4, model, 0.1)
     model.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 2 .*lr = 0\.1.*1 parameters .*bias"):
-        check.verify(model, 0.1)
+        check.verify(4, model, 0.1)
 
 
 def test_the_finite_check_lets_finite_losses_pass():
     check = FiniteCheck(torch.device("cpu"))
     check.add(1, torch.tensor(1e30))
-    check.verify(torch.nn.Linear(2, 2), 0.1)
+    check.verify(1, torch.nn.Linear(2, 2), 0.1)
 
 
 def test_the_stopwatch_counts_laps_and_nothing_between_them(monkeypatch):
