@@ -2,26 +2,35 @@
 
     python bench.py                      # everything
     python bench.py ghmm --json=out.json # one experiment, the results written too
+    python bench.py arxiv --peer=PATH    # against a checkout of nanoGPT (its model.py) too
 
 Each result is {name, value, unit, against, ratio}: ratio is value / the peer's value, so above 1 is faster. Peers take
-part where they can be imported: hmmlearn, and transformer-lens before version 4 (`pip install "transformer-lens<4"`);
-a line says which was missing. Times are medians; on a shared machine trust the ratios, not the values.
+part where they can be imported: hmmlearn, transformer-lens before version 4 (`pip install "transformer-lens<4"`),
+tokenizers, transformers; a line says which was missing. Times are medians; on a shared machine trust the ratios.
 """
 
 import argparse
 import difflib
+import importlib.util
 import json
+import os
+import resource
 import statistics
 import sys
+import sysconfig
+import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 
+import prepare_data
+import train_arxiv
 import train_ghmm
 from common.runtime import Runtime
 from configurator import fail
@@ -126,6 +135,21 @@ def against_hmmlearn(process, tokens: torch.Tensor, rates: dict, where: str) -> 
 class Trainer:
     """A training loop of one side, living in a process of its own so that each side runs as its users run it."""
 
+    def step(self) -> None:
+        with self.autocast():
+            loss = train_ghmm.next_token_loss(self.logits(self.tokens[:, :-1]), self.tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def median_step(self) -> float:
+        return seconds(self.step, self.device, repeats=15)
+
+
+class GhmmTrainer(Trainer):
+    """train_ghmm.py, or HookedTransformer of the same shape."""
+
     def __init__(self, side: str, batch: int, n_ctx: int, heads: int, device: str):
         self.device = torch.device(device)
         cfg = train_ghmm.Config(n_ctx=n_ctx, n_heads=heads, batch_size=batch, device=device)
@@ -144,19 +168,11 @@ class Trainer:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.parameters = list(self.model.parameters())
 
-    def step(self) -> None:
-        with self.autocast():
-            loss = train_ghmm.next_token_loss(self.logits(self.tokens[:, :-1]), self.tokens[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def median_step(self) -> float:
-        return seconds(self.step, self.device, repeats=15)
-
-    def linear_parameters(self) -> int:
-        return sum(m.weight.numel() for m in self.model.modules() if isinstance(m, torch.nn.Linear))
+    def flops_per_token(self) -> float:
+        """6 x Linear weights + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
+        cfg, n_ctx = train_ghmm.Config(), self.tokens.shape[1] - 1
+        weights = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, torch.nn.Linear))
+        return 6 * weights + 12 * cfg.n_layers * n_ctx * cfg.d_model
 
 
 def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int):
@@ -172,46 +188,181 @@ def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int):
 _trainer: Trainer | None = None  # of the worker process
 
 
-def _start(*shape) -> int:
+def _start(kind: str, *shape) -> float:
     global _trainer
-    _trainer = Trainer(*shape)
-    return _trainer.linear_parameters()
+    _trainer = globals()[kind](*shape)
+    return _trainer.flops_per_token() if shape[0] == "ours" else 0.0
 
 
 def _measure() -> float:
     return _trainer.median_step()
 
 
-def bench_training(device: torch.device, rounds: int = 5) -> None:
-    """Training tokens/s and the fraction of the matrix-multiply rate: 6 x Linear weights + full attention per token."""
+def race(kind: str, sides: dict[str, str], shape: tuple, tokens: int, name: str, peak: float, rounds: int = 5) -> None:
+    """Train the sides in turns, each in its own process, so that a slow minute of the machine meets all of them.
+
+    Reports tokens/s of "ours" against the matrix-multiply rate (FLOP/s) and against every other side's description.
+    """
+    pools = {side: ProcessPoolExecutor(1, get_context("spawn")) for side in sides}
     try:
-        from transformer_lens import HookedTransformer  # noqa: F401
-        sides = ("ours", "peer")
-    except ImportError:
-        sides = ("ours",)
+        flops = [pools[side].submit(_start, kind, side, *shape).result() for side in sides][0]
+        times = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side in sides:
+                times[side].append(pools[side].submit(_measure).result())
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+    rate = tokens / statistics.median(times["ours"])
+    report(name, rate, "tokens/s", f"matrix-multiply rate, at {flops / 1e6:.2f} MFLOP a token", peak / flops)
+    for side, text in sides.items():
+        if side != "ours":
+            ratio = statistics.median(p / o for o, p in zip(times["ours"], times[side], strict=True))
+            report(name, rate, "tokens/s", text, rate / ratio)
+
+
+def missing(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
+
+
+def bench_training(device: torch.device) -> None:
+    sides = {"ours": ""}
+    if missing("transformer_lens"):
+        report("ghmm HookedTransformer", 0.0, "tokens/s", 'missing: pip install "transformer-lens<4"')
+    else:
+        sides["peer"] = "HookedTransformer with torch's AdamW"
     peak = matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     report(f"ghmm matrix-multiply rate, {device.type}", peak / 1e9, "GFLOP/s")
     for batch, n_ctx, heads in TRAINING_SHAPES:
-        cfg = train_ghmm.Config()
-        with ProcessPoolExecutor(1, get_context("spawn")) as a, ProcessPoolExecutor(1, get_context("spawn")) as b:
-            pools = dict(zip(("ours", "peer"), (a, b), strict=True))
-            weights = [pools[side].submit(_start, side, batch, n_ctx, heads, device.type).result() for side in sides][0]
-            times = {side: [] for side in sides}
-            for _ in range(rounds):  # in turns, so that a slow minute of the machine meets both
-                for side in sides:
-                    times[side].append(pools[side].submit(_measure).result())
-        count, name = batch * n_ctx, f"ghmm training, {batch}x{n_ctx} {heads} heads {device.type}"
-        rate = count / statistics.median(times["ours"])
-        flops = 6 * weights + 12 * cfg.n_layers * n_ctx * cfg.d_model  # per token, the convention of PaLM (2022)
-        report(name, rate, "tokens/s", f"matrix-multiply rate, at {flops / 1e6:.2f} MFLOP a token", peak / flops)
-        if "peer" in sides:
-            ratio = statistics.median(p / o for o, p in zip(times["ours"], times["peer"], strict=True))
-            report(name, rate, "tokens/s", "HookedTransformer with torch's AdamW", rate / ratio)
+        race("GhmmTrainer", sides, (batch, n_ctx, heads, device.type), batch * n_ctx,
+             f"ghmm training, {batch}x{n_ctx} {heads} heads {device.type}", peak)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# arxiv
+# ---------------------------------------------------------------------------------------------------------------
+ARXIV_SHAPES = {"published": (6, 256, 1_024, 8_192, 16), "small": (2, 96, 384, 2_048, 32)}  # layers, D, MLP, V, batch
+
+
+def bench_arxiv(peer_path: str | None) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench_tokenizer()
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process of its own, for its peak memory
+        for line in pool.submit(measure_loader).result():
+            report(*line)
+    sides = {"ours": ""}
+    if missing("transformers"):
+        report("arxiv transformers", 0.0, "tokens/s", "missing: pip install transformers")
+    else:
+        sides["transformers"] = "GPT2LMHeadModel of transformers"
+    if peer_path and (Path(peer_path) / "model.py").exists():
+        sides[peer_path] = "nanoGPT"
+    else:
+        report("arxiv nanoGPT", 0.0, "tokens/s", "missing: --peer=PATH of a checkout with model.py")
+    peak = matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for name, shape in ARXIV_SHAPES.items():
+        for dropout in (0.0, 0.1):
+            race("ArxivTrainer", sides, (*shape, dropout, device.type), shape[-1] * 99,
+                 f"arxiv training, {name}, dropout {dropout} {device.type}", peak)
+
+
+def bench_tokenizer(size: int = 6_000_000) -> None:
+    """Training and encoding in MB/s on the text of Python's own library, one thread a side."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) + \
+        sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*/*.py"))
+    texts, left = [], size
+    for file in files:
+        texts.append(file.read_text(encoding="utf-8", errors="replace")[:left])
+        if (left := left - len(texts[-1])) <= 0:
+            break
+    documents = [text[i : i + 2_000] for text in texts for i in range(0, len(text), 2_000)]
+    megabytes, cpu = sum(len(d.encode()) for d in documents) / 1e6, torch.device("cpu")
+    ours = prepare_data.train_bpe(documents, 4_096)
+    training = megabytes / seconds(lambda: prepare_data.train_bpe(documents, 4_096), cpu, repeats=3)
+    encoding = megabytes / seconds(lambda: ours.encode_batch(documents, 1), cpu, repeats=3)
+    if missing("tokenizers"):
+        report("arxiv BPE training", training, "MB/s", "tokenizers missing: pip install tokenizers")
+        report("arxiv BPE encoding, one thread", encoding, "MB/s", "tokenizers missing")
+        return
+    from tokenizers import ByteLevelBPETokenizer
+
+    def train_peer():
+        peer = ByteLevelBPETokenizer()
+        peer.train_from_iterator(documents, vocab_size=4_096, show_progress=False)
+        return peer
+
+    peer = train_peer()
+    report("arxiv BPE training", training, "MB/s", "Hugging Face tokenizers",
+           megabytes / seconds(train_peer, cpu, repeats=3))
+    report("arxiv BPE encoding, one thread", encoding, "MB/s", "Hugging Face tokenizers",
+           megabytes / seconds(lambda: peer.encode_batch(documents), cpu, repeats=3))
+
+
+def measure_loader(chunks: int = 500_000) -> list[tuple]:
+    """A file of 50 M tokens: seconds to open it, chunks/s at random, and the memory that takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, rng = Path(folder) / "train.h5", np.random.default_rng(0)
+        spool = prepare_data.ChunkSpool(Path(folder), "train", 100, 8_192)
+        for document in range(chunks // 500):
+            spool.add("ab"[document * 1_000 // chunks], rng.integers(0, 8_192, 50_000))
+        spool.write(path, tokenizer="", source="bench", seed=0)
+        spool.close()
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        data = train_arxiv.Chunks(path)
+        opened = time.perf_counter() - began
+        cfg = train_arxiv.Config(batch_size=512, device="cpu")
+        batches = train_arxiv.Batches(Runtime(cfg), data, train_arxiv.training_rows(data, ["a", "b"], cfg), cfg)
+        steps = iter(range(10**9))
+        rate = 512 / seconds(lambda: batches(next(steps)), torch.device("cpu"), repeats=200)
+        with h5py.File(path) as file:
+            rows = iter(rng.integers(0, chunks, 10**6).tolist())
+            one_by_one = 1 / seconds(lambda: file["token_chunks"][next(rows)], torch.device("cpu"), repeats=200)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return [("arxiv open 50 M tokens", opened, "s"),
+            ("arxiv loader", rate, "chunks/s", "h5py, a row at a time", one_by_one),
+            ("arxiv loader, memory grown by (50 M tokens, 100 MB on disk)", grown, "MB")]
+
+
+class ArxivTrainer(Trainer):
+    """train_arxiv.py, transformers' GPT-2 or nanoGPT of the same shape."""
+
+    def __init__(self, side: str, layers: int, width: int, mlp: int, vocab: int, batch: int, dropout: float,
+                 device: str):
+        self.device = torch.device(device)
+        self.cfg = cfg = train_arxiv.Config(n_layers=layers, d_model=width, d_mlp=mlp, dropout=dropout, device=device)
+        self.tokens = torch.randint(vocab, (batch, 100), generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        if side == "ours":
+            rt = Runtime(cfg).__enter__()
+            self.model = train_arxiv.build_model(cfg, vocab, 100).to(self.device)
+            trained, self.autocast = rt.wrap(self.model), rt.autocast
+            self.logits = lambda tokens: trained(tokens)[0]
+            self.optimizer = rt.adamw(train_arxiv.parameter_groups(self.model, cfg), lr=1e-3)
+        elif side == "transformers":
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            self.model = GPT2LMHeadModel(GPT2Config(
+                vocab_size=vocab, n_positions=100, n_embd=width, n_layer=layers, n_head=cfg.n_heads, n_inner=mlp,
+                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)).to(self.device)
+            self.logits = lambda tokens: self.model(tokens, use_cache=False).logits
         else:
-            report(name, rate, "tokens/s", 'HookedTransformer missing: pip install "transformer-lens<4"')
+            sys.path.insert(0, side)
+            from model import GPT, GPTConfig
+
+            self.model = GPT(GPTConfig(block_size=100, vocab_size=vocab, n_layer=layers, n_head=cfg.n_heads,
+                                       n_embd=width, dropout=dropout)).to(self.device)
+            self.logits = lambda tokens: self.model(tokens, tokens)[0]  # targets make it give all logits
+        if side != "ours":
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.model.train()
+        self.parameters = list(self.model.parameters())
+
+    def flops_per_token(self) -> float:
+        return train_arxiv.flops_per_token(self.model, self.cfg, 100)
 
 
-BENCHES = {"ghmm": bench_ghmm}
+BENCHES = {"ghmm": bench_ghmm, "arxiv": bench_arxiv}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -296,9 +296,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:  # what writes to the stream shrinks with depth, as in GPT-2
                 nn.init.normal_(parameter, std=0.02 * ((2 * cfg.n_layers) ** -0.5 if "_out" in name else 1.0))
-        # Learned positions that start as sinusoids (Vaswani et al. 2017), larger than the tokens: "k tokens ago" is then
+        # Learned positions that start as sinusoids (Vaswani et al. 2017), larger than tokens: "k tokens ago" is then
         # one linear map from the first step on. Random ones must find it for each position by itself, and the last,
-        # which no later token attends to, lags behind: 2.8% above the optimum on synthetic data instead of 0.7%.
+        # which no later token attends to, lags behind: 2.8% above the optimum on synthetic data, not 0.7%.
         angle = torch.arange(n_ctx)[:, None] * 10_000.0 ** (-torch.arange(0, cfg.d_model, 2) / cfg.d_model)
         with torch.no_grad():
             self.position.copy_(0.1 * 2**0.5 * torch.cat([angle.sin(), angle.cos()], 1)[:, : cfg.d_model])
