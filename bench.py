@@ -135,9 +135,12 @@ def against_hmmlearn(process, tokens: torch.Tensor, rates: dict, where: str) -> 
 class Trainer:
     """A training loop of one side, living in a process of its own so that each side runs as its users run it."""
 
+    def loss(self) -> torch.Tensor:
+        return train_ghmm.next_token_loss(self.logits(self.tokens[:, :-1]), self.tokens[:, 1:])
+
     def step(self) -> None:
         with self.autocast():
-            loss = train_ghmm.next_token_loss(self.logits(self.tokens[:, :-1]), self.tokens[:, 1:])
+            loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -337,7 +340,7 @@ class ArxivTrainer(Trainer):
             rt = Runtime(cfg).__enter__()
             self.model = train_arxiv.build_model(cfg, vocab, 100).to(self.device)
             trained, self.autocast = rt.wrap(self.model), rt.autocast
-            self.logits = lambda tokens: trained(tokens)[0]
+            self.loss = lambda: trained(self.tokens[:, :-1], self.tokens[:, 1:])[0]
             self.optimizer = rt.adamw(train_arxiv.parameter_groups(self.model, cfg), lr=1e-3)
         elif side == "transformers":
             from transformers import GPT2Config, GPT2LMHeadModel

@@ -303,15 +303,23 @@ class GPT(nn.Module):
         with torch.no_grad():
             self.position.copy_(0.1 * 2**0.5 * torch.cat([angle.sin(), angle.cos()], 1)[:, : cfg.d_model])
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """tokens [B, T] -> logits [B, T, V], residual stream after the embedding and every block, each [B, T, D]."""
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None):
+        """tokens [B, T] -> logits [B, T, V], residual stream after the embedding and every block, each [B, T, D].
+
+        With targets [B, T]: their cross entropies in nats in place of the logits, which never exist as a whole; in
+        training the mean, otherwise [B, T].
+        """
         B, T = tokens.shape
         x = F.dropout(self.embed(tokens) + self.position[:T], self.dropout, self.training).flatten(0, 1)
         stream = [x]
         for block in self.blocks:
             stream.append(block(stream[-1], B))
-        logits = F.linear(self.final_norm(stream[-1]), self.embed.weight)
-        return logits.view(B, T, -1), [x.view(B, T, -1) for x in stream]
+        x, stream = self.final_norm(stream[-1]), [x.view(B, T, -1) for x in stream]
+        if targets is None:
+            return F.linear(x, self.embed.weight).view(B, T, -1), stream
+        if torch.is_grad_enabled():
+            return MeanXE.apply(x, self.embed.weight, targets.flatten()), stream
+        return torch.cat([xe for *_, xe in stream_xe(x, self.embed.weight, targets.flatten())]).view(B, T), stream
 
 
 def build_model(cfg: Config, vocab_size: int, n_ctx: int) -> nn.Module:
@@ -331,6 +339,54 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 def token_xe(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every target [B, T] under logits [B, T, V], in nats, [B, T]."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def stream_xe(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+    """Yield (rows, exp of the shifted logits, their sums, cross entropies) a few rows of x [R, D] at a time.
+
+    Logits x W^T [R, V] as a whole would be the largest tensor of all, written and read five times in a step, and its
+    memory fresh each time; 4 MB of them stay in the cache.
+    """
+    half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+    size = max(64, (1 << 20 if x.device.type == "cpu" else 1 << 26) // len(weight))
+    with torch.autocast(x.device.type, enabled=False):
+        table = weight.detach().to(half)
+        for begin in range(0, len(x), size):
+            rows = slice(begin, min(begin + size, len(x)))
+            logits = (x[rows].detach().to(half) @ table.t()).float()
+            top, target = logits.amax(1, keepdim=True), targets[rows, None]
+            right = logits.gather(1, target)
+            total = logits.sub_(top).exp_().sum(1, keepdim=True)
+            yield rows, logits, total, (total.log() + top - right)[:, 0]
+
+
+class MeanXE(torch.autograd.Function):
+    """Mean cross entropy of targets [R] under logits x W^T, for x [R, D], W [V, D]; its gradients come with it.
+
+    The gradient of the logits of a row is softmax - onehot, known as soon as the row is: so both matrix products of the
+    backward pass are done in the forward one, and nothing of size R x V is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        dx, dw, loss = torch.empty_like(x), torch.zeros_like(weight), torch.zeros((), device=x.device)
+        half = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            table = weight.to(half)
+            for rows, delta, total, xe in stream_xe(x, table, targets):
+                loss += xe.sum()
+                delta.div_(total).scatter_add_(1, targets[rows, None], -torch.ones_like(total))
+                delta = delta.to(half)
+                dx[rows] = delta @ table
+                dw += delta.t() @ x[rows].to(half)
+        ctx.save_for_backward(dx, dw)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / len(dx)
+        return dx * scale, dw * scale, None
 
 
 class Curves(NamedTuple):
@@ -403,8 +459,8 @@ def evaluate(model: nn.Module, chunks: Chunks, rows: np.ndarray, rt: Runtime, ba
         part = mine[begin : begin + batch]
         tokens = torch.from_numpy(chunks.tokens[rows[part]].astype(np.int64)).to(rt.device)
         with rt.autocast():
-            logits, _ = model(tokens[:, :-1])
-        sums.index_add_(0, torch.from_numpy(index[part]), token_xe(logits, tokens[:, 1:]).double().cpu())
+            xe, _ = model(tokens[:, :-1], tokens[:, 1:])
+        sums.index_add_(0, torch.from_numpy(index[part]), xe.double().cpu())
     model.train()
     sums = (rt.mean(sums.to(rt.device if rt.device.type == "cuda" else "cpu")) * rt.world_size).cpu().numpy()
     codes = np.zeros(len(documents), dtype=np.int64)
@@ -604,8 +660,7 @@ def train_step(model: nn.Module, tokens: torch.Tensor, rt: Runtime, cfg: Config)
     for i, part in enumerate(tokens.chunk(cfg.grad_accum)):
         with rt.sync(model, last=i == cfg.grad_accum - 1):
             with rt.autocast():
-                logits, _ = model(part[:, :-1])
-                loss = token_xe(logits, part[:, 1:]).mean() / cfg.grad_accum
+                loss = model(part[:, :-1], part[:, 1:])[0] / cfg.grad_accum
             rt.backward(loss)
         total += loss.detach()
     return rt.mean(total)
