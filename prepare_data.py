@@ -11,6 +11,7 @@ chunk, K components.
 """
 
 import base64
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -104,6 +105,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _bpe(tokens: list[bytes], pattern: str) -> Tokenizer:
+    if len(set(tokens)) != len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+        raise ValueError("its tokens repeat, or do not hold all 256 bytes")
     engine = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                special_tokens={})
     listed = [base64.b64encode(t).decode() for t in tokens]
@@ -163,9 +166,11 @@ class ArxivConfig:
     threads: int = 0  # of encoding; 0: one a core
 
     def check(self) -> list[str]:
-        counts = ("chunk_size", "tokenizer_chars", "max_documents")
+        counts = ("tokenizer_chars", "max_documents")
         wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in counts
                  if getattr(self, k) is not None and getattr(self, k) < 1]
+        if self.chunk_size < 2:
+            wrong.append(f"chunk_size = {self.chunk_size}: must be at least 2, a token to read and one to predict")
         if not 0 < self.validation_fraction < 1 or not 0 <= self.test_fraction < 1 - self.validation_fraction:
             wrong.append("validation_fraction and test_fraction must leave something to train on")
         if not self.categories or len(set(self.categories)) != len(self.categories):
@@ -234,14 +239,14 @@ def read_hub(cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
     except Exception as e:  # the library raises what its transports raise
         raise DataError(f"cannot read {cfg.input} from the hub ({type(e).__name__}: {e}); local files work too: "
                         "--input=FILE.jsonl") from e
+    column = cfg.label_column or "label"
     for split, rows in found.items():
-        label = (rows.features or {}).get(cfg.label_column or "label")
-        names = getattr(label, "names", None)
+        names = getattr((rows.features or {}).get(column), "names", None) or []
         for number, record in enumerate(rows):
-            record = {cfg.split_column: split, **record}
-            if names and isinstance(record.get("label"), int):
-                record["category"] = names[record["label"]]
-            yield f"{cfg.input}, {split}, row {number}", record
+            label = record.get(column)
+            if isinstance(label, int) and 0 <= label < len(names):
+                record = {**record, column: names[label]}
+            yield f"{cfg.input}, {split}, row {number}", {cfg.split_column: split, **record}
 
 
 def document(where: str, record: dict, cfg: ArxivConfig) -> tuple[str, str, str]:
@@ -254,14 +259,14 @@ def document(where: str, record: dict, cfg: ArxivConfig) -> tuple[str, str, str]
     text, label = record[cfg.text_column], record[column]
     if not isinstance(text, str):
         raise DataError(f"{where}: column {cfg.text_column!r} holds {type(text).__name__}, not text")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no character
     if isinstance(label, int) or (isinstance(label, str) and label.isdigit()):  # ccdv's numbers
-        label = CCDV_LABELS[int(label)] if int(label) < len(CCDV_LABELS) else str(label)
+        label = CCDV_LABELS[int(label)] if 0 <= int(label) < len(CCDV_LABELS) else str(label)
     split = record.get(cfg.split_column)
     if split in (None, ""):
-        draw = int.from_bytes(hashlib.blake2b(f"{cfg.seed} {text}".encode("utf-8", "surrogatepass"),
-                                              digest_size=8).digest()) / 2**64
-        return ("test" if draw < cfg.test_fraction else "validation"
-                if draw < cfg.test_fraction + cfg.validation_fraction else "train"), str(label), text
+        place = int.from_bytes(hashlib.blake2b(f"{cfg.seed} {text}".encode(), digest_size=8).digest()) / 2**64
+        return ("test" if place < cfg.test_fraction else "validation"
+                if place < cfg.test_fraction + cfg.validation_fraction else "train"), str(label), text
     if str(split) not in SPLIT_NAMES:
         raise DataError(f"{where}: split {split!r} is none of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[str(split)], str(label), text
@@ -298,17 +303,18 @@ class Spool:
 def gather(cfg: ArxivConfig, spool: Spool) -> None:
     """Sort all documents of the wanted categories into the spool; each text once, in the first split it has."""
     wanted, others, seen, dropped = set(cfg.categories), Counter(), set(), 0
-    for where, record in progress(read_records(cfg), "documents read", "doc"):
-        split, category, text = document(where, record, cfg)
-        if category not in wanted:
-            others[category] += 1
-            continue
-        print_of = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if print_of in seen or not text.strip():
-            dropped += 1
-        elif cfg.max_documents is None or spool.counts[split, category] < cfg.max_documents:
-            seen.add(print_of)
-            spool.add(split, category, text)
+    with contextlib.closing(read_records(cfg)) as records:
+        for where, record in progress(records, "documents read", "doc"):
+            split, category, text = document(where, record, cfg)
+            if category not in wanted:
+                others[category] += 1
+                continue
+            print_of = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            if print_of in seen or not text.strip():
+                dropped += 1
+            elif cfg.max_documents is None or spool.counts[split, category] < cfg.max_documents:
+                seen.add(print_of)
+                spool.add(split, category, text)
     for category in cfg.categories:
         if not spool.counts["train", category]:
             known = sorted(others) + sorted({c for _, c in spool.counts})
@@ -414,6 +420,9 @@ class Workshop:
         return self
 
     def finish(self, *names: str) -> None:
+        """Put the files into place; what an earlier preparation left of the same set goes."""
+        for name in {"tokenizer.json", *(f"{split}.h5" for split in SPLITS)} - set(names):
+            (self.target / name).unlink(missing_ok=True)
         for name in names:
             os.replace(self.folder / name, self.target / name)
 
@@ -423,12 +432,21 @@ class Workshop:
             self.target.rmdir()
 
 
+def encode(spool: Spool, split: str, category: str, tokenizer: Tokenizer, threads: int, chunks: ChunkSpool) -> None:
+    """Add the chunks of all documents of a category, 512 documents at a time."""
+    with progress(None, f"{split} {category}", "doc", spool.counts[split, category]) as bar, \
+            contextlib.closing(spool.texts(split, category)) as rest:
+        while texts := list(islice(rest, 512)):
+            for ids in tokenizer.encode_batch(texts, threads):
+                chunks.add(category, ids)
+            bar.update(len(texts))
+
+
 def arxiv(cfg: ArxivConfig) -> dict:
     """Documents -> tokenizer.json, train.h5, validation.h5, test.h5. Returns chunks by split and category."""
     threads = cfg.threads or os.cpu_count() or 1
     tokenizer = None if cfg.tokenizer == "bpe" else load_tokenizer(cfg.tokenizer)
-    with Workshop(cfg.out_dir) as shop:
-        spool = Spool(shop.folder)
+    with Workshop(cfg.out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
         gather(cfg, spool)
         if tokenizer is None:
             sample = balanced_sample(spool, cfg.categories, cfg.tokenizer_chars)
@@ -441,22 +459,14 @@ def arxiv(cfg: ArxivConfig) -> dict:
                 continue
             if missing := sorted(set(cfg.categories) - set(present)):
                 raise DataError(f"{cfg.input}, {split}: no document of {', '.join(missing)}; use more documents")
-            chunks = ChunkSpool(shop.folder, split, cfg.chunk_size, tokenizer.vocab_size)
-            for category in cfg.categories:
-                total = spool.counts[split, category]
-                with progress(None, f"{split} {category}", "doc", total) as bar:
-                    rest = spool.texts(split, category)
-                    while texts := list(islice(rest, 512)):
-                        for ids in tokenizer.encode_batch(texts, threads):
-                            chunks.add(category, ids)
-                        bar.update(len(texts))
-            chunks.write(shop.folder / f"{split}.h5", tokenizer="tokenizer.json", source=cfg.input, seed=cfg.seed)
-            chunks.close()
+            with contextlib.closing(ChunkSpool(shop.folder, split, cfg.chunk_size, tokenizer.vocab_size)) as chunks:
+                for category in cfg.categories:
+                    encode(spool, split, category, tokenizer, threads, chunks)
+                chunks.write(shop.folder / f"{split}.h5", tokenizer="tokenizer.json", source=cfg.input, seed=cfg.seed)
             done[split], names = dict(chunks.sizes), [*names, f"{split}.h5"]
             sizes = ", ".join(f"{c} {n:,}" for c, n in chunks.sizes.items())
             print(f"{split}: {sum(chunks.sizes.values()):,} chunks of {cfg.chunk_size} tokens ({sizes}); "
                   f"{chunks.dropped:,} tail tokens dropped")
-        spool.close()
         if "train" not in done or "validation" not in done:
             raise DataError(f"{cfg.input} leaves no validation documents: raise validation_fraction or add documents")
         shop.finish(*names)
@@ -501,6 +511,8 @@ def ergodic_components(components: list[dict]) -> tuple[list[str], list]:
     for i, component in enumerate(components):
         if not isinstance(component, dict):
             raise DataError(f"components[{i}] = {component!r}: expected {{'process': NAME, ...}}")
+        if odd := {"initial_state", "add_bos"} & component.keys():
+            raise DataError(f"components[{i}]: chunks begin anywhere in a document, so {odd.pop()} cannot be set")
         names.append(str(component.get("name", f"{component.get('process')}-{i}")))
         parts.append({k: v for k, v in component.items() if k not in ("name", "weight")})
     if len(set(names)) != len(names) or not names:
@@ -537,6 +549,14 @@ def mixture_log_prob(log_prob: np.ndarray) -> np.ndarray:
     return np.diff(total, axis=-1, prepend=np.log(log_prob.shape[1]))
 
 
+def draw(process, cfg: ErgodicConfig, count: int, counter: tuple, text: str) -> Iterator[torch.Tensor]:
+    """count documents of a component, a thousand at a time, a pure function of (seed, counter)."""
+    state = np.random.SeedSequence(cfg.seed, spawn_key=counter).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    for begin in progress(range(0, count, 1_000), text, "kdoc"):
+        yield process.sample(min(1_000, count - begin), cfg.chunks_per_document * cfg.chunk_size, generator)
+
+
 def ergodic(cfg: ErgodicConfig) -> dict:
     """Documents of K components in the layout of `arxiv`, with the oracles of every chunk of validation and test.
 
@@ -552,23 +572,18 @@ def ergodic(cfg: ErgodicConfig) -> dict:
             count = getattr(cfg, f"{split}_documents")
             if not count:
                 continue
-            chunks = ChunkSpool(shop.folder, split, n, vocab_size)
             log_prob, rows = [], []
-            for k, (name, process) in enumerate(zip(names, processes, strict=True)):
-                state = np.random.SeedSequence(cfg.seed, spawn_key=(s, k)).generate_state(1, np.uint64)[0]
-                generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
-                for begin in progress(range(0, count, 1_000), f"{split} {name}", "kdoc"):
-                    size = min(1_000, count - begin)
-                    documents = process.sample(size, cfg.chunks_per_document * n, generator)
-                    for ids in documents.numpy():
-                        chunks.add(name, ids)
-                    if split != "train":
-                        cut = documents.reshape(-1, n)
-                        log_prob.append(torch.stack([p.log_prob(cut) for p in processes], 1).numpy())
-                        rows += [k] * len(cut)
-            chunks.write(shop.folder / f"{split}.h5", tokenizer="", source="ergodic", seed=cfg.seed,
-                         components=json.dumps(cfg.components))
-            chunks.close()
+            with contextlib.closing(ChunkSpool(shop.folder, split, n, vocab_size)) as chunks:
+                for k, (name, process) in enumerate(zip(names, processes, strict=True)):
+                    for documents in draw(process, cfg, count, (s, k), f"{split} {name}"):
+                        for ids in documents.numpy():
+                            chunks.add(name, ids)
+                        if split != "train":
+                            cut = documents.reshape(-1, n)
+                            log_prob.append(torch.stack([p.log_prob(cut) for p in processes], 1).numpy())
+                            rows += [k] * len(cut)
+                chunks.write(shop.folder / f"{split}.h5", tokenizer="", source="ergodic", seed=cfg.seed,
+                             components=json.dumps(cfg.components))
             if log_prob:
                 log_prob, rows = np.concatenate(log_prob), np.array(rows)
                 mixture, known = oracle_xe(log_prob, rows)
@@ -589,6 +604,9 @@ def ergodic(cfg: ErgodicConfig) -> dict:
 class InspectConfig:
     tokens: int = 20  # most frequent tokens to show
 
+    def check(self) -> list[str]:
+        return [f"tokens = {self.tokens}: must be at least 1"] if self.tokens < 1 else []
+
 
 def open_chunks(path: str | Path) -> tuple[h5py.File, list[str], np.ndarray]:
     """(file, category names, category code of every chunk) of an HDF5 file of this layout or of the source's.
@@ -608,9 +626,11 @@ def open_chunks(path: str | Path) -> tuple[h5py.File, list[str], np.ndarray]:
         raise DataError(f"{path}: token_chunks, category_for_chunk and doc_idx_for_chunk must have one length, above 0")
     if file["token_chunks"].dtype.kind not in "ui":
         raise DataError(f"{path}: token_chunks holds {file['token_chunks'].dtype}, not whole numbers")
-    if "category_code" in file:
+    if "category_code" in file and "names" in file["category_code"].attrs:
         return file, [str(n) for n in file["category_code"].attrs["names"]], file["category_code"][:]
-    labels = file["category_for_chunk"].asstr()[:].astype(str)
+    if h5py.check_string_dtype(file["category_for_chunk"].dtype) is None:
+        raise DataError(f"{path}: category_for_chunk holds {file['category_for_chunk'].dtype}, not names")
+    labels = file["category_for_chunk"].asstr("utf-8")[:].astype(str)
     names, first, codes = np.unique(labels, return_index=True, return_inverse=True)
     order = first.argsort()  # as they come in the file
     return file, names[order].tolist(), order.argsort()[codes].astype(np.uint16)
@@ -649,9 +669,11 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
         tokens, documents = file["token_chunks"], file["doc_idx_for_chunk"][:]
         N, n = tokens.shape
         vocab_size = int(file.attrs.get("vocab_size", 0))
-        counts = np.zeros(max(vocab_size, 1), dtype=np.int64)
+        counts, negative = np.zeros(max(vocab_size, 1), dtype=np.int64), 0
         for begin in range(0, N, 1 << 16):
-            found = np.bincount(tokens[begin : begin + (1 << 16)].ravel().astype(np.int64))
+            block = tokens[begin : begin + (1 << 16)].ravel().astype(np.int64)
+            negative += int((block < 0).sum())
+            found = np.bincount(block[block >= 0])
             if len(found) > len(counts):
                 counts = np.pad(counts, (0, len(found) - len(counts)))
             counts[: len(found)] += found
@@ -660,6 +682,8 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
             problems.append("no attribute vocab_size: ranges cannot be checked")
         elif len(counts) > vocab_size:
             problems.append(f"{counts[vocab_size:].sum():,} tokens are beyond vocab_size = {vocab_size}")
+        if negative:
+            problems.append(f"{negative:,} tokens are negative")
         if repeated := N - len(np.unique(prints)):
             problems.append(f"{repeated:,} chunks repeat an earlier one")
         for other in sorted(Path(path).parent.glob("*.h5")):
@@ -676,8 +700,8 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
         speller = Path(path).parent / (str(file.attrs.get("tokenizer", "")) or "none")
         spelled = load_tokenizer(speller) if speller.exists() else None
         top = counts.argsort()[::-1][: cfg.tokens]
-        words = [f"{spelled.decode([t])!r}" if spelled else str(t) for t in top if counts[t]]
-        print(f"  most frequent: {', '.join(words)} (the first is {counts[top[0]] / N / n:.1%} of all)")
+        words = [f"{spelled.decode([t])!r}" if spelled and t < spelled.vocab_size else str(t) for t in top if counts[t]]
+        print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
     for problem in problems:
         print(f"  problem: {problem}")
     print("  no problem found" if not problems else f"  {len(problems)} problems")

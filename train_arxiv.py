@@ -114,8 +114,8 @@ class Config:
             wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}")
         if (self.budget == "tokens") != (self.budget_tokens is not None):
             wrong.append("budget = tokens and budget_tokens go together")
-        if self.categories is not None and len(set(self.categories)) != len(self.categories):
-            wrong.append(f"categories = {self.categories}: name each once")
+        if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):
+            wrong.append(f"categories = {self.categories}: name at least one, and each once")
         return wrong
 
 
@@ -142,11 +142,12 @@ class Chunks:
         self.file, self.names, self.codes = prepare_data.open_chunks(path)
         self.documents = self.file["doc_idx_for_chunk"][:]
         self.tokens = prepare_data.map_tokens(self.file)
-        top = max(int(self.tokens[i : i + 100_000].max()) for i in range(0, len(self.tokens), 100_000))
+        blocks = [self.tokens[i : i + 100_000] for i in range(0, len(self.tokens), 100_000)]
+        low, top = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
         self.vocab_size = int(self.file.attrs.get("vocab_size", top + 1))
-        if top >= self.vocab_size:
-            raise prepare_data.DataError(f"{path} has the token {top}, but vocab_size = {self.vocab_size}: "
-                                         f"see python prepare_data.py inspect {path}")
+        if low < 0 or top >= self.vocab_size:
+            raise prepare_data.DataError(f"{path} has the token {low if low < 0 else top}, but vocab_size = "
+                                         f"{self.vocab_size}: see python prepare_data.py inspect {path}")
 
     @property
     def size(self) -> int:
@@ -318,8 +319,8 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x, self.embed.weight).view(B, T, -1), stream
         if torch.is_grad_enabled():
-            return MeanXE.apply(x, self.embed.weight, targets.flatten()), stream
-        return torch.cat([xe for *_, xe in stream_xe(x, self.embed.weight, targets.flatten())]).view(B, T), stream
+            return mean_xe(x, self.embed.weight, targets.flatten()), stream
+        return row_xe(x, self.embed.weight, targets.flatten()).view(B, T), stream
 
 
 def build_model(cfg: Config, vocab_size: int, n_ctx: int) -> nn.Module:
@@ -387,6 +388,17 @@ class MeanXE(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         scale = grad / len(dx)
         return dx * scale, dw * scale, None
+
+
+@torch.compiler.disable  # a loop over blocks of rows, which tracing would unroll
+def mean_xe(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return MeanXE.apply(x, weight, targets)
+
+
+@torch.compiler.disable
+def row_xe(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every row, [R]; without gradients."""
+    return torch.cat([xe for *_, xe in stream_xe(x, weight, targets)])
 
 
 class Curves(NamedTuple):
@@ -744,7 +756,7 @@ def train(cfg: Config) -> dict:
             log.say(describe(chunks, rows, active, model, steps, cfg))
             if state:
                 log.say(f"resumed from {path} at step {step}" + "".join(f"\n  {line}" for line in changes))
-            lap, ended = step, bool(state and state["extra"]["ended"])
+            lap, ended = step, bool(state and state["extra"]["ended"] and not changes)
             watch.start()
             while step < steps and not ended:
                 tokens = batches(step)  # [B, n]
@@ -791,8 +803,8 @@ def train(cfg: Config) -> dict:
                             + " *" * improved + f" | no better for {waited}: stopping" * ended)
                 if saves or improved or ended:
                     saved = checkpoint.capture(rt, "arxiv", config_dict(cfg), step, model, optimizer, best,
-                                               {"waited": waited, "ended": ended, "vocab_size": chunks.vocab_size,
-                                                "n_ctx": chunks.size, "categories": active}, {})
+                                               {"waited": waited, "ended": ended or last, "n_ctx": chunks.size,
+                                                "vocab_size": chunks.vocab_size, "categories": active}, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if stops and not last:
@@ -954,7 +966,9 @@ def read_results(folder: Path) -> list[dict]:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             found.append(result | {"run": str(path.parent.relative_to(folder))})
-            result["groups"]["seen"]["xe_by_position"]
+            for group in (result["groups"]["seen"], *(result["groups"][c] for c in result["categories"])):
+                _ = group["xe_by_position"], group["xe"], group["icl_gain"], group["total_gain"], group["fit"]["alpha"]
+            _ = result["K"], result["seed"]
         except (ValueError, KeyError, TypeError) as e:
             raise prepare_data.DataError(f"{path} is damaged or foreign ({e}): --analyze that run again") from e
     if not found:

@@ -202,7 +202,8 @@ def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> 
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
         changes = [*changes, f"{copy.name}: edited since"]
-    if cfg.resume == "auto" and changes and path.name == "last.pt" and state["step"] >= state["config"]["max_steps"]:
+    ended = state["extra"].get("ended", state["step"] >= (state["config"]["max_steps"] or math.inf))
+    if cfg.resume == "auto" and changes and path.name == "last.pt" and ended:
         raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
                               f"out_dir, or resume=never to train anew there, or resume={path} to go on from it")
     return path, state, changes

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
+
 
 class RunLog:
     """Opened once the run is known to be valid; rank 0 writes and prints, all other ranks' calls do nothing.
@@ -81,6 +83,10 @@ class RunLog:
             sys.stdout.flush()
             self._text.write(text + "\n")
             self._text.flush()
+            if self._text.tell() > LOG_BYTES:
+                self._text.close()
+                os.replace(self.folder / "train.log", self.folder / "train.log.1")
+                self._text = open(self.folder / "train.log", "w", encoding="utf-8")
 
     def metrics(self, step: int, split: str, values: dict) -> None:
         """A line of metrics.jsonl, whole or not at all: numbers, or lists of numbers."""

@@ -57,6 +57,8 @@ class Runtime:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.world_size > 1 and dist.is_initialized():
+            if error[0] is None:
+                dist.barrier()  # nobody leaves while another still talks
             dist.destroy_process_group()
 
     def reseed(self) -> None:

@@ -1,0 +1,626 @@
+"""train_arxiv.py: the data it draws, the numbers it reports against other ways to find them, and its runs."""
+
+import base64
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare_data
+import train_arxiv
+from common import checkpoint
+from common.runtime import Runtime
+from configurator import configure
+from train_arxiv import ALIASES, Batches, Chunks, Config, Curves, fit_power_law, gains, measure, plan_study
+from train_ghmm import make_process
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
+         {"name": "b", "process": "mess3", "vocab_map": [0, 1, 2]},
+         {"name": "c", "process": "no_consecutive_ones", "vocab_map": [1, 3]}]
+TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_mlp=32", "--batch_size=8", "--epochs=2", "--lr=1e-2",
+        "--warmup_steps=4", "--bootstrap=40", "--log_interval=5", "--device=cpu", "--precision=fp32", "--out_dir=run")
+RUN = (*TINY, "--categories=a,b", "--eval_interval=7", "--save_interval=5", "--dropout=0.1", "--keep_last=-1")
+FIVE = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
+draw_picture = train_arxiv.plot
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Every test stands in an empty folder, computes on one thread and, unless it asks, draws no pictures."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(train_arxiv, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twenty training documents of two chunks of 12 tokens, of each of three components; six to validate."""
+    folder = tmp_path_factory.mktemp("data") / "ergodic"
+    prepare_data.main(["ergodic", f"--components={json.dumps(PARTS)}", "--train_documents=20", f"--out_dir={folder}",
+                       "--validation_documents=6", "--chunk_size=12"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = python(ROOT / "train_arxiv.py", *RUN, f"--data={data}", folder=folder)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return folder / "run"
+
+
+def python(*command, folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=100)
+
+
+def run(data: Path, *settings: str) -> dict:
+    return train_arxiv.main([*TINY, f"--data={data}", *settings])
+
+
+def refused(capsys, *argv: str, code: int = 2) -> str:
+    """The one error line of a command that must end with this exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        train_arxiv.main(list(argv))
+    told = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
+    return told[0]
+
+
+def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
+    """A runtime that believes to be one of several ranks."""
+    rt = Runtime(SimpleNamespace(seed=7, device="cpu", precision="fp32", compile="false"))
+    rt.rank, rt.world_size = rank, world_size
+    return rt
+
+
+def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chunks:
+    """An open file of these documents, a list of token sequences a category."""
+    spool = prepare_data.ChunkSpool(Path(), "corpus", chunk_size, vocab_size)
+    for name, ids in itertools.chain.from_iterable(zip(itertools.repeat(k), v, strict=False)
+                                                   for k, v in documents.items()):
+        spool.add(name, ids)
+    spool.write(Path("corpus.h5"))
+    spool.close()
+    return Chunks(Path("corpus.h5"))
+
+
+def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2, vocab_size: int = 60_000) -> Chunks:
+    """Categories a, b, c of so many chunks, documents of `each` chunks, every token another."""
+    tokens = iter(np.random.default_rng(0).permutation(vocab_size))
+    documents = {name: [[next(tokens) for _ in range(chunk_size * each)] for _ in range(size // each)]
+                 + [[next(tokens) for _ in range(chunk_size)]] * (size % each)
+                 for name, size in zip("abc", sizes, strict=True)}
+    return corpus(documents, vocab_size, chunk_size)
+
+
+def read(path: Path | str):
+    return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def evals(folder: Path | str) -> list[dict]:
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "time_s"} for r in records if r["split"] == "eval"]
+
+
+def unequal(a, b, where: str = "") -> list[str]:
+    """The places at which two nested states are not the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [place for key in a for place in unequal(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in unequal(*pair, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a} != {b}"]
+
+
+def assert_as_if_uninterrupted(folder: Path, whole: Path) -> None:
+    found, expected = checkpoint.load(folder), checkpoint.load(whole)
+    keys = ("step", "best", "model", "optimizer", "ranks", "extra")
+    assert unequal({k: found[k] for k in keys}, {k: expected[k] for k in keys}) == []
+    assert evals(folder) == evals(whole) and len(evals(whole)) > 1
+    results, wanted = read(folder / "results.json"), read(whole / "results.json")
+    assert results == wanted
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def a_model(vocab_size: int = 11, n_ctx: int = 9, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    cfg = Config(**{"n_layers": 2, "d_model": 16, "n_heads": 2, "d_mlp": 32, **changes})
+    model = train_arxiv.build_model(cfg, vocab_size, n_ctx)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)  # an untrained model hardly looks back
+    return model.eval()
+
+
+def test_no_later_token_moves_an_earlier_logit():
+    model, tokens = a_model(), torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(tokens)[0]
+        for t in range(9):
+            other = tokens.clone()
+            other[:, t] = (other[:, t] + 1) % 11
+            moved = (model(other)[0] - logits).abs().amax((0, 2))
+            assert moved[:t].sum() < 1e-6 and (moved[t:] > 1e-4).all()
+        assert torch.allclose(model(tokens[:, :4])[0], logits[:, :4], atol=1e-5)
+
+
+def test_no_gradient_of_an_earlier_logit_reaches_a_later_token():
+    model, seen = a_model(), []
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(out))
+    logits = model(torch.arange(9)[None])[0]
+    for t in range(9):
+        reached = torch.autograd.grad(logits[0, t].square().sum(), seen[0], retain_graph=True)[0][0].abs().sum(-1)
+        assert (reached[t + 1 :] == 0).all() and (reached[: t + 1] > 0).all()
+
+
+@pytest.mark.parametrize("path, vocab_size, nats", [  # the default is small: what its random logits cost shows
+    (None, 4, 0.03), ("arxiv.py", 8_192, 0.01 * math.log(8_192)), ("arxiv_small.py", 2_048, 0.01 * math.log(2_048))])
+def test_an_untrained_model_knows_nothing(path, vocab_size, nats):
+    cfg = configure(Config, [str(ROOT / "config" / path)] if path else [], ALIASES)
+    torch.manual_seed(3)
+    model = train_arxiv.build_model(cfg, vocab_size, 100)
+    tokens = torch.randint(vocab_size, (100 if vocab_size < 10 else 4, 100))
+    with torch.no_grad():
+        xe = train_arxiv.token_xe(model.eval()(tokens[:, :-1])[0], tokens[:, 1:]).mean()
+    assert float(xe) == pytest.approx(math.log(vocab_size), abs=nats)
+
+
+def test_the_streamed_cross_entropy_has_the_values_and_gradients_of_the_plain_one():
+    model, tokens = a_model(), torch.randint(11, (30, 10), generator=torch.Generator().manual_seed(1))
+    plain = train_arxiv.token_xe(model(tokens[:, :-1])[0], tokens[:, 1:])
+    expected = torch.autograd.grad(3 * plain.mean(), list(model.parameters()))
+    mean = model(tokens[:, :-1], tokens[:, 1:])[0]
+    found = torch.autograd.grad(3 * mean, list(model.parameters()))
+    assert torch.allclose(mean, plain.mean()) and min(g.abs().max() for g in expected) > 0
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens[:, :-1], tokens[:, 1:])[0], plain, atol=1e-5)
+
+
+def test_matrices_decay_and_norms_and_biases_do_not():
+    model = a_model()
+    decays, stays = train_arxiv.parameter_groups(model, Config(weight_decay=0.3))
+    assert (decays["weight_decay"], stays["weight_decay"]) == (0.3, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in stays["params"]} == {n for n in names.values() if "norm" in n or "bias" in n}
+    assert sorted(names[id(p)] for g in (decays, stays) for p in g["params"]) == sorted(names.values())
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
+    cfg = Config(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
+    rates = [train_arxiv.learning_rate(step, 104, cfg) for step in range(105)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[54] == pytest.approx(1.1)
+    assert rates[104] == pytest.approx(0.2) and all(a >= b for a, b in itertools.pairwise(rates[4:]))
+    assert train_arxiv.learning_rate(0, 10, Config(lr=2.0, warmup_steps=0)) == 2.0
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def shares(chunks: Chunks, active: list[str], **changes) -> list[int]:
+    rows = train_arxiv.training_rows(chunks, active, Config(**changes))
+    assert len(np.unique(rows)) == len(rows) and (np.diff(rows) > 0).all()
+    return [int(np.isin(rows, chunks.rows(name)).sum()) for name in active]
+
+
+def test_every_k_trains_on_the_same_number_of_chunks_to_within_k():
+    chunks = some_corpus()
+    for K in (1, 2, 3):
+        for active in map(list, itertools.permutations("abc", K)):
+            assert shares(chunks, active) == [30 // K] * K
+            assert shares(chunks, active, budget="tokens", budget_tokens=103) == [20 // K] * K
+    assert shares(chunks, ["a", "b", "c"], budget="proportional") == [30 * n // 103 for n in (40, 30, 33)]
+    assert shares(chunks, ["a", "c"], budget="proportional") == [30 * 40 // 73, 30 * 33 // 73]
+
+
+def test_the_first_chunks_or_a_seeded_choice_make_the_share():
+    chunks = some_corpus()
+    first = train_arxiv.training_rows(chunks, ["c", "a"], Config(choice="first"))
+    assert first.tolist() == [*range(15), *range(70, 85)]
+    one, two, again = (train_arxiv.training_rows(chunks, ["a", "c"], Config(seed=s)).tolist() for s in (1, 2, 1))
+    assert one == again != two and set(one) <= {*range(40), *range(70, 103)} and one != sorted(first.tolist())
+
+
+def test_a_category_that_is_short_is_refused_unless_allowed():
+    chunks, wanted = some_corpus(), {"budget": "tokens", "budget_tokens": 5 * 70}
+    with pytest.raises(prepare_data.DataError, match="b has 30 chunks, less than its share of 35.*allow_short"):
+        shares(chunks, ["a", "b"], **wanted)
+    assert shares(chunks, ["a", "b"], **wanted, allow_short=True) == [35, 30]
+    with pytest.raises(prepare_data.DataError, match="budget of 2 chunks is less than one for each of 3"):
+        shares(chunks, ["a", "b", "c"], budget="tokens", budget_tokens=14)
+
+
+def batches(chunks: Chunks, rows, rank: int = 0, world_size: int = 1, **changes) -> Batches:
+    return Batches(runtime(rank, world_size), chunks, np.asarray(rows), Config(**{"batch_size": 8, **changes}))
+
+
+def test_each_chunk_comes_once_an_epoch_though_batches_cross_its_end():
+    rows = np.arange(3, 33)  # 30 rows: no multiple of 8
+    drawn = batches(some_corpus(), rows)
+    order = np.concatenate([drawn.rows(step) for step in range(15)]).reshape(4, 30)
+    assert (np.sort(order, 1) == rows).all() and len(np.unique(order, axis=0)) == 4
+    assert order.ravel().tolist() != np.concatenate([batches(drawn.chunks, rows, seed=2).rows(s) for s in range(15)]
+                                                    ).tolist()
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_batch_is_a_pure_function_of_seed_and_step_and_ranks_share_it(windows):
+    chunks, rows = some_corpus(), np.arange(30)
+    forward = [batches(chunks, rows, random_windows=windows)(step) for step in range(10)]
+    drawn = batches(chunks, rows, random_windows=windows)
+    for step in (9, 3, 4, 3, 0):
+        assert torch.equal(drawn(step), forward[step])
+        parts = [batches(chunks, rows, rank, 2, random_windows=windows)(step) for rank in (0, 1)]
+        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), forward[step]) and parts[0].shape == (4, 5)
+        assert windows or np.array_equal(forward[step], chunks.tokens[drawn.rows(step)])
+
+
+def test_random_windows_are_slices_of_one_document():
+    chunks = some_corpus((40, 30, 33), each=3)
+    drawn, offsets = batches(chunks, np.arange(103), random_windows=True), []
+    place = {int(token): i for i, token in enumerate(chunks.tokens.ravel())}
+    for step in range(60):
+        for row, tokens in zip(drawn.rows(step), drawn(step).tolist(), strict=True):
+            begin = place[tokens[0]]
+            assert chunks.tokens.ravel()[begin : begin + 5].tolist() == tokens and 0 <= begin - 5 * row < 5
+            assert chunks.documents[begin // 5] == chunks.documents[(begin + 4) // 5] == chunks.documents[row]
+            offsets.append(begin - 5 * row)
+    assert set(offsets) == {0, 1, 2, 3, 4}
+
+
+# ------------------------------------------------------------------------------------------- losses, statistics, probe
+
+
+class Table(torch.nn.Module):
+    """The logits of the next token by the last one alone; the stream is what `show` makes of the tokens."""
+
+    def __init__(self, V: int, show=None):
+        super().__init__()
+        self.table, self.show = torch.randn(V, V, generator=torch.Generator().manual_seed(2)), show
+
+    def forward(self, tokens, targets=None):
+        found, stream = self.table[tokens], [self.show(tokens)] if self.show else []
+        return found if targets is None else train_arxiv.token_xe(found, targets), stream
+
+
+def test_evaluate_predicts_the_next_token_and_agrees_with_a_loop_over_tokens():
+    draw = np.random.default_rng(3)
+    chunks = corpus({k: [draw.integers(0, 7, 6 * n) for n in (1, 3, 2)] for k in "xy"}, 7, 6)
+    model, rows = Table(7), np.array([0, 2, 3, 7, 8, 11])
+    curves = train_arxiv.evaluate(model, chunks, rows, runtime(), batch=4)
+    expected, counts = np.zeros((6, 5)), np.zeros(6)
+    log_q = F.log_softmax(model.table.double(), -1)
+    for row in rows:
+        counts[chunks.documents[row]] += 1
+        for t in range(5):
+            expected[chunks.documents[row], t] -= log_q[int(chunks.tokens[row, t]), int(chunks.tokens[row, t + 1])]
+    used = counts > 0
+    assert np.abs(curves.sums - expected[used]).max() < 1e-5 and curves.counts.tolist() == counts[used].tolist()
+    assert curves.codes.tolist() == [0, 0, 1, 1] and np.allclose(curves.mean(1), expected[3:].sum(0) / counts[3:].sum())
+
+
+def some_curves(documents: int = 400, spread: float = 1.0) -> Curves:
+    draw = np.random.default_rng(4)
+    xe = 2 + np.arange(6, 0, -1) + spread * draw.standard_normal((documents, 6))
+    return Curves(3 * xe, np.full(documents, 3), np.arange(documents) % 2)
+
+
+def test_intervals_cover_the_mean_at_the_width_of_the_standard_error():
+    cfg, curves = Config(bootstrap=2_000), some_curves()
+    found = measure(curves, ["x", "y", "z"], ["x"], None, cfg)
+    assert found.keys() == {"x", "y", "seen", "unseen"}
+    for code, name in enumerate("xy"):
+        xe = curves.sums[curves.codes == code] / 3
+        assert found[name]["xe_by_position"] == pytest.approx(xe.mean(0))
+        assert found[name]["xe"] == pytest.approx(xe.mean())
+        low, high = np.array(found[name]["low"]), np.array(found[name]["high"])
+        assert (low < xe.mean(0)).all() and (xe.mean(0) < high).all()
+        assert (high - low) / (2 * 1.96 * xe.std(0) / math.sqrt(200)) == pytest.approx(np.ones(6), abs=0.12)
+        assert found[name]["icl_gain"] == pytest.approx((xe[:, 0] - xe[:, -1]).mean())
+        assert found[name]["total_gain"] == pytest.approx((xe - xe[:, -1:]).sum(1).mean())
+        assert found[name]["perplexity"] == pytest.approx(math.exp(xe.mean()))
+    assert found["seen"] == found["x"] and found["unseen"] == found["y"]
+    together = measure(curves, ["x", "y"], ["x", "y"], None, cfg)["seen"]
+    assert together["xe_by_position"] == pytest.approx((found["x"]["xe_by_position"] + np.array(
+        found["y"]["xe_by_position"])) / 2)
+    same = measure(some_curves(spread=0), ["x", "y"], ["x"], None, cfg)["x"]
+    assert np.ptp([same["low"], same["high"], same["xe_by_position"]], 0).max() < 1e-12
+
+
+def test_documents_not_chunks_are_drawn_in_the_bootstrap():
+    """A document of many equal chunks is one observation: its chunks do not narrow the interval."""
+    curves = some_curves()
+    more = Curves(10 * curves.sums, 10 * curves.counts, curves.codes)
+    one, ten = (c.resampled(0, 300, 1) for c in (curves, more))
+    assert np.allclose(one, ten) and not np.allclose(one, curves.resampled(0, 300, 2))
+
+
+def test_a_power_law_is_recovered_whatever_the_shape_of_the_stack():
+    t = np.arange(1, 100)
+    wanted = np.array(list(itertools.product((0.5, 3.0), (0.2, 2.0, -0.4), (0.1, 0.5, 1.3, 3.0))))
+    xe = wanted[:, :1] + wanted[:, 1:2] * t ** -wanted[:, 2:]
+    assert fit_power_law(xe) == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+    assert fit_power_law(xe.reshape(2, 12, -1)) == pytest.approx(wanted.reshape(2, 12, 3), rel=1e-3, abs=1e-3)
+    assert fit_power_law(xe[5]) == pytest.approx(wanted[5], rel=1e-3) and fit_power_law(xe[5]).shape == (3,)
+
+
+def test_gains_are_first_less_last_and_the_sum_over_the_last():
+    gain, total = gains(np.array([[5.0, 3.0, 2.0], [1.0, 1.0, 4.0]]))
+    assert gain.tolist() == [3.0, -3.0] and total.tolist() == [4.0, -6.0]
+
+
+@pytest.mark.parametrize("active", [["a", "b", "c"], ["c", "a"], ["b"]])
+def test_oracle_curves_are_those_of_the_nonergodic_process_of_the_active_components(data, active):
+    chunks = Chunks(data / "validation.h5")
+    rows = np.flatnonzero(np.isin(chunks.codes, [chunks.code(name) for name in active]))[1:]
+    parts = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in PARTS}
+    mixture, known = train_arxiv.oracle_curves(chunks, rows, active)
+    exact = make_process("nonergodic", components=[parts[name] for name in active])
+    for name in active:
+        mine = rows[chunks.codes[rows] == chunks.code(name)]
+        words, alone = torch.from_numpy(chunks.tokens[mine].astype(np.int64)), make_process(
+            "nonergodic", components=[parts[name]])
+        assert np.abs(mixture.mean(chunks.code(name)) + exact.log_prob(words)[:, 1:].mean(0).numpy()).max() < 1e-5
+        assert np.abs(known.mean(chunks.code(name)) + alone.log_prob(words)[:, 1:].mean(0).numpy()).max() < 1e-5
+    assert len(mixture.counts) == len(np.unique(chunks.documents[rows])) and mixture.counts.sum() == len(rows)
+
+
+def test_the_probe_reads_a_category_that_is_there_and_none_that_is_not():
+    draw = np.random.default_rng(6)
+    chunks = corpus({k: [4 * draw.integers(0, 4, 8) + i for _ in range(150)] for i, k in enumerate("wxyz")}, 16, 8)
+    noise = torch.Generator().manual_seed(1)
+    told = Table(16, lambda tokens: F.one_hot(tokens % 4, 5).float() + 0.1 * torch.randn(1, generator=noise))
+    blind = Table(16, lambda tokens: torch.randn(*tokens.shape, 5, generator=noise))
+    sure, lost = (train_arxiv.probe(m, chunks, np.arange(600), runtime(), 1) for m in (told, blind))
+    assert sure["positions"] == [1, 2, 3, 5, 7] and sure["log_K"] == math.log(4)
+    assert sure["accuracy"] == [[1.0] * 5] and max(sure["cross_entropy"][0]) < 0.2
+    assert np.array(lost["accuracy"]) == pytest.approx(np.full((1, 5), 0.25), abs=0.1)
+    assert np.array(lost["cross_entropy"]) == pytest.approx(np.full((1, 5), math.log(4)), abs=0.1)
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def assert_drawn(folder: Path, *names: str) -> None:
+    assert {path.stem for path in (folder / "plots").iterdir()} == set(names)
+    for path in (folder / "plots").iterdir():
+        image = matplotlib.image.imread(path)
+        colours = np.unique((255 * image[..., :3]).astype(int).reshape(-1, 3), axis=0)
+        assert min(image.shape[:2]) >= 400 and len(colours) > 50, path
+
+
+def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "xe_by_position.csv", "plots",
+        "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
+    assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
+    summary, results = read(whole / "summary.json"), read(whole / "results.json")
+    seen, groups = results["groups"]["seen"], results["groups"]
+    assert groups.keys() == {"a", "b", "c", "seen", "unseen"} and groups["unseen"] == groups["c"]
+    assert summary["val_xe"] == pytest.approx(np.mean(summary["xe_by_position"])) and summary["K"] == 2
+    assert len(summary["xe_by_position"]) == len(summary["oracle_xe_by_position"]) == 11
+    assert summary["icl_gain"] == pytest.approx(summary["xe_by_position"][0] - summary["xe_by_position"][-1])
+    assert {"config_hash", "seconds", "tokens_per_second", "torch", "device", "fit", "total_gain"} <= summary.keys()
+    assert (summary["categories"], summary["steps"], summary["train_chunks"]) == (["a", "b"], 10, 40)
+    assert seen["excess_by_position"] == pytest.approx(np.subtract(seen["xe_by_position"],
+                                                                   seen["oracle_xe_by_position"]))
+    with open(whole / "xe_by_position.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["xe"]) for row in table if row["group"] == "seen"] == summary["xe_by_position"]
+    assert len(table) == 5 * 11 and {row["oracle_xe"] for row in table if row["group"] == "c"} == {""}
+    assert len(results["probe"]["accuracy"]) == 2 and "done: validation XE" in (whole / "train.log").read_text()
+
+
+def test_the_final_numbers_are_those_of_the_best_weights(data):
+    result = run(data, "--lr=0.02", "--min_lr_ratio=60", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
+    history = [record["val_xe"] for record in evals("run")]
+    assert result["val_xe"] == pytest.approx(min(history), rel=1e-6) and min(history) < history[-1]
+    best = checkpoint.load(Path("run/best.pt"))
+    assert best["step"] == 2 + 2 * int(np.argmin(history)) and best["best"] == min(history)
+    cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
+    chunks = Chunks(data / "validation.h5")
+    curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
+    assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-6)
+
+
+def test_early_stopping_stops_and_stays_stopped(data):
+    settings = ("--eval_interval=1", "--patience=3", "--min_delta=5", "--epochs=9")
+    assert run(data, *settings)["steps"] == 4  # the first evaluation is better than none, three are not
+    assert run(data, *settings)["steps"] == 4 and len(evals("run")) == 4
+    assert run(data, *settings, "--patience=0", "--max_steps=9", "--out_dir=on")["steps"] == 9
+
+
+@pytest.mark.parametrize("step", [3, 7, 9])
+def test_a_run_stopped_mid_epoch_and_started_again_ends_with_the_same_bits(step, data, whole):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == step)
+        assert run(data, *RUN) == {"stopped_at": step}
+    assert not Path("run/summary.json").exists() and checkpoint.load(Path("run"))["step"] == step
+    assert run(data, *RUN)["steps"] == 10
+    assert_as_if_uninterrupted(Path("run"), whole)
+
+
+def test_a_killed_run_started_again_ends_with_the_same_bits(data):
+    settings = [*RUN, f"--data={data}", "--epochs=40", "--log_interval=1", "--patience=0", "--keep_last=0"]
+    train_arxiv.main([*settings, "--out_dir=alone"])
+    command = [sys.executable, ROOT / "train_arxiv.py", *settings]
+    environment, metrics = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("run/metrics.jsonl")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        job.kill()
+    assert job.returncode == -signal.SIGKILL and 0 < checkpoint.load(Path("run"))["step"] < 200
+    assert train_arxiv.main(settings)["steps"] == 200
+    assert_as_if_uninterrupted(Path("run"), Path("alone"))
+
+
+def test_two_ranks_train_like_one(data):
+    settings = [*TINY, f"--data={data}", "--grad_accum=2", "--out_dir=two"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0")
+    done = python(*torchrun, ROOT / "train_arxiv.py", *settings, folder=Path.cwd())
+    assert done.returncode == 0 and done.stdout.count("done: validation XE") == 1, done.stderr[-2000:]
+    alone, two = run(data), read("two/summary.json")
+    assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-4)
+    assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
+
+
+def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, whole, capsys):
+    shutil.copytree(whole, "run")
+    told = refused(capsys, *RUN, f"--data={data}", "--lr=2e-2")
+    assert "finished run with other settings" in told and "resume=never" in told
+    assert read("run/summary.json") == read(whole / "summary.json")
+
+
+def test_analyze_repeats_the_numbers(whole, monkeypatch):
+    shutil.copytree(whole, "run")
+    expected, table = read("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
+    for name in ("results.json", "xe_by_position.csv"):
+        Path("run", name).unlink()
+    result = train_arxiv.main(["--analyze=run", "--device=cpu"])
+    found = read("run/results.json")
+    assert found == expected and Path("run/xe_by_position.csv").read_bytes() == table
+    assert result["val_xe"] == read("run/summary.json")["val_xe"]
+
+
+# -------------------------------------------------------------------------------------------------- studies, reports
+
+
+def test_a_study_is_planned_as_it_is_called():
+    subsets = plan_study("all31", FIVE)
+    assert len(subsets) == 31 == len({tuple(s) for s in subsets}) and subsets[-1] == FIVE
+    assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
+    assert plan_study("nested:1,2,5", FIVE) == [FIVE[:1], FIVE[:2], FIVE]
+    assert train_arxiv.run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
+    assert plan_study("K3_csDS_csIT_csPL,K1_mathST", FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
+
+
+@pytest.mark.parametrize("study, words", [("k=6", "6 is not between 1 and the 5"), ("nested:0", "0 is not between"),
+                                          ("K3_csDS_csIT_csPM", "did you mean 'K3_csDS_csIT_csPL'"), ("al", "all31")])
+def test_a_study_that_cannot_be_is_refused(study, words):
+    with pytest.raises(prepare_data.DataError, match=words):
+        plan_study(study, FIVE)
+    with pytest.raises(prepare_data.DataError, match="five categories, but there are 4"):
+        plan_study("all31", FIVE[:4])
+
+
+def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, monkeypatch, capsys):
+    monkeypatch.setattr(train_arxiv, "plot", draw_picture)
+    found = run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false")
+    assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
+    before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
+    for folder in ("run/K1_a", "run/K2_a_b"):
+        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
+    capsys.readouterr()
+    assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")} == before and len(before) == 4
+    with open("run/xe_by_k.csv") as file, open("run/xe_by_category.csv") as other:
+        by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
+    assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
+    assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
+    groups = read("run/K2_a_b/results.json")["groups"]
+    assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
+    page = Path("run/report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == page.count("<img") == 3 and "http" not in re.sub(r'"data:[^"]+"', "", page)
+    assert {base64.b64decode(p) for p in pictures} == {p.read_bytes() for p in Path("run/plots").iterdir()}
+    assert_drawn(Path("run"), "xe_by_position", "xe_against_k", "xe_by_category")
+
+
+@pytest.mark.parametrize("text, words", [(None, "no run"), ("{", "damaged"), ("[]", "damaged"), ('{"K": 1}', "damaged"),
+                                         ('{"groups": {"seen": {"xe_by_position": []}}}', "damaged")])
+def test_a_report_on_nothing_or_on_damage_is_refused(text, words, capsys):
+    Path("runs/one").mkdir(parents=True)
+    if text:
+        Path("runs/one/results.json").write_text(text)
+    assert words in refused(capsys, "--report=runs") and not Path("runs/report.html").exists()
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("arxiv*.py")), ids=lambda path: path.stem)
+def test_a_published_config_is_accepted(path):
+    chosen = {key: value for key, value in runpy.run_path(str(path)).items() if not key.startswith("_")}
+    cfg = configure(Config, [str(path)], ALIASES)
+    assert len(chosen) > 10 and {key: getattr(cfg, key) for key in chosen} == chosen and cfg.categories == FIVE
+
+
+@pytest.mark.parametrize("theirs", ALIASES)
+def test_a_name_of_the_source_means_ours(theirs):
+    value = {"categories": "a,b", "out_dir": "x", "n_heads": "8"}.get(ALIASES[theirs], "1")
+    value = {"lr": "0.5", "dropout": "0.5", "adam_beta1": "0.5", "adam_beta2": "0.5", "grad_clip": "2"}.get(
+        ALIASES[theirs], {"d_model": "128", "grad_accum": "2"}.get(ALIASES[theirs], value))
+    ours = configure(Config, [f"--{ALIASES[theirs]}={value}"], ALIASES)
+    assert configure(Config, [f"--{theirs}={value}"], ALIASES) == ours != Config()
+
+
+def spoil(folder: Path, name: str) -> None:
+    path = folder / "train.h5"
+    if name == "torn":
+        path.write_bytes(path.read_bytes()[:-1_500])
+    elif name == "missing":
+        path.unlink()
+    elif name:
+        with h5py.File(path, "a") as file:
+            tokens = file["token_chunks"][:].astype(np.int64)
+            tokens[3, 3] = {"beyond": 4, "negative": -1}.get(name, 0)
+            del file["token_chunks"]
+            file["token_chunks"] = tokens if name != "other_size" else tokens[:, :8]
+
+
+@pytest.mark.parametrize("damage, line, words", [
+    ("", "--categories=a,bb", "'bb', did you mean 'b'"), ("", "--data=nowhere", "no such file"),
+    ("torn", "", "train.h5"), ("missing", "", "no such file"), ("beyond", "", "token 4, but vocab_size = 4"),
+    ("negative", "", "-1"), ("other_size", "", "differ in chunk size"), ("", "--categories=a,a", "each once"),
+    ("", "--batch_size=9 --grad_accum=2", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
+    ("", "--budget_tokens=100", "budget_tokens go together"), ("", "--budget=tokens", "go together"),
+    ("", "--budget=tokens --budget_tokens=9000", "less than its share"), ("", "--categories=", "categories"),
+    ("", "--study=k=4", "4 is not between"), ("", "--study=K2_a_d", "K2_a_"), ("", "--max_steps=0", "max_steps = 0"),
+    ("", "--learning_rat=1", "learning_rate"), ("", "--analyze=nowhere", "nowhere"),
+    ("", "--dropout=1", "dropout = 1"), ("", "--resume=gone.pt", "gone.pt")])
+def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):
+    shutil.copytree(data, "data")
+    spoil(Path("data"), damage)
+    before = sorted(Path.cwd().rglob("*"))
+    assert words in refused(capsys, *TINY, "--data=data", *line.split())
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_importing_the_script_starts_nothing_and_brings_no_other_experiment():
+    code = "import sys, train_arxiv; assert 'train_ghmm' not in sys.modules and 'matplotlib' not in sys.modules"
+    done = python("-c", code, folder=Path.cwd())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(Path.cwd().iterdir()) == []
