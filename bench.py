@@ -264,9 +264,12 @@ def bench_arxiv(peer_path: str | None) -> None:
         report("arxiv nanoGPT", 0.0, "tokens/s", "missing: --peer=PATH of a checkout with model.py")
     peak = matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     for name, shape in ARXIV_SHAPES.items():
-        for dropout in (0.0, 0.1):
-            race("ArxivTrainer", sides, (*shape, dropout, device.type), shape[-1] * 99,
-                 f"arxiv training, {name}, dropout {dropout} {device.type}", peak)
+        for precision, dropout in (("fp32", 0.0), ("fp32", 0.1), ("bf16", 0.1)):
+            against = {side: text + (f" in {precision}" if text else "") for side, text in sides.items()}
+            if precision == "bf16" and "transformers" in sides:
+                against["transformers fp32"] = "GPT2LMHeadModel of transformers in fp32"
+            race("ArxivTrainer", against, (*shape, dropout, precision, device.type), shape[-1] * 99,
+                 f"arxiv training, {name}, {precision}, dropout {dropout} {device.type}", peak)
 
 
 def bench_tokenizer(size: int = 6_000_000) -> None:
@@ -331,20 +334,23 @@ class ArxivTrainer(Trainer):
     """train_arxiv.py, transformers' GPT-2 or nanoGPT of the same shape."""
 
     def __init__(self, side: str, layers: int, width: int, mlp: int, vocab: int, batch: int, dropout: float,
-                 device: str):
+                 precision: str, device: str):
         self.device = torch.device(device)
-        self.cfg = cfg = train_arxiv.Config(n_layers=layers, d_model=width, d_mlp=mlp, dropout=dropout, device=device)
+        self.cfg = cfg = train_arxiv.Config(n_layers=layers, d_model=width, d_mlp=mlp, dropout=dropout, device=device,
+                                            precision=precision)
         self.tokens = torch.randint(vocab, (batch, 100), generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        half = precision == "bf16" and not side.endswith("fp32")
+        self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=half)
         if side == "ours":
             rt = Runtime(cfg).__enter__()
             self.model = train_arxiv.build_model(cfg, vocab, 100).to(self.device)
             trained, self.autocast = rt.wrap(self.model), rt.autocast
             self.loss = lambda: trained(self.tokens[:, :-1], self.tokens[:, 1:])[0]
             self.optimizer = rt.adamw(train_arxiv.parameter_groups(self.model, cfg), lr=1e-3)
-        elif side == "transformers":
-            from transformers import GPT2Config, GPT2LMHeadModel
+        elif side.startswith("transformers"):
+            from transformers import GPT2Config, GPT2LMHeadModel, logging
 
+            logging.set_verbosity_error()  # it remarks on special tokens that a small vocabulary lacks
             self.model = GPT2LMHeadModel(GPT2Config(
                 vocab_size=vocab, n_positions=100, n_embd=width, n_layer=layers, n_head=cfg.n_heads, n_inner=mlp,
                 resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)).to(self.device)

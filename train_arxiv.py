@@ -502,6 +502,14 @@ def oracle_curves(chunks: Chunks, rows: np.ndarray, active: list[str]) -> tuple[
     return found[0], found[1]
 
 
+def binned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean positions, means) of curves [..., T] over bins that grow with the position: single late ones are noisy."""
+    edges = np.unique(np.geomspace(1, curves.shape[-1] + 1, 24).round().astype(int))
+    bins = [slice(a - 1, b - 1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return (np.array([(b.start + 1 + b.stop) / 2 for b in bins]),
+            np.stack([curves[..., b].mean(-1) for b in bins], -1))
+
+
 def measure(curves: Curves, names: list[str], active: list[str], oracle, cfg: Config) -> dict:
     """What results.json says of the XE by position: each category, seen and unseen ones together, gains, fit, oracle.
 
@@ -523,6 +531,7 @@ def measure(curves: Curves, names: list[str], active: list[str], oracle, cfg: Co
             "xe": float(mean.mean()), "xe_interval": [float(x) for x in interval(sample.mean(1))],
             "perplexity": float(np.exp(mean.mean())), "xe_by_position": mean.tolist(),
             "low": low.tolist(), "high": high.tolist(),
+            "binned_interval": [x.tolist() for x in interval(binned(sample)[1])],
             "icl_gain": float(gain), "icl_gain_interval": [float(x) for x in interval(gains(sample)[0])],
             "total_gain": float(total), "total_gain_interval": [float(x) for x in interval(gains(sample)[1])],
             "fit": {k: {"value": float(fit[i]), "interval": [float(x) for x in interval(fits[:, i])]}
@@ -604,27 +613,30 @@ def plot_run(folder: Path, title: str, found: dict) -> None:
     """XE by position with intervals, by category; excess over the oracle; the probe; loss over training."""
     groups, colours = found["groups"], [f"C{i}" for i in range(10)]
     names = [name for name in groups if name not in ("seen", "unseen")]
-    positions = np.arange(1, len(groups["seen"]["xe_by_position"]) + 1)
 
     def by_position(axes):
         for i, name in enumerate(names):
             group, colour = groups[name], colours[i % 10]
             label = name if name in found["categories"] else f"{name} (unseen)"
-            axes.plot(positions, group["xe_by_position"], color=colour, label=label, linewidth=1.3,
+            positions, xe = binned(np.array(group["xe_by_position"]))
+            axes.plot(positions, xe, color=colour, label=label, linewidth=1.3,
                       linestyle="-" if name in found["categories"] else ":")
-            axes.fill_between(positions, group["low"], group["high"], color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(positions, *group["binned_interval"], color=colour, alpha=0.2, linewidth=0)
             if "oracle_xe_by_position" in group:
-                axes.plot(positions, group["oracle_xe_by_position"], color="k", linewidth=0.8, linestyle="--",
-                          label="exact optimum" if i == len(names) - 1 else None)
-        axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)", title=title)
+                axes.plot(positions, binned(np.array(group["oracle_xe_by_position"]))[1], color="k", linewidth=0.8,
+                          linestyle="--", label="exact optimum" if i == len(names) - 1 else None)
+        axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
+        axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(fontsize=8)
 
     def excess(axes):
         for name in found["categories"]:
-            relative = 100 * np.array(groups[name]["excess_by_position"]) / groups[name]["oracle_xe_by_position"]
+            positions, over = binned(np.array(groups[name]["excess_by_position"]))
+            relative = 100 * over / binned(np.array(groups[name]["oracle_xe_by_position"]))[1]
             axes.plot(positions, relative, color=colours[names.index(name) % 10], label=name, linewidth=1)
         axes.axhline(0, color="k", linewidth=0.8)
-        axes.set(xscale="log", xlabel="tokens read", ylabel="excess over the exact optimum (%)", title=title)
+        axes.set(xscale="log", xlabel="tokens read", ylabel="excess over the exact optimum (%)")
+        axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(fontsize=8)
 
     def probed(axes):
@@ -634,8 +646,8 @@ def plot_run(folder: Path, title: str, found: dict) -> None:
             axes.plot(found["probe"]["positions"], accuracy, "o-", markersize=3, color=shade,
                       label=f"layer {layer}" if layer else "embed")
         axes.axhline(1 / len(found["categories"]), color="k", linestyle=":", linewidth=0.8, label="chance")
-        axes.set(xscale="log", xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02),
-                 title=title)
+        axes.set(xscale="log", xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02))
+        axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(fontsize=8)
 
     def over_time(axes):
@@ -644,7 +656,8 @@ def plot_run(folder: Path, title: str, found: dict) -> None:
             line = [(r["step"], r[key]) for r in history if r["split"] == split]
             if line:
                 axes.plot(*zip(*line, strict=True), label="training" if split == "train" else "validation")
-        axes.set(xlabel="step", ylabel="cross entropy (nats)", title=title)
+        axes.set(xlabel="step", ylabel="cross entropy (nats)")
+        axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(fontsize=8)
 
     plot(folder, "xe_by_position", by_position)
@@ -1036,13 +1049,13 @@ def plot_report(folder: Path, by_k: dict, positions: list[int], per_category: li
 
     def curves(axes):
         for (K, runs), shade in zip(by_k.items(), shades, strict=True):
-            xe, t = stack(runs, "xe_by_position"), np.arange(1, T + 1)
+            t, xe = binned(stack(runs, "xe_by_position"))
             axes.plot(t, xe.mean(0), color=shade, label=f"K = {K} ({len(runs)} runs)")
             if len(runs) > 1:
                 sd = xe.std(0, ddof=1)
                 axes.fill_between(t, xe.mean(0) - sd, xe.mean(0) + sd, color=shade, alpha=0.15, linewidth=0)
             if len(oracle := stack(runs, "oracle_xe_by_position")):
-                axes.plot(t, oracle.mean(0), color="k", linestyle="--", linewidth=0.8,
+                axes.plot(t, binned(oracle)[1].mean(0), color="k", linestyle="--", linewidth=0.8,
                           label="exact optimum" if K == max(by_k) else None)
         axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)",
                  title="in-context cross entropy, equal training tokens")
