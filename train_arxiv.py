@@ -945,7 +945,7 @@ def plan_study(study: str, names: list[str]) -> list[list[str]]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise prepare_data.DataError(f"study={study}: no run is called {name!r}"
-                                         + (f", did you mean {near[0]!r}?" if near else "")
+                                         + (f", did you mean {near[0]!r}?" if near else ".")
                                          + " Use all, all31, k=1,2, nested:1,2,4, or names like "
                                          + run_name(names[: min(2, len(names))]))
     return [known[name] for name in study.split(",")]
@@ -1069,7 +1069,7 @@ def plot_report(folder: Path, by_k: dict, positions: list[int], per_category: li
                           color=colormaps["plasma"](0.85 * i / max(1, len(positions) - 1)), label=f"after {p} tokens")
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=list(by_k),
                  title="cross entropy against K (bars: s.d. over subsets and seeds)")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     def by_category(axes):
         for category in dict.fromkeys(row[1] for row in per_category):
@@ -1078,7 +1078,7 @@ def plot_report(folder: Path, by_k: dict, positions: list[int], per_category: li
                           capsize=3, label=category)
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=list(by_k),
                  title="cross entropy of each category against K")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     plot(folder, "xe_by_position", curves)
     plot(folder, "xe_against_k", against_k)

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import train_ghmm  # noqa: E402
-from common import checkpoint  # noqa: E402
+from common import checkpoint, runlog  # noqa: E402
 from common.runtime import STOP_CHECK_STEPS, FiniteCheck, Runtime, Stopwatch  # noqa: E402
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
@@ -345,6 +345,27 @@ def test_one_times_64_trains_like_four_times_16(tmp_path, monkeypatch):
     assert_close(four, one, 2e-6)
     losses = [[r["loss/step"] for r in metrics(tmp_path / name) if r["split"] == "train"] for name in ("one", "four")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- logs
+
+
+def test_a_long_log_goes_on_in_a_new_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runlog, "LOG_BYTES", 600)
+    train_ghmm.main([*FIVE, "--out_dir=run"])
+    old, new = (tmp_path / "run" / "train.log.1").read_text(), (tmp_path / "run" / "train.log").read_text()
+    assert len(old) > 600 > len(new) and "done: loss" in new
+
+
+def test_wandb_settings_come_from_the_environment_or_a_dotenv_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert runlog._dotenv("WANDB_PROJECT") is None
+    (tmp_path / ".env").write_text("# mine\nOTHER=1\nexport WANDB_PROJECT='beliefs'\n")
+    assert runlog._dotenv("WANDB_PROJECT") == "beliefs"
+    monkeypatch.setenv("WANDB_PROJECT", "asked")
+    assert runlog._dotenv("WANDB_PROJECT") == "asked"
 
 
 # ---------------------------------------------------------------------------------------------------------- two ranks
