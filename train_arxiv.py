@@ -84,7 +84,7 @@ class Config:
     adam_beta2: float = 0.95
     grad_clip: float = 1.0  # largest gradient norm; 0 does not clip
     # schedule
-    epochs: int = 3  # passes over the training chunks
+    epochs: int = 6  # passes over the training chunks
     max_steps: int | None = None  # optimizer steps; default as the epochs have
     warmup_steps: int = 100  # linear warm-up
     min_lr_ratio: float = 0.1  # what cosine ends at, as a fraction of lr
