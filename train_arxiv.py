@@ -72,7 +72,7 @@ class Config:
     # model
     n_layers: int = 2
     d_model: int = 64  # width
-    n_heads: int = 4
+    n_heads: int = 2
     d_mlp: int = 256
     dropout: float = 0.0
     # optimizer
@@ -84,7 +84,7 @@ class Config:
     adam_beta2: float = 0.95
     grad_clip: float = 1.0  # largest gradient norm; 0 does not clip
     # schedule
-    epochs: int = 6  # passes over the training chunks
+    epochs: int = 4  # passes over the training chunks
     max_steps: int | None = None  # optimizer steps; default as the epochs have
     warmup_steps: int = 100  # linear warm-up
     min_lr_ratio: float = 0.1  # what cosine ends at, as a fraction of lr
