@@ -1050,7 +1050,7 @@ def plot_report(folder: Path, by_k: dict, positions: list[int], per_category: li
     def curves(axes):
         for (K, runs), shade in zip(by_k.items(), shades, strict=True):
             t, xe = binned(stack(runs, "xe_by_position"))
-            axes.plot(t, xe.mean(0), color=shade, label=f"K = {K} ({len(runs)} runs)")
+            axes.plot(t, xe.mean(0), color=shade, label=f"K = {K}" + (f" ({len(runs)} runs)" if len(runs) > 1 else ""))
             if len(runs) > 1:
                 sd = xe.std(0, ddof=1)
                 axes.fill_between(t, xe.mean(0) - sd, xe.mean(0) + sd, color=shade, alpha=0.15, linewidth=0)
