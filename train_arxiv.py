@@ -22,6 +22,7 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -140,7 +141,8 @@ class Chunks:
     def __init__(self, path: Path):
         self.path = path
         self.file, self.names, self.codes = prepare_data.open_chunks(path)
-        self.documents = self.file["doc_idx_for_chunk"][:]
+        pairs = np.stack([self.codes.astype(np.int64), self.file["doc_idx_for_chunk"][:].astype(np.int64)], 1)
+        self.documents = np.unique(pairs, axis=0, return_inverse=True)[1].ravel()  # ids may begin anew in a category
         self.tokens = prepare_data.map_tokens(self.file)
         blocks = [self.tokens[i : i + 100_000] for i in range(0, len(self.tokens), 100_000)]
         low, top = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
@@ -168,9 +170,17 @@ def open_data(cfg: Config) -> tuple[Chunks, Chunks, list[str]]:
     Raises DataError, naming the nearest category for a misspelt one.
     """
     folder = Path(cfg.data)
-    if cfg.data == SYNTHETIC and not (folder / "train.h5").exists():
-        prepare_data.main(["ergodic", f"--out_dir={folder}"])
-    train, validation = Chunks(folder / "train.h5"), Chunks(folder / "validation.h5")
+    last = folder / "validation.h5"
+    if cfg.data == SYNTHETIC and not last.exists():
+        if int(os.environ.get("RANK", 0)) == 0:
+            prepare_data.main(["ergodic", f"--out_dir={folder}"])
+        for _ in range(6_000):  # the other ranks have ten minutes' patience
+            if last.exists():
+                break
+            time.sleep(0.1)
+    train, validation = Chunks(folder / "train.h5"), Chunks(last)
+    if not all("vocab_size" in chunks.file.attrs for chunks in (train, validation)):  # then known from the tokens only
+        train.vocab_size = validation.vocab_size = max(train.vocab_size, validation.vocab_size)
     if (train.size, train.vocab_size) != (validation.size, validation.vocab_size):
         raise prepare_data.DataError(f"{train.path} and {validation.path} differ in chunk size or vocabulary: they are "
                                      "not of one preparation")
@@ -223,6 +233,7 @@ class Batches:
 
     def __init__(self, rt: Runtime, chunks: Chunks, rows: np.ndarray, cfg: Config):
         self.rt, self.chunks, self.rows_, self.cfg, self.permutations = rt, chunks, rows, cfg, {}
+        self.chosen = np.isin(np.arange(len(chunks.codes)), rows)
 
     def permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self.permutations:
@@ -248,10 +259,10 @@ class Batches:
         return tokens.to(self.rt.device)
 
     def windows(self, rows: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Move every chunk forward by 0..n-1 tokens where its document goes on in the next row."""
+        """Move every chunk forward by 0..n-1 tokens where its document goes on in the next row and that is chosen."""
         following = np.minimum(rows + 1, len(self.chunks.documents) - 1)
         goes_on = (self.chunks.documents[following] == self.chunks.documents[rows]) & (following > rows)
-        goes_on &= self.chunks.codes[following] == self.chunks.codes[rows]
+        goes_on &= (self.chunks.codes[following] == self.chunks.codes[rows]) & self.chosen[following]
         offset = rng.integers(0, self.chunks.size, len(rows)) * goes_on
         both = np.concatenate([tokens, self.chunks.tokens[following]], 1)
         return np.take_along_axis(both, offset[:, None] + np.arange(self.chunks.size), 1)
@@ -472,7 +483,7 @@ def evaluate(model: nn.Module, chunks: Chunks, rows: np.ndarray, rt: Runtime, ba
         tokens = torch.from_numpy(chunks.tokens[rows[part]].astype(np.int64)).to(rt.device)
         with rt.autocast():
             xe, _ = model(tokens[:, :-1], tokens[:, 1:])
-        sums.index_add_(0, torch.from_numpy(index[part]), xe.double().cpu())
+        sums.index_add_(0, torch.from_numpy(index[part]), xe.cpu().double())
     model.train()
     sums = (rt.mean(sums.to(rt.device if rt.device.type == "cuda" else "cpu")) * rt.world_size).cpu().numpy()
     codes = np.zeros(len(documents), dtype=np.int64)
@@ -745,6 +756,7 @@ def train(cfg: Config) -> dict:
         chunks, validation, active = open_data(cfg)
         rows = training_rows(chunks, active, cfg)
         model = build_model(cfg, chunks.vocab_size, chunks.size).to(rt.device)
+        rt.reseed(rt.rank)
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
         batches, finite, watch = Batches(rt, chunks, rows, cfg), FiniteCheck(rt.device), Stopwatch()
@@ -756,10 +768,12 @@ def train(cfg: Config) -> dict:
         tokens_per_step = cfg.batch_size * (chunks.size - 1)
 
         path, state, changes = checkpoint.start_from(cfg, folder, "arxiv", __file__, lambda old: differences(old, cfg))
-        step, best, total, waited = 0, math.inf, torch.zeros(2, device=rt.device), 0
+        step, best, total, waited, reference = 0, math.inf, torch.zeros(2, device=rt.device), 0, math.inf
         if state:
             step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
-            waited = extra["waited"]
+            waited, reference = extra["waited"], extra["reference"]
+            if path.parent.resolve() != folder.resolve():
+                best = math.inf  # the best of that run is not in this folder
         trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, steps) as log:
@@ -807,8 +821,9 @@ def train(cfg: Config) -> dict:
                     xe = np.mean([curves.mean(validation.code(name)) for name in active], 0)
                     val_xe, (gain, _) = float(xe.mean()), gains(xe)
                     improved = val_xe < best
-                    waited = 0 if val_xe < best - cfg.min_delta else waited + 1
-                    best = min(best, val_xe)
+                    waited, best = waited + 1, min(best, val_xe)
+                    if val_xe < reference - cfg.min_delta:  # small improvements add up
+                        waited, reference = 0, val_xe
                     ended = bool(cfg.patience) and waited >= cfg.patience
                     log.metrics(step, "eval",
                                 {"val_xe": val_xe, "icl_gain": float(gain), "xe_by_position": xe.tolist()})
@@ -816,8 +831,8 @@ def train(cfg: Config) -> dict:
                             + " *" * improved + f" | no better for {waited}: stopping" * ended)
                 if saves or improved or ended:
                     saved = checkpoint.capture(rt, "arxiv", config_dict(cfg), step, model, optimizer, best,
-                                               {"waited": waited, "ended": ended or last, "n_ctx": chunks.size,
-                                                "vocab_size": chunks.vocab_size, "categories": active}, {})
+                                               {"waited": waited, "reference": reference, "ended": ended or last,
+                                                "n_ctx": chunks.size, "vocab_size": chunks.vocab_size, "categories": active}, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if stops and not last:
@@ -827,7 +842,8 @@ def train(cfg: Config) -> dict:
                 watch.start()
 
             rt.barrier()
-            model.load_state_dict(checkpoint.load(folder / "best.pt", "arxiv")["model"])
+            if (folder / "best.pt").exists():
+                model.load_state_dict(checkpoint.load(folder / "best.pt", "arxiv")["model"])
             copy_tokenizer(Path(cfg.data), folder, rt)
             result = finish(model, validation, active, cfg, rt, folder, f"K = {len(active)}: {', '.join(active)}")
             summary = result | {"K": len(active), "categories": active, "steps": step,
@@ -969,7 +985,7 @@ def run_study(cfg: Config) -> dict:
         result = train(run)
         if "stopped_at" in result:
             return result
-    return report(Path(cfg.out_dir))
+    return report(Path(cfg.out_dir)) if int(os.environ.get("RANK", 0)) == 0 else {}
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -1108,8 +1124,8 @@ def write_html(folder: Path, results: list[dict], header: list[str], table: list
              "img{max-width:100%}figure{margin:2em 0}figcaption{color:#555}div{overflow-x:auto}")
     page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Cross entropy against K</title>",
             f"<style>{style}</style></head><body><h1>In-context cross entropy against the number of components</h1>",
-            f"<p>{len(results)} runs. All are trained on the same number of tokens, divided among K components. Cross "
-            "entropies are in nats, on validation documents of the components trained on; unseen_xe is on the "
+            f"<p>{len(results)} runs. Unless set otherwise all train on the same number of tokens, divided among K "
+            "components. Cross entropies are in nats, on validation documents of the components trained on; unseen_xe is on the "
             "others.</p>",
             picture("xe_by_position", "Cross entropy of the next token by tokens read, for every K. Bands: standard "
                     "deviation over subsets and seeds."),

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+_RENDEZVOUS: dict = {}  # torchrun's store and the number of groups opened through it
 STOP_CHECK_STEPS = 10  # ranks agree on stopping at every tenth step: a 0.1 ms exchange of one number
 
 
@@ -47,7 +48,13 @@ class Runtime:
             # TF32 is bf16's partner for what autocast leaves in float32; precision=fp32 means full float32.
             torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
         if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            # Keys of its own for each group: several runs of one process (a study) share torchrun's store.
+            if "store" not in _RENDEZVOUS:
+                _RENDEZVOUS["store"] = next(dist.rendezvous("env://", self.rank, self.world_size))[0]
+            _RENDEZVOUS["groups"] = number = _RENDEZVOUS.get("groups", 0) + 1
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                    store=dist.PrefixStore(f"group_{number}", _RENDEZVOUS["store"]), rank=self.rank,
+                                    world_size=self.world_size)
         self.reseed()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
                           if _in_main_thread()}
@@ -61,12 +68,13 @@ class Runtime:
                 dist.barrier()  # nobody leaves while another still talks
             dist.destroy_process_group()
 
-    def reseed(self) -> None:
+    def reseed(self, rank: int = 0) -> None:
         """Seed the global generators, which only parameter initialisation and dropout draw from.
 
-        The same seed on every rank: ranks start from the same weights even before they are synchronised.
+        The same seed on every rank for the weights, which are then equal even before they are synchronised; with the
+        rank afterwards, where there is dropout: ranks must not draw the same masks.
         """
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.seed + rank)
         np.random.seed(self.seed % 2**32)
 
     def generator(self, *counter: int, device: torch.device | str | None = None) -> torch.Generator:

@@ -375,7 +375,7 @@ def test_wandb_settings_come_from_the_environment_or_a_dotenv_file(tmp_path, mon
 def one_group_for_all():
     """Let many Runtimes share one process group: torchrun expects a process to open its group once."""
     open_group, close_group = dist.init_process_group, dist.destroy_process_group
-    dist.init_process_group = lambda backend: dist.is_initialized() or open_group(backend)
+    dist.init_process_group = lambda *args, **options: dist.is_initialized() or open_group(*args, **options)
     dist.destroy_process_group = dist.barrier
     yield
     dist.destroy_process_group = close_group
