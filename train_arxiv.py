@@ -832,7 +832,8 @@ def train(cfg: Config) -> dict:
                 if saves or improved or ended:
                     saved = checkpoint.capture(rt, "arxiv", config_dict(cfg), step, model, optimizer, best,
                                                {"waited": waited, "reference": reference, "ended": ended or last,
-                                                "n_ctx": chunks.size, "vocab_size": chunks.vocab_size, "categories": active}, {})
+                                                "n_ctx": chunks.size, "vocab_size": chunks.vocab_size,
+                                                "categories": active}, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if stops and not last:
@@ -1125,8 +1126,8 @@ def write_html(folder: Path, results: list[dict], header: list[str], table: list
     page = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Cross entropy against K</title>",
             f"<style>{style}</style></head><body><h1>In-context cross entropy against the number of components</h1>",
             f"<p>{len(results)} runs. Unless set otherwise all train on the same number of tokens, divided among K "
-            "components. Cross entropies are in nats, on validation documents of the components trained on; unseen_xe is on the "
-            "others.</p>",
+            "components. Cross entropies are in nats, on validation documents of the components trained on; "
+            "unseen_xe is on the others.</p>",
             picture("xe_by_position", "Cross entropy of the next token by tokens read, for every K. Bands: standard "
                     "deviation over subsets and seeds."),
             picture("xe_against_k", "The same at some positions, against K."), "<h2>By K</h2><div>",
