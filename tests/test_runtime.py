@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from comparison import unequal  # noqa: E402
+
 import train_ghmm  # noqa: E402
 from common import checkpoint, runlog  # noqa: E402
 from common.runtime import STOP_CHECK_STEPS, FiniteCheck, Runtime, Stopwatch  # noqa: E402
@@ -84,22 +86,6 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance,
                                    msg=lambda text, name=name: f"{name}: {text}")
-
-
-def unequal(a, b, where: str = "") -> list[str]:
-    """The places at which two nested states are not the same to the bit."""
-    if isinstance(a, torch.Tensor):
-        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        return [] if same else [where]
-    if isinstance(a, dict):
-        if not isinstance(b, dict) or a.keys() != b.keys():
-            return [f"{where}: keys"]
-        return [place for key in a for place in unequal(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [f"{where}: length"]
-        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in unequal(*pair, f"{where}/{i}")]
-    return [] if a == b else [f"{where}: {a} != {b}"]
 
 
 def trained_state(folder: Path) -> dict:

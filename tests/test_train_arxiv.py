@@ -43,16 +43,10 @@ draw_picture = train_arxiv.plot
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Every test stands in an empty folder, computes on one thread and, unless it asks, draws no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+def without_pictures(in_a_folder_of_its_own, monkeypatch):
+    """Unless it asks, a test draws no pictures."""
     monkeypatch.setattr(train_arxiv, "plot", lambda *args, **options: None)
     monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +489,17 @@ def test_two_ranks_train_like_one(data):
     alone, two = run(data), read("two/summary.json")
     assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-4)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
+
+
+def test_a_study_under_torchrun_trains_every_run_and_reports_once(data):
+    """Several process groups, one after the other, in the same two processes."""
+    settings = [*TINY, f"--data={data}", "--study=nested:1,2,3", "--max_steps=4", "--probe=false", "--out_dir=study"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0")
+    done = python(*torchrun, ROOT / "train_arxiv.py", *settings, folder=Path.cwd())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("done: validation XE") == 3 and done.stdout.count("report of 3 runs") == 1
+    assert sorted(path.name for path in Path("study").glob("K*")) == ["K1_a", "K2_a_b", "K3_a_b_c"]
 
 
 def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, whole, capsys):

@@ -43,15 +43,9 @@ draw_picture = train_ghmm.plot
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """Every test stands in an empty folder, computes on one thread and, unless it asks, draws no pictures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+def without_pictures(in_a_folder_of_its_own, monkeypatch):
+    """Unless it asks, a test draws no pictures."""
     monkeypatch.setattr(train_ghmm, "plot", lambda *args, **options: None)
-    yield
-    torch.set_num_threads(threads)
 
 
 def python(*command, folder: Path) -> subprocess.CompletedProcess:
