@@ -3,6 +3,8 @@
     python bench.py                      # everything
     python bench.py ghmm --json=out.json # one experiment, the results written too
     python bench.py arxiv --peer=PATH    # against a checkout of nanoGPT (its model.py) too
+    python bench.py apelr --peer=PATH    # against a checkout of APEL-R (its src/apelr) too
+    python bench.py apelr --full         # the whole grid of shapes: an hour on two cores
 
 Each result is {name, value, unit, against, ratio}: ratio is value / the peer's value, so above 1 is faster. Peers take
 part where they can be imported: hmmlearn, transformer-lens before version 4 (`pip install "transformer-lens<4"`),
@@ -12,6 +14,7 @@ tokenizers, transformers; a line says which was missing. Times are medians; on a
 import argparse
 import difflib
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -30,6 +33,7 @@ import numpy as np
 import torch
 
 import prepare_data
+import train_apelr
 import train_arxiv
 import train_ghmm
 from common.runtime import Runtime
@@ -64,11 +68,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the rate that nothing here can beat."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / seconds(lambda: a @ b, device, repeats=15)
+def peak_memory() -> float:
+    """MB that this process held at most. (Linux's ru_maxrss of a started process includes its parent's.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -189,39 +194,57 @@ def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int):
 
 
 _trainer: Trainer | None = None  # of the worker process
+_before = 0.0  # its memory before that
 
 
-def _start(kind: str, *shape) -> float:
-    global _trainer
+def _start(kind: str, *shape) -> None:
+    global _trainer, _before
+    torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # torch's own footprint
+    _before = peak_memory()
     _trainer = globals()[kind](*shape)
-    return _trainer.flops_per_token() if shape[0] == "ours" else 0.0
 
 
-def _measure() -> float:
-    return _trainer.median_step()
+def _ask(name: str) -> float:
+    return getattr(_trainer, name)()
 
 
-def race(kind: str, sides: dict[str, str], shape: tuple, tokens: int, name: str, peak: float, rounds: int = 5) -> None:
+def _memory() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else peak_memory() - _before
+
+
+def alternate(kind: str, sides: dict[str, str], shape: tuple, rounds: int) -> tuple[dict, dict, dict]:
     """Train the sides in turns, each in its own process, so that a slow minute of the machine meets all of them.
 
-    Reports tokens/s of "ours" against the matrix-multiply rate (FLOP/s) and against every other side's description.
+    Returns by side: seconds a step in every round; peak MB beyond torch's own; FLOP a token of sides without a text.
     """
     pools = {side: ProcessPoolExecutor(1, get_context("spawn")) for side in sides}
+    times = {side: [] for side in sides}
     try:
-        flops = [pools[side].submit(_start, kind, side, *shape).result() for side in sides][0]
-        times = {side: [] for side in sides}
+        for started in [pools[side].submit(_start, kind, side, *shape) for side in sides]:
+            started.result()
         for _ in range(rounds):
             for side in sides:
-                times[side].append(pools[side].submit(_measure).result())
+                times[side].append(pools[side].submit(_ask, "median_step").result())
+        return (times, {side: pool.submit(_memory).result() for side, pool in pools.items()},
+                {s: pools[s].submit(_ask, "flops_per_token").result() for s, text in sides.items() if not text})
     finally:
         for pool in pools.values():
             pool.shutdown()
+
+
+def race(kind: str, sides: dict[str, str], shape: tuple, tokens: int, name: str, peak: float, rounds: int = 5,
+         memory: bool = False) -> None:
+    """Reports tokens/s of "ours" against the matrix-multiply rate (FLOP/s) and every other side's description."""
+    times, peaks, flops = alternate(kind, sides, shape, rounds)
     rate = tokens / statistics.median(times["ours"])
-    report(name, rate, "tokens/s", f"matrix-multiply rate, at {flops / 1e6:.2f} MFLOP a token", peak / flops)
+    report(name, rate, "tokens/s", f"matrix-multiply rate, at {flops['ours'] / 1e6:.2f} MFLOP a token",
+           peak / flops["ours"])
     for side, text in sides.items():
         if side != "ours":
             ratio = statistics.median(p / o for o, p in zip(times["ours"], times[side], strict=True))
             report(name, rate, "tokens/s", text, rate / ratio)
+        if memory:
+            report(f"{name}, peak memory", peaks[side], "MB", text)
 
 
 def missing(module: str) -> bool:
@@ -234,7 +257,7 @@ def bench_training(device: torch.device) -> None:
         report("ghmm HookedTransformer", 0.0, "tokens/s", 'missing: pip install "transformer-lens<4"')
     else:
         sides["peer"] = "HookedTransformer with torch's AdamW"
-    peak = matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    peak = Runtime(train_ghmm.Config(device=device.type)).matmul_rate()
     report(f"ghmm matrix-multiply rate, {device.type}", peak / 1e9, "GFLOP/s")
     for batch, n_ctx, heads in TRAINING_SHAPES:
         race("GhmmTrainer", sides, (batch, n_ctx, heads, device.type), batch * n_ctx,
@@ -262,7 +285,7 @@ def bench_arxiv(peer_path: str | None) -> None:
         sides[peer_path] = "nanoGPT"
     else:
         report("arxiv nanoGPT", 0.0, "tokens/s", "missing: --peer=PATH of a checkout with model.py")
-    peak = matmul_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    peak = Runtime(train_arxiv.Config(device=device.type)).matmul_rate()
     for name, shape in ARXIV_SHAPES.items():
         for precision, dropout in (("fp32", 0.0), ("fp32", 0.1), ("bf16", 0.1)):
             against = {side: text + (f" in {precision}" if text else "") for side, text in sides.items()}
@@ -314,7 +337,7 @@ def measure_loader(chunks: int = 500_000) -> list[tuple]:
             spool.add("ab"[document * 1_000 // chunks], rng.integers(0, 8_192, 50_000))
         spool.write(path, tokenizer="", source="bench", seed=0)
         spool.close()
-        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, began = peak_memory(), time.perf_counter()
         data = train_arxiv.Chunks(path)
         opened = time.perf_counter() - began
         cfg = train_arxiv.Config(batch_size=512, device="cpu")
@@ -324,7 +347,7 @@ def measure_loader(chunks: int = 500_000) -> list[tuple]:
         with h5py.File(path) as file:
             rows = iter(rng.integers(0, chunks, 10**6).tolist())
             one_by_one = 1 / seconds(lambda: file["token_chunks"][next(rows)], torch.device("cpu"), repeats=200)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        grown = peak_memory() - before
     return [("arxiv open 50 M tokens", opened, "s"),
             ("arxiv loader", rate, "chunks/s", "h5py, a row at a time", one_by_one),
             ("arxiv loader, memory grown by (50 M tokens, 100 MB on disk)", grown, "MB")]
@@ -371,7 +394,148 @@ class ArxivTrainer(Trainer):
         return train_arxiv.flops_per_token(self.model, self.cfg, 100)
 
 
-BENCHES = {"ghmm": bench_ghmm, "arxiv": bench_arxiv}
+# ---------------------------------------------------------------------------------------------------------------
+# apelr
+# ---------------------------------------------------------------------------------------------------------------
+APELR = {"baseline": {"version": "baseline"}, "v1": {"version": "v1_filtered_mixture"},
+         "v2": {"version": "v2_planner_required"}, "v2 bias": {"version": "v2_planner_required", "experts": "bias"}}
+APELR_TERMS = {  # our name: (the source's, weight)
+    "v1": {"belief_entropy": ("belief_entropy", 0.01), "usage_kl": ("usage_kl_to_uniform", 0.01),
+           "chunk_bow": ("chunk_bow_loss", 0.1), "plan_mi": ("plan_mi", 0.01),
+           "chunk_post_kl": ("chunk_post_kl", 0.01)},
+    "v2": {"boundary_entropy": ("boundary_entropy", 0.01), "usage_balance": ("usage_kl_to_uniform", 0.01),
+           "future_contrastive": ("future_contrastive_loss", 0.1), "plan_js_div": ("plan_js_div_loss", 0.01),
+           "rep_unlikelihood": ("rep_unlikelihood_loss", 0.1)}}
+APELR_BATCH, ONE_BY_ONE = 8, ((128, 8, 128, 256), (2_048, 8, 128, 256), (8_192, 8, 128, 256), (2_048, 4, 128, 256),
+                              (2_048, 16, 128, 256), (2_048, 8, 512, 256), (2_048, 8, 128, 768))  # V, K, L, H
+
+
+def bench_apelr(peer_path: str | None, full: bool = False) -> None:
+    """The planner against the plain softmax of the same shape, against the source, and sampling.
+
+    Shapes: around V = 2048, K = 8, L = 128, H = 256 one changes at a time (V 128, 8192; K 4, 16; L 512; H 768); full is
+    the whole grid. They train on the likelihood alone, in fp32 (bf16 on a GPU), 8 windows a step.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = peer_path and str(Path(peer_path).resolve() / "src")
+    if not (peer and (Path(peer) / "apelr" / "model_v2.py").exists()):
+        report("apelr source", 0.0, "tokens/s", "missing: --peer=PATH of a checkout with src/apelr")
+        peer = None
+    against_source(peer, device)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        for line in pool.submit(measure_writing, peer, device).result():
+            report(*line)
+    peak = Runtime(train_apelr.Config(device=device)).matmul_rate()
+    report(f"apelr matrix-multiply rate, {device}", peak / 1e9, "GFLOP/s")
+    for shape in itertools.product((128, 2_048, 8_192), (4, 8, 16), (128, 512), (256, 768)) if full else ONE_BY_ONE:
+        where, tokens = "V {} K {} L {} H {}".format(*shape), APELR_BATCH * shape[2]
+        sides = dict.fromkeys(APELR, "")
+        times, memory, flops = alternate("ApelrTrainer", sides, ("", *shape, False, "auto", device), 2)
+        rates = {side: tokens / statistics.median(times[side]) for side in APELR}
+        for side in APELR:
+            name = f"apelr {side}, {where}"
+            report(name, rates[side], "tokens/s", f"matrix-multiply rate, at {flops[side] / 1e6:.1f} MFLOP a token",
+                   peak / flops[side])
+            if side != "baseline":
+                report(name, rates[side], "tokens/s", "the baseline", rates["baseline"])
+            report(f"{name}, peak memory", memory[side], "MB")
+
+
+def against_source(peer: str | None, device: str) -> None:
+    """Every auxiliary term on, the source's boundaries and lookahead; V = 2048, K = 8, L = 128, H = 256, batch 8."""
+    for precision in ("fp32", "bf16"):
+        peak = Runtime(train_apelr.Config(device=device, precision=precision)).matmul_rate()
+        sides = {"ours": "", "every token": "the same, plan_mi and plan_js_div on every token instead of a quarter"}
+        if peer:
+            sides[peer] = f"APEL-R source in {precision}"
+        for version in APELR_TERMS:
+            race("ApelrTrainer", sides, (version, 2_048, 8, 128, 256, True, precision, device), APELR_BATCH * 128,
+                 f"apelr {version}, all terms, {precision} {device}", peak, rounds=3, memory=True)
+
+
+def apelr_model(side: str, version: str, V: int, K: int, L: int, H: int, terms: bool, precision: str, device: str):
+    """(model, settings) of train_apelr.py; (the source's model, None) where side is the path it is in."""
+    shape = {"vocab_size": V, "num_plan_states": K, "hidden_dim": H, "token_dim": 256, "dropout": 0.1}
+    if Path(side).is_absolute():
+        sys.path.insert(0, side)
+        from apelr import model, model_v2
+
+        if version == "v1":
+            found = model.APELRModel(model.APELRModelConfig(fusion_dim=H, **shape))
+        else:
+            found = model_v2.APELRV2Model(model_v2.APELRV2ModelConfig(num_experts=K, **shape))
+        return found.to(device), None
+    weights = {ours: weight for ours, (_, weight) in APELR_TERMS[version].items()} if terms else {}
+    names = {"belief_entropy": "entropy_reg_weight", "usage_kl": "usage_balance_weight"}
+    settings = {names.get(k, f"{k}_weight"): w for k, w in weights.items()} if version == "v1" else {}
+    cfg = train_apelr.Config(
+        **APELR[version], **shape, **settings, fusion_dim=H, seq_len=L, precision=precision, device=device,
+        loss_weights=weights if version == "v2" else {}, rep_window=32, compat="source" if terms else "",
+        aux_token_fraction=1.0 if side == "every token" else 0.25)
+    return train_apelr.build_model(cfg).to(device), cfg
+
+
+class ApelrTrainer(Trainer):
+    """train_apelr.py, or the source, in the shape of apelr_model."""
+
+    def __init__(self, side: str, version: str, *shape):
+        self.version, (V, _, L, _, _, precision, device) = version or side, shape
+        self.device = torch.device(device)
+        self.model, self.cfg = apelr_model(side, self.version, *shape)
+        tokens = torch.randint(V, (APELR_BATCH, L + 1), generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.inputs = tokens[:, :-1], tokens[:, 1:]
+        if self.cfg:
+            rt = Runtime(self.cfg).__enter__()
+            trained, self.autocast = rt.wrap(self.model), rt.autocast
+            self.loss = lambda: trained(*self.inputs, self.cfg.weights(), 1.0, 0.0)[0]
+            self.optimizer = rt.adamw(train_apelr.parameter_groups(self.model, self.cfg), lr=1e-3)
+        else:
+            self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+            self.loss = self.loss_of_source
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.model.train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def loss_of_source(self) -> torch.Tensor:
+        if self.version == "v1":
+            total, terms = self.model.filtered_nll(*self.inputs)
+        else:
+            total, terms = self.model.compute_losses(*self.inputs, rep_unlikelihood_window=32)
+        for ours, (name, weight) in APELR_TERMS[self.version].items():
+            total = total + (-weight if ours in train_apelr.MAXIMISED else weight) * terms[name]
+        return total
+
+    def median_step(self) -> float:
+        return seconds(self.step, self.device, repeats=2)  # the source takes seconds a step
+
+    def flops_per_token(self) -> float:
+        return train_apelr.flops_per_token(self.model, self.cfg)
+
+
+def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tuple]:
+    """128 tokens after a prompt of 8; V = 2048, K = 8, H = 256, fp32. The source writes one text at a time."""
+    shape, found = (2_048, 8, 128, 256, True, "fp32", device), []
+
+    def rate(write, *args, batch: int = 1) -> float:
+        return batch * count / seconds(lambda: write(*args), torch.device(device), repeats=5)
+
+    for version in APELR_TERMS:
+        model, cfg = apelr_model("ours", version, *shape)
+        with Runtime(cfg) as rt:
+            rates = {batch: rate(train_apelr.generate, model, torch.arange(8, device=device).expand(batch, -1), count,
+                                 rt.generator(), batch=batch) for batch in (1, 8, 64)}
+        for batch in rates:
+            name = f"apelr {version} writing, batch {batch} {device}"
+            found.append((name, rates[batch], "tokens/s", *(("batch 1", rates[1]) if batch > 1 else ())))
+        if peer:
+            source = apelr_model(peer, version, *shape)[0]
+            write = source.generate_filtered if version == "v1" else source.generate_planned
+            found.append((f"apelr {version} writing, batch 1 {device}", rates[1], "tokens/s", "APEL-R source",
+                          rate(write, list(range(8)), count)))
+    return found
+
+
+BENCHES = {"ghmm": bench_ghmm, "arxiv": bench_arxiv, "apelr": bench_apelr}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -379,6 +543,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; default all")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--peer", metavar="PATH", help="checkout of the peer, for the benchmarks that take one by path")
+    parser.add_argument("--full", action="store_true", help="apelr: the whole grid of shapes")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in BENCHES:
@@ -390,7 +555,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, python {sys.version.split()[0]}")
     RESULTS.clear()
     for name in args.names or BENCHES:
-        BENCHES[name](args.peer)
+        run = BENCHES[name]
+        run(args.peer, full=True) if args.full and name == "apelr" else run(args.peer)
     if args.json:
         Path(args.json).write_text(json.dumps(RESULTS, indent=2) + "\n")
     return RESULTS

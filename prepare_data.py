@@ -1,5 +1,8 @@
 """Turn raw sources into training files. The first argument is the job, the rest are its typed settings.
 
+    python prepare_data.py text                             # plain text: the documentation in Python itself
+    python prepare_data.py text --input=tinystories         # the same from the hub, or --input=FILE or FOLDER
+    python prepare_data.py planted                          # synthetic: documents of known plans, with exact oracle
     python prepare_data.py arxiv --input=papers.jsonl --out_dir=data/arxiv     # labelled documents, any source
     python prepare_data.py arxiv                            # the same from the hub (pip install datasets)
     python prepare_data.py ergodic                          # synthetic: hidden Markov components with exact oracles
@@ -7,9 +10,10 @@
     python prepare_data.py arxiv --help                     # the settings of a job
 
 Files are written beside their final place and renamed at the end: what exists is complete. N chunks, n tokens of a
-chunk, K components.
+chunk, K components; in `planted` N documents of D tokens, K plans, S states, V tokens, chunks of C tokens.
 """
 
+import ast
 import base64
 import contextlib
 import csv
@@ -17,16 +21,21 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 import os
+import platform
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -55,84 +64,189 @@ def optional(module: str, package: str):
 # Contractions, words, numbers of up to three digits, punctuation, white space: pieces that no merge may cross.
 PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"""
            r"""\s+(?!\S)|\s+""")
+SPECIAL = ("bos", "eos", "unk", "pad")
+ESCAPED = re.compile("([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's surrogateescape writes it
+HALVES = re.compile("([\ud800-\ud80f])([\ud800-\ud80f])?")  # half bytes, while Characters decodes
+
+
+class Characters:
+    """A vocabulary of characters, with those methods of tiktoken.Encoding that Tokenizer uses.
+
+    Ids: bos, eos, unk, pad, then 16 half bytes, then the characters. A character that is not among them, or a byte
+    that is no UTF-8, is spelled in half bytes, so that nothing is unknown: unk is for models that must have one.
+    """
+
+    class Spelling(dict):
+        def __missing__(self, character: str) -> list[int]:
+            halves = character.encode("utf-8", "surrogateescape").hex()
+            return self.setdefault(character, [len(SPECIAL) + int(half, 16) for half in halves])
+
+    def __init__(self, characters: str):
+        self.texts = ["", "", "\ufffd", "", *map(chr, range(0xD800, 0xD810)), *characters]
+        self.n_vocab, first = len(self.texts), len(self.texts) - len(characters)
+        self.spelling = self.Spelling({c: [i] for i, c in enumerate(characters, first)})
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return list(chain.from_iterable(map(self.spelling.__getitem__, text)))
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The text of ids; for unk, and for a half byte without the other half, U+FFFD."""
+        def byte(found: re.Match) -> str:
+            value = 16 * (ord(found[1]) & 15) + (ord(found[2] or found[1]) & 15)
+            return "\ufffd" if not found[2] else chr(value if value < 0x80 else 0xDC00 + value)
+
+        return HALVES.sub(byte, "".join([self.texts[i] for i in ids])).encode("utf-8", "surrogateescape")
 
 
 class Tokenizer:
-    """Text to token ids and back. Kinds: bpe (ours), gpt2, huggingface (somebody's tokenizer.json).
+    """Text to token ids and back. Kinds: char and bpe (ours), gpt2, huggingface (somebody's tokenizer.json).
 
-    bpe and gpt2 work on bytes, so any text survives encode and decode; a foreign file may have unknown tokens.
+    All but the foreign files lose nothing: decode(encode(text)) is the text and decode_bytes(encode(data)) the data,
+    in lower case if the spec says "lowercase". `special` is {name: id}, of those of SPECIAL that there are.
     """
 
-    def __init__(self, kind: str, engine, spec: dict):
-        self.kind, self.engine, self.spec = kind, engine, spec
+    def __init__(self, kind: str, engine, spec: dict, special: dict[str, int] | None = None):
+        self.kind, self.engine, self.spec, self.special = kind, engine, spec, special or {}
 
     @property
     def vocab_size(self) -> int:
         return self.engine.get_vocab_size() if self.kind == "huggingface" else self.engine.n_vocab
 
-    def encode(self, text: str) -> list[int]:
+    def hash(self) -> str:
+        """The same for the same tokenizer only: sha256 of what its file says."""
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str | bytes) -> list[int]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+    def encode_batch(self, texts: list[str | bytes], threads: int = 1) -> list[list[int]]:
         """Ids of every text; special tokens in a text are read as plain text."""
+        texts = [readable(text) for text in texts]
+        if self.spec.get("lowercase"):
+            texts = [text.lower() for text in texts]
         if self.kind == "huggingface":
+            texts = [ESCAPED.sub("\ufffd", text) for text in texts]
             return [found.ids for found in self.engine.encode_batch(texts, add_special_tokens=False)]
-        if threads == 1:  # a pool of one thread costs a third of the speed
+        if self.kind == "char":
             return [self.engine.encode_ordinary(text) for text in texts]
+        if threads == 1 or not all(map(is_unicode, texts)):  # a pool of one thread costs a third of the speed
+            return [self._encode(text) for text in texts]
         return self.engine.encode_ordinary_batch(texts, num_threads=threads)
 
+    def _encode(self, text: str) -> list[int]:
+        if is_unicode(text):
+            return self.engine.encode_ordinary(text)
+        return [i for part in ESCAPED.split(text) for i in (
+            [self.engine.encode_single_token(part.encode("utf-8", "surrogateescape"))] if ESCAPED.match(part)
+            else self.engine.encode_ordinary(part))]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids; bos, eos and pad are none."""
+        silent = {self.special[name] for name in ("bos", "eos", "pad") if name in self.special}
+        ids = [int(i) for i in ids if int(i) not in silent]
+        return self.engine.decode(ids).encode() if self.kind == "huggingface" else self.engine.decode_bytes(ids)
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self.engine.decode([int(i) for i in ids])
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.spec, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(text: str | bytes) -> str:
+    """Text in which bytes that are no UTF-8 stand escaped; half a surrogate pair, which is no character, is U+FFFD."""
+    if isinstance(text, bytes):
+        return text.decode("utf-8", "surrogateescape")
+    return text if is_unicode(text) else re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, **more) -> Tokenizer:
     """Byte-pair encoding of vocab_size tokens, the 256 bytes among them (Sennrich et al. 2016), trained by rustbpe.
 
-    Raises DataError if vocab_size is below 256 or more than the texts support.
+    more: special=[NAME, ...], which are the last of the vocab_size tokens, and lowercase=True.
+    Raises DataError if vocab_size is below 256 and the special tokens, or more than the texts support.
     """
-    if vocab_size < 256:
-        raise DataError(f"vocab_size = {vocab_size}: a byte-level vocabulary has at least 256 tokens")
+    merged = vocab_size - len(more.get("special", ()))
+    if merged < 256:
+        raise DataError(f"vocab_size = {vocab_size}: a byte-level vocabulary has at least 256 tokens"
+                        + f" and {vocab_size - merged} special ones" * (merged < vocab_size))
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size, pattern=PATTERN)
+    trainer.train_from_iterator(iter(texts), merged, pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    if len(ranks) < vocab_size:
-        raise DataError(f"vocab_size = {vocab_size}, but the training text supports only {len(ranks)} tokens: "
-                        "use fewer, or more text")
-    return _bpe([bytes(token) for token, _ in ranks], PATTERN)
+    if len(ranks) < merged:
+        raise DataError(f"vocab_size = {vocab_size}, but the training text supports only "
+                        f"{len(ranks) + vocab_size - merged} tokens: use fewer, or more text")
+    listed = [base64.b64encode(bytes(token)).decode() for token, _ in ranks]
+    return make_tokenizer({"kind": "bpe", "pattern": PATTERN, "tokens": listed, **more})
 
 
-def _bpe(tokens: list[bytes], pattern: str) -> Tokenizer:
+def train_char(texts: Iterable[str], vocab_size: int | None, min_frequency: int, **more) -> Tokenizer:
+    """The characters that occur min_frequency times, most frequent first, at most vocab_size tokens in all."""
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    most = None if vocab_size is None else vocab_size - len(SPECIAL) - 16
+    kept = sorted((c for c in counts if counts[c] >= min_frequency), key=lambda c: (-counts[c], c))[:most]
+    return make_tokenizer({"kind": "char", "characters": "".join(kept), **more})
+
+
+def make_tokenizer(spec: dict) -> Tokenizer:
+    """A tokenizer of ours from what its file says; raises ValueError, KeyError or TypeError for a damaged spec."""
+    if spec["kind"] == "gpt2":
+        engine = tiktoken.get_encoding("gpt2")
+        return Tokenizer("gpt2", engine, spec, dict.fromkeys(("bos", "eos", "pad"), engine.eot_token))
+    if spec["kind"] == "char":
+        if len(set(spec["characters"])) < len(spec["characters"]) or not is_unicode(spec["characters"]):
+            raise ValueError("its characters repeat, or are none")
+        return Tokenizer("char", Characters(spec["characters"]), spec, {name: i for i, name in enumerate(SPECIAL)})
+    tokens = [base64.b64decode(t, validate=True) for t in spec["tokens"]]
     if len(set(tokens)) != len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
         raise ValueError("its tokens repeat, or do not hold all 256 bytes")
-    engine = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                               special_tokens={})
-    listed = [base64.b64encode(t).decode() for t in tokens]
-    return Tokenizer("bpe", engine, {"kind": "bpe", "pattern": pattern, "tokens": listed})
+    special = {name: i for i, name in enumerate(spec.get("special", ()), len(tokens))}
+    if len(special) < len(spec.get("special", ())) or not special.keys() <= set(SPECIAL):
+        raise ValueError(f"its special tokens are not of {', '.join(SPECIAL)}, each once")
+    spelled = {"\ufffd" if name == "unk" else f"<{name}>": i for name, i in special.items()}
+    engine = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                               special_tokens=spelled)
+    return Tokenizer("bpe", engine, spec, special)
+
+
+FOREIGN = {"bos": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"), "unk": ("<unk>", "[UNK]"), "pad": ("<pad>", "[PAD]"),
+           "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")}  # names in Hugging Face's files
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json (ours, or a Hugging Face one: pip install tokenizers), or gpt2."""
+    spec = {"kind": "gpt2"} if str(source) == "gpt2" else None
     try:
-        if str(source) == "gpt2":
-            return Tokenizer("gpt2", tiktoken.get_encoding("gpt2"), {"kind": "gpt2"})
-        spec = json.loads(Path(source).read_text(encoding="utf-8"))
-        if spec.get("kind") == "bpe":
-            return _bpe([base64.b64decode(t, validate=True) for t in spec["tokens"]], spec["pattern"])
-        if spec.get("kind") == "gpt2":
-            return load_tokenizer("gpt2")
+        spec = spec or json.loads(Path(source).read_text(encoding="utf-8"))
+        if spec.get("kind") in ("char", "bpe", "gpt2"):
+            return make_tokenizer(spec)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        if isinstance(spec, dict) and spec.get("kind") == "gpt2":
+            raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(e).__name__}): go online once, or "
+                            "set TIKTOKEN_CACHE_DIR to a folder that has it") from e
         raise DataError(f"cannot read the tokenizer {source}: {e}") from e
     if "model" not in spec:
         raise DataError(f"{source} is no tokenizer.json of this repository or of Hugging Face tokenizers")
     try:
-        return Tokenizer("huggingface", optional("tokenizers", "tokenizers").Tokenizer.from_str(json.dumps(spec)), spec)
+        engine = optional("tokenizers", "tokenizers").Tokenizer.from_str(json.dumps(spec))
+        engine.encode_special_tokens = True  # those in a text are plain text
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
     except Exception as e:  # the library raises a bare Exception
         raise e if isinstance(e, DataError) else DataError(f"cannot read the tokenizer {source}: {e}") from e
+    special = {name: added[s] for name, spelled in FOREIGN.items() for s in reversed(spelled) if s in added}
+    return Tokenizer("huggingface", engine, spec, special)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -188,27 +302,31 @@ def read_records(cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
         if not files:
             raise DataError(f"{path} holds no .jsonl, .csv, .parquet or CATEGORY/*.txt files")
         for file in files:
-            yield from read_file(file, cfg)
+            yield from read_file(file, cfg.text_column, whole)
     elif path.exists():
-        yield from read_file(path, cfg)
+        yield from read_file(path, cfg.text_column, whole)
     elif re.fullmatch(r"[\w-]+/[\w.-]+", cfg.input) and path.suffix not in (".jsonl", ".csv", ".parquet", ".txt"):
         yield from read_hub(cfg)
     else:
         raise DataError(f"input = {cfg.input}: no such file, folder or hub data set")
 
 
-def read_file(path: Path, cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
+def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | bytes]]) -> Iterator[tuple[str, dict]]:
+    """(where it stands, record) of a file; `texts` cuts a .txt file. A .json is read whole, the others as a stream."""
+    where = str(path)
     try:
         if path.suffix == ".txt":
-            yield str(path), {cfg.text_column: path.read_text(encoding="utf-8"), "category": path.parent.name}
+            for text in texts(path):
+                yield where, {column: text, "category": path.parent.name}
+        elif path.suffix == ".json":
+            for number, value in enumerate(list_in(json.loads(path.read_text(encoding="utf-8")), where), 1):
+                yield f"{path}, item {number}", record_of(value, f"{path}, item {number}", column)
         elif path.suffix == ".jsonl":
             with open(path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
+                    where = f"{path}, line {number}"
                     if line.strip():
-                        record = json.loads(line)
-                        if not isinstance(record, dict):
-                            raise DataError(f"{path}, line {number}: expected an object, not {line.strip()[:40]!r}")
-                        yield f"{path}, line {number}", record
+                        yield where, record_of(json.loads(line), where, column)
         elif path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)
             with open(path, encoding="utf-8", newline="") as file:
@@ -218,13 +336,13 @@ def read_file(path: Path, cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
             parquet = optional("pyarrow.parquet", "pyarrow")
             for batch in parquet.ParquetFile(path).iter_batches(1_000):
                 for record in batch.to_pylist():
-                    yield str(path), record
+                    yield where, record
         else:
-            raise DataError(f"{path}: use .jsonl, .csv, .parquet, or a folder of CATEGORY/*.txt")
+            raise DataError(f"{path}: use .txt, .json, .jsonl, .csv or .parquet, or a folder of such files")
     except DataError:
         raise
     except json.JSONDecodeError as e:
-        raise DataError(f"{path}, line {number}: not JSON ({e.msg})") from e
+        raise DataError(f"{where}: not JSON ({e.msg})") from e
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as e:
         raise DataError(f"cannot read {path}: {e}") from e
     except Exception as e:  # pyarrow's own errors for damaged files
@@ -233,40 +351,85 @@ def read_file(path: Path, cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
         raise
 
 
-def read_hub(cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
-    """Records of a hub data set, streamed, with their split and the names of integer labels."""
-    datasets = optional("datasets", "datasets")
+def list_in(value, where: str) -> list:
+    """The list that a .json file is, or the only one in its object."""
+    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else [value]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise DataError(f"{where}: expected a list of documents, or an object with one list, not "
+                        + (f"keys {', '.join(value)}" if isinstance(value, dict) else type(value).__name__))
+    return lists[0]
+
+
+def record_of(value, where: str, column: str) -> dict:
+    if not isinstance(value, dict | str):
+        raise DataError(f"{where}: expected an object or a text, not {json.dumps(value)[:40]!r}")
+    return {column: value} if isinstance(value, str) else value
+
+
+def whole(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
     try:
-        found = datasets.load_dataset(cfg.input, cfg.hub_config or None, streaming=True)
+        yield
+    except DataError:
+        raise
     except Exception as e:  # the library raises what its transports raise
-        raise DataError(f"cannot read {cfg.input} from the hub ({type(e).__name__}: {e}); local files work too: "
+        raise DataError(f"cannot read {name} from the hub ({type(e).__name__}: {e}); local files work too: "
                         "--input=FILE.jsonl") from e
+
+
+def open_hub(name: str, config: str) -> dict:
+    """{split: rows}, streamed."""
+    datasets = optional("datasets", "datasets")
+    with hub_errors(name):
+        return datasets.load_dataset(name, config or None, streaming=True)
+
+
+def read_hub(cfg: ArxivConfig) -> Iterator[tuple[str, dict]]:
+    """Records of a hub data set with their split and the names of integer labels."""
     column = cfg.label_column or "label"
-    for split, rows in found.items():
+    for split, rows in open_hub(cfg.input, cfg.hub_config).items():
         names = getattr((rows.features or {}).get(column), "names", None) or []
-        for number, record in enumerate(rows):
-            label = record.get(column)
-            if isinstance(label, int) and 0 <= label < len(names):
-                record = {**record, column: names[label]}
-            yield f"{cfg.input}, {split}, row {number}", {cfg.split_column: split, **record}
+        with hub_errors(cfg.input):
+            for number, record in enumerate(rows):
+                label = record.get(column)
+                if isinstance(label, int) and 0 <= label < len(names):
+                    record = {**record, column: names[label]}
+                yield f"{cfg.input}, {split}, row {number}", {cfg.split_column: split, **record}
+
+
+def column_of(where: str, record: dict, column: str, setting: str):
+    if record.get(column) is None:
+        raise DataError(f"{where}: no column {column!r}; there are {', '.join(map(str, record))}. Name it with "
+                        f"{setting}=NAME")
+    return record[column]
+
+
+def text_of(where: str, record: dict, column: str) -> str:
+    text = column_of(where, record, column, "text_column")
+    if not isinstance(text, str | bytes):
+        raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text")
+    return readable(text) if isinstance(text, bytes) else ESCAPED.sub("\ufffd", readable(text))
+
+
+def dealt(text: str, seed: int) -> float:
+    """A number between 0 and 1 that only the text and the seed decide."""
+    data = f"{seed} {text}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) / 2**64
 
 
 def document(where: str, record: dict, cfg: ArxivConfig) -> tuple[str, str, str]:
     """(split, category, text) of a record; raises DataError for a missing column or an unknown split."""
     column = cfg.label_column or ("category" if "category" in record else "label")
-    for name in (cfg.text_column, column):
-        if record.get(name) is None:
-            raise DataError(f"{where}: no column {name!r}; there are {', '.join(map(str, record))}. Name it with "
-                            f"{'text_column' if name == cfg.text_column else 'label_column'}=NAME")
-    text, label = record[cfg.text_column], record[column]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: column {cfg.text_column!r} holds {type(text).__name__}, not text")
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no character
+    text, label = text_of(where, record, cfg.text_column), column_of(where, record, column, "label_column")
     if isinstance(label, int) or (isinstance(label, str) and label.isdigit()):  # ccdv's numbers
         label = CCDV_LABELS[int(label)] if 0 <= int(label) < len(CCDV_LABELS) else str(label)
     split = record.get(cfg.split_column)
     if split in (None, ""):
-        place = int.from_bytes(hashlib.blake2b(f"{cfg.seed} {text}".encode(), digest_size=8).digest()) / 2**64
+        place = dealt(text, cfg.seed)
         return ("test" if place < cfg.test_fraction else "validation"
                 if place < cfg.test_fraction + cfg.validation_fraction else "train"), str(label), text
     if str(split) not in SPLIT_NAMES:
@@ -407,6 +570,11 @@ class ChunkSpool:
         self.documents.close()
 
 
+# all that a job may leave in its folder
+WRITTEN = ("meta.json", "tokenizer.json", "train.bin", "val.bin", "train_plans.npy", "val_plans.npy",
+           "val_oracle_nll.npy", *(f"{split}.h5" for split in SPLITS))
+
+
 class Workshop:
     """A folder beside the final one; `finish` renames its files into place, leaving early removes it."""
 
@@ -422,8 +590,11 @@ class Workshop:
         return self
 
     def finish(self, *names: str) -> None:
-        """Put the files into place; what an earlier preparation left of the same set goes."""
-        for name in {"tokenizer.json", *(f"{split}.h5" for split in SPLITS)} - set(names):
+        """Put the files into place; what an earlier preparation left goes, and first of all its last name.
+
+        So a kill between two renames cannot leave a set that looks whole.
+        """
+        for name in [names[-1], *(name for name in WRITTEN if name not in names)]:
             (self.target / name).unlink(missing_ok=True)
         for name in names:
             os.replace(self.folder / name, self.target / name)
@@ -474,6 +645,275 @@ def arxiv(cfg: ArxivConfig) -> dict:
         shop.finish(*names)
     print(f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}); written to {cfg.out_dir}")
     return done
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plain text: documents in one stream of tokens
+# ---------------------------------------------------------------------------------------------------------------
+# name: data set on the hub, configuration, does it have a validation split
+HUB = {"tinystories": ("roneneldan/TinyStories", "", True), "c4_en": ("allenai/c4", "en", True),
+       "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", True),
+       "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1", True),
+       "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", False),
+       "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", False),
+       "wiki40b_en": ("google/wiki40b", "en", True), "cc_news": ("vblagoje/cc_news", "", False)}
+TEXT_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+LEAST, MOST, BLOCK = 2_000, 1 << 16, 1 << 20  # bytes of a document cut from a running text; read at once
+
+
+@dataclass
+class TextConfig:
+    # input
+    input: str = ""  # default: the documentation in Python itself; .txt .json .jsonl .parquet .csv; folder; hub name
+    text_column: str = "text"
+    max_bytes: int | None = None  # of text, UTF-8; default: 1e9 from the hub, else no limit
+    max_documents: int | None = None
+    val_fraction: float = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
+    val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
+    # tokens
+    tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos
+    vocab_size: int | None = None  # of a trained one, 4 or 20 special tokens among them; default: bpe 4,096, char all
+    min_frequency: int = 1  # char: how often a character occurs that gets a token; others are spelled in half bytes
+    lowercase: bool = False  # char, bpe, gpt2
+    tokenizer_chars: int = 20_000_000  # most characters to train it on, of documents all over the text
+    # output
+    out_dir: str = "data/text"
+    # system
+    seed: int = 1337  # deals documents to the splits
+    threads: int = 0  # of encoding; 0: one a core
+
+    def check(self) -> list[str]:
+        counts = ("max_bytes", "max_documents", "min_frequency", "tokenizer_chars")
+        wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in counts
+                 if getattr(self, k) is not None and getattr(self, k) < 1]
+        if not 0 < self.val_fraction < 1:
+            wrong.append(f"val_fraction = {self.val_fraction}: must lie between 0 and 1")
+        if self.min_frequency > 1 and self.tokenizer != "char":
+            wrong.append(f"min_frequency = {self.min_frequency} is for tokenizer=char: set vocab_size instead")
+        if self.vocab_size is not None and self.tokenizer not in ("char", "bpe"):
+            wrong.append(f"vocab_size = {self.vocab_size} is of a trained tokenizer; {self.tokenizer} has its own")
+        least = {"char": len(SPECIAL) + 16 + 1, "bpe": len(SPECIAL) + 256}.get(self.tokenizer, 0)
+        if self.vocab_size is not None and self.vocab_size < least:
+            wrong.append(f"vocab_size = {self.vocab_size}: {self.tokenizer} needs at least {least}, special tokens too")
+        if self.lowercase and self.tokenizer not in ("char", "bpe", "gpt2"):
+            wrong.append(f"lowercase: {self.tokenizer} says itself whether it reads lower case")
+        return wrong
+
+
+def documentation() -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of the topics of Python's help and of the standard library's longer docstrings."""
+    topics = optional("pydoc_data.topics", "pydoc_data, which a full Python has").topics
+    yield from ((f"topic {name}", topics[name]) for name in sorted(topics))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if any(part.startswith(("test", "site-packages", "dist-packages")) for part in place.parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                nodes = ast.walk(ast.parse(path.read_bytes()))
+        except (SyntaxError, ValueError, OSError):
+            continue
+        yield from ((str(place), found) for node in nodes if isinstance(node, kinds)
+                    and len(found := ast.get_docstring(node) or "") >= 200)
+
+
+def cut_text(path: Path) -> Iterator[bytes]:
+    """The documents of a .txt file, read in blocks: between <|endoftext|> where it has that, else a cut at a blank line
+    every 2,000 bytes or more (at a line's end, or a space, where the next 64 KiB have no blank line)."""
+    mark, marked, rest = b"<|endoftext|>", False, b""
+    with open(path, "rb") as file:
+        while not marked and (block := file.read(BLOCK)):
+            marked, rest = mark in rest + block, block[-len(mark) :]
+        file.seek(0)
+        rest = b""
+        while block := file.read(BLOCK):
+            *texts, rest = (rest + block).split(mark) if marked else cut_running(rest + block, MOST)
+            yield from (text.strip(b"\r\n") for text in texts)
+    yield from (text.strip(b"\r\n") for text in ([rest] if marked else cut_running(rest, LEAST)))
+
+
+def cut_running(data: bytes, left: int) -> list[bytes]:
+    """Pieces of a text without marks, until fewer than `left` bytes are left, which come last."""
+    pieces, begin = [], 0
+    while len(data) - begin >= left:
+        places = (re.compile(p).search(data, begin + LEAST, begin + MOST) for p in (rb"\n\s*\n", rb"\n", rb"\s"))
+        end, after = next((found.span() for found in places if found), [min(begin + MOST, len(data))] * 2)
+        pieces.append(data[begin:end])
+        begin = after
+    return [*pieces, data[begin:]]
+
+
+def articles(rows: Iterable[dict], column: str) -> Iterator[dict]:
+    """WikiText has a row a line; an article begins at ' = Title = '."""
+    lines = []
+    for row in rows:
+        line = text_of("WikiText", row, column)
+        if lines and re.fullmatch(r" = [^=].* = \n?", line):
+            yield {column: "".join(lines)}
+            lines = []
+        lines.append(line)
+    yield {column: "".join(lines)}
+
+
+def source_records(source: str, cfg: TextConfig, split: str) -> Iterator[tuple[str, dict]]:
+    """(where it stands, record) of every document of one source."""
+    path = Path(source)
+    if not source:
+        yield from ((where, {cfg.text_column: text}) for where, text in documentation())
+    elif source in HUB:
+        name, config, has_validation = HUB[source]
+        with hub_errors(name):
+            rows = open_hub(name, config)[split if has_validation else "train"]
+            joined = articles(rows, cfg.text_column) if source.startswith("wikitext") else rows
+            yield from ((f"{name}, {split}, document {number}", record) for number, record in enumerate(joined))
+    elif not path.exists():
+        near = difflib.get_close_matches(source, HUB, n=1)
+        raise DataError(f"{source}: no such file or folder" + (f", did you mean {near[0]!r}?" if near else "")
+                        + f" Names of the hub: {', '.join(HUB)}")
+    else:
+        files = [path]
+        if path.is_dir():  # a hidden folder in it may be this preparation's own
+            files = [p for p in sorted(path.rglob("*.*")) if p.suffix in TEXT_FILES
+                     and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        if not files:
+            raise DataError(f"{path} holds no {', '.join(TEXT_FILES)} files")
+        for file in files:
+            yield from read_file(file, cfg.text_column, cut_text)
+
+
+def documents_of(source: str, cfg: TextConfig, split: str) -> Iterator[str]:
+    """The documents that are not empty, until a limit is reached; a limit for validation is val_fraction of it."""
+    share = cfg.val_fraction if split == "validation" else 1
+    bytes_left = share * (cfg.max_bytes or (1e9 if source in HUB else math.inf))
+    documents_left = share * (cfg.max_documents or math.inf)
+    with contextlib.closing(source_records(source, cfg, split)) as records:
+        for where, record in progress(records, f"{split} documents read", "doc"):
+            if cfg.text_column in record and record[cfg.text_column] is None:
+                continue
+            text = text_of(where, record, cfg.text_column)
+            if not text.strip():
+                continue
+            yield text
+            bytes_left, documents_left = bytes_left - size_of(text), documents_left - 1
+            if bytes_left <= 0 or documents_left <= 0:
+                return
+
+
+def size_of(text: str) -> int:
+    """Bytes in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def gather_text(cfg: TextConfig, spool: Spool) -> None:
+    """Sort all documents into the spool; those that repeat, in whatever case, are all of one split."""
+    own, held, both = cfg.val_input or (HUB.get(cfg.input, ("", "", False))[2] and cfg.input), set(), 0
+    for text in documents_of(own, cfg, "validation") if own else ():
+        held.add(dealt(text.strip().casefold(), cfg.seed))
+        spool.add("val", "", text)
+    for text in documents_of(cfg.input, cfg, "train"):
+        place = dealt(text.strip().casefold(), cfg.seed)
+        both += place in held
+        if place not in held:
+            spool.add("train" if own or place >= cfg.val_fraction else "val", "", text)
+    source, counts = cfg.input or "Python's help", {split: spool.counts[split, ""] for split in ("train", "val")}
+    if not counts["train"]:
+        raise DataError(f"{source} leaves no training document: use more text, or a smaller val_fraction")
+    if not counts["val"]:
+        raise DataError(f"{own or source} leaves no validation document: use more text, raise val_fraction, or name a "
+                        "val_input")
+    print(f"documents: {counts['train']:,} for training, {counts['val']:,} for validation"
+          + f"; left out {both:,} of training that are in validation too" * bool(both))
+
+
+def sampled(spool: Spool, most: int) -> Iterator[str]:
+    """Training texts from all over the corpus, at most `most` characters, without bytes that are no UTF-8."""
+    stride, left = -(-spool.chars["train", ""] // most), most
+    with contextlib.closing(spool.texts("train", "")) as texts:
+        for text in islice(texts, 0, None, stride):
+            yield text[:left].encode("utf-8", "ignore").decode()
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def batches(texts: Iterable[str], most: int = 1 << 22) -> Iterator[list[str]]:
+    """512 texts at a time, fewer if they are long."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == 512 or size >= most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int) -> dict:
+    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes}."""
+    done, dtype = {"tokens": 0, "documents": 0, "bytes": 0}, stream_dtype(tokenizer.vocab_size)
+    with open(path, "wb") as file, contextlib.closing(spool.texts(split, "")) as texts, \
+            progress(None, f"{split} tokens", "doc", spool.counts[split, ""]) as bar:
+        for batch in batches(texts):
+            rows = tokenizer.encode_batch(batch, threads)
+            ids = np.fromiter(chain.from_iterable((*row, tokenizer.special["eos"]) for row in rows), np.int64)
+            if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+                raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
+            ids.astype(dtype).tofile(file)
+            done["tokens"] += len(ids)
+            done["documents"] += len(batch)
+            done["bytes"] += sum(map(size_of, batch))
+            bar.update(len(batch))
+    return done
+
+
+def stream_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def text_tokenizer(cfg: TextConfig, spool: Spool) -> Tokenizer:
+    """Train the tokenizer that the settings ask for."""
+    more = {"lowercase": True} if cfg.lowercase else {}
+    texts = progress(sampled(spool, cfg.tokenizer_chars), "training the tokenizer", "doc")
+    texts = (text.lower() if cfg.lowercase else text for text in texts)
+    if cfg.tokenizer == "char":
+        return train_char(texts, cfg.vocab_size, cfg.min_frequency, **more)
+    return train_bpe(texts, cfg.vocab_size or 4_096, special=list(SPECIAL), **more)
+
+
+def prepare_text(cfg: TextConfig) -> dict:
+    """Documents -> train.bin, val.bin, tokenizer.json, meta.json. Returns what meta.json says."""
+    tokenizer, threads = None, cfg.threads or os.cpu_count() or 1
+    if cfg.tokenizer not in ("char", "bpe"):
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        tokenizer.spec |= {"lowercase": True} if cfg.lowercase else {}
+        if "eos" not in tokenizer.special:
+            raise DataError(f"{cfg.tokenizer} has no eos, which ends every document: use one of this job, or gpt2")
+    with Workshop(cfg.out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
+        gather_text(cfg, spool)
+        tokenizer = tokenizer or text_tokenizer(cfg, spool)
+        tokenizer.save(shop.folder / "tokenizer.json")
+        made = {s: write_tokens(shop.folder / f"{s}.bin", spool, s, tokenizer, threads) for s in ("train", "val")}
+        meta = write_meta(shop.folder, "text", tokenizer.vocab_size, tokenizer.special, made,
+                          tokenizer="tokenizer.json", tokenizer_hash=tokenizer.hash(),
+                          source=cfg.input or f"documentation of Python {platform.python_version()}", seed=cfg.seed)
+        shop.finish("tokenizer.json", "train.bin", "val.bin", "meta.json")
+    print(f"tokens: {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation, of "
+          f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}"
+          f"); written to {cfg.out_dir}")
+    return meta
+
+
+def write_meta(folder: Path, kind: str, vocab_size: int, special: dict, made: dict, **more) -> dict:
+    """meta.json, from {split: {tokens, documents, bytes}}; ids of special tokens that there are not are null."""
+    meta = {"kind": kind, "vocab_size": vocab_size, "dtype": stream_dtype(vocab_size).name,
+            **{f"{name}_id": special.get(name) for name in ("eos", "bos", "pad", "unk")},
+            **{f"{split}_{what}": made[split][what] for what in ("tokens", "documents") for split in made},
+            "val_bytes": made["val"].get("bytes"), **more}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    return meta
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -600,6 +1040,163 @@ def ergodic(cfg: ErgodicConfig) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Planted plans: documents whose plan is known, with the exact filter over it
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class PlantedConfig:
+    # plans
+    num_plans: int = 4  # K
+    num_states: int = 3  # S, hidden states of a plan's own process inside a chunk
+    vocab_size: int = 32  # V; bos comes after them, with id V
+    self_transition: float = 0.6  # probability that the next chunk keeps the plan; the others share the rest
+    transition_matrix: list[list[float]] | None = None  # [K][K], in place of self_transition
+    plan_sharpness: float = 1.5  # logit by which a plan prefers its half of the tokens
+    state_sharpness: float = 2.0  # standard deviation of the logits by which a state differs from its plan
+    state_persistence: float = 0.8  # probability that a state stays
+    # documents
+    version: Literal["v2_planner_required", "v1_filtered_mixture"] = "v2_planner_required"  # v2: bos is in chunk 0
+    chunk_size: int = 16  # C, tokens
+    document_chunks: int = 8
+    train_documents: int = 20_000
+    validation_documents: int = 1_000
+    # output
+    out_dir: str = "data/planted"
+    # system
+    seed: int = 1337
+
+    def check(self) -> list[str]:
+        least = {"num_plans": 1, "num_states": 1, "vocab_size": 2, "chunk_size": 2, "document_chunks": 1,
+                 "train_documents": 1, "validation_documents": 1, "plan_sharpness": 0, "state_sharpness": 0}
+        wrong = [f"{k} = {getattr(self, k)}: must be at least {n}" for k, n in least.items() if getattr(self, k) < n]
+        wrong += [f"{k} = {getattr(self, k)}: must lie between 0 and 1" for k in (
+            "self_transition", "state_persistence") if not 0 <= getattr(self, k) <= 1]
+        K, rows = self.num_plans, self.transition_matrix
+        if rows is not None and ([len(row) for row in rows] != [K] * K or any(
+                min(row) < 0 or abs(sum(row) - 1) > 1e-6 for row in rows)):
+            wrong.append(f"transition_matrix: needs {K} rows of {K} probabilities that sum to 1")
+        return wrong
+
+
+@dataclass
+class Plans:
+    """A chain of plans, each a hidden Markov model that starts anew with every chunk; all float64."""
+
+    transition: np.ndarray  # [K, K] between chunks; the first plan is uniform
+    stationary: np.ndarray  # [K, S] of the state at the start of a chunk
+    switch: np.ndarray  # [K, S, S] between the tokens of a chunk
+    emission: np.ndarray  # [K, S, V]
+    lengths: list[int]  # emitted tokens of each chunk: C, but C - 1 in the first of v2, whose bos is consumed too
+
+    def sample(self, count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [N, D - 1], plan of every chunk [N, chunks])."""
+        plan, tokens, plans = generator.integers(len(self.transition), size=count), [], []
+        for c, length in enumerate(self.lengths):
+            plan = drawn(self.transition[plan], generator) if c else plan
+            state = drawn(self.stationary[plan], generator)
+            plans.append(plan)
+            for i in range(length):
+                state = drawn(self.switch[plan, state], generator) if i else state
+                tokens.append(drawn(self.emission[plan, state], generator))
+        return np.stack(tokens, 1), np.stack(plans, 1)
+
+    def filter(self, tokens: np.ndarray, plans: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(-log p(x_t | x_<t) in nats [N, D - 1], p(plan | tokens so far) at each chunk's end [N, chunks, K]).
+
+        The forward algorithm over (plan, state), normalised at every token; exact. With `plans` [N, chunks] the
+        predictor is told the plan of the chunk.
+        """
+        K = len(self.transition)
+        belief, nll, posterior = np.full((len(tokens), K), 1 / K), [], []  # belief [N, K]
+        column = iter(tokens.T)
+        for c, length in enumerate(self.lengths):
+            belief = belief @ self.transition if c else belief
+            belief = belief if plans is None else np.eye(K)[plans[:, c]]
+            joint = belief[:, :, None] * self.stationary  # [N, K, S]
+            for i in range(length):
+                joint = np.einsum("nks,kst->nkt", joint, self.switch) if i else joint
+                joint = joint * self.emission[:, :, next(column)].transpose(2, 0, 1)
+                evidence = joint.sum((1, 2))
+                joint /= evidence[:, None, None]
+                nll.append(-np.log(evidence))
+            belief = joint.sum(2)
+            posterior.append(belief)
+        return np.stack(nll, 1), np.stack(posterior, 1)
+
+
+def drawn(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """One index [N] of each row [N, n]."""
+    edges = probabilities.cumsum(1)[:, :-1]
+    return (generator.random((len(edges), 1)) >= edges).sum(1)
+
+
+def make_plans(cfg: PlantedConfig) -> Plans:
+    """Plan k prefers half of the tokens, neighbours on a ring of tokens sharing some, so that one token says little."""
+    K, S, V, C = cfg.num_plans, cfg.num_states, cfg.vocab_size, cfg.chunk_size
+    generator = np.random.default_rng([cfg.seed, 0])
+    transition = np.full((K, K), (1 - cfg.self_transition) / max(K - 1, 1))
+    np.fill_diagonal(transition, cfg.self_transition if K > 1 else 1)
+    if cfg.transition_matrix is not None:
+        transition = np.array(cfg.transition_matrix, dtype=np.float64)
+    place = (generator.permutation(V) - V * np.arange(K)[:, None] // K) % V  # [K, V]
+    logits = cfg.plan_sharpness * (place < V / 2)[:, None] + cfg.state_sharpness * generator.normal(size=(K, S, V))
+    emission = np.exp(logits - logits.max(-1, keepdims=True))
+    switch = cfg.state_persistence * np.eye(S) + (1 - cfg.state_persistence) * generator.dirichlet([1.0] * S, (K, S))
+    stationary = np.linalg.matrix_power(switch, 1 << 20).mean(1)
+    stationary /= stationary.sum(-1, keepdims=True)
+    lengths = [C - (cfg.version == "v2_planner_required"), *[C] * (cfg.document_chunks - 1)]
+    return Plans(transition, stationary, switch, emission / emission.sum(-1, keepdims=True), lengths)
+
+
+def mutual_information(counts: np.ndarray) -> float:
+    """I / sqrt(H H) of a table of counts; 1 if both sides are constant."""
+    joint = counts / counts.sum()
+    entropy = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (joint.sum(0), joint.sum(1), joint)]
+    information, scale = entropy[0] + entropy[1] - entropy[2], math.sqrt(entropy[0] * entropy[1])
+    return float(information / scale) if scale else float(entropy[0] == entropy[1])
+
+
+def planted(cfg: PlantedConfig) -> dict:
+    """Documents of planted plans -> train.bin, val.bin, their plans, the oracle, meta.json, which is returned."""
+    process, made, K = make_plans(cfg), {}, cfg.num_plans
+    chunks, length, dtype = cfg.document_chunks, 1 + sum(process.lengths), stream_dtype(cfg.vocab_size + 1)
+    sums, table, unigram = np.zeros(2), np.zeros((K, K)), np.zeros(cfg.vocab_size)
+    files = ["train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy", "meta.json"]
+    with Workshop(cfg.out_dir) as shop:
+        def array(name, kind, *shape):
+            return np.lib.format.open_memmap(shop.folder / name, "w+", kind, shape)
+
+        for s, (split, count) in enumerate((("train", cfg.train_documents), ("val", cfg.validation_documents)), 1):
+            generator = np.random.default_rng([cfg.seed, s])
+            plans = array(f"{split}_plans.npy", np.int64, count, chunks)
+            oracle = array("val_oracle_nll.npy", np.float32, count, length - 1) if split == "val" else None
+            with open(shop.folder / f"{split}.bin", "wb") as file:
+                for begin in progress(range(0, count, 1_000), f"{split} documents", "kdoc"):
+                    rows = slice(begin, min(begin + 1_000, count))
+                    tokens, plans[rows] = process.sample(rows.stop - begin, generator)
+                    np.pad(tokens, ((0, 0), (1, 0)), constant_values=cfg.vocab_size).astype(dtype).tofile(file)
+                    if oracle is None:
+                        continue
+                    (nll, posterior), (known, _) = process.filter(tokens), process.filter(tokens, plans[rows])
+                    oracle[rows], sums = nll, sums + (nll.sum(), known.sum())
+                    np.add.at(table, (plans[rows], posterior.argmax(-1)), 1)
+                    unigram += np.bincount(tokens.ravel(), minlength=cfg.vocab_size)
+            made[split] = {"tokens": count * length, "documents": count}
+        oracle_nll, known_plan_nll = (sums / (cfg.validation_documents * (length - 1))).tolist()
+        share = unigram[unigram > 0] / unigram.sum()
+        meta = write_meta(
+            shop.folder, "planted", cfg.vocab_size + 1, {"bos": cfg.vocab_size}, made, tokenizer="", tokenizer_hash="",
+            source="planted", seed=cfg.seed, document_length=length, chunk_size=cfg.chunk_size, version=cfg.version,
+            num_plans=K, oracle_nll=oracle_nll, known_plan_nll=known_plan_nll,
+            unigram_entropy=float(-(share * np.log(share)).sum()), oracle_nmi=mutual_information(table),
+            transition_matrix=process.transition.tolist())
+        shop.finish(*files)
+    print(f"planted: {cfg.train_documents:,} and {cfg.validation_documents:,} documents of {length} tokens; nats a "
+          f"token: unigram {meta['unigram_entropy']:.4f}, oracle {oracle_nll:.4f}, known plan {known_plan_nll:.4f}; "
+          f"the oracle finds the plan with NMI {meta['oracle_nmi']:.4f}; written to {cfg.out_dir}")
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Inspection
 # ---------------------------------------------------------------------------------------------------------------
 @dataclass
@@ -664,8 +1261,70 @@ def hashes(tokens: h5py.Dataset, block: int = 1 << 16) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """(meta.json, {"train": tokens, "val": tokens} as memory maps) of a folder by `text` or `planted`.
+
+    Raises DataError for files that are missing, cut short, or not of one preparation.
+    """
+    folder, maker = Path(folder), "make it with python prepare_data.py text or planted"
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        dtype, streams = np.dtype(meta["dtype"]).newbyteorder("<"), {}
+        for split in ("train", "val"):
+            path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
+            if path.stat().st_size != count * dtype.itemsize:
+                raise DataError(f"{path} has {path.stat().st_size:,} bytes, but meta.json says {count:,} tokens of "
+                                f"{dtype.name}: prepare the folder again")
+            streams[split] = np.memmap(path, dtype, "r")
+    except DataError:
+        raise
+    except OSError as e:
+        raise DataError(f"{e.filename}: {e.strerror}; {maker}") from e
+    except (KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{folder / 'meta.json'} is damaged or foreign ({type(e).__name__}: {e}); {maker}") from e
+    return meta, streams
+
+
+def inspect_stream(folder: Path, cfg: InspectConfig) -> dict:
+    """Print what train.bin and val.bin of a folder hold; returns it with the list of problems found."""
+    meta, streams = read_stream(folder)
+    vocab_size, problems, documents = meta["vocab_size"], [], {}
+    print(f"{folder}: {meta['kind']} from {meta['source']}, vocabulary {vocab_size:,}, {meta['dtype']}")
+    spelled = load_tokenizer(folder / meta["tokenizer"]) if meta["tokenizer"] else None
+    if spelled and spelled.hash() != meta["tokenizer_hash"]:
+        problems.append(f"{meta['tokenizer']} is not the tokenizer that made these tokens")
+    names = {i: f"<{name}>" for name, i in spelled.special.items()} if spelled else {meta["bos_id"]: "<bos>"}
+    for split, tokens in streams.items():
+        counts = np.zeros(vocab_size, np.int64)
+        for begin in range(0, len(tokens), 1 << 22):
+            block = tokens[begin : begin + (1 << 22)]
+            counts += np.bincount(block[block < vocab_size], minlength=vocab_size)
+        if beyond := len(tokens) - counts.sum():
+            problems.append(f"{split}.bin: {beyond:,} tokens are beyond vocab_size = {vocab_size}")
+        mark, edge = (meta["bos_id"], tokens[0]) if meta["kind"] == "planted" else (meta["eos_id"], tokens[-1])
+        documents[split] = int(counts[mark])
+        if edge != mark or documents[split] != meta[f"{split}_documents"]:
+            problems.append(f"{split}.bin: {documents[split]:,} documents have the token {mark} where they should, not "
+                            f"the {meta[f'{split}_documents']:,} of meta.json")
+        top = counts.argsort(kind="stable")[::-1][: cfg.tokens].tolist()
+        words = [names.get(t) or (repr(spelled.decode([t])) if spelled else str(t)) for t in top if counts[t]]
+        print(f"  {split:<5} {len(tokens):>13,} tokens {documents[split]:>9,} documents; {np.count_nonzero(counts):,} "
+              f"tokens occur; most frequent: {', '.join(words)}")
+    report(problems)
+    return {"tokens": {split: len(tokens) for split, tokens in streams.items()}, "documents": documents,
+            "problems": problems}
+
+
+def report(problems: list[str]) -> None:
+    for problem in problems:
+        print(f"  problem: {problem}")
+    print("  no problem found" if not problems else f"  {len(problems)} problems")
+
+
 def inspect(path: str, cfg: InspectConfig) -> dict:
-    """Print what an HDF5 file holds; returns it with the list of problems found."""
+    """Print what an HDF5 file, or a folder of train.bin, holds; returns it with the list of problems found."""
+    if Path(path).is_dir() or Path(path).suffix in (".bin", ".json"):
+        return inspect_stream(Path(path) if Path(path).is_dir() else Path(path).parent, cfg)
     file, names, codes = open_chunks(path)
     with file:
         tokens, documents = file["token_chunks"], file["doc_idx_for_chunk"][:]
@@ -704,15 +1363,14 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
         top = counts.argsort()[::-1][: cfg.tokens]
         words = [f"{spelled.decode([t])!r}" if spelled and t < spelled.vocab_size else str(t) for t in top if counts[t]]
         print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
-    for problem in problems:
-        print(f"  problem: {problem}")
-    print("  no problem found" if not problems else f"  {len(problems)} problems")
+    report(problems)
     return {"chunks": {name: size for name, size, _ in rows}, "documents": {name: docs for name, _, docs in rows},
             "problems": problems}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-JOBS = {"arxiv": (ArxivConfig, arxiv), "ergodic": (ErgodicConfig, ergodic), "inspect": (InspectConfig, inspect)}
+JOBS = {"text": (TextConfig, prepare_text), "planted": (PlantedConfig, planted), "arxiv": (ArxivConfig, arxiv),
+        "ergodic": (ErgodicConfig, ergodic), "inspect": (InspectConfig, inspect)}
 
 
 def main(argv: list[str] | None = None) -> dict:

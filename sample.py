@@ -4,9 +4,13 @@
     python sample.py out/ghmm --num_samples=2 --length=30 --prompt=0,1 --temperature=0.8
     python sample.py out/arxiv_small/K1_csDS --prompt="We give a faster algorithm" --top_k=50
     python sample.py out/ghmm/best.pt --json=samples.json
+    python sample.py out/apelr --prompt="Once upon a time" --top_p=0.9 --show_plan
+    python sample.py out/apelr --prompt="Once upon a time" --sweep_states    # what each plan would write
+    echo "Once upon a time" | python sample.py out/apelr --force_state=3
 
 ghmm: tokens with their log-probabilities under the true process, and how far the model's predictions are from the
-optimal ones at each position. arxiv: text that goes on from the prompt, with the cross entropy of every token.
+optimal ones at each position. arxiv: text that goes on from the prompt, with the cross entropy of every token. apelr:
+text and the belief about its plan, which can be read, forced and frozen; a checkpoint of the source will do.
 """
 
 import json
@@ -17,6 +21,7 @@ from pathlib import Path
 import torch
 
 import prepare_data
+import train_apelr
 import train_arxiv
 import train_ghmm
 from common import checkpoint
@@ -32,6 +37,20 @@ class Config:
     prompt: str = ""  # what every sequence begins with: token ids like 0,1,2, or text where the run has a tokenizer
     temperature: float = 1.0  # divides the logits; 1 samples what the model believes
     top_k: int | None = None  # sample from the k likeliest tokens only
+    # sampling, of apelr
+    max_new_tokens: int | None = None  # tokens to write after the prompt; default length less the prompt, or 200
+    top_p: float = 1.0  # sample from the fewest tokens that have this share of the probability
+    repetition_penalty: float = 1.0  # its logarithm is taken off tokens that the text has already
+    no_repeat_ngram_size: int = 0  # never write n tokens a second time; 0: do
+    # planner, of apelr
+    lookahead_steps: int | None = None  # print forecasts of the plan this many chunks ahead; v2 also looks that far
+    lookahead_feedback_scale: float | None = None  # v2: share of the forecast in the gate; default as trained
+    force_state: int | None = None  # write by this plan alone
+    freeze_planner: bool = False  # v2: the belief stays what the prompt made it
+    planner_temperature: float | None = None  # v2: sharpness of the gate; default as trained
+    async_planner: bool = False  # v2: forecasts are computed beside the writing, by a thread; the same text
+    show_plan: bool = False  # print the belief under the text, and draw it
+    sweep_states: bool = False  # write by each plan in turn and by the belief: a table
     json: str = ""  # file to write the samples to as well
     # system
     seed: int = 0
@@ -41,7 +60,17 @@ class Config:
         wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in ("num_samples", "length", "top_k")
                  if getattr(self, k) is not None and getattr(self, k) < 1]
         wrong += [f"seed = {self.seed}: must be in [0, 2**63)"] if not 0 <= self.seed < 2**63 else []
-        return wrong + ([f"temperature = {self.temperature}: must be at least 1e-6"] if self.temperature < 1e-6 else [])
+        wrong += [f"{k} = {getattr(self, k)}: must be at least {least}" for k, least in (
+            ("temperature", 1e-6), ("repetition_penalty", 1), ("no_repeat_ngram_size", 0), ("max_new_tokens", 1),
+            ("lookahead_steps", 0)) if getattr(self, k) is not None and getattr(self, k) < least]
+        wrong += [f"top_p = {self.top_p}: must be in (0, 1]"] if not 0 < self.top_p <= 1 else []
+        if self.planner_temperature is not None and self.planner_temperature <= 0:
+            wrong.append(f"planner_temperature = {self.planner_temperature}: must be above 0")
+        if self.lookahead_feedback_scale is not None and not 0 <= self.lookahead_feedback_scale <= 1:
+            wrong.append(f"lookahead_feedback_scale = {self.lookahead_feedback_scale}: must be in [0, 1]")
+        if self.force_state is not None and (self.sweep_states or self.freeze_planner):
+            wrong.append("force_state goes neither with sweep_states nor with freeze_planner: choose one")
+        return wrong
 
 
 @torch.no_grad()
@@ -145,7 +174,123 @@ def sample_arxiv(path: Path, cfg: Config) -> dict:
     return result
 
 
-SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv}
+# ---------------------------------------------------------------------------------------------------------------
+# apelr
+# ---------------------------------------------------------------------------------------------------------------
+V2_ONLY = ("freeze_planner", "planner_temperature", "lookahead_feedback_scale", "async_planner")
+SHADES = " .:-=+*#%@"  # a belief of 0 to 1
+
+
+def apelr_prompts(cfg: Config, tokenizer, extra: dict) -> list[list[int]]:
+    """Token ids of the prompt, or of every line of stdin where that is a pipe and there is no prompt."""
+    lines = [cfg.prompt] if cfg.prompt or sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().splitlines()
+    start = [] if tokenizer is None else [tokenizer.special[k] for k in ("eos", "bos") if k in tokenizer.special][:1]
+    found = []
+    for line in [line for line in lines if line.strip()] or [""]:
+        ids = tokenizer.encode(line) if tokenizer else token_ids(line, extra["vocab_size"])
+        found.append(ids or start or [extra["vocab_size"] - 1])  # planted documents begin with their last token
+    return found
+
+
+def planner_settings(run, cfg: Config, state: int | None) -> dict:
+    """What the flags mean to PlannerLM.predict; exits with code 2 where this model has no such thing."""
+    if run.version == "baseline":
+        asked = [k for k in (*V2_ONLY, "force_state", "sweep_states", "show_plan", "lookahead_steps") if getattr(cfg, k)
+                 not in (None, False)]
+        if asked:
+            fail(f"{asked[0]} needs a planner, and this is a baseline model: use a run of v1 or v2")
+        return {}
+    asked = [k for k in V2_ONLY if getattr(cfg, k) not in (None, False)]
+    if asked and run.version == "v1_filtered_mixture":
+        fail(f"{asked[0]} is a flag of v2_planner_required, and this is a run of {run.version}: leave it out")
+    if state is not None and not 0 <= state < run.plans():
+        fail(f"force_state = {state}: this model has the plans 0 to {run.plans() - 1}")
+    found = {"tau": cfg.planner_temperature, "feedback": cfg.lookahead_feedback_scale}
+    if run.version == "v2_planner_required" and cfg.lookahead_steps:
+        found["horizon"] = cfg.lookahead_steps
+    return found | ({} if state is None else {"planner_mode": "forced_state", "forced_state": state})
+
+
+def write_apelr(model, run, ids: list[int], cfg: Config, rt: Runtime, tokenizer, state: int | None):
+    """num_samples texts that go on from one prompt."""
+    tokens = cfg.max_new_tokens or max(1, cfg.length - len(ids) if cfg.length else 200)
+    prompt = torch.tensor([ids], device=rt.device).expand(cfg.num_samples, -1)
+    return train_apelr.generate(
+        model, prompt, tokens, rt.generator(0, device="cpu"), temperature=cfg.temperature, top_k=cfg.top_k,
+        top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, no_repeat_ngram_size=cfg.no_repeat_ngram_size,
+        eos_id=tokenizer.special.get("eos") if tokenizer else None, frozen=cfg.freeze_planner,
+        forecast_steps=cfg.lookahead_steps or 0, background=cfg.async_planner, **planner_settings(run, cfg, state))
+
+
+def print_plan(written, row: int, words: list[str], boundaries: set[int]) -> None:
+    """The belief before each token written as a strip of shades, a line a plan; | where a chunk begins."""
+    beliefs = written.beliefs[row].exp().tolist()
+    for begin in range(0, len(beliefs), 100):
+        part = range(begin, min(begin + 100, len(beliefs)))
+        print(f"  tokens {begin}-{part[-1]}: " + "".join(words[t] for t in part)[:100].replace("\n", " "))
+        for k in range(len(beliefs[0])):
+            print(f"  plan {k:>2} " + "".join(("|" if t in boundaries else "") + SHADES[min(9, int(10 * beliefs[t][k]))]
+                                            for t in part))
+
+
+def sample_apelr(path: Path, cfg: Config) -> dict:
+    """Texts that go on from the prompts, by the belief over plans or by one plan, with beliefs and forecasts."""
+    run, model, step, extra = train_apelr.load_run(path, cfg.device)
+    run.seed, run.precision = cfg.seed, "fp32"
+    folder = path if path.is_dir() else path.parent
+    tokenizer = prepare_data.load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
+    if tokenizer and extra.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
+        raise prepare_data.DataError(f"{folder / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
+    planner_settings(run, cfg, cfg.force_state)
+    prompts = apelr_prompts(cfg, tokenizer, extra)
+    result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
+    print(f"{run.version} after {step} steps" + (f", {run.plans()} plans" if run.plans() > 1 else ""))
+    with Runtime(run) as rt:
+        model.to(rt.device).eval()
+        states = [None, *range(run.plans())] if cfg.sweep_states else [cfg.force_state]
+        for ids in prompts:
+            for state in states:
+                written = write_apelr(model, run, ids, cfg, rt, tokenizer, state)
+                result["samples"] += show_apelr(model, run, ids, cfg, tokenizer, state, written, folder)
+    return result
+
+
+def show_apelr(model, run, ids: list[int], cfg: Config, tokenizer, state: int | None, written, folder: Path) -> list:
+    """Print what was written; returns it as plain data."""
+    def text(tokens) -> str:
+        return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+
+    found = []
+    for row, tokens in enumerate(written.tokens.tolist()):
+        new = tokens[len(ids):]
+        entry = {"prompt": text(ids), "state": state, "tokens": tokens, "text": text(tokens)}
+        if cfg.sweep_states:
+            label = "belief" if state is None else f"plan {state}"
+            print(f"{label:<7}| " + text(new).replace("\n", " ")[:160])
+        else:
+            print("\n" + text(tokens))
+        if written.beliefs.numel():
+            entry["beliefs"] = written.beliefs[row].exp().tolist()
+        if written.forecasts.numel():
+            entry["forecasts"] = written.forecasts[row].tolist()
+            ahead = " -> ".join("[" + " ".join(f"{p:.2f}" for p in step) + "]" for step in entry["forecasts"][0])
+            print(f"  forecast at the first token, chunk by chunk: {ahead}")
+        if cfg.show_plan and not cfg.sweep_states:
+            words = [text([t]) for t in new]
+            begins = {t for t in range(1, len(words)) if (len(ids) - 1 + t + model.offset) % run.chunk_size == 0}
+            print_plan(written, row, words, begins)
+            if row == 0:
+                name = f"sampled_belief_{cfg.seed}"
+                train_apelr.plot(folder, name, lambda axes, words=words, begins=begins: train_apelr.draw_strip(
+                    axes, written.beliefs[0, :96].exp().cpu().numpy(), words[:96], [t for t in begins if t < 96],
+                    "belief before each token (blue: a chunk begins)"), max(7.0, 0.13 * min(96, len(words))),
+                    1.6 + 0.18 * run.plans())
+                print(f"  picture: {folder / 'plots' / name}.png")
+        found.append(entry)
+    return found
+
+
+SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv, "apelr": sample_apelr}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -158,7 +303,8 @@ def main(argv: list[str] | None = None) -> dict:
     if cfg.json and (Path(cfg.json).is_dir() or not Path(cfg.json).resolve().parent.is_dir()):
         fail(f"json = {cfg.json}: not a file in a folder that exists")
     try:
-        experiment = checkpoint.load(Path(argv[0]))["experiment"]
+        source = Path(argv[0]).is_file() and train_apelr.is_source_checkpoint(Path(argv[0]))
+        experiment = "apelr" if source else checkpoint.load(Path(argv[0]))["experiment"]
         if experiment not in SAMPLERS:
             fail(f"{argv[0]} is a run of {experiment!r}; sample.py knows {', '.join(SAMPLERS)}")
         result = SAMPLERS[experiment](Path(argv[0]), cfg)

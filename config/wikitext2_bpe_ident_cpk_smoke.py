@@ -1,0 +1,16 @@
+# The same, short and small: two minutes on two cores.
+from pathlib import Path
+
+exec(Path(__file__).with_name("wikitext2_bpe_ident_cpk.py").read_text())
+out_dir = "out/wikitext2_bpe_ident_cpk_smoke"
+seq_len = 128
+token_dim = 128
+hidden_dim = 192
+fusion_dim = 128
+num_layers = 1
+num_plan_states = 4
+batch_size = 8
+max_steps = 100
+warmup_steps = 20
+chunk_bow_warmup_steps = 50
+eval_interval = 50
