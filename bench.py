@@ -13,11 +13,13 @@ tokenizers, transformers; a line says which was missing. Times are medians; on a
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import itertools
 import json
 import os
 import resource
+import signal
 import statistics
 import sys
 import sysconfig
@@ -202,6 +204,8 @@ def _start(kind: str, *shape) -> None:
     torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # torch's own footprint
     _before = peak_memory()
     _trainer = globals()[kind](*shape)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # Runtime waits for the end of a step, which a worker has not
 
 
 def _ask(name: str) -> float:
@@ -515,23 +519,26 @@ class ApelrTrainer(Trainer):
 def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tuple]:
     """128 tokens after a prompt of 8; V = 2048, K = 8, H = 256, fp32. The source writes one text at a time."""
     shape, found = (2_048, 8, 128, 256, True, "fp32", device), []
-
-    def rate(write, *args, batch: int = 1) -> float:
-        return batch * count / seconds(lambda: write(*args), torch.device(device), repeats=5)
-
     for version in APELR_TERMS:
         model, cfg = apelr_model("ours", version, *shape)
         with Runtime(cfg) as rt:
-            rates = {batch: rate(train_apelr.generate, model, torch.arange(8, device=device).expand(batch, -1), count,
-                                 rt.generator(), batch=batch) for batch in (1, 8, 64)}
-        for batch in rates:
+            prompts = {batch: torch.arange(8, device=device).expand(batch, -1) for batch in (1, 8, 64)}
+            sides = {batch: functools.partial(train_apelr.generate, model, prompt, count, rt.generator())
+                     for batch, prompt in prompts.items()}
+            if peer:
+                source = apelr_model(peer, version, *shape)[0]
+                sides["APEL-R source"] = functools.partial(
+                    source.generate_filtered if version == "v1" else source.generate_planned, list(range(8)), count)
+            rounds = [{side: seconds(write, rt.device, repeats=1) for side, write in sides.items()} for _ in range(5)]
+        for side in sides:
+            batch = side if isinstance(side, int) else 1
+            rate = statistics.median(batch * count / r[side] for r in rounds)
+            ratio = statistics.median(r[1] * batch / r[side] for r in rounds)  # to ours at batch 1
             name = f"apelr {version} writing, batch {batch} {device}"
-            found.append((name, rates[batch], "tokens/s", *(("batch 1", rates[1]) if batch > 1 else ())))
-        if peer:
-            source = apelr_model(peer, version, *shape)[0]
-            write = source.generate_filtered if version == "v1" else source.generate_planned
-            found.append((f"apelr {version} writing, batch 1 {device}", rates[1], "tokens/s", "APEL-R source",
-                          rate(write, list(range(8)), count)))
+            if side == batch:
+                found.append((name, rate, "tokens/s", *(("batch 1", rate / ratio) if batch > 1 else ())))
+            else:
+                found.append((name, rate / ratio, "tokens/s", side, rate))
     return found
 
 

@@ -192,15 +192,18 @@ def apelr_prompts(cfg: Config, tokenizer, extra: dict) -> list[list[int]]:
     return found
 
 
+def is_set(cfg: Config, name: str) -> bool:
+    return getattr(cfg, name) is not None and getattr(cfg, name) is not False
+
+
 def planner_settings(run, cfg: Config, state: int | None) -> dict:
     """What the flags mean to PlannerLM.predict; exits with code 2 where this model has no such thing."""
     if run.version == "baseline":
-        asked = [k for k in (*V2_ONLY, "force_state", "sweep_states", "show_plan", "lookahead_steps") if getattr(cfg, k)
-                 not in (None, False)]
+        asked = [k for k in (*V2_ONLY, "force_state", "sweep_states", "show_plan", "lookahead_steps") if is_set(cfg, k)]
         if asked:
             fail(f"{asked[0]} needs a planner, and this is a baseline model: use a run of v1 or v2")
         return {}
-    asked = [k for k in V2_ONLY if getattr(cfg, k) not in (None, False)]
+    asked = [k for k in V2_ONLY if is_set(cfg, k)]
     if asked and run.version == "v1_filtered_mixture":
         fail(f"{asked[0]} is a flag of v2_planner_required, and this is a run of {run.version}: leave it out")
     if state is not None and not 0 <= state < run.plans():

@@ -538,8 +538,9 @@ def cross_boundary(belief: torch.Tensor, transition: torch.Tensor, context: torc
 def look_ahead(belief: torch.Tensor, transition: torch.Tensor, steps: int) -> torch.Tensor:
     """Probabilities [..., steps, K] of the plans 1..steps chunks ahead, by the chain alone."""
     P, found = transition.softmax(1), [belief.exp()]
-    for _ in range(steps):
-        found.append(found[-1] @ P)
+    with torch.autocast(belief.device.type, enabled=False):
+        for _ in range(steps):
+            found.append(found[-1] @ P)
     return torch.stack(found[1:], -2)
 
 
@@ -547,11 +548,12 @@ def gate_of(belief: torch.Tensor, transition: torch.Tensor, feedback: float, hor
     """Log weights of the experts: softmax(log[(1 - a) b + a mean_s b P^s] / tau), [..., K]."""
     if feedback and horizon:
         P, power, mean = transition.softmax(1), None, 0.0
-        for _ in range(horizon):
-            power = P if power is None else power @ P
-            mean = mean + power / horizon
+        with torch.autocast(belief.device.type, enabled=False):
+            for _ in range(horizon):
+                power = P if power is None else power @ P
+                mean = mean + power / horizon
         mix = (1 - feedback) * torch.eye(len(P), dtype=P.dtype, device=P.device) + feedback * mean
-        belief = torch.logsumexp(belief[..., :, None] + mix.log(), -2)
+        belief = torch.logsumexp(belief[..., :, None] + mix.clamp_min(torch.finfo(mix.dtype).tiny).log(), -2)
     return belief if tau == 1 else F.log_softmax(belief / tau, -1)
 
 
@@ -720,7 +722,7 @@ class PlannerLM(nn.Module):
 
     def chunk_means(self, h: torch.Tensor) -> torch.Tensor:
         """Means of h [B, L, H] over chunks of the tokens read, [B, ceil(L / C), H], the last one maybe partial."""
-        C, (B, L, H) = self.cfg.chunk_size, h.shape
+        C, (B, L, H), h = self.cfg.chunk_size, h.shape, h.to(self.planner_init_logits.dtype)
         padded = F.pad(h, (0, 0, 0, -L % C)).view(B, -1, C, H)
         count = torch.full((padded.shape[1], 1), float(C), dtype=h.dtype, device=h.device)
         count[-1] = C - -L % C
@@ -822,6 +824,8 @@ class PlannerLM(nn.Module):
             return {"nll": -self.look_up(h, target_ids[..., None]).mean()}
         version_terms = V1_TERMS if cfg.version == "v1_filtered_mixture" else V2_TERMS
         terms = version_terms if terms is None else terms
+        if strange := set(terms) - set(version_terms):
+            raise ValueError(f"{cfg.version} has no term {strange.pop()!r}: it has {', '.join(version_terms)}")
         window = cfg.repetition_window() if rep_window is None else rep_window
         index = [target_ids[..., None]]
         if "chunk_bow" in terms:
@@ -837,7 +841,7 @@ class PlannerLM(nn.Module):
         usage = beliefs.state.exp().mean((0, 1))
         for term in terms:
             if term in ("belief_entropy", "usage_kl"):
-                after = F.log_softmax(beliefs.before + evidence, 2)
+                after = F.log_softmax(beliefs.before + evidence, 2) if planner_mode == "normal" else beliefs.before
                 mean = after.exp().mean((0, 1))
                 values[term] = entropy(after).mean() if term == "belief_entropy" else kl_to_uniform(mean)
             elif term == "boundary_entropy":
@@ -870,7 +874,7 @@ class PlannerLM(nn.Module):
     def chunk_bow(self, found: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Cross entropy of a chunk's bag of words under sum_k b_start(k) mean_t p_{t,k}; found [B, L, K, C]."""
         C, (B, L, K, _) = self.cfg.chunk_size, found.shape
-        size = torch.full((-(-L // C),), C, device=found.device)
+        size = torch.full((-(-L // C),), float(C), dtype=found.dtype, device=found.device)
         size[-1] = C - -L % C
         valid = (torch.arange(C, device=found.device) < size[:, None]).to(found.dtype)  # [N, C]
         padded = F.pad(found, (0, 0, 0, 0, 0, -L % C), value=-torch.inf).view(B, -1, C, K, C)
@@ -881,13 +885,13 @@ class PlannerLM(nn.Module):
     def chunk_post_kl(self, h: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Symmetric KL of the recognizer q = softmax(W_q mean h + c_q) and the posterior at the chunk's end."""
         with torch.autocast(h.device.type, enabled=False):
-            q = F.log_softmax(self.chunk_post_proj(self.chunk_means(h).to(end.dtype)), 2)
+            q = F.log_softmax(self.chunk_post_proj(self.chunk_means(h)), 2)
         return 0.5 * ((q.exp() - end.exp()) * (q - end)).sum(2).mean()
 
     def future_contrastive(self, h: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """InfoNCE (van den Oord et al. 2018): a chunk's plan tells its own future chunks from those of the batch."""
         with torch.autocast(h.device.type, enabled=False):
-            means = self.chunk_means(h).to(state.dtype)
+            means = self.chunk_means(h)
             n = means.shape[1]
             plan = F.normalize(state[:, :n].exp() @ self.plan_state_emb.weight, dim=2)
             future = F.normalize(self.future_chunk_proj(means), dim=2)
@@ -928,8 +932,10 @@ class PlannerLM(nn.Module):
             return state
         evidence = self.look_up(h[:, :-1], ids[:, 1:, None])[..., 0] if P > 1 else h.new_zeros(B, 0, self.cfg.plans())
         # A last step without evidence: the belief before the token to come, its boundary crossed if it is due.
-        state["belief"] = self.filter(F.pad(evidence, (0, 0, 0, 1)), self.contexts(h)).before[:, -1]
-        state["sum"] = h[:, (P - 1) // self.cfg.chunk_size * self.cfg.chunk_size :].sum(1)
+        found = self.filter(F.pad(evidence, (0, 0, 0, 1)), self.contexts(h))
+        state |= {"belief": found.before[:, -1], "start": found.start[:, -1]}
+        tail = h[:, (P - 1) // self.cfg.chunk_size * self.cfg.chunk_size :]
+        state["sum"] = tail.to(self.planner_init_logits.dtype).sum(1)  # of the chunk being read
         return state
 
     def predict(self, state: dict, planner_mode: str = "normal", forced_state: int | None = None,
@@ -950,16 +956,17 @@ class PlannerLM(nn.Module):
         found = {"memory": memory, "h": h[:, -1], "count": state["count"] + 1}
         if self.cfg.version == "baseline":
             return found
-        cfg, belief = self.cfg, self.commit(state["belief"], planner_mode, forced_state, 1.0, 0.0)
+        cfg, start = self.cfg, state["start"]
+        belief = self.commit(state["belief"], planner_mode, forced_state, 1.0, 0.0)
         if cfg.token_filtering and planner_mode == "normal" and not frozen:
             evidence = logs.gather(2, token[:, None, None].expand(-1, logs.shape[1], 1))[..., 0]
             belief = F.log_softmax(belief + evidence, 1)
         last = found["count"] - 1  # the index of the token just read
-        total = found["h"] if last % cfg.chunk_size == 0 else state["sum"] + found["h"]
+        total = found["h"].to(belief.dtype) + (state["sum"] if last % cfg.chunk_size else 0)
         if (last + self.offset) % cfg.chunk_size == 0 and planner_mode == "normal" and not frozen:
             seen = found["h"] if cfg.version[:2] == "v1" else (total if self.offset else state["sum"]) / cfg.chunk_size
-            belief = self.cross(belief, self.context(seen))
-        return found | {"belief": belief, "sum": total}
+            belief = start = self.cross(belief if cfg.carry_posterior else start, self.context(seen))
+        return found | {"belief": belief, "start": start, "sum": total}
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
@@ -1018,12 +1025,13 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
             source = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
             raise checkpoint.CheckpointError(f"{source} is damaged or no checkpoint ({type(e).__name__})") from e
-    weights = source.get("model_state_dict", source)
-    if not isinstance(weights, dict) or "token_emb.weight" not in {_plain_name(k) for k in weights}:
-        raise checkpoint.CheckpointError("this is no APEL-R checkpoint: it has no weights token_emb.weight")
-    weights = {_plain_name(k): v for k, v in weights.items()}
+    weights = source.get("model_state_dict", source) if isinstance(source, dict) else None
+    weights = {_plain_name(k): v for k, v in weights.items() if isinstance(k, str) and isinstance(v, torch.Tensor)
+               } if isinstance(weights, dict) else {}
+    if "token_emb.weight" not in weights or weights["token_emb.weight"].ndim != 2:
+        raise checkpoint.CheckpointError("this is no APEL-R checkpoint: it has no weights token_emb.weight [V, D]")
     settings = config_dict(cfg or Config()) | _sizes(weights) | {"compat": "source"}
-    saved = source.get("model_config", {}) if "model_state_dict" in source else {}
+    saved = source.get("model_config") or {} if "model_state_dict" in source else {}
     names = {f.name for f in fields(Config)}
     settings |= {ALIASES.get(k) or k: v for k, v in saved.items() if (ALIASES.get(k) or k) in names}
     if "model_state_dict" in source:
@@ -1033,22 +1041,30 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
         raise checkpoint.CheckpointError(f"a source checkpoint of model version {version!r} cannot be read")
     if version[:2] == "v2" and saved and "lookahead_horizon" not in saved:  # an older v2 than lookahead
         settings |= {"carry_posterior": False, "lookahead_feedback_scale": 0.0}
+    if version[:2] == "v1":  # which has neither
+        settings |= {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}
     model = build_model(Config(**settings)).to(weights["token_emb.weight"].dtype)
     own = model.state_dict()
-    found = {k if k in own else f"experts.{k}": v for k, v in weights.items() if not k.startswith("expert_heads.")}
-    for part in ("weight", "bias"):
-        heads = [weights[f"expert_heads.{k}.{part}"] for k in range(settings["num_plan_states"])
-                 if f"expert_heads.{k}.{part}" in weights]
-        found |= {f"experts.{part}": torch.stack(heads)} if heads else {}
-    for name, wrong in (("missing", own.keys() - found.keys()), ("unknown", found.keys() - own.keys())):
+    names = {f"expert_heads.{k}.{part}": ("experts." + part, k) for k in range(settings["num_plan_states"])
+             for part in ("weight", "bias")} if version[:2] == "v2" else {}
+    names |= {k.removeprefix("experts."): (k, None) for k in own if version[:2] == "v1" or not k.startswith("experts.")}
+    for name, wrong in (("missing", names.keys() - weights.keys()), ("unknown", weights.keys() - names.keys())):
         if wrong:
             print(f"note: {name} weights in the source checkpoint: {', '.join(sorted(wrong))}")
+    found = {k: v.clone() for k, v in own.items()}
+    for name, (target, head) in names.items():
+        if name in weights and head is None:
+            found[target] = weights[name]
+        elif name in weights:
+            if found[target][head].shape != weights[name].shape:
+                raise checkpoint.CheckpointError(f"the source checkpoint does not fit its settings: {name}")
+            found[target][head] = weights[name]
     try:
         model.load_state_dict({k: v for k, v in found.items() if k in own}, strict=False)
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:300]
         raise checkpoint.CheckpointError(f"the source checkpoint does not fit its settings: {reason}") from e
-    return model
+    return model.eval()
 
 
 def _plain_name(name: str) -> str:
@@ -1059,12 +1075,14 @@ def _plain_name(name: str) -> str:
 def _sizes(weights: dict[str, torch.Tensor]) -> dict:
     """Settings that the shapes of a source state dict tell."""
     V, token_dim = weights["token_emb.weight"].shape
-    hidden = weights["backbone.weight_hh_l0"].shape[1]
-    found = {"vocab_size": V, "token_dim": token_dim, "hidden_dim": hidden, "backbone": "gru", "dropout": 0.0,
-             "num_layers": sum(k.startswith("backbone.weight_hh_l") for k in weights),
-             "num_plan_states": len(weights["planner_init_logits"]), "num_experts": None, "experts": "full",
+    found = {"vocab_size": V, "token_dim": token_dim, "backbone": "gru", "dropout": 0.0,
+             "num_layers": len({k.rsplit("_", 1)[1] for k in weights if k.startswith("backbone.")}),
+             "num_experts": None, "experts": "full",
              "version": "v1_filtered_mixture" if "plan_emb.weight" in weights else "v2_planner_required"}
-    return found | ({"fusion_dim": weights["plan_emb.weight"].shape[1]} if "plan_emb.weight" in weights else {})
+    for name, setting, axis in (("backbone.weight_hh_l0", "hidden_dim", 1), ("plan_emb.weight", "fusion_dim", 1),
+                                ("planner_init_logits", "num_plan_states", 0)):
+        found |= {setting: weights[name].shape[axis]} if name in weights else {}
+    return found
 
 
 def is_source_checkpoint(path: Path) -> bool:
@@ -1107,8 +1125,8 @@ class Written(NamedTuple):
 @torch.no_grad()
 def generate(model: PlannerLM, prompt: torch.Tensor, tokens: int, generator: torch.Generator,
              temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, repetition_penalty: float = 1.0,
-             no_repeat_ngram_size: int = 0, eos_id: int | None = None, forecast_steps: int = 0, background: bool = False,
-             frozen: bool = False, **planner) -> Written:
+             no_repeat_ngram_size: int = 0, eos_id: int | None = None, forecast_steps: int = 0,
+             background: bool = False, frozen: bool = False, **planner) -> Written:
     """Go on from prompts [B, P] for at most `tokens` tokens; the state is carried, so a token costs the same anywhere.
 
     Args:
@@ -1181,6 +1199,7 @@ def draw(log_p: torch.Tensor, top_k: int | None, top_p: float, generator: torch.
     if top_p < 1:
         ordered, order = log_p.softmax(1).sort(1, descending=True)
         drop = ordered.cumsum(1) - ordered >= top_p
+        drop[:, 0] = False
         log_p = log_p.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
     noise = torch.rand(log_p.shape, generator=generator, device=generator.device).to(log_p.device)
     return (log_p - (-noise.clamp(1e-30, 1 - 1e-7).log()).log()).argmax(1)
@@ -1253,7 +1272,8 @@ def evaluate(model: PlannerLM, corpus: Corpus, starts: np.ndarray, rt: Runtime, 
 def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     """I(a; b) / sqrt(H(a) H(b)) of two labellings, in [0, 1]; 0 where one of them is constant."""
     table = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(table, (a, b), 1 / len(a))
+    np.add.at(table, (a, b), 1)
+    table /= len(a)
     pa, pb = table.sum(1), table.sum(0)
 
     def H(p):

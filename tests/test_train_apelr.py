@@ -1,0 +1,541 @@
+"""train_apelr.py and sample.py on it: data, batches, runs that stop and go on, ranks, pictures, and what is refused."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from comparison import unequal
+
+import prepare_data
+import sample
+import train_apelr
+from common import checkpoint
+from common.runtime import Runtime
+from configurator import configure
+from train_apelr import ALIASES, Batches, Config, Corpus, validation_windows
+
+ROOT = Path(__file__).resolve().parents[1]
+V1, V2 = "v1_filtered_mixture", "v2_planner_required"
+TINY = ("--num_plan_states=3", "--chunk_size=4", "--seq_len=15", "--token_dim=8", "--hidden_dim=16", "--fusion_dim=12",
+        "--num_layers=1", "--batch_size=8", "--lr=1e-2", "--warmup_steps=2", "--log_interval=2", "--eval_batches=1",
+        "--final_eval_batches=2", "--preview_tokens=0", "--device=cpu", "--precision=fp32", "--out_dir=run")
+RUN = (*TINY, "--max_steps=8", "--eval_interval=4", "--save_interval=3", "--dropout=0.2", "--keep_last=-1",
+       "--loss_weights={'usage_balance': 0.1, 'plan_js_div': 0.1}", "--plan_commitment=gumbel_st")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+draw_picture = train_apelr.plot
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(in_a_folder_of_its_own, monkeypatch):
+    """Unless it asks, a test draws no pictures."""
+    monkeypatch.setattr(train_apelr, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> dict[str, Path]:
+    """Documents of four chunks of four tokens over three plans, with the chunks of either version."""
+    folder, found = tmp_path_factory.mktemp("planted"), {}
+    for version in (V1, V2):
+        found[version] = folder / version
+        prepare_data.main(["planted", "--num_plans=3", "--vocab_size=9", "--chunk_size=4", "--document_chunks=4",
+                           "--train_documents=300", "--validation_documents=20", f"--version={version}",
+                           f"--out_dir={found[version]}"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A little text in characters."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [f"Once upon a time {name} found {thing} {count} times.<|endoftext|>\n" for count in range(40)
+             for name, thing in (("Lily", "a needle"), ("Beep", "the fuel"), ("Fin", "a shore"))]
+    (folder / "stories.txt").write_text("".join(lines))
+    prepare_data.main(["text", f"--input={folder / 'stories.txt'}", "--tokenizer=char", "--val_fraction=0.2",
+                       f"--out_dir={folder / 'data'}"])
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def whole(planted, tmp_path_factory) -> Path:
+    """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = python(ROOT / "train_apelr.py", *RUN, f"--data={planted[V2]}", folder=folder)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def writers(text, tmp_path_factory) -> dict[str, Path]:
+    """A short run of every version on text."""
+    folder, found = tmp_path_factory.mktemp("writers"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_apelr, "plot", lambda *args, **options: None)
+        patch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+        for version in (V1, V2, "baseline"):
+            found[version] = folder / version
+            train_apelr.main([*TINY, f"--data={text}", f"--version={version}", f"--out_dir={found[version]}",
+                              "--max_steps=3"])
+    return found
+
+
+def python(*command, folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
+                          text=True, timeout=100)
+
+
+def run(data: Path, *settings: str) -> dict:
+    return train_apelr.main([*TINY, "--max_steps=4", f"--data={data}", *settings])
+
+
+def refused(capsys, *argv: str, code: int = 2, main=train_apelr.main) -> str:
+    """The one error line of a command that must end with this exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(list(argv))
+    told = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
+    return told[0]
+
+
+def read(path: Path | str):
+    return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def records(folder: Path | str) -> list[dict]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    clock = ("time_s", "tokens_per_s", "mfu")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def assert_as_if_uninterrupted(folder: Path, other: Path) -> None:
+    ours, theirs = (checkpoint.load(path) for path in (folder, other))
+    keys = ("step", "best", "model", "optimizer", "ranks", "extra")
+    assert not unequal({k: ours[k] for k in keys}, {k: theirs[k] for k in keys})
+    evals = [[r for r in records(path) if r["split"] == "eval"] for path in (folder, other)]
+    assert evals[0] == evals[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------
+def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
+    rt = Runtime(SimpleNamespace(seed=7, device="cpu", precision="fp32", compile="false"))
+    rt.rank, rt.world_size = rank, world_size
+    return rt
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step_and_ranks_share_it(text):
+    cfg, corpus = Config(seq_len=15, chunk_size=4), Corpus(str(text))
+    batches = Batches(runtime(), corpus, cfg, 8)
+    assert torch.equal(batches(3), Batches(runtime(), corpus, cfg, 8)(3)) and not torch.equal(batches(3), batches(4))
+    halves = [Batches(runtime(rank, 2), corpus, cfg, 8)(3) for rank in range(2)]
+    assert torch.equal(torch.stack(halves, 1).flatten(0, 1), batches(3))
+    stream = "".join(map(chr, corpus.train))
+    assert all("".join(map(chr, row)) in stream for row in batches(5).tolist())
+
+
+def test_windows_of_planted_documents_begin_with_them_and_validation_windows_do_not_overlap(planted, text):
+    cfg, corpus = Config(seq_len=15, chunk_size=4), Corpus(str(planted[V2]))
+    assert (Batches(runtime(), corpus, cfg, 8)(0)[:, 0] == corpus.meta["bos_id"]).all()
+    assert np.array_equal(validation_windows(corpus, cfg, 99), np.arange(20) * 16)
+    starts = validation_windows(Corpus(str(text)), cfg, 1000)
+    assert (np.diff(starts) == 15).all() and starts[-1] + 16 <= len(Corpus(str(text)).val)
+    few = validation_windows(Corpus(str(text)), cfg, 5)
+    assert len(few) == 5 and few[0] == 0 and few[-1] == starts[-1] and set(few) <= set(starts)
+
+
+def test_evaluation_agrees_with_the_losses_and_with_the_planted_truth(planted):
+    cfg, corpus = configure(Config, [*TINY, f"--data={planted[V2]}"]), Corpus(str(planted[V2]))
+    torch.manual_seed(0)
+    model, starts = train_apelr.build_model(cfg, corpus.vocab_size), validation_windows(corpus, cfg, 99)
+    found = train_apelr.evaluate(model, corpus, starts, runtime(), cfg, batch=7)
+    tokens = corpus.windows("val", starts, 15)
+    model.eval()
+
+    def nll(*mode) -> float:
+        return float(model.losses(tokens[:, :-1], tokens[:, 1:], *mode, terms=())["nll"].detach())
+
+    forced = [nll("forced_state", k) for k in range(3)]
+    assert found["val_nll"] == pytest.approx(nll(), rel=1e-5) and found["forced_nll"] == pytest.approx(forced, rel=1e-5)
+    assert found["planner_mask_delta_loss"] == pytest.approx(nll("uniform_mask") - nll(), abs=1e-5)
+    assert found["plan_gain"] == pytest.approx(min(forced) - nll(), abs=1e-5)
+    assert found["oracle_nll"] == pytest.approx(corpus.meta["oracle_nll"], rel=1e-5)
+    beliefs = model.filter(*(lambda h: (model.look_up(h, tokens[:, 1:, None])[..., 0], model.contexts(h)))(
+        model.read(tokens[:, :-1])[0]))
+    plans = np.load(planted[V2] / "val_plans.npy")
+    nmi = train_apelr.normalised_mutual_information(beliefs.end.argmax(2).numpy().ravel(), plans.ravel())
+    assert found["plan_nmi"] == pytest.approx(nmi)
+    P = model.planner_transition_logits.detach().softmax(1)
+    assert found["transition_mean_diagonal"] == pytest.approx(float(P.diagonal().mean()), rel=1e-6)
+    assert found["transition_row_entropy"] == pytest.approx(float(-(P * P.log()).sum(1).mean()), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("version", [V1, V2])
+def test_a_planted_plan_is_found_and_the_loss_comes_near_its_optimum(version, planted):
+    """Small, but the real thing: within 3% of the exact optimum, plans named almost as the exact filter would."""
+    folder = Path("clear")
+    prepare_data.main(["planted", "--num_plans=3", "--vocab_size=12", "--chunk_size=8", "--document_chunks=4",
+                       "--num_states=1", "--plan_sharpness=2.5", "--train_documents=4000", "--validation_documents=200",
+                       f"--version={version}", f"--out_dir={folder}"])
+    length = read(folder / "meta.json")["document_length"] - 1
+    result = run(folder, f"--version={version}", "--chunk_size=8", f"--seq_len={length}", "--hidden_dim=24",
+                 "--batch_size=64", "--max_steps=250", "--eval_interval=250", "--final_eval_batches=64", "--lr=2e-2",
+                 "--loss_weights={'usage_balance': 0.1}", "--usage_balance_weight=0.1")
+    truth = read(folder / "meta.json")
+    assert result["oracle_nll"] == pytest.approx(truth["oracle_nll"], rel=1e-5)
+    assert 0.999 < result["val_nll"] / result["oracle_nll"] < 1.03
+    assert result["plan_nmi"] > 0.9 and result["plan_gain"] > 0.1
+
+
+def test_a_run_leaves_the_promised_files_and_pictures(whole, planted):
+    summary, metrics, planner = (read(whole / f"{n}.json") for n in ("summary", "metrics", "planner_eval"))
+    for key in ("val_nll", "val_ppl", "planner_mask_delta_loss", "plan_gain", "oracle_nll", "plan_nmi", "seconds",
+                "tokens_per_second", "config_hash", "torch", "device", "parameters"):
+        assert key in summary
+    assert metrics["val_nll"] == planner["val_nll"] == summary["val_nll"]
+    for key in ("state_persistence", "expert_utilization", "forced_state_divergence", "transition_mean_diagonal"):
+        assert key in metrics
+    assert set(planner["top_tokens"]) == {"0", "1", "2"} and len(planner["typical_tokens"]["1"]) == 10
+    assert {p.name for p in (whole / "plots").iterdir()} == {"loss.png", "plan_usage.png", "transition_matrix.png",
+                                                              "belief.png"}
+    for picture in (whole / "plots").iterdir():
+        image = matplotlib.image.imread(picture)
+        assert min(image.shape[:2]) > 150 and image[..., :3].std() > 0.01
+    for name in ("config.json", "metrics.jsonl", "train.log", "last.pt", "best.pt", "train_apelr.py", "step_6.pt"):
+        assert (whole / name).exists()
+    assert "done: validation nll" in (whole / "train.log").read_text()
+    training = [r for r in records(whole) if r["split"] == "train"]
+    assert [r["step"] for r in training] == [2, 4, 6, 8]
+    assert {"loss", "nll", "usage_balance", "plan_js_div", "lr", "grad_norm"} <= training[0].keys()
+
+
+def test_the_text_keeps_its_tokenizer_and_a_sample_is_shown(text, capsys):
+    run(text, "--preview_tokens=5", "--preview_prompt=Once", "--eval_interval=2")
+    assert (Path("run/tokenizer.json")).read_bytes() == (text / "tokenizer.json").read_bytes()
+    assert len(re.findall(r"^  'Once", capsys.readouterr().out, re.M)) == 2
+    assert "bits_per_byte" in read("run/metrics.json")
+
+
+def test_a_preview_does_not_change_the_run(text):
+    run(text, "--dropout=0.3", "--eval_interval=2", "--preview_tokens=6", "--out_dir=shown")
+    run(text, "--dropout=0.3", "--eval_interval=2", "--out_dir=silent")
+    assert not unequal(checkpoint.load(Path("shown"))["model"], checkpoint.load(Path("silent"))["model"])
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_a_run_stopped_and_started_again_ends_with_the_same_bits(step, planted, whole):
+    settings = [*RUN, f"--data={planted[V2]}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == step)
+        assert train_apelr.main(settings) == {"stopped_at": step}
+    assert not Path("run/summary.json").exists() and checkpoint.load(Path("run"))["step"] == step
+    assert train_apelr.main(settings)["steps"] == 8
+    assert_as_if_uninterrupted(Path("run"), whole)
+
+
+def test_a_killed_run_started_again_ends_with_the_same_bits(planted):
+    settings = [*RUN, f"--data={planted[V2]}", "--max_steps=160", "--log_interval=1", "--keep_last=0"]
+    train_apelr.main([*settings, "--out_dir=alone"])
+    environment, metrics = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("run/metrics.jsonl")
+    with subprocess.Popen([sys.executable, ROOT / "train_apelr.py", *settings], env=environment,
+                          stdout=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        job.kill()
+    assert job.returncode == -signal.SIGKILL and 0 < checkpoint.load(Path("run"))["step"] < 160
+    assert train_apelr.main(settings)["steps"] == 160
+    assert_as_if_uninterrupted(Path("run"), Path("alone"))
+
+
+@pytest.mark.parametrize("version", [V1, V2])
+def test_two_ranks_train_like_one(version, planted):
+    """Terms that are means over tokens average over ranks exactly; the gradients are synchronised."""
+    weights = "{'boundary_entropy': 0.1, 'plan_js_div': 0.05}"
+    settings = [*TINY, "--max_steps=6", f"--data={planted[version]}", f"--version={version}", "--grad_accum_steps=2",
+                f"--loss_weights={weights}", "--aux_token_fraction=1", "--plan_mi_weight=0.1", "--chunk_bow_weight=0.1",
+                "--chunk_post_kl_weight=0.1", "--entropy_reg_weight=0.1"]
+    done = python(*TORCHRUN, ROOT / "train_apelr.py", *settings, "--out_dir=two", folder=Path.cwd())
+    assert done.returncode == 0 and done.stdout.count("done: validation nll") == 1, done.stderr[-2000:]
+    alone, two = train_apelr.main(settings), read("two/summary.json")
+    for key in ("val_nll", "planner_mask_delta_loss", "plan_gain", "oracle_nll", "plan_nmi"):
+        assert two[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), key
+    ours, theirs = (checkpoint.load(Path(folder))["model"] for folder in ("run", "two"))
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    (f"--version={V1}", "--usage_balance_weight=0.1", "--chunk_bow_weight=0.1", "--chunk_bow_warmup_steps=3"),
+    (f"--version={V2}", "--experts=bias"), (f"--version={V2}", "--backbone=transformer", "--dropout=0.1"),
+    ("--version=baseline",), ("--version=baseline", "--backbone=transformer"), ("--num_plan_states=1",),
+    ("--compat=source",), ("--precision=bf16",), ("--num_plan_states=1", f"--version={V1}"), ("--chunk_size=1",),
+    ("--batch_size=auto", "--cpu_batch_size=6", "--grad_accum_steps=2"), ("--lr_schedule=constant",),
+    ("--plan_commitment=gumbel_st", "--commitment_warmup_steps=1", "--commitment_ramp_steps=2",
+     "--plan_temperature_start=2", "--plan_temperature_end=0.5"),
+    ("--loss_weights={'rep_unlikelihood': 0.1, 'rep_window': 4, 'future_contrastive': 0.1}",),
+])
+def test_every_kind_of_model_trains(settings, text):
+    result = run(text, "--max_steps=30", "--eval_interval=30", *settings)
+    losses = [r["nll"] for r in records("run") if r["split"] == "train"]
+    assert np.isfinite(result["val_nll"]) and losses[-1] < losses[0]
+
+
+def test_a_run_that_is_finished_is_evaluated_again_or_refused(whole, planted, capsys):
+    shutil.copytree(whole, "run")
+    assert train_apelr.main([*RUN, f"--data={planted[V2]}"])["steps"] == 8
+    assert "lr: 0.01 -> 0.02" in refused(capsys, *RUN, f"--data={planted[V2]}", "--lr=2e-2")
+
+
+def test_analyze_repeats_the_numbers(whole, planted):
+    shutil.copytree(whole, "run")
+    os.remove("run/planner_eval.json")
+    found = train_apelr.main(["--analyze=run", "--device=cpu"])
+    assert found["val_nll"] == pytest.approx(read(whole / "summary.json")["val_nll"], rel=1e-6)
+    assert read("run/planner_eval.json")["val_nll"] == found["val_nll"]
+
+
+def test_weights_to_start_from_come_from_ours_and_from_the_source(text, writers):
+    best = checkpoint.load(writers[V2] / "best.pt")
+    run(text, f"--init_from={writers[V2]}", "--lr=0", "--weight_decay=0")
+    assert not unequal(checkpoint.load(Path("run"))["model"], best["model"])
+    state = source_checkpoint(writers[V2])
+    torch.save(state, "source.pt")
+    for option in ("--init_from=source.pt", "--resume=source.pt"):
+        run(text, option, "--lr=0", "--weight_decay=0", "--compat=source", f"--out_dir={option[2:6]}")
+        assert not unequal(checkpoint.load(Path(option[2:6]))["model"], best["model"])
+
+
+def source_checkpoint(folder: Path) -> dict:
+    """What the source would have saved of a v2 run."""
+    cfg, model, step, extra = train_apelr.load_run(folder, "cpu")
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("experts.")}
+    for part in ("weight", "bias"):
+        weights |= {f"expert_heads.{k}.{part}": v for k, v in enumerate(getattr(model.experts, part).detach())}
+    names = ("num_plan_states", "chunk_size", "token_dim", "hidden_dim", "num_layers", "lookahead_horizon")
+    return {"model_state_dict": weights, "model_version": V2, "global_step": 7, "tokenizer_path": "tokenizer.json",
+            "model_config": {k: getattr(cfg, k) for k in names} | {"vocab_size": extra["vocab_size"], "dropout": 0.1}}
+
+
+def test_idle_plans_are_warned_of(capsys):
+    told = []
+    train_apelr.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.5}, told.append)
+    train_apelr.warn_of_idle_plans({"plan_gain": 0.1, "forced_state_divergence_all_pairs": 0.5}, told.append)
+    train_apelr.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.01}, told.append)
+    assert len(told) == 1 and "one of them does as well alone" in told[0]
+
+
+def test_the_whole_default_run_needs_no_download_and_no_data(monkeypatch):
+    """But shorter. The offline text is made on the way."""
+    made = []
+
+    def text(argv):
+        made.append(argv)
+        return prepare([*argv, "--input=corpus.txt", "--val_fraction=0.3", "--vocab_size=270"])
+
+    prepare = prepare_data.main
+    Path("corpus.txt").write_text("".join(f"some words {i} of text<|endoftext|>\n" for i in range(200)))
+    monkeypatch.setattr(prepare_data, "main", text)
+    result = train_apelr.main(["--max_steps=2", "--final_eval_batches=1", "--hidden_dim=8", "--token_dim=8",
+                               "--device=cpu"])
+    assert made[0][:2] == ["text", "--out_dir=data/text"] and Path("out/apelr/summary.json").exists()
+    assert np.isfinite(result["val_nll"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "config").glob("*.py") if re.match(
+    r"tinystories|wikitext2|cc_news|v2_|planted", p.name)), ids=lambda p: p.stem)
+def test_a_published_config_is_accepted(path):
+    cfg = configure(Config, [str(path)])
+    assert cfg.out_dir == f"out/{path.stem}" and cfg.data.startswith("data/")
+
+
+def test_the_yaml_files_and_names_of_the_source_are_understood(tmp_path):
+    (tmp_path / "source.yaml").write_text("""
+seed: 42
+device: cpu
+data: {source: tinystories, max_train_examples: 1000, max_val_examples: 100, min_chars: 8, streaming: true}
+tokenizer: {type: bpe, vocab_size: 4096, min_frequency: 2, lowercase: false}
+model: {version: v2_planner_required, num_plan_states: 6, num_experts: 6, chunk_size: 8, token_dim: 64, hidden_dim: 96,
+  num_layers: 2, dropout: 0.1, planner_context_scale: 1.0, planner_self_bias: 2.0, future_horizon_chunks: 3,
+  plan_commitment: gumbel_st, commitment_warmup_steps: 10, plan_temperature_start: 1.5, plan_temperature_end: 0.7,
+  token_filtering: true, lookahead_horizon: 3, lookahead_feedback_scale: 0.1, async_planner: true}
+train: {out_dir: runs/x, seq_len: 64, batch_size: auto, cpu_batch_size: 4, grad_accum_steps: 2, lr: 6e-4,
+  warmup_steps: 20, min_lr_ratio: 0.2, lr_schedule: cosine, weight_decay: 0.05, grad_clip: 0.5, max_steps: 500,
+  eval_interval: 50, val_batches: 7, save_interval: 25, precision: bf16, chunk_bow_weight: 0.1, resume_from: old.pt,
+  loss_weights: {future_contrastive: 0.2, plan_js_div: 0.05, boundary_entropy: 0.01, usage_balance: 0.03,
+    rep_unlikelihood: 0.1, rep_window: 16}, compile: {enabled: true, mode: reduce-overhead}}
+""")
+    with pytest.warns(UserWarning, match="without effect here: .*max_train_examples"):
+        cfg = configure(Config, [str(tmp_path / "source.yaml"), "train.loss_weights.usage_balance=0.07"], ALIASES)
+    assert (cfg.data, cfg.num_plan_states, cfg.batch_size, cfg.lr, cfg.eval_batches) == (
+        "tinystories", 6, "auto", 6e-4, 7)
+    assert (cfg.compile, cfg.resume, cfg.precision, cfg.plan_temperature_end) == ("true", "old.pt", "bf16", 0.7)
+    assert cfg.repetition_window() == 16 and cfg.feedback() == 0.1
+    assert cfg.weights() == {"future_contrastive": 0.2, "plan_js_div": 0.05, "boundary_entropy": 0.01,
+                             "usage_balance": 0.07, "rep_unlikelihood": 0.1}
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--num_experts=5"], "num_experts = 5 must equal num_plan_states = 3"),
+    (["--chunk_size=15"], "chunk_size = 15 must be smaller than seq_len = 15"),
+    (["--loss_weights={'plan_jsd': 1}"], "loss_weights has no 'plan_jsd'"),
+    (["--loss_weights={'rep_unlikelihood': 1}"], "needs rep_window"),
+    (["--planner_temperature=0"], "planner_temperature = 0.0: must be above 0"),
+    (["--version=v3"], "version"), (["--batch_size=some"], "batch_size"), (["--batch_size=0"], "at least 1, or auto"),
+    (["--aux_token_fraction=0"], "must be in (0, 1]"), (["--num_plan_state=3"], "did you mean num_plan_states?"),
+    (["--backbone=transformer", "--num_heads=3"], "no multiple of 2 * num_heads"),
+    ([f"--version={V1}", "--experts=bias"], "settings of v2_planner_required"),
+    (["--batch_size=7", "--grad_accum_steps=2"], "must be a multiple of grad_accum_steps * ranks = 2"),
+    (["--seq_len=16"], "the planted documents predict only 15 tokens: use seq_len=15"),
+    ([f"--version={V1}"], "prepare_data.py planted --version=v1_filtered_mixture"),
+    (["--vocab_size=50"], "has 10: leave it out"), (["--data=nowhere"], "nowhere/meta.json"),
+    (["--resume=nowhere.pt"], "no checkpoint at nowhere.pt"), (["--init_from=nowhere.pt"], "nowhere.pt"),
+    (["--analyze=nowhere"], "nowhere"),
+])
+def test_bad_input_is_one_line_and_nothing_is_written(argv, words, planted, capsys):
+    assert words in refused(capsys, *TINY, f"--data={planted[V2]}", *argv)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("cut", "prepare the folder again"), ("tokenizer", "is not the tokenizer that the tokens beside it were made with"),
+    ("beyond", "beyond its vocabulary of"), ("meta", "meta.json is damaged"), ("short", "less than a window of"),
+])
+def test_damaged_data_are_refused_before_anything_is_written(damage, words, text, capsys):
+    shutil.copytree(text, "data")
+    meta, length = read("data/meta.json"), "15"
+    if damage == "cut":
+        Path("data/train.bin").write_bytes(Path("data/train.bin").read_bytes()[:-3])
+    elif damage == "tokenizer":
+        spec = read("data/tokenizer.json")
+        spec["lowercase"] = not spec.get("lowercase", False)
+        Path("data/tokenizer.json").write_text(json.dumps(spec))
+    elif damage == "beyond":
+        Path("data/meta.json").write_text(json.dumps(meta | {"vocab_size": 20}))
+    elif damage == "meta":
+        Path("data/meta.json").write_text("{")
+    else:
+        length = str(meta["val_tokens"])
+    assert words in refused(capsys, *TINY, "--data=data", f"--seq_len={length}") and not Path("run").exists()
+
+
+def test_another_tokenizer_is_refused_on_resuming(text, writers, planted, capsys):
+    assert "was trained with another tokenizer" in refused(
+        capsys, *TINY, f"--data={planted[V2]}", f"--resume={writers[V2] / 'last.pt'}", "--max_steps=5")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(text, capsys, monkeypatch):
+    monkeypatch.setattr(train_apelr, "learning_rate", lambda step, cfg: 1e30 if step == 4 else 1e-3)
+    settings = ("--max_steps=9", "--save_interval=2", "--grad_clip=0")
+    assert "step" in refused(capsys, *TINY, f"--data={text}", *settings, code=1)
+    assert checkpoint.load(Path("run"))["step"] == 4
+
+
+def test_importing_the_script_starts_nothing_and_brings_no_other_experiment():
+    done = python("-c", "import sys, train_apelr; print([m for m in ('train_ghmm', 'train_arxiv', 'matplotlib') "
+                  "if m in sys.modules])", folder=Path.cwd())
+    assert done.stdout == "[]\n" and not list(Path.cwd().iterdir())
+    assert "main" in runpy.run_path(str(ROOT / "train_apelr.py"), run_name="imported")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sample.py
+# ---------------------------------------------------------------------------------------------------------------
+def sampled(folder: Path, *flags: str) -> dict:
+    return sample.main([str(folder), "--device=cpu", "--max_new_tokens=12", "--prompt=Once upon", *flags])
+
+
+@pytest.mark.parametrize("version", [V1, V2, "baseline"])
+def test_a_text_goes_on_from_the_prompt_and_is_decided_by_the_seed(version, writers, capsys):
+    found = sampled(writers[version], "--num_samples=3")["samples"]
+    assert len(found) == 3 and all(s["text"].startswith("Once upon") and len(s["tokens"]) <= 21 for s in found)
+    assert len({s["text"] for s in found}) > 1 and found == sampled(writers[version], "--num_samples=3")["samples"]
+    assert found != sampled(writers[version], "--num_samples=3", "--seed=1")["samples"]
+    assert found[0]["text"] in capsys.readouterr().out
+
+
+def test_every_plan_in_turn_makes_a_table(writers, capsys):
+    for version in (V1, V2):
+        found = sampled(writers[version], "--sweep_states", "--num_samples=1")["samples"]
+        assert [s["state"] for s in found] == [None, 0, 1, 2]
+        table = [line for line in capsys.readouterr().out.splitlines() if re.match(r"(belief|plan \d) *\| ", line)]
+        assert len(table) == 4
+        for s in found[1:]:
+            assert np.array(s["beliefs"]).tolist() == [[float(k == s["state"]) for k in range(3)]] * len(s["beliefs"])
+
+
+def test_the_plan_is_shown_as_a_strip_and_a_picture(writers, capsys, monkeypatch):
+    monkeypatch.setattr(train_apelr, "plot", draw_picture)
+    sampled(writers[V2], "--show_plan", "--num_samples=1", "--seed=3")
+    told = capsys.readouterr().out
+    strips = re.findall(r"^  plan +(\d) (.*)$", told, re.M)
+    assert [k for k, _ in strips] == ["0", "1", "2"] and all(strip.count("|") == 3 for _, strip in strips)
+    picture = matplotlib.image.imread(re.search(r"picture: (.*)", told)[1])
+    assert picture[..., :3].std() > 0.01
+
+
+def test_planner_flags_of_version_two(writers, capsys):
+    plain = sampled(writers[V2], "--num_samples=2")["samples"]
+    frozen = sampled(writers[V2], "--num_samples=2", "--freeze_planner")["samples"]
+    assert all(len(set(map(tuple, s["beliefs"]))) == 1 for s in frozen)
+    assert all(len(set(map(tuple, s["beliefs"]))) > 1 for s in plain)
+    ahead = sampled(writers[V2], "--lookahead_steps=2", "--num_samples=1")["samples"][0]
+    behind = sampled(writers[V2], "--lookahead_steps=2", "--num_samples=1", "--async_planner")["samples"][0]
+    assert ahead == behind and np.array(ahead["forecasts"]).shape == (len(ahead["beliefs"]), 2, 3)
+    assert "forecast at the first token" in capsys.readouterr().out
+    _, model, _, _ = train_apelr.load_run(writers[V2], "cpu")
+    P = model.planner_transition_logits.detach().softmax(1).numpy()
+    np.testing.assert_allclose(np.array(ahead["beliefs"]) @ P, np.array(ahead["forecasts"])[:, 0], atol=1e-5)
+    forced = sampled(writers[V2], "--force_state=1", "--num_samples=1")["samples"][0]
+    sharp = sampled(writers[V2], "--planner_temperature=0.01", "--num_samples=1")["samples"][0]
+    assert forced["state"] == 1 and sharp["text"] != forced["text"]
+
+
+def test_prompts_come_from_standard_input(writers):
+    command = [sys.executable, ROOT / "sample.py", writers[V2], "--max_new_tokens=3", "--num_samples=1", "--device=cpu",
+               "--json=found.json"]
+    done = subprocess.run(command, input="Once\nFin found\n", capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert [s["prompt"] for s in read("found.json")["samples"]] == ["Once", "Fin found"]
+
+
+def test_a_checkpoint_of_the_source_can_be_sampled(writers):
+    Path("source").mkdir()
+    torch.save(source_checkpoint(writers[V2]), "source/checkpoint.pt")
+    shutil.copyfile(writers[V2] / "tokenizer.json", "source/tokenizer.json")
+    found = sampled(Path("source/checkpoint.pt"), "--num_samples=1")
+    assert found["step"] == 7 and found["samples"][0]["text"].startswith("Once upon")
+
+
+@pytest.mark.parametrize("version, flags, words", [
+    (V1, ["--freeze_planner"], "freeze_planner is a flag of v2_planner_required"),
+    (V1, ["--planner_temperature=2"], "planner_temperature is a flag of v2_planner_required"),
+    (V1, ["--async_planner"], "async_planner is a flag of v2"),
+    ("baseline", ["--force_state=0"], "force_state needs a planner"), ("baseline", ["--show_plan"], "needs a planner"),
+    (V2, ["--force_state=3"], "this model has the plans 0 to 2"), (V1, ["--force_state=-1"], "the plans 0 to 2"),
+    (V2, ["--top_p=0"], "top_p = 0.0: must be in (0, 1]"), (V2, ["--force_state=1", "--sweep_states"], "choose one"),
+    (V2, ["--repetition_penalty=0.5"], "must be at least 1"), (V2, ["--topk=3"], "did you mean top_k?"),
+])
+def test_a_flag_that_makes_no_sense_is_one_line(version, flags, words, writers, capsys):
+    assert words in refused(capsys, str(writers[version]), "--prompt=Once", *flags, main=sample.main)
