@@ -1341,16 +1341,18 @@ def plot(folder: Path, name: str, draw_on, width: float = 7.0, height: float = 4
     figure.savefig(folder / "plots" / f"{name}.png")
 
 
-def draw_strip(axes, beliefs: np.ndarray, labels: list[str], boundaries: list[int], title: str) -> None:
-    """Beliefs [L, K] as a heat map under the text; boundaries: columns where a chunk begins."""
+def draw_strip(axes, beliefs: np.ndarray, labels: list[str], boundaries: list[int], title: str, true=()) -> None:
+    """Beliefs [L, K] as a heat map over the text; boundaries: where a chunk begins; true: plans of the chunks."""
     image = axes.imshow(beliefs.T, aspect="auto", vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, label="belief", pad=0.01)
     for column in boundaries:
         axes.axvline(column - 0.5, color="tab:blue", linewidth=0.8)
+    for column, plan in zip([0, *boundaries], true, strict=False):
+        axes.text(column, -0.55, f"true plan {plan}", fontsize=7, va="bottom")
     shown = [text.replace("\n", "\u21b5").replace("$", "\\$")[:12] or "\u00b7" for text in labels]
     axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
     axes.set(yticks=range(beliefs.shape[1]), ylabel="plan")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, pad=14 if len(true) else 6)
 
 
 @torch.no_grad()
@@ -1393,7 +1395,7 @@ def plot_run(folder: Path, model: PlannerLM, corpus: Corpus, starts: np.ndarray,
             for i in range(K):
                 for j in range(K):
                     axes.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=7,
-                              color="white" if P[i, j] > 0.6 else "black")
+                              color="white" if P[i, j] > 0.45 else "black")
         axes.set(xlabel="to plan", ylabel="from plan", xticks=range(K), yticks=range(K),
                  title="transition matrix, without what the text adds")
 
@@ -1410,9 +1412,12 @@ def plot_run(folder: Path, model: PlannerLM, corpus: Corpus, starts: np.ndarray,
     ids = tokens[0, 1 : most + 1].tolist()
     labels = [corpus.tokenizer.decode([t]) if corpus.tokenizer else str(t) for t in ids]
     begins = [t for t in range(1, len(ids)) if (t + model.offset) % cfg.chunk_size == 0]
-    title = "belief after each token of a validation passage (blue: a chunk begins)"
-    plot(folder, "belief", lambda axes: draw_strip(axes, after, labels, begins, title), max(7.0, 0.13 * len(ids)),
-         1.6 + 0.18 * K)
+    title, true = "belief after each token of a validation passage (blue: a chunk begins)", ()
+    if corpus.kind == "planted":
+        true = np.load(corpus.folder / "val_plans.npy")[starts[0] // corpus.meta["document_length"], : len(begins) + 1]
+        title += "; which of our plans stands for which true one is arbitrary"
+    plot(folder, "belief", lambda axes: draw_strip(axes, after, labels, begins, title, true), max(7.0, 0.13 * len(ids)),
+         1.7 + 0.18 * K)
 
 
 # ---------------------------------------------------------------------------------------------------------------

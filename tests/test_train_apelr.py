@@ -446,7 +446,7 @@ def test_another_tokenizer_is_refused_on_resuming(text, writers, planted, capsys
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step(text, capsys, monkeypatch):
-    monkeypatch.setattr(train_apelr, "learning_rate", lambda step, cfg: 1e30 if step == 4 else 1e-3)
+    monkeypatch.setattr(train_apelr, "learning_rate", lambda step, cfg: np.inf if step == 4 else 1e-3)
     settings = ("--max_steps=9", "--save_interval=2", "--grad_clip=0")
     assert "step" in refused(capsys, *TINY, f"--data={text}", *settings, code=1)
     assert checkpoint.load(Path("run"))["step"] == 4
