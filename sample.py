@@ -17,6 +17,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -53,6 +54,7 @@ class Config:
     sweep_states: bool = False  # write by each plan in turn and by the belief: a table
     json: str = ""  # file to write the samples to as well
     # system
+    precision: Literal["fp32", "bf16"] = "fp32"  # apelr: of the heads, which every token reads whole
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
 
@@ -222,7 +224,8 @@ def write_apelr(model, run, ids: list[int], cfg: Config, rt: Runtime, tokenizer,
         model, prompt, tokens, rt.generator(0, device="cpu"), temperature=cfg.temperature, top_k=cfg.top_k,
         top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty, no_repeat_ngram_size=cfg.no_repeat_ngram_size,
         eos_id=tokenizer.special.get("eos") if tokenizer else None, frozen=cfg.freeze_planner,
-        forecast_steps=cfg.lookahead_steps or 0, background=cfg.async_planner, **planner_settings(run, cfg, state))
+        forecast_steps=cfg.lookahead_steps or 0, background=cfg.async_planner,
+        head_type=torch.bfloat16 if cfg.precision == "bf16" else None, **planner_settings(run, cfg, state))
 
 
 def print_plan(written, row: int, words: list[str], boundaries: set[int]) -> None:

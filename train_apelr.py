@@ -714,6 +714,17 @@ class PlannerLM(nn.Module):
         """Tokens [B, L] -> (h [B, L, H] after reading each, backbone state)."""
         return self.backbone(self.token_emb(input_ids), state)
 
+    def read_one(self, token: torch.Tensor, memory):
+        """One token [B] -> (h [B, H], backbone state), by GRU cells: a call of nn.GRU costs more than a token."""
+        if self.cfg.backbone == "transformer":
+            h, memory = self.read(token[:, None], memory)
+            return h[:, 0], memory
+        x, kept = self.token_emb(token), []
+        for weights, past in zip(self.backbone.all_weights, memory, strict=True):
+            x = torch.gru_cell(x, past, *weights)
+            kept.append(x)
+        return x, kept
+
     def look_up(self, h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """log p_{t,k}(v) for v in index [B, L, J], h [B, L, H]: [B, L, K, J], float32 or float64."""
         rows, flat, kind = self.experts.rows(h.flatten(0, 1)), index.flatten(0, 1), self.experts.kind
@@ -923,11 +934,16 @@ class PlannerLM(nn.Module):
 
     # Writing ---------------------------------------------------------------------------------------------------
 
-    def prefill(self, ids: torch.Tensor) -> dict:
-        """The state after reading ids [B, P], from which `advance` and `predict` go on token by token."""
+    def prefill(self, ids: torch.Tensor, head_type: torch.dtype | None = None) -> dict:
+        """The state after reading ids [B, P], from which `advance` and `predict` go on token by token.
+
+        head_type: of the experts' matrix, which every token reads whole; bfloat16 halves that. Default as it is.
+        """
         B, P = ids.shape
         h, memory = self.read(ids)
-        state = {"memory": memory, "h": h[:, -1], "count": P}
+        weight, bias = self.experts.rows(h[:, -1])[1:]
+        head = weight.t().to(head_type or weight.dtype).contiguous(), bias  # transposed, a few rows times it are faster
+        state = {"memory": memory, "h": h[:, -1], "count": P, "head": head}
         if self.cfg.version == "baseline":
             return state
         evidence = self.look_up(h[:, :-1], ids[:, 1:, None])[..., 0] if P > 1 else h.new_zeros(B, 0, self.cfg.plans())
@@ -941,19 +957,24 @@ class PlannerLM(nn.Module):
     def predict(self, state: dict, planner_mode: str = "normal", forced_state: int | None = None,
                 tau: float | None = None, feedback: float | None = None, horizon: int | None = None):
         """(log p of the next token [B, V], log p_k [B, K, V]) of a state."""
-        rows = self.experts.rows(state["h"])
-        logs = F.log_softmax(block_logits(self.experts.kind, *rows), 2)
+        x, (table, bias) = self.experts.rows(state["h"])[0], state["head"]
+        logs = block_logits(self.experts.kind, x.to(table.dtype), table.t(), bias)
+        logs -= logs.amax(2, keepdim=True)
+        probs = logs.exp()
+        total = probs.sum(2)  # [B, K]
+        logs -= total.log()[:, :, None]
         if self.cfg.version == "baseline":
             return logs[:, 0], logs
         belief = self.commit(state["belief"], planner_mode, forced_state, 1.0, 0.0)
         gate = self.gate(belief, planner_mode == "normal", tau, feedback, horizon)
-        return torch.logsumexp(gate[:, :, None] + logs, 1), logs
+        mixture = ((gate.exp() / total)[:, None] @ probs)[:, 0]
+        return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log(), logs
 
     def advance(self, state: dict, token: torch.Tensor, logs: torch.Tensor, planner_mode: str = "normal",
                 forced_state: int | None = None, frozen: bool = False) -> dict:
         """The state after one more token [B]; logs [B, K, V] is what predict said of it. frozen: the belief stays."""
-        h, memory = self.read(token[:, None], state["memory"])
-        found = {"memory": memory, "h": h[:, -1], "count": state["count"] + 1}
+        h, memory = self.read_one(token, state["memory"])
+        found = state | {"memory": memory, "h": h, "count": state["count"] + 1}
         if self.cfg.version == "baseline":
             return found
         cfg, start = self.cfg, state["start"]
@@ -1126,7 +1147,8 @@ class Written(NamedTuple):
 def generate(model: PlannerLM, prompt: torch.Tensor, tokens: int, generator: torch.Generator,
              temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, repetition_penalty: float = 1.0,
              no_repeat_ngram_size: int = 0, eos_id: int | None = None, forecast_steps: int = 0,
-             background: bool = False, frozen: bool = False, **planner) -> Written:
+             background: bool = False, frozen: bool = False, head_type: torch.dtype | None = None,
+             **planner) -> Written:
     """Go on from prompts [B, P] for at most `tokens` tokens; the state is carried, so a token costs the same anywhere.
 
     Args:
@@ -1137,7 +1159,7 @@ def generate(model: PlannerLM, prompt: torch.Tensor, tokens: int, generator: tor
     """
     forecaster = ThreadPoolExecutor(1) if background else None
     model.eval()
-    state, found = model.prefill(prompt), [prompt]
+    state, found = model.prefill(prompt, head_type), [prompt]
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     seen = torch.zeros(len(prompt), model.token_emb.num_embeddings, dtype=torch.bool, device=prompt.device)
     seen.scatter_(1, prompt, True)
@@ -1154,7 +1176,8 @@ def generate(model: PlannerLM, prompt: torch.Tensor, tokens: int, generator: tor
                 forecasts.append(forecaster.submit(look_ahead, *task) if forecaster else look_ahead(*task))
         if repetition_penalty != 1:
             log_p = log_p - seen * math.log(repetition_penalty)
-        log_p = log_p / temperature
+        if temperature != 1:
+            log_p = log_p / temperature
         if no_repeat_ngram_size:
             log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
         chosen = draw(log_p, top_k, top_p, generator)
@@ -1192,7 +1215,7 @@ def ban_ngrams(log_p: torch.Tensor, history: list[list[int]], n: int) -> torch.T
 def draw(log_p: torch.Tensor, top_k: int | None, top_p: float, generator: torch.Generator) -> torch.Tensor:
     """A token [B] from log weights [B, V], of the top_k likeliest and of the fewest that have a share of top_p.
 
-    The token that crosses top_p is kept. The draw is Gumbel's: the largest of log p + noise.
+    The token that crosses top_p is kept. The draw is an exponential race: the largest p over Exp(1) noise.
     """
     if top_k and top_k < log_p.shape[1]:
         log_p = log_p.masked_fill(log_p < log_p.topk(top_k).values[:, -1:], -torch.inf)
@@ -1201,8 +1224,8 @@ def draw(log_p: torch.Tensor, top_k: int | None, top_p: float, generator: torch.
         drop = ordered.cumsum(1) - ordered >= top_p
         drop[:, 0] = False
         log_p = log_p.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
-    noise = torch.rand(log_p.shape, generator=generator, device=generator.device).to(log_p.device)
-    return (log_p - (-noise.clamp(1e-30, 1 - 1e-7).log()).log()).argmax(1)
+    noise = torch.empty(log_p.shape, device=generator.device).exponential_(generator=generator).to(log_p.device)
+    return (log_p - noise.log_()).argmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
