@@ -572,7 +572,11 @@ class SharedDropout(nn.Module):
 
 
 class LinearExperts(nn.Module):
-    """logits_{t,k} = W_k h_t + c_k: a head for each plan and nothing shared (experts=full; K = 1 is the baseline)."""
+    """logits_{t,k} = W_k h_t + c_k: a head for each plan and nothing shared (experts=full; K = 1 is the baseline).
+
+    Experts of every kind have `rows` of states h [T, H] (what the matrix meets) and a `table` of (matrix, bias [K, V]);
+    block_logits says what becomes of the two.
+    """
 
     kind = "full"
 
@@ -584,8 +588,11 @@ class LinearExperts(nn.Module):
         for head in self.weight:
             nn.init.xavier_uniform_(head.data, HEAD_GAIN)
 
-    def rows(self, h: torch.Tensor) -> tuple:
-        return self.drop(h), self.weight.flatten(0, 1), self.bias
+    def rows(self, h: torch.Tensor) -> torch.Tensor:
+        return self.drop(h)
+
+    def table(self) -> tuple:
+        return self.weight.flatten(0, 1), self.bias
 
 
 class BiasExperts(nn.Module):
@@ -601,8 +608,11 @@ class BiasExperts(nn.Module):
         nn.init.xavier_uniform_(self.head.weight, HEAD_GAIN)
         nn.init.zeros_(self.head.bias)
 
-    def rows(self, h: torch.Tensor) -> tuple:
-        return self.drop(h), self.head.weight, self.head.bias + self.plan_bias
+    def rows(self, h: torch.Tensor) -> torch.Tensor:
+        return self.drop(h)
+
+    def table(self) -> tuple:
+        return self.head.weight, self.head.bias + self.plan_bias
 
 
 class TanhExperts(nn.Module):
@@ -624,11 +634,14 @@ class TanhExperts(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def rows(self, h: torch.Tensor) -> tuple:
+    def rows(self, h: torch.Tensor) -> torch.Tensor:
         joint = torch.tanh(self.state_proj(h)[:, None] + self.plan_proj(self.plan_emb.weight))  # [T, K, F]
         if self.drop.rate and self.training:
             joint = joint * self.drop(torch.ones_like(joint[:, :1]))
-        return joint.flatten(0, 1), self.out_proj.weight, self.out_proj.bias + self.plan_vocab_bias
+        return joint.flatten(0, 1)
+
+    def table(self) -> tuple:
+        return self.out_proj.weight, self.out_proj.bias + self.plan_vocab_bias
 
 
 class Transformer(nn.Module):
@@ -727,8 +740,9 @@ class PlannerLM(nn.Module):
 
     def look_up(self, h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """log p_{t,k}(v) for v in index [B, L, J], h [B, L, H]: [B, L, K, J], float32 or float64."""
-        rows, flat, kind = self.experts.rows(h.flatten(0, 1)), index.flatten(0, 1), self.experts.kind
-        found = shared_log_probs(*rows, flat) if kind == "bias" else log_probs(*rows, flat, kind)
+        emission = self.experts.rows(h.flatten(0, 1)), *self.experts.table(), index.flatten(0, 1)
+        kind = self.experts.kind
+        found = shared_log_probs(*emission) if kind == "bias" else log_probs(*emission, kind)
         return found.view(*index.shape[:2], *found.shape[1:])
 
     def chunk_means(self, h: torch.Tensor) -> torch.Tensor:
@@ -920,7 +934,7 @@ class PlannerLM(nn.Module):
         if self.training and self.cfg.aux_token_fraction < 1:
             pick = torch.randperm(len(h), device=h.device)[: max(1, round(self.cfg.aux_token_fraction * len(h)))]
             h, log_belief = h[pick], None if log_belief is None else log_belief[pick]
-        return plan_contrast(*self.experts.rows(h), log_belief, len(h), self.experts.kind)
+        return plan_contrast(self.experts.rows(h), *self.experts.table(), log_belief, len(h), self.experts.kind)
 
     def forward(self, input_ids: torch.Tensor, target_ids: torch.Tensor, weights: dict[str, float] | None = None,
                 tau: float | None = None, hard_fraction: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -941,7 +955,7 @@ class PlannerLM(nn.Module):
         """
         B, P = ids.shape
         h, memory = self.read(ids)
-        weight, bias = self.experts.rows(h[:, -1])[1:]
+        weight, bias = self.experts.table()
         head = weight.t().to(head_type or weight.dtype).contiguous(), bias  # transposed, a few rows times it are faster
         state = {"memory": memory, "h": h[:, -1], "count": P, "head": head}
         if self.cfg.version == "baseline":
@@ -957,7 +971,7 @@ class PlannerLM(nn.Module):
     def predict(self, state: dict, planner_mode: str = "normal", forced_state: int | None = None,
                 tau: float | None = None, feedback: float | None = None, horizon: int | None = None):
         """(log p of the next token [B, V], log p_k [B, K, V]) of a state."""
-        x, (table, bias) = self.experts.rows(state["h"])[0], state["head"]
+        x, (table, bias) = self.experts.rows(state["h"]), state["head"]
         logs = block_logits(self.experts.kind, x.to(table.dtype), table.t(), bias)
         logs -= logs.amax(2, keepdim=True)
         probs = logs.exp()
@@ -1308,7 +1322,7 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 @torch.no_grad()
 def compare_experts(model: PlannerLM, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Jensen-Shannon divergence of every pair of plans [K, K], mean probability of every token [K, V]), h [T, H]."""
-    x, weight, bias = model.experts.rows(h)
+    x, (weight, bias) = model.experts.rows(h), model.experts.table()
     (K, V), each = bias.shape, len(x) // len(h)
     size = max(8, block_rows(model.experts.kind, K, V, h.device) // 4)
     divergence, mean, tiny = bias.new_zeros(K, K), bias.new_zeros(K, V), torch.finfo(bias.dtype).tiny
