@@ -282,7 +282,7 @@ def show_apelr(model, run, ids: list[int], cfg: Config, tokenizer, state: int | 
             ahead = " -> ".join("[" + " ".join(f"{p:.2f}" for p in step) + "]" for step in entry["forecasts"][0])
             print(f"  forecast at the first token, chunk by chunk: {ahead}")
         if cfg.show_plan and not cfg.sweep_states:
-            words = [text([t]) for t in new]
+            words = [text([t]) if tokenizer else f"{t} " for t in new]
             begins = {t for t in range(1, len(words)) if (len(ids) - 1 + t + model.offset) % run.chunk_size == 0}
             print_plan(written, row, words, begins)
             if row == 0:

@@ -1384,7 +1384,7 @@ def draw_strip(axes, beliefs: np.ndarray, labels: list[str], boundaries: list[in
     axes.figure.colorbar(image, ax=axes, label="belief", pad=0.01)
     for column in boundaries:
         axes.axvline(column - 0.5, color="tab:blue", linewidth=0.8)
-    for column, plan in zip([0, *boundaries], true, strict=False):
+    for column, plan in zip([0, *(b for b in boundaries if b + 6 < len(beliefs))], true, strict=False):
         axes.text(column, -0.55, f"true plan {plan}", fontsize=7, va="bottom")
     shown = [text.replace("\n", "\u21b5").replace("$", "\\$")[:12] or "\u00b7" for text in labels]
     axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
@@ -1404,7 +1404,8 @@ def plot_run(folder: Path, model: PlannerLM, corpus: Corpus, starts: np.ndarray,
             if line:
                 axes.plot(*zip(*line, strict=True), label=label)
         if "oracle_nll" in found:
-            axes.axhline(found["oracle_nll"], color="k", linestyle="--", linewidth=0.8, label="exact optimum")
+            line = [(r["step"], r["oracle_nll"]) for r in history if "oracle_nll" in r]
+            axes.plot(*zip(*line, strict=True), "k--", linewidth=0.8, label="exact optimum on the validation windows")
         axes.set(xlabel="step", ylabel="nats a token", title=f"{cfg.version}, {cfg.backbone}")
         axes.legend(fontsize=8)
 

@@ -12,5 +12,6 @@ batch_size = 64
 lr = 5e-3
 max_steps = 2_000
 eval_interval = 200
+eval_batches = 64  # all of the validation documents
 loss_weights = {"usage_balance": 0.1}
 preview_tokens = 0
