@@ -319,8 +319,8 @@ def validation_windows(corpus: Corpus, cfg: Config, most: int) -> np.ndarray:
 # Expert emissions, streamed: logits [T, K, V] never exist as a whole
 # ---------------------------------------------------------------------------------------------------------------
 def block_rows(experts: str, K: int, V: int, device: torch.device) -> int:
-    """Rows whose logits fill 32 MB (CPU: one buffer, reused; smaller products are slower) or 1 GB (GPU)."""
-    return max(16, (1 << 23 if device.type == "cpu" else 1 << 28) // (K * V))
+    """Rows whose logits fill 64 MB (CPU: one buffer, reused; smaller products are slower) or 1 GB (GPU)."""
+    return max(16, (1 << 24 if device.type == "cpu" else 1 << 28) // (K * V))
 
 
 def half_type(tensor: torch.Tensor) -> torch.dtype:
