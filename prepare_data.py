@@ -770,7 +770,7 @@ def source_records(source: str, cfg: TextConfig, split: str) -> Iterator[tuple[s
             yield from ((f"{name}, {split}, document {number}", record) for number, record in enumerate(joined))
     elif not path.exists():
         near = difflib.get_close_matches(source, HUB, n=1)
-        raise DataError(f"{source}: no such file or folder" + (f", did you mean {near[0]!r}?" if near else "")
+        raise DataError(f"{source}: no such file or folder" + (f", did you mean {near[0]!r}?" if near else ".")
                         + f" Names of the hub: {', '.join(HUB)}")
     else:
         files = [path]
