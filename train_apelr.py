@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -1375,7 +1376,15 @@ def plot(folder: Path, name: str, draw_on, width: float = 7.0, height: float = 4
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     draw_on(figure.subplots())
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "plots" / f"{name}.png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not: drawn as boxes
+        figure.savefig(folder / "plots" / f"{name}.png")
+
+
+def drawable(text: str) -> str:
+    """A token as a label: line ends as an arrow, what cannot be printed as a dot, dollars as dollars."""
+    shown = "".join(c if c.isprintable() else "\u21b5" if c == "\n" else "\u00b7" for c in text)
+    return shown.replace("$", "\\$") or "\u00b7"
 
 
 def draw_strip(axes, beliefs: np.ndarray, labels: list[str], boundaries: list[int], title: str, true=()) -> None:
@@ -1386,7 +1395,7 @@ def draw_strip(axes, beliefs: np.ndarray, labels: list[str], boundaries: list[in
         axes.axvline(column - 0.5, color="tab:blue", linewidth=0.8)
     for column, plan in zip([0, *(b for b in boundaries if b + 6 < len(beliefs))], true, strict=False):
         axes.text(column, -0.55, f"true plan {plan}", fontsize=7, va="bottom")
-    shown = [text.replace("\n", "\u21b5").replace("$", "\\$")[:12] or "\u00b7" for text in labels]
+    shown = [drawable(text[:12]) for text in labels]
     axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
     axes.set(yticks=range(beliefs.shape[1]), ylabel="plan")
     axes.set_title(title, fontsize=9, pad=14 if len(true) else 6)
@@ -1627,10 +1636,8 @@ def train(cfg: Config) -> dict:
         if state:
             if state["extra"]["tokenizer_hash"] != corpus.meta["tokenizer_hash"]:
                 raise prepare_data.DataError(f"{path} was trained with another tokenizer than {cfg.data} has")
-            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             batch_size = extra["batch_size"] if cfg.batch_size == "auto" else cfg.batch_size
-            if path.parent.resolve() != folder.resolve():
-                best = math.inf  # the best of that run is not in this folder
         else:
             batch_size = fitting_batch_size(model, rt, cfg) if cfg.batch_size == "auto" else cfg.batch_size
             rt.reseed(rt.rank)

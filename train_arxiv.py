@@ -770,10 +770,8 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(cfg, folder, "arxiv", __file__, lambda old: differences(old, cfg))
         step, best, total, waited, reference = 0, math.inf, torch.zeros(2, device=rt.device), 0, math.inf
         if state:
-            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             waited, reference = extra["waited"], extra["reference"]
-            if path.parent.resolve() != folder.resolve():
-                best = math.inf  # the best of that run is not in this folder
         trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, steps) as log:

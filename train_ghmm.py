@@ -1384,7 +1384,7 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(cfg, folder, "ghmm", __file__, lambda old: differences(old, cfg))
         step, best = 0, math.inf
         if state:
-            step, best, extra, mine = checkpoint.restore(rt, state, path, model, optimizer)
+            step, best, extra, mine = checkpoint.restore(rt, state, path, folder, model, optimizer)
             tracker.load_state_dict(extra["tracker"])
             batches.carried = mine.get("carried")
         trained = rt.wrap(model)

@@ -47,8 +47,11 @@ def capture(rt: Runtime, experiment: str, config: dict, step: int, model, optimi
     }  # fmt: skip
 
 
-def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int, float, dict, dict]:
-    """Put a captured state back; returns (step, best, extra, this rank's rank_extra)."""
+def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer) -> tuple[int, float, dict, dict]:
+    """Put a captured state back; returns (step, best, extra, this rank's rank_extra).
+
+    best is infinite where the run goes on in a folder that the checkpoint is not from: its best.pt is not there.
+    """
     asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         model.load_state_dict(state["model"])
@@ -61,10 +64,11 @@ def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int
         group.update(options)  # betas, weight decay and so on as now configured
     if rt.scaler.is_enabled() and state["scaler"]:
         rt.scaler.load_state_dict(state["scaler"])
+    best = state["best"] if path.parent.resolve() == folder.resolve() else math.inf
     if len(state["ranks"]) != rt.world_size:
         print(f"note: {path} was written by {len(state['ranks'])} ranks, now {rt.world_size}: the data stay the same, "
               "random numbers of dropout do not")
-        return state["step"], state["best"], state["extra"], {}
+        return state["step"], best, state["extra"], {}
     mine = dict(state["ranks"][rt.rank])
     torch.set_rng_state(mine.pop("torch_rng"))
     key = mine.pop("numpy_rng")
@@ -72,7 +76,7 @@ def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int
     cuda_rng = mine.pop("cuda_rng")
     if rt.device.type == "cuda" and cuda_rng is not None:
         torch.cuda.set_rng_state(cuda_rng, rt.device)
-    return state["step"], state["best"], state["extra"], mine
+    return state["step"], best, state["extra"], mine
 
 
 def _random_state(rt: Runtime) -> dict:

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from commands import refusal
 
 import prepare_data
 from prepare_data import ArxivConfig, ChunkSpool, DataError, document, load_tokenizer, mixture_log_prob, train_bpe
@@ -81,15 +82,9 @@ def same(a: dict, b: dict) -> bool:
 
 
 def refused(capsys, *argv: str) -> str:
-    """The one error line of a command that must end with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        prepare_data.main(list(argv))
-    told = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == 2 and len(told) == 1 and told[0].startswith("error: "), told
-    del exit_
+    told = refusal(capsys, prepare_data.main, *argv)
     gc.collect()  # a file left open is an error here, not in a later test
-    return told[0]
+    return told
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers

@@ -16,6 +16,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from commands import python, refusal
 from comparison import unequal
 
 import prepare_data
@@ -91,24 +92,12 @@ def writers(text, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def python(*command, folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=100)
-
-
 def run(data: Path, *settings: str) -> dict:
     return train_apelr.main([*TINY, "--max_steps=4", f"--data={data}", *settings])
 
 
 def refused(capsys, *argv: str, code: int = 2, main=train_apelr.main) -> str:
-    """The one error line of a command that must end with this exit code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(argv))
-    told = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
-    return told[0]
+    return refusal(capsys, main, *argv, code=code)
 
 
 def read(path: Path | str):
@@ -496,6 +485,13 @@ def test_the_plan_is_shown_as_a_strip_and_a_picture(writers, capsys, monkeypatch
     assert all((strip.count("|"), len(strip)) == (begins, count + begins) for _, strip in strips)
     picture = matplotlib.image.imread(re.search(r"picture: (.*)", told)[1])
     assert picture[..., :3].std() > 0.01
+
+
+def test_tokens_of_any_script_are_drawn_without_a_warning():
+    labels = ["\x15", "\n", "$x$", "\u4e2d\u6587", "\u0627", "\U0001f600", "\ufffd", "", "a"]
+    beliefs = np.full((len(labels), 2), 0.5)
+    draw_picture(Path("here"), "strip", lambda axes: train_apelr.draw_strip(axes, beliefs, labels, [4], "title"))
+    assert matplotlib.image.imread("here/plots/strip.png")[..., :3].std() > 0.01
 
 
 def test_planner_flags_of_version_two(writers, capsys):

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import python, refusal
 
 import prepare_data
 import train_arxiv
@@ -67,24 +68,12 @@ def whole(data, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def python(*command, folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=100)
-
-
 def run(data: Path, *settings: str) -> dict:
     return train_arxiv.main([*TINY, f"--data={data}", *settings])
 
 
 def refused(capsys, *argv: str, code: int = 2) -> str:
-    """The one error line of a command that must end with this exit code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        train_arxiv.main(list(argv))
-    told = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
-    return told[0]
+    return refusal(capsys, train_arxiv.main, *argv, code=code)
 
 
 def runtime(rank: int = 0, world_size: int = 1) -> Runtime:

@@ -4,11 +4,9 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import python, refusal
 
 import bench
 import sample
@@ -46,12 +45,6 @@ draw_picture = train_ghmm.plot
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
     monkeypatch.setattr(train_ghmm, "plot", lambda *args, **options: None)
-
-
-def python(*command, folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +81,6 @@ def numbers(value) -> list[float]:
 
 def close(value, rel: float = 1e-6):
     return pytest.approx(value, rel=rel, abs=1e-9)
-
-
-def refused(capsys, main, *argv: str, code: int = 2) -> str:
-    """The one error line of a command that must end with this exit code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(list(argv))
-    told = capsys.readouterr().err.splitlines()
-    assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
-    return told[0]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -295,7 +278,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(line, words,
     np.save(tmp_path / "odd.npy", np.ones((2, 3, 4)))
     (tmp_path / "file").write_text("mine")
     before = files(tmp_path)
-    assert words in refused(capsys, train_ghmm.main, *FEW, *line.split())
+    assert words in refusal(capsys, train_ghmm.main, *FEW, *line.split())
     assert files(tmp_path) == before
 
 
@@ -303,7 +286,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(line, words,
 def test_a_missing_package_costs_no_earlier_run(copied, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)
     before = files(copied)
-    assert f"pip install {package}" in refused(capsys, train_ghmm.main, *WHOLE, "--resume=never", f"--{package}")
+    assert f"pip install {package}" in refusal(capsys, train_ghmm.main, *WHOLE, "--resume=never", f"--{package}")
     assert files(copied) == before
 
 
@@ -314,7 +297,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_spares_the_last_good_check
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "stopping", lambda self, step: step == 10)
         train_ghmm.main([*settings])
-    error = refused(capsys, train_ghmm.main, *settings, f"--lr={lr}", code=1)
+    error = refusal(capsys, train_ghmm.main, *settings, f"--lr={lr}", code=1)
     named = re.search(r"the (?:loss was not finite at|weights are not finite after) step (\d+)", error)
     assert named and 10 < int(named[1]) <= 13
     saved = checkpoint.load(Path("run"))
@@ -411,7 +394,7 @@ def test_impossible_tokens_of_a_model_are_null_in_the_json():
     ("{run} --temprature=1", "did you mean temperature"), ("{run} --json=absent/samples.json", "absent")])
 def test_sample_tells_bad_input_in_one_line(whole, capsys, line, words):
     argv = line.replace("{run}", str(whole.folder)).split()
-    assert words in refused(capsys, sample.main, *argv)
+    assert words in refusal(capsys, sample.main, *argv)
 
 
 def test_bench_writes_what_it_measured(monkeypatch):
@@ -429,4 +412,4 @@ def test_bench_writes_what_it_measured(monkeypatch):
                                          ("--json=absent/out.json", "absent")])
 def test_bench_tells_bad_input_in_one_line(capsys, monkeypatch, line, words):
     monkeypatch.setitem(bench.BENCHES, "ghmm", lambda peer: pytest.fail("it measures"))
-    assert words in refused(capsys, bench.main, *line.split())  # before it measures
+    assert words in refusal(capsys, bench.main, *line.split())  # before it measures
