@@ -370,8 +370,10 @@ def _reference_filler(tree: Any) -> Callable[[Any], Any]:
     def look_up(path: str, seen: tuple[str, ...]) -> Any:
         if path in seen:
             raise ValueError(f"references in a circle: {' -> '.join([*seen, path])}")
-        value = tree
-        for key in path.split("."):
+        value, keys = tree, path.split(".")
+        if keys[0] not in tree and len(keys) > 1 and keys[1] in tree:
+            keys = keys[1:]  # Hydra reads config/model/x.yaml as what is below `model`
+        for key in keys:
             value = fill(value, (*seen, path)) if isinstance(value, str) else value
             if not isinstance(value, dict) or key not in value:
                 raise ValueError(f"${{{path}}} is not in this file")

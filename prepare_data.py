@@ -6,6 +6,8 @@
     python prepare_data.py arxiv --input=papers.jsonl --out_dir=data/arxiv     # labelled documents, any source
     python prepare_data.py arxiv                            # the same from the hub (pip install datasets)
     python prepare_data.py ergodic                          # synthetic: hidden Markov components with exact oracles
+    python prepare_data.py state                            # synthetic: cell populations of known perturbation effects
+    python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
     python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
     python prepare_data.py arxiv --help                     # the settings of a job
 
@@ -1197,11 +1199,799 @@ def planted(cfg: PlantedConfig) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Cells: h5ad files by h5py alone
+# ---------------------------------------------------------------------------------------------------------------
+def suggest(name: str, names: Iterable[str]) -> str:
+    """"; did you mean 'x'? There are x, y, z": what follows a name that is none of names."""
+    names = list(map(str, names))
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" There are {listed or 'none'}"
+
+
+def as_text(value) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def attribute(node, *names: str) -> str:
+    """The first of these attributes that there is, as text."""
+    return next((as_text(node.attrs[name]) for name in names if name in node.attrs), "")
+
+
+def plain(values) -> np.ndarray:
+    """A column as h5py reads it, at least one value: byte strings become text (dtype object), numbers stay."""
+    values = np.atleast_1d(values)
+    if values.dtype.kind not in "SO":
+        return values
+    return np.array([as_text(value) for value in values.tolist()], object)
+
+
+def factor(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(codes int32, the values that occur as sorted text)."""
+    distinct, codes = np.unique(values.astype(str) if values.dtype.kind == "O" else values, return_inverse=True)
+    texts = list(map(str, distinct.tolist()))
+    names = sorted(set(texts))
+    return np.searchsorted(names, texts).astype(np.int32)[codes.reshape(-1)], names
+
+
+class H5ad:
+    """An h5ad file of any anndata, 0.1 to now, read by h5py alone. Opening checks structure, not values.
+
+    Raises DataError for a file that is missing, cut short or no HDF5, lacks X, obs or var, or whose shapes disagree.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as e:
+            reason = ("no such file" if not self.path.exists() else "it is a folder" if self.path.is_dir() else
+                      "cut short, damaged or no HDF5 file: copy or make it again")
+            raise DataError(f"{path}: {reason}") from e
+        with self._guard("the list of its parts"):
+            if missing := [part for part in ("X", "obs", "var") if part not in self.file]:
+                raise DataError(f"{path} has no {missing[0]}, so it is no h5ad file of cells; it has "
+                                f"{', '.join(self.file) or 'nothing'}")
+        self.rows = {}
+        self.obs_names, self.var_names = self._text("obs", None), self._text("var", None)
+        self.n_obs, self.n_vars = len(self.obs_names), len(self.var_names)
+        self.rows = {"obs": self.n_obs, "var": self.n_vars}
+        if not self.n_obs or not self.n_vars:
+            raise DataError(f"{path} has {self.n_obs} cells and {self.n_vars} genes: nothing to read")
+        self.matrix(None)
+
+    def __enter__(self) -> "H5ad":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    @contextlib.contextmanager
+    def _guard(self, what: str):
+        """What HDF5 says of bytes that are not as they should be, as a DataError."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
+            raise DataError(f"{self.path}: {what} cannot be read ({type(e).__name__}: {e}): the file is damaged or of "
+                            "an unknown layout") from e
+
+    def _index(self, part: str) -> str:
+        frame = self.file[part]
+        names = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
+        return attribute(frame, "_index") or next(name for name in ("_index", "index", *names) if name in names)
+
+    def _columns(self, part: str) -> list[str]:
+        with self._guard(part):
+            frame, index = self.file[part], self._index(part)
+            there = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
+            order = map(as_text, frame.attrs.get("column-order", there))
+            return [name for name in order if name not in (index, "__categories") and (name in there or name in frame)]
+
+    def _parts(self, part: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(values, None), or (codes, categories) with code -1 for a missing value."""
+        frame = self.file[part]
+        if isinstance(frame, h5py.Dataset):  # one compound data set: anndata before 0.7
+            values, where = frame.fields(name)[:], f"uns/{name}_categories"
+            return (plain(values), plain(self.file[where][()])) if where in self.file else (plain(values), None)
+        node = frame[name]
+        if isinstance(node, h5py.Dataset):
+            if isinstance(node.attrs.get("categories"), h5py.Reference):  # anndata 0.7
+                return node[:], plain(self.file[node.attrs["categories"]][()])
+            return plain(node[()]), None
+        if "codes" in node:
+            categories = node["categories"]
+            return node["codes"][:], plain((categories["values"] if isinstance(categories, h5py.Group) else
+                                            categories)[()])
+        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)  # nullable
+        return np.where(node["mask"][:], -1, codes.reshape(-1)), values
+
+    def _coded(self, part: str, name: str | None, missing: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """As _parts, checked: a value for each row, unless some may be missing. None is the index."""
+        where = f"{part} column {name!r}" if name else f"the names of {part}"
+        with self._guard(where):
+            values, categories = self._parts(part, name or self._index(part))
+            if values.shape != (rows := self.rows.get(part, len(values)),):
+                raise DataError(f"{self.path}: {where} has shape {values.shape} for {rows:,} rows")
+            if categories is not None and rows and (values.max() >= len(categories) or values.min() < -1):
+                raise DataError(f"{self.path}: {where} has codes {values.min()} to {values.max()} for "
+                                f"{len(categories)} categories")
+            lost = values != values if categories is None else values < 0
+            if lost.any() and not missing:
+                raise DataError(f"{self.path}: {where} has no value for {lost.sum():,} of {rows:,} rows, first for row "
+                                f"{lost.argmax()}: fill these in or leave them out")
+        return values, categories
+
+    def _text(self, part: str, name: str | None) -> np.ndarray:
+        values, categories = self._coded(part, name)
+        return (values if categories is None else categories[values]).astype(str)
+
+    def frame(self, part: str) -> dict[str, np.ndarray]:
+        """The columns of obs or var as write_h5ad takes them: numbers, or text with None for a missing value."""
+        found = {}
+        for name in self._columns(part):
+            values, categories = self._coded(part, name, missing=True)
+            if categories is not None and (values < 0).any():
+                missing = np.nan if categories.dtype.kind in "iuf" else None
+                categories = np.append(categories.astype(float if missing else object), missing)
+            found[name] = values if categories is None else categories[values]
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        return self._columns("obs")
+
+    def column(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """(codes int32 [n_obs], names) of an obs column; names are the text of the values that occur, sorted.
+
+        Raises DataError if there is no such column, or it lacks the value of a cell.
+        """
+        if name not in self.columns:
+            raise DataError(f"{self.path} has no obs column {name!r}{suggest(name, self.columns)}")
+        values, categories = self._coded("obs", name)
+        if categories is None:
+            return factor(values)
+        codes, names = factor(categories)
+        occurring, codes = np.unique(codes[values], return_inverse=True)
+        return codes.reshape(-1).astype(np.int32), [names[i] for i in occurring]
+
+    @property
+    def gene_names(self) -> np.ndarray:
+        """var["gene_name"] where there is such a column, else the names of var, as they are, repeated or not."""
+        return self._text("var", "gene_name") if "gene_name" in self._columns("var") else self.var_names
+
+    @property
+    def keys(self) -> list[str]:
+        """"X", "obsm/NAME", "layers/NAME": what matrix takes."""
+        found = ["X"]
+        for part in ("obsm", "layers"):
+            with self._guard(part):
+                node = self.file.get(part, ())
+                if isinstance(node, h5py.Dataset):
+                    found += [f"{part}/{name}" for name in node.dtype.names or () if node.dtype[name].ndim == 1]
+                    continue
+                found += [f"{part}/{name}" for name in node if getattr(node[name], "ndim", 0) == 2 or
+                          attribute(node[name], "encoding-type", "h5sparse_format")[:3] in ("csr", "csc")]
+        return found
+
+    def matrix(self, key: str | None) -> "Matrix":
+        """The matrix of a key; a bare name is sought in obsm, then in layers. None is X."""
+        found = next((k for k in (key or "X", f"obsm/{key}", f"layers/{key}") if k in self.keys), None)
+        if found is None:
+            raise DataError(f"{self.path} has no matrix {key!r}"
+                            + suggest(key, [k.rpartition("/")[2] for k in self.keys]))
+        with self._guard(found):
+            matrix = Matrix(self, found)
+        columns = matrix.shape[1] if found.startswith("obsm/") else self.n_vars
+        if matrix.shape != (self.n_obs, columns):
+            raise DataError(f"{self.path}: {found} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
+                            f"{self.n_obs:,} cells and {self.n_vars:,} genes: the file does not fit together")
+        return matrix
+
+
+class Matrix:
+    """A matrix [rows, columns] of an h5ad file, read in blocks of rows. format: dense, csr or csc.
+
+    A CSR block or matrix is (data float32 [nnz], indices int32 [nnz], indptr int64 [rows + 1]), columns ascending.
+    """
+
+    entries = 1 << 22  # most values of a block: 32 MB
+
+    def __init__(self, source: H5ad, key: str):
+        self.source, self.key, self.where = source, key, f"{source.path}: {key}"
+        part, _, name = key.partition("/")
+        node, self._by_rows = source.file[part], None
+        self.node = node.fields(name) if isinstance(node, h5py.Dataset) and name else node[name] if name else node
+        if not isinstance(self.node, h5py.Group):
+            self.format = "dense"
+            kind = node.dtype[name] if isinstance(node, h5py.Dataset) and name else self.node.dtype
+            self.shape = (len(node), *kind.shape) if kind.shape else tuple(self.node.shape)
+            self.nnz, kinds = math.prod(self.shape), [kind.base]
+        else:
+            self.format = attribute(self.node, "encoding-type", "h5sparse_format")[:3]
+            if self.format not in ("csr", "csc"):
+                raise DataError(f"{self.where} is {self.format or 'of no known encoding'}, not dense, CSR or CSC")
+            shape = self.node.attrs["shape" if "shape" in self.node.attrs else "h5sparse_shape"]
+            self.shape, self.nnz = tuple(map(int, shape)), len(self.node["data"])
+            pointers, major = self.node["indptr"], self.shape[self.format == "csc"]
+            if len(pointers) != major + 1 or len(self.node["indices"]) != self.nnz or (
+                    pointers[0], pointers[-1]) != (0, self.nnz):
+                raise DataError(f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
+                                f"{self.shape[0]:,} x {self.shape[1]:,}")
+            kinds = [self.node[name].dtype for name in ("data", "indices", "indptr")]
+        if len(self.shape) != 2 or kinds[0].kind not in "iufb" or any(kind.kind not in "iu" for kind in kinds[1:]):
+            raise DataError(f"{self.where} holds {kinds[0]} of shape {self.shape}, not a table of numbers")
+
+    def _pointers(self) -> np.ndarray:
+        pointers = self.node["indptr"][:].astype(np.int64)
+        if (np.diff(pointers) < 0).any():
+            raise DataError(f"{self.where}: indptr falls, so the matrix is damaged")
+        return pointers
+
+    def _stretches(self, pointers: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of runs of rows (CSC: columns) of at most `most` rows and `entries` values, or of one row."""
+        start, end = 0, len(pointers) - 1
+        while start < end:
+            stop = int(np.searchsorted(pointers, pointers[start] + self.entries, "right")) - 1
+            stop = min(max(stop, start + 1), start + most, end)
+            yield start, stop
+            start = stop
+
+    def _read(self, start: int, stop: int, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(data, indices) of these rows (CSC: columns), indices in range."""
+        part = slice(int(pointers[start]), int(pointers[stop]))
+        data, indices = single(self.node["data"][part]), self.node["indices"][part]
+        minor = self.shape[self.format == "csr"]
+        if len(indices) and (indices.min() < 0 or indices.max() >= minor):
+            raise DataError(f"{self.where} has indices {indices.min()} to {indices.max()} for {minor:,} "
+                            f"{'columns' if self.format == 'csr' else 'rows'}: the matrix is damaged")
+        return data, indices.astype(np.int32)
+
+    def _ordered(self, start: int, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray) -> tuple:
+        """A block of rows with its columns ascending; DataError for a value that is there twice."""
+        rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
+        place = rows * self.shape[1] + indices
+        if (place[1:] <= place[:-1]).any():
+            order = place.argsort(kind="stable")
+            data, indices, place = data[order], indices[order], place[order]
+            if (twice := place[1:] == place[:-1]).any():
+                row, column = divmod(int(place[twice.argmax()]), self.shape[1])
+                raise DataError(f"{self.where} has two values for row {start + row}, column {column}")
+        return data, indices, pointers
+
+    def _transposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """CSC to CSR through an unnamed file, in two passes over blocks of columns: count the rows, then fill them."""
+        by_column, counts = self._pointers(), np.zeros(self.shape[0], np.int64)
+        for start, stop in self._stretches(by_column, self.shape[1]):
+            counts += np.bincount(self._read(start, stop, by_column)[1], minlength=self.shape[0])
+        pointers = np.concatenate(([0], counts.cumsum()))
+        with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as two:
+            data = np.memmap(one, np.float32, "w+", shape=max(self.nnz, 1))
+            indices, cursor = np.memmap(two, np.int32, "w+", shape=max(self.nnz, 1)), pointers[:-1].copy()
+            for start, stop in self._stretches(by_column, self.shape[1]):
+                values, rows = self._read(start, stop, by_column)
+                columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(by_column[start : stop + 1]))
+                order = rows.argsort(kind="stable")  # columns ascend within a row: earlier blocks have smaller ones
+                here = np.bincount(rows, minlength=self.shape[0])
+                place = np.repeat(cursor - (here.cumsum() - here), here) + np.arange(len(rows))
+                data[place], indices[place] = values[order], columns[order]
+                cursor += here
+            return data, indices, pointers
+
+    def blocks(self, rows: int = 8_192) -> Iterator[tuple[int, int, np.ndarray | tuple]]:
+        """(start, stop, block) of all rows in order, at most `rows` and `entries` values at once.
+
+        A block is an array float32 of a dense matrix, else CSR with indptr from 0.
+        """
+        with self.source._guard(self.key):
+            if self.format == "dense":
+                most = min(rows, max(1, self.entries // max(self.shape[1], 1)))
+                chunk = (getattr(self.node, "chunks", None) or (1,))[0]
+                most = most // chunk * chunk or most  # whole chunks, so that each is unpacked once
+                for start in range(0, self.shape[0], most):
+                    stop = min(start + most, self.shape[0])
+                    yield start, stop, single(np.asarray(self.node[start:stop]))
+                return
+            if self.format == "csc" and self._by_rows is None:
+                self._by_rows = self._transposed()
+            pointers = self._by_rows[2] if self._by_rows else self._pointers()
+            for start, stop in self._stretches(pointers, rows):
+                part = slice(int(pointers[start]), int(pointers[stop]))
+                data, indices = ((np.array(a[part]) for a in self._by_rows[:2]) if self._by_rows else
+                                 self._read(start, stop, pointers))
+                yield start, stop, self._ordered(start, data, indices, pointers[start : stop + 1] - pointers[start])
+
+    def check(self) -> dict:
+        """{min, max, integer, nnz, row_sums [rows], largest_row_sum} of the values, in one pass.
+
+        Raises DataError for a value that is not finite and for a sparse matrix that is none.
+        """
+        low, high, integer, nnz, sums = np.inf, -np.inf, True, 0, np.zeros(self.shape[0])
+        for start, stop, block in self.blocks():
+            data = block if self.format == "dense" else block[0]
+            if not np.isfinite(data).all():
+                place = int((~np.isfinite(data)).ravel().argmax())
+                dense, value = self.format == "dense", data.ravel()[place]
+                row = start + int(place // self.shape[1] if dense else np.searchsorted(block[2], place, "right") - 1)
+                raise DataError(f"{self.where} holds {value} for cell {row} ({self.source.obs_names[row]}): every "
+                                "value must be a finite number")
+            sums[start:stop], nnz = row_sums(block), nnz + int(np.count_nonzero(data))
+            if data.size:
+                low, high = min(low, float(data.min())), max(high, float(data.max()))
+                integer = integer and bool((data == np.rint(data)).all())
+            if self.format != "dense" and data.size < (stop - start) * self.shape[1]:
+                low, high = min(low, 0.0), max(high, 0.0)
+        return {"min": low, "max": high, "integer": integer, "nnz": nnz, "row_sums": sums,
+                "largest_row_sum": float(sums.max())}
+
+    def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The whole matrix in memory; zeros of a dense one are left out."""
+        nnz = sum(np.count_nonzero(block) for _, _, block in self.blocks()) if self.format == "dense" else self.nnz
+        data, indices, parts, filled = np.empty(nnz, np.float32), np.empty(nnz, np.int32), [[0]], 0
+        for _, _, block in self.blocks():
+            values, columns, inner = as_csr(block)
+            data[filled : filled + len(values)], indices[filled : filled + len(values)] = values, columns
+            parts.append(filled + inner[1:])
+            filled += len(values)
+        return data, indices, np.concatenate(parts)
+
+    def dense(self) -> np.ndarray:
+        """The whole matrix in memory, float32."""
+        whole = np.empty(self.shape, np.float32)
+        for start, stop, block in self.blocks():
+            whole[start:stop] = as_dense(block, self.shape[1])
+        return whole
+
+    def mappable(self) -> tuple[np.memmap, ...] | None:
+        """Memory maps onto the file's own bytes, (values,) or (data, indices, indptr), where they lie in one piece."""
+        if self.format == "csc" or not isinstance(self.node, h5py.Dataset | h5py.Group):
+            return None
+        parts = [self.node] if self.format == "dense" else [self.node[name] for name in ("data", "indices", "indptr")]
+        if any(part.id.get_offset() is None or not part.dtype.isnative for part in parts):  # None: chunks
+            return None
+        return tuple(np.memmap(self.source.path, part.dtype, "r", part.id.get_offset(), part.shape) for part in parts)
+
+
+def single(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found so
+        return values.astype(np.float32, copy=False)
+
+
+def as_csr(block: np.ndarray | tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if isinstance(block, tuple):
+        return block
+    rows, columns = block.nonzero()
+    return (block[rows, columns], columns.astype(np.int32),
+            np.concatenate(([0], np.bincount(rows, minlength=len(block)).cumsum())))
+
+
+def as_dense(block: np.ndarray | tuple, columns: int) -> np.ndarray:
+    if not isinstance(block, tuple):
+        return block
+    data, indices, pointers = block
+    whole = np.zeros((len(pointers) - 1, columns), np.float32)
+    whole[np.repeat(np.arange(len(whole)), np.diff(pointers)), indices] = data
+    return whole
+
+
+def row_sums(block: np.ndarray | tuple) -> np.ndarray:
+    """Sums over the columns of a block, float64 [rows]."""
+    if not isinstance(block, tuple):
+        return block.sum(1, dtype=np.float64)
+    rows = len(block[2]) - 1
+    return np.bincount(np.repeat(np.arange(rows), np.diff(block[2])), weights=block[0], minlength=rows)
+
+
+def looks_log1p(found: "Matrix | dict") -> bool:
+    """Whether a matrix, or what its check found, holds log(1 + x) rather than counts.
+
+    Fractions, none negative, none above 15: exp(15) is three million molecules of one gene in one cell.
+    """
+    found = found.check() if isinstance(found, Matrix) else found
+    return not found["integer"] and found["min"] >= 0 and found["max"] < 15
+
+
+def encoded(node, kind: str, version: str = "0.2.0", **attributes):
+    """Mark a group or data set as anndata does."""
+    node.attrs.update({"encoding-type": kind, "encoding-version": version, **attributes})
+    return node
+
+
+def write_values(group: h5py.Group, name: str, value, categorical: bool = False) -> None:
+    """A dict, text, number, array or column into a group, in anndata's encoding; text may have None for missing."""
+    if isinstance(value, dict):
+        inner = encoded(group.create_group(name), "dict", "0.1.0")
+        for key, item in value.items():
+            write_values(inner, key, item)
+        return
+    values = np.asarray(value)
+    if not values.ndim:
+        encoded(group.create_dataset(name, data=value), "string" if values.dtype.kind == "U" else "numeric-scalar")
+    elif values.dtype.kind not in "UO":
+        encoded(group.create_dataset(name, data=values), "array")
+    elif not categorical and not any(v is None for v in values.ravel().tolist()):
+        encoded(group.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype()), "string-array")
+    else:
+        known = np.array([v is not None for v in values.tolist()], bool)
+        codes, (found, names) = np.full(len(values), -1, np.int32), factor(values[known].astype(object))
+        codes[known] = found
+        kind = np.int8 if len(names) < 128 else np.int16 if len(names) < 32_768 else np.int32
+        inner = encoded(group.create_group(name), "categorical", ordered=False)
+        encoded(inner.create_dataset("codes", data=codes.astype(kind)), "array")
+        write_values(inner, "categories", np.array(names, object))
+
+
+def write_frame(file: h5py.File, part: str, names: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    """obs (text as categoricals) or var (text as it is) with its index."""
+    order = np.array(list(columns), dtype=h5py.string_dtype())
+    frame = encoded(file.create_group(part), "dataframe", _index="_index", **{"column-order": order})
+    for name, values in {"_index": np.asarray(names), **columns}.items():
+        if len(values) != len(names):
+            raise DataError(f"{part} column {name!r} has {len(values):,} values for {len(names):,} rows")
+        write_values(frame, name, values, categorical=part == "obs" and name != "_index")
+
+
+def matrix_space(group: h5py.Group, name: str, shape: tuple[int, int], nnz: int | None = None) -> h5py.Group:
+    """Room for a dense matrix, or for a CSR one of nnz values, in one piece each, so that it can be memory-mapped."""
+    if nnz is None:
+        return encoded(group.create_dataset(name, shape, np.float32), "array")
+    node = encoded(group.create_group(name), "csr_matrix", "0.1.0", shape=np.array(shape))
+    for part, size, kind in (("data", nnz, np.float32), ("indices", nnz, np.int32), ("indptr", shape[0] + 1, np.int64)):
+        node.create_dataset(part, (size,), kind)
+    return node
+
+
+@contextlib.contextmanager
+def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict) -> Iterator[h5py.File]:
+    """A new h5ad without X and var, for the caller to fill; it takes its name at the end, or is removed."""
+    path = Path(path)
+    saving = path.with_name(f".saving-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"{path.parent} cannot be made ({e.strerror}): use another folder") from e
+    try:
+        with h5py.File(saving, "w") as file:
+            encoded(file, "anndata", "0.1.0")
+            write_frame(file, "obs", np.asarray(obs_names), obs)
+            for name, content in (("obsm", {}), ("layers", {}), ("varm", {}), ("obsp", {}), ("varp", {}), ("uns", uns)):
+                write_values(file, name, content)
+            yield file
+        os.replace(saving, path)
+    except OSError as e:
+        raise DataError(f"{path} cannot be written ({e}): free some space or choose another place") from e
+    finally:
+        saving.unlink(missing_ok=True)
+
+
+def write_h5ad(path: str | Path, X, obs: dict, var_names, obsm: dict | None = None, obs_names=None,
+               var: dict | None = None, layers: dict | None = None, uns: dict | None = None) -> None:
+    """Write an h5ad that anndata opens, whole or not at all.
+
+    X and the matrices of obsm and layers are arrays [n, d], or CSR (data, indices, indptr, shape); obs and var are
+    {column: values}, text of obs as categoricals; uns nests dicts, text, numbers and arrays.
+    """
+    names = [str(i) for i in range(len(X[2]) - 1 if isinstance(X, tuple) else len(X))]
+    with new_h5ad(path, names if obs_names is None else obs_names, obs, uns or {}) as file:
+        write_frame(file, "var", np.asarray(var_names), var or {})
+        for group, matrices in ((file, {"X": X}), (file["obsm"], obsm or {}), (file["layers"], layers or {})):
+            for name, matrix in matrices.items():
+                if not isinstance(matrix, tuple):
+                    matrix_space(group, name, matrix.shape)[...] = matrix
+                    continue
+                node = matrix_space(group, name, matrix[3], len(matrix[0]))
+                for part, values in zip(("data", "indices", "indptr"), matrix, strict=False):
+                    node[part][...] = values
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Cells: counts to expression, and synthetic populations
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class StateConfig:
+    # job
+    action: Literal["synthetic", "preprocess"] = "synthetic"  # also a bare word: state preprocess --input=FILE.h5ad
+    # preprocess
+    input: str = ""  # an h5ad file of any anndata; its obs, var and obsm are kept
+    layer: str = ""  # the matrix with the counts; default: X
+    output: str = ""  # the file to write; default: OUT_DIR/NAME OF THE INPUT
+    target_sum: float = 1e4  # counts a cell after normalisation, before log(1 + x)
+    num_hvgs: int = 2_000  # most variable genes, for obsm X_hvg
+    drop_empty: bool = False  # leave cells without any count out
+    keep_counts: bool = False  # as layers/counts
+    pert_col: str = ""  # obs columns that must be there, with a value for every cell
+    cell_type_key: str = ""
+    batch_col: str = ""
+    control_pert: str = ""  # a value that pert_col (default: gene) must have
+    # synthetic
+    num_cell_types: int = 16  # c0, c1, ...; the last is for zero-shot prediction, of the one before some perturbations
+    num_perturbations: int = 12  # p0, p1, ... and non-targeting
+    num_genes: int = 200
+    num_batches: int = 4
+    cells_per_condition: int = 40  # of a cell type and perturbation
+    controls_per_cell_type: int = 160
+    depth: float = 5_000.0  # median counts of a cell
+    dropout: float = 0.2  # probability that a gene is lost in a cell where its expected count is 1; at r: dropout**r
+    effect: float = 0.7  # standard deviation of a perturbation's effects on log expression
+    # output
+    out_dir: str = "data/state"
+    # system
+    seed: int = 1337
+
+    def check(self) -> list[str]:
+        least = {"num_hvgs": 1, "num_cell_types": 4, "num_perturbations": 2, "num_genes": 20, "num_batches": 1,
+                 "cells_per_condition": 2, "controls_per_cell_type": 2}
+        wrong = [f"{k} = {getattr(self, k)}: must be at least {n}" for k, n in least.items() if getattr(self, k) < n]
+        wrong += [f"{k} = {getattr(self, k)}: must be above 0" for k in ("target_sum", "depth", "effect")
+                  if not 0 < getattr(self, k) < np.inf]
+        if not 0 <= self.dropout < 1:
+            wrong.append(f"dropout = {self.dropout}: must be at least 0 and below 1")
+        if self.action == "preprocess" and not self.input:
+            wrong.append("preprocess needs counts: --input=FILE.h5ad")
+        return wrong
+
+
+STATE_ALIASES = {"adata": "input"}  # the source's name
+
+
+def log_normalized(data: np.ndarray, totals: np.ndarray, target_sum: float) -> np.ndarray:
+    """log(1 + target_sum x / total), float32."""
+    return np.log1p(data * (target_sum / totals)).astype(np.float32)
+
+
+def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int, bins: int = 20) -> dict:
+    """The genes of largest normalised dispersion (Seurat's, Satija et al. 2015, as scanpy does it), as columns of var.
+
+    Dispersion is log(variance / mean) of the normalised counts, standardised within `bins` equal ranges of the log
+    mean; a gene alone in its range gets 1, one that never varies is not taken, and ties are all taken.
+
+    Args:
+        sums, squares: of expm1(X) over the cells, float64 [genes].
+    """
+    mean = sums / cells
+    spread = squares / cells - mean**2
+    variance = np.where(spread > 1e-12 * mean**2, spread, 0) * cells / max(cells - 1, 1)  # below, it is rounding
+    mean[mean == 0] = 1e-12
+    ratio = variance / mean
+    dispersion, level = np.log(np.where(ratio > 0, ratio, np.nan)), np.log1p(mean)
+    edges = np.linspace(level.min(), level.max(), bins + 1)
+    group, score = np.searchsorted(edges[1:-1], level), np.full(len(mean), np.nan)
+    for b in range(bins):
+        here = (group == b) & np.isfinite(dispersion)
+        center, scale = (dispersion[here].mean(), dispersion[here].std(ddof=1)) if here.sum() > 1 else (0, 1)
+        score[here] = (dispersion[here] - center) / (scale or np.nan) if here.sum() > 1 else 1
+    known = np.sort(score[np.isfinite(score)])[::-1]
+    chosen = score >= known[min(most, len(known)) - 1] if len(known) else np.zeros(len(mean), bool)
+    return {"highly_variable": chosen, "means": level, "dispersions": dispersion, "dispersions_norm": score}
+
+
+def checked_counts(cells: H5ad, cfg: StateConfig) -> tuple[Matrix, dict, bool]:
+    """(matrix, its check, whether it is log1p already); DataError if it is neither that nor counts."""
+    columns = {k: getattr(cfg, k) for k in ("pert_col", "cell_type_key", "batch_col") if getattr(cfg, k)}
+    if cfg.control_pert:
+        columns.setdefault("pert_col", "gene")
+    names = {key: cells.column(column)[1] for key, column in columns.items()}
+    if cfg.control_pert and cfg.control_pert not in names["pert_col"]:
+        raise DataError(f"{cells.path}: no cell has {columns['pert_col']} = {cfg.control_pert!r}"
+                        + suggest(cfg.control_pert, names["pert_col"]))
+    matrix = cells.matrix(cfg.layer or None)
+    if matrix.shape[1] != cells.n_vars:
+        raise DataError(f"{matrix.where} has {matrix.shape[1]} columns for {cells.n_vars} genes: choose X or a layer")
+    found = matrix.check()
+    log1p = looks_log1p(found)
+    if found["min"] < 0 or not (found["integer"] or log1p):
+        raise DataError(f"{matrix.where} holds values from {found['min']:g} to {found['max']:g}"
+                        + ", fractions among them" * (not found["integer"]) + ": neither counts nor log1p; if the "
+                        f"counts are elsewhere, use --layer= one of {', '.join(cells.keys)}")
+    return matrix, found, log1p
+
+
+def expression(matrix: Matrix, totals: np.ndarray, target_sum: float | None, text: str) -> Iterator[tuple]:
+    """(rows written, values, row of each within the block, indices, counts) of every block; no zeros, no empty cells.
+
+    values are log1p of the normalised counts; with target_sum None, what the matrix holds.
+    """
+    done = 0
+    for start, stop, block in progress(matrix.blocks(), text, "blocks"):
+        data, indices, pointers = as_csr(block)
+        solid = data != 0
+        row = np.repeat(np.arange(start, stop), np.diff(pointers))[solid]
+        data, indices, kept = data[solid], indices[solid], (totals[start:stop] > 0).cumsum()
+        values = log_normalized(data, totals[row], target_sum) if target_sum else data
+        yield slice(done, done + int(kept[-1])), values, kept[row - start] - 1, indices, data
+        done += int(kept[-1])
+
+
+def write_expression(file: h5py.File, blocks: Iterator[tuple], shape: tuple, nnz: int, keep_counts: bool) -> np.ndarray:
+    """X, and layers/counts if kept, of a new file; returns sums over cells of expm1(X) and its squares [2, genes]."""
+    nodes = [matrix_space(group, name, shape, nnz)
+             for group, name in ((file, "X"), (file["layers"], "counts"))[: 1 + keep_counts]]
+    pointers, moments, filled = np.zeros(shape[0] + 1, np.int64), np.zeros((2, shape[1])), 0
+    for rows, values, row, indices, counts in blocks:
+        part = slice(filled, filled + len(values))
+        for node, data in zip(nodes, (values, counts), strict=False):
+            node["data"][part], node["indices"][part] = data, indices
+        pointers[rows.start + 1 : rows.stop + 1] = filled + np.bincount(row, minlength=rows.stop - rows.start).cumsum()
+        rate, filled = np.expm1(values.astype(np.float64)), part.stop
+        moments += [np.bincount(indices, rate**power, shape[1]) for power in (1, 2)]
+    for node in nodes:
+        node["indptr"][...] = pointers
+    return moments
+
+
+def write_obsm(file: h5py.File, cells: H5ad, blocks: Iterator[tuple], chosen: np.ndarray, keep: np.ndarray) -> None:
+    """obsm of a new file: X_hvg, the chosen genes [genes] of the blocks, and the kept rows of what the input has."""
+    place, shape = chosen.cumsum() - 1, (int(keep.sum()), int(chosen.sum()))
+    space = matrix_space(file["obsm"], "X_hvg", shape)
+    for rows, values, row, indices, _ in blocks:
+        block, taken = np.zeros((rows.stop - rows.start, shape[1]), np.float32), chosen[indices]
+        block[row[taken], place[indices[taken]]] = values[taken]
+        space[rows] = block
+    for key in (k for k in cells.keys if k.startswith("obsm/") and k != "obsm/X_hvg"):
+        matrix, done = cells.matrix(key), 0
+        space = matrix_space(file["obsm"], key[5:], (shape[0], matrix.shape[1]))
+        for start, stop, block in matrix.blocks():
+            part = as_dense(block, matrix.shape[1])[keep[start:stop]]
+            space[done : done + len(part)], done = part, done + len(part)
+
+
+def preprocess(cfg: StateConfig) -> dict:
+    """Counts of an h5ad -> X log1p CSR, obsm X_hvg; returns numbers of cells and genes.
+
+    Three passes over blocks of rows: check, write X and sum up the genes, write X_hvg; memory does not grow with cells
+    but for obs. Raises DataError for what is neither counts nor log1p, and for cells without counts unless drop_empty.
+    """
+    path = Path(cfg.output or Path(cfg.out_dir) / Path(cfg.input).name)
+    if path.exists() and Path(cfg.input).exists() and path.samefile(cfg.input):
+        raise DataError(f"{path} is the input: give another --output")
+    with H5ad(cfg.input) as cells:
+        matrix, found, log1p = checked_counts(cells, cfg)
+        totals, target_sum = found["row_sums"], None if log1p else cfg.target_sum
+        keep = totals > 0
+        if (empty := int((~keep).sum())) and (not cfg.drop_empty or empty == cells.n_obs):
+            first = int(keep.argmin())
+            raise DataError(f"{matrix.where} has {empty:,} cells without any count, first cell {first} "
+                            f"({cells.obs_names[first]}): leave them out with --drop_empty")
+        shape = (int(keep.sum()), cells.n_vars)
+        obs = {name: values[keep] for name, values in cells.frame("obs").items()}
+        with new_h5ad(path, cells.obs_names[keep], obs, {"log1p": {}}) as file:
+            blocks = expression(matrix, totals, target_sum, "expression")
+            moments = write_expression(file, blocks, shape, found["nnz"], cfg.keep_counts)
+            genes = variable_genes(*moments, shape[0], cfg.num_hvgs)
+            if not (width := int(genes["highly_variable"].sum())):
+                raise DataError(f"{matrix.where}: no gene differs between cells, so there are none to choose")
+            write_frame(file, "var", cells.var_names, {**cells.frame("var"), **genes})
+            blocks = expression(matrix, totals, target_sum, "X_hvg")
+            write_obsm(file, cells, blocks, genes["highly_variable"], keep)
+    print(f"preprocess: {shape[0]:,} cells ({empty:,} empty ones left out), {shape[1]:,} genes; "
+          + ("log1p already, so kept as they are; " if log1p else f"counts to {cfg.target_sum:g} a cell, log1p; ")
+          + f"X_hvg has the {width:,} most variable genes"
+          + f", all that vary: num_hvgs is {cfg.num_hvgs:,}" * (width < cfg.num_hvgs) + f"; written to {path}")
+    return {"cells": shape[0], "genes": shape[1], "hvgs": width, "dropped": empty, "log1p": log1p, "path": str(path)}
+
+
+CONTROL = "non-targeting"
+
+
+def counter_rng(seed: int, *counters: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counters))
+
+
+def make_populations(cfg: StateConfig) -> dict[str, np.ndarray]:
+    """What the synthetic populations are made of, on log expression; K types, M = 2 pathways, P perturbations, G genes.
+
+    A type has an activity in each pathway, seen in its control cells through the pathway's genes. Perturbation p adds
+    shared[p] + activity @ modulated[p]: what it does to a new type can be read from that type's control cells, and
+    neither the mean over the other types nor its basal expression alone says it. The activities of the training types
+    lie on a circle, so that their mean is no guide, and those of the last type inside the hull, between two of them.
+    """
+    K, P, G = cfg.num_cell_types, cfg.num_perturbations, cfg.num_genes
+    draw = counter_rng(cfg.seed, 0)
+    angle = 2 * np.pi * np.append(np.arange(K - 1), 0.5) / (K - 1)
+    radius = np.append(np.ones(K - 1), 0.9 * np.cos(np.pi / (K - 1)))
+    touched = draw.random((P + 1, 1, G)) < 0.3  # of the genes; row 0 is the control
+    touched[0] = False
+    effects = cfg.effect * draw.normal(size=(P + 1, 3, G)) * touched
+    return {
+        "base": draw.normal(0, 0.8, G), "activity": radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1),
+        "program": draw.normal(0, 0.15, (K, G)), "batch": draw.normal(0, 0.08, (cfg.num_batches, G)),
+        "pathways": draw.normal(0, 0.8, (2, G)) * (draw.random((2, G)) < 0.3), "shared": effects[:, 0],
+        "modulated": 1.2 * effects[:, 1:], "variation": draw.normal(0, 0.15, (3, G))}
+
+
+def simulate(parts: dict, cell_type: np.ndarray, pert: np.ndarray, draw: np.random.Generator, cfg: StateConfig
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """(counts [n, G], batch [n]) of cells of these types and perturbations (0 is the control)."""
+    n = len(cell_type)
+    batch = draw.integers(0, cfg.num_batches, n)
+    activity = parts["activity"][cell_type] + draw.normal(0, 0.25, (n, 2))  # cells of a type differ in it too
+    log_rate = (parts["base"] + parts["program"][cell_type] + activity @ parts["pathways"] + parts["batch"][batch]
+                + draw.normal(size=(n, 3)) @ parts["variation"] + parts["shared"][pert]
+                + np.einsum("nm,nmg->ng", activity, parts["modulated"][pert]))
+    rate = np.exp(log_rate)
+    rate *= cfg.depth * np.exp(draw.normal(0, 0.3, (n, 1))) / rate.sum(1, keepdims=True)
+    kept = draw.random(rate.shape) >= cfg.dropout**rate
+    return draw.poisson(rate) * kept, batch
+
+
+def true_deltas(parts: dict, cfg: StateConfig, cells: int = 600) -> np.ndarray:
+    """Expected log1p expression of perturbed cells minus control cells [K, P, G], as a mean over simulated cells.
+
+    Control and perturbed cells share their generator's draws, so that their difference has little noise.
+    """
+    means = np.empty((cfg.num_cell_types, cfg.num_perturbations + 1, cfg.num_genes))
+    for k, p in np.ndindex(means.shape[:2]):
+        counts, _ = simulate(parts, np.full(cells, k), np.full(cells, p), counter_rng(cfg.seed, 2, k), cfg)
+        means[k, p] = log_normalized(counts, np.maximum(counts.sum(1, keepdims=True), 1), cfg.target_sum).mean(0)
+    return means[:, 1:] - means[:, :1]
+
+
+def mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over rows of the Pearson correlation of a and b [n, G]."""
+    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+    return float(((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))).mean())
+
+
+def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Pearson of deltas with the truth, for the last cell type: of half its cells, and of the mean over other types."""
+    K, P, G = truth.shape
+
+    def deltas(k: int, part: slice) -> np.ndarray:
+        means = np.stack([X[(cell_type == k) & (pert == p)][part].mean(0) for p in range(P + 1)])
+        return means[1:] - means[0]
+
+    whole = np.mean([deltas(k, slice(None)) for k in range(K - 1)], axis=0)
+    halves = [mean_pearson(deltas(K - 1, slice(start, None, 2)), truth[-1]) for start in (0, 1)]
+    return {"noise_ceiling": sum(halves) / 2, "perturbation_mean": mean_pearson(whole, truth[-1])}
+
+
+def synthetic(cfg: StateConfig) -> dict:
+    """Populations of known effects -> synthetic.h5ad, synthetic.toml, truth.npz; returns the noise report.
+
+    truth.npz: delta [K, P, G], expected log1p expression over control, with cell_types, perturbations and genes.
+    """
+    parts, K, P, G = make_populations(cfg), cfg.num_cell_types, cfg.num_perturbations, cfg.num_genes
+    types, perts, genes = ([f"{letter}{i:0{len(str(n - 1))}}" for i in range(n)]  # as sorted as text as they are here
+                           for letter, n in (("c", K), ("p", P), ("g", G)))
+    sizes = np.tile([cfg.controls_per_cell_type, *[cfg.cells_per_condition] * P], K)
+    cell_type, pert = (np.repeat(x.ravel(), sizes) for x in np.indices((K, P + 1)))
+    counts, batch = simulate(parts, cell_type, pert, counter_rng(cfg.seed, 1), cfg)
+    X = log_normalized(counts, np.maximum(counts.sum(1, keepdims=True), 1), cfg.target_sum)
+    truth = true_deltas(parts, cfg)
+    found = noise_report(X, cell_type, pert, truth)
+    obs = {"gene": np.array([CONTROL, *perts])[pert], "cell_type": np.array(types)[cell_type],
+           "gem_group": np.array([f"b{i}" for i in range(cfg.num_batches)])[batch]}
+    toml = (f'[datasets]\nsynthetic = "synthetic.h5ad"\n\n[training]\nsynthetic = "train"\n\n[zeroshot]\n'
+            f'"synthetic.{types[-1]}" = "test"\n\n[fewshot."synthetic.{types[-2]}"]\nval = {json.dumps(perts[1::4])}\n')
+    with Workshop(cfg.out_dir) as shop:
+        write_h5ad(shop.folder / "synthetic.h5ad", (*as_csr(X), X.shape), obs, genes, {"X_hvg": X},
+                   var={"highly_variable": np.ones(len(genes), bool)}, uns={"log1p": {}, "seed": cfg.seed},
+                   layers={"counts": (*as_csr(counts.astype(np.float32)), X.shape)})
+        np.savez(shop.folder / "truth.npz", delta=truth, cell_types=types, perturbations=perts, genes=genes)
+        (shop.folder / "synthetic.toml").write_text(toml, encoding="utf-8")
+        shop.finish("synthetic.h5ad", "truth.npz", "synthetic.toml")
+    print(f"synthetic: {len(X):,} cells, {K} cell types, {P} perturbations and {CONTROL}, {len(genes)} genes; Pearson "
+          f"delta with the truth on {types[-1]}: {found['noise_ceiling']:.3f} of half its own cells (noise ceiling), "
+          f"{found['perturbation_mean']:.3f} of the mean over the other types; written to {cfg.out_dir}")
+    return {"cells": len(X), **found}
+
+
+def state(cfg: StateConfig) -> dict:
+    return preprocess(cfg) if cfg.action == "preprocess" else synthetic(cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Inspection
 # ---------------------------------------------------------------------------------------------------------------
 @dataclass
 class InspectConfig:
     tokens: int = 20  # most frequent tokens to show
+    # columns of cells, for an experiment's .toml
+    pert_col: str = "gene"
+    cell_type_key: str = "cell_type"
+    batch_col: str = "gem_group"
+    control_pert: str = "non-targeting"
 
     def check(self) -> list[str]:
         return [f"tokens = {self.tokens}: must be at least 1"] if self.tokens < 1 else []
@@ -1321,8 +2111,51 @@ def report(problems: list[str]) -> None:
     print("  no problem found" if not problems else f"  {len(problems)} problems")
 
 
+def inspect_cells(path: str) -> dict:
+    """Print what an h5ad file holds; returns it with the list of problems found."""
+    problems, columns, matrices = [], {}, {}
+    with H5ad(path) as cells:
+        print(f"{path}: {cells.n_obs:,} cells, {cells.n_vars:,} genes")
+        for name in cells.columns:
+            try:
+                columns[name] = cells.column(name)[1]
+            except DataError as e:
+                problems.append(str(e))
+                continue
+            shown = ", ".join(columns[name][:6]) + ", ..." * (len(columns[name]) > 6)
+            print(f"  obs {name:<20} {len(columns[name]):>8,} values: {shown}")
+        for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
+            if repeated := len(names) - len(set(names.tolist())):
+                problems.append(f"{repeated:,} {kind} have the name of an earlier one")
+        for key in cells.keys:
+            try:
+                matrix = cells.matrix(key)
+                found = matrix.check()
+            except DataError as e:
+                problems.append(str(e))
+                continue
+            kind = ("log1p" if looks_log1p(found) else "negative values" if found["min"] < 0 else
+                    "counts" if found["integer"] else "neither counts nor log1p")
+            if key == "X" and not (found["min"] >= 0 and kind in ("log1p", "counts")):
+                problems.append(f"X holds {kind}")
+            if kind == "counts" and (empty := int((found["row_sums"] == 0).sum())):
+                problems.append(f"{key}: {empty:,} cells have no count")
+            matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
+            print(f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
+                  f"{found['nnz'] / math.prod(matrix.shape):.1%} not 0, {found['min']:g} to {found['max']:g}")
+    report(problems)
+    return {"columns": columns, "matrices": matrices, "problems": problems}
+
+
 def inspect(path: str, cfg: InspectConfig) -> dict:
-    """Print what an HDF5 file, or a folder of train.bin, holds; returns it with the list of problems found."""
+    """Print what an HDF5 file, a folder of train.bin or an experiment on cells holds, and what is wrong with it."""
+    if Path(path).suffix == ".toml":
+        import train_state
+
+        columns = ("pert_col", "cell_type_key", "batch_col", "control_pert")
+        return train_state.inspect(path, **{name: getattr(cfg, name) for name in columns})
+    if Path(path).suffix == ".h5ad":
+        return inspect_cells(path)
     if Path(path).is_dir() or Path(path).suffix in (".bin", ".json"):
         return inspect_stream(Path(path) if Path(path).is_dir() else Path(path).parent, cfg)
     file, names, codes = open_chunks(path)
@@ -1370,7 +2203,7 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------
 JOBS = {"text": (TextConfig, prepare_text), "planted": (PlantedConfig, planted), "arxiv": (ArxivConfig, arxiv),
-        "ergodic": (ErgodicConfig, ergodic), "inspect": (InspectConfig, inspect)}
+        "ergodic": (ErgodicConfig, ergodic), "state": (StateConfig, state), "inspect": (InspectConfig, inspect)}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1381,11 +2214,16 @@ def main(argv: list[str] | None = None) -> dict:
     if argv[0] not in JOBS:
         near = difflib.get_close_matches(argv[0], JOBS, n=1)
         fail(f"no job {argv[0]!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" Jobs: {', '.join(JOBS)}")
+    if argv[0] == "state" and argv[1:] and re.fullmatch(r"\w+", argv[1]):  # the action as a bare word
+        actions = ("synthetic", "preprocess", "inspect")
+        if argv[1] not in actions:
+            fail(f"no action {argv[1]!r} of state{suggest(argv[1], actions)}")
+        argv = argv[1:] if argv[1] == "inspect" else ["state", f"--action={argv[1]}", *argv[2:]]
     settings, work = JOBS[argv[0]]
     positional = list(islice((a for a in argv[1:] if not a.startswith("-")), 1)) if argv[0] == "inspect" else []
     if argv[0] == "inspect" and not positional and "--help" not in argv and "-h" not in argv:
         fail("inspect needs a file: python prepare_data.py inspect data/arxiv/train.h5")
-    cfg = configure(settings, [a for a in argv[1:] if a not in positional])
+    cfg = configure(settings, [a for a in argv[1:] if a not in positional], STATE_ALIASES if work is state else None)
     try:
         return work(*positional, cfg)
     except DataError as e:
@@ -1393,4 +2231,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    sys.modules["prepare_data"] = sys.modules["__main__"]  # a train script that imports this raises the same DataError
     main()

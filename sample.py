@@ -7,24 +7,29 @@
     python sample.py out/apelr --prompt="Once upon a time" --top_p=0.9 --show_plan
     python sample.py out/apelr --prompt="Once upon a time" --sweep_states    # what each plan would write
     echo "Once upon a time" | python sample.py out/apelr --force_state=3
+    python sample.py out/state                             # held-out conditions: pred.h5ad, real.h5ad, metrics, plots
+    python sample.py out/state --adata=controls.h5ad --perturbations=p3,p7    # what these cells would become
 
 ghmm: tokens with their log-probabilities under the true process, and how far the model's predictions are from the
 optimal ones at each position. arxiv: text that goes on from the prompt, with the cross entropy of every token. apelr:
-text and the belief about its plan, which can be read, forced and frozen; a checkpoint of the source will do.
+text and the belief about its plan, which can be read, forced and frozen; a checkpoint of the source will do. state:
+cells, written as h5ad; a .ckpt of the source will do, with --toml.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 import prepare_data
 import train_apelr
 import train_arxiv
 import train_ghmm
+import train_state
 from common import checkpoint
 from common.runtime import Runtime
 from configurator import configure, fail
@@ -53,13 +58,20 @@ class Config:
     show_plan: bool = False  # print the belief under the text, and draw it
     sweep_states: bool = False  # write by each plan in turn and by the belief: a table
     json: str = ""  # file to write the samples to as well
+    # prediction, of state
+    toml: str = ""  # predict what this TOML holds out; default the run's own
+    adata: str = ""  # predict from the control cells of this h5ad instead
+    perturbations: list[str] = field(default_factory=list)  # with adata; default those of its cells, or all
+    cells: int | None = None  # with adata: predicted cells of a condition; default as many as the file has
+    out: str = ""  # folder of what is written; default RUN/predictions
+    columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
     # system
     precision: Literal["fp32", "bf16"] = "fp32"  # apelr: of the heads, which every token reads whole
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
 
     def check(self) -> list[str]:
-        wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in ("num_samples", "length", "top_k")
+        wrong = [f"{k} = {getattr(self, k)}: must be at least 1" for k in ("num_samples", "length", "top_k", "cells")
                  if getattr(self, k) is not None and getattr(self, k) < 1]
         wrong += [f"seed = {self.seed}: must be in [0, 2**63)"] if not 0 <= self.seed < 2**63 else []
         wrong += [f"{k} = {getattr(self, k)}: must be at least {least}" for k, least in (
@@ -70,6 +82,10 @@ class Config:
             wrong.append(f"planner_temperature = {self.planner_temperature}: must be above 0")
         if self.lookahead_feedback_scale is not None and not 0 <= self.lookahead_feedback_scale <= 1:
             wrong.append(f"lookahead_feedback_scale = {self.lookahead_feedback_scale}: must be in [0, 1]")
+        known = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key")
+        wrong += [f"columns: {k!r} is none of {', '.join(known)}" for k in self.columns if k not in known]
+        if self.perturbations and not self.adata:
+            wrong.append("perturbations go with adata: what a TOML holds out says by itself what is predicted")
         if self.force_state is not None and (self.sweep_states or self.freeze_planner):
             wrong.append("force_state goes neither with sweep_states nor with freeze_planner: choose one")
         return wrong
@@ -296,7 +312,104 @@ def show_apelr(model, run, ids: list[int], cfg: Config, tokenizer, state: int | 
     return found
 
 
-SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv, "apelr": sample_apelr}
+# ---------------------------------------------------------------------------------------------------------------
+# state
+# ---------------------------------------------------------------------------------------------------------------
+def sample_state(path: Path, cfg: Config) -> dict:
+    """Predicted cells as h5ad: of what a TOML holds out, with the measured ones and metrics, or from given controls."""
+    run, model, step, extra = train_state.load_run(path, cfg.device)
+    for name, value in cfg.columns.items():
+        setattr(run, name, value)
+    run.toml_config_path = cfg.toml or run.toml_config_path
+    folder = Path(cfg.out) if cfg.out else (path if path.is_dir() else path.parent) / "predictions"
+    with Runtime(run) as rt:
+        model.to(rt.device)
+        if cfg.adata:
+            return predict_adata(run, model, extra, folder, cfg, rt)
+        experiment = train_state.open_data_of(run, extra)
+        store, parts = train_state.Store(experiment, rt.device, run), []
+        result = train_state.finish(model, experiment, store, run, rt, folder, parts.append)
+    rows = np.concatenate([np.concatenate([part["rows"], part["controls"]]) for part in parts])
+    columns = {run.cell_type_key: np.array(experiment.cell_types)[experiment.cell_type[rows]],
+               run.pert_col: np.array(experiment.perturbations)[experiment.perturbation[rows]]}
+    if run.batch_col:
+        columns[run.batch_col] = np.array(experiment.batches)[experiment.batch[rows]]
+    genes = experiment.genes if model.gene_decoder is None else experiment.count_genes
+    for name in ("pred", "real"):  # control cells are as measured in both
+        cells = np.concatenate([np.concatenate([part[name], part["control"]]) for part in parts])
+        prepare_data.write_h5ad(folder / f"{name}.h5ad", cells, columns, genes)
+    print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
+    print(f"after {step} steps: " + train_state.verdict(result, folder).removeprefix("done: "))
+    return {"experiment": "state", "step": step, **result}
+
+
+def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtime) -> dict:
+    """What the control cells of cfg.adata become under the wanted perturbations: predicted.h5ad.
+
+    Wanted of each cell type are cfg.perturbations, or those of the file's own perturbed cells, as many cells as there
+    are, or else all that the model knows. Every predicted cell has a control cell of its type for input: each once as
+    far as they go, in an order drawn from the seed.
+    """
+    with prepare_data.H5ad(cfg.adata) as file:
+        types, type_names = file.column(run.cell_type_key)
+        perts, pert_names = file.column(run.pert_col)
+        if run.control_pert not in pert_names:
+            raise prepare_data.DataError(f"{cfg.adata} has no control cells: no cell has {run.pert_col} = "
+                                         f"{run.control_pert!r}; say --columns='{{control_pert: NAME}}'")
+        batches = file.column(run.batch_col) if hasattr(model, "batch_encoder") else None
+        names = list(map(str, train_state.column_names(file, run.embed_key)))
+        order = train_state.numbers(list(extra.get("genes") or names), names, "gene", cfg.adata)
+        is_control = perts == pert_names.index(run.control_pert)
+        known = train_state.known_perturbations(run, extra)
+        wanted = cfg.perturbations or [n for n in pert_names if n != run.control_pert] or [
+            n for n in known if n != run.control_pert]
+        train_state.numbers(wanted, list(known), "perturbation", cfg.adata)
+        codes = None
+        if batches is not None:
+            places = train_state.numbers(batches[1], extra["batches"], "batch", cfg.adata)
+            codes = np.array(places)[batches[0]]
+        cells, columns, S = [], {run.cell_type_key: [], run.pert_col: []}, run.cell_set_len
+        for t, name in enumerate(type_names):
+            controls = np.flatnonzero(is_control & (types == t))
+            if not len(controls):
+                raise prepare_data.DataError(f"{cfg.adata}: cell type {name} has no control cells to start from")
+            inputs = torch.from_numpy(train_state.read_rows(file, run, controls)[:, order])
+            for p in wanted:
+                here = int(((types == t) & (perts == pert_names.index(p))).sum()) if p in pert_names else 0
+                n = cfg.cells or here or len(controls)
+                rng = np.random.default_rng([cfg.seed, t, wanted.index(p)])
+                drawn = np.concatenate([rng.permutation(len(controls)) for _ in range(-(-n // len(controls)))])[:n]
+                for i in range(0, n, S):
+                    some = drawn[i : i + S]
+                    batch = {"ctrl_cell_emb": inputs[some][None].to(rt.device),
+                             "pert_emb": known[p][None].float().to(rt.device)}
+                    if codes is not None:
+                        batch["batch"] = torch.from_numpy(codes[controls[some]])[None].to(rt.device)
+                    with torch.no_grad():
+                        out = train_state.expressed(model.eval(), model.predict(batch)["cells"])
+                    cells.append(out[0].float().cpu().numpy())
+                columns[run.cell_type_key] += [name] * n
+                columns[run.pert_col] += [p] * n
+    folder.mkdir(parents=True, exist_ok=True)
+    genes = extra.get("genes") if model.gene_decoder is None else extra.get("count_genes")
+    genes = genes or [f"feature_{i}" for i in range(cells[0].shape[1])]
+    prepare_data.write_h5ad(folder / "predicted.h5ad", np.concatenate(cells),
+                            {k: np.array(v) for k, v in columns.items()}, np.array(genes))
+    total = len(columns[run.pert_col])
+    print(f"{total:,} cells of {len(type_names)} cell types under {len(wanted)} perturbations written to "
+          f"{folder / 'predicted.h5ad'}")
+    return {"experiment": "state", "cells": total, "cell_types": type_names, "perturbations": wanted}
+
+
+SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv, "apelr": sample_apelr, "state": sample_state}
+
+
+def experiment_of(path: Path) -> str:
+    """Which experiment a run folder or checkpoint is of, also one of the sources. Raises CheckpointError."""
+    if path.suffix == ".ckpt" and path.is_file():
+        return "state"
+    source = path.is_file() and train_apelr.is_source_checkpoint(path)
+    return "apelr" if source else checkpoint.load(path)["experiment"]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -309,8 +422,7 @@ def main(argv: list[str] | None = None) -> dict:
     if cfg.json and (Path(cfg.json).is_dir() or not Path(cfg.json).resolve().parent.is_dir()):
         fail(f"json = {cfg.json}: not a file in a folder that exists")
     try:
-        source = Path(argv[0]).is_file() and train_apelr.is_source_checkpoint(Path(argv[0]))
-        experiment = "apelr" if source else checkpoint.load(Path(argv[0]))["experiment"]
+        experiment = experiment_of(Path(argv[0]))
         if experiment not in SAMPLERS:
             fail(f"{argv[0]} is a run of {experiment!r}; sample.py knows {', '.join(SAMPLERS)}")
         result = SAMPLERS[experiment](Path(argv[0]), cfg)

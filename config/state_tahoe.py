@@ -1,0 +1,34 @@
+# State of July 2025 for Tahoe-100M, a chemical screen: the sizes of tahoe_llama_62089464.yaml. GPUs, by torchrun.
+# The drugs stand in obs["drugname_drugconc"], their controls are of the same plate and DMSO.
+out_dir = "out/state_tahoe"
+pert_col = "drugname_drugconc"
+cell_type_key = "cell_name"
+batch_col = "plate"
+control_pert = "[('DMSO_TF', 0.0, 'uM')]"
+basal_mapping_strategy = "batch"
+cell_set_len = 512
+hidden_dim = 696
+n_layers = 8
+n_heads = 12
+head_dim = 58
+d_ff = 2_784
+n_encoder_layers = 4
+n_decoder_layers = 4
+use_basal_projection = True
+embed_key = "X_hvg"
+output_space = "gene"
+transformer_backbone_key = "llama"
+bidirectional_attention = True
+dropout = 0.1
+loss = "energy"
+lr = 1e-4
+weight_decay = 5e-4
+grad_clip = 10.0
+batch_size = 16
+warmup_steps = 0
+log_interval = 100
+eval_interval = 2_000
+save_interval = 2_000
+optimizer = "adam"
+schedule = "constant"
+max_steps = 400_000

@@ -1,0 +1,359 @@
+"""train_state.py: its metrics against hand computation, scipy and cell-eval; its baselines against their formulas."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from prepare_data import DataError
+from train_state import (
+    METRICS,
+    baselines,
+    benjamini_hochberg,
+    best_baseline,
+    differential_expression,
+    discrimination,
+    energy_distance,
+    evaluate_conditions,
+    format_table,
+    mean_distance,
+    overlap_top,
+    pearson,
+    plot_metrics,
+    pseudobulk,
+    rank_sum,
+    write_metrics,
+)
+
+
+def expression(rng: np.random.Generator, n: int, G: int, level=1.0) -> np.ndarray:
+    """Cells [n, G] as log1p data are: many zeros, ties, no negative value."""
+    return np.log1p(rng.poisson(np.broadcast_to(level, (n, G)))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def screen() -> dict:
+    """Two cell types, four perturbations of each, named after genes where they can be; the prediction errs."""
+    rng, G = np.random.default_rng(3), 160
+    base, effect = rng.gamma(1, 2, (2, G)), np.exp(rng.normal(0, 1, (4, G)))
+    conditions = [(f"type{t}", p) for t in (0, 1) for p in ("g3", "g7", "drug", "g0")]
+    size = [25, 40, 1, 33, 28, 30, 21, 50]
+    cells = {"real": [], "pred": []}
+    for c, n in enumerate(size):
+        for what, wrong in (("real", 0), ("pred", 0.4)):
+            level = base[c // 4] * effect[c % 4] * np.exp(wrong * rng.normal(size=G))
+            cells[what].append(expression(rng, n + (7 if what == "pred" else 0), G, level))
+    code = {what: np.repeat(np.arange(8), [len(x) for x in sets]) for what, sets in cells.items()}
+    mixed = {what: rng.permutation(len(code[what])) for what in code}
+    control_type = np.repeat([1, 0], [60, 45])
+    return {"pred": np.concatenate(cells["pred"])[mixed["pred"]], "pred_condition": code["pred"][mixed["pred"]],
+            "real": np.concatenate(cells["real"])[mixed["real"]], "real_condition": code["real"][mixed["real"]],
+            "control": np.concatenate([expression(rng, 60, G, base[1]), expression(rng, 45, G, base[0])]),
+            "control_type": control_type, "conditions": conditions, "cell_types": ["type0", "type1"],
+            "genes": [f"g{i}" for i in range(G)]}
+
+
+def test_pseudobulk_is_the_mean_of_each_group_in_any_order():
+    x = np.array([[1, 2], [3, 5], [10, 0], [5, 5]], np.float32)
+    means = pseudobulk(x, np.array([2, 0, 2, -1]), 4)
+    assert means.dtype == np.float64
+    np.testing.assert_array_equal(means, [[3, 5], [np.nan] * 2, [5.5, 1], [np.nan] * 2])
+    many = np.full((300_000, 1), 16.1, np.float32)  # a float32 sum of these is wrong in the fourth digit
+    assert pseudobulk(many, np.zeros(len(many), int), 1)[0, 0] == pytest.approx(float(np.float32(16.1)), abs=1e-9)
+
+
+def test_pearson_is_that_of_scipy_and_nan_for_constant_rows():
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 9))
+    np.testing.assert_allclose(pearson(a, b), [stats.pearsonr(x, y)[0] for x, y in zip(a, b, strict=True)], rtol=1e-12)
+    assert pearson(np.array([[1.0, 2, 3]]), np.array([[-2.0, -4, -6]])) == pytest.approx(-1)
+    a[1], b[2] = 0.1, 0  # 0.1 less its own mean is not exactly 0
+    assert list(np.isnan(pearson(a, b))) == [False, True, True, False, False]
+
+
+def test_energy_distance_by_hand_and_over_all_pairs():
+    x, y = np.array([[0.0], [1.0]]), np.array([[3.0]])
+    assert energy_distance(x, y) == pytest.approx(2.5 - 0.5 / 2 - 0, abs=1e-12)
+    assert energy_distance(y, y) == energy_distance(x, x) == 0
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(37, 6)), rng.normal(0.5, 1, size=(23, 6)) + 100  # far from the origin
+
+    def mean(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=2).mean()
+
+    expected = mean(x, y) - mean(x, x) / 2 - mean(y, y) / 2
+    assert energy_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert energy_distance(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(expected, rel=1e-5)
+    for a, b in ((x, y), (x, x), (y, x)):  # blocks that do not divide the sets
+        assert mean_distance(a, b, block=8) == pytest.approx(mean(a, b), rel=1e-9)
+    single = x.astype(np.float32)  # a point is at distance 0 from itself, not at the root of a rounding error
+    assert mean_distance(single, single) == pytest.approx(mean(x, x), rel=2e-6)
+
+
+def test_energy_distance_is_that_of_the_loss():
+    geomloss = pytest.importorskip("geomloss")
+    import torch
+
+    x, y = torch.randn(2, 40, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = geomloss.SamplesLoss("energy")(x, y + 1).item()
+    ours = energy_distance(x.numpy(), y.numpy() + 1)  # geomloss counts 1e-4 for a point to itself, ours 0
+    assert ours == pytest.approx(expected + 1e-4 / 40, abs=1e-9)
+
+
+def test_discrimination_ranks_the_true_perturbation():
+    real = np.array([[0.0, 0], [1, 0], [4, 0], [9, 0]])
+    guess = np.array([[0.1, 0], [3, 0], [-5, 0], [6.5, 0]])  # nearest: 0 | 2, then 1 | 0, 1, then 2 | 2 and 3 tie
+    np.testing.assert_allclose(discrimination(guess, real), [1, 3 / 4, 2 / 4, 1 - 0.5 / 4])
+    assert discrimination(guess[:1], real[:1]) == [1]
+    real, guess = np.array([[0.0, 5], [1, 0]]), np.array([[0.0, -9], [1, 0]])  # the second gene misleads the first row
+    assert list(discrimination(guess, real)) == [0.5, 1]
+    assert list(discrimination(guess, real, np.array([1, -1]))) == [1, 1]
+
+
+@pytest.mark.parametrize("block", [50, 1 << 18], ids=["a gene at a time", "in one pass"])
+def test_rank_sum_equals_scipy_in_every_group_and_gene(block):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(5)
+    x, y = expression(rng, 60, 12), expression(rng, 31, 12, 1.5)
+    x[:, 1], y[:, 1] = 0, 0  # constant
+    x[:, 2] = 0  # all zero in one of them
+    x[:, 3], y[:, 3] = rng.normal(size=60), rng.normal(1, 1, size=31)  # both signs, no ties
+    x[:, 4] -= 1  # both signs and ties, -1 and 0 among them
+    y[:, 4] -= 1
+    x[:, 5], y[:, 5] = rng.normal(9, 1, size=60), rng.normal(size=31)  # separate
+    x[::2, 6], y[::3, 6] = -0.0, -1  # -0.0 is 0
+    x[:, 7] = y[0, 7] = 2.0
+    group = rng.integers(1, 4, size=60)
+    group[group == 3] = 1
+    group[7] = 3  # a group of one cell; group 0 and 4 have none
+    p = rank_sum(x, y, group, 5, block)
+    for g in (1, 2, 3):
+        a, b = x[group == g].astype(float), y.astype(float)  # of float32 it computes in float32
+        expected = stats.mannwhitneyu(a, b, method="asymptotic").pvalue
+        expected[1] = 1.0  # scipy: nan or 1, by version
+        np.testing.assert_allclose(p[g], expected, rtol=1e-9, err_msg=f"group {g}")
+    assert np.isnan(p[[0, 4]]).all()
+    np.testing.assert_allclose(rank_sum(x[group == 2], y), p[2:3], rtol=1e-12)
+
+
+def test_rank_sum_by_hand():
+    # U = 2 of 2 x 3 pairs (6 > 5 twice less a tie): pairs (1: 0, 6: 2 + 1/2) against (3, 5, 6) -> U = 2.5, mean 3
+    x, y = np.array([[1.0], [6]]), np.array([[3.0], [5], [6]])
+    sd = math.sqrt(2 * 3 / 12 * (6 - (2**3 - 2) / (5 * 4)))
+    assert rank_sum(x, y)[0, 0] == pytest.approx(math.erfc((3.5 - 3 - 0.5) / sd / math.sqrt(2)))
+    x = np.array([[7.0], [9]])  # U = 6: z = (6 - 3 - 1/2) / sd
+    assert rank_sum(x, y)[0, 0] == pytest.approx(math.erfc(2.5 / math.sqrt(2 * 3 / 12 * 6) / math.sqrt(2)))
+
+
+def test_benjamini_hochberg_by_hand_and_as_scipy():
+    np.testing.assert_allclose(benjamini_hochberg(np.array([0.04, 0.01, 0.9, 0.02])), [0.16 / 3, 0.04, 0.9, 0.04])
+    stats = pytest.importorskip("scipy.stats")
+    p = np.random.default_rng(0).random((3, 40)) ** 3
+    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p, axis=1), rtol=1e-12)
+
+
+def test_differential_expression_orders_significant_genes_by_fold_change():
+    rng = np.random.default_rng(2)
+    control = expression(rng, 200, 6, [5, 5, 5, 5, 0, 0])
+    x = expression(rng, 100, 6, [5, 10, 40, 0.5, 0, 9])
+    found = differential_expression(x, control)
+    change = found["log_fold_change"][0]
+    assert found["significant"] == [4] and list(found["order"][0]) == [5, 3, 2, 1, 0, 4]
+    assert change[5] == np.inf and change[4] == 0
+    ratio = np.expm1(x[:, 2].mean(dtype=np.float64)) / np.expm1(control[:, 2].mean(dtype=np.float64))
+    assert change[2] == pytest.approx(math.log2(ratio))
+
+
+def test_overlap_counts_shared_genes_among_as_many_as_there_are():
+    def genes(order, significant):
+        return {"order": np.array([order]), "significant": np.array([significant])}
+
+    real, guess = genes([4, 2, 0, 1, 3, 5], 4), genes([2, 5, 4, 0, 1, 3], 3)
+    assert overlap_top(guess, real, 2) == [1 / 2]  # {4, 2} and {2, 5}
+    assert overlap_top(guess, real, 50) == [2 / 4]  # {4, 2, 0, 1} and {2, 5, 4}
+    assert overlap_top(guess, real, None, "precision") == [2 / 3]  # {2, 5, 4} among {4, 2, 0}
+    nothing = genes([0, 1, 2, 3, 4, 5], 0)
+    assert overlap_top(guess, nothing) == [0] == overlap_top(nothing, real, 9, "precision")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the packages compared with
+def test_evaluation_equals_cell_eval(screen, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    cell_eval = pytest.importorskip("cell_eval")
+    found, depth = evaluate_conditions(**screen)["model"]["per_condition"], set()
+    for t, cell_type in enumerate(screen["cell_types"]):
+        ours = {r["perturbation"]: r for r in found if r["cell_type"] == cell_type}
+        control, both = screen["control"][screen["control_type"] == t], {}
+        for what in ("pred", "real"):
+            code = screen[f"{what}_condition"]
+            rows = np.flatnonzero(code // 4 == t)
+            names = [screen["conditions"][c][1] for c in code[rows]] + ["non-targeting"] * len(control)
+            both[what] = anndata.AnnData(np.concatenate([screen[what][rows], control]))
+            both[what].obs_names = [f"cell{i}" for i in range(len(names))]
+            both[what].var_names, both[what].obs["target"] = screen["genes"], names
+        theirs, _ = cell_eval.MetricsEvaluator(
+            both["pred"], both["real"], num_threads=1, outdir=str(tmp_path)
+        ).compute(write_csv=False, skip_metrics=["clustering_agreement"], break_on_error=True)
+        assert theirs.height == len(ours) == 4
+        for row in theirs.iter_rows(named=True):
+            record = ours[row["perturbation"]]
+            record["discrimination_score_l1"] = record["discrimination"]
+            same = [k for k in record if k in row and k != "perturbation"]
+            assert len(same) == 14
+            depth.add(len({record["overlap_at_50"], record["overlap_at_100"], record["overlap_at_N"]}))
+            for metric in same:
+                assert record[metric] == pytest.approx(row[metric], rel=1e-5, abs=1e-7), (cell_type, metric, row)
+    assert max(depth) > 1  # lists of 50 are not all there is
+
+
+def test_evaluation_is_the_single_metrics_of_each_condition(screen):
+    result = evaluate_conditions(**screen)["model"]
+    for c, record in enumerate(result["per_condition"]):
+        real, guess = (screen[w][screen[f"{w}_condition"] == c].astype(float) for w in ("real", "pred"))
+        cells = screen["control"][screen["control_type"] == c // 4]
+        control = cells.astype(float).mean(0)
+        assert (record["cell_type"], record["perturbation"]) == screen["conditions"][c]
+        assert record["n_cells"] == len(real)
+        assert record["mae"] == pytest.approx(np.abs(real.mean(0) - guess.mean(0)).mean())
+        assert record["energy_distance"] == pytest.approx(energy_distance(guess, real), rel=1e-4)
+        r = np.corrcoef(real.mean(0) - control, guess.mean(0) - control)[0, 1]
+        assert record["pearson_delta"] == pytest.approx(r)
+        both = [differential_expression(x.astype(np.float32), cells) for x in (guess, real)]
+        assert record["overlap_at_100"] == overlap_top(*both, 100)[0]
+        np.testing.assert_allclose(result["delta"][c], guess.mean(0) - control, atol=1e-7)
+        np.testing.assert_allclose(result["real_delta"][c], real.mean(0) - control, atol=1e-7)
+    for metric, value in result["mean"].items():
+        assert value == pytest.approx(np.mean([r[metric] for r in result["per_condition"]]))
+    json.dumps([result["per_condition"], result["mean"]], allow_nan=False)
+
+
+def test_a_perfect_prediction_is_perfect_and_no_effect_is_worth_nothing(screen):
+    G = screen["control"].shape[1]
+    control = np.array([screen["control"][screen["control_type"] == c // 4].mean(0, dtype=float) for c in range(8)])
+    truth = pseudobulk(screen["real"], screen["real_condition"], 8)
+    result = evaluate_conditions(**screen | {"pred": screen["real"], "pred_condition": screen["real_condition"]},
+                                 baseline_means={"control_mean": control + 1e-12 * np.arange(G), "truth": truth})
+    best = {"pearson_delta": 1, "mae": 0, "mse": 0, "discrimination": 1, "energy_distance": 0}
+    for metric, value in best.items():
+        assert result["model"]["mean"][metric] == pytest.approx(value, abs=2e-4), metric
+        if metric != "energy_distance":  # shifted control cells have the mean and not the shape
+            assert result["truth"]["mean"][metric] == pytest.approx(value, abs=1e-9), metric
+    assert result["control_mean"]["mean"]["pearson_delta"] == 0 and result["control_mean"]["mean"]["overlap_at_50"] == 0
+    assert result["truth"]["mean"]["energy_distance"] < result["control_mean"]["mean"]["energy_distance"]
+    assert best_baseline(result) == best_baseline(result, "mse") == "truth"
+
+
+def test_the_cells_of_a_baseline_are_clipped_shifted_controls(screen):
+    control = screen["control"][screen["control_type"] == 0]
+    means = np.array([control.mean(0, dtype=float) - 0.5] * 8)
+    given = {k: v for k, v in screen.items() if k != "genes"}
+    for clip in (True, False):
+        record = evaluate_conditions(**given, baseline_means={"b": means}, expression=clip)["b"]["per_condition"][1]
+        cells = control[np.arange(40) * 45 // 40] - 0.5
+        real = screen["real"][screen["real_condition"] == 1]
+        expected = energy_distance(cells.clip(min=0) if clip else cells, real)
+        assert record["energy_distance"] == pytest.approx(expected, rel=1e-4)
+        assert ("overlap_at_50" in record) == clip
+
+
+def test_energy_distance_of_many_cells_takes_evenly_spaced_ones(screen):
+    record = evaluate_conditions(**screen, energy_cells=10)["model"]["per_condition"][3]
+    sets = [screen[w][screen[f"{w}_condition"] == 3] for w in ("pred", "real")]
+    expected = energy_distance(*(x[np.arange(10) * len(x) // 10] for x in sets))
+    assert record["energy_distance"] == pytest.approx(expected, rel=1e-4) and record["n_cells"] == 33
+
+
+def test_a_real_effect_of_none_is_left_out_of_the_mean(screen):
+    flat, of = {w: screen[w].copy() for w in ("real", "control")}, screen["real_condition"] == 6
+    flat["control"][:], flat["real"][of] = 1, 1
+    result = evaluate_conditions(**screen | flat)["model"]
+    values = [r["pearson_delta"] for r in result["per_condition"]]
+    assert list(np.flatnonzero(np.isnan(values))) == [6]
+    assert result["mean"]["pearson_delta"] == pytest.approx(np.nanmean(values))
+
+
+def test_missing_cells_are_named(screen):
+    with pytest.raises(DataError, match=r"condition \(type0, drug\) has no predicted cells"):
+        keep = screen["pred_condition"] != 2
+        evaluate_conditions(**screen | {"pred": screen["pred"][keep], "pred_condition": screen["pred_condition"][keep]})
+    with pytest.raises(DataError, match=r"condition \(type1, g0\) has no real cells"):
+        keep = screen["real_condition"] != 7
+        evaluate_conditions(**screen | {"real": screen["real"][keep], "real_condition": screen["real_condition"][keep]})
+    with pytest.raises(DataError, match="cell type type1 has no control cells"):
+        evaluate_conditions(**screen | {"control_type": np.zeros(105, int)})
+
+
+# Baselines: 3 types x 4 perturbations x 2 genes; type 2 has no perturbed cell, perturbation 3 never trains.
+CONTROL = np.array([[1.0, 2], [3, 1], [5, 5]])
+COUNTS = np.array([[10, 30, 0, 0], [50, 0, 20, 0], [0, 0, 0, 0]])
+MEANS = np.where(COUNTS[:, :, None] > 0, CONTROL[:, None] + np.array([[[1.0, 0], [0, 2], [9, 9], [9, 9]],
+                                                                      [[3, 1], [9, 9], [-1, 0], [9, 9]],
+                                                                      [[9, 9]] * 4]), np.nan)
+
+
+def test_baselines_are_their_formulas():
+    found = baselines(MEANS, COUNTS, CONTROL, np.array([5, 1, 7]), [(2, 0), (0, 2), (1, 1), (2, 3)])
+    effect = np.array([[2.0, 0.5], [0, 2], [-1, 0]])  # of perturbations 0, 1, 2: types weigh the same, not cells
+    everything = effect.mean(0)
+    np.testing.assert_array_equal(found["control_mean"], CONTROL[[2, 0, 1, 2]])
+    expected = CONTROL[[2, 0, 1, 2]] + [effect[0], effect[2], effect[1], everything]
+    np.testing.assert_allclose(found["perturbation_mean"], expected)
+    type0 = (10 * (CONTROL[0] + [1, 0]) + 30 * (CONTROL[0] + [0, 2])) / 40  # cells weigh the same
+    type1 = (50 * (CONTROL[1] + [3, 1]) + 20 * (CONTROL[1] + [-1, 0])) / 70
+    np.testing.assert_allclose(found["context_mean"], [CONTROL[2] + everything, type0, type1, CONTROL[2] + everything])
+
+
+def test_baselines_without_controls_or_training_cells():
+    found = baselines(MEANS, COUNTS, CONTROL, np.array([5, 0, 7]), [(2, 0), (2, 2)])  # type 1 has no control cells
+    np.testing.assert_allclose(found["perturbation_mean"], CONTROL[[2, 2]] + [[1, 0], [0.5, 1]])
+    found = baselines(MEANS, COUNTS * 0, CONTROL, np.array([5, 1, 7]), [(1, 0)])
+    assert all((mean == CONTROL[1]).all() for mean in found.values()) and len(found) == 3
+
+
+@pytest.fixture(scope="module")
+def table(screen) -> dict:
+    control = np.array([screen["control"][screen["control_type"] == c // 4].mean(0, dtype=float) for c in range(8)])
+    return evaluate_conditions(**screen, baseline_means={"control_mean": control, "context_mean": control + 0.2})
+
+
+def test_table_is_aligned_and_marks_the_best(table):
+    head, *rows = format_table(table).splitlines()
+    assert head.split() == list(METRICS) and [r.split()[0] for r in rows] == ["model", "control_mean", "context_mean"]
+    ends = {i for i in range(1, len(head)) if head[i - 1] != " " and (i == len(head) or head[i] == " ")} | {len(head)}
+    for row in rows:
+        assert all((row + " ")[end - 2] != " " for end in ends)
+    assert float(rows[0].split()[1].rstrip("*")) == pytest.approx(table["model"]["mean"]["pearson_delta"], rel=1e-3)
+    assert rows[0].split()[1].endswith("*") and not rows[1].split()[1].endswith("*")
+    without = {k: v | {"mean": {m: x for m, x in v["mean"].items() if m != "overlap_at_50"}} for k, v in table.items()}
+    assert "overlap" not in format_table(without)
+
+
+def test_csv_holds_every_number(table, tmp_path):
+    write_metrics(tmp_path / "metrics.csv", table)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()))
+    assert [r["model"] for r in rows] == ["model"] * 8 + ["control_mean"] * 8 + ["context_mean"] * 8
+    for row, record in zip(rows[16:], table["context_mean"]["per_condition"], strict=True):
+        assert {k: type(record[k])(row[k]) for k in record} == record
+
+
+def test_pictures(table, screen, tmp_path, monkeypatch):
+    drawn = {}
+    real_plot = plot_metrics.__globals__["plot"]
+    monkeypatch.setitem(plot_metrics.__globals__, "plot", lambda folder, name, draw, **size: (
+        real_plot(folder, name, lambda axes: drawn.update({name: (axes.figure, draw(axes), axes)}), **size)))
+    lines = [{"step": 1, "split": "train", "loss": 2.0}, {"step": 2, "split": "train", "loss": 1.5},
+             {"step": 2, "split": "eval", "val_loss": 1.7}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    plot_metrics(tmp_path, "a title", table)
+    made = {f"{m}_by_perturbation" for m in METRICS} | {"delta", "loss"}
+    assert {p.stem for p in (tmp_path / "plots").iterdir()} == set(drawn) == made
+    panels = drawn["delta"][0].axes
+    first = max(range(8), key=lambda c: table["model"]["per_condition"][c]["pearson_delta"])
+    assert len(panels) == 8 and panels[0].get_title().startswith(", ".join(screen["conditions"][first]))
+    np.testing.assert_array_equal(panels[0].lines[1].get_ydata(), table["model"]["delta"][first])
+    rival, model = drawn["mae_by_perturbation"][2].lines
+    assert rival.get_label() == best_baseline(table, "mae") and list(model.get_xdata()) == sorted(
+        r["mae"] for r in table["model"]["per_condition"])
+    assert [list(line.get_ydata()) for line in drawn["loss"][2].lines] == [[2.0, 1.5], [1.7]]
