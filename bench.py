@@ -5,18 +5,24 @@
     python bench.py arxiv --peer=PATH    # against a checkout of nanoGPT (its model.py) too
     python bench.py apelr --peer=PATH    # against a checkout of APEL-R (its src/apelr) too
     python bench.py apelr --full         # the whole grid of shapes: an hour on two cores
+    python bench.py state --full         # five rounds in place of two, and the sizes of state_sm with its loader too
 
-Each result is {name, value, unit, against, ratio}: ratio is value / the peer's value, so above 1 is faster. Peers take
-part where they can be imported: hmmlearn, transformer-lens before version 4 (`pip install "transformer-lens<4"`),
-tokenizers, transformers; a line says which was missing. Times are medians; on a shared machine trust the ratios.
+Each result is {name, value, unit, against, ratio}: ratio is value / the peer's value, so above 1 is faster (of memory,
+below 1 is less). Peers take part where they can be imported: hmmlearn, transformer-lens before version 4 (`pip install
+"transformer-lens<4"`), tokenizers, transformers, arc-state, cell-load; a line says which was missing. Times are
+medians; on a shared machine trust the ratios.
 """
 
 import argparse
+import contextlib
+import copy
 import difflib
 import functools
 import importlib.util
+import io
 import itertools
 import json
+import logging
 import os
 import resource
 import signal
@@ -30,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import geomloss
 import h5py
 import numpy as np
 import torch
@@ -38,6 +45,7 @@ import prepare_data
 import train_apelr
 import train_arxiv
 import train_ghmm
+import train_state
 from common.runtime import Runtime
 from configurator import fail
 
@@ -157,6 +165,23 @@ class Trainer:
         return seconds(self.step, self.device, repeats=15)
 
 
+class SlowTrainer(Trainer):
+    """One whose steps take up to seconds."""
+
+    def median_step(self) -> float:
+        """Of a second's steps, one where it takes longer, as it does at the source; the first ever does not count."""
+        if not hasattr(self, "warm"):
+            self.warm = self.step()
+        times = []
+        while sum(times) < 1:
+            _wait(self.device)
+            began = time.perf_counter()
+            self.step()
+            _wait(self.device)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+
 class GhmmTrainer(Trainer):
     """train_ghmm.py, or HookedTransformer of the same shape."""
 
@@ -237,16 +262,16 @@ def alternate(kind: str, sides: dict[str, str], shape: tuple, rounds: int) -> tu
 
 
 def race(kind: str, sides: dict[str, str], shape: tuple, tokens: int, name: str, peak: float, rounds: int = 5,
-         memory: bool = False) -> None:
+         memory: bool = False, unit: str = "token") -> None:
     """Reports tokens/s of "ours" against the matrix-multiply rate (FLOP/s) and every other side's description."""
     times, peaks, flops = alternate(kind, sides, shape, rounds)
     rate = tokens / statistics.median(times["ours"])
-    report(name, rate, "tokens/s", f"matrix-multiply rate, at {flops['ours'] / 1e6:.2f} MFLOP a token",
+    report(name, rate, f"{unit}s/s", f"matrix-multiply rate, at {flops['ours'] / 1e6:.2f} MFLOP a {unit}",
            peak / flops["ours"])
     for side, text in sides.items():
         if side != "ours":
             ratio = statistics.median(p / o for o, p in zip(times["ours"], times[side], strict=True))
-            report(name, rate, "tokens/s", text, rate / ratio)
+            report(name, rate, f"{unit}s/s", text, rate / ratio)
         if memory:
             report(f"{name}, peak memory", peaks[side], "MB", text)
 
@@ -479,7 +504,7 @@ def apelr_model(side: str, version: str, V: int, K: int, L: int, H: int, terms: 
     return train_apelr.build_model(cfg).to(device), cfg
 
 
-class ApelrTrainer(Trainer):
+class ApelrTrainer(SlowTrainer):
     """train_apelr.py, or the source, in the shape of apelr_model."""
 
     def __init__(self, side: str, version: str, *shape):
@@ -499,7 +524,6 @@ class ApelrTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.step()  # the first does not count
 
     def loss_of_source(self) -> torch.Tensor:
         if self.version == "v1":
@@ -509,17 +533,6 @@ class ApelrTrainer(Trainer):
         for ours, (name, weight) in APELR_TERMS[self.version].items():
             total = total + (-weight if ours in train_apelr.MAXIMISED else weight) * terms[name]
         return total
-
-    def median_step(self) -> float:
-        """Of a second's steps, one where it takes longer, as it does at the source."""
-        times = []
-        while sum(times) < 1:
-            _wait(self.device)
-            began = time.perf_counter()
-            self.step()
-            _wait(self.device)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
 
     def flops_per_token(self) -> float:
         return train_apelr.flops_per_token(self.model, self.cfg)
@@ -552,7 +565,276 @@ def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tup
     return found
 
 
-BENCHES = {"ghmm": bench_ghmm, "arxiv": bench_arxiv, "apelr": bench_apelr}
+# ---------------------------------------------------------------------------------------------------------------
+# state
+# ---------------------------------------------------------------------------------------------------------------
+STATE_GENES = 2_000
+STATE_SIZES = {  # sets of cells a step, and settings; the second: arc-state's state_sm, fewer sets
+    "hidden 128": (8, {"cell_set_len": 64, "hidden_dim": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512}),
+    "state_sm": (4, {"cell_set_len": 128, "hidden_dim": 672, "n_layers": 4, "n_heads": 8, "head_dim": 84,
+                     "d_ff": 2_688, "n_encoder_layers": 4, "n_decoder_layers": 4})}
+STATE_LOSSES = ((8, 64, 2_000), (4, 512, 2_000))  # sets, cells, genes
+STATE_LARGE = (1_024, 20_000)  # cells, genes of the sets that memory is measured with
+
+
+def bench_state(peer_path: str | None, full: bool = False) -> None:
+    """Loader against cell-load, training against arc-state, the energy distance against geomloss, peak memory.
+
+    arc-state: the newest release's model with its training_step and optimizer, gradients clipped at 10; "with loaders":
+    each model fed by its own loader in its own process, without workers, cell-load's one batch after another as a
+    Lightning trainer draws them. The same weights and no dropout on both sides.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lacking = [name for name, module in (("arc-state", "state"), ("cell-load", "cell_load")) if missing(module)]
+    for name in lacking:
+        report(f"state {name}", 0.0, "cells/s", f"{name} missing: pip install {name}")
+    with tempfile.TemporaryDirectory() as folder:
+        toml = str(write_cells(Path(folder)))
+        for measure in ():
+            for line in alone(measure, toml, device, lacking):
+                report(*line)
+        peak = Runtime(train_state.Config(device=device, precision="fp32")).matmul_rate()
+        report(f"state matrix-multiply rate, {device}", peak / 1e9, "GFLOP/s")
+        for size, (batch, settings) in STATE_SIZES.items():
+            for loads in (False, True)[: 1 + (full or size == "hidden 128")]:
+                sides = {"ours": ""}
+                if settings["hidden_dim"] >= 256 and not loads:
+                    sides["bf16"] = "the same in bf16"
+                if not lacking or lacking == ["cell-load"] and not loads:
+                    sides["arc-state"] = "arc-state" + " fed by cell-load" * loads
+                race("StateTrainer", sides, (size, toml, loads, device), batch * settings["cell_set_len"],
+                     f"state training, {size}{', with loaders' * loads} {device}", peak, 5 if full else 2, unit="cell")
+    measure_large(lacking)
+
+
+def alone(function, *arguments):
+    """What a function returns in a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def write_cells(folder: Path) -> Path:
+    """A TOML of 10,240 cells, a tenth of their 2,000 genes above 0: dense in X_hvg, sparse in X. Returns its path.
+
+    4 cell types of 16 perturbations, 128 cells of each, and of 512 control cells: no set lacks a cell.
+    """
+    rng, kind = np.random.default_rng(0), np.repeat(np.arange(4 * 20), 128)
+    cells = 30 * np.maximum(rng.random((len(kind), STATE_GENES), np.float32) - np.float32(0.9), 0)  # up to 3: log1p
+    obs = {"gene": [f"p{k % 20}" if k % 20 < 16 else "non-targeting" for k in kind],
+           "cell_type": [f"c{k // 20}" for k in kind], "gem_group": [f"b{i % 2}" for i in range(len(kind))]}
+    prepare_data.write_h5ad(folder / "cells.h5ad", (*prepare_data.as_csr(cells), cells.shape), obs,
+                            [f"g{i}" for i in range(STATE_GENES)], {"X_hvg": cells})
+    path = folder / "cells.toml"
+    path.write_text(f'[datasets]\nbench = "{folder / "cells.h5ad"}"\n[training]\nbench = "train"\n')
+    return path
+
+
+def cell_batches(toml: str, device: str, **settings):
+    """(step -> batch, settings, experiment) of train_state.py on the cells of write_cells."""
+    cfg = train_state.Config(**{"toml_config_path": toml, "val_fraction": 0.0, "dropout": 0.0, "optimizer": "adam",
+                                "use_basal_projection": False, "device": device, "precision": "fp32"} | settings)
+    rt, experiment = Runtime(cfg), train_state.open_data(cfg)
+    return train_state.Batches(rt, experiment, train_state.Store(experiment, rt.device, cfg), cfg), cfg, experiment
+
+
+@contextlib.contextmanager
+def quiet():
+    """The peers print their models, and warn of what is set by their own defaults."""
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+            warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def cell_load(toml: str, cfg: train_state.Config):
+    """The training batches of cell-load, epoch after epoch."""
+    from cell_load.data_modules import PerturbationDataModule
+
+    module = PerturbationDataModule(
+        toml, batch_size=cfg.batch_size, num_workers=0, embed_key=cfg.embed_key, cell_sentence_len=cfg.cell_set_len,
+        output_space="gene" if cfg.embed_key else "all", basal_mapping_strategy="random")
+    module.setup()
+    return itertools.chain.from_iterable(itertools.repeat(module.train_dataloader()))
+
+
+def measure_cells(toml: str, device: str, lacking: list[str]) -> list[tuple]:
+    """Batches of 16 sets of 64 cells with their control cells, on the device, all of one process."""
+    ours = {"dense X_hvg in memory": {}, "dense X_hvg, streamed": {"ram_budget_gb": 0.01},
+            "sparse X in memory": {"embed_key": None, "output_space": "all"},
+            "sparse X, streamed": {"embed_key": None, "output_space": "all", "ram_budget_gb": 0.01}}
+    draws, peers, found = {}, {}, []
+    with quiet():
+        for name, settings in ours.items():
+            batches, cfg, _ = cell_batches(toml, device, batch_size=16, cell_set_len=64, **settings)
+            draws[name] = functools.partial(lambda batches, steps: batches(next(steps)), batches, itertools.count())
+            if "cell-load" not in lacking and "streamed" not in name:
+                peers[name.split()[0]] = functools.partial(next, cell_load(toml, cfg))
+        rounds = [{name: seconds(draw, torch.device(device), repeats=2 if name in peers else 10)
+                   for name, draw in (draws | peers).items()} for _ in range(3)]
+    for name in draws:
+        rate, kind = 16 * 64 / statistics.median(r[name] for r in rounds), name.split()[0]
+        ratio = statistics.median(r[kind] / r[name] for r in rounds) if kind in peers else None
+        found.append((f"state loader, {name} {device}", rate, "cells/s", *(
+            (f"cell-load, {kind}", rate / ratio) if ratio else ())))
+    return found
+
+
+def measure_distance(toml: str, device: str, lacking: list[str]) -> list[tuple]:
+    """The energy distance with its gradient, against geomloss; and how far their values are apart."""
+    plain, found = geomloss.SamplesLoss("energy", backend="tensorized"), []
+    for shape in STATE_LOSSES:
+        generator = torch.Generator().manual_seed(0)
+        x, y = (30 * (torch.rand(shape, generator=generator) - 0.9).relu().to(device) for _ in range(2))
+        x.requires_grad_()
+
+        def run(distance, x=x, y=y):
+            return torch.autograd.grad(distance(x, y).sum(), x)
+
+        sides = {"ours": train_state.set_loss, "geomloss": plain}
+        rounds = [{side: seconds(functools.partial(run, distance), x.device, repeats=3)
+                   for side, distance in sides.items()} for _ in range(3)]
+        rate = shape[0] * shape[1] / statistics.median(r["ours"] for r in rounds)
+        ratio = statistics.median(r["geomloss"] / r["ours"] for r in rounds)
+        where = "[{}, {}, {}]".format(*shape) + f" {device}"
+        found.append((f"state energy distance, {where}", rate, "cells/s", "geomloss, tensorized", rate / ratio))
+        with torch.no_grad():
+            gap = float(((train_state.set_loss(x, y) - plain(x, y)) / plain(x, y)).abs().max())
+        found.append((f"state energy distance, {where}, difference", gap, "relative", "of the value of geomloss"))
+    return found
+
+
+def arc_state(cfg: train_state.Config, experiment, model=None):
+    """arc-state's model of these settings, with the weights of ours if there is one."""
+    with quiet():
+        from state.tx.models.state_transition import StateTransitionPerturbationModel
+
+        settings = copy.deepcopy(train_state.model_settings(cfg, experiment.dims()))
+        peer = StateTransitionPerturbationModel(**settings, lr=cfg.lr)
+    peer.log = lambda *arguments, **options: None  # its trainer's
+    if model is not None:
+        peer.load_state_dict(train_state.source_state_dict(model))
+    return peer
+
+
+def in_rows(batch: dict) -> dict:
+    """A batch of ours as cell-load gives it: a row a cell."""
+    S = batch["ctrl_cell_emb"].shape[1]
+    return {"pert_emb": batch["pert_emb"].repeat_interleave(S, 0), "batch": batch["batch"].flatten(),
+            **{name: batch[name].flatten(0, 1) for name in ("ctrl_cell_emb", "pert_cell_emb")}}
+
+
+def measure_agreement(toml: str, device: str, lacking: list[str]) -> list[tuple]:
+    """Loss and gradient norm of arc-state and ours with its weights, on the same batch, relative differences."""
+    found = []
+    for size, (batch_size, settings) in STATE_SIZES.items():
+        batches, cfg, experiment = cell_batches(toml, device, batch_size=batch_size, **settings)
+        torch.manual_seed(0)
+        peer, model = arc_state(cfg, experiment).to(device), train_state.build_model(cfg, experiment.dims()).to(device)
+        model.load_source_state_dict(peer.state_dict())
+        batch = batches(0)
+        losses = [peer.training_step(in_rows(batch), 0), model(batch, losses=True)["loss"]]
+        for loss in losses:
+            loss.backward()
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in side.parameters() if p.grad is not None])
+                 for side in (peer, model)]
+        for what, (theirs, own) in {"loss": losses, "gradient norm": norms}.items():
+            gap = abs(own.item() / theirs.item() - 1)
+            if not gap <= 1e-5:
+                raise AssertionError(f"arc-state and train_state disagree by {gap:.1e} in the {what} of {size}")
+            found.append((f"state {what}, {size} {device}, difference", gap, "relative", "of arc-state's"))
+    return found
+
+
+class StateTrainer(SlowTrainer):
+    """train_state.py, in fp32 or bf16, or arc-state; on one batch, or with the loader of either side."""
+
+    def __init__(self, side: str, size: str, toml: str, loads: bool, device: str):
+        self.device = torch.device(device)
+        batch_size, settings = STATE_SIZES[size]
+        precision = "bf16" if side == "bf16" else "fp32"
+        batches, cfg, experiment = cell_batches(toml, device, batch_size=batch_size, precision=precision, **settings)
+        rt = Runtime(cfg).__enter__()
+        self.model = train_state.build_model(cfg, experiment.dims()).to(self.device)
+        self.cfg, batch = cfg, batches(0)
+        if side != "arc-state":
+            trained, steps = rt.wrap(self.model), itertools.count()
+            optimizer = train_state.make_optimizer(self.model, cfg, rt)
+            parameters = list(self.model.parameters())
+            draw = (lambda: batches(next(steps))) if loads else (lambda: batch)
+
+            def step() -> None:
+                train_state.train_step(trained, draw(), rt, cfg)
+                rt.step(optimizer, parameters, cfg.grad_clip)
+                optimizer.zero_grad(set_to_none=True)
+        else:
+            peer, rows = arc_state(cfg, experiment, self.model).to(self.device), in_rows(batch)
+            optimizer, self.model = peer.configure_optimizers(), None
+            with quiet():
+                stream = cell_load(toml, cfg) if loads else itertools.repeat(rows)
+
+            def step() -> None:
+                with quiet():
+                    given = peer.transfer_batch_to_device(next(stream), self.device, 0)
+                peer.training_step(given, 0).backward()
+                torch.nn.utils.clip_grad_norm_(peer.parameters(), cfg.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        self.step = step
+
+    def flops_per_token(self) -> float:
+        """Of a cell: 6 x Linear weights, the perturbation's once a set; full attention; 5 products of the distance."""
+        S, weights = self.cfg.cell_set_len, {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                part = name.split(".")[0]
+                weights[part] = weights.get(part, 0) + module.weight.numel()
+        width = self.cfg.n_heads * (self.cfg.head_dim or self.cfg.hidden_dim // self.cfg.n_heads)
+        dense = sum(weights.values()) - weights["pert_encoder"] * (1 - 1 / S)
+        return 6 * dense + 12 * self.cfg.n_layers * S * width + 10 * S * self.model.output_dim
+
+
+def measure_large(lacking: list[str]) -> None:
+    """Peak memory of one training step, and of the energy distance alone, with one set of many cells and genes."""
+    S, G = STATE_LARGE
+    where, cells = f"one set of {S:,} cells, {G:,} genes", S * G * 4 / 2**20
+    report(f"state cells, {where}", cells, "MB", "predicted or measured, for comparison")
+    for name, kind, other, peer in (
+            ("training step", "ours", "arc-state", None if "arc-state" in lacking else "arc-state's"),
+            ("energy distance", "distance", "geomloss", "geomloss's")):
+        found = alone(measure_peak, kind)
+        against = (peer, alone(measure_peak, other)) if peer else ()
+        report(f"state {name}, {where}, peak memory", found, "MB", *against)
+
+
+def measure_peak(kind: str) -> float:
+    """MB that one forward and backward pass adds to what model, weights and cells take; on the CPU."""
+    S, G = STATE_LARGE
+    cells, measured = torch.rand(2, 1, S, G)
+    if kind in ("ours", "arc-state"):
+        cfg = train_state.Config(cell_set_len=S, dropout=0.0, use_basal_projection=False, optimizer="adam")
+        dims = dict.fromkeys(("input_dim", "output_dim", "gene_dim", "hvg_dim"), G) | {"pert_dim": 16, "batch_dim": 2}
+        batch = {"pert_emb": torch.eye(16)[:1], "ctrl_cell_emb": cells, "pert_cell_emb": measured,
+                 "batch": torch.zeros(1, S, dtype=torch.long)}
+        if kind == "ours":
+            model = train_state.build_model(cfg, dims | {"decodes": False})
+            run = lambda: model(batch, losses=True)["loss"]  # noqa: E731
+        else:
+            sizes = argparse.Namespace(dims=lambda: dims | {"decodes": False})
+            peer, rows = arc_state(cfg, sizes), in_rows(batch)
+            run = lambda: peer.training_step(rows, 0)  # noqa: E731
+    else:
+        cells.requires_grad_()
+        distance = train_state.set_loss if kind == "distance" else geomloss.SamplesLoss("energy", backend="tensorized")
+        run = lambda: distance(cells, measured).sum()  # noqa: E731
+    torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # torch's own footprint
+    before = peak_memory()
+    run().backward()
+    return peak_memory() - before
+
+
+BENCHES = {"ghmm": bench_ghmm, "arxiv": bench_arxiv, "apelr": bench_apelr, "state": bench_state}
+LONGER = ("apelr", "state")  # with --full
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -560,7 +842,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; default all")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--peer", metavar="PATH", help="checkout of the peer, for the benchmarks that take one by path")
-    parser.add_argument("--full", action="store_true", help="apelr: the whole grid of shapes")
+    parser.add_argument("--full", action="store_true", help="apelr: the whole grid of shapes; state: more rounds")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in BENCHES:
@@ -573,7 +855,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     RESULTS.clear()
     for name in args.names or BENCHES:
         run = BENCHES[name]
-        run(args.peer, full=True) if args.full and name == "apelr" else run(args.peer)
+        run(args.peer, full=True) if args.full and name in LONGER else run(args.peer)
     if args.json:
         Path(args.json).write_text(json.dumps(RESULTS, indent=2) + "\n")
     return RESULTS

@@ -1206,7 +1206,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
     names = list(map(str, names))
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" There are {listed or 'none'}"
+    return (f"; did you mean {near[0]!r}? There are" if near else "; there are") + f" {listed or 'none'}"
 
 
 def as_text(value) -> str:

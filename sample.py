@@ -335,9 +335,14 @@ def sample_state(path: Path, cfg: Config) -> dict:
     if run.batch_col:
         columns[run.batch_col] = np.array(experiment.batches)[experiment.batch[rows]]
     genes = experiment.genes if model.gene_decoder is None else experiment.count_genes
+    names = np.empty(len(rows), object)
+    for f, source in enumerate(experiment.files):
+        with prepare_data.H5ad(source) as file:
+            here = experiment.file[rows] == f
+            names[here] = [f"{name}-{f}" if f else str(name) for name in file.obs_names[experiment.row[rows[here]]]]
     for name in ("pred", "real"):  # control cells are as measured in both
         cells = np.concatenate([np.concatenate([part[name], part["control"]]) for part in parts])
-        prepare_data.write_h5ad(folder / f"{name}.h5ad", cells, columns, genes)
+        prepare_data.write_h5ad(folder / f"{name}.h5ad", cells, columns, genes, obs_names=names.astype(str))
     print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
     print(f"after {step} steps: " + train_state.verdict(result, folder).removeprefix("done: "))
     return {"experiment": "state", "step": step, **result}
@@ -357,8 +362,13 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
             raise prepare_data.DataError(f"{cfg.adata} has no control cells: no cell has {run.pert_col} = "
                                          f"{run.control_pert!r}; say --columns='{{control_pert: NAME}}'")
         batches = file.column(run.batch_col) if hasattr(model, "batch_encoder") else None
-        names = list(map(str, train_state.column_names(file, run.embed_key)))
-        order = train_state.numbers(list(extra.get("genes") or names), names, "gene", cfg.adata)
+        names, _ = train_state.align([cfg.adata], [train_state.column_names(file, run.embed_key)], run.embed_key or "X",
+                                     run.strict)
+        place, genes = {name: i for i, name in enumerate(names)}, extra.get("genes") or names
+        for gene in (gene for gene in genes if gene not in place):
+            raise prepare_data.DataError(f"{cfg.adata} has no gene {gene!r}, which this model reads"
+                                         + prepare_data.suggest(gene, names))
+        order = [place[gene] for gene in genes]
         is_control = perts == pert_names.index(run.control_pert)
         known = train_state.known_perturbations(run, extra)
         wanted = cfg.perturbations or [n for n in pert_names if n != run.control_pert] or [
@@ -368,12 +378,15 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
         if batches is not None:
             places = train_state.numbers(batches[1], extra["batches"], "batch", cfg.adata)
             codes = np.array(places)[batches[0]]
+        if empty := [name for t, name in enumerate(type_names) if not (is_control & (types == t)).any()]:
+            raise prepare_data.DataError(f"{cfg.adata}: cell type {empty[0]} has no control cells to start from")
         cells, columns, S = [], {run.cell_type_key: [], run.pert_col: []}, run.cell_set_len
+        basal = np.full(file.n_obs, -1)
+        basal[is_control] = np.arange(is_control.sum())
+        expression = train_state.read_rows(file, run, np.flatnonzero(is_control))[:, order]
         for t, name in enumerate(type_names):
             controls = np.flatnonzero(is_control & (types == t))
-            if not len(controls):
-                raise prepare_data.DataError(f"{cfg.adata}: cell type {name} has no control cells to start from")
-            inputs = torch.from_numpy(train_state.read_rows(file, run, controls)[:, order])
+            inputs = torch.from_numpy(expression[basal[controls]])
             for p in wanted:
                 here = int(((types == t) & (perts == pert_names.index(p))).sum()) if p in pert_names else 0
                 n = cfg.cells or here or len(controls)
@@ -391,7 +404,7 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
                 columns[run.cell_type_key] += [name] * n
                 columns[run.pert_col] += [p] * n
     folder.mkdir(parents=True, exist_ok=True)
-    genes = extra.get("genes") if model.gene_decoder is None else extra.get("count_genes")
+    genes = genes if model.gene_decoder is None else extra.get("count_genes")
     genes = genes or [f"feature_{i}" for i in range(cells[0].shape[1])]
     prepare_data.write_h5ad(folder / "predicted.h5ad", np.concatenate(cells),
                             {k: np.array(v) for k, v in columns.items()}, np.array(genes))

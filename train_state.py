@@ -419,8 +419,9 @@ class Experiment:
         return {name: int(getattr(self, name)) for name in names} | {"decodes": self.needs_counts}
 
     def maps(self) -> dict:
-        """What the codes mean: lists of names."""
-        return {"cell_types": self.cell_types, "perturbations": self.perturbations, "batches": self.batches}
+        """What the codes, and the columns of cells, mean: lists of names."""
+        names = ("cell_types", "perturbations", "batches", "genes", "count_genes")
+        return {name: None if (found := getattr(self, name)) is None else list(map(str, found)) for name in names}
 
     def rows(self, split: str, controls: bool) -> np.ndarray:
         """Cells of a split, ascending: the perturbed ones, and the controls that serve them if `controls`."""
@@ -602,6 +603,18 @@ def check_values(matrix: Matrix, expression: bool, counts: str) -> bool:
     raise DataError(f"{where} holds {what} up to {found['max']:g}, not log1p: python prepare_data.py state "
                     f"--action=preprocess --input={matrix.source.path}"
                     + (", or counts=convert to normalise while reading" if matrix.key == "X" else ""))
+
+
+def read_rows(file: H5ad, cfg, rows: np.ndarray) -> np.ndarray:
+    """The input features of these (ascending) rows of a file, [n, D] float32, checked. Raises DataError."""
+    matrix, parts = file.matrix(cfg.embed_key), []
+    convert = check_values(matrix, cfg.embed_key in (None, "X", "X_hvg"), cfg.counts)
+    for start, stop, block in matrix.blocks(8_192):
+        dense = as_dense(block, matrix.shape[1])[rows[(rows >= start) & (rows < stop)] - start]
+        if convert:
+            dense = np.log1p(dense * (TARGET_SUM / np.maximum(dense.sum(1, keepdims=True), 1e-30)))
+        parts.append(dense.astype(np.float32))
+    return np.concatenate(parts)
 
 
 class Part:
@@ -999,6 +1012,13 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), in the precision of x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class LlamaBlock(nn.Module):
     """Pre-norm block of Llama (Touvron et al. 2023): RMSNorm, attention, RMSNorm, SwiGLU."""
 
@@ -1006,7 +1026,7 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.self_attn = Attention(H, heads, kv_heads, head_dim, dropout)
         self.mlp = GatedMLP(H, d_ff)
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(H, eps), nn.RMSNorm(H, eps)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(H, eps), RMSNorm(H, eps)
 
     def forward(self, x: torch.Tensor, seen: str, turn: tuple | None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), seen, turn)
@@ -1021,7 +1041,7 @@ class Llama(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(LlamaBlock(H, heads, kv_heads, head_dim, d_ff, dropout, eps)
                                     for _ in range(layers))
-        self.norm = nn.RMSNorm(H, eps)
+        self.norm = RMSNorm(H, eps)
         self.seen, self.head_dim = "all" if bidirectional else "causal", head_dim
         self.theta = theta if rotary else None
         for weight in self.parameters():
@@ -1243,16 +1263,15 @@ class StateTransitionPerturbationModel(nn.Module):
             self.gene_decoder = LatentToGeneDecoder(**decoder_cfg)
         if not predict_residual and output_space == "all":  # then it has no part in the output
             self.final_down_then_up.requires_grad_(False)
-        if mask_attn:  # nor have these: one cell alone has nothing to weigh
-            for name, weight in self.transformer_backbone.named_parameters():
-                weight.requires_grad_(".q_proj." not in name and ".k_proj." not in name)
         self.clips = embed_key in ("X_hvg", None) or (compat_relu and self.gene_decoder is None)
         if lora and lora.get("enable", False):
             add_lora(self.transformer_backbone, lora.get("r", 16), lora.get("alpha", 32), lora.get("dropout", 0.0),
                      lora.get("adapt_mlp", False))
+        for name, weight in self.transformer_backbone.named_parameters():
+            frozen = (freeze_pert_backbone or freeze_pert) and "lora_" not in name
+            if frozen or (mask_attn and re.search(r"\.[qk]_proj\.", name)):  # one cell alone has nothing to weigh
+                weight.requires_grad_(False)
         if freeze_pert_backbone or freeze_pert:
-            for name, weight in self.transformer_backbone.named_parameters():
-                weight.requires_grad_("lora_" in name and weight.requires_grad)
             self.project_out.requires_grad_(False)
 
     def sentences(self, x: torch.Tensor, width: int, padded: bool) -> torch.Tensor:
@@ -1857,21 +1876,26 @@ def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> Non
             true, guess = model["real_delta"][c], model["delta"][c]
             panel.axline((0, 0), slope=1, color="k", linewidth=0.6)
             panel.plot(true, guess, ".", markersize=2)
+            least, top = min(true.min(), guess.min()), max(true.max(), guess.max())
+            limits = (least - 0.05 * (top - least), top + 0.05 * (top - least))
+            panel.set(xlim=limits, ylim=limits, aspect="equal")
             panel.set_title(f"{labels[c]}\nr = {records[c]['pearson_delta']:.3f}", fontsize=7)
             panel.tick_params(labelsize=6)
         for panel in figure.axes[len(shown):]:
             panel.set_axis_off()
-        figure.supxlabel("true mean effect of each gene", fontsize=8)
+        figure.supxlabel("true mean effect on each gene or feature (log1p, if expression)", fontsize=8)
         figure.supylabel("predicted", fontsize=8)
         figure.suptitle(title, fontsize=9, wrap=True)
 
     def by_perturbation(axes):
         shown = ranked(metric, most)
         rows = range(len(shown))
-        for name, fill in ((best_baseline(results, metric), "none"), ("model", "C0")):
-            axes.plot([results[name]["per_condition"][c][metric] for c in shown], rows, "o", markersize=4,
-                      color="C0" if name == "model" else "k", markerfacecolor=fill, label=name)
-        axes.set_yticks(rows, [labels[c] for c in shown], fontsize=6)
+        for name in (best_baseline(results, metric), "model"):
+            style = {"color": "C0", "markersize": 4} if name == "model" else {"color": "k", "markersize": 8,
+                                                                              "markerfacecolor": "none"}
+            axes.plot([results[name]["per_condition"][c][metric] for c in shown], rows, "o", **style,
+                      label=name + " (best baseline)" * (name != "model"))
+        axes.set_yticks(rows, [labels[c] for c in shown], fontsize=7)
         axes.invert_yaxis()
         axes.grid(axis="y", linewidth=0.3)
         axes.set_xlabel(f"{metric} ({'larger' if METRICS[metric] else 'smaller'} is better)")
@@ -1882,10 +1906,9 @@ def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> Non
         for split, key in (("train", "loss"), ("eval", "val_loss")):
             line = [(r["step"], r[key]) for r in history if r["split"] == split and key in r]
             if line:
-                axes.plot(*zip(*line, strict=True), label="training" if split == "train" else "validation")
+                axes.plot(*zip(*line, strict=True), marker=".", label="training" if split == "train" else "validation")
                 axes.legend(fontsize=8)
         axes.set(xlabel="step", ylabel="loss")
-        axes.set_title(title, fontsize=9, wrap=True)
 
     plot(folder, "delta", effects, width=8, height=1 + 2 * -(-min(12, len(records)) // 4))
     for metric in METRICS:
@@ -1983,8 +2006,7 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict]:
 
 def plain_name(name: str) -> str:
     """A weight's name without what compilation, wrapping and PEFT put before it."""
-    for wrap in ("_orig_mod.", "module."):
-        name = name.removeprefix(wrap)
+    name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)
     return name.replace("transformer_backbone.base_model.model.", "transformer_backbone.").replace("._orig_mod", "")
 
 
@@ -2082,8 +2104,8 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise checkpoint.CheckpointError(f"init_from = {cfg.init_from}: there is no checkpoint {path}")
-    state = checkpoint._read(path)[0]
-    if state.get("experiment") == "state":
+    if checkpoint.experiment_of(path) == "state":
+        state = checkpoint.load(path, "state")
         weights = state["model"]
         shape = {k: state["config"][k] for k in SHAPE}
     else:
@@ -2310,7 +2332,9 @@ def start_at_mean(model: StateTransitionPerturbationModel, experiment: Experimen
     rows = experiment.rows("train", controls=True)
     rows = rows[experiment.is_control[rows]]
     rows = rows[:: -(-len(rows) // most)]
-    last = model.final_down_then_up if model.output_space == "all" else model.project_out
+    last = model.project_out
+    if model.output_space == "all" and model.predict_residual:
+        last = model.final_down_then_up
     with torch.no_grad():
         last[-1].bias.copy_(store.rows(rows).mean(0))
         if model.gene_decoder is not None:
@@ -2387,6 +2411,9 @@ def train(cfg: Config) -> dict:
         if cfg.init_from:
             cfg, initial = start_from_checkpoint(cfg)
         experiment = open_data(cfg)
+        if not any(len(experiment.rows(split, controls=False)) for split in ("val", "test")):
+            raise DataError(f"{cfg.toml_config_path} holds nothing out: name cells for test or val, or leave a share of "
+                            "the conditions for validation with val_fraction = 0.1")
         dims = experiment.dims()
         model = build_model(cfg, dims)
         fresh = initialise(model, initial, cfg) if initial else []
@@ -2455,7 +2482,7 @@ def train(cfg: Config) -> dict:
                     terms, laps = {}, 0
                     log.train(step, means | {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed,
                                              "epoch": step * cfg.batch_size / len(batches.sentences)},
-                              lr, norm, speed, left=(cfg.max_steps - step) * cells_per_step / speed,
+                              lr, norm, speed, left=(cfg.max_steps - step) * cells_per_step / speed, unit="cells",
                               loss=means["loss"])
                 improved = False
                 if evaluates and held:
@@ -2463,7 +2490,8 @@ def train(cfg: Config) -> dict:
                     improved = values["val_loss"] < best
                     best = min(best, values["val_loss"])
                     log.metrics(step, "eval", values)
-                    log.say(f"step {step:>6} eval | " + " | ".join(f"{k} {v:.5f}" for k, v in values.items())
+                    shown = {"val_loss": values["val_loss"]} | (values if len(values) > 2 else {})
+                    log.say(f"step {step:>6} eval | " + " | ".join(f"{k} {v:.5f}" for k, v in shown.items())
                             + " *" * improved)
                 if saves or improved:
                     saved = checkpoint.capture(rt, "state", config_dict(cfg), step, model, optimizer, best,
@@ -2555,7 +2583,7 @@ def load_run(path: str | Path, device: str = "auto") -> tuple[Config, nn.Module,
     Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_file() and "state" != checkpoint._read(path)[0].get("experiment"):
+    if path.is_file() and checkpoint.experiment_of(path) != "state":
         return load_source_run(path, device)
     state = checkpoint.load(path / "best.pt" if (path / "best.pt").exists() else path, "state")
     cfg, extra = from_dict(Config, state["config"], str(path)), state["extra"]
@@ -2634,7 +2662,8 @@ def arguments(argv: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> dict:
     argv = arguments(sys.argv[1:] if argv is None else argv)
     cfg = configure(Config, argv, aliases=ALIASES)
-    if cfg.device == "cuda" and not torch.cuda.is_available() and not any("device" in word for word in argv):
+    asked = any(re.match(r"-*([\w.]+\.)?device(=|$)", word) for word in argv)
+    if cfg.device == "cuda" and not torch.cuda.is_available() and not asked:
         print("note: device = cuda of the configuration file is not there: device = auto")  # the source ignores it
         cfg.device = "auto"
     try:

@@ -170,6 +170,11 @@ def load(path: Path, experiment: str | None = None) -> dict:
     return state
 
 
+def experiment_of(path: Path) -> str:
+    """The experiment of a checkpoint or run folder; "" for a file that is not ours or cannot be read."""
+    return _read(path / "last.pt" if path.is_dir() else path)[0].get("experiment", "")
+
+
 def _read(path: Path) -> tuple[dict, str]:
     """(state, "") or ({}, what is wrong with the file)."""
     try:

@@ -1,0 +1,879 @@
+"""train_state.py and sample.py as a user runs them: files, resuming, ranks, the source's settings, predictions."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import yaml
+from commands import python, refusal
+from comparison import unequal
+
+import prepare_data
+import sample
+import train_state
+from common import checkpoint
+from common.runtime import Runtime
+from configurator import configure
+from train_state import ALIASES, Config, read_toml
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--n_layers=1", "--hidden_dim=16", "--n_heads=2", "--d_ff=32", "--cell_set_len=4", "--batch_size=4",
+        "--decoder_hidden_dims=8,8", "--lr=1e-2", "--warmup_steps=0", "--eval_sentences=8", "--device=cpu",
+        "--precision=fp32", "--out_dir=run")
+RUN = (*TINY, "--max_steps=12", "--log_interval=2", "--eval_interval=5", "--save_interval=4", "--keep_last=-1",
+       "--embed_key=X_state", "--output_space=gene", "--detach_decoder", "--dropout=0.1", "--mmd_num_chunks=2",
+       "--randomize_mmd_chunks", "--source_files")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+draw_picture = train_state.plot
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(in_a_folder_of_its_own, monkeypatch):
+    """Unless it asks, a test draws no pictures."""
+    monkeypatch.setattr(train_state, "plot", lambda *args, **options: None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """synthetic.toml: 5 cell types, 4 perturbations and 24 genes. rich.toml: of these cells, X is everything, X_hvg
+    the first 8 genes and X_state an embedding of 6 features; two perturbations of a known type are held out."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_data.main(["state", "--num_cell_types=5", "--num_perturbations=4", "--num_genes=24", "--num_batches=2",
+                       "--cells_per_condition=10", "--controls_per_cell_type=16", f"--out_dir={folder}"])
+    rewrite(folder / "synthetic.h5ad", folder / "rich.h5ad", X_hvg=lambda X: X[:, :8], X_state=embedded)
+    text = (folder / "synthetic.toml").read_text().replace("synthetic.h5ad", "rich.h5ad")
+    (folder / "rich.toml").write_text(text.replace("synthetic", "rich"))
+    return folder
+
+
+def embedded(X: np.ndarray) -> np.ndarray:
+    return (X @ np.random.default_rng(0).normal(size=(X.shape[1], 6)) / 5).astype(np.float32)
+
+
+def rewrite(source: Path | str, target: Path | str, keep=None, order=None, X=None, obs=None, **obsm) -> None:
+    """A copy of an h5ad of these cells and genes in this order, with X, obs and obsm (functions of X) as given."""
+    with prepare_data.H5ad(source) as file:
+        keep = np.arange(file.n_obs) if keep is None else keep
+        order = np.arange(file.n_vars) if order is None else order
+        dense = cells_of(source)[keep][:, order] if X is None else X
+        columns = {k: np.array(names)[codes][keep] for k in ("gene", "cell_type", "gem_group")
+                   for codes, names in [file.column(k)]}
+        chosen = np.arange(len(order)) < obsm["X_hvg"](dense).shape[1] if "X_hvg" in obsm else None
+        prepare_data.write_h5ad(target, dense, columns | (obs or {}), file.gene_names[order],
+                                {k: make(dense) for k, make in (obsm or {"X_hvg": lambda X: X}).items()},
+                                var=None if chosen is None else {"highly_variable": chosen})
+
+
+def cells_of(path: Path | str, key: str | None = None) -> np.ndarray:
+    """A matrix of an h5ad as a dense array; None is X."""
+    with prepare_data.H5ad(path) as file:
+        matrix = file.matrix(key)
+        return np.concatenate([prepare_data.as_dense(block, matrix.shape[1]) for _, _, block in matrix.blocks()])
+
+
+def labels(path: Path | str, column: str) -> np.ndarray:
+    with prepare_data.H5ad(path) as file:
+        codes, names = file.column(column)
+        return np.array(names)[codes]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = python(ROOT / "train_state.py", *RUN, f"--toml={data / 'rich.toml'}", folder=folder)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory) -> Path:
+    """A run on the synthetic cells: expression in, expression out. Tests leave the folder as it is."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state, "plot", lambda *args, **options: None)
+        run(data, "--max_steps=8", "--source_files", f"--out_dir={folder}")
+    return folder
+
+
+def run(data: Path, *settings: str, toml: str = "synthetic.toml") -> dict:
+    return train_state.main([*TINY, "--max_steps=2", f"--toml={data / toml}", *settings])
+
+
+def refused(capsys, *argv: str, code: int = 2) -> str:
+    return refusal(capsys, train_state.main, *argv, code=code)
+
+
+def read(path: Path | str):
+    return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def records(folder: Path | str, split: str) -> list[dict]:
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if k not in ("time_s", "cells_per_s")} for r in lines if r["split"] == split]
+
+
+def weights(folder: Path | str, name: str = "last.pt") -> dict:
+    return checkpoint.load(Path(folder) / name, "state")["model"]
+
+
+def assert_as_if_uninterrupted(folder: Path | str, whole: Path | str) -> None:
+    found, expected = (checkpoint.load(Path(path)) for path in (folder, whole))
+    keys = ("step", "best", "model", "optimizer", "ranks", "extra")
+    assert unequal({k: found[k] for k in keys}, {k: expected[k] for k in keys}) == []
+    for split in ("train", "eval"):
+        assert records(folder, split) == records(whole, split) != []
+    assert read(Path(folder) / "results.json") == read(Path(whole) / "results.json")
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "metrics.csv", "plots",
+        "train_state.py", "last.pt", "best.pt", "step_4.pt", "step_5.pt", "step_8.pt", "step_10.pt", "step_12.pt",
+        "var_dims.json", "pert_onehot_map.pt", "cell_type_map.json", "batch_map.json", "checkpoints", "var_dims.pkl",
+        "cell_type_onehot_map.torch", "batch_onehot_map.torch"}
+    pictures = {path.stem: matplotlib.image.imread(path) for path in (whole / "plots").iterdir()}
+    assert {"delta", "loss", "pearson_delta_by_perturbation", "mae_by_perturbation"} <= pictures.keys()
+    for name, image in pictures.items():
+        assert min(image.shape[:2]) >= 200 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 30, name
+    summary = read(whole / "summary.json")
+    assert {"pearson_delta", "mae", "discrimination", "baselines", "cells_per_second", "config_hash", "seconds",
+            "torch", "device", "val_loss"} <= summary.keys() and summary["steps"] == 12
+    assert summary["baselines"].keys() == {"control_mean", "perturbation_mean", "context_mean"}
+    assert all({"pearson_delta", "mae", "discrimination"} <= means.keys() for means in summary["baselines"].values())
+    dims = read(whole / "var_dims.json")
+    assert {k: dims[k] for k in ("input_dim", "output_dim", "hvg_dim", "gene_dim", "pert_dim", "batch_dim")} == {
+        "input_dim": 6, "output_dim": 6, "hvg_dim": 8, "gene_dim": 24, "pert_dim": 5, "batch_dim": 2}
+    assert dims["pert_names"] == ["non-targeting", "p0", "p1", "p2", "p3"] == list(
+        features := torch.load(whole / "pert_onehot_map.pt", weights_only=True))
+    assert torch.equal(torch.stack(list(features.values())), torch.eye(5))
+    assert dims["gene_names"] == [f"g{i:02}" for i in range(8)] and read(whole / "batch_map.json") == {"b0": 0, "b1": 1}
+    assert read(whole / "cell_type_map.json") == {f"c{i}": i for i in range(5)}
+
+
+def test_the_table_of_conditions_averages_to_the_summary(whole):
+    with open(whole / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    summary = read(whole / "summary.json")
+    for name, means in {"model": summary, **summary["baselines"]}.items():
+        mine = [row for row in rows if row["model"] == name]
+        assert [(row["cell_type"], row["perturbation"]) for row in mine] == [("c4", f"p{i}") for i in range(4)]
+        for metric in ("mae", "mse", "discrimination", "energy_distance"):
+            assert np.mean([float(row[metric]) for row in mine]) == pytest.approx(means[metric]), (name, metric)
+
+
+def test_baselines_and_errors_of_a_run_are_those_of_the_cells_in_the_file(plain, data, tmp_path):
+    """Another way to the numbers: means by hand from the h5ad, predictions from what sample.py writes."""
+    file = data / "synthetic.h5ad"
+    X, types, perts = cells_of(file).astype(np.float64), labels(file, "cell_type"), labels(file, "gene")
+
+    def mean(cell_type: str, pert: str) -> np.ndarray:
+        return X[(types == cell_type) & (perts == pert)].mean(0)
+
+    validated = set(re.search(r"val = \[(.*)\]", (data / "synthetic.toml").read_text())[1].replace('"', "").split(", "))
+    found = read(plain / "summary.json")["baselines"]
+    control, errors, correlations = mean("c4", "non-targeting"), [], []
+    for pert in ("p0", "p1", "p2", "p3"):
+        trained = ["c0", "c1", "c2"] + ["c3"] * (pert not in validated)
+        effect = np.mean([mean(t, pert) - mean(t, "non-targeting") for t in trained], 0)
+        errors.append(np.abs(control + effect - mean("c4", pert)).mean())
+        correlations.append(np.corrcoef(effect, mean("c4", pert) - control)[0, 1])
+    assert validated and found["perturbation_mean"]["mae"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert found["perturbation_mean"]["pearson_delta"] == pytest.approx(np.mean(correlations), abs=1e-4)
+    sample.main([str(plain), "--device=cpu", f"--out={tmp_path / 'out'}"])
+    predicted, names = tmp_path / "out/pred.h5ad", labels(tmp_path / "out/pred.h5ad", "gene")
+    cells = cells_of(predicted).astype(np.float64)
+    mae = np.mean([np.abs(cells[names == p].mean(0) - mean("c4", p)).mean() for p in ("p0", "p1", "p2", "p3")])
+    assert read(plain / "summary.json")["mae"] == pytest.approx(mae, rel=1e-4)
+
+
+def test_a_model_of_one_step_is_said_not_to_beat_the_baselines(data, capsys):
+    result = run(data, "--max_steps=1", "--lr=1e-6")
+    last = capsys.readouterr().out.splitlines()[-1]
+    rivals = {name: means["pearson_delta"] for name, means in result["baselines"].items()}
+    best = max(rivals, key=rivals.get)
+    assert result["pearson_delta"] < rivals[best]
+    assert f"DOES NOT BEAT the baseline {best}" in last and f"{rivals[best]:.4f} ({best})" in last and "plots" in last
+
+
+@pytest.mark.parametrize("mine, words", [(0.6, "beats every baseline"), (0.5, "DOES NOT BEAT the baseline b"),
+                                         (0.4, "DOES NOT BEAT the baseline b")])
+def test_the_verdict_names_the_best_baseline_and_a_tie_beats_nothing(mine, words):
+    result = {"pearson_delta": mine, "mae": 1.0, "conditions": 3, "baselines": {
+        "a": {"pearson_delta": 0.1, "mae": 2.0}, "b": {"pearson_delta": 0.5, "mae": 3.0}}}
+    assert words in train_state.verdict(result, Path("run"))
+
+
+def test_analyze_repeats_the_numbers(whole):
+    shutil.copytree(whole, "run")
+    for name in ("results.json", "metrics.csv"):
+        Path("run", name).unlink()
+    result = train_state.main(["--analyze=run", "--device=cpu"])
+    assert read("run/results.json") == read(whole / "results.json")
+    assert result["pearson_delta"] == read(whole / "summary.json")["pearson_delta"]
+
+
+def test_the_final_numbers_are_those_of_the_best_weights(data):
+    result = run(data, "--lr=0.3", "--schedule=constant", "--max_steps=12", "--eval_interval=2")
+    history = [record["val_loss"] for record in records("run", "eval")]
+    best = checkpoint.load(Path("run/best.pt"))
+    assert result["val_loss"] == min(history) == best["best"] < history[-1]
+    assert best["step"] == 2 + 2 * int(np.argmin(history))
+    again = train_state.main(["--analyze=run/best.pt", "--device=cpu"])
+    assert again["mae"] == result["mae"] != train_state.main(["--analyze=run/last.pt", "--device=cpu"])["mae"]
+
+
+# ------------------------------------------------------------------------------------------------ killed and resumed
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_a_run_stopped_and_started_again_ends_with_the_same_bits(step, data, whole):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == step)
+        assert run(data, *RUN, toml="rich.toml") == {"stopped_at": step}
+    assert not Path("run/summary.json").exists() and checkpoint.load(Path("run"))["step"] == step
+    assert run(data, *RUN, toml="rich.toml")["steps"] == 12
+    assert_as_if_uninterrupted("run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data):
+    settings = [*RUN, f"--toml={data / 'rich.toml'}", "--max_steps=150", "--log_interval=1", "--keep_last=0"]
+    train_state.main([*settings, "--out_dir=alone"])
+    environment, metrics = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("run/metrics.jsonl")
+    with subprocess.Popen([sys.executable, ROOT / "train_state.py", *settings], env=environment,
+                          stdout=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 12:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        job.send_signal(number)
+    assert job.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert 0 < checkpoint.load(Path("run"))["step"] < 150 and not Path("run/summary.json").exists()
+    assert train_state.main(settings)["steps"] == 150
+    assert_as_if_uninterrupted("run", "alone")
+
+
+def test_other_seeds_give_other_bits(data, plain):
+    """What the tests above call the same can be told from what is not."""
+    run(data, "--max_steps=8", "--seed=43")
+    assert unequal(weights("run"), weights(plain)) != []
+
+
+def test_resume_never_trains_anew_and_a_finished_run_is_only_measured(data, plain, capsys):
+    shutil.copytree(plain, "run")
+    before = Path("run/last.pt").read_bytes()
+    settings = ("--max_steps=8", "--source_files")
+    assert run(data, *settings)["steps"] == 8 and Path("run/last.pt").read_bytes() == before
+    assert "resumed from" in capsys.readouterr().out
+    run(data, *settings, "--resume=never")
+    assert "resumed" not in capsys.readouterr().out and unequal(weights("run"), weights(plain)) == []
+
+
+@pytest.mark.parametrize("change, words", [
+    ("--lr=2e-2", "lr: 0.01 -> 0.02"), ("--max_steps=9", "max_steps: 8 -> 9"), ("--loss=mse", "loss: 'energy' -> 'mse'")])
+def test_a_finished_run_with_another_setting_is_refused_with_the_choices(change, words, data, plain, capsys):
+    shutil.copytree(plain, "run")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    told = refused(capsys, *TINY, "--max_steps=8", "--source_files", f"--toml={data / 'synthetic.toml'}", change)
+    assert words in told and "resume=never" in told and "another out_dir" in told
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", ["genes", "perturbations", "names of genes", "names of perturbations"])
+def test_a_run_does_not_go_on_with_other_data(change, data, capsys):
+    Path("d").mkdir()
+    for name in ("synthetic.h5ad", "synthetic.toml"):
+        shutil.copy(data / name, "d")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == 2)
+        run(Path("d"), "--max_steps=4")
+    before = Path("run/last.pt").read_bytes()
+    perts = labels("d/synthetic.h5ad", "gene")
+    if change == "genes":
+        rewrite(data / "synthetic.h5ad", "d/synthetic.h5ad", order=np.arange(20))
+    elif change == "perturbations":
+        rewrite(data / "synthetic.h5ad", "d/synthetic.h5ad", obs={"gene": np.where(
+            (labels("d/synthetic.h5ad", "cell_type") == "c0") & (perts == "p0"), "p9", perts)})
+    elif change == "names of genes":  # of the same number: what a gene means has changed
+        rewrite(data / "synthetic.h5ad", "d/synthetic.h5ad", order=np.arange(24)[::-1])
+    else:
+        rewrite(data / "synthetic.h5ad", "d/synthetic.h5ad", obs={"gene": np.char.replace(perts, "p2", "p2b")})
+    told = refused(capsys, *TINY, "--max_steps=4", "--toml=d/synthetic.toml")
+    assert str(Path("run/last.pt")) in told and Path("run/last.pt").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------- several ranks
+
+
+RANKED = {  # what changes which parameters take part; dropout would differ between ranks
+    "plain": (), "accumulated": ("--grad_accum=2",),
+    "tokens": ("--use_batch_token", "--basal_mapping_strategy=batch", "--confidence_token"),
+    "masked": ("--mask_attn", "--lora"), "gpt2": ("--transformer_backbone_key=GPT2", "--mask_attn", "--lora"),
+    "all": ("--output_space=all", "--embed_key=none", "--no-predict_residual"),
+    "frozen": ("--freeze_pert_backbone",), "lora": ("--lora", "--lora_mlp", "--freeze_pert_backbone"),
+    "batches": ("--batch_encoder", "--embed_key=X_state", "--detach_decoder"), "no_basal": ("--no-use_basal_projection",),
+}  # fmt: skip
+MANY = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_state
+train_state.plot = lambda *args, **options: None
+for argv in json.loads(sys.argv[1]):
+    train_state.main(argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory) -> Path:
+    """A run of two ranks for each of RANKED, one after the other in the same two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "many.py").write_text(MANY)
+    commands = [ranked(data, name, f"--out_dir={name}") for name in RANKED]
+    done = python(*TORCHRUN, "many.py", json.dumps(commands), folder=folder)
+    assert done.returncode == 0 and done.stdout.count("done: the model") == len(RANKED), done.stderr[-3000:]
+    return folder
+
+
+def ranked(data: Path, name: str, *more: str) -> list[str]:
+    toml = "rich.toml" if name == "batches" else "synthetic.toml"
+    return [*TINY, "--max_steps=3", "--dropout=0", "--lora_dropout=0", "--decoder_dropout=0", "--lr=1e-3",
+            f"--toml={data / toml}", *RANKED[name], *more]
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_two_ranks_train_like_one(name, data, two_ranks):
+    alone = train_state.main(ranked(data, name))
+    found, expected = weights(two_ranks / name), weights("run")
+    start = train_state.build_model(configure(Config, ranked(data, name), ALIASES), checkpoint.load(Path("run"))["extra"]["dims"])
+    assert any(not torch.allclose(v, start.state_dict()[k], atol=1e-3) for k, v in expected.items())
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, atol=2e-5), key
+    two = read(two_ranks / name / "summary.json")
+    assert two["mae"] == pytest.approx(alone["mae"], rel=1e-4) and two["steps"] == 3
+    assert [r["val_loss"] for r in records(two_ranks / name, "eval")] == pytest.approx(
+        [r["val_loss"] for r in records("run", "eval")], rel=1e-4)
+
+
+def test_accumulated_steps_are_one_step_of_the_whole_batch(data):
+    for folder, parts in (("one", 1), ("four", 4)):
+        run(data, "--batch_size=8", "--dropout=0", f"--grad_accum={parts}", "--lr=1e-3", f"--out_dir={folder}")
+    assert unequal(weights("one"), weights("four")) != []  # summed in another order, so not to the bit
+    assert all(torch.allclose(weights("one")[k], v, atol=2e-5) for k, v in weights("four").items())
+
+
+# ------------------------------------------------------------------------------------------ settings of the source
+
+SPEC = {  # hidden, layers, d_ff, heads, head_dim, set, MLP layers
+    "state": (768, 8, 3072, 12, 64, 512, 1), "tahoe_llama_62089464": (696, 8, 2784, 12, 58, 512, 4),
+    "state_sm": (672, 4, 2688, 8, 84, 128, 4), "state_lg": (1488, 6, 5952, 12, 124, 512, 4),
+    "tahoe_llama_212693232": (1488, 6, 5952, 12, 124, 512, 4), "tahoe_best": (1440, 4, 4416, 12, 120, 512, 4),
+    "smolstate": (672, 6, 2688, 12, 84, 256, 4), "pertsets": (328, 8, None, 8, None, 512, 4),
+}  # fmt: skip
+
+
+def sizes(cfg: Config) -> tuple:
+    return (cfg.hidden_dim, cfg.n_layers, cfg.d_ff, cfg.n_heads, cfg.head_dim, cfg.cell_set_len, cfg.n_encoder_layers)
+
+
+def source_yaml(name: str) -> Path:
+    """A file of the structure of the source's configurations: nested, with references and keys without effect."""
+    hidden, layers, wide, heads, head_dim, length, deep = SPEC[name]
+    shape = {"n_positions": "${model.kwargs.cell_set_len}", "n_embd": "${model.kwargs.hidden_dim}", "n_layer": layers,
+             "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if name != "pertsets":
+        shape = {"bidirectional_attention": True, "hidden_size": "${model.kwargs.hidden_dim}",
+                 "max_position_embeddings": "${model.kwargs.cell_set_len}", "intermediate_size": wide,
+                 "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+                 "head_dim": head_dim, "use_cache": False, "attention_dropout": 0.0, "rotary_dim": 0}
+    kwargs = {"cell_set_len": length, "hidden_dim": hidden, "n_encoder_layers": deep, "n_decoder_layers": deep,
+              "loss": "energy", "softplus": True, "confidence_head": False, "transformer_decoder": False,
+              "use_effect_gating_token": False, "init_from": None, "use_basal_projection": False, "blur": 0.05,
+              "transformer_backbone_key": "GPT2" if name == "pertsets" else "llama",
+              "transformer_backbone_kwargs": shape, "lora": {"enable": False, "r": 16, "alpha": 32, "bias": "none"}}
+    path = Path(f"{name}.yaml")
+    path.write_text(yaml.safe_dump({"name": "state", "checkpoint": None, "device": "cuda", "kwargs": kwargs}))
+    return path
+
+
+def assert_of_the_spec(cfg: Config, name: str) -> None:
+    expected, found = SPEC[name], sizes(cfg)
+    assert all(mine == theirs for mine, theirs in zip(found, expected, strict=True) if theirs is not None)
+    assert cfg.n_decoder_layers == expected[-1] and cfg.attention_dropout == 0 and not cfg.lora
+    assert cfg.transformer_backbone_key == ("GPT2" if name == "pertsets" else "llama")
+
+
+@pytest.mark.parametrize("name", SPEC)
+def test_a_yaml_of_the_source_gives_the_sizes_of_the_spec(name):
+    with pytest.warns(UserWarning, match="without effect") as told:
+        cfg = configure(Config, [str(source_yaml(name))], ALIASES)
+    assert_of_the_spec(cfg, name)
+    assert "use_effect_gating_token" in str(told[0].message) and "softplus" in str(told[0].message)
+    assert (cfg.hidden_dim, cfg.blur, cfg.use_basal_projection) == (SPEC[name][0], 0.05, False)
+
+
+TRAINING = {"wandb_track": True, "weight_decay": 0.002, "batch_size": 8, "lr": "3e-4", "max_steps": 700, "train_seed": 7,
+            "val_freq": 30, "ckpt_every_n_steps": 20, "gradient_clip_val": 3, "gradient_accumulation_steps": 2,
+            "loss_fn": "mse", "devices": 1, "strategy": "auto", "use_mfu": False,
+            "mfu_kwargs": {"available_flops": "60e12", "window_size": 2}}
+DATA = {"name": "PerturbationDataModule", "kwargs": {
+    "toml_config_path": "x.toml", "embed_key": "X_hvg", "output_space": "all", "pert_rep": "onehot", "num_workers": 12,
+    "n_basal_samples": 2, "downsample": None, "downsample_cells": None, "basal_mapping_strategy": "batch",
+    "should_yield_control_cells": False, "batch_col": "plate", "pert_col": "drug", "cell_type_key": "line",
+    "control_pert": "DMSO_TF", "map_controls": False, "perturbation_features_file": None, "barcode": True},
+    "output_dir": None, "debug": True}
+MEANT = {"weight_decay": 0.002, "batch_size": 8, "lr": 3e-4, "max_steps": 700, "seed": 7, "eval_interval": 30,
+         "save_interval": 20, "grad_clip": 3.0, "grad_accum": 2, "toml_config_path": "x.toml", "embed_key": "X_hvg",
+         "output_space": "all", "n_basal_samples": 2, "basal_mapping_strategy": "batch", "batch_col": "plate",
+         "should_yield_control_cells": False, "pert_col": "drug", "cell_type_key": "line", "map_controls": False,
+         "control_pert": "DMSO_TF", "downsample_cells": None, "loss": "energy"}
+
+
+@pytest.mark.filterwarnings("ignore:settings without effect")
+@pytest.mark.parametrize("whole_file", [False, True])
+def test_training_and_data_of_the_source_mean_ours(whole_file):
+    files = {"training.yaml": TRAINING, "data.yaml": DATA}
+    if whole_file:  # as the source saves it in a run folder
+        files = {"config.yaml": {"training": TRAINING, "data": {k: DATA[k] for k in ("name", "kwargs")},
+                                 "model": yaml.safe_load(source_yaml("state_sm").read_text()),
+                                 "wandb": {"entity": "e", "project": "p", "local_wandb_dir": "w", "tags": ["x"]},
+                                 "name": "n", "output_dir": "out", "use_wandb": True, "overwrite": False}}
+    for name, content in files.items():
+        Path(name).write_text(yaml.safe_dump(content))
+    cfg = configure(Config, [*files], ALIASES)
+    assert {k: getattr(cfg, k) for k in MEANT} == MEANT
+    if whole_file:
+        assert_of_the_spec(cfg, "state_sm")
+        assert (cfg.out_dir, cfg.wandb_entity, cfg.wandb_project) == ("out", "e", "p")
+
+
+@pytest.mark.filterwarnings("ignore:settings without effect")
+def test_the_files_of_arc_state_give_the_sizes_of_the_spec():
+    found = importlib.util.find_spec("state")
+    if found is None or not (folder := Path(found.origin or "/").parent / "configs").exists():
+        pytest.skip("arc-state is not installed")
+    names = [path.stem for path in (folder / "model").glob("*.yaml") if path.stem in SPEC]
+    assert len(names) >= 7
+    for name in names:
+        parts = [folder / part for part in ("data/perturbation.yaml", "training/default.yaml", "wandb/default.yaml")]
+        assert_of_the_spec(configure(Config, [*map(str, parts), str(folder / f"model/{name}.yaml")], ALIASES), name)
+
+
+@pytest.mark.filterwarnings("ignore:settings without effect")
+def test_a_command_line_of_the_source_means_ours(monkeypatch):
+    line = ("data.kwargs.toml_config_path=x.toml data.kwargs.embed_key=X_hvg data.kwargs.num_workers=12 "
+            "data.kwargs.batch_col=gem_group data.kwargs.pert_col=target_gene data.kwargs.cell_type_key=cell_line "
+            "data.kwargs.control_pert=DMSO_TF training.max_steps=400 training.val_freq=100 training.batch_size=8 "
+            "training.ckpt_every_n_steps=50 model.kwargs.cell_set_len=64 model.kwargs.hidden_dim=504 model=state_sm "
+            "training.lr=1e-4 wandb.tags=[x] output_dir=out name=test use_wandb=false overwrite=true "
+            "model.kwargs.batch_encoder=false model.kwargs.nb_decoder=false")
+    seen = []
+    monkeypatch.setattr(train_state, "train", lambda cfg: seen.append(cfg) or {})
+    train_state.main(line.split())
+    cfg = seen[0]
+    assert (cfg.hidden_dim, cfg.n_layers, cfg.head_dim, cfg.cell_set_len, cfg.d_ff) == (504, 4, 84, 64, 2688)
+    assert (cfg.max_steps, cfg.eval_interval, cfg.save_interval, cfg.batch_size, cfg.lr) == (400, 100, 50, 8, 1e-4)
+    assert (cfg.pert_col, cfg.cell_type_key, cfg.batch_col, cfg.control_pert, cfg.out_dir) == (
+        "target_gene", "cell_line", "gem_group", "DMSO_TF", "out")
+
+
+@pytest.mark.parametrize("name", train_state.SIZES)
+def test_every_model_of_the_source_can_be_named(name, monkeypatch):
+    monkeypatch.setattr(train_state, "train", lambda cfg: cfg)
+    assert_of_the_spec(train_state.main([f"model={name}", "--device=cpu"]), name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.filterwarnings("ignore:settings without effect")
+def test_cuda_in_a_file_of_the_source_is_no_demand_but_on_the_command_line_it_is(data, capsys):
+    Path("m.yaml").write_text("device: cuda\nkwargs: {softplus: true, cell_set_len: 4}\n")
+    small = [a for a in TINY if "device" not in a] + ["--max_steps=1", f"--toml={data / 'synthetic.toml'}"]
+    assert train_state.main(["m.yaml", *small])["device"] == "cpu"
+    assert train_state.main(["m.yaml", *small, "training.devices=1", "--resume=never"])["device"] == "cpu"
+    assert "CUDA" in refused(capsys, "m.yaml", *small, "--device=cuda", "--out_dir=other")
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("state*.py")), ids=lambda path: path.stem)
+def test_a_published_config_is_accepted(path):
+    chosen = {ALIASES.get(k, k): v for k, v in runpy.run_path(str(path)).items() if not k.startswith("_")}
+    cfg = configure(Config, [str(path)], ALIASES)
+    assert len(chosen) >= 4 and {key: getattr(cfg, key) for key in chosen} == chosen
+    spec = {"state": "state", "state_sm": "state_sm", "state_lg": "state_lg", "state_tahoe": "tahoe_llama_62089464",
+            "state_smol": "smolstate"}
+    if path.stem in spec:
+        assert_of_the_spec(cfg, spec[path.stem])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("state*.toml")), ids=lambda path: path.stem)
+def test_an_example_toml_lacks_nothing_but_its_files(path):
+    with pytest.raises(prepare_data.DataError, match="there is no h5 or h5ad file at .*k562.h5"):
+        read_toml(path)
+    names = re.findall(r"\{(.*?)\}", path.read_text())[-1].split(",")
+    folder = Path("data/replogle")
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / f"{name}.h5").touch()
+    Path("config").mkdir()
+    plan = read_toml(shutil.copy(path, "config"))
+    assert [file.stem for file in plan.datasets["replogle"]] == names and plan.training == {"replogle"}
+    assert len(plan.zeroshot) + len(plan.fewshot) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- sample.py
+
+
+def predict(*argv: str | Path) -> dict:
+    return sample.main([*map(str, argv), "--device=cpu"])
+
+
+def by_condition(path: Path | str) -> dict[tuple, np.ndarray]:
+    """Cells of an h5ad by (cell type, perturbation)."""
+    cells, kinds = cells_of(path), [labels(path, column) for column in ("cell_type", "gene")]
+    return {kind: cells[[pair == kind for pair in zip(*kinds, strict=True)]] for kind in zip(*kinds, strict=True)}
+
+
+def test_held_out_conditions_are_written_as_cells_with_metrics_and_pictures(whole, data, monkeypatch):
+    monkeypatch.setattr(train_state, "plot", draw_picture)
+    shutil.copytree(whole, "run")
+    result = predict("run", "--json=r.json")
+    folder = Path("run/predictions")
+    assert {"pred.h5ad", "real.h5ad", "metrics.csv", "plots", "results.json"} == {p.name for p in folder.iterdir()}
+    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert "delta" in {path.stem for path in (folder / "plots").iterdir()}
+    assert result["pearson_delta"] == read("r.json")["pearson_delta"] == read(whole / "summary.json")["pearson_delta"]
+    pred, real = by_condition(folder / "pred.h5ad"), by_condition(folder / "real.h5ad")
+    assert pred.keys() == real.keys() == {("c4", p) for p in ("non-targeting", "p0", "p1", "p2", "p3")}
+    truth, kinds = cells_of(data / "rich.h5ad", "X_hvg"), labels(data / "rich.h5ad", "gene")
+    for (_, pert), cells in real.items():
+        mine = truth[(kinds == pert) & (labels(data / "rich.h5ad", "cell_type") == "c4")]
+        assert np.array_equal(np.sort(cells, 0), np.sort(mine, 0)) and pred["c4", pert].shape == cells.shape == mine.shape
+        assert np.array_equal(pred["c4", pert], cells) == (pert == "non-targeting")
+    assert (cells_of(folder / "pred.h5ad") >= 0).all()
+
+
+def test_anndata_opens_predictions_and_their_cells_match(whole):
+    anndata = pytest.importorskip("anndata")
+    predict(whole, "--out=out")
+    pred, real = (anndata.read_h5ad(f"out/{name}.h5ad") for name in ("pred", "real"))
+    assert pred.obs.equals(real.obs) and list(pred.var_names) == list(real.var_names) == [f"g{i:02}" for i in range(8)]
+    assert set(pred.obs["gene"]) == {"non-targeting", "p0", "p1", "p2", "p3"} and pred.obs["gem_group"].nunique() == 2
+
+
+def test_another_toml_of_fewer_perturbations_is_read_by_the_numbers_of_the_run(plain, data):
+    predict(plain, "--out=all")
+    names = labels(data / "synthetic.h5ad", "gene")
+    Path("sub").mkdir()
+    rewrite(data / "synthetic.h5ad", "sub/few.h5ad", keep=np.flatnonzero(np.isin(names, ["non-targeting", "p2", "p3"])))
+    Path("sub/few.toml").write_text('[datasets]\nx = "few.h5ad"\n[zeroshot]\n"x.c4" = "test"\n[training]\nx = "train"\n')
+    predict(plain, "--toml=sub/few.toml", "--out=few")
+    every, few = by_condition("all/pred.h5ad"), by_condition("few/pred.h5ad")
+    assert few.keys() == {("c4", p) for p in ("non-targeting", "p2", "p3")}
+    model = train_state.load_run(plain, "cpu")[1].eval()
+    controls = torch.from_numpy(every["c4", "non-targeting"])
+    for code, pert in ((3, "p2"), (4, "p3")):  # by hand: which control cells are drawn may differ, what they become not
+        with torch.no_grad():
+            one = [model.predict({"ctrl_cell_emb": c[None, None], "pert_emb": torch.eye(5)[[code]]})["cells"][0, 0]
+                   for c in controls]
+        assert np.linalg.norm(few["c4", pert].mean(0) - torch.stack(one).numpy().mean(0)) < 1.0
+        near = min(every, key=lambda kind: np.linalg.norm(every[kind].mean(0) - few["c4", pert].mean(0)))
+        assert near == ("c4", pert)
+
+
+@pytest.mark.parametrize("change, words", [("perturbation", "'p1x' is not of this model's training, did you mean 'p1'"),
+                                           ("genes", "other genes"), ("fewer", "other genes")])
+def test_data_that_the_model_does_not_know_are_refused(change, words, plain, data, capsys):
+    names = labels(data / "synthetic.h5ad", "gene")
+    order = {"genes": np.arange(24)[::-1], "fewer": np.arange(23)}.get(change)
+    obs = {"gene": np.char.replace(names, "p1", "p1x")} if change == "perturbation" else None
+    rewrite(data / "synthetic.h5ad", "synthetic.h5ad", order=order, obs=obs)
+    Path("s.toml").write_text((data / "synthetic.toml").read_text().replace('"p1"', '"p1x"' if obs else '"p1"'))
+    assert words in refusal(capsys, sample.main, str(plain), "--toml=s.toml", "--device=cpu", "--out=out")
+    assert not Path("out").exists()
+
+
+def controls_file(data: Path, path: str = "controls.h5ad", order=None, perturbed: bool = False) -> None:
+    names = labels(data / "synthetic.h5ad", "gene")
+    kept = np.flatnonzero((names == "non-targeting") | perturbed & (names == "p2"))
+    rewrite(data / "synthetic.h5ad", path, keep=kept, order=order)
+
+
+def test_controls_of_a_file_become_what_the_model_says(plain, data):
+    controls_file(data)
+    predict(plain, "--adata=controls.h5ad", "--perturbations=p3,p0", "--out=out")
+    found, given = by_condition("out/predicted.h5ad"), by_condition("controls.h5ad")
+    assert found.keys() == {(f"c{t}", p) for t in range(5) for p in ("p0", "p3")}
+    model = train_state.load_run(plain, "cpu")[1].eval()
+    controls = torch.from_numpy(given["c1", "non-targeting"])
+    # Each control cell is an input once: of sentences of one length the model's answers are its own, whoever sits there.
+    assert all(len(cells) == 16 for cells in found.values())
+    with torch.no_grad():
+        mean = model.predict({"ctrl_cell_emb": controls[None], "pert_emb": torch.eye(5)[[4]]})["cells"][0].mean(0)
+    near = min(found, key=lambda kind: np.linalg.norm(found[kind].mean(0) - mean.numpy()))
+    assert near == ("c1", "p3")
+
+
+def test_genes_of_a_file_may_stand_in_another_order(plain, data):
+    controls_file(data)
+    controls_file(data, "turned.h5ad", order=np.random.default_rng(1).permutation(24))
+    for name in ("controls", "turned"):
+        predict(plain, f"--adata={name}.h5ad", "--perturbations=p1", f"--out={name}")
+    assert np.array_equal(cells_of("controls/predicted.h5ad"), cells_of("turned/predicted.h5ad"))
+    controls_file(data, "short.h5ad", order=np.arange(23))
+    with pytest.raises(SystemExit):
+        predict(plain, "--adata=short.h5ad", "--perturbations=p1", "--out=short")
+    assert not Path("short").exists()
+
+
+def test_what_is_wanted_is_read_from_the_labels_of_the_file_or_is_all(plain, data):
+    controls_file(data)
+    controls_file(data, "some.h5ad", perturbed=True)
+    assert predict(plain, "--adata=some.h5ad", "--out=some")["perturbations"] == ["p2"]
+    assert {k: len(v) for k, v in by_condition("some/predicted.h5ad").items()} == {(f"c{t}", "p2"): 10 for t in range(5)}
+    assert predict(plain, "--adata=controls.h5ad", "--cells=3", "--out=all")["cells"] == 5 * 4 * 3
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--adata=gone.h5ad", "gone.h5ad"), ("--adata=controls.h5ad --perturbations=p7", "p7"),
+    ("--adata=short.h5ad", "has no gene 'g23'"), ("--adata=controls.h5ad --columns={control_pert:ctrl}", "no control cells"),
+    ("--adata=controls.h5ad --columns={pert_col:gen}", "gen"), ("--toml=gone.toml", "gone.toml"),
+    ("--perturbations=p1", "go with adata"), ("--columns={pert_cal:x}", "pert_cal"), ("--adata=wild.h5ad", "nan")])
+def test_predictions_that_cannot_be_made_are_refused(argv, words, plain, data, capsys):
+    controls_file(data)
+    controls_file(data, "short.h5ad", order=np.arange(23))
+    rewrite("controls.h5ad", "wild.h5ad", X_hvg=lambda X: np.where(np.arange(24) == 3, np.nan, X).astype(np.float32))
+    told = refusal(capsys, sample.main, str(plain), *argv.split(), "--device=cpu", "--out=out")
+    assert words.lower() in told.lower() and not Path("out").exists()
+
+
+@pytest.mark.parametrize("which", ["plain", "whole"])
+def test_a_checkpoint_in_the_form_of_the_source_predicts_like_the_run(which, data, request):
+    folder, toml = request.getfixturevalue(which), data / ("synthetic.toml" if which == "plain" else "rich.toml")
+    for name, path in (("ours", folder), ("theirs", folder / "checkpoints/final.ckpt")):
+        predict(path, f"--toml={toml}", f"--out={name}")
+    assert np.array_equal(cells_of("ours/pred.h5ad"), cells_of("theirs/pred.h5ad"))
+    assert by_condition("ours/pred.h5ad").keys() == by_condition("theirs/pred.h5ad").keys()
+    assert Path("ours/metrics.csv").read_bytes() == Path("theirs/metrics.csv").read_bytes()
+
+
+# --------------------------------------------------------------------------------------- what can be trained together
+
+
+@pytest.mark.parametrize("settings", [
+    "--embed_key=X_hvg", "--embed_key=none --output_space=all", "--embed_key=X_hvg --output_space=all",
+    "--embed_key=X_state", "--embed_key=X_state --output_space=all", "--embed_key=X_state --output_space=embedding",
+    "--embed_key=X_state --residual_decoder --decoder_hidden_dims=8,8,8", "--embed_key=X_state --no-gene_decoder_bool",
+    "--transformer_backbone_key=GPT2", "--batch_encoder", "--use_batch_token --basal_mapping_strategy=batch",
+    "--confidence_token", "--lora --lora_mlp", "--mask_attn", "--no-predict_residual", "--rotary --no-bidirectional_attention",
+    "--loss=sinkhorn", "--loss=se", "--loss=mse", "--distributional_loss=gaussian", "--regularization=0.1",
+    "--n_basal_samples=3 --no-map_controls", "--no-should_yield_control_cells --downsample_cells=5", "--batch_col=",
+    "--optimizer=adam --schedule=constant", "--pert_norm --confidence_token --no-confidence_per_set", "--n_kv_heads=1",
+    "--counts=convert --embed_key=none --output_space=all", "--precision=bf16", "--activation=relu --head_dim=12"])
+def test_settings_train_and_are_measured_and_can_be_loaded(settings, data):
+    result = run(data, *settings.split(), toml="rich.toml")
+    cfg, model, step, extra = train_state.load_run(Path("run"), "cpu")
+    dims = extra["dims"]
+    if "X_state" in settings and "embedding" not in settings and "no-gene" not in settings:
+        assert model.gene_decoder is not None and dims["decodes"]
+    elif settings == "--embed_key=X_hvg --output_space=all":
+        assert model.gene_decoder is not None and model.gene_decoder.gene_dim() == 24
+    else:
+        assert model.gene_decoder is None
+    assert step == 2 and np.isfinite(result["mae"]) and result["conditions"] == 4
+    again = predict("run", "--out=out")
+    assert again["mae"] == pytest.approx(result["mae"], rel=1e-6 if cfg.precision == "fp32" else 1e-2)
+
+
+def test_features_of_perturbations_and_several_data_sets(data):
+    rewrite(data / "synthetic.h5ad", "b.h5ad", order=np.random.default_rng(1).permutation(24))
+    shutil.copy(data / "synthetic.h5ad", "a.h5ad")
+    Path("two.toml").write_text('[datasets]\na = "a.h5ad"\nb = "b.h5ad"\n[training]\na = "train"\nb = "train"\n'
+                                '[zeroshot]\n"a.c4" = "test"\n"b.c4" = "val"\n')
+    draw = torch.Generator().manual_seed(0)
+    torch.save({f"p{i}": torch.randn(3, generator=draw) for i in range(4)}, "f.pt")
+    result = run(Path(), "--perturbation_features_file=f.pt", toml="two.toml")
+    dims = read("run/var_dims.json")
+    assert result["conditions"] == 4 and dims["pert_dim"] == 3 and weights("run")["pert_encoder.0.weight"].shape == (16, 3)
+    assert predict("run", "--out=out")["mae"] == pytest.approx(result["mae"])
+    assert predict("run", "--adata=b.h5ad", "--perturbations=p1", "--out=other")["cells"] == 5 * 10
+
+
+def test_without_validation_the_last_weights_are_measured(data):
+    text = (data / "synthetic.toml").read_text()
+    Path("s.toml").write_text(text[: text.index("[fewshot")].replace("synthetic.h5ad", str(data / "synthetic.h5ad")))
+    result = run(Path(), "--val_fraction=0", "--max_steps=4", "--eval_interval=2", toml="s.toml")
+    assert records("run", "eval") == [] and not Path("run/best.pt").exists()
+    assert read("run/summary.json")["val_loss"] is None
+    assert predict("run", "--out=out")["mae"] == result["mae"]
+
+
+@pytest.mark.parametrize("form", ["run", "run/best.pt", "run/checkpoints/final.ckpt"])
+def test_training_starts_from_another_run(form, data, plain, capsys):
+    source = plain / Path(form).relative_to("run")
+    result = run(data, f"--init_from={source}", "--max_steps=1", "--lr=0", "--min_lr=0", "--weight_decay=0",
+                 "--out_dir=new", "--hidden_dim=32", "--n_layers=2")  # its sizes are taken over
+    told, before, after = capsys.readouterr().out, weights(plain, "best.pt"), weights("new")
+    assert "taken over" in told and "hidden_dim = 16" in told and "start anew: pert_encoder." in told
+    fresh = {k for k in after if not torch.equal(after[k], before[k])}
+    assert fresh == {"pert_encoder.0.weight", "pert_encoder.3.weight", "pert_encoder.0.bias", "pert_encoder.3.bias"}
+    assert result["steps"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def spoil(name: str) -> None:
+    """Damage d/s.h5ad, d/s.toml or what else is named."""
+    toml, cells = Path("d/s.toml"), Path("d/s.h5ad")
+    text = toml.read_text()
+    changed = {"typo": text.replace("[training]", "[trainin]"), "type": text.replace("synthetic.c4", "synthetic.c9"),
+               "syntax": text.replace("[datasets]", "[datasets"), "pert": text.replace('"p1"', '"p11"'),
+               "file": text.replace("s.h5ad", "t.h5ad"), "empty": "",
+               "nothing": text[: text.index("[zeroshot")]}
+    if name in changed:
+        toml.write_text(changed[name])
+    elif name in ("nan", "counts", "negative"):
+        X = cells_of(cells)
+        X = np.round(np.expm1(X)) if name == "counts" else np.where(np.arange(X.size).reshape(X.shape) == 777,
+                                                                    np.nan if name == "nan" else -1, X)
+        rewrite(cells, cells, X=X.astype(np.float32))
+    elif name == "torn":
+        cells.write_bytes(cells.read_bytes()[:-5_000])
+    elif name == "control":
+        rewrite(cells, cells, obs={"gene": np.char.replace(labels(cells, "gene"), "non-targeting", "ctrl")})
+    elif name == "lonely":
+        kept = (labels(cells, "gene") != "non-targeting") | (labels(cells, "cell_type") != "c2")
+        rewrite(cells, cells, keep=np.flatnonzero(kept))
+    elif name in ("checkpoint", "run"):
+        Path("torn.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+        torch.save({"model": 1}, "foreign.pt")
+
+
+@pytest.mark.parametrize("damage, line, words", [
+    ("", "--toml=d/gone.toml", "gone.toml"), ("typo", "", "did you mean 'training'"), ("type", "", "did you mean 'c"),
+    ("syntax", "", "cannot be read as TOML"), ("pert", "", "did you mean 'p1'"), ("file", "", "t.h5ad"),
+    ("empty", "", "s.toml"), ("nothing", "--val_fraction=0", "hold"), ("nan", "", "nan"), ("negative", "", "-1"),
+    ("counts", "", "counts"), ("torn", "", "s.h5ad"), ("control", "", "no control cells"), ("lonely", "", "c2"),
+    ("", "--pert_col=gen", "did you mean 'gene'"), ("", "--cell_type_key=celltype", "did you mean 'cell_type'"),
+    ("", "--batch_col=gem", "gem"), ("", "--control_pert=nontargeting", "did you mean 'non-targeting'"),
+    ("", "--embed_key=X_hgv", "did you mean 'X_hvg'"), ("", "--embed_key=X_state", "X_state"),
+    ("", "--gene_decoder_bool", "decoder"), ("", "--use_batch_token", "basal_mapping_strategy = batch"),
+    ("", "--perturbation_features_file=gone.pt", "gone.pt"), ("checkpoint", "--init_from=gone.pt", "gone.pt"),
+    ("checkpoint", "--init_from=torn.pt", "torn.pt"), ("checkpoint", "--init_from=foreign.pt", "foreign.pt"),
+    ("checkpoint", "--resume=torn.pt", "torn.pt"), ("checkpoint", "--resume=gone.pt", "gone.pt"),
+    ("", "--load_checkpoint_step=3", "step_3.pt"), ("", "--analyze=nowhere", "nowhere"),
+    ("", "--batch_size=6 --grad_accum=4", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
+    ("", "--lr=-1", "lr = -1"), ("", "--max_steps=0", "max_steps = 0"), ("", "--dropout=1", "dropout = 1"),
+    ("", "--cell_set_len=-4", "cell_set_len = -4"), ("", "--hidden_dims=4", "did you mean"), ("", "--loss=enery", "energy"),
+    ("", "--ram_budget_gb=0", "ram_budget_gb"), ("", "model=state_s", "state_s"), ("", "--toml=", "empty")])
+def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):
+    Path("d").mkdir()
+    shutil.copy(data / "synthetic.h5ad", "d/s.h5ad")
+    Path("d/s.toml").write_text((data / "synthetic.toml").read_text().replace("synthetic.h5ad", "s.h5ad"))
+    spoil(damage)
+    before = sorted(Path.cwd().rglob("*"))
+    told = refused(capsys, *TINY, "--max_steps=2", "--toml=d/s.toml", *line.split())
+    assert words.lower() in told.lower() and sorted(Path.cwd().rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_size_is_refused(data, plain, capsys):
+    shutil.copytree(plain, "run")
+    Path("run/summary.json").unlink()
+    told = refused(capsys, *TINY, "--max_steps=8", "--source_files", f"--toml={data / 'synthetic.toml'}",
+                   "--hidden_dim=32", "--resume=run/last.pt")
+    assert "does not fit" in told and "last.pt" in told
+
+
+def test_a_torn_last_checkpoint_names_the_good_one(data, whole, capsys):
+    shutil.copytree(whole, "run")
+    torn = Path("run/last.pt").read_bytes()[:-3_000]
+    Path("run/last.pt").unlink()
+    Path("run/last.pt").write_bytes(torn)
+    told = refused(capsys, *RUN, f"--toml={data / 'rich.toml'}")
+    assert "last.pt is damaged" in told and "step_12.pt" in told
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_naming_the_step_and_keeps_the_last_good_checkpoint(data, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == 2)
+        run(data, "--max_steps=9", "--log_interval=1")
+    before = Path("run/last.pt").read_bytes()
+    told = refused(capsys, *TINY, "--max_steps=9", "--log_interval=1", f"--toml={data / 'synthetic.toml'}", "--lr=1e30",
+                   "--schedule=constant", code=1)
+    assert re.search(r"step [3-5]\b", told) and Path("run/last.pt").read_bytes() == before
+    assert not Path("run/summary.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- memory and the start
+
+
+def test_cells_beyond_the_memory_budget_are_streamed_to_the_same_losses(data):
+    rng, n = np.random.default_rng(0), 20_000
+    X = np.where(rng.random((n, 40)) < 0.2, rng.uniform(0.1, 4, (n, 40)), 0).astype(np.float32)
+    rows, columns = X.nonzero()
+    obs = {"cell_type": rng.choice(["a", "b", "c"], n), "gene": rng.choice(["non-targeting", "p", "q"], n),
+           "gem_group": rng.choice(["x", "y"], n)}
+    prepare_data.write_h5ad("s.h5ad", (X[rows, columns], columns.astype(np.int32), np.append(0, (X != 0).sum(1).cumsum()),
+                                       X.shape), obs, [f"g{i}" for i in range(40)])
+    Path("s.toml").write_text('[datasets]\ns = "s.h5ad"\n[training]\ns = "train"\n[fewshot."s.c"]\ntest = ["q"]\n')
+    settings = ("--embed_key=none", "--output_space=all", "--max_steps=4", "--log_interval=1", "--eval_interval=2")
+    for folder, budget in (("memory", 8), ("disk", 0.001)):
+        run(Path(), *settings, f"--ram_budget_gb={budget}", f"--out_dir={folder}", toml="s.toml")
+    assert "held in memory" in Path("memory/train.log").read_text()
+    assert "read from disk" in Path("disk/train.log").read_text()
+    for split in ("train", "eval"):
+        assert records("memory", split) == records("disk", split) != []
+    assert unequal(weights("memory"), weights("disk")) == []
+    assert read("memory/results.json") == read("disk/results.json")
+
+
+def first_biases(data: Path, *settings: str) -> dict[str, torch.Tensor]:
+    """Gradients of the last biases of a model at its start, over a batch."""
+    seen = {}
+
+    def look(model, batch, rt, cfg):
+        model.eval()
+        model(batch, losses=True)["loss"].backward()
+        seen.update({k: p.grad for k, p in model.named_parameters() if k.endswith("bias")})
+        raise prepare_data.DataError("seen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state, "train_step", look)
+        with pytest.raises(SystemExit):
+            run(data, *settings, "--batch_size=16")
+    return seen
+
+
+@pytest.mark.parametrize("settings, name", [
+    ((), "project_out.3.bias"), (("--no-predict_residual",), "project_out.3.bias"),
+    (("--output_space=all", "--embed_key=none"), "final_down_then_up.2.bias"),
+    (("--output_space=all", "--embed_key=none", "--no-predict_residual"), "project_out.3.bias")])
+def test_no_gene_is_dead_at_the_start(settings, name, data, monkeypatch):
+    alive = first_biases(data, *settings)[name]
+    monkeypatch.setattr(train_state, "start_at_mean", lambda *args: None)
+    without = first_biases(data, *settings)[name]
+    assert (alive.abs() > 0).all() and len(alive) == 24
+    assert (without == 0).any() or settings, "the ReLU kills none: the test shows nothing"
+
+
+def test_importing_the_script_starts_nothing_and_brings_no_other_experiment():
+    code = "import sys, train_state; assert not {'train_arxiv', 'train_apelr', 'matplotlib'} & set(sys.modules)"
+    done = python("-c", code, folder=Path.cwd())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(Path.cwd().iterdir()) == []
