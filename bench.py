@@ -590,9 +590,10 @@ def bench_state(peer_path: str | None, full: bool = False) -> None:
         report(f"state {name}", 0.0, "cells/s", f"{name} missing: pip install {name}")
     with tempfile.TemporaryDirectory() as folder:
         toml = str(write_cells(Path(folder)))
-        for measure in ():
-            for line in alone(measure, toml, device, lacking):
-                report(*line)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            for measure in (measure_cells, measure_distance, measure_agreement)[: 3 - ("arc-state" in lacking)]:
+                for line in pool.submit(measure, toml, device, lacking).result():
+                    report(*line)
         peak = Runtime(train_state.Config(device=device, precision="fp32")).matmul_rate()
         report(f"state matrix-multiply rate, {device}", peak / 1e9, "GFLOP/s")
         for size, (batch, settings) in STATE_SIZES.items():
@@ -605,12 +606,6 @@ def bench_state(peer_path: str | None, full: bool = False) -> None:
                 race("StateTrainer", sides, (size, toml, loads, device), batch * settings["cell_set_len"],
                      f"state training, {size}{', with loaders' * loads} {device}", peak, 5 if full else 2, unit="cell")
     measure_large(lacking)
-
-
-def alone(function, *arguments):
-    """What a function returns in a fresh process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def write_cells(folder: Path) -> Path:
@@ -629,12 +624,12 @@ def write_cells(folder: Path) -> Path:
     return path
 
 
-def cell_batches(toml: str, device: str, **settings):
-    """(step -> batch, settings, experiment) of train_state.py on the cells of write_cells."""
+def cell_batches(toml: str, device: str, **settings) -> train_state.Batches:
+    """The loader of train_state.py on the cells of write_cells."""
     cfg = train_state.Config(**{"toml_config_path": toml, "val_fraction": 0.0, "dropout": 0.0, "optimizer": "adam",
                                 "use_basal_projection": False, "device": device, "precision": "fp32"} | settings)
     rt, experiment = Runtime(cfg), train_state.open_data(cfg)
-    return train_state.Batches(rt, experiment, train_state.Store(experiment, rt.device, cfg), cfg), cfg, experiment
+    return train_state.Batches(rt, experiment, train_state.Store(experiment, rt.device, cfg), cfg)
 
 
 @contextlib.contextmanager
@@ -664,13 +659,13 @@ def measure_cells(toml: str, device: str, lacking: list[str]) -> list[tuple]:
             "sparse X in memory": {"embed_key": None, "output_space": "all"},
             "sparse X, streamed": {"embed_key": None, "output_space": "all", "ram_budget_gb": 0.01}}
     draws, peers, found = {}, {}, []
-    with quiet():
+    with quiet(), Runtime(train_state.Config(device=device)):  # as in a run
         for name, settings in ours.items():
-            batches, cfg, _ = cell_batches(toml, device, batch_size=16, cell_set_len=64, **settings)
+            batches = cell_batches(toml, device, batch_size=16, cell_set_len=64, **settings)
             draws[name] = functools.partial(lambda batches, steps: batches(next(steps)), batches, itertools.count())
             if "cell-load" not in lacking and "streamed" not in name:
-                peers[name.split()[0]] = functools.partial(next, cell_load(toml, cfg))
-        rounds = [{name: seconds(draw, torch.device(device), repeats=2 if name in peers else 10)
+                peers[name.split()[0]] = functools.partial(next, cell_load(toml, batches.cfg))
+        rounds = [{name: seconds(draw, torch.device(device), repeats=1 if name in peers else 10)
                    for name, draw in (draws | peers).items()} for _ in range(3)]
     for name in draws:
         rate, kind = 16 * 64 / statistics.median(r[name] for r in rounds), name.split()[0]
@@ -685,14 +680,14 @@ def measure_distance(toml: str, device: str, lacking: list[str]) -> list[tuple]:
     plain, found = geomloss.SamplesLoss("energy", backend="tensorized"), []
     for shape in STATE_LOSSES:
         generator = torch.Generator().manual_seed(0)
-        x, y = (30 * (torch.rand(shape, generator=generator) - 0.9).relu().to(device) for _ in range(2))
+        x, y = (scale * (torch.rand(shape, generator=generator) - 0.9).relu().to(device) for scale in (30, 40))
         x.requires_grad_()
 
         def run(distance, x=x, y=y):
             return torch.autograd.grad(distance(x, y).sum(), x)
 
         sides = {"ours": train_state.set_loss, "geomloss": plain}
-        rounds = [{side: seconds(functools.partial(run, distance), x.device, repeats=3)
+        rounds = [{side: seconds(functools.partial(run, distance), x.device, repeats=2)
                    for side, distance in sides.items()} for _ in range(3)]
         rate = shape[0] * shape[1] / statistics.median(r["ours"] for r in rounds)
         ratio = statistics.median(r["geomloss"] / r["ours"] for r in rounds)
@@ -704,12 +699,12 @@ def measure_distance(toml: str, device: str, lacking: list[str]) -> list[tuple]:
     return found
 
 
-def arc_state(cfg: train_state.Config, experiment, model=None):
+def arc_state(cfg: train_state.Config, dims: dict, model=None):
     """arc-state's model of these settings, with the weights of ours if there is one."""
     with quiet():
         from state.tx.models.state_transition import StateTransitionPerturbationModel
 
-        settings = copy.deepcopy(train_state.model_settings(cfg, experiment.dims()))
+        settings = copy.deepcopy(train_state.model_settings(cfg, dims))
         peer = StateTransitionPerturbationModel(**settings, lr=cfg.lr)
     peer.log = lambda *arguments, **options: None  # its trainer's
     if model is not None:
@@ -728,9 +723,10 @@ def measure_agreement(toml: str, device: str, lacking: list[str]) -> list[tuple]
     """Loss and gradient norm of arc-state and ours with its weights, on the same batch, relative differences."""
     found = []
     for size, (batch_size, settings) in STATE_SIZES.items():
-        batches, cfg, experiment = cell_batches(toml, device, batch_size=batch_size, **settings)
+        batches = cell_batches(toml, device, batch_size=batch_size, **settings)
+        cfg, dims = batches.cfg, batches.experiment.dims()
         torch.manual_seed(0)
-        peer, model = arc_state(cfg, experiment).to(device), train_state.build_model(cfg, experiment.dims()).to(device)
+        peer, model = arc_state(cfg, dims).to(device), train_state.build_model(cfg, dims).to(device)
         model.load_source_state_dict(peer.state_dict())
         batch = batches(0)
         losses = [peer.training_step(in_rows(batch), 0), model(batch, losses=True)["loss"]]
@@ -753,10 +749,9 @@ class StateTrainer(SlowTrainer):
         self.device = torch.device(device)
         batch_size, settings = STATE_SIZES[size]
         precision = "bf16" if side == "bf16" else "fp32"
-        batches, cfg, experiment = cell_batches(toml, device, batch_size=batch_size, precision=precision, **settings)
-        rt = Runtime(cfg).__enter__()
-        self.model = train_state.build_model(cfg, experiment.dims()).to(self.device)
-        self.cfg, batch = cfg, batches(0)
+        batches = cell_batches(toml, device, batch_size=batch_size, precision=precision, **settings)
+        self.cfg, rt, batch, dims = batches.cfg, batches.rt.__enter__(), batches(0), batches.experiment.dims()
+        self.model, cfg = train_state.build_model(self.cfg, dims).to(self.device), self.cfg
         if side != "arc-state":
             trained, steps = rt.wrap(self.model), itertools.count()
             optimizer = train_state.make_optimizer(self.model, cfg, rt)
@@ -768,8 +763,9 @@ class StateTrainer(SlowTrainer):
                 rt.step(optimizer, parameters, cfg.grad_clip)
                 optimizer.zero_grad(set_to_none=True)
         else:
-            peer, rows = arc_state(cfg, experiment, self.model).to(self.device), in_rows(batch)
+            peer, rows = arc_state(cfg, dims, self.model).to(self.device), in_rows(batch)
             optimizer, self.model = peer.configure_optimizers(), None
+            torch.set_float32_matmul_precision("medium")  # as its command line does; of effect on a GPU
             with quiet():
                 stream = cell_load(toml, cfg) if loads else itertools.repeat(rows)
 
@@ -783,15 +779,14 @@ class StateTrainer(SlowTrainer):
         self.step = step
 
     def flops_per_token(self) -> float:
-        """Of a cell: 6 x Linear weights, the perturbation's once a set; full attention; 5 products of the distance."""
-        S, weights = self.cfg.cell_set_len, {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                part = name.split(".")[0]
-                weights[part] = weights.get(part, 0) + module.weight.numel()
-        width = self.cfg.n_heads * (self.cfg.head_dim or self.cfg.hidden_dim // self.cfg.n_heads)
-        dense = sum(weights.values()) - weights["pert_encoder"] * (1 - 1 / S)
-        return 6 * dense + 12 * self.cfg.n_layers * S * width + 10 * S * self.model.output_dim
+        """Of a cell: 6 x Linear weights, of the basal encoder 4, as cells need no gradient, and the perturbation's once
+        a set; full attention, 12 x layers x cells x width; the distance, 3 products of cells and 2 for its gradient."""
+        S, model, cfg = self.cfg.cell_set_len, self.model, self.cfg
+        weights = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
+                   for name, part in model.named_children()}
+        dense = 6 * sum(weights.values()) - 2 * weights["basal_encoder"] - 6 * weights["pert_encoder"] * (1 - 1 / S)
+        width = cfg.n_heads * (cfg.head_dim or cfg.hidden_dim // cfg.n_heads)
+        return dense + 12 * cfg.n_layers * S * width + 10 * S * model.output_dim
 
 
 def measure_large(lacking: list[str]) -> None:
@@ -799,12 +794,14 @@ def measure_large(lacking: list[str]) -> None:
     S, G = STATE_LARGE
     where, cells = f"one set of {S:,} cells, {G:,} genes", S * G * 4 / 2**20
     report(f"state cells, {where}", cells, "MB", "predicted or measured, for comparison")
-    for name, kind, other, peer in (
-            ("training step", "ours", "arc-state", None if "arc-state" in lacking else "arc-state's"),
-            ("energy distance", "distance", "geomloss", "geomloss's")):
-        found = alone(measure_peak, kind)
-        against = (peer, alone(measure_peak, other)) if peer else ()
-        report(f"state {name}, {where}, peak memory", found, "MB", *against)
+    kinds = ["ours", "energy"] + ["arc-state"] * ("arc-state" not in lacking) + ["geomloss"]
+    pools = {kind: ProcessPoolExecutor(1, get_context("spawn")) for kind in kinds}  # at once: nothing is timed
+    started = {kind: pool.submit(measure_peak, kind) for kind, pool in pools.items()}
+    found = {kind: future.result() for kind, future in started.items()}
+    for pool in pools.values():
+        pool.shutdown()
+    for name, kind, peer in (("training step", "ours", "arc-state"), ("energy distance", "energy", "geomloss")):
+        report(f"state {name}, {where}, peak memory", found[kind], "MB", *((peer, found[peer]) if peer in found else ()))
 
 
 def measure_peak(kind: str) -> float:
@@ -813,19 +810,19 @@ def measure_peak(kind: str) -> float:
     cells, measured = torch.rand(2, 1, S, G)
     if kind in ("ours", "arc-state"):
         cfg = train_state.Config(cell_set_len=S, dropout=0.0, use_basal_projection=False, optimizer="adam")
-        dims = dict.fromkeys(("input_dim", "output_dim", "gene_dim", "hvg_dim"), G) | {"pert_dim": 16, "batch_dim": 2}
+        dims = dict.fromkeys(("input_dim", "output_dim", "gene_dim", "hvg_dim"), G) | {
+            "pert_dim": 16, "batch_dim": 2, "decodes": False}
         batch = {"pert_emb": torch.eye(16)[:1], "ctrl_cell_emb": cells, "pert_cell_emb": measured,
                  "batch": torch.zeros(1, S, dtype=torch.long)}
         if kind == "ours":
-            model = train_state.build_model(cfg, dims | {"decodes": False})
+            model = train_state.build_model(cfg, dims)
             run = lambda: model(batch, losses=True)["loss"]  # noqa: E731
         else:
-            sizes = argparse.Namespace(dims=lambda: dims | {"decodes": False})
-            peer, rows = arc_state(cfg, sizes), in_rows(batch)
+            peer, rows = arc_state(cfg, dims), in_rows(batch)
             run = lambda: peer.training_step(rows, 0)  # noqa: E731
     else:
         cells.requires_grad_()
-        distance = train_state.set_loss if kind == "distance" else geomloss.SamplesLoss("energy", backend="tensorized")
+        distance = train_state.set_loss if kind == "energy" else geomloss.SamplesLoss("energy", backend="tensorized")
         run = lambda: distance(cells, measured).sum()  # noqa: E731
     torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # torch's own footprint
     before = peak_memory()

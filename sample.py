@@ -360,7 +360,7 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
         perts, pert_names = file.column(run.pert_col)
         if run.control_pert not in pert_names:
             raise prepare_data.DataError(f"{cfg.adata} has no control cells: no cell has {run.pert_col} = "
-                                         f"{run.control_pert!r}; say --columns='{{control_pert: NAME}}'")
+                                         f"{run.control_pert!r}; say --columns='{{\"control_pert\": \"NAME\"}}'")
         batches = file.column(run.batch_col) if hasattr(model, "batch_encoder") else None
         names, _ = train_state.align([cfg.adata], [train_state.column_names(file, run.embed_key)], run.embed_key or "X",
                                      run.strict)

@@ -53,7 +53,7 @@ SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 @dataclass
 class Config:
     # output
-    out_dir: str = "out/state"  # run folder
+    out_dir: str | None = "out/state"  # run folder
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -67,16 +67,16 @@ class Config:
     wandb_entity: str = ""
     tensorboard: bool = False  # log to TensorBoard
     # data
-    toml_config_path: str = SYNTHETIC  # or --toml: which files, cell types and perturbations train, validate and test
+    toml_config_path: str | None = SYNTHETIC  # or --toml: which files, cell types and perturbations train, validate and test
     strict: bool = True  # false: where the source has a trap, do as it does and warn
     pert_col: str = "gene"  # column of obs: the perturbation
     cell_type_key: str = "cell_type"  # column of obs: the cell type
-    batch_col: str = "gem_group"  # column of obs: the experimental batch; empty: all cells are of one
+    batch_col: str | None = "gem_group"  # column of obs: the experimental batch; empty: all cells are of one
     control_pert: str = "non-targeting"  # the perturbation that is none
     embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
     output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
     counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
-    perturbation_features_file: str = ""  # .pt or .npz, name -> vector; default one-hot
+    perturbation_features_file: str | None = None  # .pt or .npz, name -> vector; default one-hot
     zeroshot_controls: bool = True  # controls of cell types held out whole take part in training
     val_fraction: float = 0.1  # of training conditions, where the TOML has no validation split
     ram_budget_gb: float = 8.0  # cells that need more are read from disk
@@ -113,7 +113,7 @@ class Config:
     mask_attn: bool = False  # each cell sees only itself
     compat_relu: bool = False  # clip embeddings at 0 without a decoder, as the source does
     freeze_pert_backbone: bool = False  # train neither the transformer nor project_out
-    init_from: str = ""  # checkpoint to start from, ours or the source's; its sizes are taken over
+    init_from: str | None = None  # checkpoint to start from, ours or the source's; its sizes are taken over
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a source checkpoint
     # gene decoder, from embedding to genes
     gene_decoder_bool: bool | None = None  # default: where there are counts to learn from
@@ -159,6 +159,9 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
+
+    def __post_init__(self):
+        self.out_dir = self.out_dir or type(self).out_dir  # null in files of the source
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -224,7 +227,8 @@ ALIASES: dict[str, str | None] = {  # names of the source's settings; None: with
 }  # fmt: skip
 SIZES = {  # model=NAME of the source's command lines
     "state": "state", "state_sm": "state_sm", "state_lg": "state_lg", "tahoe_llama_212693232": "state_lg",
-    "tahoe_llama_62089464": "state_tahoe", "smolstate": "state_smol",
+    "tahoe_llama_62089464": "state_tahoe", "tahoe_best": "state_tahoe_best", "pertsets": "state_pertsets",
+    "smolstate": "state_smol",
 }
 
 
@@ -306,6 +310,8 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
         if home.setdefault(file, name) != name:
             objection(strict, f"{path}: {file} is in the data sets {home[file]} and {name}: test cells of the one may "
                               "train in the other")
+    if not files:
+        raise DataError(f"{path} names no cells: it needs [datasets] name = path, and name in [training] or [zeroshot]")
     return Plan(path, files, {name for name, value in training.items() if value == "train"}, **pairs)
 
 
@@ -1324,6 +1330,8 @@ class StateTransitionPerturbationModel(nn.Module):
     def batch_codes(self, batch: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Batches of cells [B, S, ...] as codes [B, S], from codes or one-hot vectors of each cell or each sentence."""
         B, S = cells.shape[:2]
+        if self.batch_dim == 1:
+            return torch.zeros(B, S, dtype=torch.long, device=cells.device)
         if batch.numel() not in (B, B * S) or (batch.is_floating_point() and batch.numel() == B * self.batch_dim):
             batch = batch.argmax(-1)
         return batch.reshape(B, -1).long()
@@ -1510,7 +1518,7 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         pairs: most distances of the energy held in memory at a time.
     Raises ValueError for an unknown loss.
     """
-    if pred.shape != target.shape and (loss == "mse" or pred.shape[::2] != target.shape[::2]) or not pred.numel():
+    if pred.shape != target.shape and (loss == "mse" or pred.shape[::2] != target.shape[::2]) or not pred.numel() * target.numel():
         raise ValueError(f"sets of cells {list(pred.shape)} and {list(target.shape)} cannot be compared by {loss}")
     with torch.autocast(pred.device.type, enabled=False), full_float32():
         pred = pred if pred.dtype == torch.float64 else pred.float()
@@ -1526,12 +1534,15 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
             return torch.stack(parts).nanmean(0)
         if loss == "energy":
             return EnergyDistance.apply(pred, target.detach(), pairs)
-        if loss == "se":
-            return (sinkhorn_weight * SamplesLoss("sinkhorn", blur=blur, backend="tensorized")(pred, target)
-                    + energy_weight * EnergyDistance.apply(pred, target.detach(), pairs))
-        if loss not in ("sinkhorn", "gaussian", "laplacian"):
+        if loss not in ("sinkhorn", "se", "gaussian", "laplacian"):
             raise ValueError(f"loss = {loss!r}: use energy, sinkhorn, se, mse, gaussian or laplacian")
-        return SamplesLoss(loss, blur=blur, backend="tensorized")(pred.contiguous(), target.contiguous())
+        plain = SamplesLoss("sinkhorn" if loss == "se" else loss, blur=blur, backend="tensorized")
+        records = torch.is_grad_enabled()
+        with torch.set_grad_enabled(records):  # geomloss switches gradients on and leaves them so
+            found = plain(pred.contiguous(), target.contiguous())
+        found = found if records else found.detach()
+        return found if loss != "se" else (sinkhorn_weight * found
+                                           + energy_weight * EnergyDistance.apply(pred, target.detach(), pairs))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1933,18 +1944,21 @@ UNUSED = ("embed_tokens.", ".wte.", ".wpe.", ".attn.bias", ".attn.masked_bias", 
 HARMLESS = {  # what a restricted reader may call: makers of tensors, numpy scalars and plain containers
     ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
     ("torch", "Size"), ("torch", "device"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"), ("_codecs", "encode"),
 }  # fmt: skip
 
 
 class Inert(dict):
-    """Takes the place of every other class or function that a checkpoint names: it does nothing."""
+    """Takes the place of every other class or function that a checkpoint names: it holds what it is given, no more."""
 
     def __init__(self, *arguments, **named):
         super().__init__()
 
+    def __call__(self, *arguments, **named) -> "Inert":
+        return Inert()
+
     def __setstate__(self, state) -> None:
-        pass
+        self.update(state if isinstance(state, dict) else {})
 
     def append(self, item) -> None:
         """Of what was a list."""
@@ -1994,7 +2008,7 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict]:
     for given in ((model or {}).get("kwargs") if isinstance(model, dict) else {}, found.get("hyper_parameters")):
         plain = given if isinstance(given, dict) else {}
         settings |= {k: v.item() if isinstance(v, np.generic) else v for k, v in plain.items()
-                     if not isinstance(v, Inert)}
+                     if v or not isinstance(v, Inert)}
     backbone = settings.get("transformer_backbone_kwargs")
     backbone = dict(backbone) if isinstance(backbone, dict) else {}
     if smol and backbone and settings.get("transformer_backbone_key") == "llama":
@@ -2412,8 +2426,8 @@ def train(cfg: Config) -> dict:
             cfg, initial = start_from_checkpoint(cfg)
         experiment = open_data(cfg)
         if not any(len(experiment.rows(split, controls=False)) for split in ("val", "test")):
-            raise DataError(f"{cfg.toml_config_path} holds nothing out: name cells for test or val, or leave a share of "
-                            "the conditions for validation with val_fraction = 0.1")
+            raise DataError(f"{cfg.toml_config_path} holds nothing out: name cells for test or val, or leave some "
+                            "conditions for validation with val_fraction = 0.1")
         dims = experiment.dims()
         model = build_model(cfg, dims)
         fresh = initialise(model, initial, cfg) if initial else []
@@ -2435,10 +2449,12 @@ def train(cfg: Config) -> dict:
 
         path, state, changes = checkpoint.start_from(cfg, folder, "state", __file__, lambda old: differences(old, cfg))
         step, best, terms, laps = 0, math.inf, {}, 0
+        known = {"dims": dims, **experiment.maps()}
         if state:
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-            if extra["dims"] != dims:
-                raise checkpoint.CheckpointError(f"{path} is of other data: sizes were {extra['dims']}, are {dims}")
+            if other := [k for k, v in known.items() if state["extra"].get(k) != v]:
+                raise checkpoint.CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another "
+                                                 "out_dir, or resume=never to train anew there")
+            step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
         trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
@@ -2495,7 +2511,7 @@ def train(cfg: Config) -> dict:
                             + " *" * improved)
                 if saves or improved:
                     saved = checkpoint.capture(rt, "state", config_dict(cfg), step, model, optimizer, best,
-                                               {"dims": dims, "ended": last, **experiment.maps()}, {})
+                                               known | {"ended": last}, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if stops and not last:
@@ -2553,10 +2569,18 @@ def write_maps(folder: Path, experiment, dims: dict) -> None:
 
 
 def write_source_files(folder: Path, model, experiment, dims: dict, cfg: Config, step: int) -> None:
-    """The run as arc-state lays it out: checkpoints/final.ckpt, var_dims.pkl, *_onehot_map.torch, for its own tools."""
-    backbone = model_settings(cfg, dims)
+    """The run as arc-state lays it out, for its own tools (`state tx infer`): config.yaml, var_dims.pkl,
+    checkpoints/final.ckpt, *_onehot_map.torch."""
+    import yaml
+
+    settings = model_settings(cfg, dims)
+    columns = ("toml_config_path", "embed_key", "output_space", "pert_col", "cell_type_key", "batch_col",
+               "control_pert", "basal_mapping_strategy")
+    (folder / "config.yaml").write_text(yaml.safe_dump({
+        "data": {"name": "PerturbationDataModule", "kwargs": {k: getattr(cfg, k) for k in columns}},
+        "model": {"name": "state", "kwargs": settings}, "training": {"max_steps": cfg.max_steps, "lr": cfg.lr}}))
     (folder / "checkpoints").mkdir(exist_ok=True)
-    torch.save({"state_dict": source_state_dict(model), "hyper_parameters": backbone, "global_step": step, "epoch": 0,
+    torch.save({"state_dict": source_state_dict(model), "hyper_parameters": settings, "global_step": step, "epoch": 0,
                 "pytorch-lightning_version": "2.5.0", "loops": {}, "callbacks": {}, "optimizer_states": [],
                 "lr_schedulers": []}, folder / "checkpoints" / "final.ckpt")
     names = {"gene_names": experiment.genes, "pert_names": experiment.perturbations}
@@ -2655,7 +2679,9 @@ def arguments(argv: list[str]) -> list[str]:
     found = []
     for word in argv:
         key, _, value = word.partition("=")
-        found.append(f"config/{SIZES[value]}.py" if key == "model" and value in SIZES else word)
+        if key.lstrip("-") == "model" and value not in SIZES:
+            fail(f"there is no model {value!r}{suggest(value, SIZES)}")
+        found.append(f"config/{SIZES[value]}.py" if key.lstrip("-") == "model" else word)
     return found
 
 
