@@ -222,7 +222,7 @@ ALIASES: dict[str, str | None] = {  # names of the source's settings; None: with
         "overwrite", "return_adatas", "pred_adata_path", "true_adata_path", "debug", "num_workers", "pin_memory",
         "pert_rep", "basal_rep", "embed_size", "downsample", "additional_obs", "store_raw_basal", "int_counts",
         "barcode", "use_consecutive_loading", "val_subsample_fraction", "normalize", "pseudobulk", "load_from_path",
-        "sampling_random_state", "split_random_state", "predict_mean", "training", "data", "model", "wandb_dir",
+        "sampling_random_state", "split_random_state", "predict_mean", "wandb_dir",
     )),
 }  # fmt: skip
 SIZES = {  # model=NAME of the source's command lines
@@ -2675,13 +2675,14 @@ def analyze(cfg: Config) -> dict:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """A command line of the source as one of ours: model=state_sm is config/state_sm.py."""
+    """A command line of the source as one of ours: model=state_sm is config/state_sm.py, other groups are left out."""
     found = []
     for word in argv:
         key, _, value = word.partition("=")
         if key.lstrip("-") == "model" and value not in SIZES:
             fail(f"there is no model {value!r}{suggest(value, SIZES)}")
-        found.append(f"config/{SIZES[value]}.py" if key.lstrip("-") == "model" else word)
+        if word not in ("data=perturbation", "training=default", "wandb=default"):
+            found.append(f"config/{SIZES[value]}.py" if key.lstrip("-") == "model" else word)
     return found
 
 

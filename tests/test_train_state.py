@@ -475,7 +475,8 @@ def test_the_files_of_arc_state_give_the_sizes_of_the_spec():
     assert len(names) >= 7
     for name in names:
         parts = [folder / part for part in ("data/perturbation.yaml", "training/default.yaml")]
-        assert_of_the_spec(configure(Config, [*map(str, parts), str(folder / f"model/{name}.yaml")], ALIASES), name)
+        files = [*map(str, parts), str(folder / f"model/{name}.yaml"), "data.kwargs.toml_config_path=x.toml"]
+        assert_of_the_spec(configure(Config, files, ALIASES), name)
 
 
 @pytest.mark.filterwarnings("ignore:settings without effect")
@@ -644,6 +645,14 @@ def test_genes_of_a_file_may_stand_in_another_order(plain, data):
     assert not Path("short").exists()
 
 
+def test_a_decoder_writes_the_genes_of_controls_too(whole, data):
+    rewrite(data / "rich.h5ad", "controls.h5ad", keep=np.flatnonzero(labels(data / "rich.h5ad", "gene") == "non-targeting"),
+            X_hvg=lambda X: X[:, :8], X_state=embedded)
+    assert predict(whole, "--adata=controls.h5ad", "--perturbations=p1", "--out=out")["cells"] == 5 * 16
+    with prepare_data.H5ad("out/predicted.h5ad") as file:
+        assert list(file.gene_names) == [f"g{i:02}" for i in range(8)]
+
+
 def test_what_is_wanted_is_read_from_the_labels_of_the_file_or_is_all(plain, data):
     controls_file(data)
     controls_file(data, "some.h5ad", perturbed=True)
@@ -673,6 +682,25 @@ def test_a_checkpoint_in_the_form_of_the_source_predicts_like_the_run(which, dat
     assert np.array_equal(cells_of("ours/pred.h5ad"), cells_of("theirs/pred.h5ad"))
     assert by_condition("ours/pred.h5ad").keys() == by_condition("theirs/pred.h5ad").keys()
     assert Path("ours/metrics.csv").read_bytes() == Path("theirs/metrics.csv").read_bytes()
+
+
+def test_the_tool_of_arc_state_predicts_the_same_from_a_run_in_its_form(plain, data):
+    """Sets of one cell: whichever control cells it draws, each must become what this model makes of it."""
+    pytest.importorskip("state")
+    controls_file(data, "some.h5ad", perturbed=True)
+    command = ("tx", "infer", "--model-dir", plain, "--adata", "some.h5ad", "--embed-key", "X_hvg", "--pert-col", "gene",
+               "--control-pert", "non-targeting", "--celltype-col", "cell_type", "--max-set-len", 1, "--output", "o.h5ad")
+    done = python("-c", "from state.__main__ import main; main()", *command, folder=Path.cwd())
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, given = train_state.load_source_checkpoint(plain / "checkpoints/final.ckpt")[0].eval(), by_condition("some.h5ad")
+    predicted, names, types = cells_of("o.h5ad", "X_hvg"), labels("o.h5ad", "gene"), labels("o.h5ad", "cell_type")
+    for cell_type in ("c0", "c4"):
+        controls = torch.from_numpy(given[cell_type, "non-targeting"])[:, None]
+        with torch.no_grad():
+            pert = torch.eye(5)[[3]].expand(len(controls), -1)
+            ours = model.predict({"ctrl_cell_emb": controls, "pert_emb": pert})["cells"][:, 0].numpy()
+        theirs = predicted[(names == "p2") & (types == cell_type)]
+        assert len(theirs) == 10 and np.abs(theirs[:, None] - ours).max(2).min(1).max() < 1e-5
 
 
 # --------------------------------------------------------------------------------------- what can be trained together
@@ -709,12 +737,14 @@ def test_features_of_perturbations_and_several_data_sets(data):
     Path("two.toml").write_text('[datasets]\na = "a.h5ad"\nb = "b.h5ad"\n[training]\na = "train"\nb = "train"\n'
                                 '[zeroshot]\n"a.c4" = "test"\n"b.c4" = "val"\n')
     draw = torch.Generator().manual_seed(0)
-    torch.save({f"p{i}": torch.randn(3, generator=draw) for i in range(4)}, "f.pt")
+    torch.save({name: torch.randn(3, generator=draw) for name in ("p0", "p1", "p2", "p3", "new")}, "f.pt")
     result = run(Path(), "--perturbation_features_file=f.pt", toml="two.toml")
     dims = read("run/var_dims.json")
     assert result["conditions"] == 4 and dims["pert_dim"] == 3 and weights("run")["pert_encoder.0.weight"].shape == (16, 3)
     assert predict("run", "--out=out")["mae"] == pytest.approx(result["mae"])
-    assert predict("run", "--adata=b.h5ad", "--perturbations=p1", "--out=other")["cells"] == 5 * 10
+    assert predict("run", "--adata=b.h5ad", "--perturbations=p1,new", "--out=other")["cells"] == 5 * (10 + 16)
+    found = by_condition("other/predicted.h5ad")  # of a perturbation never seen, the features are known
+    assert not np.allclose(found["c0", "new"].mean(0), found["c0", "p1"].mean(0), atol=1e-3)
 
 
 def test_without_validation_the_last_weights_are_measured(data):
