@@ -5,7 +5,7 @@
     python bench.py arxiv --peer=PATH    # against a checkout of nanoGPT (its model.py) too
     python bench.py apelr --peer=PATH    # against a checkout of APEL-R (its src/apelr) too
     python bench.py apelr --full         # the whole grid of shapes: an hour on two cores
-    python bench.py state --full         # five rounds in place of two, and the sizes of state_sm with its loader too
+    python bench.py state --full         # five rounds in place of three, and the sizes of state_sm with its loader too
 
 Each result is {name, value, unit, against, ratio}: ratio is value / the peer's value, so above 1 is faster (of memory,
 below 1 is less). Peers take part where they can be imported: hmmlearn, transformer-lens before version 4 (`pip install
@@ -604,7 +604,7 @@ def bench_state(peer_path: str | None, full: bool = False) -> None:
                 if not lacking or lacking == ["cell-load"] and not loads:
                     sides["arc-state"] = "arc-state" + " fed by cell-load" * loads
                 race("StateTrainer", sides, (size, toml, loads, device), batch * settings["cell_set_len"],
-                     f"state training, {size}{', with loaders' * loads} {device}", peak, 5 if full else 2, unit="cell")
+                     f"state training, {size}{', with loaders' * loads} {device}", peak, 5 if full else 3, unit="cell")
     measure_large(lacking)
 
 
@@ -801,7 +801,8 @@ def measure_large(lacking: list[str]) -> None:
     for pool in pools.values():
         pool.shutdown()
     for name, kind, peer in (("training step", "ours", "arc-state"), ("energy distance", "energy", "geomloss")):
-        report(f"state {name}, {where}, peak memory", found[kind], "MB", *((peer, found[peer]) if peer in found else ()))
+        against = (peer, found[peer]) if peer in found else ()
+        report(f"state {name}, {where}, peak memory", found[kind], "MB", *against)
 
 
 def measure_peak(kind: str) -> float:

@@ -55,6 +55,9 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                     store=dist.PrefixStore(f"group_{number}", _RENDEZVOUS["store"]), rank=self.rank,
                                     world_size=self.world_size)
+            # The last to let go of the group: DDP's own destructor would close it with the interpreter locked, while
+            # gloo's thread waits for that lock to free the tensors of the last barrier.
+            _RENDEZVOUS["group"] = dist.group.WORLD
         self.reseed()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
                           if _in_main_thread()}

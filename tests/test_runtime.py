@@ -479,6 +479,25 @@ def test_ranks_know_who_they_are_and_exchange_values(ranks):
         assert found["share"].tolist() == list(range(rank, 6, 2))
 
 
+def test_process_groups_can_be_closed_again_and_again(tmp_path):
+    """The destructor of DDP once closed them with the interpreter locked, for which gloo's thread waited, for ever."""
+    (tmp_path / "many.py").write_text("""
+from types import SimpleNamespace
+import torch
+from common.runtime import Runtime
+def one():
+    with Runtime(SimpleNamespace(seed=0, device="cpu", precision="fp32", compile="false")) as rt:
+        trained = rt.wrap(torch.nn.Linear(4, 4))  # which outlives the group
+        trained(torch.ones(2, 4)).sum().backward()
+        rt.gather(1)
+        rt.barrier()
+for _ in range(40):
+    one()
+""")
+    place = environment() | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(torchrun(tmp_path / "many.py"), env=place, timeout=60, check=True, capture_output=True)
+
+
 def test_all_ranks_agree_on_stopping_though_one_got_the_signal(ranks):
     assert [found["stopping"] for found in ranks.found] == [[False, False, True]] * 2
 
