@@ -2222,7 +2222,7 @@ def main(argv: list[str] | None = None) -> dict:
     settings, work = JOBS[argv[0]]
     positional = list(islice((a for a in argv[1:] if not a.startswith("-")), 1)) if argv[0] == "inspect" else []
     if argv[0] == "inspect" and not positional and "--help" not in argv and "-h" not in argv:
-        fail("inspect needs a file: python prepare_data.py inspect data/arxiv/train.h5")
+        fail("inspect needs a file: python prepare_data.py inspect data/arxiv/train.h5, or FILE.h5ad, or FILE.toml")
     cfg = configure(settings, [a for a in argv[1:] if a not in positional], STATE_ALIASES if work is state else None)
     try:
         return work(*positional, cfg)

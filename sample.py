@@ -352,8 +352,8 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
     """What the control cells of cfg.adata become under the wanted perturbations: predicted.h5ad.
 
     Wanted of each cell type are cfg.perturbations, or those of the file's own perturbed cells, as many cells as there
-    are, or else all that the model knows. Every predicted cell has a control cell of its type for input: each once as
-    far as they go, in an order drawn from the seed.
+    are, or else all that the model knows. Every predicted cell has a control cell of its type for input (the mean of
+    n_basal_samples, if the model was trained so): each once as far as they go, in an order drawn from the seed.
     """
     with prepare_data.H5ad(cfg.adata) as file:
         types, type_names = file.column(run.cell_type_key)
@@ -389,15 +389,16 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
             inputs = torch.from_numpy(expression[basal[controls]])
             for p in wanted:
                 here = int(((types == t) & (perts == pert_names.index(p))).sum()) if p in pert_names else 0
-                n = cfg.cells or here or len(controls)
+                n, k = cfg.cells or here or len(controls), run.n_basal_samples
                 rng = np.random.default_rng([cfg.seed, t, wanted.index(p)])
-                drawn = np.concatenate([rng.permutation(len(controls)) for _ in range(-(-n // len(controls)))])[:n]
+                rounds = range(-(-n * k // len(controls)))
+                drawn = np.concatenate([rng.permutation(len(controls)) for _ in rounds])[: n * k].reshape(n, k)
                 for i in range(0, n, S):
                     some = drawn[i : i + S]
-                    batch = {"ctrl_cell_emb": inputs[some][None].to(rt.device),
+                    batch = {"ctrl_cell_emb": inputs[some].mean(1)[None].to(rt.device),
                              "pert_emb": known[p][None].float().to(rt.device)}
                     if codes is not None:
-                        batch["batch"] = torch.from_numpy(codes[controls[some]])[None].to(rt.device)
+                        batch["batch"] = torch.from_numpy(codes[controls[some[:, 0]]])[None].to(rt.device)
                     with torch.no_grad():
                         out = train_state.expressed(model.eval(), model.predict(batch)["cells"])
                     cells.append(out[0].float().cpu().numpy())
