@@ -574,7 +574,7 @@ def test_inspect_tells_what_an_h5ad_holds(populations, capsys):
     assert told["problems"] == [] and len(told["columns"]["gene"]) == 13
     assert {key: found["kind"] for key, found in told["matrices"].items()} == {
         "X": "log1p", "obsm/X_hvg": "log1p", "layers/counts": "counts"}
-    assert "7,680 x 200 csr, counts" in capsys.readouterr().out
+    assert "10,240 x 200 csr, counts" in capsys.readouterr().out
     spoil(lambda f: (f["X/data"].__setitem__(3, np.nan), replace(f, "obs/plain", np.full(N, np.nan))))
     problems = prepare_data.main(["inspect", "cells.h5ad"])["problems"]
     assert len(problems) == 2 and "'plain' has no value" in problems[0] and "nan for cell 2" in problems[1]

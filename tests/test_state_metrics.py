@@ -354,6 +354,6 @@ def test_pictures(table, screen, tmp_path, monkeypatch):
     assert len(panels) == 8 and panels[0].get_title().startswith(", ".join(screen["conditions"][first]))
     np.testing.assert_array_equal(panels[0].lines[1].get_ydata(), table["model"]["delta"][first])
     rival, model = drawn["mae_by_perturbation"][2].lines
-    assert rival.get_label() == best_baseline(table, "mae") and list(model.get_xdata()) == sorted(
+    assert rival.get_label() == best_baseline(table, "mae") + " (best baseline)" and list(model.get_xdata()) == sorted(
         r["mae"] for r in table["model"]["per_condition"])
     assert [list(line.get_ydata()) for line in drawn["loss"][2].lines] == [[2.0, 1.5], [1.7]]
