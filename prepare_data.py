@@ -1378,6 +1378,8 @@ class H5ad:
     def matrix(self, key: str | None) -> "Matrix":
         """The matrix of a key; a bare name is sought in obsm, then in layers. None is X."""
         found = next((k for k in (key or "X", f"obsm/{key}", f"layers/{key}") if k in self.keys), None)
+        if found is None and f"obsm/{key}" in self.file:
+            raise DataError(f"{self.path}: obsm/{key} is no matrix but a table or something else: write it as an array")
         if found is None:
             raise DataError(f"{self.path} has no matrix {key!r}"
                             + suggest(key, [k.rpartition("/")[2] for k in self.keys]))
@@ -1646,6 +1648,8 @@ def matrix_space(group: h5py.Group, name: str, shape: tuple[int, int], nnz: int 
 def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict) -> Iterator[h5py.File]:
     """A new h5ad without X and var, for the caller to fill; it takes its name at the end, or is removed."""
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the file to write")
     saving = path.with_name(f".saving-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1987,11 +1991,14 @@ def state(cfg: StateConfig) -> dict:
 @dataclass
 class InspectConfig:
     tokens: int = 20  # most frequent tokens to show
-    # columns of cells, for an experiment's .toml
+    # of an experiment's .toml: settings of train_state.py
     pert_col: str = "gene"
     cell_type_key: str = "cell_type"
-    batch_col: str = "gem_group"
+    batch_col: str | None = "gem_group"
     control_pert: str = "non-targeting"
+    strict: bool = True
+    zeroshot_controls: bool = True
+    val_fraction: float = 0.1
 
     def check(self) -> list[str]:
         return [f"tokens = {self.tokens}: must be at least 1"] if self.tokens < 1 else []
@@ -2147,14 +2154,22 @@ def inspect_cells(path: str) -> dict:
     return {"columns": columns, "matrices": matrices, "problems": problems}
 
 
+def holds_cells(path: str) -> bool:
+    """Whether an HDF5 file of any name is one of cells."""
+    if not Path(path).is_file() or not h5py.is_hdf5(path):
+        return False
+    with contextlib.suppress(OSError), h5py.File(path) as file:
+        return "obs" in file
+    return False
+
+
 def inspect(path: str, cfg: InspectConfig) -> dict:
     """Print what an HDF5 file, a folder of train.bin or an experiment on cells holds, and what is wrong with it."""
     if Path(path).suffix == ".toml":
         import train_state
 
-        columns = ("pert_col", "cell_type_key", "batch_col", "control_pert")
-        return train_state.inspect(path, **{name: getattr(cfg, name) for name in columns})
-    if Path(path).suffix == ".h5ad":
+        return train_state.inspect(path, **{k: v for k, v in vars(cfg).items() if k != "tokens"})
+    if Path(path).suffix == ".h5ad" or holds_cells(path):
         return inspect_cells(path)
     if Path(path).is_dir() or Path(path).suffix in (".bin", ".json"):
         return inspect_stream(Path(path) if Path(path).is_dir() else Path(path).parent, cfg)

@@ -64,6 +64,7 @@ class Config:
     perturbations: list[str] = field(default_factory=list)  # with adata; default those of its cells, or all
     cells: int | None = None  # with adata: predicted cells of a condition; default as many as the file has
     out: str = ""  # folder of what is written; default RUN/predictions
+    source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a .ckpt of the source
     columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
     # system
     precision: Literal["fp32", "bf16"] = "fp32"  # apelr: of the heads, which every token reads whole
@@ -317,7 +318,7 @@ def show_apelr(model, run, ids: list[int], cfg: Config, tokenizer, state: int | 
 # ---------------------------------------------------------------------------------------------------------------
 def sample_state(path: Path, cfg: Config) -> dict:
     """Predicted cells as h5ad: of what a TOML holds out, with the measured ones and metrics, or from given controls."""
-    run, model, step, extra = train_state.load_run(path, cfg.device)
+    run, model, step, extra = train_state.load_run(path, cfg.device, cfg.source_attention)
     for name, value in cfg.columns.items():
         setattr(run, name, value)
     run.toml_config_path = cfg.toml or run.toml_config_path

@@ -269,7 +269,7 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
     if not path.is_file():
         raise DataError(f"there is no file {path}: give the TOML of your data, or leave --toml out for synthetic cells")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise DataError(f"{path} cannot be read as TOML: {e}") from e
     for name, table in tables.items():
@@ -569,6 +569,8 @@ def load_features(path: str | Path) -> dict[str, torch.Tensor]:
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
             zipfile.BadZipFile) as e:
         reason = (str(e).splitlines() or ["it is damaged"])[0]
+        if isinstance(e, pickle.UnpicklingError):  # torch's own text is advice to run what is in there
+            reason = "it is damaged, or holds other things than tensors (.npz takes arrays)"
         raise DataError(f"{path} cannot be read as a .pt or .npz dict name -> vector: {reason}") from e
     shapes = sorted({tuple(vector.shape) for vector in vectors.values()})
     if len(shapes) != 1 or len(shapes[0]) != 1 or not all(v.isfinite().all() for v in vectors.values()):
@@ -931,7 +933,13 @@ def inspect(path: str | Path, cfg=None, **columns) -> dict:
 
     columns: settings such as pert_col and control_pert, where no cfg is given. Reads no expression.
     """
-    e = Experiment(cfg or Config(toml_config_path=str(path), **columns))
+    if cfg is None:
+        cfg = Config(toml_config_path=str(path), **columns)
+        for file in (file for files in read_toml(path, cfg.strict).datasets.values() for file in files):
+            with H5ad(file) as cells:
+                if "obsm/X_hvg" not in cells.keys:  # then X is what there is to train on
+                    cfg.embed_key, cfg.output_space = None, "all"
+    e = Experiment(cfg)
     result = {"toml": str(path), "files": list(map(str, e.files)), "genes": e.input_dim, "splits": {}}
     tables = {"cell_type": (e.cell_type, e.cell_types), "perturbation": (e.perturbation, e.perturbations)}
     lines = {f"{title} {name}": [] for title, (_, names) in tables.items() for name in names}
@@ -1520,8 +1528,10 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         chunks: distances of so many groups of features, averaged (not of se, as in the source); order [D]: features
             in this order before.
         pairs: most distances of the energy held in memory at a time.
-    Raises ValueError for an unknown loss.
+    Two sets [S, D] give a number. Gradients are for pred; energy gives target none. Raises ValueError for an unknown loss and for sets that cannot be compared.
     """
+    if pred.ndim == target.ndim == 2:
+        return set_loss(pred[None], target[None], loss, blur, sinkhorn_weight, energy_weight, chunks, order, pairs)[0]
     comparable = pred.shape == target.shape if loss == "mse" else pred.shape[::2] == target.shape[::2]
     if not comparable or not pred.numel() * target.numel():
         raise ValueError(f"sets of cells {list(pred.shape)} and {list(target.shape)} cannot be compared by {loss}")
@@ -2017,8 +2027,11 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict]:
                      if v or not isinstance(v, Inert)}
     backbone = settings.get("transformer_backbone_kwargs")
     backbone = dict(backbone) if isinstance(backbone, dict) else {}
-    if smol and backbone and settings.get("transformer_backbone_key") == "llama":
-        backbone.setdefault("bidirectional_attention", True)  # its only Llama, whatever the settings say
+    # Before release 0.9.32 every Llama of State was bidirectional, and so is SmolState's, whatever the settings say.
+    # That release brought the setting, and the argument basal_mapping_strategy, which Lightning saves with the others.
+    old = {"control_pert", "gene_names", "batch_size"} <= settings.keys() and "basal_mapping_strategy" not in settings
+    if (smol or old) and settings.get("transformer_backbone_key") == "llama":
+        backbone.setdefault("bidirectional_attention", True)
     step = found.get("global_step", found.get("step", 0))
     return weights, settings | {"transformer_backbone_kwargs": backbone, "pert_norm": "pert_norm.weight" in weights,
                                 "step": int(step) if isinstance(step, (int, np.integer)) else 0}
@@ -2069,8 +2082,8 @@ def source_state_dict(model: StateTransitionPerturbationModel) -> dict[str, torc
 def source_shape(settings: dict, attention: str = "auto") -> dict:
     """Settings of the source as fields of Config: those of SHAPE, which decide what the weights mean.
 
-    A Llama without bidirectional_attention: true is causal with rotary positions, as transformers has it; releases of
-    State before 0.10 had no such setting, so that `attention` (bidirectional | causal | rotary) may say what is meant.
+    A Llama without bidirectional_attention: true is causal with rotary positions, as transformers has it. What else a
+    checkpoint meant, `attention` (bidirectional | causal | rotary) may say.
     """
     backbone = settings.get("transformer_backbone_kwargs") or {}
     key = settings.get("transformer_backbone_key", "GPT2")
@@ -2099,7 +2112,8 @@ def load_source_checkpoint(path: str | Path, attention: str = "auto") -> tuple[S
     if shape["transformer_backbone_key"] == "llama":
         settings["transformer_backbone_kwargs"] |= {k: shape[k] for k in ("bidirectional_attention", "rotary")}
         if not shape["bidirectional_attention"]:
-            print(f"note: {path} is causal{' with rotary positions' * shape['rotary']}: the order of cells counts")
+            print(f"note: {path} is causal{' with rotary positions' * shape['rotary']}: the order of cells counts. If "
+                  "it was trained otherwise: source_attention=bidirectional")
     if not any(name.startswith("gene_decoder.") for name in weights):
         settings["gene_decoder_bool"] = False
     decoder = settings.get("decoder_cfg")
@@ -2110,6 +2124,8 @@ def load_source_checkpoint(path: str | Path, attention: str = "auto") -> tuple[S
             "hidden_dims": [len(v) for v in linear[:-1]],
             "residual_decoder": "gene_decoder.final_layer.0.weight" in weights}}
     settings.setdefault("compat_relu", True)  # as it computed
+    for name, part in (("lora", "lora_"), ("use_batch_token", "batch_token")):  # which older releases pass over
+        settings[name] = settings.get(name) if any(part in key for key in weights) else None
     try:
         model = StateTransitionPerturbationModel(**{k: v for k, v in settings.items() if k != "step"})
     except (TypeError, ValueError, KeyError, AttributeError) as e:
@@ -2157,10 +2173,11 @@ def initialise(model: StateTransitionPerturbationModel, weights: dict, cfg: Conf
     kept = {k: v for k, v in weights.items() if k.split(".")[0] not in fresh}
     missing = load_source_state_dict(model, kept, partial=True)
     lost = [k for k in missing if k.startswith("transformer_backbone.") and "lora_" not in k]
-    if lost or any("lora_" in k and k not in own for k in weights):
+    adapters = any("lora_" in k and k not in own for k in weights)
+    if lost or adapters:
         raise checkpoint.CheckpointError(f"init_from = {cfg.init_from}: its transformer does not fit this model"
-                                         + (f" ({lost[0]} and {len(lost) - 1} more): is it of another size?" if lost
-                                            else ", for it has LoRA adapters: set lora = true and its lora_r"))
+                                         + (", for it has LoRA adapters: set lora = true and its lora_r" if adapters
+                                            else f" ({lost[0]} and {len(lost) - 1} more): is it of another size?"))
     return missing
 
 
@@ -2597,26 +2614,30 @@ def write_source_files(folder: Path, model, experiment, dims: dict, cfg: Config,
         torch.save(dict(zip(values, torch.eye(len(values)), strict=True)), folder / f"{name}_onehot_map.torch")
 
 
-def load_source_run(path: Path, device: str) -> tuple[Config, nn.Module, int, dict]:
+def load_source_run(path: Path, device: str, attention: str = "auto") -> tuple[Config, nn.Module, int, dict]:
     """The same of a .ckpt of the source; its perturbations mean what pert_onehot_map.pt of its run folder says."""
-    model, settings = load_source_checkpoint(path)
+    model, settings = load_source_checkpoint(path, attention)
     dims = {k: settings.get(k) for k in ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim")}
+    if hasattr(model, "batch_encoder"):
+        print(f"note: {path} knows batches by number: those of other data, or in another order, are others to it")
     features = next((file for folder in (path.parent, path.parent.parent)
                      if (file := folder / "pert_onehot_map.pt").exists()), None)
+    if features is None:
+        print(f"note: there is no pert_onehot_map.pt beside {path}: perturbations are numbered as sorted in the TOML")
     names = ("cell_set_len", "embed_key", "output_space", "basal_mapping_strategy", "control_pert", "batch_encoder")
     cfg = Config(device=device, perturbation_features_file=str(features or ""),
                  **{k: settings[k] for k in names if k in settings})
     return cfg, model, settings["step"], {"dims": dims | {"decodes": model.gene_decoder is not None}}
 
 
-def load_run(path: str | Path, device: str = "auto") -> tuple[Config, nn.Module, int, dict]:
+def load_run(path: str | Path, device: str = "auto", attention: str = "auto") -> tuple[Config, nn.Module, int, dict]:
     """(settings, model, steps done, extra state) of a run folder or checkpoint, ours or the source's .ckpt.
 
-    Raises CheckpointError.
+    attention: of a source checkpoint, see source_shape. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_file() and checkpoint.experiment_of(path) != "state":
-        return load_source_run(path, device)
+        return load_source_run(path, device, attention)
     state = checkpoint.load(path / "best.pt" if (path / "best.pt").exists() else path, "state")
     cfg, extra = from_dict(Config, state["config"], str(path)), state["extra"]
     cfg.device = device
@@ -2644,6 +2665,9 @@ def open_data_of(cfg: Config, extra: dict) -> Experiment:
     if "batches" in extra and cfg.batch_encoder:
         places = numbers(experiment.batches, extra["batches"], "batch", cfg.toml_config_path)
         experiment.batch, experiment.batches = np.array(places, np.int32)[experiment.batch], extra["batches"]
+    elif cfg.batch_encoder and experiment.batch_dim > (extra["dims"]["batch_dim"] or 0):
+        raise DataError(f"{cfg.toml_config_path} has {experiment.batch_dim} batches, more than the model's "
+                        f"{extra['dims']['batch_dim']}")
     experiment.batch_dim = extra["dims"]["batch_dim"]
     if experiment.input_dim != extra["dims"]["input_dim"] or experiment.pert_dim != extra["dims"]["pert_dim"]:
         raise DataError(f"{cfg.toml_config_path} is not the data of this run: cells have {experiment.input_dim} and "
@@ -2673,7 +2697,7 @@ def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = Path(cfg.analyze)
     folder = path if path.is_dir() else path.parent
-    saved, model, step, extra = load_run(path, cfg.device)
+    saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     for name in ("precision", "toml_config_path", "ram_budget_gb"):  # what may differ from the run, if asked to
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
@@ -2696,8 +2720,21 @@ def arguments(argv: list[str]) -> list[str]:
     return found
 
 
+def source_training(argv: list[str]) -> list[str]:
+    """How the source trains, where its training YAML, which does not say so, is among the configuration files: State
+    by Adam at a constant rate, SmolState by AdamW along a cosine."""
+    for path in (Path(word) for word in argv if word.endswith((".yaml", ".yml")) and Path(word).is_file()):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "train_seed:" in text and "gradient_clip_val:" in text:
+            kind = ("adam", "constant") if "use_mfu:" in text else ("adamw", "cosine")
+            print(f"note: as the source of {path} trains: optimizer={kind[0]}, schedule={kind[1]}, warmup_steps=0")
+            return [f"--optimizer={kind[0]}", f"--schedule={kind[1]}", "--warmup_steps=0"]
+    return []
+
+
 def main(argv: list[str] | None = None) -> dict:
     argv = arguments(sys.argv[1:] if argv is None else argv)
+    argv = source_training(argv) + argv
     cfg = configure(Config, argv, aliases=ALIASES)
     asked = any(re.match(r"-*([\w.]+\.)?device(=|$)", word) for word in argv)
     if cfg.device == "cuda" and not torch.cuda.is_available() and not asked:
