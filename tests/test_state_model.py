@@ -1102,3 +1102,19 @@ def test_a_checkpoint_that_lightning_wrote_of_arc_state_predicts_the_same(arc_st
     close(predicted(model.eval(), peer_batch()), predicted(peer, peer_batch()), 1e-5)
     assert settings["embed_key"] == {**SETTINGS, **options}["embed_key"]
     assert ("causal with rotary" in capsys.readouterr().out) == (options is AS_OLD)
+
+
+@pytest.mark.parametrize("named, seen", [(False, "all"), (True, "causal")])
+def test_a_lightning_checkpoint_without_the_setting_is_read_as_its_release_meant(tmp_path, named, seen):
+    """Releases before 0.9.32 know neither bidirectional_attention nor basal_mapping_strategy, and are bidirectional."""
+    backbone = {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 8}
+    settings = {"input_dim": 5, "hidden_dim": 8, "output_dim": 5, "pert_dim": 3, "transformer_backbone_key": "llama",
+                "transformer_backbone_kwargs": backbone, "embed_key": "X_hvg", "gene_decoder_bool": False}
+    weights = ts.build_model(settings).state_dict()
+    saved = settings | {"control_pert": "x", "gene_names": None, "batch_size": 8}  # all that Lightning saves unasked
+    saved |= {"basal_mapping_strategy": "random"} if named else {}
+    torch.save({"state_dict": weights, "hyper_parameters": saved}, tmp_path / "a.ckpt")
+    model, _ = ts.load_source_checkpoint(tmp_path / "a.ckpt")
+    assert (model.transformer_backbone.seen, model.transformer_backbone.theta is None) == (seen, not named)
+    model, _ = ts.load_source_checkpoint(tmp_path / "a.ckpt", "bidirectional")
+    assert model.transformer_backbone.seen == "all"

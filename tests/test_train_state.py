@@ -497,6 +497,20 @@ def test_a_command_line_of_the_source_means_ours(monkeypatch):
         "target_gene", "cell_line", "gem_group", "DMSO_TF", "out")
 
 
+@pytest.mark.filterwarnings("ignore:settings without effect")
+@pytest.mark.parametrize("extra, wanted", [({"use_mfu": False}, ("adam", "constant")), ({}, ("adamw", "cosine"))])
+def test_the_training_files_of_the_sources_train_as_they_do(monkeypatch, extra, wanted):
+    """What State (whose file has use_mfu) and SmolState do without a setting for it."""
+    training = {k: v for k, v in TRAINING.items() if k != "use_mfu"} | extra
+    Path("training.yaml").write_text(yaml.safe_dump(training))
+    seen = []
+    monkeypatch.setattr(train_state, "train", lambda cfg: seen.append(cfg) or {})
+    train_state.main(["training.yaml"])
+    train_state.main(["training.yaml", "--schedule=cosine", "--warmup_steps=9"])
+    assert (seen[0].optimizer, seen[0].schedule, seen[0].warmup_steps) == (*wanted, 0)
+    assert (seen[1].schedule, seen[1].warmup_steps) == ("cosine", 9)
+
+
 @pytest.mark.parametrize("name", train_state.SIZES)
 def test_every_model_of_the_source_can_be_named(name, monkeypatch):
     monkeypatch.setattr(train_state, "train", lambda cfg: cfg)
