@@ -1528,8 +1528,8 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         chunks: distances of so many groups of features, averaged (not of se, as in the source); order [D]: features
             in this order before.
         pairs: most distances of the energy held in memory at a time.
-    Two sets [S, D] give a number. Gradients are for pred; the energy gives target none. Raises ValueError for an unknown
-    loss and for sets that cannot be compared.
+    Two sets [S, D] give a number. Gradients are for pred; the energy gives target none. Raises ValueError for an
+    unknown loss and for sets that cannot be compared.
     """
     if pred.ndim == target.ndim == 2:
         return set_loss(pred[None], target[None], loss, blur, sinkhorn_weight, energy_weight, chunks, order, pairs)[0]
