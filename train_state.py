@@ -88,23 +88,23 @@ class Config:
     map_controls: bool = True  # of a control target: input is another control cell; false: the cell itself
     downsample_cells: int | None = None  # most cells of one condition
     # model
-    hidden_dim: int = 128  # H
-    n_layers: int = 4
-    n_heads: int = 4
+    hidden_dim: int = 128  # H, width of the transformer and of the encoders
+    n_layers: int = 4  # blocks of the transformer
+    n_heads: int = 4  # of attention
     n_kv_heads: int | None = None  # of keys and values; default n_heads
     head_dim: int | None = None  # default hidden_dim / n_heads
-    d_ff: int = 512
-    transformer_backbone_key: Literal["llama", "GPT2"] = "llama"
+    d_ff: int = 512  # width of the MLP of a block
+    transformer_backbone_key: Literal["llama", "GPT2"] = "llama"  # kind of the blocks; neither has positions
     bidirectional_attention: bool = True  # false: causal, as some checkpoints of the source are
     rotary: bool = False  # rotary positions, which a set does not have: for such checkpoints
-    n_encoder_layers: int = 2
-    n_decoder_layers: int = 2
+    n_encoder_layers: int = 2  # linear layers of the encoders of perturbation and control cells
+    n_decoder_layers: int = 2  # linear layers of project_out, from the transformer to a cell
     use_basal_projection: bool = True  # control cells through n_encoder_layers; false: one linear layer
-    activation: Literal["gelu", "relu", "leakyrelu", "elu", "selu"] = "gelu"  # of the encoders and the decoder
-    dropout: float = 0.1  # of the same
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0  # GPT2
-    embedding_dropout: float = 0.0  # GPT2
+    activation: Literal["gelu", "relu", "leakyrelu", "elu", "selu"] = "gelu"  # of the encoders and project_out
+    dropout: float = 0.1  # in the encoders and project_out
+    attention_dropout: float = 0.0  # of attention weights
+    residual_dropout: float = 0.0  # GPT2: of what a block adds
+    embedding_dropout: float = 0.0  # GPT2: of its input
     predict_residual: bool = True  # predict the change of the control cells
     pert_norm: bool = False  # layer norm on the encoded perturbation, as SmolState has
     batch_encoder: bool = False  # add an embedding of the batch
@@ -117,47 +117,47 @@ class Config:
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a source checkpoint
     # gene decoder, from embedding to genes
     gene_decoder_bool: bool | None = None  # default: where there are counts to learn from
-    decoder_hidden_dims: list[int] = field(default_factory=lambda: [1024, 1024, 512])
-    decoder_dropout: float = 0.1
-    residual_decoder: bool = False
+    decoder_hidden_dims: list[int] = field(default_factory=lambda: [1024, 1024, 512])  # its hidden layers
+    decoder_dropout: float = 0.1  # after each of them
+    residual_decoder: bool = False  # every second one adds what the one before it gave
     # low-rank adapters of the transformer (Hu et al. 2021)
     lora: bool = False  # train these in place of the transformer's weights
     lora_r: int = 16  # rank
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
+    lora_alpha: int = 32  # adapters count alpha / rank
+    lora_dropout: float = 0.05  # of their input
     lora_mlp: bool = False  # of the MLPs too
     # loss
     loss: Literal["energy", "sinkhorn", "se", "mse"] = "energy"  # se: sinkhorn and energy
     distributional_loss: Literal["energy", "gaussian", "laplacian", "sinkhorn"] = "energy"  # what loss=energy is
-    blur: float = 0.05
-    sinkhorn_weight: float = 0.01
-    energy_weight: float = 1.0
+    blur: float = 0.05  # of sinkhorn, gaussian and laplacian, in units of the features
+    sinkhorn_weight: float = 0.01  # of se
+    energy_weight: float = 1.0  # of se
     mmd_num_chunks: int = 1  # distances of this many groups of features, averaged
-    randomize_mmd_chunks: bool = False
-    decoder_weight: float = 1.0
-    detach_decoder: bool = False
+    randomize_mmd_chunks: bool = False  # other groups each time, in training
+    decoder_weight: float = 1.0  # times the distance of decoded and measured genes
+    detach_decoder: bool = False  # the decoder learns without a say in the cells it reads
     regularization: float = 0.0  # times the mean absolute change of a cell
-    batch_token_weight: float = 0.1
+    batch_token_weight: float = 0.1  # times the cross entropy of the batch, nats
     confidence_target_scale: float = 10.0  # the confidence token predicts this times the loss of its sentence
-    confidence_weight: float = 0.01
+    confidence_weight: float = 0.01  # times the squared error of that prediction
     confidence_per_set: bool = True  # false: times the mean loss, as SmolState does
     # optimizer
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam"] = "adamw"  # SmolState's | State's
     batch_size: int = 16  # sentences a step, over all ranks and micro-steps
     grad_accum: int = 1  # micro-steps a step
-    lr: float = 1e-3
+    lr: float = 1e-3  # peak learning rate
     weight_decay: float = 5e-4  # of adamw
     grad_clip: float = 10.0  # largest gradient norm; 0 does not clip
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     min_lr: float = 1e-6  # what cosine ends at
-    warmup_steps: int = 50
-    max_steps: int = 1_500
+    warmup_steps: int = 50  # linear warm-up
+    max_steps: int = 1_500  # optimizer steps
     # evaluation
     eval_sentences: int = 256  # of validation, during training
     # system
-    seed: int = 42
+    seed: int = 42  # of weights, sentences and held-out conditions
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
 
     def __post_init__(self):
