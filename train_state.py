@@ -1358,7 +1358,8 @@ class StateTransitionPerturbationModel(nn.Module):
         return (cells, found["confidence"]) if "confidence" in found else cells
 
     def set_loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The configured distance of every sentence: pred and target [B, S, D] -> [B]."""
+        """The configured distance of every sentence: pred and target [B, S, D] or [B * S, D] -> [B]."""
+        pred, target = (self.sentences(cells, cells.shape[-1], padded=True) for cells in (pred, target))
         order = None
         if self.randomize_mmd_chunks and self.training and self.distance["chunks"] > 1:
             order = torch.randperm(pred.shape[-1], device=pred.device)
