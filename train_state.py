@@ -29,6 +29,7 @@ import time
 import tomllib
 import weakref
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1959,46 +1960,52 @@ GPT2_SHAPE = {"n_layers": 12, "n_heads": 12, "d_ff": None}
 UNUSED = ("embed_tokens.", ".wte.", ".wpe.", ".attn.bias", ".attn.masked_bias", "inv_freq")  # never read here
 
 
-HARMLESS = {  # what a restricted reader may call: makers of tensors, numpy scalars and plain containers
-    ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"), ("torch", "device"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"), ("_codecs", "encode"),
-}  # fmt: skip
-
-
 class Inert(dict):
-    """Takes the place of every other class or function that a checkpoint names: it holds what it is given, no more."""
+    """Takes the place of a class or function that a checkpoint names: it holds what it is given, and does nothing."""
+
+    kind: type | None = None  # what torch's reader, which fills these only, must see instead: OrderedDict, list
 
     def __init__(self, *arguments, **named):
         super().__init__()
 
-    def __call__(self, *arguments, **named) -> "Inert":
-        return Inert()
-
     def __setstate__(self, state) -> None:
         self.update(state if isinstance(state, dict) else {})
 
+    def __setitem__(self, key, value) -> None:
+        type(self).kind = OrderedDict
+
     def append(self, item) -> None:
-        """Of what was a list."""
+        type(self).kind = list
 
     extend = append
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Finds the harmless names only, so that reading a checkpoint runs no code of it."""
+class Structure(pickle.Unpickler):
+    """Reads a pickle without calling anything that it names, to learn which names stand for dicts and for lists."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.found: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str):
-        if (module, name) in HARMLESS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        return Inert
+        return self.found.setdefault(f"{module}.{name}", type(name, (Inert,), {}))
+
+    def persistent_load(self, tensor) -> None:
+        return None
 
 
-class restricted:  # what torch.load takes for the module pickle
-    Unpickler, UnpicklingError = RestrictedUnpickler, pickle.UnpicklingError
-
-    @staticmethod
-    def load(file, **options):
-        return RestrictedUnpickler(file, **options).load()
+def stand_ins(path: Path) -> list[tuple]:
+    """(what to use, name) for all that a checkpoint names beyond what torch's safe reader knows: nothing of it runs."""
+    number = np.float64(0).__reduce__()[0]  # makes a numpy scalar of a dtype and bytes
+    known = {"numpy.dtype": np.dtype, "numpy.core.multiarray.scalar": number, "numpy._core.multiarray.scalar": number}
+    with zipfile.ZipFile(path) as archive:
+        content = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(content) as file:
+            structure = Structure(file)
+            structure.load()
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [type(np.dtype(kind)) for kind in np.typecodes["All"]] + [
+        (known.get(name) or structure.found[name].kind or Inert, name) for name in names]
 
 
 def read_source_checkpoint(path: str | Path) -> tuple[dict, dict]:
@@ -2010,7 +2017,8 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict]:
     if not path.is_file():
         raise checkpoint.CheckpointError(f"there is no checkpoint {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=restricted)
+        with torch.serialization.safe_globals(stand_ins(path)):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         raise checkpoint.CheckpointError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
     found = found if isinstance(found, dict) else {}
