@@ -31,6 +31,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,11 @@ from configurator import configure, fail
 
 class DataError(ValueError):
     """A source or a data file cannot be used; the message says which, why and what to do."""
+
+
+def counter_rng(seed: int, *counters: int) -> np.random.Generator:
+    """A generator that is a pure function of a seed and of counters such as the epoch: neighbours are unrelated."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counters))
 
 
 def optional(module: str, package: str):
@@ -1878,10 +1884,6 @@ def preprocess(cfg: StateConfig) -> dict:
 CONTROL = "non-targeting"
 
 
-def counter_rng(seed: int, *counters: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counters))
-
-
 def make_populations(cfg: StateConfig) -> dict[str, np.ndarray]:
     """What the synthetic populations are made of, on log expression; K types, M = 2 pathways, P perturbations, G genes.
 
@@ -2219,6 +2221,16 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 JOBS = {"text": (TextConfig, prepare_text), "planted": (PlantedConfig, planted), "arxiv": (ArxivConfig, arxiv),
         "ergodic": (ErgodicConfig, ergodic), "state": (StateConfig, state), "inspect": (InspectConfig, inspect)}
+
+
+def make_once(path: Path, *job: str) -> None:
+    """Do a job whose last file is `path`, if that is not there: rank 0 does, the others wait, ten minutes at most."""
+    if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+        main(list(job))
+    for _ in range(6_000):
+        if path.exists():
+            return
+        time.sleep(0.1)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -327,7 +327,7 @@ def sample_state(path: Path, cfg: Config) -> dict:
         model.to(rt.device)
         if cfg.adata:
             return predict_adata(run, model, extra, folder, cfg, rt)
-        experiment = train_state.open_data_of(run, extra)
+        experiment = train_state.open_run_data(run, extra)
         store, parts = train_state.Store(experiment, rt.device, run), []
         result = train_state.finish(model, experiment, store, run, rt, folder, parts.append)
     rows = np.concatenate([np.concatenate([part["rows"], part["controls"]]) for part in parts])
@@ -374,10 +374,10 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
         known = train_state.known_perturbations(run, extra)
         wanted = cfg.perturbations or [n for n in pert_names if n != run.control_pert] or [
             n for n in known if n != run.control_pert]
-        train_state.numbers(wanted, list(known), "perturbation", cfg.adata)
+        train_state.codes_of(wanted, list(known), "perturbation", cfg.adata)
         codes = None
         if batches is not None:
-            places = train_state.numbers(batches[1], extra["batches"], "batch", cfg.adata)
+            places = train_state.codes_of(batches[1], extra["batches"], "batch", cfg.adata)
             codes = np.array(places)[batches[0]]
         if empty := [name for t, name in enumerate(type_names) if not (is_control & (types == t)).any()]:
             raise prepare_data.DataError(f"{cfg.adata}: cell type {empty[0]} has no control cells to start from")

@@ -20,7 +20,6 @@ input-output HMM of Bengio & Frasconi (1995).
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -277,13 +276,8 @@ class Corpus:
 
 def open_data(cfg: Config) -> Corpus:
     """The corpus of cfg.data; the offline default is made where it is missing. Raises DataError."""
-    if cfg.data == OFFLINE and not (Path(OFFLINE) / "meta.json").exists():
-        if int(os.environ.get("RANK", 0)) == 0:
-            prepare_data.main(["text", f"--out_dir={OFFLINE}", "--vocab_size=1024"])
-        for _ in range(6_000):  # the other ranks have ten minutes' patience
-            if (Path(OFFLINE) / "meta.json").exists():
-                break
-            time.sleep(0.1)
+    if cfg.data == OFFLINE:
+        prepare_data.make_once(Path(OFFLINE) / "meta.json", "text", f"--out_dir={OFFLINE}", "--vocab_size=1024")
     corpus = Corpus(cfg.data)
     if cfg.vocab_size not in (None, corpus.vocab_size):
         raise prepare_data.DataError(f"vocab_size = {cfg.vocab_size}, but {cfg.data} has {corpus.vocab_size}: leave it "

@@ -40,6 +40,7 @@ from common import checkpoint
 from common.runlog import RunLog, read_metrics
 from common.runtime import FiniteCheck, Runtime, Stopwatch
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict
+from prepare_data import counter_rng
 
 SYNTHETIC = "data/ergodic"  # made when it is missing
 
@@ -171,13 +172,8 @@ def open_data(cfg: Config) -> tuple[Chunks, Chunks, list[str]]:
     """
     folder = Path(cfg.data)
     last = folder / "validation.h5"
-    if cfg.data == SYNTHETIC and not last.exists():
-        if int(os.environ.get("RANK", 0)) == 0:
-            prepare_data.main(["ergodic", f"--out_dir={folder}"])
-        for _ in range(6_000):  # the other ranks have ten minutes' patience
-            if last.exists():
-                break
-            time.sleep(0.1)
+    if cfg.data == SYNTHETIC:
+        prepare_data.make_once(last, "ergodic", f"--out_dir={folder}")
     train, validation = Chunks(folder / "train.h5"), Chunks(last)
     if not all("vocab_size" in chunks.file.attrs for chunks in (train, validation)):  # then known from the tokens only
         train.vocab_size = validation.vocab_size = max(train.vocab_size, validation.vocab_size)
@@ -215,13 +211,9 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
             raise prepare_data.DataError(f"{name} has {len(rows):,} chunks, less than its share of {share:,}: lower "
                                          "budget_tokens, or take what there is with allow_short=true")
         if cfg.choice == "random":
-            rows = _rng(cfg.seed, 1, train.code(name)).permutation(rows)
+            rows = counter_rng(cfg.seed, 1, train.code(name)).permutation(rows)
         chosen.append(rows[:share])
     return np.sort(np.concatenate(chosen))
-
-
-def _rng(seed: int, *counter: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counter))
 
 
 class Batches:
@@ -238,7 +230,7 @@ class Batches:
     def permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self.permutations:
             self.permutations = {e: p for e, p in self.permutations.items() if e == epoch - 1}
-            self.permutations[epoch] = _rng(self.cfg.seed, 2, epoch).permutation(self.rows_)
+            self.permutations[epoch] = counter_rng(self.cfg.seed, 2, epoch).permutation(self.rows_)
         return self.permutations[epoch]
 
     def rows(self, step: int) -> np.ndarray:
@@ -252,7 +244,7 @@ class Batches:
         rows = self.rows(step)
         tokens = self.chunks.tokens[rows]
         if self.cfg.random_windows:
-            tokens = self.windows(rows, tokens, _rng(self.cfg.seed, 3, step))
+            tokens = self.windows(rows, tokens, counter_rng(self.cfg.seed, 3, step))
         tokens = self.rt.share(torch.from_numpy(tokens.astype(np.int64)))
         if self.rt.device.type == "cuda":
             return tokens.pin_memory().to(self.rt.device, non_blocking=True)
@@ -427,7 +419,7 @@ class Curves(NamedTuple):
     def resampled(self, code: int, resamples: int, seed: int) -> np.ndarray:
         """The mean of as many documents drawn with replacement, [resamples, T]: the bootstrap over documents."""
         mine = np.flatnonzero(self.codes == code)
-        rng, found = _rng(seed, 4, code), np.empty((resamples, self.sums.shape[1]))
+        rng, found = counter_rng(seed, 4, code), np.empty((resamples, self.sums.shape[1]))
         for begin in range(0, resamples, 100):  # a block of draws at a time: [100, M] counts
             part = slice(begin, min(begin + 100, resamples))
             draws = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), part.stop - part.start)
@@ -562,7 +554,7 @@ def probe(model: nn.Module, chunks: Chunks, rows: np.ndarray, rt: Runtime, seed:
     Half of the documents train the classifier (multinomial logistic regression, L2 penalty, L-BFGS), the other half
     give accuracy and cross entropy in nats, to be held against log K.
     """
-    rng = _rng(seed, 5)
+    rng = counter_rng(seed, 5)
     rows = np.sort(rng.permutation(rows)[:most])
     positions = sorted({min(chunks.size - 1, p) for p in (1, 2, 3, 5, 8, 12, 20, 35, 60, chunks.size - 1)})
     tokens = torch.from_numpy(chunks.tokens[rows].astype(np.int64))

@@ -46,7 +46,7 @@ from common import checkpoint
 from common.runlog import RunLog, read_metrics
 from common.runtime import FiniteCheck, Runtime, Stopwatch
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict
-from prepare_data import DataError, H5ad, Matrix, as_csr, as_dense, looks_log1p, row_sums, suggest
+from prepare_data import DataError, H5ad, Matrix, as_csr, as_dense, counter_rng, looks_log1p, row_sums, suggest
 
 SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 
@@ -357,10 +357,6 @@ def expand_braces(pattern: str) -> list[str]:
             for text in expand_braces(pattern[: group.start()] + option.strip() + pattern[group.end() :])]
 
 
-def _rng(seed: int, *counter: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counter))
-
-
 class Experiment:
     """Every cell of every file of a TOML: what it is, and to which splits it belongs. Reads no expression.
 
@@ -502,7 +498,7 @@ class Experiment:
         count = min(max(1, round(self.cfg.val_fraction * len(conditions))), len(conditions) - 1)
         if count < 1:
             return
-        held = train[np.isin(pairs, _rng(self.cfg.seed, 1).permutation(conditions)[:count])]
+        held = train[np.isin(pairs, counter_rng(self.cfg.seed, 1).permutation(conditions)[:count])]
         self.member[held] = 2
         for f, t in self._types(self.member == 2):
             self.member[(self.file == f) & (self.cell_type == t) & self.is_control] |= 2
@@ -821,7 +817,7 @@ class Sentences:
                             f"prepare_data.py inspect {e.plan.path}")
         if cfg.downsample_cells:
             group = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-            order = np.argsort(group + _rng(cfg.seed, 2, SPLITS.index(split)).random(len(rows)), kind="stable")
+            order = np.argsort(group + counter_rng(cfg.seed, 2, SPLITS.index(split)).random(len(rows)), kind="stable")
             kept = np.sort(rows[order][np.arange(len(rows)) - starts[group] < cfg.downsample_cells])
             rows, starts = grouped(kept, *keys)
         self.cells, self.starts, self.sizes = rows, starts[:-1], np.diff(starts)
@@ -855,7 +851,7 @@ class Sentences:
 
         For test or whole: lists of n arrays [s] and [s, n_basal_samples], s <= S, in the order of the groups.
         """
-        S, rng = self.cfg.cell_set_len, _rng(self.cfg.seed, 3, SPLITS.index(self.split), epoch)
+        S, rng = self.cfg.cell_set_len, counter_rng(self.cfg.seed, 3, SPLITS.index(self.split), epoch)
         cells = self.cells
         if not self.whole:
             group = np.repeat(np.arange(len(self.sizes)), self.sizes)
@@ -1883,6 +1879,16 @@ def write_metrics(path: Path, results: dict) -> None:
         writer.writerows(rows)
 
 
+def plot(folder: Path, name: str, draw, width: float = 7.0, height: float = 4.5) -> None:
+    """Save folder/plots/name.png as drawn by draw(axes)."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
+    draw(figure.subplots())
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "plots" / f"{name}.png")
+
+
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:
     """plots/delta.png, METRIC_by_perturbation.png of the model and the best baseline, and loss.png (metrics.jsonl).
 
@@ -2343,29 +2349,14 @@ def evaluate(model: StateTransitionPerturbationModel, experiment: Experiment, st
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------
-def plot(folder: Path, name: str, draw, width: float = 7.0, height: float = 4.5) -> None:
-    """Save folder/plots/name.png as drawn by draw(axes)."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
-    draw(figure.subplots())
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "plots" / f"{name}.png")
-
-
 def open_data(cfg: Config) -> Experiment:
     """The experiment that cfg.toml_config_path describes; the synthetic default is made where it is missing.
 
     Raises DataError.
     """
     path = Path(cfg.toml_config_path)
-    if cfg.toml_config_path == SYNTHETIC and not path.exists():
-        if int(os.environ.get("RANK", 0)) == 0:
-            prepare_data.main(["state", "--action=synthetic", f"--out_dir={path.parent}"])
-        for _ in range(6_000):  # the other ranks have ten minutes' patience
-            if path.exists():
-                break
-            time.sleep(0.1)
+    if cfg.toml_config_path == SYNTHETIC:
+        prepare_data.make_once(path, "state", "--action=synthetic", f"--out_dir={path.parent}")
     return Experiment(cfg)
 
 
@@ -2658,7 +2649,7 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     return cfg, model, state["step"], extra
 
 
-def open_data_of(cfg: Config, extra: dict) -> Experiment:
+def open_run_data(cfg: Config, extra: dict) -> Experiment:
     """The experiment of a run's settings, with the run's numbers for perturbations and batches, whatever its TOML.
 
     Raises DataError for other genes, and for perturbations or batches that the model has no number for.
@@ -2669,11 +2660,11 @@ def open_data_of(cfg: Config, extra: dict) -> Experiment:
             raise DataError(f"{cfg.toml_config_path} has other {name} than this run, or in another order: "
                             f"{len(genes or [])} against {len(extra[name])}")
     if "perturbations" in extra and not cfg.perturbation_features_file:
-        places = numbers(experiment.perturbations, extra["perturbations"], "perturbation", cfg.toml_config_path)
+        places = codes_of(experiment.perturbations, extra["perturbations"], "perturbation", cfg.toml_config_path)
         experiment.pert_dim = len(extra["perturbations"])
         experiment.features = torch.eye(experiment.pert_dim)[places]
     if "batches" in extra and cfg.batch_encoder:
-        places = numbers(experiment.batches, extra["batches"], "batch", cfg.toml_config_path)
+        places = codes_of(experiment.batches, extra["batches"], "batch", cfg.toml_config_path)
         experiment.batch, experiment.batches = np.array(places, np.int32)[experiment.batch], extra["batches"]
     elif cfg.batch_encoder and experiment.batch_dim > (extra["dims"]["batch_dim"] or 0):
         raise DataError(f"{cfg.toml_config_path} has {experiment.batch_dim} batches, more than the model's "
@@ -2694,7 +2685,7 @@ def known_perturbations(cfg: Config, extra: dict) -> dict[str, torch.Tensor]:
     return dict(zip(names, torch.eye(len(names)), strict=True))
 
 
-def numbers(names: list[str], known: list[str], what: str, where: str) -> list[int]:
+def codes_of(names: list[str], known: list[str], what: str, where: str) -> list[int]:
     """Places of names in `known`. Raises DataError for one that is not there."""
     places = {name: i for i, name in enumerate(known)}
     for name in names:
@@ -2712,7 +2703,7 @@ def analyze(cfg: Config) -> dict:
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
-        experiment = open_data_of(saved, extra)
+        experiment = open_run_data(saved, extra)
         result = finish(model.to(rt.device), experiment, Store(experiment, rt.device, saved), saved, rt, folder)
     print(f"step {step}: " + verdict(result, folder).removeprefix("done: "))
     return result
