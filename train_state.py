@@ -559,6 +559,8 @@ def align(files: list[Path], tables: list, key: str, strict: bool) -> tuple[list
 
 def load_features(path: str | Path) -> dict[str, torch.Tensor]:
     """Vectors float32 of one length by name, from a .pt or .npz dict. Raises DataError for anything else."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} cannot be read: there is no such file (perturbation_features_file)")
     try:
         with open(path, "rb") as file:
             table = dict(np.load(file)) if str(path).endswith(".npz") else torch.load(file, "cpu", weights_only=True)
