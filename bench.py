@@ -41,13 +41,16 @@ import h5py
 import numpy as np
 import torch
 
-import prepare_data
 import train_apelr
 import train_arxiv
 import train_ghmm
 import train_state
 from common.runtime import Runtime
 from configurator import fail
+from sources.cells import Batches, Store
+from sources.chunks import ChunkSpool
+from sources.h5ad import as_csr, write_h5ad
+from sources.tokenizer import train_bpe
 
 RESULTS: list[dict] = []
 
@@ -336,8 +339,8 @@ def bench_tokenizer(size: int = 6_000_000) -> None:
             break
     documents = [text[i : i + 2_000] for text in texts for i in range(0, len(text), 2_000)]
     megabytes, cpu = sum(len(d.encode()) for d in documents) / 1e6, torch.device("cpu")
-    ours = prepare_data.train_bpe(documents, 4_096)
-    training = megabytes / seconds(lambda: prepare_data.train_bpe(documents, 4_096), cpu, repeats=3)
+    ours = train_bpe(documents, 4_096)
+    training = megabytes / seconds(lambda: train_bpe(documents, 4_096), cpu, repeats=3)
     encoding = megabytes / seconds(lambda: ours.encode_batch(documents, 1), cpu, repeats=3)
     if missing("tokenizers"):
         report("arxiv BPE training", training, "MB/s", "tokenizers missing: pip install tokenizers")
@@ -361,7 +364,7 @@ def measure_loader(chunks: int = 500_000) -> list[tuple]:
     """A file of 50 M tokens: seconds to open it, chunks/s at random, and the memory that takes."""
     with tempfile.TemporaryDirectory() as folder:
         path, rng = Path(folder) / "train.h5", np.random.default_rng(0)
-        spool = prepare_data.ChunkSpool(Path(folder), "train", 100, 8_192)
+        spool = ChunkSpool(Path(folder), "train", 100, 8_192)
         for document in range(chunks // 500):
             spool.add("ab"[document * 1_000 // chunks], rng.integers(0, 8_192, 50_000))
         spool.write(path, tokenizer="", source="bench", seed=0)
@@ -617,19 +620,19 @@ def write_cells(folder: Path) -> Path:
     cells = 30 * np.maximum(rng.random((len(kind), STATE_GENES), np.float32) - np.float32(0.9), 0)  # up to 3: log1p
     obs = {"gene": [f"p{k % 20}" if k % 20 < 16 else "non-targeting" for k in kind],
            "cell_type": [f"c{k // 20}" for k in kind], "gem_group": [f"b{i % 2}" for i in range(len(kind))]}
-    prepare_data.write_h5ad(folder / "cells.h5ad", (*prepare_data.as_csr(cells), cells.shape), obs,
+    write_h5ad(folder / "cells.h5ad", (*as_csr(cells), cells.shape), obs,
                             [f"g{i}" for i in range(STATE_GENES)], {"X_hvg": cells})
     path = folder / "cells.toml"
     path.write_text(f'[datasets]\nbench = "{folder / "cells.h5ad"}"\n[training]\nbench = "train"\n')
     return path
 
 
-def cell_batches(toml: str, device: str, **settings) -> train_state.Batches:
+def cell_batches(toml: str, device: str, **settings) -> Batches:
     """The loader of train_state.py on the cells of write_cells."""
     cfg = train_state.Config(**{"toml_config_path": toml, "val_fraction": 0.0, "dropout": 0.0, "optimizer": "adam",
                                 "use_basal_projection": False, "device": device, "precision": "fp32"} | settings)
     rt, experiment = Runtime(cfg), train_state.open_data(cfg)
-    return train_state.Batches(rt, experiment, train_state.Store(experiment, rt.device, cfg), cfg)
+    return Batches(rt, experiment, Store(experiment, rt.device, cfg), cfg)
 
 
 @contextlib.contextmanager
@@ -760,7 +763,7 @@ class StateTrainer(SlowTrainer):
 
             def step() -> None:
                 train_state.train_step(trained, draw(), rt, cfg)
-                rt.step(optimizer, parameters, cfg.grad_clip)
+                rt.step(optimizer, parameters, cfg.grad_clip, cfg.lr)
                 optimizer.zero_grad(set_to_none=True)
         else:
             peer, rows = arc_state(cfg, dims, self.model).to(self.device), in_rows(batch)

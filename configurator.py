@@ -3,7 +3,8 @@
     cfg = configure(Config, argv)       # python train_x.py config/small.py --lr=1e-3 --no-compile
 
 Config is a dataclass whose every field has a default and a comment. Its annotations say how values are read
-(int, float, bool, str, Literal, Optional and other unions, list, tuple, dict), its comments are the --help.
+(int, float, bool, str, Literal, Optional and other unions, list, tuple, dict), its comments are the --help. Numbers
+may have a range: Count (1, 2, ...), Whole (0, 1, ...), NonNegative, Positive, Share.
 
 - .py files run with the current values as globals: `batch_size = batch_size * 2`. Names that begin with an
   underscore, imports and functions are the file's own; any other name must be a field.
@@ -35,7 +36,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False,
@@ -43,16 +44,38 @@ BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "of
 NONES = {"none": None, "null": None}
 IGNORED = "(ignored)"  # where the keys go that an alias sends to None
 
+
+class Range(NamedTuple):
+    """What numbers a setting takes: how --help writes it, how a refusal says it, and the test."""
+
+    sign: str
+    rule: str
+    holds: Callable[[float], bool]
+
+
+class Derived(NamedTuple):
+    """An alias in another unit: the field's value is function(number given, all settings), once these are known."""
+
+    field: str
+    function: Callable[[float, dict[str, Any]], Any]
+
+
+Aliases = dict[str, str | Derived | None]
+Count = Annotated[int, Range("int >= 1", "must be at least 1", lambda value: value >= 1)]
+Whole = Annotated[int, Range("int >= 0", "must not be negative", lambda value: value >= 0)]
+NonNegative = Annotated[float, Range("float >= 0", "must be finite, not negative", lambda value: 0 <= value < math.inf)]
+Positive = Annotated[float, Range("float > 0", "must be finite and above 0", lambda value: 0 < value < math.inf)]
+Share = Annotated[float, Range("float in [0, 1)", "must be in [0, 1)", lambda value: 0 <= value < 1)]
+
 # -------------------------------------------------------------------------------------------- for the scripts
 
 
-def configure(
-    Config: type, argv: list[str] | None = None, aliases: dict[str, str | None] | None = None
-) -> Any:
+def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | None = None) -> Any:
     """A Config from its defaults, then the config files in argv in their order, then the overrides in theirs.
 
     aliases: foreign names, plain or dotted ("optim.learning_rate"), and the fields they mean; None is a name
-    that is accepted and has no effect here (one warning lists those met). A dotted alias beats a plain one.
+    that is accepted and has no effect here (one warning lists those met). A dotted alias beats a plain one. A name of
+    another unit is Derived(field, function): {"min_lr_ratio": Derived("min_lr", lambda ratio, cfg: ratio * cfg["lr"])}.
     If Config has a method check(self) -> list[str], what it returns are errors too.
     Exits: 0 after --help and --print_config, 2 on bad input.
     """
@@ -116,20 +139,22 @@ def config_dict(cfg: Any) -> dict[str, Any]:
     return {field.name: _jsonable(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
 
 
-def from_dict(Config: type, saved: dict[str, Any], where: str) -> Any:
+def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases | None = None) -> Any:
     """The Config that config_dict saved in `where` (a file name, for messages).
 
-    Settings that Config has no more are ignored with one warning; those it has since gained take defaults.
+    Settings that Config has no more are ignored with one warning, unless an alias says what they are called now; those
+    it has since gained take defaults.
     """
     if not isinstance(saved, dict):
         fail(f"{where}: expected the settings of a run, got {_short(saved)}")
-    settings = Settings(Config, {})
-    unknown = [str(name) for name in saved if name not in settings.kinds]
+    settings = Settings(Config, aliases or {})
+    unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) is None]
     if unknown:
         warnings.warn(f"{where}: ignored settings of another version: {', '.join(unknown)}", stacklevel=2)
-    for name in settings.kinds:
-        if name in saved:
-            settings.assign([name], saved[name], where)
+    for name in saved:
+        if name not in unknown:
+            settings.assign([str(name)], saved[name], where)
+    settings.ignored.clear()
     return settings.build(check=False)
 
 
@@ -138,9 +163,10 @@ def config_hash(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(old: dict[str, Any], cfg: Any) -> list[str]:
+def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None) -> list[str]:
     """Lines "lr: 0.001 -> 0.0001" for what changed since `old` was saved; what it lacks had the default."""
-    before = {**_jsonable(_defaults(type(cfg))), **_jsonable(old)}
+    with warnings.catch_warnings(action="ignore"):
+        before = config_dict(from_dict(type(cfg), old, "the checkpoint", aliases))
     return [f"{name}: {_source(before[name])} -> {_source(value)}"
             for name, value in config_dict(cfg).items() if value != before[name]]
 
@@ -153,8 +179,11 @@ class Settings:
 
     def __init__(self, Config: type, aliases: dict[str, str | None]):
         self.Config, self.kinds, self.values = Config, _kinds(Config), _defaults(Config)
-        self.aliases = {key.replace("-", "_"): name or IGNORED for key, name in aliases.items()}
+        names = {key.replace("-", "_"): name for key, name in aliases.items()}
+        self.units = {key: name for key, name in names.items() if isinstance(name, Derived)}
+        self.aliases = {key: getattr(name, "field", name) or IGNORED for key, name in names.items()}
         self.alias_depth = max((key.count(".") + 1 for key in self.aliases), default=0)
+        self.derived: dict[str, tuple[float, Derived, str]] = {}
         self.errors: list[str] = []
         self.ignored: list[str] = []
         strays = set(self.aliases.values()) - {*self.kinds, IGNORED}
@@ -162,6 +191,11 @@ class Settings:
 
     def build(self, check: bool = True) -> Any:
         """The Config, or exit with all errors; check: ask Config.check() as well."""
+        for name, (number, unit, where) in self.derived.items():
+            try:
+                self.values[name] = convert(unit.function(number, self.values), self.kinds[name])
+            except ValueError as error:
+                self.errors.append(f"{where}: {error}")
         if not self.errors:
             cfg = self.Config(**self.values)
             if check and callable(getattr(cfg, "check", None)):
@@ -207,6 +241,11 @@ class Settings:
             self.ignored.append(key)
         else:
             try:
+                unit = self.units.get(parts[-1].replace("-", "_")) if name not in parts else None
+                self.derived.pop(name, None)
+                if unit:
+                    self.derived[name] = convert(raw, float), unit, where
+                    return name,
                 value = _with_item(self.values[name], inside, raw) if inside else raw
                 self.values[name] = convert(value, self.kinds[name])
                 return name, *inside
@@ -430,6 +469,11 @@ class Text(str):
 
 def convert(value: Any, kind: Any) -> Any:
     """A fresh copy of value in the type of the annotation `kind`; ValueError says why it cannot be."""
+    if isinstance(ranged := _range(kind), Range):
+        number = convert(value, _origin(kind))
+        if not ranged.holds(number):
+            raise ValueError(ranged.rule)
+        return number
     origin, args = _origin(kind), typing.get_args(kind)
     if len(_options(kind)) > 1:
         return _to_union(value, args)
@@ -585,7 +629,14 @@ _SPECIFIC = [Literal, types.NoneType, int, float, bool, dict, list, tuple, str, 
 
 
 def _origin(kind: Any) -> Any:
-    return typing.get_origin(kind) or kind
+    """list of list[int], int of a Count."""
+    origin = typing.get_origin(kind) or kind
+    return typing.get_args(kind)[0] if origin is Annotated else origin
+
+
+def _range(kind: Any) -> Range | None:
+    """The Range of an annotation such as Count."""
+    return kind.__metadata__[0] if typing.get_origin(kind) is Annotated else None
 
 
 def _options(kind: Any) -> tuple:
@@ -611,14 +662,17 @@ def _type_name(kind: Any) -> str:
         return "|".join(map(str, typing.get_args(kind)))
     if kind is types.NoneType:
         return "none"
-    return str(kind).replace("typing.", "") if typing.get_args(kind) or kind is Any else kind.__name__
+    if isinstance(ranged := _range(kind), Range):
+        return ranged.sign
+    inside = [_type_name(part) for part in typing.get_args(kind) if part is not ...]
+    return _origin(kind).__name__ + (f"[{', '.join(inside)}]" if inside else "")
 
 
 # ------------------------------------------------------------------------------------- the dataclass's source
 
 
 def _kinds(Config: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(Config)
+    hints = typing.get_type_hints(Config, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(Config)}
 
 

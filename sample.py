@@ -25,14 +25,18 @@ from typing import Literal
 import numpy as np
 import torch
 
-import prepare_data
 import train_apelr
 import train_arxiv
 import train_ghmm
 import train_state
 from common import checkpoint
+from common.errors import DataError, InputError
 from common.runtime import Runtime
 from configurator import configure, fail
+from sources.cells import Store, align, column_names, read_rows
+from sources.h5ad import H5ad, write_h5ad
+from sources.shared import suggest
+from sources.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -170,7 +174,7 @@ def sample_arxiv(path: Path, cfg: Config) -> dict:
     run, model, step, extra = train_arxiv.load_run(path, cfg.device)
     run.seed, run.precision = cfg.seed, "fp32"
     speller = (path if path.is_dir() else path.parent) / "tokenizer.json"
-    tokenizer = prepare_data.load_tokenizer(speller) if speller.exists() else None
+    tokenizer = load_tokenizer(speller) if speller.exists() else None
     ids = tokenizer.encode(cfg.prompt) if tokenizer else token_ids(cfg.prompt, extra["vocab_size"])
     length = max(cfg.length or extra["n_ctx"], len(ids))
     with Runtime(run) as rt:
@@ -261,9 +265,9 @@ def sample_apelr(path: Path, cfg: Config) -> dict:
     run, model, step, extra = train_apelr.load_run(path, cfg.device)
     run.seed, run.precision = cfg.seed, "fp32"
     folder = path if path.is_dir() else path.parent
-    tokenizer = prepare_data.load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
     if tokenizer and extra.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
-        raise prepare_data.DataError(f"{folder / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
+        raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
     planner_settings(run, cfg, cfg.force_state)
     prompts = apelr_prompts(cfg, tokenizer, extra)
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
@@ -328,7 +332,7 @@ def sample_state(path: Path, cfg: Config) -> dict:
         if cfg.adata:
             return predict_adata(run, model, extra, folder, cfg, rt)
         experiment = train_state.open_run_data(run, extra)
-        store, parts = train_state.Store(experiment, rt.device, run), []
+        store, parts = Store(experiment, rt.device, run), []
         result = train_state.finish(model, experiment, store, run, rt, folder, parts.append)
     rows = np.concatenate([np.concatenate([part["rows"], part["controls"]]) for part in parts])
     columns = {run.cell_type_key: np.array(experiment.cell_types)[experiment.cell_type[rows]],
@@ -338,12 +342,12 @@ def sample_state(path: Path, cfg: Config) -> dict:
     genes = experiment.genes if model.gene_decoder is None else experiment.count_genes
     names = np.empty(len(rows), object)
     for f, source in enumerate(experiment.files):
-        with prepare_data.H5ad(source) as file:
+        with H5ad(source) as file:
             here = experiment.file[rows] == f
             names[here] = [f"{name}-{f}" if f else str(name) for name in file.obs_names[experiment.row[rows[here]]]]
     for name in ("pred", "real"):  # control cells are as measured in both
         cells = np.concatenate([np.concatenate([part[name], part["control"]]) for part in parts])
-        prepare_data.write_h5ad(folder / f"{name}.h5ad", cells, columns, genes, obs_names=names.astype(str))
+        write_h5ad(folder / f"{name}.h5ad", cells, columns, genes, obs_names=names.astype(str))
     print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
     print(f"after {step} steps: " + train_state.verdict(result, folder).removeprefix("done: "))
     return {"experiment": "state", "step": step, **result}
@@ -356,19 +360,19 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
     are, or else all that the model knows. Every predicted cell has a control cell of its type for input (the mean of
     n_basal_samples, if the model was trained so): each once as far as they go, in an order drawn from the seed.
     """
-    with prepare_data.H5ad(cfg.adata) as file:
+    with H5ad(cfg.adata) as file:
         types, type_names = file.column(run.cell_type_key)
         perts, pert_names = file.column(run.pert_col)
         if run.control_pert not in pert_names:
-            raise prepare_data.DataError(f"{cfg.adata} has no control cells: no cell has {run.pert_col} = "
+            raise DataError(f"{cfg.adata} has no control cells: no cell has {run.pert_col} = "
                                          f"{run.control_pert!r}; say --columns='{{\"control_pert\": \"NAME\"}}'")
         batches = file.column(run.batch_col) if hasattr(model, "batch_encoder") else None
-        names, _ = train_state.align([cfg.adata], [train_state.column_names(file, run.embed_key)], run.embed_key or "X",
+        names, _ = align([cfg.adata], [column_names(file, run.embed_key)], run.embed_key or "X",
                                      run.strict)
         place, genes = {name: i for i, name in enumerate(names)}, extra.get("genes") or names
         for gene in (gene for gene in genes if gene not in place):
-            raise prepare_data.DataError(f"{cfg.adata} has no gene {gene!r}, which this model reads"
-                                         + prepare_data.suggest(gene, names))
+            raise DataError(f"{cfg.adata} has no gene {gene!r}, which this model reads"
+                                         + suggest(gene, names))
         order = [place[gene] for gene in genes]
         is_control = perts == pert_names.index(run.control_pert)
         known = train_state.known_perturbations(run, extra)
@@ -380,11 +384,11 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
             places = train_state.codes_of(batches[1], extra["batches"], "batch", cfg.adata)
             codes = np.array(places)[batches[0]]
         if empty := [name for t, name in enumerate(type_names) if not (is_control & (types == t)).any()]:
-            raise prepare_data.DataError(f"{cfg.adata}: cell type {empty[0]} has no control cells to start from")
+            raise DataError(f"{cfg.adata}: cell type {empty[0]} has no control cells to start from")
         cells, columns, S = [], {run.cell_type_key: [], run.pert_col: []}, run.cell_set_len
         basal = np.full(file.n_obs, -1)
         basal[is_control] = np.arange(is_control.sum())
-        expression = train_state.read_rows(file, run, np.flatnonzero(is_control))[:, order]
+        expression = read_rows(file, run, np.flatnonzero(is_control))[:, order]
         for t, name in enumerate(type_names):
             controls = np.flatnonzero(is_control & (types == t))
             inputs = torch.from_numpy(expression[basal[controls]])
@@ -408,7 +412,7 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
     folder.mkdir(parents=True, exist_ok=True)
     genes = genes if model.gene_decoder is None else extra.get("count_genes")
     genes = genes or [f"feature_{i}" for i in range(cells[0].shape[1])]
-    prepare_data.write_h5ad(folder / "predicted.h5ad", np.concatenate(cells),
+    write_h5ad(folder / "predicted.h5ad", np.concatenate(cells),
                             {k: np.array(v) for k, v in columns.items()}, np.array(genes))
     total = len(columns[run.pert_col])
     print(f"{total:,} cells of {len(type_names)} cell types under {len(wanted)} perturbations written to "
@@ -416,15 +420,16 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
     return {"experiment": "state", "cells": total, "cell_types": type_names, "perturbations": wanted}
 
 
-SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv, "apelr": sample_apelr, "state": sample_state}
+SAMPLERS = {"train_ghmm": sample_ghmm, "train_arxiv": sample_arxiv, "train_apelr": sample_apelr,
+            "train_state": sample_state}
 
 
 def experiment_of(path: Path) -> str:
     """Which experiment a run folder or checkpoint is of, also one of the sources. Raises CheckpointError."""
     if path.suffix == ".ckpt" and path.is_file():
-        return "state"
+        return "train_state"
     source = path.is_file() and train_apelr.is_source_checkpoint(path)
-    return "apelr" if source else checkpoint.load(path)["experiment"]
+    return "train_apelr" if source else checkpoint.load(path)["experiment"]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -441,7 +446,7 @@ def main(argv: list[str] | None = None) -> dict:
         if experiment not in SAMPLERS:
             fail(f"{argv[0]} is a run of {experiment!r}; sample.py knows {', '.join(SAMPLERS)}")
         result = SAMPLERS[experiment](Path(argv[0]), cfg)
-    except (checkpoint.CheckpointError, train_ghmm.ProcessError, prepare_data.DataError) as e:
+    except InputError as e:
         fail(str(e))
     if cfg.json:
         finite = json.loads(json.dumps(result), parse_constant=lambda _: None)  # -inf of impossible tokens becomes null

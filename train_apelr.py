@@ -34,11 +34,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import prepare_data
 from common import checkpoint
+from common.errors import DataError
 from common.runlog import RunLog, read_metrics
 from common.runtime import FiniteCheck, Runtime, Stopwatch
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict
+from sources.shared import make_once
+from sources.text import prepare_text, read_stream
+from sources.tokenizer import load_tokenizer
 
 OFFLINE = "data/text"  # made when it is missing
 V2_TERMS = ("boundary_entropy", "usage_balance", "future_contrastive", "plan_js_div", "rep_unlikelihood")
@@ -50,7 +53,7 @@ HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nat
 @dataclass
 class Config:
     # output
-    out_dir: str = "out/apelr"  # run folder
+    out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     init_from: str = ""  # weights to start from: a checkpoint of this repository or of the source
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -235,20 +238,20 @@ class Corpus:
     def __init__(self, folder: str):
         named = Path("data") / folder  # data=tinystories is data/tinystories
         self.folder = named if not Path(folder).exists() and named.exists() else Path(folder)
-        self.meta, streams = prepare_data.read_stream(self.folder)
+        self.meta, streams = read_stream(self.folder)
         self.train, self.val = streams["train"], streams["val"]
         self.vocab_size, self.kind = self.meta["vocab_size"], self.meta["kind"]
         for name, tokens in streams.items():
             top = max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
             if top >= self.vocab_size:
-                raise prepare_data.DataError(f"{self.folder / name}.bin has the token {top}, beyond its vocabulary of "
+                raise DataError(f"{self.folder / name}.bin has the token {top}, beyond its vocabulary of "
                                              f"{self.vocab_size}: prepare the folder again")
         self.tokenizer = None
         if self.meta["tokenizer"]:
             path = self.folder / self.meta["tokenizer"]
-            self.tokenizer = prepare_data.load_tokenizer(path)
+            self.tokenizer = load_tokenizer(path)
             if self.tokenizer.hash() != self.meta["tokenizer_hash"]:
-                raise prepare_data.DataError(f"{path} is not the tokenizer that the tokens beside it were made with: "
+                raise DataError(f"{path} is not the tokenizer that the tokens beside it were made with: "
                                              "prepare the folder again")
 
     def starts(self, split: str, cfg: Config) -> tuple[int, int]:
@@ -257,14 +260,14 @@ class Corpus:
         if self.kind == "planted":
             distance = self.meta["document_length"]
             if cfg.seq_len >= distance:
-                raise prepare_data.DataError(f"seq_len = {cfg.seq_len}, but the planted documents predict only "
+                raise DataError(f"seq_len = {cfg.seq_len}, but the planted documents predict only "
                                              f"{distance - 1} tokens: use seq_len={distance - 1}")
             if self.meta["version"] != cfg.version and cfg.version != "baseline":
-                raise prepare_data.DataError(f"{self.folder} has its chunks where {self.meta['version']} has them: "
+                raise DataError(f"{self.folder} has its chunks where {self.meta['version']} has them: "
                                              f"make it anew by prepare_data.py planted --version={cfg.version}")
         count = (len(tokens) - cfg.seq_len - 1) // distance + 1
         if count < 1:
-            raise prepare_data.DataError(f"{self.folder / split}.bin has {len(tokens):,} tokens, less than a window of "
+            raise DataError(f"{self.folder / split}.bin has {len(tokens):,} tokens, less than a window of "
                                          f"seq_len + 1 = {cfg.seq_len + 1}: use more text or a shorter seq_len")
         return count, distance
 
@@ -277,10 +280,10 @@ class Corpus:
 def open_data(cfg: Config) -> Corpus:
     """The corpus of cfg.data; the offline default is made where it is missing. Raises DataError."""
     if cfg.data == OFFLINE:
-        prepare_data.make_once(Path(OFFLINE) / "meta.json", "text", f"--out_dir={OFFLINE}", "--vocab_size=1024")
+        make_once(Path(OFFLINE) / "meta.json", lambda: prepare_text(out_dir=OFFLINE, vocab_size=1_024))
     corpus = Corpus(cfg.data)
     if cfg.vocab_size not in (None, corpus.vocab_size):
-        raise prepare_data.DataError(f"vocab_size = {cfg.vocab_size}, but {cfg.data} has {corpus.vocab_size}: leave it "
+        raise DataError(f"vocab_size = {cfg.vocab_size}, but {cfg.data} has {corpus.vocab_size}: leave it "
                                      "out")
     return corpus
 
@@ -1135,7 +1138,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, PlannerLM, int, 
         model = load_source_checkpoint(state)
         model.cfg.device = device
         return model.cfg, model, int(state.get("global_step", 0)), {"vocab_size": model.cfg.vocab_size}
-    state = checkpoint.load(path / "best.pt" if (path / "best.pt").exists() else path, "apelr")
+    state = checkpoint.load(path / "best.pt" if (path / "best.pt").exists() else path, __file__)
     cfg, extra = from_dict(Config, state["config"], str(path)), state["extra"]
     cfg.device = device
     model = build_model(cfg, extra["vocab_size"])
@@ -1617,7 +1620,7 @@ def train(cfg: Config) -> dict:
         if cfg.batch_size != "auto" and cfg.batch_size % parts:
             fail(f"batch_size = {cfg.batch_size} must be a multiple of grad_accum_steps * ranks = {parts}")
         corpus = open_data(cfg)
-        path, state, changes = checkpoint.start_from(cfg, folder, "apelr", __file__, lambda old: differences(old, cfg))
+        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg))
         model = build_model(cfg, corpus.vocab_size)
         if cfg.init_from and not state:
             start_from_weights(model, cfg)
@@ -1629,7 +1632,7 @@ def train(cfg: Config) -> dict:
         step, best, totals = 0, math.inf, {}
         if state:
             if state["extra"]["tokenizer_hash"] != corpus.meta["tokenizer_hash"]:
-                raise prepare_data.DataError(f"{path} was trained with another tokenizer than {cfg.data} has")
+                raise DataError(f"{path} was trained with another tokenizer than {cfg.data} has")
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             batch_size = extra["batch_size"] if cfg.batch_size == "auto" else cfg.batch_size
         else:
@@ -1655,11 +1658,8 @@ def train(cfg: Config) -> dict:
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
                 lr = learning_rate(step, cfg)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
                 terms = train_step(trained, tokens, step, rt, cfg)
-                norm = rt.step(optimizer, params, cfg.grad_clip)
-                optimizer.zero_grad(set_to_none=True)
+                norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
 
                 last, stops = step == cfg.max_steps, rt.stopping(step)
@@ -1695,7 +1695,7 @@ def train(cfg: Config) -> dict:
                 if saves or improved:
                     extra = {"ended": last, "batch_size": batch_size, "vocab_size": corpus.vocab_size,
                              "tokenizer_hash": corpus.meta["tokenizer_hash"]}
-                    saved = checkpoint.capture(rt, "apelr", config_dict(cfg), step, model, optimizer, best, extra, {})
+                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if stops and not last:
@@ -1706,7 +1706,7 @@ def train(cfg: Config) -> dict:
 
             rt.barrier()
             if (folder / "best.pt").exists():
-                model.load_state_dict(checkpoint.load(folder / "best.pt", "apelr")["model"])
+                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             result = finish(model, corpus, cfg, rt, folder, log.say)
             summary = result | {"version": cfg.version, "parameters": sum(p.numel() for p in model.parameters()),
                                 "steps": step, "seconds": time.perf_counter() - began,
@@ -1764,7 +1764,7 @@ def analyze(cfg: Config) -> dict:
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         if extra.get("tokenizer_hash", corpus.meta["tokenizer_hash"]) != corpus.meta["tokenizer_hash"]:
-            raise prepare_data.DataError(f"{path} was trained with another tokenizer than {saved.data} has")
+            raise DataError(f"{path} was trained with another tokenizer than {saved.data} has")
         folder = path if path.is_dir() else path.parent
         found = finish(model.to(rt.device), corpus, saved, rt, folder)
     print(f"step {step}: " + verdict(found, saved, folder).removeprefix("done: "))
@@ -1775,7 +1775,7 @@ def main(argv: list[str] | None = None) -> dict:
     cfg = configure(Config, argv, aliases=ALIASES)
     try:
         return analyze(cfg) if cfg.analyze else train(cfg)
-    except (prepare_data.DataError, checkpoint.CheckpointError) as e:
+    except (DataError, checkpoint.CheckpointError) as e:
         fail(str(e))
     except FloatingPointError as e:
         print(f"error: {e}", file=sys.stderr)

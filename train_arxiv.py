@@ -35,12 +35,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import prepare_data
 from common import checkpoint
+from common.errors import DataError
 from common.runlog import RunLog, read_metrics
 from common.runtime import FiniteCheck, Runtime, Stopwatch
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict
-from prepare_data import counter_rng
+from sources.chunks import map_tokens, open_chunks
+from sources.ergodic import ergodic, mixture_log_prob
+from sources.shared import counter_rng, make_once
 
 SYNTHETIC = "data/ergodic"  # made when it is missing
 
@@ -48,7 +50,7 @@ SYNTHETIC = "data/ergodic"  # made when it is missing
 @dataclass
 class Config:
     # output
-    out_dir: str = "out/arxiv"  # run folder; of a study, the folder of its runs
+    out_dir: str = checkpoint.default_out_dir(__file__)  # run folder; of a study, the folder of its runs
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -141,15 +143,15 @@ class Chunks:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file, self.names, self.codes = prepare_data.open_chunks(path)
+        self.file, self.names, self.codes = open_chunks(path)
         pairs = np.stack([self.codes.astype(np.int64), self.file["doc_idx_for_chunk"][:].astype(np.int64)], 1)
         self.documents = np.unique(pairs, axis=0, return_inverse=True)[1].ravel()  # ids may begin anew in a category
-        self.tokens = prepare_data.map_tokens(self.file)
+        self.tokens = map_tokens(self.file)
         blocks = [self.tokens[i : i + 100_000] for i in range(0, len(self.tokens), 100_000)]
         low, top = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
         self.vocab_size = int(self.file.attrs.get("vocab_size", top + 1))
         if low < 0 or top >= self.vocab_size:
-            raise prepare_data.DataError(f"{path} has the token {low if low < 0 else top}, but vocab_size = "
+            raise DataError(f"{path} has the token {low if low < 0 else top}, but vocab_size = "
                                          f"{self.vocab_size}: see python prepare_data.py inspect {path}")
 
     @property
@@ -173,18 +175,18 @@ def open_data(cfg: Config) -> tuple[Chunks, Chunks, list[str]]:
     folder = Path(cfg.data)
     last = folder / "validation.h5"
     if cfg.data == SYNTHETIC:
-        prepare_data.make_once(last, "ergodic", f"--out_dir={folder}")
+        make_once(last, lambda: ergodic(out_dir=str(folder)))
     train, validation = Chunks(folder / "train.h5"), Chunks(last)
     if not all("vocab_size" in chunks.file.attrs for chunks in (train, validation)):  # then known from the tokens only
         train.vocab_size = validation.vocab_size = max(train.vocab_size, validation.vocab_size)
     if (train.size, train.vocab_size) != (validation.size, validation.vocab_size):
-        raise prepare_data.DataError(f"{train.path} and {validation.path} differ in chunk size or vocabulary: they are "
+        raise DataError(f"{train.path} and {validation.path} differ in chunk size or vocabulary: they are "
                                      "not of one preparation")
     active = list(train.names) if cfg.categories is None else cfg.categories
     for name in active:
         if name not in train.names or name not in validation.names:
             near = difflib.get_close_matches(name, train.names, n=1)
-            raise prepare_data.DataError(f"{folder} has no category {name!r}"
+            raise DataError(f"{folder} has no category {name!r}"
                                          + (f", did you mean {near[0]!r}?" if near else "")
                                          + f" It has: {', '.join(train.names)}")
     return train, validation, active
@@ -206,9 +208,9 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
     for name, rows in have.items():
         share = total * len(rows) // sum(map(len, have.values())) if cfg.budget == "proportional" else total // K
         if share < 1:
-            raise prepare_data.DataError(f"the budget of {total} chunks is less than one for each of {K} categories")
+            raise DataError(f"the budget of {total} chunks is less than one for each of {K} categories")
         if share > len(rows) and not cfg.allow_short:
-            raise prepare_data.DataError(f"{name} has {len(rows):,} chunks, less than its share of {share:,}: lower "
+            raise DataError(f"{name} has {len(rows):,} chunks, less than its share of {share:,}: lower "
                                          "budget_tokens, or take what there is with allow_short=true")
         if cfg.choice == "random":
             rows = counter_rng(cfg.seed, 1, train.code(name)).permutation(rows)
@@ -492,7 +494,7 @@ def oracle_curves(chunks: Chunks, rows: np.ndarray, active: list[str]) -> tuple[
         return None
     log_prob = chunks.file["oracle_log_prob"][:][rows].astype(np.float64)  # [R, all components, n]
     codes = [chunks.code(name) for name in active]
-    mixture = prepare_data.mixture_log_prob(log_prob[:, codes])
+    mixture = mixture_log_prob(log_prob[:, codes])
     known = np.take_along_axis(log_prob, chunks.codes[rows].astype(np.int64)[:, None, None], 1)[:, 0]
     documents, index = np.unique(chunks.documents[rows], return_inverse=True)
     document_codes = np.zeros(len(documents), dtype=np.int64)
@@ -759,7 +761,7 @@ def train(cfg: Config) -> dict:
         watched = np.concatenate([validation.rows(name)[: cfg.eval_chunks] for name in active])
         tokens_per_step = cfg.batch_size * (chunks.size - 1)
 
-        path, state, changes = checkpoint.start_from(cfg, folder, "arxiv", __file__, lambda old: differences(old, cfg))
+        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg))
         step, best, total, waited, reference = 0, math.inf, torch.zeros(2, device=rt.device), 0, math.inf
         if state:
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
@@ -778,11 +780,8 @@ def train(cfg: Config) -> dict:
             while step < steps and not ended:
                 tokens = batches(step)  # [B, n]
                 lr = learning_rate(step, steps, cfg)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
                 loss = train_step(trained, tokens, rt, cfg)
-                norm = rt.step(optimizer, params, cfg.grad_clip)
-                optimizer.zero_grad(set_to_none=True)
+                norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
 
                 last, stops = step == steps, rt.stopping(step)
@@ -820,7 +819,7 @@ def train(cfg: Config) -> dict:
                     log.say(f"step {step:>6} eval | val_xe {val_xe:.5f} | first {xe[0]:.4f} last {xe[-1]:.4f}"
                             + " *" * improved + f" | no better for {waited}: stopping" * ended)
                 if saves or improved or ended:
-                    saved = checkpoint.capture(rt, "arxiv", config_dict(cfg), step, model, optimizer, best,
+                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best,
                                                {"waited": waited, "reference": reference, "ended": ended or last,
                                                 "n_ctx": chunks.size, "vocab_size": chunks.vocab_size,
                                                 "categories": active}, {})
@@ -834,7 +833,7 @@ def train(cfg: Config) -> dict:
 
             rt.barrier()
             if (folder / "best.pt").exists():
-                model.load_state_dict(checkpoint.load(folder / "best.pt", "arxiv")["model"])
+                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             copy_tokenizer(Path(cfg.data), folder, rt)
             result = finish(model, validation, active, cfg, rt, folder, f"K = {len(active)}: {', '.join(active)}")
             summary = result | {"K": len(active), "categories": active, "steps": step,
@@ -892,7 +891,7 @@ def copy_tokenizer(data: Path, folder: Path, rt: Runtime) -> None:
 def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, dict]:
     """(settings, model, steps done, extra state) of a run folder or checkpoint. Raises CheckpointError."""
     path = Path(path)
-    state = checkpoint.load(path / "best.pt" if (path / "best.pt").exists() else path, "arxiv")
+    state = checkpoint.load(path / "best.pt" if (path / "best.pt").exists() else path, __file__)
     cfg, extra = from_dict(Config, state["config"], str(path)), state["extra"]
     cfg.device = device
     model = build_model(cfg, extra["vocab_size"], extra["n_ctx"])
@@ -912,7 +911,7 @@ def analyze(cfg: Config) -> dict:
         _, validation, _ = open_data(saved)
         active = extra["categories"]
         if (validation.vocab_size, validation.size) != (extra["vocab_size"], extra["n_ctx"]):
-            raise prepare_data.DataError(f"{saved.data} is not the data of this run: vocabulary or chunk size differ")
+            raise DataError(f"{saved.data} is not the data of this run: vocabulary or chunk size differ")
         title = f"K = {len(active)}: {', '.join(active)}"
         result = finish(model.to(rt.device), validation, active, saved, rt, folder, title)
     print(f"step {step}: " + verdict(result, len(active), folder).removeprefix("done: "))
@@ -937,13 +936,13 @@ def plan_study(study: str, names: list[str]) -> list[list[str]]:
     if study in ("all", "all31"):
         subsets = [list(s) for K in range(1, len(names) + 1) for s in itertools.combinations(names, K)]
         if study == "all31" and len(subsets) != 31:
-            raise prepare_data.DataError(f"study=all31 is about five categories, but there are {len(names)}: use "
+            raise DataError(f"study=all31 is about five categories, but there are {len(names)}: use "
                                          "study=all, or choose five with categories=a,b,c,d,e")
         return subsets
     if sizes:
         wanted = [int(K) for K in sizes[2].split(",")]
         if bad := [K for K in wanted if not 1 <= K <= len(names)]:
-            raise prepare_data.DataError(f"study={study}: {bad[0]} is not between 1 and the {len(names)} categories")
+            raise DataError(f"study={study}: {bad[0]} is not between 1 and the {len(names)} categories")
         if sizes[1] == "nested:":
             return [names[:K] for K in wanted]
         return [list(s) for K in wanted for s in itertools.combinations(names, K)]
@@ -951,7 +950,7 @@ def plan_study(study: str, names: list[str]) -> list[list[str]]:
     for name in study.split(","):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise prepare_data.DataError(f"study={study}: no run is called {name!r}"
+            raise DataError(f"study={study}: no run is called {name!r}"
                                          + (f", did you mean {near[0]!r}?" if near else ".")
                                          + " Use all, all31, k=1,2, nested:1,2,4, or names like "
                                          + run_name(names[: min(2, len(names))]))
@@ -990,9 +989,9 @@ def read_results(folder: Path) -> list[dict]:
                 _ = group["xe_by_position"], group["xe"], group["icl_gain"], group["total_gain"], group["fit"]["alpha"]
             _ = result["K"], result["seed"]
         except (ValueError, KeyError, TypeError) as e:
-            raise prepare_data.DataError(f"{path} is damaged or foreign ({e}): --analyze that run again") from e
+            raise DataError(f"{path} is damaged or foreign ({e}): --analyze that run again") from e
     if not found:
-        raise prepare_data.DataError(f"{folder} holds no run with a results.json: python train_arxiv.py --study=all "
+        raise DataError(f"{folder} holds no run with a results.json: python train_arxiv.py --study=all "
                                      f"--out_dir={folder}")
     return found
 
@@ -1135,7 +1134,7 @@ def main(argv: list[str] | None = None) -> dict:
         if cfg.study:
             return run_study(cfg)
         return analyze(cfg) if cfg.analyze else train(cfg)
-    except (prepare_data.DataError, checkpoint.CheckpointError) as e:
+    except (DataError, checkpoint.CheckpointError) as e:
         fail(str(e))
     except FloatingPointError as e:
         print(f"error: {e}", file=sys.stderr)

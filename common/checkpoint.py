@@ -13,16 +13,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import CheckpointError
 from common.runtime import Runtime
 
 FORMAT_VERSION = 1
 NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "log_interval", "wandb", "tensorboard", "device",
                "compile")  # they change how a run is started or watched, not what it finds
+FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message names the file and what to do."""
+def identity(script: str) -> str:
+    """Who made a run: the stem of the page's file. A renamed copy is another experiment, with runs of its own."""
+    return Path(script).stem
+
+
+def default_out_dir(script: str) -> str:
+    """Where a page's runs go by default: train_ghmm.py to out/ghmm, its copy train_mine.py to out/mine."""
+    return f"out/{identity(script).removeprefix('train_')}"
 
 
 def local_folder(out_dir: str) -> Path:
@@ -32,16 +40,17 @@ def local_folder(out_dir: str) -> Path:
     return Path(out_dir)
 
 
-def capture(rt: Runtime, experiment: str, config: dict, step: int, model, optimizer, best: float, extra: dict,
+def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer, best: float, extra: dict,
             rank_extra: dict) -> dict:
     """Everything a run needs to go on to the bit. Collective: call it on every rank.
 
     Args:
+        script: the page's __file__, whose stem is the run's identity.
         step: optimizer steps done. best: lowest evaluation loss so far.
         extra: further plain state, the same on all ranks; rank_extra: further plain state of each rank.
     """
     return {
-        "format_version": FORMAT_VERSION, "experiment": experiment, "config": config, "step": step, "best": best,
+        "format_version": FORMAT_VERSION, "experiment": identity(script), "config": config, "step": step, "best": best,
         "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": rt.scaler.state_dict(),
         "ranks": rt.gather({**_random_state(rt), **rank_extra}), "extra": extra,
     }  # fmt: skip
@@ -53,13 +62,12 @@ def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer
     best is infinite where the run goes on in a folder that the checkpoint is not from: its best.pt is not there.
     """
     asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    load_weights(model, state["model"], path)
     try:
-        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise CheckpointError(f"{path} does not fit this model: {reason}. Use the settings it was trained with, "
-                              "or resume=never to start anew") from e
+    except (ValueError, KeyError) as e:
+        raise CheckpointError(f"{path} holds no state of this optimizer ({e}): start from its weights with init_from "
+                              "where the script has it, or anew with resume=never, which replaces what is there") from e
     for group, options in zip(optimizer.param_groups, asked, strict=True):
         group.update(options)  # betas, weight decay and so on as now configured
     if rt.scaler.is_enabled() and state["scaler"]:
@@ -77,6 +85,17 @@ def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer
     if rt.device.type == "cuda" and cuda_rng is not None:
         torch.cuda.set_rng_state(cuda_rng, rt.device)
     return state["step"], best, state["extra"], mine
+
+
+def load_weights(model, weights: dict, path: Path) -> None:
+    """Put weights into a model; raises CheckpointError where it is not of these shapes and names."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError, KeyError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{path} does not fit the model as its script builds it now: {reason}. Use the settings "
+                              "and the code it was trained with, or resume=never to start anew, which replaces the "
+                              "checkpoints that are there") from e
 
 
 def _random_state(rt: Runtime) -> dict:
@@ -149,11 +168,11 @@ def clear(folder: Path, after: int = 0) -> None:
         path.unlink(missing_ok=True)
 
 
-def load(path: Path, experiment: str | None = None) -> dict:
+def load(path: Path, script: str | None = None) -> dict:
     """Read a checkpoint (or a run folder's last.pt) to the CPU, checked.
 
-    Raises CheckpointError if it is missing, torn, foreign, newer than this code or of another experiment, naming the
-    newest good checkpoint beside it where there is one.
+    Raises CheckpointError if it is missing, torn, foreign, newer than this code or, given a page's __file__, of another
+    page; it names the newest good checkpoint beside a damaged one where there is one.
     """
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
@@ -165,13 +184,14 @@ def load(path: Path, experiment: str | None = None) -> dict:
         good = max((p for p in others if not _read(p)[1]), key=lambda p: _read(p)[0]["step"], default=None)
         raise CheckpointError(f"{path} {problem}. " + (f"The newest good checkpoint is {good}: use resume={good}"
                                                        if good else "There is no other good checkpoint beside it"))
-    if experiment and state["experiment"] != experiment:
-        raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}: give one of {experiment}")
+    if script and state["experiment"] != identity(script):
+        raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}.py, not of {identity(script)}.py: use "
+                              "another out_dir, or that script")
     return state
 
 
 def experiment_of(path: Path) -> str:
-    """The experiment of a checkpoint or run folder; "" for a file that is not ours or cannot be read."""
+    """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
     return _read(path / "last.pt" if path.is_dir() else path)[0].get("experiment", "")
 
 
@@ -183,19 +203,21 @@ def _read(path: Path) -> tuple[dict, str]:
         return {}, f"is damaged or no checkpoint ({type(e).__name__})"
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         return {}, "is no checkpoint of this repository"
+    if state["experiment"] in FIRST_NAMES:  # written before a run was known by its script
+        state["experiment"] = f"train_{state['experiment']}"
     if state["format_version"] > FORMAT_VERSION:
         return {}, f"has format {state['format_version']}, newer than this code ({FORMAT_VERSION}): update the code"
     return state, ""
 
 
-def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> tuple[Path | None, dict | None, list]:
+def start_from(cfg, folder: Path, script: str, differences) -> tuple[Path | None, dict | None, list]:
     """Decide what a run starts from: (path, state, changed settings), or (None, None, []) for a fresh one.
 
     Under resume=auto an unfinished run goes on, telling what changed. A finished run whose settings or script changed
     is neither evaluated as if it were the new one nor overwritten: that is a CheckpointError with the choices.
 
     Args:
-        differences: saved config (a dict) -> list of lines "field: old -> new".
+        script: the page's __file__. differences: saved config (a dict) -> list of lines "field: old -> new".
     """
     if getattr(cfg, "load_checkpoint_step", None) is not None:
         path = folder / f"step_{cfg.load_checkpoint_step}.pt"
@@ -205,7 +227,7 @@ def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> 
             return None, None, []
     else:
         path = Path(cfg.resume)
-    state = load(path, experiment)
+    state = load(path, script)
     path = path / "last.pt" if path.is_dir() else path
     changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
@@ -214,5 +236,6 @@ def start_from(cfg, folder: Path, experiment: str, script: str, differences) -> 
     ended = state["extra"].get("ended", state["step"] >= (state["config"]["max_steps"] or math.inf))
     if cfg.resume == "auto" and changes and path.name == "last.pt" and ended:
         raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
-                              f"out_dir, or resume=never to train anew there, or resume={path} to go on from it")
+                              f"out_dir, or resume={path} to go on from it, or resume=never to train anew, which "
+                              "replaces the checkpoints that are there")
     return path, state, changes

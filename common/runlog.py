@@ -14,7 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+from common.errors import leave
 
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 
@@ -37,12 +40,11 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            print(f"error: out_dir={folder} cannot be made ({e.strerror}): use another folder", file=sys.stderr)
-            raise SystemExit(2) from None
+            leave(f"out_dir={folder} cannot be made ({e.strerror}): use another folder", 2)
         (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         self._metrics = _reopen(folder / "metrics.jsonl", start_step)
         self._text = open(folder / "train.log", "a" if start_step else "w", encoding="utf-8")
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         if not (start_step and (folder / Path(script).name).exists()):
             shutil.copyfile(script, folder / Path(script).name)
         if board:
@@ -127,11 +129,18 @@ class RunLog:
         """Write summary.json and print it, a `name: value` line each, for people and grep alike."""
         if not self.active:
             return
-        _write_json(self.folder / "summary.json", values)
+        write_json(self.folder / "summary.json", values)
         self.bar.clear()
         for key, value in values.items():
             if isinstance(value, (int, float, str)):
                 self.say(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def run_facts(rt, step: int, began: float, watch, unit: str = "tokens") -> dict:
+    """What summary.json says of every run: steps, seconds since `began`, units a second of training, torch, device."""
+    return {"steps": step, "seconds": time.perf_counter() - began,
+            f"{unit}_per_second": watch.units / watch.seconds if watch.seconds else 0.0,
+            "torch": torch.__version__, "device": str(rt.device)}
 
 
 def _dotenv(name: str) -> str | None:
@@ -162,7 +171,8 @@ def _reopen(path: Path, start_step: int):
     return open(path, "a", encoding="utf-8")
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """A JSON file, complete or not there; what is not finite becomes null."""
     fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
     fresh.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(fresh, path)
@@ -181,5 +191,4 @@ def _optional(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        print(f"error: {package}=true needs the package {package}: pip install {package}", file=sys.stderr)
-        raise SystemExit(2) from None
+        leave(f"{package}=true needs the package {package}: pip install {package}", 2)

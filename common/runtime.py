@@ -6,19 +6,35 @@ it, a job of one rank. Nothing here knows a model, a data set or a loss.
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import signal
-import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import leave
+
 _RENDEZVOUS: dict = {}  # torchrun's store and the number of groups opened through it
 STOP_CHECK_STEPS = 10  # ranks agree on stopping at every tenth step: a 0.1 ms exchange of one number
+
+
+class Due(NamedTuple):
+    """What follows a step: a log line, an evaluation, a save, the end because of a signal."""
+
+    logs: bool
+    evaluates: bool
+    saves: bool
+    stops: bool
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.logs or self.saves)  # an evaluation is logged, a stop is saved
 
 
 class Runtime:
@@ -116,27 +132,43 @@ class Runtime:
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, params: list, max_norm: float) -> torch.Tensor:
-        """Clip the (synchronised) gradients to max_norm (0: do not), step, and return their norm before clipping."""
+    def step(self, optimizer: torch.optim.Optimizer, params: list, max_norm: float, lr: float) -> torch.Tensor:
+        """Clip the (synchronised) gradients to max_norm (0: do not), step at this rate, drop the gradients.
+
+        Returns their norm before clipping.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
         self.scaler.step(optimizer)
         self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         return norm
 
     # Ranks -----------------------------------------------------------------------------------------------------
+
+    def divide(self, batch_size: int, grad_accum: int) -> int:
+        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly."""
+        parts = grad_accum * self.world_size
+        if batch_size % parts:
+            leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
+        return batch_size // parts
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a global batch: every world_size-th element, so any number of ranks trains the same."""
         return tensor[self.rank :: self.world_size]
 
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks, on every rank."""
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, on every rank."""
         if self.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
-            tensor /= self.world_size
         return tensor
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, on every rank."""
+        return self.sum(tensor) / self.world_size if self.world_size > 1 else tensor
 
     def gather(self, value) -> list:
         """[value of rank 0, value of rank 1, ...], on every rank."""
@@ -167,6 +199,13 @@ class Runtime:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    def due(self, step: int, last: int, log_interval: int, eval_interval: int, save_interval: int | None) -> Due:
+        """What follows step `step` of `last`; by default a save goes with an evaluation. The last step asks for all."""
+        ends, stops = step == last, self.stopping(step)
+        evaluates = ends or step % eval_interval == 0
+        return Due(logs=evaluates or step % log_interval == 0, evaluates=evaluates, stops=stops and not ends,
+                   saves=ends or stops or step % (save_interval or eval_interval) == 0)
+
     def synchronize(self) -> None:
         """Wait for the accelerator, before reading a clock."""
         if self.device.type == "cuda":
@@ -190,6 +229,21 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return (f"device {self.device} ({name}, {torch.get_num_threads()} threads) | precision {self.precision} "
                 f"({self.reason}) | compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
+
+
+def learning_rate(step: int, cfg, max_steps: int | None = None) -> float:
+    """Linear warm-up to lr over warmup_steps, then constant or a cosine down to min_lr at the last step.
+
+    Reads lr, min_lr, warmup_steps, schedule and, unless it is given, max_steps of cfg.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "constant":
+        return cfg.lr
+    end = cfg.max_steps if max_steps is None else max_steps
+    done = min(1.0, (step - cfg.warmup_steps) / max(1, end - cfg.warmup_steps))
+    least = min(cfg.lr, cfg.min_lr)
+    return least + (cfg.lr - least) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class FiniteCheck:
@@ -242,32 +296,27 @@ def _pick_device(asked: str, local_rank: int) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        _exit(f"device={asked} is unknown: use auto, cpu, cuda, cuda:N or mps")
+        leave(f"device={asked} is unknown: use auto, cpu, cuda, cuda:N or mps", 2)
     if device.type == "cuda" and not torch.cuda.is_available():
-        _exit(f"device={asked}, but this torch ({torch.__version__}) sees no CUDA device: use device=cpu or auto")
+        leave(f"device={asked}, but this torch ({torch.__version__}) sees no CUDA device: use device=cpu or auto", 2)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        _exit(f"device={asked}, but this machine has no Metal device: use device=cpu or auto")
+        leave(f"device={asked}, but this machine has no Metal device: use device=cpu or auto", 2)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        _exit(f"device={device} does not exist: there are {torch.cuda.device_count()}; start as many ranks as devices")
+        leave(f"device={device} does not exist: there are {torch.cuda.device_count()}; start as many ranks as devices",
+              2)
     return device
 
 
 def _pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if asked == "fp16" and device.type == "cpu":
-        _exit("precision=fp16 needs a GPU: use fp32 or bf16 on the CPU")
+        leave("precision=fp16 needs a GPU: use fp32 or bf16 on the CPU", 2)
     if asked != "auto":
         return asked, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return "bf16", "auto: this GPU has it"
     return "fp32", "auto: bf16 only pays on this device for wide layers" if device.type == "cpu" else "auto"
-
-
-def _exit(message: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def _keep_freed_memory() -> None:

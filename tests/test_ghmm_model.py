@@ -10,6 +10,7 @@ from torch import nn
 
 import train_ghmm
 from common.runtime import Runtime
+from sources.processes import make_process
 from train_ghmm import (
     Config,
     Contexts,
@@ -23,7 +24,6 @@ from train_ghmm import (
     evaluate,
     learning_rate,
     make_contexts,
-    make_process,
     next_token_loss,
     pca,
     plot_run,

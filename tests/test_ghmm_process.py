@@ -8,7 +8,8 @@ import torch
 from scipy.stats import chisquare
 
 from common.runtime import Runtime
-from train_ghmm import PROCESSES, Batches, Config, Process, ProcessError, build_process, make_process
+from sources.processes import PROCESSES, Process, ProcessError, make_process
+from train_ghmm import Batches, Config, build_process
 
 GHMMS = ("tom_quantum", "fanizza", "post_quantum")
 COINS = [{"process": "coin", "p": 0.3, "weight": 3, "vocab_map": [2, 0]}, {"process": "coin", "p": 0.6, "weight": 1}]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import train_ghmm
-from train_ghmm import make_process
+from sources.processes import make_process
 
 FOLDER = Path(os.environ.get("REFERENCE_DIR", Path(train_ghmm.__file__).parent / "../shared/reference"))
 FILES = sorted(FOLDER.glob("ghmm_*.json"))

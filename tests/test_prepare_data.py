@@ -21,8 +21,13 @@ import torch
 from commands import refusal
 
 import prepare_data
-from prepare_data import ArxivConfig, ChunkSpool, DataError, document, load_tokenizer, mixture_log_prob, train_bpe
-from train_ghmm import make_process
+from common.errors import DataError
+from prepare_data import ArxivConfig
+from sources import chunks as chunks_source
+from sources.chunks import ChunkSpool, document
+from sources.ergodic import mixture_log_prob
+from sources.processes import make_process
+from sources.tokenizer import load_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["cs.DS", "math.ST", "cs.IT"]
@@ -253,7 +258,7 @@ def hub(monkeypatch, records: list[dict], features: dict | None) -> None:
                                            ("topic", ["math.ST", "cs.IT", "cs.DS"])])
 def test_the_hub_gives_the_same_chunks_whether_labels_have_names_or_are_ccdvs_numbers(monkeypatch, column, names):
     prepare(write_jsonl(papers()))
-    numbered = [{**r, column: (names or prepare_data.CCDV_LABELS).index(r["category"])} for r in papers()]
+    numbered = [{**r, column: (names or chunks_source.CCDV_LABELS).index(r["category"])} for r in papers()]
     features = {column: SimpleNamespace(names=names)} if names else {column: SimpleNamespace(dtype="int64")}
     hub(monkeypatch, without(numbered, "category"), features)
     prepare("--out_dir=other", *[f"--label_column={column}"] * (column != "label"))
@@ -263,7 +268,7 @@ def test_the_hub_gives_the_same_chunks_whether_labels_have_names_or_are_ccdvs_nu
 @pytest.mark.parametrize("names", [NAMES, None])
 def test_a_hub_document_of_unknown_label_is_of_no_category(monkeypatch, names):
     """-1 stands for a label that is withheld."""
-    records = [{**r, "label": (names or prepare_data.CCDV_LABELS).index(r["category"])} for r in papers()]
+    records = [{**r, "label": (names or chunks_source.CCDV_LABELS).index(r["category"])} for r in papers()]
     records += [{"text": f"{i} withheld " * 20, "label": -1, "split": "train"} for i in range(5)]
     hub(monkeypatch, without(records, "category"), {"label": SimpleNamespace(names=names)})
     prepare("--out_dir=other")
@@ -542,9 +547,9 @@ def test_the_files_of_the_source_load_unchanged():
         file["doc_idx_for_chunk"] = ours["doc_idx_for_chunk"]
         file.attrs["vocab_size"] = 300
     for path, mapped in (("out/train.h5", True), ("source.h5", False)):
-        file, names, codes = prepare_data.open_chunks(path)
+        file, names, codes = chunks_source.open_chunks(path)
         with file:
-            tokens = prepare_data.map_tokens(file)
+            tokens = chunks_source.map_tokens(file)
             assert isinstance(tokens, np.memmap) and (Path(tokens.filename or "") == Path(path).resolve()) == mapped
             assert np.array_equal(tokens, ours["token_chunks"]) and names == NAMES
             assert np.array_equal(codes, ours["category_code"])

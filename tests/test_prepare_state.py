@@ -7,10 +7,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from commands import python, refusal
+from commands import refusal
 
 import prepare_data
-from prepare_data import DataError, H5ad, as_csr, as_dense, looks_log1p, write_h5ad
+from common.errors import DataError
+from sources import h5ad as h5ad_source
+from sources import populations as populations_source
+from sources import preprocess as preprocess_source
+from sources.h5ad import H5ad, as_csr, as_dense, looks_log1p, write_h5ad
 
 ROOT = Path(__file__).resolve().parents[1]
 KANG = ROOT.parent / "shared" / "data" / "perturb" / "kang_pbmc_scgen_valid.h5ad"
@@ -120,7 +124,7 @@ STORAGE = {"contiguous": {}, "chunked": {"chunks": True}, "gzip": {"compression"
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("layout", ["dense", "csr", "csc"])
 def test_matrices_of_every_layout_read_the_same(layout, storage, monkeypatch):
-    monkeypatch.setattr(prepare_data.Matrix, "entries", 3)  # rows one by one, columns one by one
+    monkeypatch.setattr(h5ad_source.Matrix, "entries", 3)  # rows one by one, columns one by one
     make(layout=layout, obsm={"X_hvg": VALUES[:, :2]}, **STORAGE[storage])
     with H5ad("cells.h5ad") as cells:
         assert cells.keys == ["X", "obsm/X_hvg"]
@@ -382,7 +386,7 @@ def test_preprocess_is_the_same_in_blocks_of_any_size(layout, monkeypatch, capsy
     whole = run("preprocess", "--adata=counts.h5ad", "--output=a.h5ad", "--control_pert=non-targeting", *more)
     assert (whole["cells"], whole["hvgs"], whole["dropped"]) == (297, 20, 3)
     assert "3 empty ones left out" in capsys.readouterr().out
-    monkeypatch.setattr(prepare_data.Matrix, "entries", 100)
+    monkeypatch.setattr(h5ad_source.Matrix, "entries", 100)
     run("preprocess", "--input=counts.h5ad", "--output=b.h5ad", *more)
     with H5ad("a.h5ad") as a, H5ad("b.h5ad") as b:
         np.testing.assert_allclose(a.matrix(None).dense(), expected_log1p(counts[kept]), rtol=1e-6)
@@ -401,7 +405,7 @@ def test_variable_genes_by_hand():
     draw = np.random.default_rng(0)
     cells = np.c_[draw.normal(10, 1, (400, 6)), draw.normal(1_000, 10, (400, 6)), np.zeros(400), np.full(400, 333.3)]
     cells[:, 3], cells[:, 8] = draw.normal(10, 3, 400), draw.normal(1_000, 30, 400)
-    found = prepare_data.variable_genes(cells.sum(0), (cells**2).sum(0), 400, 2)
+    found = preprocess_source.variable_genes(cells.sum(0), (cells**2).sum(0), 400, 2)
     assert np.flatnonzero(found["highly_variable"]).tolist() == [3, 8]
     dispersion = np.log(cells[:, :12].var(0, ddof=1) / cells[:, :12].mean(0))
     np.testing.assert_allclose(found["dispersions"][:12], dispersion, rtol=1e-6)
@@ -559,11 +563,11 @@ def test_synthetic_is_the_same_for_the_same_seed(capsys):
 def test_dropout_loses_a_gene_with_its_probability():
     """All genes alike at an expected count of 1 a zero has probability e^-1 + (1 - e^-1) p."""
     small = dict(num_genes=500, depth=500)
-    parts = prepare_data.make_populations(prepare_data.StateConfig(**small))
+    parts = populations_source.make_populations(prepare_data.StateConfig(**small))
     parts = {name: values * 0 for name, values in parts.items()}
     for dropout in (0, 0.5):
         cfg = prepare_data.StateConfig(**small, dropout=dropout)
-        counts, _ = prepare_data.simulate(parts, *np.zeros((2, 400), int), np.random.default_rng(1), cfg)
+        counts, _ = populations_source.simulate(parts, *np.zeros((2, 400), int), np.random.default_rng(1), cfg)
         sizes = np.exp(0.3 * np.random.default_rng(2).normal(size=4_000))  # of cells: log-normal
         expected = (np.exp(-sizes) + (1 - np.exp(-sizes)) * dropout**sizes).mean()
         assert (counts == 0).mean() == pytest.approx(expected, abs=0.015)
@@ -580,17 +584,10 @@ def test_inspect_tells_what_an_h5ad_holds(populations, capsys):
     assert len(problems) == 2 and "'plain' has no value" in problems[0] and "nan for cell 2" in problems[1]
 
 
-def test_inspect_of_an_experiment_is_the_train_scripts(monkeypatch, capsys):
-    """Run as a script, a DataError of the train script is caught as one of prepare_data's own."""
-    Path("train_state.py").write_text(
-        "import prepare_data\n\n\ndef inspect(path, **columns):\n"
-        "    raise prepare_data.DataError(f'{path} {columns[\"pert_col\"]} {columns[\"control_pert\"]}')\n")
-    for command in (("inspect",), ("state", "inspect")):
-        script = (f"import runpy, sys; sys.path[:0] = ['.', {str(ROOT)!r}]; sys.argv = ['p.py', *{command!r},"
-                  f" 'x.toml', '--pert_col=target']; runpy.run_path({str(ROOT / 'prepare_data.py')!r}, "
-                  "run_name='__main__')")
-        done = python("-c", script, folder=Path("."))
-        assert (done.returncode, done.stderr) == (2, "error: x.toml target non-targeting\n")
+def test_inspect_of_an_experiment_refuses_a_toml_that_is_not_there(capsys):
+    for command in (["inspect"], ["state", "inspect"]):
+        told = refusal(capsys, prepare_data.main, *command, "x.toml", "--pert_col=target")
+        assert told.startswith("error: there is no file x.toml")
 
 
 def test_words_after_state_are_understood_or_corrected(capsys):

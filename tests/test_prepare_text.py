@@ -16,17 +16,11 @@ import tiktoken
 from commands import refusal
 
 import prepare_data
-from prepare_data import (
-    SPECIAL,
-    DataError,
-    PlantedConfig,
-    TextConfig,
-    load_tokenizer,
-    make_plans,
-    mutual_information,
-    train_bpe,
-    train_char,
-)
+from common.errors import DataError
+from prepare_data import PlantedConfig, TextConfig
+from sources import text as text_source
+from sources.planted import make_plans, mutual_information
+from sources.tokenizer import SPECIAL, load_tokenizer, train_bpe, train_char
 
 CACHE = Path(__file__).resolve().parents[2] / "shared/data/tiktoken_cache"
 FILES = {"train.bin", "val.bin", "meta.json", "tokenizer.json"}
@@ -73,7 +67,7 @@ def contents(folder: str = "out") -> dict[str, bytes]:
 
 def documents(split: str, folder: str = "out") -> list[bytes]:
     """The documents of a stream, after every promise about it has been checked."""
-    meta, streams = prepare_data.read_stream(folder)
+    meta, streams = text_source.read_stream(folder)
     tokens, tokenizer = streams[split], load_tokenizer(Path(folder, "tokenizer.json"))
     assert tokens.max() < meta["vocab_size"] == tokenizer.vocab_size and tokens[-1] == meta["eos_id"]
     ends = np.flatnonzero(tokens == meta["eos_id"])
@@ -255,22 +249,22 @@ def test_invalid_bytes_of_a_text_file_survive(tokenizer):
 @pytest.mark.parametrize("gap, most", [("\n\n", 2_600), ("\r\n \r\n", 2_600), ("\n", 2_600), (" ", 2_600),
                                        ("", 65_536)])
 def test_a_running_text_is_cut_where_it_has_gaps(gap, most, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", 1 << 17)
+    monkeypatch.setattr(text_source, "BLOCK", 1 << 17)
     parts = ["x" * random.Random(i).randint(1, 500) for i in range(2_000)]
     write("a.txt", gap.join(parts))
-    found = list(prepare_data.cut_text(Path("a.txt")))
+    found = list(text_source.cut_text(Path("a.txt")))
     assert b"".join(found).replace(gap.encode(), b"") == "".join(parts).encode()
     assert all(2_000 <= len(text) <= most for text in found[:-1]) and len(found[-1]) <= most
-    monkeypatch.setattr(prepare_data, "BLOCK", 1 << 20)
-    assert list(prepare_data.cut_text(Path("a.txt"))) == found
+    monkeypatch.setattr(text_source, "BLOCK", 1 << 20)
+    assert list(text_source.cut_text(Path("a.txt"))) == found
 
 
 def test_a_mark_across_two_blocks_is_found(monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", 100)
+    monkeypatch.setattr(text_source, "BLOCK", 100)
     for before in range(85, 102):
         write("a.txt", "a" * before + "<|endoftext|>\n" + "b\n\n" * 1_000)
-        assert list(prepare_data.cut_text(Path("a.txt"))) == [b"a" * before, b"b\n\n" * 999 + b"b"]
-    assert write("a.txt", "") and list(prepare_data.cut_text(Path("a.txt"))) == [b""]
+        assert list(text_source.cut_text(Path("a.txt"))) == [b"a" * before, b"b\n\n" * 999 + b"b"]
+    assert write("a.txt", "") and list(text_source.cut_text(Path("a.txt"))) == [b""]
 
 
 def test_the_hubs_own_validation_split_is_used_and_what_it_shares_with_training_is_left_out(monkeypatch, capsys):
@@ -401,14 +395,14 @@ def test_a_new_preparation_of_any_job_leaves_no_file_of_the_older_one():
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
 def test_an_interruption_leaves_the_older_files_and_nothing_else(error, monkeypatch):
     prepare(write("a.json", stories()))
-    before, write_tokens = contents(), prepare_data.write_tokens
+    before, write_tokens = contents(), text_source.write_tokens
 
     def full(path, *rest):
         if path.name == "val.bin":
             raise error
         return write_tokens(path, *rest)
 
-    monkeypatch.setattr(prepare_data, "write_tokens", full)
+    monkeypatch.setattr(text_source, "write_tokens", full)
     for folder in ("out", "new"):
         with pytest.raises((KeyboardInterrupt, OSError)):
             prepare("--input=a.json", "--seed=5", f"--out_dir={folder}")
@@ -569,7 +563,7 @@ def test_the_chain_and_the_chunks_are_as_planted(version, length):
     assert meta["transition_matrix"] == ring
     process = make_plans(PlantedConfig(version=version))
     plans = np.load("out/train_plans.npy")
-    tokens = prepare_data.read_stream("out")[1]["train"].reshape(-1, length)
+    tokens = text_source.read_stream("out")[1]["train"].reshape(-1, length)
     assert plans.shape == (4_000, 8) and plans.dtype == np.int64 and (tokens[:, 0] == 32).all()
     assert tokens[:, 1:].max() < 32 and meta["document_length"] == length
     assert np.bincount(plans[:, 0]) / 4_000 == pytest.approx([0.25] * 4, abs=0.03)
@@ -594,7 +588,7 @@ def test_planted_meta_and_oracle_files_agree():
     assert wanted.items() <= meta.items()
     oracle, plans = np.load("out/val_oracle_nll.npy"), np.load("out/val_plans.npy")
     assert (oracle.shape, oracle.dtype, plans.shape, plans.dtype) == ((300, 127), np.float32, (300, 8), np.int64)
-    tokens = prepare_data.read_stream("out")[1]["val"].reshape(300, 128)[:, 1:].astype(np.int64)
+    tokens = text_source.read_stream("out")[1]["val"].reshape(300, 128)[:, 1:].astype(np.int64)
     process = make_plans(PlantedConfig(seed=4))
     nll, posterior = process.filter(tokens)
     assert np.abs(oracle - nll).max() < 1e-5 and meta["oracle_nll"] == pytest.approx(nll.mean(), abs=1e-9)

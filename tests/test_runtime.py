@@ -230,7 +230,7 @@ def test_the_gradient_norm_is_reported_before_clipping_and_zero_does_not_clip():
         rt, weight = Runtime(settings()), torch.nn.Parameter(torch.zeros(4))
         optimizer = torch.optim.SGD([weight], lr=1.0)
         rt.backward((weight * torch.tensor([3.0, 0.0, 4.0, 0.0])).sum())
-        assert float(rt.step(optimizer, [weight], limit)) == pytest.approx(5)
+        assert float(rt.step(optimizer, [weight], limit, 1.0)) == pytest.approx(5)
         moved[limit] = float(weight.detach().norm())
     assert moved == {0.0: pytest.approx(5), 0.5: pytest.approx(0.5, rel=1e-4)}
 

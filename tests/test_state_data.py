@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-import train_state
+from common.errors import DataError
 from common.runtime import Runtime
-from prepare_data import DataError, H5ad, write_h5ad
-from train_state import SPLITS, Batches, Experiment, Sentences, Store, expand_braces, make_batch, read_toml
+from sources import cells as cells_source
+from sources.cells import SPLITS, Batches, Experiment, Sentences, Store, expand_braces, make_batch, read_toml
+from sources.h5ad import H5ad, write_h5ad
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("REFERENCE_DIR", ROOT / "../shared/reference")) / "state_splits"
@@ -708,7 +709,7 @@ def test_without_a_batch_column_all_cells_are_of_one_batch():
 def test_inspect_counts_what_the_splits_hold(capsys):
     two_data_sets()
     cfg = settings(MIXED)
-    e, found = Experiment(cfg), train_state.inspect("e.toml", cfg)
+    e, found = Experiment(cfg), cells_source.inspect("e.toml", cfg)
     told = capsys.readouterr().out
     for split in SPLITS:
         rows, made = e.rows(split, True), found["splits"][split]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from prepare_data import DataError
+from common.errors import DataError
 from train_state import (
     METRICS,
     baselines,

@@ -334,18 +334,17 @@ def test_idle_plans_are_warned_of(capsys):
 
 def test_the_whole_default_run_needs_no_download_and_no_data(monkeypatch):
     """But shorter. The offline text is made on the way."""
-    made = []
+    made, prepare = [], train_apelr.prepare_text
 
-    def text(argv):
-        made.append(argv)
-        return prepare([*argv, "--input=corpus.txt", "--val_fraction=0.3", "--vocab_size=270"])
+    def text(**settings):
+        made.append(settings)
+        return prepare(**{**settings, "input": "corpus.txt", "val_fraction": 0.3, "vocab_size": 270})
 
-    prepare = prepare_data.main
     Path("corpus.txt").write_text("".join(f"some words {i} of text<|endoftext|>\n" for i in range(200)))
-    monkeypatch.setattr(prepare_data, "main", text)
+    monkeypatch.setattr(train_apelr, "prepare_text", text)
     result = train_apelr.main(["--max_steps=2", "--final_eval_batches=1", "--hidden_dim=8", "--token_dim=8",
                                "--device=cpu"])
-    assert made[0][:2] == ["text", "--out_dir=data/text"] and Path("out/apelr/summary.json").exists()
+    assert made[0]["out_dir"] == "data/text" and Path("out/apelr/summary.json").exists()
     assert np.isfinite(result["val_nll"])
 
 

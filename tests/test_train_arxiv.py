@@ -27,10 +27,12 @@ from commands import python, refusal
 import prepare_data
 import train_arxiv
 from common import checkpoint
+from common.errors import DataError
 from common.runtime import Runtime
 from configurator import configure
+from sources import chunks as chunks_source
+from sources.processes import make_process
 from train_arxiv import ALIASES, Batches, Chunks, Config, Curves, fit_power_law, gains, measure, plan_study
-from train_ghmm import make_process
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
@@ -85,7 +87,7 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
 
 def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chunks:
     """An open file of these documents, a list of token sequences a category."""
-    spool = prepare_data.ChunkSpool(Path(), "corpus", chunk_size, vocab_size)
+    spool = chunks_source.ChunkSpool(Path(), "corpus", chunk_size, vocab_size)
     for name, ids in itertools.chain.from_iterable(zip(itertools.repeat(k), v, strict=False)
                                                    for k, v in documents.items()):
         spool.add(name, ids)
@@ -236,10 +238,10 @@ def test_the_first_chunks_or_a_seeded_choice_make_the_share():
 
 def test_a_category_that_is_short_is_refused_unless_allowed():
     chunks, wanted = some_corpus(), {"budget": "tokens", "budget_tokens": 5 * 70}
-    with pytest.raises(prepare_data.DataError, match="b has 30 chunks, less than its share of 35.*allow_short"):
+    with pytest.raises(DataError, match="b has 30 chunks, less than its share of 35.*allow_short"):
         shares(chunks, ["a", "b"], **wanted)
     assert shares(chunks, ["a", "b"], **wanted, allow_short=True) == [35, 30]
-    with pytest.raises(prepare_data.DataError, match="budget of 2 chunks is less than one for each of 3"):
+    with pytest.raises(DataError, match="budget of 2 chunks is less than one for each of 3"):
         shares(chunks, ["a", "b", "c"], budget="tokens", budget_tokens=14)
 
 
@@ -524,9 +526,9 @@ def test_a_study_is_planned_as_it_is_called():
 @pytest.mark.parametrize("study, words", [("k=6", "6 is not between 1 and the 5"), ("nested:0", "0 is not between"),
                                           ("K3_csDS_csIT_csPM", "did you mean 'K3_csDS_csIT_csPL'"), ("al", "all31")])
 def test_a_study_that_cannot_be_is_refused(study, words):
-    with pytest.raises(prepare_data.DataError, match=words):
+    with pytest.raises(DataError, match=words):
         plan_study(study, FIVE)
-    with pytest.raises(prepare_data.DataError, match="five categories, but there are 4"):
+    with pytest.raises(DataError, match="five categories, but there are 4"):
         plan_study("all31", FIVE[:4])
 
 

@@ -24,7 +24,8 @@ import train_ghmm
 from common import checkpoint
 from common.runtime import Runtime
 from configurator import config_hash, configure
-from train_ghmm import ALIASES, Config, make_process
+from sources.processes import make_process
+from train_ghmm import ALIASES, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",

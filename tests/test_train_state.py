@@ -25,9 +25,12 @@ import prepare_data
 import sample
 import train_state
 from common import checkpoint
+from common.errors import DataError
 from common.runtime import Runtime
 from configurator import configure
-from train_state import ALIASES, Config, read_toml
+from sources import h5ad as h5ad_source
+from sources.cells import read_toml
+from train_state import ALIASES, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n_layers=1", "--hidden_dim=16", "--n_heads=2", "--d_ff=32", "--cell_set_len=4", "--batch_size=4",
@@ -65,26 +68,26 @@ def embedded(X: np.ndarray) -> np.ndarray:
 
 def rewrite(source: Path | str, target: Path | str, keep=None, order=None, X=None, obs=None, **obsm) -> None:
     """A copy of an h5ad of these cells and genes in this order, with X, obs and obsm (functions of X) as given."""
-    with prepare_data.H5ad(source) as file:
+    with h5ad_source.H5ad(source) as file:
         keep = np.arange(file.n_obs) if keep is None else keep
         order = np.arange(file.n_vars) if order is None else order
         dense = cells_of(source)[keep][:, order] if X is None else X
         columns = {k: np.array(names)[codes][keep] for k in ("gene", "cell_type", "gem_group")
                    for codes, names in [file.column(k)]}
         made = {key: make(dense) for key, make in {"X_hvg": lambda X: X, **obsm}.items()}
-        prepare_data.write_h5ad(target, dense, columns | (obs or {}), file.gene_names[order], made,
+        h5ad_source.write_h5ad(target, dense, columns | (obs or {}), file.gene_names[order], made,
                                 var={"highly_variable": np.arange(len(order)) < made["X_hvg"].shape[1]})
 
 
 def cells_of(path: Path | str, key: str | None = None) -> np.ndarray:
     """A matrix of an h5ad as a dense array; None is X."""
-    with prepare_data.H5ad(path) as file:
+    with h5ad_source.H5ad(path) as file:
         matrix = file.matrix(key)
-        return np.concatenate([prepare_data.as_dense(block, matrix.shape[1]) for _, _, block in matrix.blocks()])
+        return np.concatenate([h5ad_source.as_dense(block, matrix.shape[1]) for _, _, block in matrix.blocks()])
 
 
 def labels(path: Path | str, column: str) -> np.ndarray:
-    with prepare_data.H5ad(path) as file:
+    with h5ad_source.H5ad(path) as file:
         codes, names = file.column(column)
         return np.array(names)[codes]
 
@@ -126,7 +129,7 @@ def records(folder: Path | str, split: str) -> list[dict]:
 
 
 def weights(folder: Path | str, name: str = "last.pt") -> dict:
-    return checkpoint.load(Path(folder) / name, "state")["model"]
+    return checkpoint.load(Path(folder) / name, "train_state.py")["model"]
 
 
 def assert_as_if_uninterrupted(folder: Path | str, whole: Path | str) -> None:
@@ -541,7 +544,7 @@ def test_a_published_config_is_accepted(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("state*.toml")), ids=lambda path: path.stem)
 def test_an_example_toml_lacks_nothing_but_its_files(path):
-    with pytest.raises(prepare_data.DataError, match="there is no h5 or h5ad file at .*k562.h5"):
+    with pytest.raises(DataError, match="there is no h5 or h5ad file at .*k562.h5"):
         read_toml(path)
     names = re.findall(r"\{(.*?)\}", path.read_text())[-1].split(",")
     folder = Path("data/replogle")
@@ -672,7 +675,7 @@ def test_a_decoder_writes_the_genes_of_controls_too(whole, data):
     kept = np.flatnonzero(labels(data / "rich.h5ad", "gene") == "non-targeting")
     rewrite(data / "rich.h5ad", "controls.h5ad", keep=kept, X_hvg=lambda X: X[:, :8], X_state=embedded)
     assert predict(whole, "--adata=controls.h5ad", "--perturbations=p1", "--out=out")["cells"] == 5 * 16
-    with prepare_data.H5ad("out/predicted.h5ad") as file:
+    with h5ad_source.H5ad("out/predicted.h5ad") as file:
         assert list(file.gene_names) == [f"g{i:02}" for i in range(8)]
 
 
@@ -891,7 +894,7 @@ def test_cells_beyond_the_memory_budget_are_streamed_to_the_same_losses(data):
     obs = {"cell_type": rng.choice(["a", "b", "c"], n), "gene": rng.choice(["non-targeting", "p", "q"], n),
            "gem_group": rng.choice(["x", "y"], n)}
     packed = X[rows, columns], columns.astype(np.int32), np.append(0, (X != 0).sum(1).cumsum()), X.shape
-    prepare_data.write_h5ad("s.h5ad", packed, obs, [f"g{i}" for i in range(40)])
+    h5ad_source.write_h5ad("s.h5ad", packed, obs, [f"g{i}" for i in range(40)])
     Path("s.toml").write_text('[datasets]\ns = "s.h5ad"\n[training]\ns = "train"\n[fewshot."s.c"]\ntest = ["q"]\n')
     settings = ("--embed_key=none", "--output_space=all", "--max_steps=4", "--log_interval=1", "--eval_interval=2")
     for folder, budget in (("memory", 8), ("disk", 0.001)):
@@ -912,7 +915,7 @@ def first_biases(data: Path, *settings: str) -> dict[str, torch.Tensor]:
         model.eval()
         model(batch, losses=True)["loss"].backward()
         seen.update({k: p.grad for k, p in model.named_parameters() if k.endswith("bias")})
-        raise prepare_data.DataError("seen")
+        raise DataError("seen")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_state, "train_step", look)

@@ -1,0 +1,54 @@
+"""What goes wrong, and how a command ends: one sentence on stderr, exit code 2 for bad input and 1 for a failed run."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what was wrong, where, and what to do."""
+
+
+class DataError(InputError):
+    """A source or a data file cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be used."""
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """End the process after one `error:` line; of the processes torchrun starts, one prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Around the work of a command: bad input ends it with code 2, a loss or weight that is not finite with code 1."""
+    try:
+        yield
+    except InputError as e:
+        leave(str(e), 2)
+    except FloatingPointError as e:
+        leave(str(e), 1)
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Around a trial, before the first step, of what the end of a run asks of model and data.
+
+    A page edited by its user fails here within a second, with a sentence that names the line, not after training.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        line = traceback.extract_tb(e.__traceback__)[-1]
+        raise InputError(f"what the end of the run asks of model and data does not work ({type(e).__name__}: {e}; "
+                         f"{os.path.basename(line.filename)}, line {line.lineno}): mend that before it trains") from e

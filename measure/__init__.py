@@ -1,0 +1,1 @@
+"""After training: functions that take arrays or a model and return dicts and figures."""

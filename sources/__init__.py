@@ -1,0 +1,1 @@
+"""What comes in: everything foreign becomes ours here, checked once, with one clear sentence where it cannot."""

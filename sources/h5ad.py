@@ -1,0 +1,539 @@
+"""h5ad files by h5py alone: those of all anndata versions read, dense, CSR and CSC, in blocks; our own written."""
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from common.errors import DataError
+from sources.shared import report, suggest
+
+
+def as_text(value) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def attribute(node, *names: str) -> str:
+    """The first of these attributes that there is, as text."""
+    return next((as_text(node.attrs[name]) for name in names if name in node.attrs), "")
+
+
+def plain(values) -> np.ndarray:
+    """A column as h5py reads it, at least one value: byte strings become text (dtype object), numbers stay."""
+    values = np.atleast_1d(values)
+    if values.dtype.kind not in "SO":
+        return values
+    return np.array([as_text(value) for value in values.tolist()], object)
+
+
+def factor(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(codes int32, the values that occur as sorted text)."""
+    distinct, codes = np.unique(values.astype(str) if values.dtype.kind == "O" else values, return_inverse=True)
+    texts = list(map(str, distinct.tolist()))
+    names = sorted(set(texts))
+    return np.searchsorted(names, texts).astype(np.int32)[codes.reshape(-1)], names
+
+
+class H5ad:
+    """An h5ad file of any anndata, 0.1 to now, read by h5py alone. Opening checks structure, not values.
+
+    Raises DataError for a file that is missing, cut short or no HDF5, lacks X, obs or var, or whose shapes disagree.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as e:
+            reason = ("no such file" if not self.path.exists() else "it is a folder" if self.path.is_dir() else
+                      "cut short, damaged or no HDF5 file: copy or make it again")
+            raise DataError(f"{path}: {reason}") from e
+        with self._guard("the list of its parts"):
+            if missing := [part for part in ("X", "obs", "var") if part not in self.file]:
+                raise DataError(f"{path} has no {missing[0]}, so it is no h5ad file of cells; it has "
+                                f"{', '.join(self.file) or 'nothing'}")
+        self.rows = {}
+        self.obs_names, self.var_names = self._text("obs", None), self._text("var", None)
+        self.n_obs, self.n_vars = len(self.obs_names), len(self.var_names)
+        self.rows = {"obs": self.n_obs, "var": self.n_vars}
+        if not self.n_obs or not self.n_vars:
+            raise DataError(f"{path} has {self.n_obs} cells and {self.n_vars} genes: nothing to read")
+        self.matrix(None)
+
+    def __enter__(self) -> "H5ad":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    @contextlib.contextmanager
+    def _guard(self, what: str):
+        """What HDF5 says of bytes that are not as they should be, as a DataError."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
+            raise DataError(f"{self.path}: {what} cannot be read ({type(e).__name__}: {e}): the file is damaged or of "
+                            "an unknown layout") from e
+
+    def _index(self, part: str) -> str:
+        frame = self.file[part]
+        names = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
+        return attribute(frame, "_index") or next(name for name in ("_index", "index", *names) if name in names)
+
+    def _columns(self, part: str) -> list[str]:
+        with self._guard(part):
+            frame, index = self.file[part], self._index(part)
+            there = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
+            order = map(as_text, frame.attrs.get("column-order", there))
+            return [name for name in order if name not in (index, "__categories") and (name in there or name in frame)]
+
+    def _parts(self, part: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """(values, None), or (codes, categories) with code -1 for a missing value."""
+        frame = self.file[part]
+        if isinstance(frame, h5py.Dataset):  # one compound data set: anndata before 0.7
+            values, where = frame.fields(name)[:], f"uns/{name}_categories"
+            return (plain(values), plain(self.file[where][()])) if where in self.file else (plain(values), None)
+        node = frame[name]
+        if isinstance(node, h5py.Dataset):
+            if isinstance(node.attrs.get("categories"), h5py.Reference):  # anndata 0.7
+                return node[:], plain(self.file[node.attrs["categories"]][()])
+            return plain(node[()]), None
+        if "codes" in node:
+            categories = node["categories"]
+            return node["codes"][:], plain((categories["values"] if isinstance(categories, h5py.Group) else
+                                            categories)[()])
+        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)  # nullable
+        return np.where(node["mask"][:], -1, codes.reshape(-1)), values
+
+    def _coded(self, part: str, name: str | None, missing: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """As _parts, checked: a value for each row, unless some may be missing. None is the index."""
+        where = f"{part} column {name!r}" if name else f"the names of {part}"
+        with self._guard(where):
+            values, categories = self._parts(part, name or self._index(part))
+            if values.shape != (rows := self.rows.get(part, len(values)),):
+                raise DataError(f"{self.path}: {where} has shape {values.shape} for {rows:,} rows")
+            if categories is not None and rows and (values.max() >= len(categories) or values.min() < -1):
+                raise DataError(f"{self.path}: {where} has codes {values.min()} to {values.max()} for "
+                                f"{len(categories)} categories")
+            lost = values != values if categories is None else values < 0
+            if lost.any() and not missing:
+                raise DataError(f"{self.path}: {where} has no value for {lost.sum():,} of {rows:,} rows, first for row "
+                                f"{lost.argmax()}: fill these in or leave them out")
+        return values, categories
+
+    def _text(self, part: str, name: str | None) -> np.ndarray:
+        values, categories = self._coded(part, name)
+        return (values if categories is None else categories[values]).astype(str)
+
+    def frame(self, part: str) -> dict[str, np.ndarray]:
+        """The columns of obs or var as write_h5ad takes them: numbers, or text with None for a missing value."""
+        found = {}
+        for name in self._columns(part):
+            values, categories = self._coded(part, name, missing=True)
+            if categories is not None and (values < 0).any():
+                missing = np.nan if categories.dtype.kind in "iuf" else None
+                categories = np.append(categories.astype(float if missing else object), missing)
+            found[name] = values if categories is None else categories[values]
+        return found
+
+    @property
+    def columns(self) -> list[str]:
+        return self._columns("obs")
+
+    def column(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """(codes int32 [n_obs], names) of an obs column; names are the text of the values that occur, sorted.
+
+        Raises DataError if there is no such column, or it lacks the value of a cell.
+        """
+        if name not in self.columns:
+            raise DataError(f"{self.path} has no obs column {name!r}{suggest(name, self.columns)}")
+        values, categories = self._coded("obs", name)
+        if categories is None:
+            return factor(values)
+        codes, names = factor(categories)
+        occurring, codes = np.unique(codes[values], return_inverse=True)
+        return codes.reshape(-1).astype(np.int32), [names[i] for i in occurring]
+
+    @property
+    def gene_names(self) -> np.ndarray:
+        """var["gene_name"] where there is such a column, else the names of var, as they are, repeated or not."""
+        return self._text("var", "gene_name") if "gene_name" in self._columns("var") else self.var_names
+
+    @property
+    def keys(self) -> list[str]:
+        """"X", "obsm/NAME", "layers/NAME": what matrix takes."""
+        found = ["X"]
+        for part in ("obsm", "layers"):
+            with self._guard(part):
+                node = self.file.get(part, ())
+                if isinstance(node, h5py.Dataset):
+                    found += [f"{part}/{name}" for name in node.dtype.names or () if node.dtype[name].ndim == 1]
+                    continue
+                found += [f"{part}/{name}" for name in node if getattr(node[name], "ndim", 0) == 2 or
+                          attribute(node[name], "encoding-type", "h5sparse_format")[:3] in ("csr", "csc")]
+        return found
+
+    def matrix(self, key: str | None) -> "Matrix":
+        """The matrix of a key; a bare name is sought in obsm, then in layers. None is X."""
+        found = next((k for k in (key or "X", f"obsm/{key}", f"layers/{key}") if k in self.keys), None)
+        if found is None and f"obsm/{key}" in self.file:
+            raise DataError(f"{self.path}: obsm/{key} is no matrix but a table or something else: write it as an array")
+        if found is None:
+            raise DataError(f"{self.path} has no matrix {key!r}"
+                            + suggest(key, [k.rpartition("/")[2] for k in self.keys]))
+        with self._guard(found):
+            matrix = Matrix(self, found)
+        columns = matrix.shape[1] if found.startswith("obsm/") else self.n_vars
+        if matrix.shape != (self.n_obs, columns):
+            raise DataError(f"{self.path}: {found} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
+                            f"{self.n_obs:,} cells and {self.n_vars:,} genes: the file does not fit together")
+        return matrix
+
+
+class Matrix:
+    """A matrix [rows, columns] of an h5ad file, read in blocks of rows. format: dense, csr or csc.
+
+    A CSR block or matrix is (data float32 [nnz], indices int32 [nnz], indptr int64 [rows + 1]), columns ascending.
+    """
+
+    entries = 1 << 22  # most values of a block: 32 MB
+
+    def __init__(self, source: H5ad, key: str):
+        self.source, self.key, self.where = source, key, f"{source.path}: {key}"
+        part, _, name = key.partition("/")
+        node, self._by_rows = source.file[part], None
+        self.node = node.fields(name) if isinstance(node, h5py.Dataset) and name else node[name] if name else node
+        if not isinstance(self.node, h5py.Group):
+            self.format = "dense"
+            kind = node.dtype[name] if isinstance(node, h5py.Dataset) and name else self.node.dtype
+            self.shape = (len(node), *kind.shape) if kind.shape else tuple(self.node.shape)
+            self.nnz, kinds = math.prod(self.shape), [kind.base]
+        else:
+            self.format = attribute(self.node, "encoding-type", "h5sparse_format")[:3]
+            if self.format not in ("csr", "csc"):
+                raise DataError(f"{self.where} is {self.format or 'of no known encoding'}, not dense, CSR or CSC")
+            shape = self.node.attrs["shape" if "shape" in self.node.attrs else "h5sparse_shape"]
+            self.shape, self.nnz = tuple(map(int, shape)), len(self.node["data"])
+            pointers, major = self.node["indptr"], self.shape[self.format == "csc"]
+            if len(pointers) != major + 1 or len(self.node["indices"]) != self.nnz or (
+                    pointers[0], pointers[-1]) != (0, self.nnz):
+                raise DataError(f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
+                                f"{self.shape[0]:,} x {self.shape[1]:,}")
+            kinds = [self.node[name].dtype for name in ("data", "indices", "indptr")]
+        if len(self.shape) != 2 or kinds[0].kind not in "iufb" or any(kind.kind not in "iu" for kind in kinds[1:]):
+            raise DataError(f"{self.where} holds {kinds[0]} of shape {self.shape}, not a table of numbers")
+
+    def _pointers(self) -> np.ndarray:
+        pointers = self.node["indptr"][:].astype(np.int64)
+        if (np.diff(pointers) < 0).any():
+            raise DataError(f"{self.where}: indptr falls, so the matrix is damaged")
+        return pointers
+
+    def _stretches(self, pointers: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of runs of rows (CSC: columns) of at most `most` rows and `entries` values, or of one row."""
+        start, end = 0, len(pointers) - 1
+        while start < end:
+            stop = int(np.searchsorted(pointers, pointers[start] + self.entries, "right")) - 1
+            stop = min(max(stop, start + 1), start + most, end)
+            yield start, stop
+            start = stop
+
+    def _read(self, start: int, stop: int, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(data, indices) of these rows (CSC: columns), indices in range."""
+        part = slice(int(pointers[start]), int(pointers[stop]))
+        data, indices = single(self.node["data"][part]), self.node["indices"][part]
+        minor = self.shape[self.format == "csr"]
+        if len(indices) and (indices.min() < 0 or indices.max() >= minor):
+            raise DataError(f"{self.where} has indices {indices.min()} to {indices.max()} for {minor:,} "
+                            f"{'columns' if self.format == 'csr' else 'rows'}: the matrix is damaged")
+        return data, indices.astype(np.int32)
+
+    def _ordered(self, start: int, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray) -> tuple:
+        """A block of rows with its columns ascending; DataError for a value that is there twice."""
+        rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
+        place = rows * self.shape[1] + indices
+        if (place[1:] <= place[:-1]).any():
+            order = place.argsort(kind="stable")
+            data, indices, place = data[order], indices[order], place[order]
+            if (twice := place[1:] == place[:-1]).any():
+                row, column = divmod(int(place[twice.argmax()]), self.shape[1])
+                raise DataError(f"{self.where} has two values for row {start + row}, column {column}")
+        return data, indices, pointers
+
+    def _transposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """CSC to CSR through an unnamed file, in two passes over blocks of columns: count the rows, then fill them."""
+        by_column, counts = self._pointers(), np.zeros(self.shape[0], np.int64)
+        for start, stop in self._stretches(by_column, self.shape[1]):
+            counts += np.bincount(self._read(start, stop, by_column)[1], minlength=self.shape[0])
+        pointers = np.concatenate(([0], counts.cumsum()))
+        with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as two:
+            data = np.memmap(one, np.float32, "w+", shape=max(self.nnz, 1))
+            indices, cursor = np.memmap(two, np.int32, "w+", shape=max(self.nnz, 1)), pointers[:-1].copy()
+            for start, stop in self._stretches(by_column, self.shape[1]):
+                values, rows = self._read(start, stop, by_column)
+                columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(by_column[start : stop + 1]))
+                order = rows.argsort(kind="stable")  # columns ascend within a row: earlier blocks have smaller ones
+                here = np.bincount(rows, minlength=self.shape[0])
+                place = np.repeat(cursor - (here.cumsum() - here), here) + np.arange(len(rows))
+                data[place], indices[place] = values[order], columns[order]
+                cursor += here
+            return data, indices, pointers
+
+    def blocks(self, rows: int = 8_192) -> Iterator[tuple[int, int, np.ndarray | tuple]]:
+        """(start, stop, block) of all rows in order, at most `rows` and `entries` values at once.
+
+        A block is an array float32 of a dense matrix, else CSR with indptr from 0.
+        """
+        with self.source._guard(self.key):
+            if self.format == "dense":
+                most = min(rows, max(1, self.entries // max(self.shape[1], 1)))
+                chunk = (getattr(self.node, "chunks", None) or (1,))[0]
+                most = most // chunk * chunk or most  # whole chunks, so that each is unpacked once
+                for start in range(0, self.shape[0], most):
+                    stop = min(start + most, self.shape[0])
+                    yield start, stop, single(np.asarray(self.node[start:stop]))
+                return
+            if self.format == "csc" and self._by_rows is None:
+                self._by_rows = self._transposed()
+            pointers = self._by_rows[2] if self._by_rows else self._pointers()
+            for start, stop in self._stretches(pointers, rows):
+                part = slice(int(pointers[start]), int(pointers[stop]))
+                data, indices = ((np.array(a[part]) for a in self._by_rows[:2]) if self._by_rows else
+                                 self._read(start, stop, pointers))
+                yield start, stop, self._ordered(start, data, indices, pointers[start : stop + 1] - pointers[start])
+
+    def check(self) -> dict:
+        """{min, max, integer, nnz, row_sums [rows], largest_row_sum} of the values, in one pass.
+
+        Raises DataError for a value that is not finite and for a sparse matrix that is none.
+        """
+        low, high, integer, nnz, sums = np.inf, -np.inf, True, 0, np.zeros(self.shape[0])
+        for start, stop, block in self.blocks():
+            data = block if self.format == "dense" else block[0]
+            if not np.isfinite(data).all():
+                place = int((~np.isfinite(data)).ravel().argmax())
+                dense, value = self.format == "dense", data.ravel()[place]
+                row = start + int(place // self.shape[1] if dense else np.searchsorted(block[2], place, "right") - 1)
+                raise DataError(f"{self.where} holds {value} for cell {row} ({self.source.obs_names[row]}): every "
+                                "value must be a finite number")
+            sums[start:stop], nnz = row_sums(block), nnz + int(np.count_nonzero(data))
+            if data.size:
+                low, high = min(low, float(data.min())), max(high, float(data.max()))
+                integer = integer and bool((data == np.rint(data)).all())
+            if self.format != "dense" and data.size < (stop - start) * self.shape[1]:
+                low, high = min(low, 0.0), max(high, 0.0)
+        return {"min": low, "max": high, "integer": integer, "nnz": nnz, "row_sums": sums,
+                "largest_row_sum": float(sums.max())}
+
+    def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The whole matrix in memory; zeros of a dense one are left out."""
+        nnz = sum(np.count_nonzero(block) for _, _, block in self.blocks()) if self.format == "dense" else self.nnz
+        data, indices, parts, filled = np.empty(nnz, np.float32), np.empty(nnz, np.int32), [[0]], 0
+        for _, _, block in self.blocks():
+            values, columns, inner = as_csr(block)
+            data[filled : filled + len(values)], indices[filled : filled + len(values)] = values, columns
+            parts.append(filled + inner[1:])
+            filled += len(values)
+        return data, indices, np.concatenate(parts)
+
+    def dense(self) -> np.ndarray:
+        """The whole matrix in memory, float32."""
+        whole = np.empty(self.shape, np.float32)
+        for start, stop, block in self.blocks():
+            whole[start:stop] = as_dense(block, self.shape[1])
+        return whole
+
+    def mappable(self) -> tuple[np.memmap, ...] | None:
+        """Memory maps onto the file's own bytes, (values,) or (data, indices, indptr), where they lie in one piece."""
+        if self.format == "csc" or not isinstance(self.node, h5py.Dataset | h5py.Group):
+            return None
+        parts = [self.node] if self.format == "dense" else [self.node[name] for name in ("data", "indices", "indptr")]
+        if any(part.id.get_offset() is None or not part.dtype.isnative for part in parts):  # None: chunks
+            return None
+        return tuple(np.memmap(self.source.path, part.dtype, "r", part.id.get_offset(), part.shape) for part in parts)
+
+
+def single(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found so
+        return values.astype(np.float32, copy=False)
+
+
+def as_csr(block: np.ndarray | tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if isinstance(block, tuple):
+        return block
+    rows, columns = block.nonzero()
+    return (block[rows, columns], columns.astype(np.int32),
+            np.concatenate(([0], np.bincount(rows, minlength=len(block)).cumsum())))
+
+
+def as_dense(block: np.ndarray | tuple, columns: int) -> np.ndarray:
+    if not isinstance(block, tuple):
+        return block
+    data, indices, pointers = block
+    whole = np.zeros((len(pointers) - 1, columns), np.float32)
+    whole[np.repeat(np.arange(len(whole)), np.diff(pointers)), indices] = data
+    return whole
+
+
+def row_sums(block: np.ndarray | tuple) -> np.ndarray:
+    """Sums over the columns of a block, float64 [rows]."""
+    if not isinstance(block, tuple):
+        return block.sum(1, dtype=np.float64)
+    rows = len(block[2]) - 1
+    return np.bincount(np.repeat(np.arange(rows), np.diff(block[2])), weights=block[0], minlength=rows)
+
+
+def looks_log1p(found: "Matrix | dict") -> bool:
+    """Whether a matrix, or what its check found, holds log(1 + x) rather than counts.
+
+    Fractions, none negative, none above 15: exp(15) is three million molecules of one gene in one cell.
+    """
+    found = found.check() if isinstance(found, Matrix) else found
+    return not found["integer"] and found["min"] >= 0 and found["max"] < 15
+
+
+def encoded(node, kind: str, version: str = "0.2.0", **attributes):
+    """Mark a group or data set as anndata does."""
+    node.attrs.update({"encoding-type": kind, "encoding-version": version, **attributes})
+    return node
+
+
+def write_values(group: h5py.Group, name: str, value, categorical: bool = False) -> None:
+    """A dict, text, number, array or column into a group, in anndata's encoding; text may have None for missing."""
+    if isinstance(value, dict):
+        inner = encoded(group.create_group(name), "dict", "0.1.0")
+        for key, item in value.items():
+            write_values(inner, key, item)
+        return
+    values = np.asarray(value)
+    if not values.ndim:
+        encoded(group.create_dataset(name, data=value), "string" if values.dtype.kind == "U" else "numeric-scalar")
+    elif values.dtype.kind not in "UO":
+        encoded(group.create_dataset(name, data=values), "array")
+    elif not categorical and not any(v is None for v in values.ravel().tolist()):
+        encoded(group.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype()), "string-array")
+    else:
+        known = np.array([v is not None for v in values.tolist()], bool)
+        codes, (found, names) = np.full(len(values), -1, np.int32), factor(values[known].astype(object))
+        codes[known] = found
+        kind = np.int8 if len(names) < 128 else np.int16 if len(names) < 32_768 else np.int32
+        inner = encoded(group.create_group(name), "categorical", ordered=False)
+        encoded(inner.create_dataset("codes", data=codes.astype(kind)), "array")
+        write_values(inner, "categories", np.array(names, object))
+
+
+def write_frame(file: h5py.File, part: str, names: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    """obs (text as categoricals) or var (text as it is) with its index."""
+    order = np.array(list(columns), dtype=h5py.string_dtype())
+    frame = encoded(file.create_group(part), "dataframe", _index="_index", **{"column-order": order})
+    for name, values in {"_index": np.asarray(names), **columns}.items():
+        if len(values) != len(names):
+            raise DataError(f"{part} column {name!r} has {len(values):,} values for {len(names):,} rows")
+        write_values(frame, name, values, categorical=part == "obs" and name != "_index")
+
+
+def matrix_space(group: h5py.Group, name: str, shape: tuple[int, int], nnz: int | None = None) -> h5py.Group:
+    """Room for a dense matrix, or for a CSR one of nnz values, in one piece each, so that it can be memory-mapped."""
+    if nnz is None:
+        return encoded(group.create_dataset(name, shape, np.float32), "array")
+    node = encoded(group.create_group(name), "csr_matrix", "0.1.0", shape=np.array(shape))
+    for part, size, kind in (("data", nnz, np.float32), ("indices", nnz, np.int32), ("indptr", shape[0] + 1, np.int64)):
+        node.create_dataset(part, (size,), kind)
+    return node
+
+
+@contextlib.contextmanager
+def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict) -> Iterator[h5py.File]:
+    """A new h5ad without X and var, for the caller to fill; it takes its name at the end, or is removed."""
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the file to write")
+    saving = path.with_name(f".saving-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"{path.parent} cannot be made ({e.strerror}): use another folder") from e
+    try:
+        with h5py.File(saving, "w") as file:
+            encoded(file, "anndata", "0.1.0")
+            write_frame(file, "obs", np.asarray(obs_names), obs)
+            for name, content in (("obsm", {}), ("layers", {}), ("varm", {}), ("obsp", {}), ("varp", {}), ("uns", uns)):
+                write_values(file, name, content)
+            yield file
+        os.replace(saving, path)
+    except OSError as e:
+        raise DataError(f"{path} cannot be written ({e}): free some space or choose another place") from e
+    finally:
+        saving.unlink(missing_ok=True)
+
+
+def write_h5ad(path: str | Path, X, obs: dict, var_names, obsm: dict | None = None, obs_names=None,
+               var: dict | None = None, layers: dict | None = None, uns: dict | None = None) -> None:
+    """Write an h5ad that anndata opens, whole or not at all.
+
+    X and the matrices of obsm and layers are arrays [n, d], or CSR (data, indices, indptr, shape); obs and var are
+    {column: values}, text of obs as categoricals; uns nests dicts, text, numbers and arrays.
+    """
+    names = [str(i) for i in range(len(X[2]) - 1 if isinstance(X, tuple) else len(X))]
+    with new_h5ad(path, names if obs_names is None else obs_names, obs, uns or {}) as file:
+        write_frame(file, "var", np.asarray(var_names), var or {})
+        for group, matrices in ((file, {"X": X}), (file["obsm"], obsm or {}), (file["layers"], layers or {})):
+            for name, matrix in matrices.items():
+                if not isinstance(matrix, tuple):
+                    matrix_space(group, name, matrix.shape)[...] = matrix
+                    continue
+                node = matrix_space(group, name, matrix[3], len(matrix[0]))
+                for part, values in zip(("data", "indices", "indptr"), matrix, strict=False):
+                    node[part][...] = values
+
+
+def inspect_cells(path: str) -> dict:
+    """Print what an h5ad file holds; returns it with the list of problems found."""
+    problems, columns, matrices = [], {}, {}
+    with H5ad(path) as cells:
+        print(f"{path}: {cells.n_obs:,} cells, {cells.n_vars:,} genes")
+        for name in cells.columns:
+            try:
+                columns[name] = cells.column(name)[1]
+            except DataError as e:
+                problems.append(str(e))
+                continue
+            shown = ", ".join(columns[name][:6]) + ", ..." * (len(columns[name]) > 6)
+            print(f"  obs {name:<20} {len(columns[name]):>8,} values: {shown}")
+        for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
+            if repeated := len(names) - len(set(names.tolist())):
+                problems.append(f"{repeated:,} {kind} have the name of an earlier one")
+        for key in cells.keys:
+            try:
+                matrix = cells.matrix(key)
+                found = matrix.check()
+            except DataError as e:
+                problems.append(str(e))
+                continue
+            kind = ("log1p" if looks_log1p(found) else "negative values" if found["min"] < 0 else
+                    "counts" if found["integer"] else "neither counts nor log1p")
+            if key == "X" and not (found["min"] >= 0 and kind in ("log1p", "counts")):
+                problems.append(f"X holds {kind}")
+            if kind == "counts" and (empty := int((found["row_sums"] == 0).sum())):
+                problems.append(f"{key}: {empty:,} cells have no count")
+            matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
+            print(f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
+                  f"{found['nnz'] / math.prod(matrix.shape):.1%} not 0, {found['min']:g} to {found['max']:g}")
+    report(problems)
+    return {"columns": columns, "matrices": matrices, "problems": problems}
+
+
+def holds_cells(path: str) -> bool:
+    """Whether an HDF5 file of any name is one of cells."""
+    if not Path(path).is_file() or not h5py.is_hdf5(path):
+        return False
+    with contextlib.suppress(OSError), h5py.File(path) as file:
+        return "obs" in file
+    return False

@@ -1,0 +1,201 @@
+"""Tokenizers: byte-level BPE and characters of our own, and those of tiktoken and Hugging Face, behind one class."""
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import tiktoken
+
+from common.errors import DataError
+from sources.shared import optional
+
+PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"""
+           r"""\s+(?!\S)|\s+""")
+SPECIAL = ("bos", "eos", "unk", "pad")
+ESCAPED = re.compile("([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's surrogateescape writes it
+HALVES = re.compile("([\ud800-\ud80f])([\ud800-\ud80f])?")  # half bytes, while Characters decodes
+
+
+class Characters:
+    """A vocabulary of characters, with those methods of tiktoken.Encoding that Tokenizer uses.
+
+    Ids: bos, eos, unk, pad, then 16 half bytes, then the characters. A character that is not among them, or a byte
+    that is no UTF-8, is spelled in half bytes, so that nothing is unknown: unk is for models that must have one.
+    """
+
+    class Spelling(dict):
+        def __missing__(self, character: str) -> list[int]:
+            halves = character.encode("utf-8", "surrogateescape").hex()
+            return self.setdefault(character, [len(SPECIAL) + int(half, 16) for half in halves])
+
+    def __init__(self, characters: str):
+        self.texts = ["", "", "\ufffd", "", *map(chr, range(0xD800, 0xD810)), *characters]
+        self.n_vocab, first = len(self.texts), len(self.texts) - len(characters)
+        self.spelling = self.Spelling({c: [i] for i, c in enumerate(characters, first)})
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return list(chain.from_iterable(map(self.spelling.__getitem__, text)))
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The text of ids; for unk, and for a half byte without the other half, U+FFFD."""
+        def byte(found: re.Match) -> str:
+            value = 16 * (ord(found[1]) & 15) + (ord(found[2] or found[1]) & 15)
+            return "\ufffd" if not found[2] else chr(value if value < 0x80 else 0xDC00 + value)
+
+        return HALVES.sub(byte, "".join([self.texts[i] for i in ids])).encode("utf-8", "surrogateescape")
+
+
+class Tokenizer:
+    """Text to token ids and back. Kinds: char and bpe (ours), gpt2, huggingface (somebody's tokenizer.json).
+
+    All but the foreign files lose nothing: decode(encode(text)) is the text and decode_bytes(encode(data)) the data,
+    in lower case if the spec says "lowercase". `special` is {name: id}, of those of SPECIAL that there are.
+    """
+
+    def __init__(self, kind: str, engine, spec: dict, special: dict[str, int] | None = None):
+        self.kind, self.engine, self.spec, self.special = kind, engine, spec, special or {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.get_vocab_size() if self.kind == "huggingface" else self.engine.n_vocab
+
+    def hash(self) -> str:
+        """The same for the same tokenizer only: sha256 of what its file says."""
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str | bytes) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str | bytes], threads: int = 1) -> list[list[int]]:
+        """Ids of every text; special tokens in a text are read as plain text."""
+        texts = [readable(text) for text in texts]
+        if self.spec.get("lowercase"):
+            texts = [text.lower() for text in texts]
+        if self.kind == "huggingface":
+            texts = [ESCAPED.sub("\ufffd", text) for text in texts]
+            return [found.ids for found in self.engine.encode_batch(texts, add_special_tokens=False)]
+        if self.kind == "char":
+            return [self.engine.encode_ordinary(text) for text in texts]
+        if threads == 1 or not all(map(is_unicode, texts)):  # a pool of one thread costs a third of the speed
+            return [self._encode(text) for text in texts]
+        return self.engine.encode_ordinary_batch(texts, num_threads=threads)
+
+    def _encode(self, text: str) -> list[int]:
+        if is_unicode(text):
+            return self.engine.encode_ordinary(text)
+        return [i for part in ESCAPED.split(text) for i in (
+            [self.engine.encode_single_token(part.encode("utf-8", "surrogateescape"))] if ESCAPED.match(part)
+            else self.engine.encode_ordinary(part))]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids; bos, eos and pad are none."""
+        silent = {self.special[name] for name in ("bos", "eos", "pad") if name in self.special}
+        ids = [int(i) for i in ids if int(i) not in silent]
+        return self.engine.decode(ids).encode() if self.kind == "huggingface" else self.engine.decode_bytes(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.spec, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(text: str | bytes) -> str:
+    """Text in which bytes that are no UTF-8 stand escaped; half a surrogate pair, which is no character, is U+FFFD."""
+    if isinstance(text, bytes):
+        return text.decode("utf-8", "surrogateescape")
+    return text if is_unicode(text) else re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, **more) -> Tokenizer:
+    """Byte-pair encoding of vocab_size tokens, the 256 bytes among them (Sennrich et al. 2016), trained by rustbpe.
+
+    more: special=[NAME, ...], which are the last of the vocab_size tokens, and lowercase=True.
+    Raises DataError if vocab_size is below 256 and the special tokens, or more than the texts support.
+    """
+    merged = vocab_size - len(more.get("special", ()))
+    if merged < 256:
+        raise DataError(f"vocab_size = {vocab_size}: a byte-level vocabulary has at least 256 tokens"
+                        + f" and {vocab_size - merged} special ones" * (merged < vocab_size))
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), merged, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    if len(ranks) < merged:
+        raise DataError(f"vocab_size = {vocab_size}, but the training text supports only "
+                        f"{len(ranks) + vocab_size - merged} tokens: use fewer, or more text")
+    listed = [base64.b64encode(bytes(token)).decode() for token, _ in ranks]
+    return make_tokenizer({"kind": "bpe", "pattern": PATTERN, "tokens": listed, **more})
+
+
+def train_char(texts: Iterable[str], vocab_size: int | None, min_frequency: int, **more) -> Tokenizer:
+    """The characters that occur min_frequency times, most frequent first, at most vocab_size tokens in all."""
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    most = None if vocab_size is None else vocab_size - len(SPECIAL) - 16
+    kept = sorted((c for c in counts if counts[c] >= min_frequency), key=lambda c: (-counts[c], c))[:most]
+    return make_tokenizer({"kind": "char", "characters": "".join(kept), **more})
+
+
+def make_tokenizer(spec: dict) -> Tokenizer:
+    """A tokenizer of ours from what its file says; raises ValueError, KeyError or TypeError for a damaged spec."""
+    if spec["kind"] == "gpt2":
+        engine = tiktoken.get_encoding("gpt2")
+        return Tokenizer("gpt2", engine, spec, dict.fromkeys(("bos", "eos", "pad"), engine.eot_token))
+    if spec["kind"] == "char":
+        if len(set(spec["characters"])) < len(spec["characters"]) or not is_unicode(spec["characters"]):
+            raise ValueError("its characters repeat, or are none")
+        return Tokenizer("char", Characters(spec["characters"]), spec, {name: i for i, name in enumerate(SPECIAL)})
+    tokens = [base64.b64decode(t, validate=True) for t in spec["tokens"]]
+    if len(set(tokens)) != len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+        raise ValueError("its tokens repeat, or do not hold all 256 bytes")
+    special = {name: i for i, name in enumerate(spec.get("special", ()), len(tokens))}
+    if len(special) < len(spec.get("special", ())) or not special.keys() <= set(SPECIAL):
+        raise ValueError(f"its special tokens are not of {', '.join(SPECIAL)}, each once")
+    spelled = {"\ufffd" if name == "unk" else f"<{name}>": i for name, i in special.items()}
+    engine = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                               special_tokens=spelled)
+    return Tokenizer("bpe", engine, spec, special)
+
+
+FOREIGN = {"bos": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"), "unk": ("<unk>", "[UNK]"), "pad": ("<pad>", "[PAD]"),
+           "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")}  # names in Hugging Face's files
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json (ours, or a Hugging Face one: pip install tokenizers), or gpt2."""
+    spec = {"kind": "gpt2"} if str(source) == "gpt2" else None
+    try:
+        spec = spec or json.loads(Path(source).read_text(encoding="utf-8"))
+        if spec.get("kind") in ("char", "bpe", "gpt2"):
+            return make_tokenizer(spec)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        if isinstance(spec, dict) and spec.get("kind") == "gpt2":
+            raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(e).__name__}): go online once, or "
+                            "set TIKTOKEN_CACHE_DIR to a folder that has it") from e
+        raise DataError(f"cannot read the tokenizer {source}: {e}") from e
+    if "model" not in spec:
+        raise DataError(f"{source} is no tokenizer.json of this repository or of Hugging Face tokenizers")
+    try:
+        engine = optional("tokenizers", "tokenizers").Tokenizer.from_str(json.dumps(spec))
+        engine.encode_special_tokens = True  # those in a text are plain text
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
+    except Exception as e:  # the library raises a bare Exception
+        raise e if isinstance(e, DataError) else DataError(f"cannot read the tokenizer {source}: {e}") from e
+    special = {name: added[s] for name, spelled in FOREIGN.items() for s in reversed(spelled) if s in added}
+    return Tokenizer("huggingface", engine, spec, special)
