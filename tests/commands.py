@@ -101,18 +101,20 @@ def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60
         time.sleep(0.001)
 
 
-def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "main", timeout: float = 100) -> str:
-    """Run a function of a module in two ranks, in the environment that torchrun gives them; what they printed."""
+def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "main", code: int = 0,
+              timeout: float = 100) -> str:
+    """Run a function of a module in two ranks, in the environment that torchrun gives them, to this exit code; what
+    they printed."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
               "TORCHELASTIC_USE_AGENT_STORE": "True"}
     jobs = [Job(module, *argv, folder=folder, console=f"console.{rank}", function=function, **shared, RANK=str(rank),
                 LOCAL_RANK=str(rank)) for rank in range(2)]
     deadline = time.monotonic() + timeout
-    while None in (codes := [job.poll() for job in jobs]) and not any(codes) and time.monotonic() < deadline:
+    while None in (codes := [job.poll() for job in jobs]) and time.monotonic() < deadline:
+        if any(codes):  # the other may wait for this one in vain
+            deadline = min(deadline, time.monotonic() + 5)
         time.sleep(0.005)
-    if any(codes):
-        time.sleep(0.5)  # the other has a moment to tell its side
     for job in jobs:
         if job.poll() is None:
             job.kill()
@@ -120,5 +122,5 @@ def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "mai
     with contextlib.suppress(OSError):
         for job in jobs:
             job.console.unlink()
-    assert codes == [0, 0], f"exit codes {codes}: {texts[0][-3000:]}\n{texts[1][-3000:]}"
+    assert codes == [code, code], f"exit codes {codes}: {texts[0][-3000:]}\n{texts[1][-3000:]}"
     return "".join(texts)
