@@ -1,13 +1,20 @@
 """Running the scripts as a user does."""
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train_ghmm", "train_arxiv", "train_apelr", "train_state")
 
 
 def python(*command, folder: Path) -> subprocess.CompletedProcess:
@@ -25,3 +32,95 @@ def refusal(capsys, main, *argv: str, code: int = 2) -> str:
     told = capsys.readouterr().err.splitlines()
     assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
     return told[0]
+
+
+# Processes to kill and ranks to join: forked from a server that has imported the scripts and computed nothing yet,
+# which spares each of them the seconds that importing takes.
+
+
+class Job:
+    """A process that runs a function of a module, with what Popen has of it; its console is a file."""
+
+    def __init__(self, module: str, *argv, folder: Path | str = ".", console: str = "console", function: str = "main",
+                 **environment):
+        self.console = Path(folder).resolve() / console
+        self.process = server().Process(daemon=True, target=work, args=(
+            module, function, list(map(str, argv)), str(Path(folder).resolve()), str(self.console), environment))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, timeout: float = 100) -> int:
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.kill()
+            pytest.fail(f"still running after {timeout} s: {self.console.read_text()[-3000:]}")
+        return self.poll()
+
+
+def server():
+    context = multiprocessing.get_context("forkserver")
+    if not server.started:
+        context.set_forkserver_preload(["commands", *SCRIPTS])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            multiprocessing.forkserver.ensure_running()
+        server.started = True
+    return context
+
+
+server.started = False
+
+
+def work(module: str, function: str, argv: list, folder: str, console: str, environment: dict) -> None:
+    """What a Job does."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.fsync = lambda descriptor: None  # as in conftest.py
+    torch.set_num_threads(1)
+    getattr(importlib.import_module(module), function)(argv)
+
+
+def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60) -> None:
+    """Until ready() is true; fails if the job ends before."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        assert job.poll() is None and time.monotonic() < deadline, f"{what} never came: {job.console.read_text()}"
+        time.sleep(0.001)
+
+
+def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "main", code: int = 0,
+              timeout: float = 100) -> str:
+    """Run a function of a module in two ranks, in the environment that torchrun gives them, to this exit code; what
+    they printed."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+              "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    jobs = [Job(module, *argv, folder=folder, console=f"console.{rank}", function=function, **shared, RANK=str(rank),
+                LOCAL_RANK=str(rank)) for rank in range(2)]
+    deadline = time.monotonic() + timeout
+    while None in (codes := [job.poll() for job in jobs]) and time.monotonic() < deadline:
+        if any(codes):  # the other may wait for this one in vain
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.005)
+    for job in jobs:
+        if job.poll() is None:
+            job.kill()
+    texts = [job.console.read_text() for job in jobs]
+    with contextlib.suppress(OSError):
+        for job in jobs:
+            job.console.unlink()
+    assert codes == [code, code], f"exit codes {codes}: {texts[0][-3000:]}\n{texts[1][-3000:]}"
+    return "".join(texts)

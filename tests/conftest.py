@@ -1,7 +1,19 @@
-"""What all tests of a train script stand on."""
+"""What all tests stand on."""
 
-import pytest
-import torch
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch read it: small tensors gain nothing from threads
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_waiting_for_the_disk():
+    """What a test writes need not survive a power cut, and on some machines each fsync takes 20 ms and more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

@@ -427,9 +427,9 @@ def test_the_boundary_of_the_source_is_no_markov_chain_and_ours_is_one():
         both = (cross_boundary(one, A, g, rule).exp() + cross_boundary(other, A, g, rule).exp()) / 2
         return number((cross_boundary(middle, A, g, rule).exp() - both).abs().max())
 
-    assert bend("iohmm", g) < 1e-15 and bend("source", g) > 1e-3
+    assert bend("iohmm", g) < 1e-12 and bend("source", g) > 1e-3
     flat = torch.zeros_like(g)
-    assert bend("source", flat) < 1e-15  # without a context both are the chain P
+    assert bend("source", flat) < 1e-12  # without a context both are the chain P
     close(cross_boundary(one, A, flat, "source").exp(), one.exp() @ A.softmax(1))
     close(cross_boundary(one, A, flat, "iohmm").exp(), one.exp() @ A.softmax(1))
     ids = text(4, 16)
@@ -732,7 +732,7 @@ def test_one_plan_is_the_baseline(backbone):
     close(baseline.losses(x, y)["nll"], F.cross_entropy(dense_logits(model, model.read(x)[0])[:, :, 0].flatten(0, 1),
                                                         y.flatten()))
     assert all(torch.isfinite(v) for v in values.values()) and set(V2_TERMS) < set(values)
-    assert number(values["plan_js_div"]) == 0 and number(values["usage_balance"]) == 0
+    assert abs(number(values["plan_js_div"])) < 1e-12 and abs(number(values["usage_balance"])) < 1e-12
     total, _ = model(x, y, dict.fromkeys(V2_TERMS, 0.1))
     total.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -743,7 +743,7 @@ def test_version_one_works_with_one_plan():
     values = model.losses(ids[:, :-1], ids[:, 1:])
     p = dense_logits(model, model.read(ids[:, :-1])[0]).log_softmax(3)
     close(values["nll"], -p[:, :, 0].gather(2, ids[:, 1:, None]).mean())
-    assert all(torch.isfinite(v) for v in values.values()) and number(values["plan_mi"]) == 0
+    assert all(torch.isfinite(v) for v in values.values()) and abs(number(values["plan_mi"])) < 1e-12
 
 
 @every(VERSIONS | {"v2-source": OTHER_RULES["v2-source"], "older-v2": OTHER_RULES["older-v2"]})
@@ -770,7 +770,7 @@ def test_no_token_is_predicted_from_what_comes_after_it(settings, backbone):
     for t in range(10):  # nll up to y_t = ids[t + 1]
         other = ids.clone()
         other[:, t + 2 :] = (other[:, t + 2 :] + 3) % V
-        close(filtered(model, other).nll[:, : t + 1], nll[:, : t + 1], rtol=0, atol=1e-12)
+        close(filtered(model, other).nll[:, : t + 1], nll[:, : t + 1])
     embedded = model.token_emb(ids[:, :-1]).detach().requires_grad_()
     h, _ = model.backbone(embedded)
     found = model.filter(model.look_up(h, ids[:, 1:, None])[..., 0], model.contexts(h)).nll
@@ -836,8 +836,8 @@ def test_the_repetition_window_is_that_of_the_settings_unless_asked_otherwise():
     model = tiny(rep_window=2)
     close(by_setting, by_weight)
     close(by_setting, model.losses(x, y, rep_window=5)["rep_unlikelihood"])
-    assert number(model.losses(x, y)["rep_unlikelihood"]) != number(by_setting)
-    assert number(model.losses(x, y, rep_window=0)["rep_unlikelihood"]) == 0
+    assert abs(number(model.losses(x, y)["rep_unlikelihood"]) - number(by_setting)) > 1e-6
+    assert abs(number(model.losses(x, y, rep_window=0)["rep_unlikelihood"])) < 1e-12
 
 
 @pytest.fixture
@@ -1046,9 +1046,9 @@ def test_dropout_does_not_tell_plans_apart(settings, backbone):
     term = "plan_mi" if model.cfg.version == V1 else "plan_js_div"
     first, second = (model.losses(ids[:, :-1], ids[:, 1:]) for _ in range(2))
     assert abs(number(first[term])) < 1e-12
-    assert number(first["nll"]) != number(second["nll"])  # there is dropout
+    assert abs(number(first["nll"]) - number(second["nll"])) > 1e-6  # there is dropout
     model.eval()
-    assert number(model.losses(ids[:, :-1], ids[:, 1:])["nll"]) == number(model.losses(ids[:, :-1], ids[:, 1:])["nll"])
+    close(*(model.losses(ids[:, :-1], ids[:, 1:])["nll"].detach() for _ in range(2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1091,10 +1091,12 @@ def test_weights_saved_under_the_names_of_the_source_come_back_to_the_bit(settin
         loaded = load_source_checkpoint(source).eval()
         assert capsys.readouterr().out == ""
         found = loaded.losses(ids[:, :-1], ids[:, 1:], rep_window=3)
-        assert set(found) == set(expected) and all(torch.equal(found[k], expected[k]) for k in expected)
+        assert set(found) == set(expected)
+        for k, value in expected.items():
+            close(found[k], value, msg=k)
     bare = load_source_checkpoint(saved["model_state_dict"], model.cfg).eval()
     assert capsys.readouterr().out == ""
-    assert torch.equal(filtered(bare, ids).nll, filtered(model, ids).nll)
+    close(filtered(bare, ids).nll, filtered(model, ids).nll)
 
 
 def test_a_checkpoint_without_a_version_is_version_one():
@@ -1135,7 +1137,7 @@ def test_an_unknown_weight_is_reported_and_left_out(name, capsys):
     loaded = load_source_checkpoint(saved).eval()
     said = capsys.readouterr().out
     assert "unknown" in said and name in said and "missing" not in said
-    assert torch.equal(filtered(loaded, ids).nll, filtered(model, ids).nll)
+    close(filtered(loaded, ids).nll, filtered(model, ids).nll)
 
 
 @pytest.mark.parametrize("content", [
@@ -1190,7 +1192,7 @@ def test_tokens_are_drawn_by_their_probabilities():
                        draw(torch.tensor(p).log()[None], None, 1.0, torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, 1), (0.3, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.99, 4)])
+@pytest.mark.parametrize("top_p, kept", [(0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.99, 4)])
 def test_top_p_keeps_the_token_that_crosses_it(top_p, kept):
     p = [0.125, 0.5, 0.125, 0.25]  # in order of probability: tokens 1, 3, then 0 and 2
     found = drawn(p, top_p=top_p)
@@ -1322,7 +1324,7 @@ def test_a_transformer_tells_places_apart_and_looks_at_distances_alone():
         turned = [layer.rotate(x, torch.tensor([[float(n)]]) * layer.frequency) for x, n in ((q, i), (k, j))]
         return (turned[0] * turned[1]).sum(-1)
 
-    close(score(5, 3), score(12, 10), atol=1e-6)
+    close(score(5, 3), score(12, 10), atol=1e-5)  # angles are of single precision
     assert number((score(5, 3) - score(5, 4)).abs().max()) > 1e-3
 
 
@@ -1339,7 +1341,7 @@ def test_normalised_mutual_information_by_hand():
     assert nmi(a, a) == pytest.approx(1) and nmi(a, (a + 1) % 3) == pytest.approx(1)
     for n in (4, 6, 49):  # a constant says nothing, whatever the rounding of n times 1 / n
         one, other = np.zeros(n, int), np.arange(n) % 2
-        assert nmi(one, one) == 0 and nmi(one, other) == pytest.approx(0, abs=1e-6)
+        assert nmi(one, one) == pytest.approx(0, abs=1e-6) and nmi(one, other) == pytest.approx(0, abs=1e-6)
     assert nmi(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])) == pytest.approx(0, abs=1e-12)
     known = -0.75 * (2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))  # H(a | b), where b is 0 for three of four
     H_a, H_b = math.log(2), -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
@@ -1364,7 +1366,7 @@ def test_divergences_and_mean_probabilities_of_experts_are_those_of_dense_formul
         divergence, mean = train_apelr.compare_experts(model, h)
         p = dense_logits(model, h).softmax(2)
     close(mean, p.mean(0))
-    assert (divergence.diagonal() == 0).all()
+    close(divergence.diagonal(), torch.zeros(K, dtype=torch.float64))
     for i, j in itertools.permutations(range(K), 2):
         m = (p[:, i] + p[:, j]) / 2
         close(divergence[i, j], (KL(p[:, i], m) + KL(p[:, j], m)) / 2 / 37)

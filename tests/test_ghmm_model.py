@@ -393,9 +393,9 @@ def test_loss_by_position_equals_the_expected_cross_entropy_of_all_words(key):
                 p = max(0.0, direct_weight(process, (*word, token)))
                 expected -= p * row[token]
                 floor -= p * math.log(p / before) if p > 1e-15 else 0.0
-        assert found["loss_by_position"][t - 1] == pytest.approx(expected, abs=1e-6)
+        assert found["loss_by_position"][t - 1] == pytest.approx(expected, abs=1e-5)
         assert found["optimal_loss_by_position"][t - 1] == pytest.approx(floor, abs=1e-9)
-        assert found["kl_by_position"][t - 1] == pytest.approx(expected - floor, abs=1e-6)
+        assert found["kl_by_position"][t - 1] == pytest.approx(expected - floor, abs=1e-5)
     assert found["loss"] == pytest.approx(np.mean(found["loss_by_position"]))
     assert found["optimal_loss"] == pytest.approx(np.mean(found["optimal_loss_by_position"]))
     assert found["excess_loss"] == pytest.approx(np.mean(found["kl_by_position"])) and found["excess_loss"] > 1e-3
@@ -414,7 +414,7 @@ def test_evaluation_in_small_batches_and_over_ranks_adds_up():
     contexts, floor = contexts_of(process, 3), process.optimal_loss(3)
     whole = evaluate(model, process, contexts, floor, runtime())
     split = evaluate(model, process, contexts, floor, runtime(), batch=4)
-    np.testing.assert_allclose(split["kl_by_position"], whole["kl_by_position"], rtol=1e-5)
+    np.testing.assert_allclose(split["kl_by_position"], whole["kl_by_position"], rtol=1e-4)
 
 
 def test_contexts_are_all_words_while_there_are_few_and_distinct_samples_beyond():
@@ -579,7 +579,7 @@ def test_constant_features_and_constant_beliefs_give_no_credit():
     beliefs, weights, rng = cloud(60)
     assert belief_regression(torch.ones(60, 4).double(), beliefs, weights)["r2"] <= 1e-9
     noise = torch.from_numpy(rng.normal(size=(60, 4)))
-    assert belief_regression(noise, torch.ones(60, 1).double(), weights)["r2"] == 0
+    assert belief_regression(noise, torch.ones(60, 1).double(), weights)["r2"] == pytest.approx(0, abs=1e-9)
 
 
 def test_too_few_prefixes_are_refused_with_what_to_raise():

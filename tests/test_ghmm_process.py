@@ -370,7 +370,7 @@ def test_probabilities_of_all_words_sum_to_one(process):
     found = process.log_prob(words).sum(1).exp()
     assert float(found.sum()) == pytest.approx(1, abs=1e-10)
     np.testing.assert_allclose(found, weights_of(process, len(words[0])), atol=1e-13)
-    assert process.word_probability([]) == 1
+    assert process.word_probability([]) == pytest.approx(1, abs=1e-12)
 
 
 def test_next_token_probs_are_ratios_of_word_probabilities(process):
@@ -447,7 +447,7 @@ def test_myopic_entropy_equals_enumeration_of_all_words_without_merging(process)
     found = process.entropies(depth - 1)
     np.testing.assert_allclose(found, np.diff(blocks), atol=1e-9)
     assert all(e.error == 0 for e in found)
-    assert float(process.myopic_entropy(depth - 1)) == found[-1]
+    assert float(process.myopic_entropy(depth - 1)) == pytest.approx(found[-1], abs=1e-12)
 
 
 def test_optimal_loss_is_the_entropy_after_one_two_and_more_tokens():
@@ -481,7 +481,7 @@ def test_monte_carlo_beyond_the_node_budget_is_within_five_standard_errors(key, 
     estimated = [(e, f) for e, f in zip(exact, found, strict=True) if f.error > 0]
     assert len(estimated) >= 2
     for e, f in zip(exact, found, strict=True):
-        assert abs(e - f) <= 5 * f.error + 1e-12
+        assert abs(e - f) <= 5 * f.error + 1e-9
         assert f.error < 0.02
 
 
@@ -601,7 +601,8 @@ def test_mixed_state_tree_lists_breadth_first_or_depth_first():
     depth = [n.word for n in process.mixed_state_tree(2, order="depth")]
     assert depth == [(), (0,), (0, 0), (0, 1), (1,), (1, 0)]
     full = process.mixed_state_tree(3, order="depth")
-    assert {n.word: n.probability for n in full} == {n.word: n.probability for n in process.mixed_state_tree(3)}
+    other = {n.word: n.probability for n in process.mixed_state_tree(3)}
+    assert {n.word: n.probability for n in full} == pytest.approx(other, abs=1e-12)
     with pytest.raises(ProcessError, match="'breadth' or 'depth'"):
         process.mixed_state_tree(2, order="random")
 

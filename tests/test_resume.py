@@ -10,11 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Job, wait_for
 from comparison import unequal
 
 import train_ghmm
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800", "--lr=3e-3",
         "--eval_sequences=64", "--warmup_steps=10", "--device=cpu", "--precision=fp32", "--out_dir=run")
 SHORT = (*TINY, "--max_steps=60", "--log_interval=5", "--eval_interval=20", "--save_interval=10", "--keep_last=-1")
-LONG = (*TINY, "--max_steps=600", "--log_interval=1", "--eval_interval=40", "--save_interval=7")
+LONG = (*TINY, "--max_steps=400", "--log_interval=1", "--eval_interval=40", "--save_interval=7")
 TIMED = {"time_s", "step/tokens_per_second", "seconds", "tokens_per_second"}
 
 
@@ -92,25 +92,11 @@ def refused(capsys, *settings: str) -> str:
     return lines[0]
 
 
-def start(*settings: str, code: str = "") -> subprocess.Popen:
-    """The real script from another folder, its console in ./console."""
-    command = ["-c", code] if code else [str(ROOT / "train_ghmm.py")]
-    environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
-    with open("console", "w") as console:
-        return subprocess.Popen([sys.executable, *command, *settings], env=environment, stdout=console,
-                                stderr=subprocess.STDOUT)
-
-
 def written_lines() -> int:
     path = Path("run/metrics.jsonl")
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_lines(count: int, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while written_lines() < count and job.poll() is None:
-        assert time.monotonic() < deadline, f"metrics.jsonl never had {count} lines"
-        time.sleep(0.001)
 
 
 def records(folder: Path) -> list[dict]:
@@ -142,42 +128,37 @@ def weights(path: Path) -> dict:
 
 @pytest.mark.parametrize("changes, kills", [((), 3), (("--carry_state=true",), 1), (("--grad_accum=2",), 1)],
                          ids=["plain", "carry_state", "grad_accum"])
-def test_a_run_killed_at_random_moments_ends_bit_identical(changes, kills, uninterrupted):
+def test_a_run_killed_at_random_moments_ends_bit_identical(changes, kills, uninterrupted, capsys):
     draw, settings, died_at = random.Random(20_240_613 + kills + len(str(changes))), (*LONG, *changes), []
     for _ in range(kills):
-        goal = written_lines() + draw.randint(5, 110)
-        job = start(*settings)
-        wait_for_lines(goal, job)
+        goal = written_lines() + draw.randint(5, 70)
+        job = Job("train_ghmm", *settings)
+        wait_for(lambda goal=goal: written_lines() >= goal, job, f"line {goal} of metrics.jsonl")
         job.kill()
         assert job.wait() == -signal.SIGKILL, "it was over before it could be killed: " + Path("console").read_text()
         died_at.append(written_lines())
     assert died_at[0] >= 5
-    job = start(*settings)
-    assert job.wait(timeout=100) == 0, Path("console").read_text()
-    resumed = re.search(r"resumed from \S*last\.pt at step (\d+)\n", Path("console").read_text())
-    assert resumed and 0 < int(resumed[1]) < 600
+    assert train_ghmm.main(list(settings))["steps"] == 400
+    resumed = re.search(r"resumed from \S*last\.pt at step (\d+)\n", capsys.readouterr().out)
+    assert resumed and 0 < int(resumed[1]) < 400
     assert_as_if_uninterrupted(Path("run"), uninterrupted(*settings))
 
 
-KILLED_IN_SAVE = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_ghmm
-replace, saves = os.replace, []
+def killed_in_save(argv: list[str]) -> None:
+    replace, saves = os.replace, []
 
-def dying_replace(source, target):
-    saves.append(target) if str(target).endswith("last.pt") else None
-    if len(saves) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
+    def dying_replace(source, target):
+        saves.append(target) if str(target).endswith("last.pt") else None
+        if len(saves) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
 
-os.replace = dying_replace
-train_ghmm.main(sys.argv[1:])
-"""
+    os.replace = dying_replace
+    train_ghmm.main(argv)
 
 
 def test_a_kill_between_writing_and_renaming_leaves_the_checkpoint_before(uninterrupted):
-    assert start(*SHORT, code=KILLED_IN_SAVE).wait(timeout=60) == -signal.SIGKILL
+    assert Job("test_resume", *SHORT, function="killed_in_save").wait() == -signal.SIGKILL
     assert checkpoint.load(Path("run"))["step"] == 30
     assert len(temporary_files(Path("run"))) == 1  # what the dying save had written: the next run may not trip over it
     run()
@@ -193,15 +174,15 @@ def test_the_next_run_removes_what_a_killed_save_left(unfinished):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_exits_with_0_and_the_same_command_goes_on(number, uninterrupted):
-    job = start(*LONG)
-    wait_for_lines(100, job)
+    job = Job("train_ghmm", *LONG)
+    wait_for(lambda: written_lines() >= 60, job, "line 60 of metrics.jsonl")
     job.send_signal(number)
-    assert job.wait(timeout=60) == 0, Path("console").read_text()
+    assert job.wait() == 0, Path("console").read_text()
     stopped = re.search(r"stopped by a signal after step (\d+)", Path("console").read_text())
-    assert stopped and 90 < int(stopped[1]) < 600
+    assert stopped and 50 < int(stopped[1]) < 400
     assert checkpoint.load(Path("run"))["step"] == int(stopped[1])
     assert not Path("run/summary.json").exists()
-    assert train_ghmm.main(list(LONG))["steps"] == 600
+    assert train_ghmm.main(list(LONG))["steps"] == 400
     assert_as_if_uninterrupted(Path("run"), uninterrupted(*LONG))
 
 
@@ -463,8 +444,11 @@ def test_damaged_files_are_not_recommended(finished, capsys):
 
 def test_the_command_line_tells_of_damage_in_one_line(finished):
     DAMAGES["truncated"](finished / "last.pt")
-    assert start(*SHORT).wait(timeout=60) == 2
-    console = Path("console").read_text().splitlines()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # as a user who stands in another folder
+    done = subprocess.run([sys.executable, ROOT / "train_ghmm.py", *SHORT], env=environment, capture_output=True,
+                          text=True, timeout=100)
+    assert done.returncode == 2
+    console = (done.stdout + done.stderr).splitlines()
     assert len(console) == 1 and console[0].startswith("error: ") and "last.pt" in console[0]
 
 

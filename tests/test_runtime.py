@@ -1,10 +1,9 @@
 """common/runtime.py: randomness, precision, signals, and training on several ranks.
 
-One torchrun of this very file with two ranks (`rank_main`) serves all tests on ranks: it leaves what each rank saw.
+One run of `rank_main` in two ranks serves all tests on ranks: it leaves what each rank saw.
 """
 
 import contextlib
-import faulthandler
 import io
 import json
 import os
@@ -21,17 +20,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from commands import two_ranks
+from comparison import unequal
+
+import train_ghmm
+from common import checkpoint, runlog
+from common.runtime import STOP_CHECK_STEPS, FiniteCheck, Runtime, Stopwatch
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from comparison import unequal  # noqa: E402
-
-import train_ghmm  # noqa: E402
-from common import checkpoint, runlog  # noqa: E402
-from common.runtime import STOP_CHECK_STEPS, FiniteCheck, Runtime, Stopwatch  # noqa: E402
-
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
         "--eval_sequences=64", "--device=cpu", "--precision=fp32")
 # Not the transformer: the gradient of its key biases is 0, and AdamW makes steps of the rounding error.
@@ -359,7 +355,7 @@ def test_wandb_settings_come_from_the_environment_or_a_dotenv_file(tmp_path, mon
 
 @contextlib.contextmanager
 def one_group_for_all():
-    """Let many Runtimes share one process group: torchrun expects a process to open its group once."""
+    """Let many Runtimes share one process group."""
     open_group, close_group = dist.init_process_group, dist.destroy_process_group
     dist.init_process_group = lambda *args, **options: dist.is_initialized() or open_group(*args, **options)
     dist.destroy_process_group = dist.barrier
@@ -367,11 +363,11 @@ def one_group_for_all():
     dist.destroy_process_group = close_group
 
 
-def rank_main(out: Path) -> None:
-    """What each rank does under torchrun; its findings go to out/rank_N.pt."""
+def rank_main(argv: list[str]) -> None:
+    """What each rank does; its findings go to out/rank_N.pt."""
+    out = Path(argv[0])
     out.mkdir(exist_ok=True)
     os.chdir(out)
-    torch.set_num_threads(1)
     train_ghmm.plot = lambda *args, **options: None
     found, written = {}, []
 
@@ -466,8 +462,7 @@ def torchrun(*command: str) -> list[str]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("ranks") / "out"
-    done = subprocess.run(torchrun(__file__, out), capture_output=True, text=True, env=environment(), timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks("test_runtime", out, function="rank_main", folder=out.parent)
     return SimpleNamespace(out=out, found=[torch.load(out / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)])
 
 
@@ -481,21 +476,19 @@ def test_ranks_know_who_they_are_and_exchange_values(ranks):
 
 def test_process_groups_can_be_closed_again_and_again(tmp_path):
     """The destructor of DDP once closed them with the interpreter locked, for which gloo's thread waited, for ever."""
-    (tmp_path / "many.py").write_text("""
-from types import SimpleNamespace
-import torch
-from common.runtime import Runtime
-def one():
-    with Runtime(SimpleNamespace(seed=0, device="cpu", precision="fp32", compile="false")) as rt:
-        trained = rt.wrap(torch.nn.Linear(4, 4))  # which outlives the group
-        trained(torch.ones(2, 4)).sum().backward()
-        rt.gather(1)
-        rt.barrier()
-for _ in range(40):
-    one()
-""")
-    place = environment() | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(torchrun(tmp_path / "many.py"), env=place, timeout=60, check=True, capture_output=True)
+    two_ranks("test_runtime", function="many_groups", folder=tmp_path, timeout=60)
+
+
+def many_groups(argv: list[str]) -> None:
+    def one():
+        with Runtime(settings()) as rt:
+            trained = rt.wrap(torch.nn.Linear(4, 4))  # which outlives the group
+            trained(torch.ones(2, 4)).sum().backward()
+            rt.gather(1)
+            rt.barrier()
+
+    for _ in range(40):
+        one()
 
 
 def test_all_ranks_agree_on_stopping_though_one_got_the_signal(ranks):
@@ -573,20 +566,17 @@ def test_a_sigterm_to_torchrun_saves_and_the_same_command_goes_on_to_the_bit(ran
     stopped = re.search(r"stopped by a signal after step (\d+)", console)
     assert stopped, console
     assert checkpoint.load(tmp_path / "run")["step"] == int(stopped[1]) < 200
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.count("done: loss") == 1, done.stderr[-3000:]
+    assert two_ranks("test_runtime", *LONG, function="without_pictures", folder=tmp_path).count("done: loss") == 1
     assert unequal(trained_state(ranks.out / "whole" / "run"), trained_state(tmp_path / "run")) == []
     assert metrics(ranks.out / "whole" / "run") == metrics(tmp_path / "run")
 
 
-def test_an_error_under_torchrun_is_told_once(tmp_path):
-    done = subprocess.run(torchrun(ROOT / "train_ghmm.py", *TINY, "--grad_accum=3"), cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True, timeout=100)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and list(tmp_path.iterdir()) == []
-    assert len(lines) == 1 and "multiple of grad_accum * ranks = 6" in lines[0]
+def without_pictures(argv: list[str]) -> None:
+    train_ghmm.plot = lambda *args, **options: None
+    train_ghmm.main(argv)
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(100, exit=True)  # ranks that wait in vain must not outlive the test
-    rank_main(Path(sys.argv[1]).resolve())
+def test_an_error_of_all_ranks_is_told_once(tmp_path):
+    lines = two_ranks("train_ghmm", *TINY, "--grad_accum=3", folder=tmp_path, code=2).splitlines()
+    assert list(tmp_path.iterdir()) == []
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "multiple of grad_accum * ranks = 6" in lines[0]
