@@ -43,6 +43,8 @@ from sources.shared import make_once
 from sources.text import prepare_text, read_stream
 from sources.tokenizer import load_tokenizer
 
+EXPERIMENT = "apelr"  # how sample.py treats this page and its copies
+
 OFFLINE = "data/text"  # made when it is missing
 V2_TERMS = ("boundary_entropy", "usage_balance", "future_contrastive", "plan_js_div", "rep_unlikelihood")
 V1_TERMS = ("belief_entropy", "usage_kl", "chunk_bow", "plan_mi", "chunk_post_kl")

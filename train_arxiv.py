@@ -44,6 +44,8 @@ from sources.chunks import map_tokens, open_chunks
 from sources.ergodic import ergodic, mixture_log_prob
 from sources.shared import counter_rng, make_once
 
+EXPERIMENT = "arxiv"  # how sample.py treats this page and its copies
+
 SYNTHETIC = "data/ergodic"  # made when it is missing
 
 

@@ -33,6 +33,8 @@ from common.runtime import FiniteCheck, Runtime, Stopwatch
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict
 from sources.processes import Process, ProcessError, make_process
 
+EXPERIMENT = "ghmm"  # how sample.py treats this page and its copies
+
 
 @dataclass
 class Config:

@@ -43,6 +43,8 @@ from sources.cells import Batches, Experiment, Sentences, Store, load_features, 
 from sources.populations import synthetic
 from sources.shared import make_once, suggest
 
+EXPERIMENT = "state"  # how sample.py treats this page and its copies
+
 SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 
 
