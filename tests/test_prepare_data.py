@@ -606,7 +606,8 @@ def test_the_script_ends_with_code_2_and_one_line_and_helps_with_code_0(capsys):
 
 @pytest.mark.parametrize("job, function", [
     ("text", prepare_text), ("planted", planted), ("arxiv", prepare_chunks), ("ergodic", ergodic_source.ergodic),
-    ("state", synthetic), ("state", preprocess), ("inspect", prepare_data.inspect), ("import", prepare_data.import_run)])
+    ("state", synthetic), ("state", preprocess), ("inspect", prepare_data.inspect),
+    ("import", prepare_data.import_run)])
 def test_settings_of_a_job_have_the_defaults_of_the_function_that_does_it(job, function):
     settings = vars(prepare_data.JOBS[job][0]())
     for name, parameter in signature(function).parameters.items():
