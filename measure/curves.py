@@ -179,12 +179,14 @@ def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
 
 def describe_excess(mean: np.ndarray, mixture: np.ndarray, known: np.ndarray) -> dict:
     """A curve [T] beside those of the exact predictors, [T] each."""
+    uncertain = mixture > 0  # elsewhere no token could surprise, and no ratio says anything
+    relative = mean[uncertain] / mixture[uncertain] - 1
     return {
         "oracle_xe_by_position": mixture.tolist(),
         "known_xe_by_position": known.tolist(),
         "excess_by_position": (mean - mixture).tolist(),
         "oracle_icl_gain": float(gains(mixture)[0]),
-        "largest_relative_excess": float(np.abs(mean / mixture - 1).max()),
+        "largest_relative_excess": float(np.abs(relative).max(initial=0.0)),
     }
 
 
