@@ -431,7 +431,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
 
 
 def test_the_final_numbers_are_those_of_the_best_weights(data):
-    result = run(data, "--lr=0.05", "--schedule=constant", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
+    result = run(data, "--lr=0.03", "--schedule=constant", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
     history = [record["val_xe"] for record in evals("run")]
     assert result["val_xe"] == pytest.approx(min(history), rel=1e-6) and min(history) < history[-1]
     best = checkpoint.load(Path("run/best.pt"))
