@@ -749,3 +749,43 @@ def inspect(path: str | Path, cfg=None, **columns) -> dict:
         print(f"{title:32}" + "".join(f"{n or '-':>12}" for n in counts)
               + ("  (the control cells of a type serve each of its splits)" if title == "control cells" else ""))
     return result
+
+
+class Cells:
+    """The cells of a TOML: what each is, its splits, and its expression. See open_cells.
+
+    Attributes over the N cells, in the order of the files and of the rows in them: file, row, cell_type, perturbation,
+    batch: codes int32 [N]; member uint8 [N], bit s for SPLITS[s]; is_control bool [N]. control: the code of
+    control_pert. files, names (the data set of each file), cell_types, perturbations, batches, genes (columns of the
+    input), count_genes (columns of the counts, or None): lists. features [P, pert_dim] or None: one-hot.
+    streamed: the matrices are larger than ram_budget_gb and stay on disk. toml: path.
+    """
+
+    def __init__(self, experiment: Experiment, store: Store):
+        for name in ("file", "row", "cell_type", "perturbation", "batch", "member", "is_control", "control", "files",
+                     "names", "cell_types", "perturbations", "batches", "genes", "count_genes", "features",
+                     "needs_counts", "input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim"):
+            setattr(self, name, getattr(experiment, name))
+        self.toml, self.streamed, self._store = experiment.plan.path, store.streamed, store
+
+    perturbation_features = Experiment.perturbation_features
+    dims = Experiment.dims
+    maps = Experiment.maps
+    rows = Experiment.rows
+
+    def read(self, rows: np.ndarray, which: str = "input", device: torch.device | str = "cpu") -> torch.Tensor:
+        """Expression of these cells, [n] -> [n, D] float32 on the device; which: "input" or "counts"."""
+        return self._store.rows(rows, which).to(device)
+
+
+def open_cells(*, toml: str | Path, pert_col: str = "gene", cell_type_key: str = "cell_type",
+               batch_col: str | None = "gem_group", control_pert: str = "non-targeting",
+               embed_key: str | None = "X_hvg", output_space: str = "gene", counts: str = "auto", strict: bool = True,
+               zeroshot_controls: bool = True, val_fraction: float = 0.1, seed: int = 42,
+               perturbation_features_file: str | None = None, ram_budget_gb: float = 8.0,
+               folder: str | Path = "data/cells") -> Cells:
+    """The cells that a TOML names. Raises DataError."""
+    cfg = SimpleNamespace(**{k: v for k, v in locals().items() if k not in ("toml", "folder")},
+                          toml_config_path=str(toml))
+    experiment = Experiment(cfg)
+    return Cells(experiment, Store(experiment, "cpu", cfg))
