@@ -40,6 +40,7 @@ import geomloss
 import h5py
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 import train_apelr
 import train_arxiv
@@ -49,7 +50,7 @@ from common.runtime import Runtime
 from configurator import fail
 from sources.cells import Batches, Store
 from sources.chunks import ChunkSpool
-from sources.h5ad import as_csr, write_h5ad
+from sources.h5ad import write_h5ad
 from sources.tokenizer import train_bpe
 
 RESULTS: list[dict] = []
@@ -620,7 +621,7 @@ def write_cells(folder: Path) -> Path:
     cells = 30 * np.maximum(rng.random((len(kind), STATE_GENES), np.float32) - np.float32(0.9), 0)  # up to 3: log1p
     obs = {"gene": [f"p{k % 20}" if k % 20 < 16 else "non-targeting" for k in kind],
            "cell_type": [f"c{k // 20}" for k in kind], "gem_group": [f"b{i % 2}" for i in range(len(kind))]}
-    write_h5ad(folder / "cells.h5ad", (*as_csr(cells), cells.shape), obs,
+    write_h5ad(folder / "cells.h5ad", csr_array(cells), obs,
                             [f"g{i}" for i in range(STATE_GENES)], {"X_hvg": cells})
     path = folder / "cells.toml"
     path.write_text(f'[datasets]\nbench = "{folder / "cells.h5ad"}"\n[training]\nbench = "train"\n')

@@ -47,8 +47,6 @@ from sources.processes import PROCESSES, Process, make_process, parameters  # no
 
 EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps it
 
-EXPERIMENT = "ghmm"  # how sample.py treats this page and its copies
-
 
 @dataclass
 class Config:

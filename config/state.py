@@ -1,7 +1,7 @@
 # State: the sizes and training of the source's state.yaml. One GPU; name your data with --toml=FILE.
 out_dir = "out/state_published"
 cell_set_len = 512
-hidden_dim = 768
+d_model = 768
 n_layers = 8
 n_heads = 12
 head_dim = 64

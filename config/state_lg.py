@@ -1,7 +1,7 @@
 # State, large: the sizes of the source's state_lg.yaml and tahoe_llama_212693232.yaml. Several GPUs, by torchrun.
 out_dir = "out/state_lg"
 cell_set_len = 512
-hidden_dim = 1_488
+d_model = 1_488
 n_layers = 6
 n_heads = 12
 head_dim = 124

@@ -2,7 +2,7 @@
 out_dir = "out/state_pertsets"
 cell_set_len = 512
 transformer_backbone_key = "GPT2"
-hidden_dim = 328
+d_model = 328
 n_layers = 8
 n_heads = 8
 d_ff = 1_312

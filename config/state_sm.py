@@ -1,7 +1,7 @@
 # State, small: the sizes and training of the source's state_sm.yaml. One GPU; name your data with --toml=FILE.
 out_dir = "out/state_sm"
 cell_set_len = 128
-hidden_dim = 672
+d_model = 672
 n_heads = 8
 head_dim = 84
 d_ff = 2_688

@@ -1,7 +1,7 @@
 # SmolState: its sizes, AdamW and cosine, layer norm of the perturbation. One GPU; name your data with --toml=FILE.
 out_dir = "out/state_smol"
 cell_set_len = 256
-hidden_dim = 672
+d_model = 672
 n_layers = 6
 n_heads = 12
 head_dim = 84

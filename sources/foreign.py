@@ -1,4 +1,4 @@
-"""Checkpoints of the source systems: which system a file is of, and a reader that runs none of a file's code."""
+"""Checkpoints of other systems: whose a file is, read without running anything that it names."""
 
 import pickle
 import zipfile
@@ -10,57 +10,6 @@ import torch
 
 from common import checkpoint
 from common.errors import CheckpointError
-
-# What a system is known by: the beginning of a name that all of its weights have among them.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
-
-# ------------------------------------------------------------------------------------------------------------ dispatch
-
-
-def system_of(path: Path) -> str:
-    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
-    try:
-        names = [name for name in weights_of(read(path)) if isinstance(name, str)]
-    except CheckpointError:
-        return ""
-    for system, beginning in SYSTEMS.items():
-        if any(plain_name(name).startswith(beginning) for name in names):
-            return system
-    return ""
-
-
-def importable(path: Path) -> str:
-    """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    stem = checkpoint.experiment_of(path)
-    if stem:
-        raise CheckpointError(f"{path} is a checkpoint of {stem}.py already: nothing to import")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
-    read(path)  # tells what is wrong with it where it cannot be read
-    system = system_of(path)
-    if not system:
-        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
-                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
-    return system
-
-
-def weights_of(contents: dict) -> dict:
-    """The weights among what a checkpoint holds; a bare state dict is all weights."""
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(contents.get(key), dict):
-            return contents[key]
-    return contents
-
-
-def plain_name(name: str) -> str:
-    """A weight's name without what torch.compile and DistributedDataParallel put in front."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-# -------------------------------------------------------------------------------------------------------------- reader
 
 
 class Inert(dict):
@@ -88,10 +37,10 @@ class Structure(pickle.Unpickler):
 
     def __init__(self, file):
         super().__init__(file)
-        self.found: dict[str, type[Inert]] = {}
+        self.named: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str):
-        return self.found.setdefault(f"{module}.{name}", type(name, (Inert,), {}))
+        return self.named.setdefault(f"{module}.{name}", type(name, (Inert,), {}))
 
     def persistent_load(self, tensor) -> None:
         return None
@@ -107,15 +56,59 @@ def stand_ins(path: Path) -> list[tuple]:
             structure = Structure(file)
             structure.load()
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return [type(np.dtype(kind)) for kind in np.typecodes["All"]] + [
-        (known.get(name) or structure.found[name].kind or Inert, name) for name in names]
+    dtypes = [type(np.dtype(kind)) for kind in np.typecodes["All"]]
+    return dtypes + [(known.get(name) or structure.named[name].kind or Inert, name) for name in names]
 
 
-def read(path: Path) -> dict:
-    """What a checkpoint holds, on the CPU. Raises CheckpointError where it cannot be read."""
+def read_checkpoint(path: str | Path) -> object:
+    """What torch.save wrote, on the CPU: plain data and tensors as they are, anything else as an empty Inert.
+
+    Raises CheckpointError if the file is missing or damaged. No code of it runs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with torch.serialization.safe_globals(stand_ins(path) if zipfile.is_zipfile(path) else []):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(stand_ins(path)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
-    return contents if isinstance(contents, dict) else {}
+
+
+# What a system is known by: how the names of some of its weights begin.
+SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+
+
+def system_of(path: Path) -> str:
+    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
+    try:
+        contents = read_checkpoint(path)
+    except CheckpointError:
+        return ""
+    if not isinstance(contents, dict):
+        return ""
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+    for name in contents:
+        # What torch.compile and DistributedDataParallel put in front is no part of a name.
+        plain = str(name).replace("_orig_mod.", "").removeprefix("module.")
+        for system, beginning in SYSTEMS.items():
+            if plain.startswith(beginning):
+                return system
+    return ""
+
+
+def importable(path: Path) -> str:
+    """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
+    page = checkpoint.experiment_of(path)
+    if page:
+        raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
+    read_checkpoint(path)  # which says what is wrong with a file that cannot be read
+    system = system_of(path)
+    if not system:
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
+                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
+    return system

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from sources.h5ad import as_csr, write_h5ad
+from sources.h5ad import write_h5ad
 from sources.preprocess import log_normalized
 from sources.shared import Workshop, counter_rng
 
@@ -156,13 +157,13 @@ def synthetic(
         }
         write_h5ad(
             shop.folder / "synthetic.h5ad",
-            (*as_csr(X), X.shape),
+            csr_array(X),
             obs,
             genes,
             {"X_hvg": X},
             var={"highly_variable": np.ones(G, bool)},
             uns={"log1p": {}, "seed": seed},
-            layers={"counts": (*as_csr(counts.astype(np.float32)), X.shape)},
+            layers={"counts": csr_array(counts.astype(np.float32))},
         )
         np.savez(shop.folder / "truth.npz", delta=truth, cell_types=type_names, perturbations=pert_names, genes=genes)
         write_toml(shop.folder / "synthetic.toml", type_names, pert_names)

@@ -1,0 +1,504 @@
+"""How well effects of perturbations are predicted: metrics as cell-eval and pdex define them, rivals that know means
+only, tables and pictures. P conditions or groups of cells, N cells, G genes.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import DataError
+from common.runlog import read_metrics
+from kernels.rank_sum import rank_sum
+from measure.figures import figure
+
+METRICS = {  # column of the table: larger is better
+    "pearson_delta": True,
+    "mae": False,
+    "mse": False,
+    "discrimination": True,
+    "overlap_at_50": True,
+    "energy_distance": False,
+}
+TOPS = (50, 100, 200, 500, None)  # sizes of the lists of differentially expressed genes; None is every significant one
+FALSE_DISCOVERY_RATE = 0.05
+ROUNDING = 1e-6  # effects below this are none: means of the same cells by another order of summation
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Single metrics
+# ---------------------------------------------------------------------------------------------------------------
+def rows_by_group(group: np.ndarray, n_groups: int) -> list[np.ndarray]:
+    """The rows of every group 0..n_groups - 1, in order; codes outside that range belong to none."""
+    order = np.argsort(group, kind="stable")
+    bounds = np.searchsorted(group[order], np.arange(n_groups + 1))
+    return [order[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most so many of n places, evenly spaced."""
+    count = min(n, most)
+    return np.arange(count) * n // max(1, count)
+
+
+def pseudobulk(x: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray:
+    """Mean of the cells x [N, G] of every group [n_groups, G], in float64; an empty group is nan."""
+    means = np.full((n_groups, x.shape[1]), np.nan)
+    for mean, rows in zip(means, rows_by_group(group, n_groups), strict=True):
+        if len(rows):
+            x[rows].mean(0, dtype=np.float64, out=mean)
+    return means
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson correlation of rows of a and b [P, G] -> [P]; nan where a row is constant, as scipy and cell-eval do."""
+    x = a - a.mean(1, keepdims=True)
+    y = b - b.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+    constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
+    return np.where(constant, np.nan, r.clip(-1, 1))
+
+
+def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 1024) -> float:
+    """Mean Euclidean distance of all pairs of rows of x [n, G] and y [m, G]; a set to itself (x is y) counts the
+    zeros of its diagonal. Holds [block, block] distances at a time, computes in the precision of x."""
+    itself = x is y
+    centre = y.mean(0, keepdims=True)  # |x|^2 + |y|^2 - 2xy loses least near the origin
+    a = torch.from_numpy(np.ascontiguousarray(x - centre))
+    b = a if itself else torch.from_numpy(np.ascontiguousarray(y - centre)).to(a.dtype)
+    total = 0.0
+    for i in range(0, len(a), block):
+        for j in range(i if itself else 0, len(b), block):
+            distances = torch.cdist(a[i : i + block], b[j : j + block])
+            if itself and i == j:
+                distances.fill_diagonal_(0)  # rounding, which is far from zero under the root
+            weight = 2 if itself and j > i else 1
+            total += weight * distances.sum(dtype=torch.float64).item()
+    return total / (len(a) * len(b))
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """E|x - y| - E|x - x'|/2 - E|y - y'|/2 over all pairs (V-statistic), as geomloss' "energy" of uniform weights."""
+    return mean_distance(x, y) - (mean_distance(x, x) + mean_distance(y, y)) / 2
+
+
+def discrimination(predicted: np.ndarray, real: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
+    """1 - rank / P of the true perturbation among all real pseudobulks [P, G] by L1 distance to the predicted one.
+
+    target [P]: column of the perturbed gene, left out of the distances (knocking it down is no finding), -1 for none.
+    Equals cell-eval's discrimination_score_l1; ties, arbitrary there, share their mean rank. Chance is (P + 1) / 2P.
+    """
+    score = np.empty(len(real))
+    for p, guess in enumerate(predicted):
+        difference = np.abs(real - guess)
+        if target is not None and target[p] >= 0:
+            difference[:, target[p]] = 0
+        distance = difference.sum(1)
+        nearer = (distance < distance[p]).sum()
+        tied = (distance == distance[p]).sum() - 1
+        score[p] = 1 - (nearer + tied / 2) / len(real)
+    return score
+
+
+def differential_expression(x: np.ndarray, control: np.ndarray, group: np.ndarray | None = None,
+                            n_groups: int = 1) -> dict[str, np.ndarray]:
+    """Genes in which groups of cells x [n, G] (log1p) differ from the cells control [m, G].
+
+    Returns arrays [n_groups, G]: p (rank-sum test), adjusted (Benjamini-Hochberg), log_fold_change (base 2, of expm1
+    of the means, as pdex does: infinite where one mean is 0, 0 where both are), order (significant genes by falling
+    |log_fold_change|, then the others); and significant [n_groups], how many there are.
+    """
+    from scipy.stats import false_discovery_control  # half a second to import, and only needed here
+
+    group = np.zeros(len(x), int) if group is None else group
+    p = rank_sum(x, control, group, n_groups)
+    adjusted = false_discovery_control(p, axis=1)
+    means = pseudobulk(x, group, n_groups)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.log2(np.expm1(means) / np.expm1(control.mean(0, dtype=np.float64)))
+    change[np.isnan(change)] = 0
+    significant = adjusted < FALSE_DISCOVERY_RATE
+    order = np.argsort(np.where(significant, -np.abs(change), np.inf), axis=1, kind="stable")
+    return {"p": p, "adjusted": adjusted, "log_fold_change": change, "order": order, "significant": significant.sum(1)}
+
+
+def overlap_top(predicted: dict, real: dict, n: int | None = 50, kind: str = "overlap") -> np.ndarray:
+    """Part [P] of the n strongest significant genes that two results of differential_expression share.
+
+    n shrinks to the significant genes there are: real ones for kind "overlap" (recall), predicted ones for
+    "precision"; None takes them all; 0 where there are none (cell-eval's overlap_at_N and precision_at_N).
+    """
+    available = real["significant"] if kind == "overlap" else predicted["significant"]
+    share = np.zeros(len(available))
+    for i, most in enumerate(available):
+        k = most if n is None else min(n, most)
+        ours = predicted["order"][i, : min(k, predicted["significant"][i])]
+        theirs = real["order"][i, : min(k, real["significant"][i])]
+        share[i] = len(np.intersect1d(ours, theirs)) / max(1, k)
+    return share
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Baselines
+# ---------------------------------------------------------------------------------------------------------------
+def training_means(cells, which: str, block: int = 8_192) -> tuple[np.ndarray, ...]:
+    """What `baselines` reads of the cells trained on (a Cells of sources.cells), in float64: means [types,
+    perturbations, G] and numbers [types, perturbations] of perturbed cells, means [types, G] and numbers [types] of
+    control cells."""
+    types, perturbations = len(cells.cell_types), len(cells.perturbations)
+    controls = np.flatnonzero(cells.is_control & (cells.member > 0))
+    rows = np.concatenate([cells.rows("train", controls=False), controls])
+    place = cells.cell_type[rows].astype(np.int64) * perturbations + cells.perturbation[rows]
+    order = np.argsort(place, kind="stable")
+    rows, place = rows[order], place[order]
+    counts = np.bincount(place, minlength=types * perturbations)
+    sums = None
+    for i in range(0, len(rows), block):
+        expression = cells.read(rows[i : i + block], which).double().cpu().numpy()
+        if sums is None:
+            sums = np.zeros((len(counts), expression.shape[1]))
+        first = np.flatnonzero(np.diff(place[i : i + block], prepend=-1))  # of each run of cells of one condition
+        sums[place[i : i + block][first]] += np.add.reduceat(expression, first)
+    means = (sums / np.maximum(counts, 1)[:, None]).reshape(types, perturbations, -1)
+    counts = counts.reshape(types, perturbations)
+    control_means, control_counts = means[:, cells.control].copy(), counts[:, cells.control].copy()
+    counts[:, cells.control] = 0
+    return means, counts, control_means, control_counts
+
+
+def baselines(means: np.ndarray, counts: np.ndarray, control_means: np.ndarray, control_counts: np.ndarray,
+              held_out: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Predicted means [len(held_out), G] of every (cell type, perturbation), from the cells trained on alone.
+
+    means [n_types, n_perts, G], counts [n_types, n_perts]: perturbed training cells, 0 where there are none (the
+    control's own column, if any, must count 0 too); control_means [n_types, G], control_counts [n_types].
+    An effect is mean - control mean of the same type.
+    - control_mean: no effect.
+    - perturbation_mean: control mean + mean effect of the perturbation over training types, each type weighing the same
+      (arc-state's perturb_mean); of a perturbation never trained on, the mean effect of all (there: none).
+    - context_mean: mean of all perturbed training cells of the type, each cell weighing the same (arc-state's
+      context_mean); of a type without any, control mean + mean effect of all (there: the control mean, a weaker rival).
+    The mean effect of all weighs perturbations the same, each averaged over types as above; zero if nothing trains.
+    """
+    seen = (counts > 0) & (control_counts > 0)[:, None]
+    effects = {}
+    for pert in np.flatnonzero(seen.any(0)):
+        types = np.flatnonzero(seen[:, pert])
+        effects[pert] = (means[types, pert] - control_means[types]).mean(0, dtype=np.float64)
+    average = sum(effects.values()) / len(effects) if effects else np.zeros(means.shape[2])
+
+    def context_mean(cell_type: int) -> np.ndarray:
+        known = counts[cell_type] > 0
+        if not known.any():
+            return control_means[cell_type] + average
+        return np.average(means[cell_type][known], axis=0, weights=counts[cell_type][known])
+
+    base = np.array([control_means[cell_type] for cell_type, _ in held_out], np.float64)
+    context = {cell_type: context_mean(cell_type) for cell_type in {cell_type for cell_type, _ in held_out}}
+    return {
+        "control_mean": base,
+        "perturbation_mean": base + np.array([effects.get(pert, average) for _, pert in held_out]),
+        "context_mean": np.array([context[cell_type] for cell_type, _ in held_out]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All metrics of all conditions
+# ---------------------------------------------------------------------------------------------------------------
+def evaluate_conditions(pred: np.ndarray, pred_condition: np.ndarray, real: np.ndarray, real_condition: np.ndarray,
+                        control: np.ndarray, control_type: np.ndarray, conditions: list[tuple[str, str]],
+                        cell_types: list[str], baseline_means: dict[str, np.ndarray] | None = None,
+                        genes: list[str] | None = None, expression: bool = True, energy_cells: int = 1000) -> dict:
+    """Every metric of every condition, for the model and each baseline against the same real cells.
+
+    pred [N, G], real [M, G] float32 cells, pred_condition [N] and real_condition [M] codes into conditions, the names
+    (cell type, perturbation); control [C, G] real control cells, control_type [C] codes into cell_types;
+    baseline_means: name -> [len(conditions), G] as of baselines. genes [G] names: a perturbation that bears a gene's
+    name is discriminated without that gene. expression: log1p values, for which there is differential expression.
+
+    Conditions of a cell type are compared with one another and with that type's control, predicted ones too. The cells
+    of a baseline are control cells (as many as are real, evenly spaced) shifted by the predicted effect, expression
+    clipped at 0; its pearson_delta, mae, mse and discrimination are of the predicted means themselves. A prediction
+    without effect has pearson_delta 0 (nan in cell-eval); a real effect of none, nan, left out of the mean. Of more
+    than energy_cells cells the energy distance takes that many, evenly spaced.
+
+    Returns {"model" or baseline: {"per_condition": [{cell_type, perturbation, n_cells, metrics}], "mean": {metrics},
+    "delta": predicted effects [P, G], "real_delta": real ones [P, G]}}; means weigh conditions the same.
+    Raises DataError for a condition without predicted or real cells and a cell type without control cells.
+    """
+    for what, codes in (("predicted", pred_condition), ("real", real_condition)):
+        absent = np.setdiff1d(np.arange(len(conditions)), codes)
+        if len(absent):
+            raise DataError(f"condition ({', '.join(conditions[absent[0]])}) has no {what} cells: leave it out")
+    if pred.shape[1] != real.shape[1]:
+        raise DataError(f"predicted cells have {pred.shape[1]} values, measured ones {real.shape[1]}")
+    column = {gene: g for g, gene in enumerate(genes or [])}
+    target = np.array([column.get(perturbation, -1) for _, perturbation in conditions])
+    type_of = np.array([cell_types.index(cell_type) for cell_type, _ in conditions])
+    parts = []
+    for cell_type in np.unique(type_of):
+        members = np.flatnonzero(type_of == cell_type)
+        base = control[control_type == cell_type]
+        if not len(base):
+            raise DataError(f"cell type {cell_types[cell_type]} has no control cells: nothing to measure its effects "
+                            "against")
+        code = np.full(len(conditions), -1)  # of a condition, among those of its type
+        code[members] = np.arange(len(members))
+        means = {name: np.asarray(mean, np.float64)[members] for name, mean in (baseline_means or {}).items()}
+        truth = _describe(real, code[real_condition], base, expression, energy_cells)
+        guess = _describe(pred, code[pred_condition], base, expression, energy_cells)
+        names = [conditions[c] for c in members]
+        parts.append((members, _evaluate_type(guess, truth, base, means, names, target[members], expression,
+                                              energy_cells)))
+    order = np.argsort(np.concatenate([members for members, _ in parts]))
+    joined = join([result for _, result in parts])
+    for result in joined.values():
+        result["per_condition"] = [result["per_condition"][i] for i in order]
+        result["delta"], result["real_delta"] = result["delta"][order], result["real_delta"][order]
+    return joined
+
+
+def _evaluate_type(guess: dict, truth: dict, base: np.ndarray, means: dict, conditions: list[tuple[str, str]],
+                   target: np.ndarray, expression: bool, energy_cells: int) -> dict:
+    """The result of evaluate_conditions for the conditions of one cell type, base its control cells."""
+    control_mean = base.mean(0, dtype=np.float64)
+    guesses = {"model": guess}
+    for name, mean in means.items():
+        cells = _shifted(base, mean - control_mean, truth["n"])
+        group = np.repeat(np.arange(len(conditions)), truth["n"])
+        cells = cells.clip(min=0) if expression else cells
+        guesses[name] = _describe(cells, group, base, expression, energy_cells) | {"mean": mean}
+    results = {}
+    for name, guess in guesses.items():
+        metrics = _compare(guess, truth, control_mean, target)
+        records = []
+        for i, (cell_type, perturbation) in enumerate(conditions):
+            record = {"cell_type": cell_type, "perturbation": perturbation, "n_cells": truth["n"][i]}
+            records.append(record | {metric: float(values[i]) for metric, values in metrics.items()})
+        results[name] = {
+            "per_condition": records,
+            "mean": _means(records),
+            "delta": guess["mean"] - control_mean,
+            "real_delta": truth["mean"] - control_mean,
+        }
+    return results
+
+
+def _shifted(base: np.ndarray, shifts: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Control cells shifted by each of the effects [P, G], as many as sizes say."""
+    shifts = shifts.astype(base.dtype)
+    shifts[np.abs(shifts) < ROUNDING] = 0  # rounding would lift all zeros, which the ranks would see
+    sets = [base[np.arange(n) * len(base) // n] + shift for n, shift in zip(sizes, shifts, strict=True)]
+    return np.concatenate(sets)
+
+
+def _describe(cells: np.ndarray, group: np.ndarray, control: np.ndarray, expression: bool, energy_cells: int) -> dict:
+    """What the metrics need to know of the groups of cells 0..; a negative code is another cell type's."""
+    cells, group = cells[group >= 0], group[group >= 0]
+    rows = rows_by_group(group, group.max() + 1)
+    sets = [cells[members[evenly(len(members), energy_cells)]] for members in rows]
+    return {
+        "n": [len(members) for members in rows],
+        "sets": sets,
+        "within": np.array([mean_distance(members, members) for members in sets]),
+        "mean": pseudobulk(cells, group, len(rows)),
+        "genes": differential_expression(cells, control, group, len(rows)) if expression else None,
+    }
+
+
+def _compare(guess: dict, truth: dict, control_mean: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """All metrics [P] of the conditions of a cell type; guess and truth by _describe."""
+    effect, real_effect = guess["mean"] - control_mean, truth["mean"] - control_mean
+    error = guess["mean"] - truth["mean"]
+    r = pearson(effect, real_effect)
+    r[(np.ptp(effect, axis=1) < ROUNDING) & (np.ptp(real_effect, axis=1) > 0)] = 0
+    metrics = {
+        "pearson_delta": r,
+        "mae": np.abs(error).mean(1),
+        "mse": (error**2).mean(1),
+        "discrimination": discrimination(guess["mean"], truth["mean"], target),
+    }
+    if truth["genes"]:
+        for kind in ("overlap", "precision"):
+            for n in TOPS:
+                metrics[f"{kind}_at_{n or 'N'}"] = overlap_top(guess["genes"], truth["genes"], n, kind)
+    between = np.array([mean_distance(a, b) for a, b in zip(guess["sets"], truth["sets"], strict=True)])
+    metrics["energy_distance"] = between - (guess["within"] + truth["within"]) / 2
+    return metrics
+
+
+def _means(records: list[dict]) -> dict[str, float]:
+    """The mean of every metric over conditions, without those that have none (nan)."""
+    means = {}
+    for name in [k for k in records[0] if k not in ("cell_type", "perturbation", "n_cells")]:
+        values = np.array([record[name] for record in records])
+        values = values[~np.isnan(values)]
+        means[name] = float(values.mean()) if len(values) else float("nan")
+    return means
+
+
+def join(results: list[dict]) -> dict:
+    """One result of evaluate_conditions of those of several cell types."""
+    joined = {}
+    for name in results[0]:
+        records = [record for result in results for record in result[name]["per_condition"]]
+        joined[name] = {"per_condition": records, "mean": _means(records)}
+        for effect in ("delta", "real_delta"):
+            joined[name][effect] = np.concatenate([result[name][effect] for result in results])
+    return joined
+
+
+def evaluate_cell_type(part: dict, cells, known: tuple | None, which: str, expression: bool) -> dict:
+    """evaluate_conditions of the predicted cells of one cell type, beside the baselines where the means are known.
+
+    part: cell_type (its code), rows (of the cells predicted), pred and real [N, G], control [C, G]; cells: a Cells of
+    sources.cells; known: as of training_means; which: "input" or "counts", what pred is.
+    """
+    perturbations, condition = np.unique(cells.perturbation[part["rows"]], return_inverse=True)
+    cell_type = cells.cell_types[part["cell_type"]]
+    means = {}
+    if known:
+        means = baselines(*known, [(part["cell_type"], int(pert)) for pert in perturbations])
+    return evaluate_conditions(
+        part["pred"], condition, part["real"], condition, part["control"], np.zeros(len(part["control"]), int),
+        conditions=[(cell_type, cells.perturbations[pert]) for pert in perturbations],
+        cell_types=[cell_type],
+        baseline_means=means,
+        genes=cells.genes if which == "input" else cells.count_genes,
+        expression=expression,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables, words and pictures
+# ---------------------------------------------------------------------------------------------------------------
+def best_of(metric: str, values: dict[str, float]) -> str:
+    """The name of the best value of a metric."""
+    choose = max if METRICS[metric] else min
+    return choose(values, key=values.get)
+
+
+def best_baseline(results: dict, metric: str = "pearson_delta") -> str:
+    """The baseline to beat: the name of the best of all but the model."""
+    return best_of(metric, {name: result["mean"][metric] for name, result in results.items() if name != "model"})
+
+
+def format_table(results: dict) -> str:
+    """The means of evaluate_conditions as aligned text, a row the model and each baseline; * marks a column's best."""
+    columns = [metric for metric in METRICS if metric in results["model"]["mean"]]
+    lines = [f"{'':<18}" + "".join(f"{metric:>17}" for metric in columns)]
+    for name, result in results.items():
+        line = f"{name:<18}"
+        for metric in columns:
+            value = result["mean"][metric]
+            values = {other: means["mean"][metric] for other, means in results.items()}
+            mark = "*" if value == values[best_of(metric, values)] else " "
+            line += f"{value:>16.4g}{mark}"
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def verdict(means: dict, folder: Path) -> str:
+    """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
+    rivals, pearson_delta, mae = means["baselines"], means["pearson_delta"], means["mae"]
+    name = best_of("pearson_delta", {rival: values["pearson_delta"] for rival, values in rivals.items()})
+    nearest = best_of("mae", {rival: values["mae"] for rival, values in rivals.items()})
+    best, least = rivals[name]["pearson_delta"], rivals[nearest]["mae"]
+    judged = "beats every baseline" if pearson_delta > best else f"DOES NOT BEAT the baseline {name}"
+    worse = " (worse)" if mae >= least else ""
+    return (f"done: the model {judged} on {means['conditions']} held-out conditions: Pearson delta {pearson_delta:.4f},"
+            f" best baseline {best:.4f} ({name}); MAE {mae:.4f}{worse}, best baseline {least:.4f} ({nearest}); "
+            f"pictures in {folder / 'plots'}")
+
+
+def write_metrics(path: Path, results: dict) -> None:
+    """A CSV of all metrics, a row for each condition under the model and under each baseline."""
+    rows = [{"model": name, **record} for name, result in results.items() for record in result["per_condition"]]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:
+    """plots/delta.png, METRIC_by_perturbation.png of the model and the best baseline, and loss.png (metrics.jsonl).
+
+    Of many conditions 12 and `most` are shown, evenly spaced from the best to the worst.
+    """
+    plot_effects(folder, title, results["model"])
+    for metric in METRICS:
+        if metric in results["model"]["mean"]:
+            plot_by_perturbation(folder, title, results, metric, most)
+    plot_losses(folder)
+
+
+def _ranked(records: list[dict], metric: str, most: int) -> np.ndarray:
+    """Places of at most so many conditions, from the best to the worst; nan comes last."""
+    values = np.array([record[metric] for record in records])
+    order = np.argsort(-values if METRICS[metric] else values, kind="stable")
+    return order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]
+
+
+def _label(record: dict) -> str:
+    return f"{record['cell_type']}, {record['perturbation']}"
+
+
+def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
+    """plots/delta.png: true against predicted effect of every gene, a panel each condition."""
+    records = model["per_condition"]
+    shown = _ranked(records, "pearson_delta", most)
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    with figure(folder, "delta", 8, 1 + 2 * rows, rows, columns, title, squeeze=False) as axes:
+        for panel, c in zip(axes.flat, shown, strict=False):
+            true, guess = model["real_delta"][c], model["delta"][c]
+            panel.axline((0, 0), slope=1, color="k", linewidth=0.6)
+            panel.plot(true, guess, ".", markersize=2)
+            least, top = min(true.min(), guess.min()), max(true.max(), guess.max())
+            margin = 0.05 * (top - least)
+            limits = (least - margin, top + margin)
+            panel.set(xlim=limits, ylim=limits, aspect="equal")
+            panel.set_title(f"{_label(records[c])}\nr = {records[c]['pearson_delta']:.3f}", fontsize=7)
+            panel.tick_params(labelsize=6)
+        for panel in axes.flat[len(shown) :]:
+            panel.set_axis_off()
+        whole = axes.flat[0].figure
+        whole.supxlabel("true mean effect on each gene or feature (log1p, if expression)", fontsize=8)
+        whole.supylabel("predicted", fontsize=8)
+
+
+def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, most: int) -> None:
+    """plots/METRIC_by_perturbation.png: the model beside the best baseline, a line each condition."""
+    records, rival = results["model"]["per_condition"], best_baseline(results, metric)
+    shown = _ranked(records, metric, most)
+    lines = range(len(shown))
+    styles = {
+        rival: {"color": "k", "markersize": 8, "markerfacecolor": "none", "label": f"{rival} (best baseline)"},
+        "model": {"color": "C0", "markersize": 4, "label": "model"},
+    }
+    with figure(folder, f"{metric}_by_perturbation", 7, 1.5 + 0.14 * len(shown)) as axes:
+        for name, style in styles.items():
+            values = [results[name]["per_condition"][c][metric] for c in shown]
+            axes.plot(values, lines, "o", **style)
+        axes.set_yticks(lines, [_label(records[c]) for c in shown], fontsize=7)
+        axes.invert_yaxis()
+        axes.grid(axis="y", linewidth=0.3)
+        axes.set_xlabel(f"{metric} ({'larger' if METRICS[metric] else 'smaller'} is better)")
+        axes.set_title(title, fontsize=9, wrap=True)
+        axes.legend(fontsize=8)
+
+
+def plot_losses(folder: Path) -> None:
+    """plots/loss.png: training and validation loss by step, where metrics.jsonl has them."""
+    history = read_metrics(folder)
+    if not history:
+        return
+    with figure(folder, "loss") as axes:
+        for split, key, label in (("train", "loss", "training"), ("eval", "val_loss", "validation")):
+            line = [(record["step"], record[key]) for record in history if record["split"] == split and key in record]
+            if line:
+                axes.plot(*zip(*line, strict=True), marker=".", label=label)
+                axes.legend(fontsize=8)
+        axes.set(xlabel="step", ylabel="loss")

@@ -1,0 +1,501 @@
+"""Checkpoints, settings and run folders of arc-state and SmolState, to ours and back.
+
+Both systems build their model from keyword arguments, which also hold the settings of a transformer of Hugging Face
+and of PEFT. Here these become settings of train_state.py (`translate`), and ours become theirs (`source_settings`).
+"""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import CheckpointError, InputError
+from sources.foreign import Inert, read_checkpoint
+from sources.shared import suggest
+
+ALIASES: dict[str, str | None] = {  # names of the source's settings; None: without effect, there or here
+    "toml": "toml_config_path",
+    "output_dir": "out_dir",
+    "hidden_dim": "d_model",
+    "num_hidden_layers": "n_layers",
+    "n_layer": "n_layers",
+    "num_attention_heads": "n_heads",
+    "n_head": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "d_ff",
+    "n_inner": "d_ff",
+    "attn_pdrop": "attention_dropout",
+    "resid_pdrop": "residual_dropout",
+    "embd_pdrop": "embedding_dropout",
+    "cell_sentence_len": "cell_set_len",
+    "freeze_pert": "freeze_pert_backbone",
+    "decoder_loss_weight": "decoder_weight",
+    "lora.enable": "lora",
+    "lora.r": "lora_r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.adapt_mlp": "lora_mlp",
+    "train_seed": "seed",
+    "random_seed": "seed",
+    "wd": "weight_decay",
+    "gradient_clip_val": "grad_clip",
+    "gradient_accumulation_steps": "grad_accum",
+    "val_freq": "eval_interval",
+    "ckpt_every_n_steps": "save_interval",
+    "log_every_n_steps": "log_interval",
+    "wandb.entity": "wandb_entity",
+    "wandb.project": "wandb_project",
+    **dict.fromkeys((
+        "lora.bias", "lora.target", "lora.task_type", "lora.merge_on_eval", "lora.target_modules",
+        "wandb.local_wandb_dir", "wandb.tags",
+        # The backbone's width is d_model and its cells have no positions, whatever these say.
+        "hidden_size", "n_embd", "max_position_embeddings", "n_positions", "extra_tokens", "use_cache", "pad_token_id",
+        "hidden_dropout", "layer_norm_eps", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rotary_dim",
+        "use_rotary_embeddings", "name", "checkpoint", "softplus", "confidence_head", "transformer_decoder",
+        "finetune_vci_decoder", "use_effect_gating_token", "nb_decoder", "batch_predictor", "llm_name", "wandb_track",
+        "use_wandb", "loss_fn", "devices", "strategy", "use_mfu", "mfu_kwargs", "cumulative_flops_use_backward",
+        "overwrite", "return_adatas", "pred_adata_path", "true_adata_path", "debug", "num_workers", "pin_memory",
+        "pert_rep", "basal_rep", "embed_size", "downsample", "additional_obs", "store_raw_basal", "int_counts",
+        "barcode", "use_consecutive_loading", "val_subsample_fraction", "normalize", "pseudobulk", "load_from_path",
+        "sampling_random_state", "split_random_state", "predict_mean", "wandb_dir",
+    )),
+}  # fmt: skip
+SIZES = {  # model=NAME of the source's command lines: a file of config/
+    "state": "state",
+    "state_sm": "state_sm",
+    "state_lg": "state_lg",
+    "tahoe_llama_212693232": "state_lg",
+    "tahoe_llama_62089464": "state_tahoe",
+    "tahoe_best": "state_tahoe_best",
+    "pertsets": "state_pertsets",
+    "smolstate": "state_smol",
+}
+SHAPE = (  # settings that decide what the weights of a checkpoint mean
+    "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "transformer_backbone_key",
+    "bidirectional_attention", "rotary", "n_encoder_layers", "n_decoder_layers", "use_basal_projection", "activation",
+    "predict_residual", "pert_norm",
+)  # fmt: skip
+DEFAULTS = {  # what the source has where a setting of its model is absent, under our names
+    "d_model": None,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": None,
+    "head_dim": None,
+    "d_ff": 11_008,
+    "transformer_backbone_key": "GPT2",
+    "bidirectional_attention": False,
+    "rotary": None,  # as a causal Llama of transformers has, and a bidirectional one of State has not
+    "n_encoder_layers": 2,
+    "n_decoder_layers": 2,
+    "use_basal_projection": True,
+    "activation": "gelu",
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "predict_residual": True,
+    "pert_norm": False,
+    "batch_encoder": False,
+    "use_batch_token": False,
+    "confidence_token": False,
+    "mask_attn": False,
+    "compat_relu": False,
+    "freeze_pert_backbone": False,
+    "cell_set_len": 256,
+    "basal_mapping_strategy": "random",
+    "output_space": "gene",
+    "loss": "energy",
+    "distributional_loss": "energy",
+    "blur": 0.05,
+    "sinkhorn_weight": 0.01,
+    "energy_weight": 1.0,
+    "mmd_num_chunks": 1,
+    "randomize_mmd_chunks": False,
+    "decoder_weight": 1.0,
+    "detach_decoder": False,
+    "regularization": 0.0,
+    "batch_token_weight": 0.1,
+    "confidence_target_scale": 10.0,
+    "confidence_weight": 0.01,
+    "confidence_per_set": True,
+}
+GPT2_DEFAULTS = {"n_layers": 12, "n_heads": 12, "d_ff": None, "bidirectional_attention": True, "rotary": False,
+                 "attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
+OF_BACKBONE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "bidirectional_attention", "rotary",
+               "attention_dropout", "residual_dropout", "embedding_dropout")  # not among the source's own keywords
+FIXED = {"rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5, "rope_theta": 10_000.0}  # as our blocks have them
+UNUSED = ("embed_tokens.", ".wte.", ".wpe.", ".attn.bias", ".attn.masked_bias", "inv_freq")  # weights never read
+SIZES_OF_DATA = ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+def translate(keywords: dict, attention: str = "auto") -> tuple[dict, dict]:
+    """(settings under our names, sizes of the data) of the keyword arguments of the source's model.
+
+    A Llama without bidirectional_attention: true is causal with rotary positions, as transformers has it. What else a
+    checkpoint meant, `attention` (bidirectional | causal | rotary) may say. Raises ValueError for what we have not.
+    """
+    backbone = keywords.get("transformer_backbone_kwargs") or {}
+    gpt2 = keywords.get("transformer_backbone_key", "GPT2") == "GPT2"
+    settings = DEFAULTS | (GPT2_DEFAULTS if gpt2 else {})
+    for name, value in {**keywords, **backbone}.items():
+        name = ALIASES.get(name) or name
+        if name in settings and value is not None:
+            settings[name] = value
+        if name in FIXED and value != FIXED[name]:
+            raise ValueError(f"{name} = {value}: only {FIXED[name]} is supported")
+    settings["activation"] = settings["activation"].lower()
+    if "embed_key" in keywords:
+        settings["embed_key"] = keywords["embed_key"]
+    if keywords.get("control_pert"):
+        settings["control_pert"] = keywords["control_pert"]
+
+    if gpt2 and settings["d_ff"] is None:
+        settings["d_ff"] = 4 * settings["d_model"]
+    if not gpt2 and attention != "auto":
+        settings["bidirectional_attention"] = attention == "bidirectional"
+        settings["rotary"] = attention == "rotary"
+    if settings["rotary"] is None:
+        settings["rotary"] = not settings["bidirectional_attention"]
+
+    settings["freeze_pert_backbone"] = bool(keywords.get("freeze_pert_backbone") or keywords.get("freeze_pert"))
+    # What the source switches off without a word.
+    settings["batch_encoder"] = bool(settings["batch_encoder"] and keywords.get("batch_dim"))
+    tokens = settings["use_batch_token"] and settings["basal_mapping_strategy"] == "batch"
+    settings["use_batch_token"] = bool(tokens and not settings["batch_encoder"])
+
+    lora = keywords.get("lora") or {}
+    settings |= {
+        "lora": bool(lora.get("enable", False)),
+        "lora_r": lora.get("r", 16),
+        "lora_alpha": lora.get("alpha", 32),
+        "lora_dropout": lora.get("dropout", 0.0),
+        "lora_mlp": lora.get("adapt_mlp", False),
+    }
+    decoder = keywords.get("decoder_cfg") or {}
+    decodes = bool(keywords.get("gene_decoder_bool", True) and decoder and settings["output_space"] != "embedding")
+    settings |= {
+        "gene_decoder_bool": decodes,
+        "decoder_hidden_dims": list(decoder.get("hidden_dims") or [512, 1024]),
+        "decoder_dropout": decoder.get("dropout", 0.1),
+        "residual_decoder": decoder.get("residual_decoder", False),
+    }
+    dims = {name: keywords.get(name) for name in SIZES_OF_DATA} | {"decodes": decodes}
+    if decodes:
+        dims["hvg_dim" if settings["output_space"] == "gene" else "gene_dim"] = decoder["gene_dim"]
+    return settings, dims
+
+
+def source_settings(cfg, dims: dict) -> dict:
+    """The keyword arguments of the source's model of our settings cfg and sizes of the data."""
+    backbone = {
+        "n_layer": cfg.n_layers,
+        "n_head": cfg.n_heads,
+        "n_inner": cfg.d_ff,
+        "n_embd": cfg.d_model,
+        "attn_pdrop": cfg.attention_dropout,
+        "resid_pdrop": cfg.residual_dropout,
+        "embd_pdrop": cfg.embedding_dropout,
+    }
+    if cfg.transformer_backbone_key == "llama":
+        backbone = {
+            "num_hidden_layers": cfg.n_layers,
+            "num_attention_heads": cfg.n_heads,
+            "num_key_value_heads": cfg.n_kv_heads or cfg.n_heads,
+            "hidden_size": cfg.d_model,
+            "head_dim": cfg.head_dim or cfg.d_model // cfg.n_heads,
+            "intermediate_size": cfg.d_ff,
+            "attention_dropout": cfg.attention_dropout,
+            "max_position_embeddings": cfg.cell_set_len,
+            "bidirectional_attention": cfg.bidirectional_attention,
+        }
+        if cfg.rotary == cfg.bidirectional_attention:  # else it follows
+            backbone["rotary"] = cfg.rotary
+    keywords = {name: getattr(cfg, name) for name in DEFAULTS if name not in OF_BACKBONE}
+    keywords |= {name: dims[name] for name in SIZES_OF_DATA}
+    keywords |= {
+        "hidden_dim": cfg.d_model,
+        "embed_key": cfg.embed_key,
+        "control_pert": cfg.control_pert,
+        "transformer_backbone_kwargs": backbone,
+        "gene_decoder_bool": dims["decodes"] and cfg.gene_decoder_bool is not False,
+    }
+    if keywords["gene_decoder_bool"]:
+        keywords["decoder_cfg"] = {
+            "latent_dim": dims["output_dim"],
+            "gene_dim": dims["hvg_dim" if cfg.output_space == "gene" else "gene_dim"],
+            "hidden_dims": cfg.decoder_hidden_dims,
+            "dropout": cfg.decoder_dropout,
+            "residual_decoder": cfg.residual_decoder,
+        }
+    if cfg.lora:
+        keywords["lora"] = {
+            "enable": True,
+            "r": cfg.lora_r,
+            "alpha": cfg.lora_alpha,
+            "dropout": cfg.lora_dropout,
+            "adapt_mlp": cfg.lora_mlp,
+        }
+    return keywords
+
+
+def source_words(words: list[str]) -> list[str]:
+    """A command line of the source as one of ours: model=state_sm is config/state_sm.py, other groups are left out.
+
+    Where its training YAML, which does not say how it trains, is among the configuration files: State trains by Adam at
+    a constant rate, SmolState by AdamW along a cosine. Raises InputError for an unknown model.
+    """
+    ours = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key.lstrip("-") == "model":
+            if value not in SIZES:
+                raise InputError(f"there is no model {value!r}{suggest(value, SIZES)}")
+            word = f"config/{SIZES[value]}.py"
+        if word not in ("data=perturbation", "training=default", "wandb=default"):
+            ours.append(word)
+    for path in (Path(word) for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "train_seed:" in text and "gradient_clip_val:" in text:
+            optimizer, schedule = ("adam", "constant") if "use_mfu:" in text else ("adamw", "cosine")
+            print(f"note: as the source of {path} trains: optimizer={optimizer}, schedule={schedule}, warmup_steps=0")
+            return [f"--optimizer={optimizer}", f"--schedule={schedule}", "--warmup_steps=0", *ours]
+    return ours
+
+
+def source_device(device: str, words: list[str]) -> str:
+    """device = cuda of a file of the source is no demand where there is no CUDA: the source ignores it."""
+    asked = any(re.match(r"-*([\w.]+\.)?device(=|$)", word) for word in words)
+    if device != "cuda" or asked or torch.cuda.is_available():
+        return device
+    print("note: device = cuda of the configuration file is not there: device = auto")
+    return "auto"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int, dict, list[str]]:
+    """A .ckpt of arc-state, of the State of July 2025 or of SmolState, or a bare state dict, as ours.
+
+    Args:
+        attention: auto | bidirectional | causal | rotary, see `translate`.
+    Returns: (settings of train_state.py, weights under its names, steps done, sizes of the data, notes to tell).
+    Settings and sizes are empty where the file does not say them: such weights can be trained from, but not be used by
+    themselves. Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
+    """
+    weights, keywords, step = read_source_checkpoint(path)
+    if not {"input_dim", "output_dim", "pert_dim", "hidden_dim"} <= keywords.keys():
+        return {}, weights, step, {}, []
+    complete_decoder(keywords, weights)
+    keywords.setdefault("compat_relu", True)  # as it computed
+    # Older releases pass over the settings of parts that they have not.
+    for name, part in (("lora", "lora_"), ("use_batch_token", "batch_token")):
+        if not any(part in weight for weight in weights):
+            keywords[name] = None
+    try:
+        settings, dims = translate(keywords, attention)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise CheckpointError(f"{path}: its settings make no model ({type(e).__name__}: {e})") from e
+    notes = []
+    if not settings["bidirectional_attention"]:
+        positions = " with rotary positions" if settings["rotary"] else ""
+        notes.append(f"{path} is causal{positions}: the order of cells counts. If it was trained otherwise: "
+                     "source_attention=bidirectional")
+    if settings["batch_encoder"]:
+        notes.append(f"{path} knows batches by number: those of other data, or in another order, are others to it")
+    folder = Path(path).parent
+    features = [file for file in (folder / "pert_onehot_map.pt", folder.parent / "pert_onehot_map.pt") if file.exists()]
+    if features:
+        settings["perturbation_features_file"] = str(features[0])
+    else:
+        notes.append(f"there is no pert_onehot_map.pt beside {path}: perturbations are numbered as sorted in the TOML")
+    return settings, weights, step, dims, notes
+
+
+def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
+    """(weights, keyword arguments of the source's model, steps done)."""
+    content = read_checkpoint(path)
+    content = content if isinstance(content, dict) else {}
+    smol = "model_state_dict" in content
+    stored = content.get("model_state_dict" if smol else "state_dict", content)
+    weights = {}
+    for name, value in stored.items() if isinstance(stored, dict) else ():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            weights[plain_name(name)] = value
+    weights = used(weights)
+    if not any(name.startswith("pert_encoder.") for name in weights):
+        raise CheckpointError(f"{path} is no checkpoint of State: it has no weights pert_encoder.*")
+    keywords = {}
+    for place in (_inside(content, "config", "model", "kwargs"), _inside(content, "hyper_parameters")):
+        for name, value in place.items():
+            if value or not isinstance(value, Inert):
+                keywords[name] = value.item() if isinstance(value, np.generic) else value
+    backbone = dict(_inside(keywords, "transformer_backbone_kwargs"))
+    # Before release 0.9.32 every Llama of State was bidirectional, and so is SmolState's, whatever the settings say.
+    # That release brought the setting, and the argument basal_mapping_strategy, which Lightning saves with the others.
+    old = {"control_pert", "gene_names", "batch_size"} <= keywords.keys() and "basal_mapping_strategy" not in keywords
+    if smol or old:
+        backbone.setdefault("bidirectional_attention", True)
+    keywords |= {"transformer_backbone_kwargs": backbone, "pert_norm": "pert_norm.weight" in weights}
+    step = content.get("global_step", content.get("step", 0))
+    return weights, keywords, int(step) if isinstance(step, (int, np.integer)) else 0
+
+
+def _inside(content: dict, *keys: str) -> dict:
+    """The dict at content[key][key]...; empty where there is none."""
+    for key in keys:
+        value = content.get(key)
+        content = value if isinstance(value, dict) else {}
+    return content
+
+
+def complete_decoder(keywords: dict, weights: dict) -> None:
+    """Settings of the gene decoder that its weights tell: whether there is one, and in old releases its sizes."""
+    linear = [value for name, value in weights.items() if name.startswith("gene_decoder.") and value.ndim == 2]
+    if not linear:
+        keywords["gene_decoder_bool"] = False
+    elif keywords.get("decoder_cfg") is None:
+        keywords["gene_decoder_bool"] = True
+        keywords["decoder_cfg"] = {
+            "latent_dim": linear[0].shape[1],
+            "gene_dim": linear[-1].shape[0],
+            "hidden_dims": [len(weight) for weight in linear[:-1]],
+            "residual_decoder": "gene_decoder.final_layer.0.weight" in weights,
+        }
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without what compilation, wrapping and PEFT put before it."""
+    name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+    return name.replace("transformer_backbone.base_model.model.", "transformer_backbone.").replace("._orig_mod", "")
+
+
+def used(weights: dict) -> dict:
+    """Without the embeddings of tokens and positions, which are zero in the source."""
+    return {name: value for name, value in weights.items() if not any(part in name for part in UNUSED)}
+
+
+def load_source_state_dict(model: torch.nn.Module, weights: dict, partial: bool = False) -> list[str]:
+    """Load weights under the source's names; its token and position embeddings, which are zero, are left out.
+
+    Args:
+        partial: what is missing, or of another shape, keeps its start.
+    Returns: names of the model that were not loaded. Raises CheckpointError naming what does not fit, unless partial.
+    """
+    weights = used({plain_name(name): value for name, value in weights.items()})
+    own = model.state_dict()
+    fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    missing = [name for name in own if name not in fits]
+    wrong = []
+    for name in missing:
+        if name in weights:
+            wrong.append(f"{name} is {list(weights[name].shape)}, not {list(own[name].shape)}")
+        else:
+            wrong.append(f"{name} is missing")
+    wrong += [f"{name} is unknown" for name in weights if name not in own]
+    if wrong and not partial:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"the weights do not fit this model: {'; '.join(wrong[:5])}{more}")
+    model.load_state_dict(fits, strict=False)
+    return missing
+
+
+PARTS = ("pert_encoder", "basal_encoder", "project_out", "final_down_then_up", "gene_decoder", "batch_encoder",
+         "batch_classifier")
+
+
+def load_parts(model: torch.nn.Module, weights: dict, anew: set[str], where: str) -> list[str]:
+    """Put the weights of another run in, but for the parts that start anew; returns the names that stay fresh.
+
+    A part of another width stays fresh as a whole, so that no half of one is trained and the other not.
+    Raises CheckpointError where the transformer does not fit.
+    """
+    own = model.state_dict()
+    wrapped = {name.replace(".base_layer.", "."): name for name in own}  # what LoRA has wrapped
+    weights = {wrapped.get(plain_name(name), plain_name(name)): value for name, value in weights.items()}
+    anew = set(anew)
+    for name, value in weights.items():
+        part = name.split(".")[0]
+        if part in PARTS and name in own and own[name].shape != value.shape:
+            anew.add(part)
+    kept = {name: value for name, value in weights.items() if name.split(".")[0] not in anew}
+    missing = load_source_state_dict(model, kept, partial=True)
+    if any("lora_" in name and name not in own for name in weights):
+        raise CheckpointError(f"{where}: its transformer does not fit this model, for it has LoRA adapters: set lora = "
+                              "true and its lora_r")
+    lost = [name for name in missing if name.startswith("transformer_backbone.") and "lora_" not in name]
+    if lost:
+        raise CheckpointError(f"{where}: its transformer does not fit this model ({lost[0]} and {len(lost) - 1} more): "
+                              "is it of another size?")
+    return missing
+
+
+def source_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights as the source names them, with its frozen embedding of zeros."""
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    prefix = "transformer_backbone."
+    if any("lora_A" in name for name in weights):
+        prefix = "transformer_backbone.base_model.model."
+        weights = {name.replace("transformer_backbone.", prefix): value for name, value in weights.items()}
+    width = model.cfg.d_model
+    if prefix + "norm.weight" in weights:  # a Llama
+        return weights | {prefix + "embed_tokens.weight": torch.zeros(32_000, width)}
+    tokens = model.cfg.cell_set_len + model.cfg.use_batch_token + model.cfg.confidence_token
+    return weights | {prefix + "wte.weight": torch.zeros(50_257, width),
+                      prefix + "wpe.weight": torch.zeros(tokens, width)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Run folders
+# ---------------------------------------------------------------------------------------------------------------
+def write_maps(folder: Path, cells) -> None:
+    """var_dims.json, pert_onehot_map.pt, cell_type_map.json and batch_map.json: what the model's numbers mean.
+
+    cells: a Cells of sources.cells.
+    """
+    dims = cells.dims()
+    names = {"gene_names": cells.count_genes if dims["decodes"] else cells.genes, "pert_names": cells.perturbations}
+    (folder / "var_dims.json").write_text(json.dumps(dims | names, indent=1) + "\n", encoding="utf-8")
+    features = torch.as_tensor(cells.perturbation_features)
+    torch.save(dict(zip(cells.perturbations, features, strict=True)), folder / "pert_onehot_map.pt")
+    for name, values in (("cell_type", cells.cell_types), ("batch", cells.batches)):
+        codes = {value: code for code, value in enumerate(values)}
+        (folder / f"{name}_map.json").write_text(json.dumps(codes, indent=1) + "\n", encoding="utf-8")
+
+
+def write_source_files(folder: Path, model: torch.nn.Module, cells, step: int) -> None:
+    """The run as arc-state lays it out, for its own tools (`state tx infer`): config.yaml, var_dims.pkl,
+    checkpoints/final.ckpt, *_onehot_map.torch."""
+    import yaml
+
+    cfg, dims = model.cfg, cells.dims()
+    keywords = source_settings(cfg, dims)
+    columns = ("toml_config_path", "embed_key", "output_space", "pert_col", "cell_type_key", "batch_col",
+               "control_pert", "basal_mapping_strategy")
+    (folder / "config.yaml").write_text(yaml.safe_dump({
+        "data": {"name": "PerturbationDataModule", "kwargs": {name: getattr(cfg, name) for name in columns}},
+        "model": {"name": "state", "kwargs": keywords},
+        "training": {"max_steps": cfg.max_steps, "lr": cfg.lr},
+    }))
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    torch.save({
+        "state_dict": source_state_dict(model),
+        "hyper_parameters": keywords,
+        "global_step": step,
+        "epoch": 0,
+        "pytorch-lightning_version": "2.5.0",
+        "loops": {},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }, folder / "checkpoints" / "final.ckpt")
+    names = {"gene_names": list(map(str, cells.genes)), "pert_names": cells.perturbations}
+    (folder / "var_dims.pkl").write_bytes(pickle.dumps({name: dims[name] for name in SIZES_OF_DATA} | names))
+    for name, values in (("cell_type", cells.cell_types), ("batch", cells.batches)):
+        torch.save(dict(zip(values, torch.eye(len(values)), strict=True)), folder / f"{name}_onehot_map.torch")
