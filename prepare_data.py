@@ -8,6 +8,7 @@
     python prepare_data.py ergodic                          # synthetic: hidden Markov components with exact oracles
     python prepare_data.py state                            # synthetic: cell populations of known perturbation effects
     python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
+    python prepare_data.py cells --toml=my.toml             # make cells ready for train_state.py, which else does it
     python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
     python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of APEL-R, arc-state or SmolState to ours
     python prepare_data.py arxiv --help                     # the settings of a job
@@ -31,6 +32,7 @@ from common.runlog import write_json
 from configurator import Count, Positive, Range, Share, Whole, config_dict, configure, fail
 from sources import foreign
 from sources.cells import inspect as inspect_experiment
+from sources.cells import prepare_cells
 from sources.chunks import CATEGORIES, inspect_chunks, prepare_chunks
 from sources.ergodic import COMPONENTS, ergodic
 from sources.h5ad import holds_cells, inspect_cells
@@ -210,6 +212,26 @@ class StateConfig:
 
 
 @dataclass
+class CellsConfig:
+    """Settings of train_state.py: with the same ones there, its start finds the cells ready."""
+
+    toml: str = ""  # which cells train, validate and test
+    pert_col: str = "gene"  # column of obs: the perturbation
+    cell_type_key: str = "cell_type"  # column of obs: the cell type
+    batch_col: str | None = "gem_group"  # column of obs: the experimental batch; empty: all cells are of one
+    control_pert: str = "non-targeting"  # the perturbation that is none
+    embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
+    output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
+    counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
+    strict: bool = True  # false: where the source has a trap, do as it does and warn
+    ram_budget_gb: Positive = 8.0  # bounds the blocks that are read
+    folder: str = "data/cells"  # where train_state.py looks
+
+    def check(self) -> list[str]:
+        return [] if self.toml else ["cells needs the TOML of your data: --toml=my.toml"]
+
+
+@dataclass
 class InspectConfig:
     tokens: Count = 20  # most frequent tokens to show
     # of an experiment's .toml: settings of train_state.py
@@ -290,10 +312,11 @@ JOBS = {
     "arxiv": (ArxivConfig, prepare_chunks),
     "ergodic": (ErgodicConfig, ergodic),
     "state": (StateConfig, state),
+    "cells": (CellsConfig, prepare_cells),
     "inspect": (InspectConfig, inspect),
     "import": (ImportConfig, import_run),
 }
-ALIASES = {"state": {"adata": "input"}}  # names of the sources
+ALIASES = {"state": {"adata": "input"}, "cells": {"toml_config_path": "toml"}}  # names of the sources
 EXAMPLES = {  # of the jobs whose first argument is a file
     "inspect": "data/arxiv/train.h5, or FILE.h5ad, or FILE.toml",
     "import": "FILE.pt --out_dir=out/x",

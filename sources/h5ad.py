@@ -269,7 +269,7 @@ class Matrix:
 
     def _block(self, start: int, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray) -> csr_array:
         """A block of rows with its columns ascending; DataError for a value that is there twice."""
-        block = csr_array((data, indices, pointers), shape=(len(pointers) - 1, self.shape[1]))
+        block = csr_array((data, indices, pointers.astype(np.int32)), shape=(len(pointers) - 1, self.shape[1]))
         block.sort_indices()
         if not block.has_canonical_format:
             twice = block.indices[1:] == block.indices[:-1]
