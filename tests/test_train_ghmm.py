@@ -390,9 +390,9 @@ def test_impossible_tokens_of_a_model_are_null_in_the_json():
 
 @pytest.mark.parametrize("line, words", [
     ("nowhere", "no checkpoint at nowhere"), ("{run}/config.json", "config.json"), ("--length=3", "first argument"),
-    ("{run} --length=0", "length = 0"), ("{run} --temperature=0", "temperature = 0"), ("{run} --prompt=a", "prompt"),
-    ("{run} --num_samples=0", "num_samples = 0"),
-    ("{run} --prompt=7", "prompt = '7'"), ("{run} --seed=-1", "seed = -1"),
+    ("{run} --length=0", "length: expected int >= 1"), ("{run} --temperature=0", "at least 1e-6"),
+    ("{run} --num_samples=0", "num_samples: expected int >= 1"), ("{run} --prompt=a", "prompt"),
+    ("{run} --prompt=7", "prompt = '7'"), ("{run} --seed=-1", "seed: expected int >= 0"),
     ("{run} --temprature=1", "did you mean temperature"), ("{run} --json=absent/samples.json", "absent")])
 def test_sample_tells_bad_input_in_one_line(whole, capsys, line, words):
     argv = line.replace("{run}", str(whole.folder)).split()
