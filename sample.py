@@ -34,8 +34,9 @@ from common.runlog import write_json
 from common.runtime import Runtime
 from configurator import Count, Positive, Range, Whole, configure, fail
 from measure.effects import verdict
-from measure.figures import figure
+from measure.plans import draw_beliefs
 from measure.sequences import continue_sequences, sequence_xe
+from measure.writing import generate
 from sources import foreign
 from sources.controls import Controls, control_expression, draw_controls, find_controls, gene_order
 from sources.h5ad import H5ad, write_h5ad
@@ -220,14 +221,14 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
         model.to(rt.device).eval()
         for ids in prompts_of(cfg, tokenizer, extra["vocab_size"]):
             for state in states:
-                written = write(page, model, run, ids, tokenizer, state, cfg, rt)
+                written = write(model, run, ids, tokenizer, state, cfg, rt)
                 for row in range(cfg.num_samples):
                     entry = entry_of(written, row, ids, tokenizer, state)
                     result["samples"].append(entry)
                     show(entry, len(ids), tokenizer, cfg)
                     if cfg.show_plan and not cfg.sweep_states:
-                        show_plan(page, model, run, entry, len(ids), tokenizer, cfg.seed,
-                                  run_folder(path) if row == 0 else None)
+                        folder = run_folder(path) if row == 0 else None
+                        show_plan(model, run, entry, len(ids), tokenizer, cfg.seed, folder)
     return result
 
 
@@ -255,8 +256,7 @@ def check_planner(run, cfg: Config) -> None:
         fail(f"force_state = {cfg.force_state}: this model has the plans 0 to {run.plans() - 1}")
 
 
-def write(page: ModuleType, model, run, ids: list[int], tokenizer: Tokenizer | None, state: int | None, cfg: Config,
-          rt: Runtime):
+def write(model, run, ids: list[int], tokenizer: Tokenizer | None, state: int | None, cfg: Config, rt: Runtime):
     """num_samples texts that go on from one prompt, by one plan if there is a state."""
     tokens = cfg.max_new_tokens
     if tokens is None:
@@ -268,7 +268,7 @@ def write(page: ModuleType, model, run, ids: list[int], tokenizer: Tokenizer | N
         planner["horizon"] = cfg.lookahead_steps
     if state is not None:
         planner |= {"planner_mode": "forced_state", "forced_state": state}
-    return page.generate(
+    return generate(
         model,
         torch.tensor([ids], device=rt.device).expand(cfg.num_samples, -1),
         tokens,
@@ -315,8 +315,8 @@ def show(entry: dict, prompt_length: int, tokenizer: Tokenizer | None, cfg: Conf
         print(f"  forecast at the first token, chunk by chunk: {' -> '.join(ahead)}")
 
 
-def show_plan(page: ModuleType, model, run, entry: dict, prompt_length: int, tokenizer: Tokenizer | None, seed: int,
-              folder: Path | None) -> None:
+def show_plan(model, run, entry: dict, prompt_length: int, tokenizer: Tokenizer | None, seed: int, folder: Path | None
+              ) -> None:
     """The belief before each token written as a strip of shades, a line a plan, | where a chunk begins; and a picture
     in the folder, if one is given."""
     beliefs, new = entry["beliefs"], entry["tokens"][prompt_length:]
@@ -335,10 +335,8 @@ def show_plan(page: ModuleType, model, run, entry: dict, prompt_length: int, tok
     if folder is None:
         return
     name = f"sampled_belief_{seed}"
-    width = max(7.0, 0.13 * min(DRAWN, len(words)))
-    with figure(folder, name, width, 1.6 + 0.18 * len(beliefs[0])) as axes:
-        page.draw_strip(axes, np.array(beliefs[:DRAWN]), words[:DRAWN], [t for t in begins if t < DRAWN],
-                        "belief before each token (blue: a chunk begins)")
+    draw_beliefs(folder, name, np.array(beliefs[:DRAWN]), words[:DRAWN], [t for t in begins if t < DRAWN],
+                 "belief before each token (blue: a chunk begins)")
     print(f"  picture: {folder / 'plots' / name}.png")
 
 
@@ -454,7 +452,7 @@ SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv, "apelr": sample_apelr, "
 NEEDS = {  # what sampling asks of a page
     "ghmm": ("load_run", "exact_device", "make_contexts", "evaluate"),
     "arxiv": ("load_run",),
-    "apelr": ("load_run", "generate", "draw_strip"),
+    "apelr": ("load_run",),
     "state": ("load_run", "open_run_data", "finish", "known_perturbations", "codes_of", "expressed"),
 }
 

@@ -64,7 +64,7 @@ from measure.curves import (
     write_curves,
 )
 from measure.report import make_report, plan_study, run_name
-from sources.corpus import open_corpus
+from sources.chunks import open_corpus
 from sources.ergodic import ergodic
 from sources.shared import counter_rng, make_once
 

@@ -1,60 +1,112 @@
-"""A file of token chunks as arrays: read, checked once, mapped into memory. What train_arxiv.py learns from."""
+"""A corpus: token streams of a folder by `text` or `planted`, mapped into memory and checked once."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.errors import DataError
-from sources.chunks import map_tokens, open_chunks
+from sources.text import read_stream
+from sources.tokenizer import Tokenizer, load_tokenizer
+
+PIECE = 1 << 24  # tokens looked at at once
 
 
-def read_corpus(path: Path, vocab_size: int = 0) -> dict:
-    """The arrays of an HDF5 file of prepare_data.py, or of the source, which does not say its vocabulary.
+@dataclass
+class Corpus:
+    """Integer tokens for training and for validation, and what is known of them; only the first three are needed."""
 
-    Returns: tokens [R, n] (a memory map), codes [R] (the category of each chunk, a number of names), documents [R],
-    names, vocab_size (where the file does not say it: what its tokens need, and at least the argument), budget (chunks
-    of the smallest category), oracle [R, K, n] (log p_k(x_t | x_<t)) or None.
-    Raises DataError for a file that is missing, damaged or foreign, or has tokens beyond its vocabulary.
+    train: np.ndarray  # [tokens]
+    val: np.ndarray
+    vocab_size: int
+    tokenizer: Tokenizer | None = None
+    tokenizer_hash: str = ""  # of what made the tokens; a checkpoint keeps it
+    document_length: int = 0  # of documents that are all as long and begin with bos, such as planted ones; 0: one text
+    bytes_per_token: float = 0.0  # of the validation text; 0 where that is unknown
+    first_id: int = 0  # what a document begins with, or comes after
+    name: str = "arrays"  # for messages
+    folder: Path | None = None
+    version: str = ""  # planted: the model version whose chunks the documents have
+    oracle_nll: np.ndarray | None = None  # planted: exact -log p of the validation tokens [documents, L]
+    plans: np.ndarray | None = None  # planted: true plans of the validation chunks [documents, N]
+
+    def places(self, split: str, seq_len: int, version: str) -> tuple[int, int]:
+        """(number of places where a window of a split may start, distance between them); raises DataError for none.
+
+        version: of the model, whose chunks must be where those of planted documents are.
+        """
+        distance = self.document_length or 1  # a window of a planted document begins where the document does
+        if self.document_length and seq_len >= self.document_length:
+            raise DataError(f"seq_len = {seq_len}, but the planted documents predict only {distance - 1} tokens: use "
+                            f"seq_len={distance - 1}")
+        if self.version and version not in (self.version, "baseline"):
+            raise DataError(f"{self.name} has its chunks where {self.version} has them: make it anew by "
+                            f"prepare_data.py planted --version={version}")
+        count = (len(self.tokens(split)) - seq_len - 1) // distance + 1
+        if count < 1:
+            raise DataError(f"{self.name} has {len(self.tokens(split)):,} {split} tokens, less than a window of "
+                            f"seq_len + 1 = {seq_len + 1}: use more text or a shorter seq_len")
+        return count, distance
+
+    def spread(self, most: int, seq_len: int, version: str) -> np.ndarray:
+        """Starts of at most `most` windows that do not overlap, spread evenly over the validation tokens."""
+        count, distance = self.places("val", seq_len, version)
+        places = np.arange(0, count, 1 if self.document_length else seq_len)
+        chosen = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
+        return places[np.unique(chosen)] * distance
+
+    def tokens(self, split: str) -> np.ndarray:
+        return {"train": self.train, "val": self.val}[split]
+
+    def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        """Tokens [B, length + 1] int64 from the places `starts` [B] of train or val."""
+        tokens = self.tokens(split)[starts[:, None] + np.arange(length + 1)]
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def oracle(self, starts: np.ndarray, length: int) -> float:
+        """Exact -log p of the tokens that validation windows predict, a mean in nats."""
+        return float(self.oracle_nll[starts // self.document_length, :length].mean(dtype=np.float64))
+
+    def true_plans(self, starts: np.ndarray) -> np.ndarray | None:
+        """Plans of the chunks of validation windows [B, N]; None where nobody knows them."""
+        return None if self.plans is None else self.plans[starts // self.document_length]
+
+    def spell(self, token: int) -> str:
+        """A token as text, or as a number."""
+        return self.tokenizer.decode([token]) if self.tokenizer else str(token)
+
+    def text(self, tokens: list[int]) -> str:
+        return repr(self.tokenizer.decode(tokens)) if self.tokenizer else " ".join(map(str, tokens))
+
+
+def read_corpus(folder: str) -> Corpus:
+    """The corpus of a folder, or of data/FOLDER.
+
+    Raises DataError for a folder that is missing, damaged, or whose tokenizer is not the one its tokens were made with.
     """
-    file, names, codes = open_chunks(path)
-    with file:
-        tokens = map_tokens(file)
-        low, top = token_range(tokens)
-        size = int(file.attrs.get("vocab_size", max(vocab_size, top + 1)))
-        if low < 0 or top >= size:
-            raise DataError(f"{path} has the token {low if low < 0 else top}, but vocab_size = {size}: see python "
-                            f"prepare_data.py inspect {path}")
-        # Numbers of documents may begin anew in each category: the pair is what tells them apart.
-        pairs = np.stack([codes.astype(np.int64), file["doc_idx_for_chunk"][:].astype(np.int64)], 1)
-        smallest = np.bincount(codes, minlength=len(names)).min()
-        return {
-            "tokens": tokens,
-            "codes": codes,
-            "documents": np.unique(pairs, axis=0, return_inverse=True)[1].ravel(),
-            "names": names,
-            "vocab_size": size,
-            "budget": int(file.attrs.get("reference_chunk_budget_smallest_top_category", smallest)),
-            "oracle": file["oracle_log_prob"][:] if "oracle_log_prob" in file else None,
-        }
-
-
-def open_corpus(folder: Path) -> tuple[dict, dict]:
-    """(train, validation) of a folder with train.h5 and validation.h5, over one vocabulary and size of chunks."""
-    validation = read_corpus(folder / "validation.h5")
-    train = read_corpus(folder / "train.h5", validation["vocab_size"])
-    if train["vocab_size"] > validation["vocab_size"]:
-        validation = read_corpus(folder / "validation.h5", train["vocab_size"])
-    if (train["tokens"].shape[1], train["vocab_size"]) != (validation["tokens"].shape[1], validation["vocab_size"]):
-        raise DataError(f"train.h5 and validation.h5 of {folder} differ in chunk size or vocabulary: they are not of "
-                        "one preparation")
-    return train, validation
-
-
-def token_range(tokens: np.ndarray) -> tuple[int, int]:
-    """The least and the largest of tokens [R, n], read a block at a time."""
-    lows, tops = [], []
-    for begin in range(0, len(tokens), 100_000):
-        block = tokens[begin : begin + 100_000]
-        lows.append(int(block.min()))
-        tops.append(int(block.max()))
-    return min(lows), max(tops)
+    path = Path(folder)
+    if not path.exists() and (Path("data") / folder).exists():
+        path = Path("data") / folder
+    meta, streams = read_stream(path)
+    for name, tokens in streams.items():
+        top = max(int(tokens[i : i + PIECE].max()) for i in range(0, len(tokens), PIECE))
+        if top >= meta["vocab_size"]:
+            raise DataError(f"{path / name}.bin has the token {top}, beyond its vocabulary of {meta['vocab_size']}: "
+                            "prepare the folder again")
+    corpus = Corpus(streams["train"], streams["val"], meta["vocab_size"], tokenizer_hash=meta["tokenizer_hash"],
+                    name=str(path), folder=path)
+    if meta["tokenizer"]:
+        corpus.tokenizer = load_tokenizer(path / meta["tokenizer"])
+        if corpus.tokenizer.hash() != meta["tokenizer_hash"]:
+            raise DataError(f"{path / meta['tokenizer']} is not the tokenizer that the tokens beside it were made "
+                            "with: prepare the folder again")
+    if meta["kind"] == "planted":
+        corpus.document_length, corpus.version, corpus.first_id = meta["document_length"], meta["version"], meta["bos_id"]
+        corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
+        corpus.plans = np.load(path / "val_plans.npy")
+        return corpus
+    if meta.get("val_bytes"):
+        corpus.bytes_per_token = meta["val_bytes"] / meta["val_tokens"]
+    corpus.first_id = meta.get("eos_id") or 0
+    return corpus
