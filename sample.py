@@ -33,6 +33,7 @@ from common import checkpoint
 from common.errors import DataError, InputError
 from common.runtime import Runtime
 from configurator import configure, fail
+from measure.plans import draw_beliefs
 from sources.cells import Store, align, column_names, read_rows
 from sources.h5ad import H5ad, write_h5ad
 from sources.shared import suggest
@@ -220,7 +221,7 @@ def is_set(cfg: Config, name: str) -> bool:
 
 
 def planner_settings(run, cfg: Config, state: int | None) -> dict:
-    """What the flags mean to PlannerLM.predict; exits with code 2 where this model has no such thing."""
+    """What the flags mean to predict of measure/writing.py; exits with code 2 where this model has no such thing."""
     if run.version == "baseline":
         asked = [k for k in (*V2_ONLY, "force_state", "sweep_states", "show_plan", "lookahead_steps") if is_set(cfg, k)]
         if asked:
@@ -308,10 +309,8 @@ def show_apelr(model, run, ids: list[int], cfg: Config, tokenizer, state: int | 
             print_plan(written, row, words, begins)
             if row == 0:
                 name = f"sampled_belief_{cfg.seed}"
-                train_apelr.plot(folder, name, lambda axes, words=words, begins=begins: train_apelr.draw_strip(
-                    axes, written.beliefs[0, :96].exp().cpu().numpy(), words[:96], [t for t in begins if t < 96],
-                    "belief before each token (blue: a chunk begins)"), max(7.0, 0.13 * min(96, len(words))),
-                    1.6 + 0.18 * run.plans())
+                draw_beliefs(folder, name, written.beliefs[0, :96].exp().cpu().numpy(), words[:96],
+                             [t for t in sorted(begins) if t < 96], "belief before each token (blue: a chunk begins)")
                 print(f"  picture: {folder / 'plots' / name}.png")
         found.append(entry)
     return found
