@@ -33,7 +33,8 @@ from common import checkpoint
 from common.errors import DataError, InputError
 from common.runtime import Runtime
 from configurator import configure, fail
-from sources.cells import Store, align, column_names, read_rows
+from measure.effects import verdict
+from sources.cells import align, column_names, read_rows
 from sources.h5ad import H5ad, write_h5ad
 from sources.shared import suggest
 from sources.tokenizer import load_tokenizer
@@ -331,25 +332,24 @@ def sample_state(path: Path, cfg: Config) -> dict:
         model.to(rt.device)
         if cfg.adata:
             return predict_adata(run, model, extra, folder, cfg, rt)
-        experiment = train_state.open_run_data(run, extra)
-        store, parts = Store(experiment, rt.device, run), []
-        result = train_state.finish(model, experiment, store, run, rt, folder, parts.append)
+        cells, parts = train_state.open_run_data(run, extra), []
+        result = train_state.finish(model, cells, run, rt, folder, parts.append)
     rows = np.concatenate([np.concatenate([part["rows"], part["controls"]]) for part in parts])
-    columns = {run.cell_type_key: np.array(experiment.cell_types)[experiment.cell_type[rows]],
-               run.pert_col: np.array(experiment.perturbations)[experiment.perturbation[rows]]}
+    columns = {run.cell_type_key: np.array(cells.cell_types)[cells.cell_type[rows]],
+               run.pert_col: np.array(cells.perturbations)[cells.perturbation[rows]]}
     if run.batch_col:
-        columns[run.batch_col] = np.array(experiment.batches)[experiment.batch[rows]]
-    genes = experiment.genes if model.gene_decoder is None else experiment.count_genes
+        columns[run.batch_col] = np.array(cells.batches)[cells.batch[rows]]
+    genes = cells.genes if model.gene_decoder is None else cells.count_genes
     names = np.empty(len(rows), object)
-    for f, source in enumerate(experiment.files):
+    for f, source in enumerate(cells.files):
         with H5ad(source) as file:
-            here = experiment.file[rows] == f
-            names[here] = [f"{name}-{f}" if f else str(name) for name in file.obs_names[experiment.row[rows[here]]]]
+            here = cells.file[rows] == f
+            names[here] = [f"{name}-{f}" if f else str(name) for name in file.obs_names[cells.row[rows[here]]]]
     for name in ("pred", "real"):  # control cells are as measured in both
-        cells = np.concatenate([np.concatenate([part[name], part["control"]]) for part in parts])
-        write_h5ad(folder / f"{name}.h5ad", cells, columns, genes, obs_names=names.astype(str))
+        matrix = np.concatenate([np.concatenate([part[name], part["control"]]) for part in parts])
+        write_h5ad(folder / f"{name}.h5ad", matrix, columns, genes, obs_names=names.astype(str))
     print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
-    print(f"after {step} steps: " + train_state.verdict(result, folder).removeprefix("done: "))
+    print(f"after {step} steps: " + verdict(result, folder).removeprefix("done: "))
     return {"experiment": "state", "step": step, **result}
 
 
@@ -366,7 +366,7 @@ def predict_adata(run, model, extra: dict, folder: Path, cfg: Config, rt: Runtim
         if run.control_pert not in pert_names:
             raise DataError(f"{cfg.adata} has no control cells: no cell has {run.pert_col} = "
                                          f"{run.control_pert!r}; say --columns='{{\"control_pert\": \"NAME\"}}'")
-        batches = file.column(run.batch_col) if hasattr(model, "batch_encoder") else None
+        batches = file.column(run.batch_col) if run.batch_encoder else None
         names, _ = align([cfg.adata], [column_names(file, run.embed_key)], run.embed_key or "X",
                                      run.strict)
         place, genes = {name: i for i, name in enumerate(names)}, extra.get("genes") or names

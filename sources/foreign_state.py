@@ -141,7 +141,10 @@ def translate(keywords: dict, attention: str = "auto") -> tuple[dict, dict]:
     checkpoint meant, `attention` (bidirectional | causal | rotary) may say. Raises ValueError for what we have not.
     """
     backbone = keywords.get("transformer_backbone_kwargs") or {}
-    gpt2 = keywords.get("transformer_backbone_key", "GPT2") == "GPT2"
+    key = keywords.get("transformer_backbone_key", "GPT2")
+    if key not in ("llama", "GPT2"):
+        raise ValueError(f"transformer_backbone_key = {key!r}: use llama or GPT2")
+    gpt2 = key == "GPT2"
     settings = DEFAULTS | (GPT2_DEFAULTS if gpt2 else {})
     for name, value in {**keywords, **backbone}.items():
         name = ALIASES.get(name) or name
