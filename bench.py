@@ -40,6 +40,7 @@ import geomloss
 import h5py
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 import train_apelr
 import train_arxiv
@@ -47,9 +48,9 @@ import train_ghmm
 import train_state
 from common.runtime import Runtime
 from configurator import fail
-from sources.cells import Batches, Store
+from sources.cells import open_cells
 from sources.chunks import ChunkSpool
-from sources.h5ad import as_csr, write_h5ad
+from sources.h5ad import write_h5ad
 from sources.tokenizer import train_bpe
 
 RESULTS: list[dict] = []
@@ -620,19 +621,20 @@ def write_cells(folder: Path) -> Path:
     cells = 30 * np.maximum(rng.random((len(kind), STATE_GENES), np.float32) - np.float32(0.9), 0)  # up to 3: log1p
     obs = {"gene": [f"p{k % 20}" if k % 20 < 16 else "non-targeting" for k in kind],
            "cell_type": [f"c{k // 20}" for k in kind], "gem_group": [f"b{i % 2}" for i in range(len(kind))]}
-    write_h5ad(folder / "cells.h5ad", (*as_csr(cells), cells.shape), obs,
+    write_h5ad(folder / "cells.h5ad", csr_array(cells), obs,
                             [f"g{i}" for i in range(STATE_GENES)], {"X_hvg": cells})
     path = folder / "cells.toml"
     path.write_text(f'[datasets]\nbench = "{folder / "cells.h5ad"}"\n[training]\nbench = "train"\n')
     return path
 
 
-def cell_batches(toml: str, device: str, **settings) -> Batches:
-    """The loader of train_state.py on the cells of write_cells."""
+def cell_batches(toml: str, device: str, **settings) -> train_state.Batches:
+    """The loader of train_state.py on the cells of write_cells, prepared beside them."""
     cfg = train_state.Config(**{"toml_config_path": toml, "val_fraction": 0.0, "dropout": 0.0, "optimizer": "adam",
                                 "use_basal_projection": False, "device": device, "precision": "fp32"} | settings)
-    rt, experiment = Runtime(cfg), train_state.open_data(cfg)
-    return Batches(rt, experiment, Store(experiment, rt.device, cfg), cfg)
+    cells = open_cells(toml=toml, folder=Path(toml).parent / "cells",
+                       **{name: getattr(cfg, name) for name in train_state.OF_DATA})
+    return train_state.Batches(Runtime(cfg), cells, cfg)
 
 
 @contextlib.contextmanager
@@ -727,7 +729,7 @@ def measure_agreement(toml: str, device: str, lacking: list[str]) -> list[tuple]
     found = []
     for size, (batch_size, settings) in STATE_SIZES.items():
         batches = cell_batches(toml, device, batch_size=batch_size, **settings)
-        cfg, dims = batches.cfg, batches.experiment.dims()
+        cfg, dims = batches.cfg, batches.cells.dims()
         torch.manual_seed(0)
         peer, model = arc_state(cfg, dims).to(device), train_state.build_model(cfg, dims).to(device)
         model.load_source_state_dict(peer.state_dict())
@@ -753,7 +755,7 @@ class StateTrainer(SlowTrainer):
         batch_size, settings = STATE_SIZES[size]
         precision = "bf16" if side == "bf16" else "fp32"
         batches = cell_batches(toml, device, batch_size=batch_size, precision=precision, **settings)
-        self.cfg, rt, batch, dims = batches.cfg, batches.rt.__enter__(), batches(0), batches.experiment.dims()
+        self.cfg, rt, batch, dims = batches.cfg, batches.rt.__enter__(), batches(0), batches.cells.dims()
         self.model, cfg = train_state.build_model(self.cfg, dims).to(self.device), self.cfg
         if side != "arc-state":
             trained, steps = rt.wrap(self.model), itertools.count()

@@ -8,6 +8,7 @@
     python prepare_data.py ergodic                          # synthetic: hidden Markov components with exact oracles
     python prepare_data.py state                            # synthetic: cell populations of known perturbation effects
     python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
+    python prepare_data.py cells --toml=my.toml             # make cells ready for train_state.py, which else does it
     python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
     python prepare_data.py arxiv --help                     # the settings of a job
 
@@ -27,8 +28,9 @@ from typing import Literal
 import numpy as np
 
 from common.errors import clear_errors
-from configurator import configure, fail
+from configurator import Positive, configure, fail
 from sources.cells import inspect as inspect_experiment
+from sources.cells import prepare_cells
 from sources.chunks import arxiv, hashes, open_chunks
 from sources.ergodic import ergodic
 from sources.h5ad import holds_cells, inspect_cells
@@ -221,12 +223,33 @@ class StateConfig:
 
 
 STATE_ALIASES = {"adata": "input"}  # the source's name
+CELLS_ALIASES = {"toml_config_path": "toml"}
 
 
 def state(**settings) -> dict:
     """The action of the job: synthetic cells, or counts to expression."""
     work = {"synthetic": synthetic, "preprocess": preprocess}[settings["action"]]
     return work(**{name: settings[name] for name in signature(work).parameters})
+
+
+@dataclass
+class CellsConfig:
+    """Settings of train_state.py: with the same ones there, its start finds the cells ready."""
+
+    toml: str = ""  # which cells train, validate and test
+    pert_col: str = "gene"  # column of obs: the perturbation
+    cell_type_key: str = "cell_type"  # column of obs: the cell type
+    batch_col: str | None = "gem_group"  # column of obs: the experimental batch; empty: all cells are of one
+    control_pert: str = "non-targeting"  # the perturbation that is none
+    embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
+    output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
+    counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
+    strict: bool = True  # false: where the source has a trap, do as it does and warn
+    ram_budget_gb: Positive = 8.0  # bounds the blocks that are read
+    folder: str = "data/cells"  # where train_state.py looks
+
+    def check(self) -> list[str]:
+        return [] if self.toml else ["cells needs the TOML of your data: --toml=my.toml"]
 
 
 @dataclass
@@ -297,7 +320,8 @@ def inspect(path: str, cfg: InspectConfig) -> dict:
 
 
 JOBS = {"text": (TextConfig, prepare_text), "planted": (PlantedConfig, planted), "arxiv": (ArxivConfig, arxiv),
-        "ergodic": (ErgodicConfig, ergodic), "state": (StateConfig, state), "inspect": (InspectConfig, inspect)}
+        "ergodic": (ErgodicConfig, ergodic), "state": (StateConfig, state), "cells": (CellsConfig, prepare_cells),
+        "inspect": (InspectConfig, inspect)}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -317,7 +341,8 @@ def main(argv: list[str] | None = None) -> dict:
     positional = list(islice((a for a in argv[1:] if not a.startswith("-")), 1)) if argv[0] == "inspect" else []
     if argv[0] == "inspect" and not positional and "--help" not in argv and "-h" not in argv:
         fail("inspect needs a file: python prepare_data.py inspect data/arxiv/train.h5, or FILE.h5ad, or FILE.toml")
-    cfg = configure(settings, [a for a in argv[1:] if a not in positional], STATE_ALIASES if work is state else None)
+    aliases = {"state": STATE_ALIASES, "cells": CELLS_ALIASES}.get(argv[0])
+    cfg = configure(settings, [a for a in argv[1:] if a not in positional], aliases)
     with clear_errors():
         return work(*positional, cfg) if work is inspect else work(**vars(cfg))
 

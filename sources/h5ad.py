@@ -4,11 +4,12 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
+from scipy.sparse import csc_array, csr_array
 
 from common.errors import DataError
 from sources.shared import report, suggest
@@ -53,7 +54,7 @@ class H5ad:
             reason = ("no such file" if not self.path.exists() else "it is a folder" if self.path.is_dir() else
                       "cut short, damaged or no HDF5 file: copy or make it again")
             raise DataError(f"{path}: {reason}") from e
-        with self._guard("the list of its parts"):
+        with self.guard("the list of its parts"):
             if missing := [part for part in ("X", "obs", "var") if part not in self.file]:
                 raise DataError(f"{path} has no {missing[0]}, so it is no h5ad file of cells; it has "
                                 f"{', '.join(self.file) or 'nothing'}")
@@ -72,7 +73,7 @@ class H5ad:
         self.file.close()
 
     @contextlib.contextmanager
-    def _guard(self, what: str):
+    def guard(self, what: str):
         """What HDF5 says of bytes that are not as they should be, as a DataError."""
         try:
             yield
@@ -88,7 +89,7 @@ class H5ad:
         return attribute(frame, "_index") or next(name for name in ("_index", "index", *names) if name in names)
 
     def _columns(self, part: str) -> list[str]:
-        with self._guard(part):
+        with self.guard(part):
             frame, index = self.file[part], self._index(part)
             there = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
             order = map(as_text, frame.attrs.get("column-order", there))
@@ -115,7 +116,7 @@ class H5ad:
     def _coded(self, part: str, name: str | None, missing: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """As _parts, checked: a value for each row, unless some may be missing. None is the index."""
         where = f"{part} column {name!r}" if name else f"the names of {part}"
-        with self._guard(where):
+        with self.guard(where):
             values, categories = self._parts(part, name or self._index(part))
             if values.shape != (rows := self.rows.get(part, len(values)),):
                 raise DataError(f"{self.path}: {where} has shape {values.shape} for {rows:,} rows")
@@ -171,7 +172,7 @@ class H5ad:
         """"X", "obsm/NAME", "layers/NAME": what matrix takes."""
         found = ["X"]
         for part in ("obsm", "layers"):
-            with self._guard(part):
+            with self.guard(part):
                 node = self.file.get(part, ())
                 if isinstance(node, h5py.Dataset):
                     found += [f"{part}/{name}" for name in node.dtype.names or () if node.dtype[name].ndim == 1]
@@ -188,7 +189,7 @@ class H5ad:
         if found is None:
             raise DataError(f"{self.path} has no matrix {key!r}"
                             + suggest(key, [k.rpartition("/")[2] for k in self.keys]))
-        with self._guard(found):
+        with self.guard(found):
             matrix = Matrix(self, found)
         columns = matrix.shape[1] if found.startswith("obsm/") else self.n_vars
         if matrix.shape != (self.n_obs, columns):
@@ -200,7 +201,7 @@ class H5ad:
 class Matrix:
     """A matrix [rows, columns] of an h5ad file, read in blocks of rows. format: dense, csr or csc.
 
-    A CSR block or matrix is (data float32 [nnz], indices int32 [nnz], indptr int64 [rows + 1]), columns ascending.
+    A block is an array float32, or a csr_array of scipy with its columns ascending.
     """
 
     entries = 1 << 22  # most values of a block: 32 MB
@@ -208,27 +209,38 @@ class Matrix:
     def __init__(self, source: H5ad, key: str):
         self.source, self.key, self.where = source, key, f"{source.path}: {key}"
         part, _, name = key.partition("/")
-        node, self._by_rows = source.file[part], None
-        self.node = node.fields(name) if isinstance(node, h5py.Dataset) and name else node[name] if name else node
-        if not isinstance(self.node, h5py.Group):
-            self.format = "dense"
-            kind = node.dtype[name] if isinstance(node, h5py.Dataset) and name else self.node.dtype
-            self.shape = (len(node), *kind.shape) if kind.shape else tuple(self.node.shape)
-            self.nnz, kinds = math.prod(self.shape), [kind.base]
+        parent = source.file[part]
+        self.by_rows = None  # a CSC matrix once it is transposed
+        if isinstance(parent, h5py.Dataset) and name:  # a field of a compound data set: anndata before 0.7
+            self.node, kind = parent.fields(name), parent.dtype[name]
         else:
-            self.format = attribute(self.node, "encoding-type", "h5sparse_format")[:3]
-            if self.format not in ("csr", "csc"):
-                raise DataError(f"{self.where} is {self.format or 'of no known encoding'}, not dense, CSR or CSC")
-            shape = self.node.attrs["shape" if "shape" in self.node.attrs else "h5sparse_shape"]
-            self.shape, self.nnz = tuple(map(int, shape)), len(self.node["data"])
-            pointers, major = self.node["indptr"], self.shape[self.format == "csc"]
-            if len(pointers) != major + 1 or len(self.node["indices"]) != self.nnz or (
-                    pointers[0], pointers[-1]) != (0, self.nnz):
-                raise DataError(f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
-                                f"{self.shape[0]:,} x {self.shape[1]:,}")
-            kinds = [self.node[name].dtype for name in ("data", "indices", "indptr")]
-        if len(self.shape) != 2 or kinds[0].kind not in "iufb" or any(kind.kind not in "iu" for kind in kinds[1:]):
+            self.node = parent[name] if name else parent
+            kind = getattr(self.node, "dtype", None)
+        if isinstance(self.node, h5py.Group):
+            kinds = self._open_sparse()
+        else:
+            self.format = "dense"
+            self.shape = (len(parent), *kind.shape) if kind.shape else tuple(self.node.shape)
+            self.nnz = math.prod(self.shape)
+            kinds = [kind.base]
+        whole_numbers = all(kind.kind in "iu" for kind in kinds[1:])
+        if len(self.shape) != 2 or kinds[0].kind not in "iufb" or not whole_numbers:
             raise DataError(f"{self.where} holds {kinds[0]} of shape {self.shape}, not a table of numbers")
+
+    def _open_sparse(self) -> list[np.dtype]:
+        """Format, shape and number of values; the types of data, indices and indptr."""
+        self.format = attribute(self.node, "encoding-type", "h5sparse_format")[:3]
+        if self.format not in ("csr", "csc"):
+            raise DataError(f"{self.where} is {self.format or 'of no known encoding'}, not dense, CSR or CSC")
+        shape = self.node.attrs["shape" if "shape" in self.node.attrs else "h5sparse_shape"]
+        self.shape, self.nnz = tuple(map(int, shape)), len(self.node["data"])
+        pointers, major = self.node["indptr"], self.shape[self.format == "csc"]
+        ends = (0, self.nnz)
+        if (len(pointers) != major + 1 or len(self.node["indices"]) != self.nnz
+                or (pointers[0], pointers[-1]) != ends):
+            raise DataError(f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
+                            f"{self.shape[0]:,} x {self.shape[1]:,}")
+        return [self.node[name].dtype for name in ("data", "indices", "indptr")]
 
     def _pointers(self) -> np.ndarray:
         pointers = self.node["indptr"][:].astype(np.int64)
@@ -255,109 +267,105 @@ class Matrix:
                             f"{'columns' if self.format == 'csr' else 'rows'}: the matrix is damaged")
         return data, indices.astype(np.int32)
 
-    def _ordered(self, start: int, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray) -> tuple:
+    def _block(self, start: int, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray) -> csr_array:
         """A block of rows with its columns ascending; DataError for a value that is there twice."""
-        rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
-        place = rows * self.shape[1] + indices
-        if (place[1:] <= place[:-1]).any():
-            order = place.argsort(kind="stable")
-            data, indices, place = data[order], indices[order], place[order]
-            if (twice := place[1:] == place[:-1]).any():
-                row, column = divmod(int(place[twice.argmax()]), self.shape[1])
-                raise DataError(f"{self.where} has two values for row {start + row}, column {column}")
-        return data, indices, pointers
+        block = csr_array((data, indices, pointers.astype(np.int32)), shape=(len(pointers) - 1, self.shape[1]))
+        block.sort_indices()
+        if not block.has_canonical_format:
+            twice = block.indices[1:] == block.indices[:-1]
+            twice[block.indptr[1:-1][block.indptr[1:-1] > 0] - 1] = False  # the last of a row and the first of the next
+            at = int(twice.argmax())
+            row = int(np.searchsorted(block.indptr, at, "right")) - 1
+            raise DataError(f"{self.where} has two values for row {start + row}, column {block.indices[at]}")
+        return block
 
     def _transposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """CSC to CSR through an unnamed file, in two passes over blocks of columns: count the rows, then fill them."""
+        """CSC to CSR through unnamed files, in two passes over blocks of columns: count the rows, then fill them."""
         by_column, counts = self._pointers(), np.zeros(self.shape[0], np.int64)
         for start, stop in self._stretches(by_column, self.shape[1]):
-            counts += np.bincount(self._read(start, stop, by_column)[1], minlength=self.shape[0])
+            _, rows = self._read(start, stop, by_column)
+            counts += np.bincount(rows, minlength=self.shape[0])
         pointers = np.concatenate(([0], counts.cumsum()))
         with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as two:
             data = np.memmap(one, np.float32, "w+", shape=max(self.nnz, 1))
-            indices, cursor = np.memmap(two, np.int32, "w+", shape=max(self.nnz, 1)), pointers[:-1].copy()
-            for start, stop in self._stretches(by_column, self.shape[1]):
-                values, rows = self._read(start, stop, by_column)
-                columns = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(by_column[start : stop + 1]))
-                order = rows.argsort(kind="stable")  # columns ascend within a row: earlier blocks have smaller ones
-                here = np.bincount(rows, minlength=self.shape[0])
-                place = np.repeat(cursor - (here.cumsum() - here), here) + np.arange(len(rows))
-                data[place], indices[place] = values[order], columns[order]
-                cursor += here
-            return data, indices, pointers
+            indices = np.memmap(two, np.int32, "w+", shape=max(self.nnz, 1))
+        free = pointers[:-1].copy()  # where the next value of each row goes
+        for start, stop in self._stretches(by_column, self.shape[1]):
+            values, rows = self._read(start, stop, by_column)
+            block = csc_array((values, rows, by_column[start : stop + 1] - by_column[start]),
+                              shape=(self.shape[0], stop - start)).tocsr()
+            lengths = np.diff(block.indptr)
+            place = np.repeat(free - block.indptr[:-1], lengths) + np.arange(block.nnz)
+            data[place], indices[place] = block.data, block.indices + start
+            free += lengths
+        return data, indices, pointers
 
-    def blocks(self, rows: int = 8_192) -> Iterator[tuple[int, int, np.ndarray | tuple]]:
-        """(start, stop, block) of all rows in order, at most `rows` and `entries` values at once.
+    def blocks(self, rows: int = 8_192) -> Iterator[tuple[int, int, np.ndarray | csr_array]]:
+        """(start, stop, block) of all rows in order, at most `rows` and `entries` values at once."""
+        with self.source.guard(self.key):
+            yield from self._dense_blocks(rows) if self.format == "dense" else self._sparse_blocks(rows)
 
-        A block is an array float32 of a dense matrix, else CSR with indptr from 0.
-        """
-        with self.source._guard(self.key):
-            if self.format == "dense":
-                most = min(rows, max(1, self.entries // max(self.shape[1], 1)))
-                chunk = (getattr(self.node, "chunks", None) or (1,))[0]
-                most = most // chunk * chunk or most  # whole chunks, so that each is unpacked once
-                for start in range(0, self.shape[0], most):
-                    stop = min(start + most, self.shape[0])
-                    yield start, stop, single(np.asarray(self.node[start:stop]))
-                return
-            if self.format == "csc" and self._by_rows is None:
-                self._by_rows = self._transposed()
-            pointers = self._by_rows[2] if self._by_rows else self._pointers()
-            for start, stop in self._stretches(pointers, rows):
+    def _dense_blocks(self, rows: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        most = min(rows, max(1, self.entries // max(self.shape[1], 1)))
+        chunk = (getattr(self.node, "chunks", None) or (1,))[0]
+        most = most // chunk * chunk or most  # whole chunks, so that each is unpacked once
+        for start in range(0, self.shape[0], most):
+            stop = min(start + most, self.shape[0])
+            yield start, stop, single(np.asarray(self.node[start:stop]))
+
+    def _sparse_blocks(self, rows: int) -> Iterator[tuple[int, int, csr_array]]:
+        if self.format == "csc" and self.by_rows is None:
+            self.by_rows = self._transposed()
+        pointers = self.by_rows[2] if self.by_rows else self._pointers()
+        for start, stop in self._stretches(pointers, rows):
+            if self.by_rows:
                 part = slice(int(pointers[start]), int(pointers[stop]))
-                data, indices = ((np.array(a[part]) for a in self._by_rows[:2]) if self._by_rows else
-                                 self._read(start, stop, pointers))
-                yield start, stop, self._ordered(start, data, indices, pointers[start : stop + 1] - pointers[start])
+                data, indices = (np.array(array[part]) for array in self.by_rows[:2])
+            else:
+                data, indices = self._read(start, stop, pointers)
+            yield start, stop, self._block(start, data, indices, pointers[start : stop + 1] - pointers[start])
 
-    def check(self) -> dict:
+    def first_row(self, start: int, block: np.ndarray | csr_array, wrong: np.ndarray) -> str:
+        """Value, number and name of the first cell of a block of which a stored value is marked, for a message."""
+        place = int(wrong.ravel().argmax())
+        if isinstance(block, csr_array):
+            row = int(np.searchsorted(block.indptr, place, "right")) - 1
+        else:
+            row = place // self.shape[1]
+        value = stored(block).ravel()[place]
+        return f"{value:g} for cell {start + row} ({self.source.obs_names[start + row]})"
+
+    def check(self, done: Callable[[int], object] | None = None) -> dict:
         """{min, max, integer, nnz, row_sums [rows], largest_row_sum} of the values, in one pass.
 
+        done: called with the number of rows of each block, for a progress bar.
         Raises DataError for a value that is not finite and for a sparse matrix that is none.
         """
         low, high, integer, nnz, sums = np.inf, -np.inf, True, 0, np.zeros(self.shape[0])
         for start, stop, block in self.blocks():
-            data = block if self.format == "dense" else block[0]
-            if not np.isfinite(data).all():
-                place = int((~np.isfinite(data)).ravel().argmax())
-                dense, value = self.format == "dense", data.ravel()[place]
-                row = start + int(place // self.shape[1] if dense else np.searchsorted(block[2], place, "right") - 1)
-                raise DataError(f"{self.where} holds {value} for cell {row} ({self.source.obs_names[row]}): every "
-                                "value must be a finite number")
-            sums[start:stop], nnz = row_sums(block), nnz + int(np.count_nonzero(data))
+            data = stored(block)
+            infinite = ~np.isfinite(data)
+            if infinite.any():
+                raise DataError(f"{self.where} holds {self.first_row(start, block, infinite)}: every value must be a "
+                                "finite number")
+            sums[start:stop] = row_sums(block)
+            nnz += int(np.count_nonzero(data))
             if data.size:
                 low, high = min(low, float(data.min())), max(high, float(data.max()))
                 integer = integer and bool((data == np.rint(data)).all())
-            if self.format != "dense" and data.size < (stop - start) * self.shape[1]:
+            if data.size < (stop - start) * self.shape[1]:  # the zeros that are not stored
                 low, high = min(low, 0.0), max(high, 0.0)
+            if done:
+                done(stop - start)
         return {"min": low, "max": high, "integer": integer, "nnz": nnz, "row_sums": sums,
                 "largest_row_sum": float(sums.max())}
-
-    def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The whole matrix in memory; zeros of a dense one are left out."""
-        nnz = sum(np.count_nonzero(block) for _, _, block in self.blocks()) if self.format == "dense" else self.nnz
-        data, indices, parts, filled = np.empty(nnz, np.float32), np.empty(nnz, np.int32), [[0]], 0
-        for _, _, block in self.blocks():
-            values, columns, inner = as_csr(block)
-            data[filled : filled + len(values)], indices[filled : filled + len(values)] = values, columns
-            parts.append(filled + inner[1:])
-            filled += len(values)
-        return data, indices, np.concatenate(parts)
 
     def dense(self) -> np.ndarray:
         """The whole matrix in memory, float32."""
         whole = np.empty(self.shape, np.float32)
         for start, stop, block in self.blocks():
-            whole[start:stop] = as_dense(block, self.shape[1])
+            whole[start:stop] = as_dense(block)
         return whole
-
-    def mappable(self) -> tuple[np.memmap, ...] | None:
-        """Memory maps onto the file's own bytes, (values,) or (data, indices, indptr), where they lie in one piece."""
-        if self.format == "csc" or not isinstance(self.node, h5py.Dataset | h5py.Group):
-            return None
-        parts = [self.node] if self.format == "dense" else [self.node[name] for name in ("data", "indices", "indptr")]
-        if any(part.id.get_offset() is None or not part.dtype.isnative for part in parts):  # None: chunks
-            return None
-        return tuple(np.memmap(self.source.path, part.dtype, "r", part.id.get_offset(), part.shape) for part in parts)
 
 
 def single(values: np.ndarray) -> np.ndarray:
@@ -365,29 +373,18 @@ def single(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32, copy=False)
 
 
-def as_csr(block: np.ndarray | tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if isinstance(block, tuple):
-        return block
-    rows, columns = block.nonzero()
-    return (block[rows, columns], columns.astype(np.int32),
-            np.concatenate(([0], np.bincount(rows, minlength=len(block)).cumsum())))
+def stored(block: np.ndarray | csr_array) -> np.ndarray:
+    """The values that a block stores: all of a dense one."""
+    return block.data if isinstance(block, csr_array) else block
 
 
-def as_dense(block: np.ndarray | tuple, columns: int) -> np.ndarray:
-    if not isinstance(block, tuple):
-        return block
-    data, indices, pointers = block
-    whole = np.zeros((len(pointers) - 1, columns), np.float32)
-    whole[np.repeat(np.arange(len(whole)), np.diff(pointers)), indices] = data
-    return whole
+def as_dense(block: np.ndarray | csr_array) -> np.ndarray:
+    return block.toarray() if isinstance(block, csr_array) else block
 
 
-def row_sums(block: np.ndarray | tuple) -> np.ndarray:
+def row_sums(block: np.ndarray | csr_array) -> np.ndarray:
     """Sums over the columns of a block, float64 [rows]."""
-    if not isinstance(block, tuple):
-        return block.sum(1, dtype=np.float64)
-    rows = len(block[2]) - 1
-    return np.bincount(np.repeat(np.arange(rows), np.diff(block[2])), weights=block[0], minlength=rows)
+    return np.asarray(block.sum(axis=1, dtype=np.float64)).reshape(-1)
 
 
 def looks_log1p(found: "Matrix | dict") -> bool:
@@ -478,20 +475,26 @@ def write_h5ad(path: str | Path, X, obs: dict, var_names, obsm: dict | None = No
                var: dict | None = None, layers: dict | None = None, uns: dict | None = None) -> None:
     """Write an h5ad that anndata opens, whole or not at all.
 
-    X and the matrices of obsm and layers are arrays [n, d], or CSR (data, indices, indptr, shape); obs and var are
-    {column: values}, text of obs as categoricals; uns nests dicts, text, numbers and arrays.
+    X and the matrices of obsm and layers are arrays [n, d] or csr_arrays; obs and var are {column: values}, text of obs
+    as categoricals; uns nests dicts, text, numbers and arrays.
     """
-    names = [str(i) for i in range(len(X[2]) - 1 if isinstance(X, tuple) else len(X))]
-    with new_h5ad(path, names if obs_names is None else obs_names, obs, uns or {}) as file:
+    if obs_names is None:
+        obs_names = [str(i) for i in range(X.shape[0])]
+    with new_h5ad(path, obs_names, obs, uns or {}) as file:
         write_frame(file, "var", np.asarray(var_names), var or {})
-        for group, matrices in ((file, {"X": X}), (file["obsm"], obsm or {}), (file["layers"], layers or {})):
-            for name, matrix in matrices.items():
-                if not isinstance(matrix, tuple):
-                    matrix_space(group, name, matrix.shape)[...] = matrix
-                    continue
-                node = matrix_space(group, name, matrix[3], len(matrix[0]))
-                for part, values in zip(("data", "indices", "indptr"), matrix, strict=False):
-                    node[part][...] = values
+        write_matrix(file, "X", X)
+        for part, matrices in (("obsm", obsm), ("layers", layers)):
+            for name, matrix in (matrices or {}).items():
+                write_matrix(file[part], name, matrix)
+
+
+def write_matrix(group: h5py.Group, name: str, matrix: np.ndarray | csr_array) -> None:
+    if not isinstance(matrix, csr_array):
+        matrix_space(group, name, matrix.shape)[...] = matrix
+        return
+    node = matrix_space(group, name, matrix.shape, matrix.nnz)
+    for part in ("data", "indices", "indptr"):
+        node[part][...] = getattr(matrix, part)
 
 
 def inspect_cells(path: str) -> dict:

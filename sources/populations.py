@@ -4,8 +4,9 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from sources.h5ad import as_csr, write_h5ad
+from sources.h5ad import write_h5ad
 from sources.preprocess import log_normalized
 from sources.shared import Workshop, counter_rng
 
@@ -103,9 +104,9 @@ def synthetic(*, target_sum: float = 1e4, num_cell_types: int = 16, num_perturba
     toml = (f'[datasets]\nsynthetic = "synthetic.h5ad"\n\n[training]\nsynthetic = "train"\n\n[zeroshot]\n'
             f'"synthetic.{types[-1]}" = "test"\n\n[fewshot."synthetic.{types[-2]}"]\nval = {json.dumps(perts[1::4])}\n')
     with Workshop(cfg.out_dir) as shop:
-        write_h5ad(shop.folder / "synthetic.h5ad", (*as_csr(X), X.shape), obs, genes, {"X_hvg": X},
+        write_h5ad(shop.folder / "synthetic.h5ad", csr_array(X), obs, genes, {"X_hvg": X},
                    var={"highly_variable": np.ones(len(genes), bool)}, uns={"log1p": {}, "seed": cfg.seed},
-                   layers={"counts": (*as_csr(counts.astype(np.float32)), X.shape)})
+                   layers={"counts": csr_array(counts.astype(np.float32))})
         np.savez(shop.folder / "truth.npz", delta=truth, cell_types=types, perturbations=perts, genes=genes)
         (shop.folder / "synthetic.toml").write_text(toml, encoding="utf-8")
         shop.finish("synthetic.h5ad", "truth.npz", "synthetic.toml")

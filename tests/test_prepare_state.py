@@ -8,13 +8,14 @@ import h5py
 import numpy as np
 import pytest
 from commands import refusal
+from scipy.sparse import csr_array
 
 import prepare_data
 from common.errors import DataError
 from sources import h5ad as h5ad_source
 from sources import populations as populations_source
 from sources import preprocess as preprocess_source
-from sources.h5ad import H5ad, as_csr, as_dense, looks_log1p, write_h5ad
+from sources.h5ad import H5ad, as_dense, looks_log1p, write_h5ad
 
 ROOT = Path(__file__).resolve().parents[1]
 KANG = ROOT.parent / "shared" / "data" / "perturb" / "kang_pbmc_scgen_valid.h5ad"
@@ -132,19 +133,16 @@ def test_matrices_of_every_layout_read_the_same(layout, storage, monkeypatch):
             matrix = cells.matrix(key)
             assert (matrix.shape, matrix.format) == (values.shape, layout)
             np.testing.assert_array_equal(matrix.dense(), values)
-            for found, expected in zip(matrix.csr(), compressed(values), strict=True):
-                np.testing.assert_array_equal(found, expected)
-            rows = [(start, stop, as_dense(block, values.shape[1])) for start, stop, block in matrix.blocks(2)]
+            rows = [(start, stop, as_dense(block)) for start, stop, block in matrix.blocks(2)]
             assert [row[0] for row in rows] == [0] + [row[1] for row in rows[:-1]] and rows[-1][1] == N
             assert max(stop - start for start, stop, _ in rows) <= 2
             np.testing.assert_array_equal(np.concatenate([row[2] for row in rows]), values)
         found = cells.matrix("X").check()
         np.testing.assert_array_equal(found.pop("row_sums"), VALUES.sum(1))
         assert found == {"min": 0, "max": 7, "integer": False, "nnz": 10, "largest_row_sum": 10}
-        maps = cells.matrix(None).mappable()
-        assert (maps is not None) == (storage == "contiguous" and layout != "csc")
-        for found, expected in zip(maps or (), [VALUES] if layout == "dense" else compressed(VALUES), strict=False):
-            np.testing.assert_array_equal(found, expected)
+        if layout != "dense":
+            block = next(cells.matrix(None).blocks())[2]
+            assert block.has_sorted_indices and block.dtype == np.float32 and block.indices.dtype == np.int32
 
 
 def test_indices_out_of_order_are_sorted_and_repeats_refused():
@@ -152,7 +150,8 @@ def test_indices_out_of_order_are_sorted_and_repeats_refused():
         data, indices = file["X/data"][:], file["X/indices"][:]
         file["X/data"][:2], file["X/indices"][:2] = data[1::-1], indices[1::-1]
     with H5ad("cells.h5ad") as cells:
-        np.testing.assert_array_equal(cells.matrix(None).csr()[1], indices)
+        blocks = [block for _, _, block in cells.matrix(None).blocks()]
+        np.testing.assert_array_equal(np.concatenate([block.indices for block in blocks]), indices)
         np.testing.assert_array_equal(cells.matrix(None).dense(), VALUES)
     with h5py.File("cells.h5ad", "a") as file:
         file["X/indices"][1] = 3
@@ -183,7 +182,6 @@ def test_a_file_of_an_old_anndata_reads_like_a_new_one(bytes_):
             assert (cells.column(name)[0].tolist(), cells.column(name)[1]) == (CODES, ["a", "b"])
         np.testing.assert_array_equal(cells.matrix(None).dense(), VALUES)
         np.testing.assert_array_equal(cells.matrix("X_pca").dense(), VALUES)
-        assert cells.matrix("X_pca").mappable() is None
 
 
 @pytest.mark.skipif(not KANG.exists(), reason="no Kang data")
@@ -237,16 +235,15 @@ def test_files_by_anndata_equal_what_anndata_reads(layout, compression):
                             ("counts", read.layers["counts"])):
             expected = matrix.toarray() if scipy.sparse.issparse(matrix) else matrix
             np.testing.assert_array_equal(cells.matrix(key).dense(), expected)
-            np.testing.assert_array_equal(cells.matrix(key).csr()[2], scipy.sparse.csr_matrix(expected).indptr)
 
 
 @pytest.mark.filterwarnings("default")
 def test_anndata_opens_what_is_written():
     anndata = pytest.importorskip("anndata")
     obs = {"cell_type": np.array(TYPES), "n": np.arange(N), "gap": np.array(["x", None, "y", "x", "x"], object)}
-    write_h5ad("new.h5ad", (*compressed(VALUES), VALUES.shape), obs, GENES, obsm={"X_hvg": VALUES[:, :2]},
+    write_h5ad("new.h5ad", csr_array(VALUES), obs, GENES, obsm={"X_hvg": VALUES[:, :2]},
                var={"highly_variable": np.array([1, 0, 1, 0], bool), "gene_name": np.array(list("wxyz"))},
-               layers={"counts": (*compressed(VALUES * 2), VALUES.shape)},
+               layers={"counts": csr_array(VALUES * 2)},
                uns={"log1p": {}, "note": {"seed": 3, "text": "né", "list": np.array(["p", "q"]), "mean": np.ones(2)}})
     read = anndata.read_h5ad("new.h5ad")
     np.testing.assert_array_equal(read.X.toarray(), VALUES)
@@ -260,13 +257,12 @@ def test_anndata_opens_what_is_written():
 
 
 def test_what_is_written_reads_back():
-    write_h5ad("new.h5ad", VALUES, {"cell_type": np.array(TYPES)}, GENES, layers={"c": (*as_csr(VALUES), VALUES.shape)})
+    write_h5ad("new.h5ad", VALUES, {"cell_type": np.array(TYPES)}, GENES, layers={"c": csr_array(VALUES)})
     with H5ad("new.h5ad") as cells:
         assert cells.matrix(None).format == "dense" and cells.matrix("c").format == "csr"
         assert cells.column("cell_type")[1] == ["a", "b"]
-        for found, expected in zip(cells.matrix("c").mappable(), compressed(VALUES), strict=True):
-            np.testing.assert_array_equal(found, expected)
-        np.testing.assert_array_equal(cells.matrix(None).mappable()[0], VALUES)
+        for key in (None, "c"):
+            np.testing.assert_array_equal(cells.matrix(key).dense(), VALUES)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -364,7 +360,7 @@ def counts_file(path="counts.h5ad", layout="csr", cells=300, genes=60, empty=(),
     values = draw.poisson(draw.gamma(1, 2, (cells, genes)) * draw.gamma(1, 1, genes)).astype(np.float32)
     values[:, 5] = 0  # a gene that never occurs
     values[list(empty)] = 0
-    wrapped = values if layout == "dense" else (*compressed(values), values.shape)
+    wrapped = values if layout == "dense" else csr_array(values)
     obs = columns or {"gene": np.array(["non-targeting", "TP53"])[np.arange(cells) % 2], "n": np.arange(cells)}
     write_h5ad(path, wrapped, obs, [f"g{i}" for i in range(genes)], **more)
     return values
@@ -542,7 +538,7 @@ def test_synthetic_files_hold_what_they_promise(populations):
         counts = cells.matrix("counts").dense()
         np.testing.assert_allclose(cells.matrix(None).dense(), expected_log1p(counts), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(cells.matrix(None).dense(), cells.matrix("X_hvg").dense())
-        assert cells.matrix(None).mappable() and cells.column("gem_group")[1] == ["b0", "b1", "b2", "b3"]
+        assert cells.column("gem_group")[1] == ["b0", "b1", "b2", "b3"]
         sizes = counts.sum(1)
         assert 0.2 < np.log(sizes).std() < 0.45 and sizes.mean() < 5_500
     toml = tomllib.loads((folder / "synthetic.toml").read_text())

@@ -84,7 +84,7 @@ def cells_of(path: Path | str, key: str | None = None) -> np.ndarray:
     """A matrix of an h5ad as a dense array; None is X."""
     with h5ad_source.H5ad(path) as file:
         matrix = file.matrix(key)
-        return np.concatenate([h5ad_source.as_dense(block, matrix.shape[1]) for _, _, block in matrix.blocks()])
+        return np.concatenate([h5ad_source.as_dense(block) for _, _, block in matrix.blocks()])
 
 
 def labels(path: Path | str, column: str) -> np.ndarray:

@@ -1,0 +1,315 @@
+"""The TOML of an experiment on cells: which files it names, and in which splits their cells are, as in cell-load.
+
+    [datasets]                      # a data set: a file, the files of a folder, a glob, {a,b}
+    kang = "data/kang.h5ad"
+    [training]                      # all its cells train ...
+    kang = "train"
+    [zeroshot]                      # ... but this cell type, of which a test is all that is seen
+    "kang.B cells" = "test"
+    [fewshot."kang.NK cells"]       # ... and these perturbations of that one
+    val = ["IL2"]
+    test = ["IFNB"]
+
+Control cells are never split: those of a cell type serve every split in which the type is. Where cell-load passes over
+what is surely a mistake, ours refuses it; strict=False does as cell-load does, and tells.
+"""
+
+import glob
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import DataError
+from sources.shared import counter_rng, suggest
+
+SPLITS = ("train", "val", "test")
+TABLES = ("datasets", "training", "zeroshot", "fewshot")
+
+
+def objection(strict: bool, message: str) -> None:
+    """What cell-load passes over in silence: refused, or with strict=False told and passed over."""
+    if strict:
+        raise DataError(message)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {message}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The TOML
+# ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """A TOML as it was read: which files, and who trains. Pairs are (name of a data set, cell type)."""
+
+    path: Path
+    datasets: dict[str, list[Path]]  # those that training, zeroshot or fewshot name, in the order of the TOML
+    training: set[str]
+    zeroshot: dict[tuple[str, str], str]  # -> split
+    fewshot: dict[tuple[str, str], dict[str, list[str]]]  # -> {val or test: perturbations}
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for files in self.datasets.values() for file in files]
+
+    @property
+    def names(self) -> list[str]:
+        """The data set of each file."""
+        return [name for name, files in self.datasets.items() for _ in files]
+
+
+def read_toml(path: str | Path, strict: bool = True) -> Plan:
+    """Read the TOML of an experiment.
+
+    Raises DataError for what is no such TOML and for a data set without files; if strict, also for anything in it
+    that would have no effect (unknown tables, keys and values) and for a perturbation in val and test both.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}: give the TOML of your data, or leave --toml out for synthetic cells")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path} cannot be read as TOML: {e}") from e
+    for name, table in tables.items():
+        if name not in TABLES:
+            objection(strict, f"{path} has a table [{name}], which means nothing{suggest(name, TABLES)}")
+        elif not isinstance(table, dict):
+            raise DataError(f"{path}: {name} = {table!r} should be a table [{name}]")
+
+    zeroshot = read_pairs(path, tables, "zeroshot", str, 'with "train", "val" or "test"', strict)
+    fewshot = read_pairs(path, tables, "fewshot", dict, "with lists val and test", strict)
+    training = tables.get("training", {})
+    for name, value in training.items():
+        if value != "train":
+            objection(strict, f'{path}: [training] {name} = {value!r}: only "train" counts')
+    check_zeroshot(path, zeroshot)
+    check_fewshot(path, fewshot, strict)
+
+    datasets = find_datasets(path, tables, strict)
+    trained = {name for name, value in training.items() if value == "train"}
+    return Plan(path, datasets, trained, zeroshot, fewshot)
+
+
+def read_pairs(path: Path, tables: dict, title: str, kind: type, what: str, strict: bool) -> dict:
+    """[zeroshot] or [fewshot], its keys "NAME.CELL TYPE" taken apart at the first dot: cell types may have others."""
+    pairs = {}
+    for key, value in tables.get(title, {}).items():
+        name, dot, cell_type = key.partition(".")
+        # An unquoted key makes a table of tables, of which the first has no dot in its name.
+        if dot and (kind is str or isinstance(value, kind)):
+            pairs[name, cell_type] = value
+        else:
+            objection(strict, f'{path}: [{title}] {key} should be "{name}.CELL TYPE" in quotes, {what}')
+    return pairs
+
+
+def check_zeroshot(path: Path, zeroshot: dict) -> None:
+    for pair, split in zeroshot.items():
+        if split not in SPLITS:
+            raise DataError(f'{path}: [zeroshot] "{".".join(pair)}" = {split!r} is none of train, val, test')
+
+
+def check_fewshot(path: Path, fewshot: dict, strict: bool) -> None:
+    for pair, lists in fewshot.items():
+        where = f'{path}: [fewshot."{".".join(pair)}"]'
+        for split, names in lists.items():
+            if split not in ("val", "test"):
+                objection(strict, f"{where} {split}: only val and test count, the rest trains"
+                                  f"{suggest(split, ('val', 'test'))}")
+            elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise DataError(f"{where} {split} = {names!r} should be a list of perturbations")
+        both = sorted({*lists.get("val", ())} & {*lists.get("test", ())})
+        if both:
+            objection(strict, f"{where} has {', '.join(both)} in val and in test: a cell belongs to one")
+
+
+def find_datasets(path: Path, tables: dict, strict: bool) -> dict[str, list[Path]]:
+    """The files of the data sets that [training], [zeroshot] or [fewshot] name; a file in two of them is refused."""
+    sources = tables.get("datasets", {})
+    used = set(tables.get("training", {}))
+    for title in ("zeroshot", "fewshot"):
+        used |= {key.partition(".")[0] for key in tables.get(title, {})}
+    unknown = sorted(used - set(sources))
+    if unknown:
+        raise DataError(f"{path} names the data set {unknown[0]!r}, which is none of [datasets]"
+                        f"{suggest(unknown[0], sources)}")
+
+    datasets, home = {}, {}
+    for name, text in sources.items():
+        if name not in used:
+            continue
+        datasets[name] = find_files(path, name, text, strict)
+        for file in datasets[name]:
+            first = home.setdefault(file.resolve(), name)
+            if first != name:
+                objection(strict, f"{path}: {file} is in the data sets {first} and {name}: test cells of the one may "
+                                  "train in the other")
+    if not datasets:
+        raise DataError(f"{path} names no cells: it needs [datasets] name = path, and name in [training] or [zeroshot]")
+    return datasets
+
+
+def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
+    """The h5 and h5ad files of a text of [datasets], relative to the TOML: file, files of a folder, glob, {a,b}."""
+    if not isinstance(text, str):
+        raise DataError(f"{toml}: [datasets] {name} = {text!r} should be a path or a pattern in quotes")
+    by_stem: dict[str, Path] = {}
+    for pattern in expand_braces(os.path.join(toml.parent, os.path.expanduser(text))):
+        matches = match_files(pattern)
+        if not matches:
+            objection(strict, f"{toml}: [datasets] {name} = {text!r}: there is no h5 or h5ad file at {pattern}")
+        for file in map(Path, matches):
+            twin = by_stem.get(file.stem)
+            if twin and twin.resolve() != file.resolve():
+                objection(strict, f"{toml}: data set {name} has two files called {file.stem}: {twin} and {file}; "
+                                  "cell-load reads the last only, so rename one")
+            by_stem[file.stem] = file
+    if not by_stem:
+        raise DataError(f"{toml}: [datasets] {name} = {text!r} has no file")
+    return list(by_stem.values())
+
+
+def match_files(pattern: str) -> list[str]:
+    """The files of one pattern. Without .h5 or .h5ad it stands for folders, *.h5 before *.h5ad, or else for names."""
+    if Path(pattern).is_file():
+        return [pattern]
+    if pattern.endswith((".h5", ".h5ad")):
+        return sorted(glob.glob(pattern))
+    folder = pattern.rstrip("/")
+    inside = sorted(glob.glob(folder + "/*.h5")) + sorted(glob.glob(folder + "/*.h5ad"))
+    if inside:
+        return inside
+    named = sorted({*glob.glob(pattern), *glob.glob(pattern + ".h5"), *glob.glob(pattern + ".h5ad")})
+    return [file for file in named if file.endswith(".h5")] + [file for file in named if file.endswith(".h5ad")]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """a{b,c}d -> abd, acd; several groups give every combination, the first one slowest."""
+    group = re.search(r"\{([^{}]+)\}", pattern)
+    if not group:
+        return [pattern]
+    texts = []
+    for option in group[1].split(","):
+        texts += expand_braces(pattern[: group.start()] + option.strip() + pattern[group.end() :])
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Splits
+# ---------------------------------------------------------------------------------------------------------------
+def grouped(rows: np.ndarray, *codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows sorted by these codes, the first one slowest, else as they were; where each group starts, and the end)."""
+    order = rows[np.lexsort([code[rows] for code in codes[::-1]])]
+    change = np.zeros(len(order) + 1, bool)
+    change[[0, -1]] = True
+    for code in codes:
+        change[1:-1] |= code[order[1:]] != code[order[:-1]]
+    return order, np.flatnonzero(change)
+
+
+def in_split(member: np.ndarray, split: str) -> np.ndarray:
+    """Whether each cell is in a split, bool [N], of its bits."""
+    return (member >> SPLITS.index(split) & 1).astype(bool)
+
+
+def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool, val_fraction: float, seed: int
+                  ) -> np.ndarray:
+    """The splits of every cell, uint8 [N]: bit s for SPLITS[s], none for a cell that is left out.
+
+    cells has file, cell_type, perturbation, is_control [N] and cell_types, perturbations, names. Without a validation
+    split, val_fraction of the training conditions becomes one. zeroshot_controls: controls of held-out types train too.
+    """
+    member = np.zeros(len(cells.file), np.uint8)
+    order, starts = grouped(np.arange(len(member)), cells.file, cells.cell_type)
+    for rows in np.split(order, starts[1:-1]):
+        pair = cells.names[cells.file[rows[0]]], cells.cell_types[cells.cell_type[rows[0]]]
+        # zeroshot comes before fewshot, and that before training
+        if pair in plan.zeroshot:
+            assign_zeroshot(member, cells, rows, plan.zeroshot[pair], zeroshot_controls)
+        elif pair in plan.fewshot:
+            assign_fewshot(member, cells, rows, plan.fewshot[pair])
+        elif pair[0] in plan.training:
+            member[rows] |= 1
+    check_named_cells(plan, cells, strict)
+    validated = in_split(member, "val") & ~cells.is_control
+    if not validated.any() and val_fraction > 0:
+        hold_out_conditions(member, cells, val_fraction, seed)
+    return member
+
+
+def assign_zeroshot(member: np.ndarray, cells, rows: np.ndarray, split: str, controls_train: bool) -> None:
+    member[rows] |= 1 << SPLITS.index(split)
+    if controls_train or split == "train":
+        member[rows[cells.is_control[rows]]] |= 1
+
+
+def assign_fewshot(member: np.ndarray, cells, rows: np.ndarray, lists: dict[str, list[str]]) -> None:
+    """The listed perturbations validate and test, the rest trains; controls go where their type is."""
+    controls, perturbed = rows[cells.is_control[rows]], rows[~cells.is_control[rows]]
+    rest = np.ones(len(perturbed), bool)
+    for s, split in ((1, "val"), (2, "test")):
+        codes = [cells.perturbations.index(p) for p in lists.get(split, ()) if p in cells.perturbations]
+        chosen = np.isin(cells.perturbation[perturbed], codes)
+        member[perturbed[chosen]] |= 1 << s
+        if chosen.any():
+            member[controls] |= 1 << s
+        rest &= ~chosen
+    member[perturbed[rest]] |= 1
+    if len(perturbed):  # a type of controls alone gives nothing, as in cell-load
+        member[controls] |= 1
+
+
+def check_named_cells(plan: Plan, cells, strict: bool) -> None:
+    """Whether there are cells of what the TOML names."""
+    for name, cell_type in [*plan.zeroshot, *plan.fewshot]:
+        files = [f for f, other in enumerate(cells.names) if other == name]
+        of_set = np.isin(cells.file, files)
+        types = [cells.cell_types[t] for t in np.unique(cells.cell_type[of_set])]
+        if cell_type not in types:
+            objection(strict, f"{plan.path}: data set {name} has no cell type {cell_type!r}{suggest(cell_type, types)}")
+            continue
+        of_type = of_set & (cells.cell_type == cells.cell_types.index(cell_type))
+        known = [cells.perturbations[p] for p in np.unique(cells.perturbation[of_type & ~cells.is_control])]
+        where = f'{plan.path}: [fewshot."{name}.{cell_type}"]'
+        lists = plan.fewshot.get((name, cell_type), {})
+        for p in [*lists.get("val", ()), *lists.get("test", ())]:
+            if p == cells.perturbations[cells.control]:
+                objection(strict, f"{where}: {p!r} is the control, which is never split")
+            elif p not in known:
+                objection(strict, f"{where}: {name} has no {cell_type} cells of {p!r}{suggest(p, known)}")
+
+
+def hold_out_conditions(member: np.ndarray, cells, fraction: float, seed: int) -> None:
+    """A seeded fraction of the (cell type, perturbation) pairs of train becomes val: at least one, never all."""
+    train = np.flatnonzero(in_split(member, "train") & ~cells.is_control)
+    pairs = cells.cell_type[train].astype(np.int64) * len(cells.perturbations) + cells.perturbation[train]
+    conditions = np.unique(pairs)
+    count = min(max(1, round(fraction * len(conditions))), len(conditions) - 1)
+    if count < 1:
+        return
+    held = train[np.isin(pairs, counter_rng(seed, 1).permutation(conditions)[:count])]
+    member[held] = 2
+    for f, t in types_of(cells, member == 2):
+        member[(cells.file == f) & (cells.cell_type == t) & cells.is_control] |= 2
+
+
+def types_of(cells, which: np.ndarray) -> set[tuple[int, int]]:
+    """(file, cell type) of the cells that `which`, bool [N], marks."""
+    kinds = np.unique(cells.file[which].astype(np.int64) * len(cells.cell_types) + cells.cell_type[which])
+    return {divmod(int(kind), len(cells.cell_types)) for kind in kinds}
+
+
+def check_controls(cells, member: np.ndarray, strict: bool, pert_col: str) -> None:
+    """Perturbed cells need control cells of their file and type to start from."""
+    used = member > 0
+    lonely = types_of(cells, used & ~cells.is_control) - types_of(cells, used & cells.is_control)
+    if lonely:
+        texts = sorted(f"{cells.cell_types[t]} in {cells.files[f]}" for f, t in lonely)
+        others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        objection(strict, f"{texts[0]}{others} has perturbed cells but no control cells ({pert_col} = "
+                          f"{cells.perturbations[cells.control]}) to start from: leave the cell type out, or with "
+                          "strict=False its input is zero")
