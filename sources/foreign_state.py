@@ -321,6 +321,20 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     return settings, weights, step, dims, notes
 
 
+def convert_whole(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int, dict]:
+    """(settings, weights, steps done, sizes of the data) of a checkpoint that can be used by itself; prints notes.
+
+    Raises CheckpointError for one that holds weights only.
+    """
+    settings, weights, step, dims, notes = convert(path, attention)
+    if not settings:
+        raise CheckpointError(f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...): it "
+                              "can be trained from with init_from, but not be used by itself")
+    for note in notes:
+        print(f"note: {note}")
+    return settings, weights, step, dims
+
+
 def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
     """(weights, keyword arguments of the source's model, steps done)."""
     content = read_checkpoint(path)

@@ -18,6 +18,7 @@ from geomloss import SamplesLoss
 
 import train_state as ts
 from common.errors import CheckpointError
+from sources.foreign_blocks import in_sentences
 from sources.foreign_state import plain_name, read_source_checkpoint, source_settings, source_state_dict, translate
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -566,7 +567,7 @@ def test_settings_of_the_source_without_effect_are_taken():
 # Losses ------------------------------------------------------------------------------------------------------------
 def test_the_batch_token_names_the_batch():
     model, batch = make(batch_token_weight=0.7, **TOKEN), cells()
-    logits = model.predict(batch)["batch_logits"]
+    logits = model.predict(in_sentences(batch, S, 3))["batch_logits"]
     wanted = -logits.log_softmax(-1)[torch.arange(B), batch["batch"][::S]].mean()
     terms = model(batch, losses=True)
     close(terms["batch_token"].double(), wanted, 1e-5)
