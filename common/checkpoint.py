@@ -56,6 +56,15 @@ def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer,
     }  # fmt: skip
 
 
+def weights_alone(script: str, config: dict, step: int, model, extra: dict) -> dict:
+    """A checkpoint without a training state, such as an imported one: to sample, analyse and start from, not to resume.
+    """
+    return {
+        "format_version": FORMAT_VERSION, "experiment": identity(script), "config": config, "step": step,
+        "best": math.inf, "model": model.state_dict(), "optimizer": {}, "scaler": {}, "ranks": [], "extra": extra,
+    }  # fmt: skip
+
+
 def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer) -> tuple[int, float, dict, dict]:
     """Put a captured state back; returns (step, best, extra, this rank's rank_extra).
 
@@ -66,8 +75,7 @@ def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as e:
-        raise CheckpointError(f"{path} holds no state of this optimizer ({e}): start from its weights with init_from "
-                              "where the script has it, or anew with resume=never, which replaces what is there") from e
+        raise CheckpointError(_no_optimizer(path, str(e))) from e
     for group, options in zip(optimizer.param_groups, asked, strict=True):
         group.update(options)  # betas, weight decay and so on as now configured
     if rt.scaler.is_enabled() and state["scaler"]:
@@ -85,6 +93,11 @@ def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer
     if rt.device.type == "cuda" and cuda_rng is not None:
         torch.cuda.set_rng_state(cuda_rng, rt.device)
     return state["step"], best, state["extra"], mine
+
+
+def _no_optimizer(path: Path, reason: str) -> str:
+    return (f"{path} holds no state of this optimizer ({reason}): start from its weights with init_from where the "
+            "script has it, or anew with resume=never, which replaces what is there")
 
 
 def load_weights(model, weights: dict, path: Path) -> None:
@@ -229,6 +242,8 @@ def start_from(cfg, folder: Path, script: str, differences) -> tuple[Path | None
         path = Path(cfg.resume)
     state = load(path, script)
     path = path / "last.pt" if path.is_dir() else path
+    if not state["optimizer"]:
+        raise CheckpointError(_no_optimizer(path, "it was imported"))
     changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():

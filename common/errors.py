@@ -39,7 +39,8 @@ def clear_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rehearsal() -> Iterator[None]:
+def rehearsal(what: str = "what the end of the run asks of model and data", advice: str = "mend that before it trains"
+              ) -> Iterator[None]:
     """Around a trial, before the first step, of what the end of a run asks of model and data.
 
     A page edited by its user fails here within a second, with a sentence that names the line, not after training.
@@ -50,5 +51,5 @@ def rehearsal() -> Iterator[None]:
         raise
     except Exception as e:
         line = traceback.extract_tb(e.__traceback__)[-1]
-        raise InputError(f"what the end of the run asks of model and data does not work ({type(e).__name__}: {e}; "
-                         f"{os.path.basename(line.filename)}, line {line.lineno}): mend that before it trains") from e
+        raise InputError(f"{what} does not work ({type(e).__name__}: {e}; {os.path.basename(line.filename)}, line "
+                         f"{line.lineno}): {advice}") from e

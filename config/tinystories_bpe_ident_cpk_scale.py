@@ -3,7 +3,7 @@ from pathlib import Path
 
 exec(Path(__file__).with_name("tinystories_bpe_ident_iter.py").read_text())
 out_dir = "out/tinystories_bpe_ident_cpk_scale"
-hidden_dim = 768
+d_model = 768
 fusion_dim = 512
 batch_size = 64
 lr = 6e-4

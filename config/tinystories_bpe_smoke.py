@@ -7,7 +7,7 @@ exec(Path(__file__).with_name("tinystories_smoke.py").read_text())
 out_dir = "out/tinystories_bpe_smoke"
 data = "data/tinystories_2k"
 token_dim = 128
-hidden_dim = 192
+d_model = 192
 fusion_dim = 128
 chunk_bow_weight = 0.1
 chunk_bow_warmup_steps = 50

@@ -5,9 +5,9 @@ exec(Path(__file__).with_name("wikitext2_bpe_ident_cpk.py").read_text())
 out_dir = "out/wikitext2_bpe_ident_cpk_smoke"
 seq_len = 128
 token_dim = 128
-hidden_dim = 192
+d_model = 192
 fusion_dim = 128
-num_layers = 1
+n_layers = 1
 num_plan_states = 4
 batch_size = 8
 max_steps = 100

@@ -3,41 +3,72 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.errors import DataError
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
 from sources.shared import SPLITS, Workshop, progress
 
+COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
+    {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
+    {"name": "restless", "process": "mess3", "x": 0.2, "a": 0.9, "vocab_map": [0, 1, 2]},
+    {"name": "shifted", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [1, 2, 3]},
+    {"name": "golden", "process": "no_consecutive_ones", "p": 0.5, "vocab_map": [0, 3]},
+]
+DRAWN_AT_ONCE = 1_000  # documents
 
-def ergodic_components(components: list[dict]) -> tuple[list[str], list]:
+# ---------------------------------------------------------------------------------------------------------- components
+
+
+def ergodic_components(components: list[dict]) -> tuple[list[str], list[Process]]:
     """Names and processes of the zoo, all over the same vocabulary; raises DataError for what cannot be."""
-    names, parts = [], []
+    names, processes = [], []
     for i, component in enumerate(components):
         if not isinstance(component, dict):
             raise DataError(f"components[{i}] = {component!r}: expected {{'process': NAME, ...}}")
-        if odd := {"initial_state", "add_bos"} & component.keys():
-            raise DataError(f"components[{i}]: chunks begin anywhere in a document, so {odd.pop()} cannot be set")
+        for setting in ("initial_state", "add_bos"):
+            if setting in component:
+                raise DataError(f"components[{i}]: chunks begin anywhere in a document, so {setting} cannot be set")
         names.append(str(component.get("name", f"{component.get('process')}-{i}")))
-        parts.append({k: v for k, v in component.items() if k not in ("name", "weight")})
+        part = {k: v for k, v in component.items() if k not in ("name", "weight")}
+        try:
+            # A mixture of one applies its vocab_map.
+            processes.append(make_process("nonergodic", components=[part]))
+        except ProcessError as e:
+            raise DataError(str(e)) from e
     if len(set(names)) != len(names) or not names:
         raise DataError(f"components are named {names}: name at least one, and each differently")
-    try:
-        found = [make_process("nonergodic", components=[part]) for part in parts]
-    except ProcessError as e:
-        raise DataError(str(e)) from e
-    top = max(process.vocab_size for process in found)
+    vocab_size = max(process.vocab_size for process in processes)
+    return names, [widened(process, vocab_size) for process in processes]
 
-    def widen(p):
-        T = torch.nn.functional.pad(p.transition_matrices, (0, 0, 0, 0, 0, top - p.vocab_size))  # tokens it never emits
-        return Process(T, p.initial_state, p.normalizing_eigenvector, p.stationary_state, p.name)
 
-    return names, list(map(widen, found))
+def widened(process: Process, vocab_size: int) -> Process:
+    """The same process over a larger vocabulary, whose further tokens it never emits."""
+    T = F.pad(process.transition_matrices, (0, 0, 0, 0, 0, vocab_size - process.vocab_size))  # [V, S, S]
+    return Process(T, process.initial_state, process.normalizing_eigenvector, process.stationary_state, process.name)
+
+
+def draw(process: Process, documents: int, length: int, seed: int, counter: tuple, text: str) -> Iterator[torch.Tensor]:
+    """Documents of a component [up to 1000, length], a pure function of (seed, counter)."""
+    state = np.random.SeedSequence(seed, spawn_key=counter).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    for begin in progress(range(0, documents, DRAWN_AT_ONCE), text, "kdoc"):
+        yield process.sample(min(DRAWN_AT_ONCE, documents - begin), length, generator)
+
+
+# ------------------------------------------------------------------------------------------------------------- oracles
+
+
+def mixture_log_prob(log_prob: np.ndarray) -> np.ndarray:
+    """log p(x_t | x_<t) under the uniform mixture, [N, n], from log p_k(x_t | x_<t) [N, K, n]."""
+    total = np.logaddexp.reduce(np.cumsum(log_prob, -1, dtype=np.float64), axis=1)  # log sum_k p_k(x_1 .. x_t)
+    return np.diff(total, axis=-1, prepend=np.log(log_prob.shape[1]))
 
 
 def oracle_xe(log_prob: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -50,69 +81,64 @@ def oracle_xe(log_prob: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.n
     """
     mixture = mixture_log_prob(log_prob)
     known = np.take_along_axis(log_prob, owner[:, None, None], 1)[:, 0]
-    return tuple(np.stack([-x[owner == k].mean(0) for k in range(log_prob.shape[1])]) for x in (mixture, known))
+    return mean_by_owner(-mixture, owner), mean_by_owner(-known, owner)
 
 
-def mixture_log_prob(log_prob: np.ndarray) -> np.ndarray:
-    """log p(x_t | x_<t) under the uniform mixture, [N, n], from log p_k(x_t | x_<t) [N, K, n]."""
-    total = np.logaddexp.reduce(np.cumsum(log_prob, -1, dtype=np.float64), axis=1)  # log sum_k p_k(x_1 .. x_t)
-    return np.diff(total, axis=-1, prepend=np.log(log_prob.shape[1]))
+def mean_by_owner(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """[K, n] from values [N, n] of K owners."""
+    return np.stack([values[owner == k].mean(0) for k in range(owner.max() + 1)])
 
 
-def draw(process, cfg, count: int, counter: tuple, text: str) -> Iterator[torch.Tensor]:
-    """count documents of a component, a thousand at a time, a pure function of (seed, counter)."""
-    state = np.random.SeedSequence(cfg.seed, spawn_key=counter).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
-    for begin in progress(range(0, count, 1_000), text, "kdoc"):
-        yield process.sample(min(1_000, count - begin), cfg.chunks_per_document * cfg.chunk_size, generator)
+def add_oracles(path: Path, log_prob: np.ndarray, owner: np.ndarray) -> None:
+    """Write what the exact predictors reach on the chunks of a file into it."""
+    mixture, known = oracle_xe(log_prob, owner)
+    with h5py.File(path, "a") as file:
+        file["oracle_log_prob"] = log_prob.astype(np.float32)
+        file["oracle_xe_mixture"] = mixture
+        file["oracle_xe_component"] = known
 
 
-COMPONENTS = [
-        {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
-        {"name": "restless", "process": "mess3", "x": 0.2, "a": 0.9, "vocab_map": [0, 1, 2]},
-        {"name": "shifted", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [1, 2, 3]},
-        {"name": "golden", "process": "no_consecutive_ones", "p": 0.5, "vocab_map": [0, 3]},
-    ]
-
-
-def ergodic(*, components: list[dict] = COMPONENTS, train_documents: int = 10_000, validation_documents: int = 1_000,
-            test_documents: int = 0, chunks_per_document: int = 2, chunk_size: int = 100, out_dir: str =
-            "data/ergodic", seed: int = 1337) -> dict:
-    """Documents of K components in the layout of `arxiv`, with the oracles of every chunk of validation and test.
+def ergodic(
+    *,
+    components: list[dict] = COMPONENTS,
+    train_documents: int = 10_000,
+    validation_documents: int = 1_000,
+    test_documents: int = 0,
+    chunks_per_document: int = 2,
+    chunk_size: int = 100,
+    out_dir: str = "data/ergodic",
+    seed: int = 1337,
+) -> dict:
+    """Documents of K components in the layout of prepare_chunks, with the oracles of validation and test.
 
     Each document is one sequence of its component. Oracles read a chunk from its first token on, as a model does:
     oracle_log_prob [N, K, n] is log p_k(x_t | x_<t), from which the optimum of any subset of components follows;
     oracle_xe_mixture and oracle_xe_component [K, n] are its averages for all components together.
     """
-    cfg = SimpleNamespace(**locals())
-    names, processes = ergodic_components(cfg.components)
-    n, vocab_size = cfg.chunk_size, processes[0].vocab_size
-    done = {}
-    with Workshop(cfg.out_dir) as shop:
-        for s, split in enumerate(SPLITS):
-            count = getattr(cfg, f"{split}_documents")
+    names, processes = ergodic_components(components)
+    vocab_size, length = processes[0].vocab_size, chunks_per_document * chunk_size
+    sizes = {}
+    with Workshop(out_dir) as shop:
+        counts = (train_documents, validation_documents, test_documents)
+        for s, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
             if not count:
                 continue
-            log_prob, rows = [], []
-            with contextlib.closing(ChunkSpool(shop.folder, split, n, vocab_size)) as chunks:
+            path, log_prob, owner = shop.folder / f"{split}.h5", [], []
+            with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
                 for k, (name, process) in enumerate(zip(names, processes, strict=True)):
-                    for documents in draw(process, cfg, count, (s, k), f"{split} {name}"):
+                    for documents in draw(process, count, length, seed, (s, k), f"{split} {name}"):
                         for ids in documents.numpy():
                             chunks.add(name, ids)
-                        if split != "train":
-                            cut = documents.reshape(-1, n)
-                            log_prob.append(torch.stack([p.log_prob(cut) for p in processes], 1).numpy())
-                            rows += [k] * len(cut)
-                chunks.write(shop.folder / f"{split}.h5", tokenizer="", source="ergodic", seed=cfg.seed,
-                             components=json.dumps(cfg.components))
-            if log_prob:
-                log_prob, rows = np.concatenate(log_prob), np.array(rows)
-                mixture, known = oracle_xe(log_prob, rows)
-                with h5py.File(shop.folder / f"{split}.h5", "a") as file:
-                    file["oracle_log_prob"] = log_prob.astype(np.float32)
-                    file["oracle_xe_mixture"], file["oracle_xe_component"] = mixture, known
-            done[split] = dict(chunks.sizes)
-        shop.finish(*(f"{split}.h5" for split in done))
-    print(f"{len(names)} components over {vocab_size} tokens: " + ", ".join(
-        f"{split} {sum(sizes.values()):,} chunks" for split, sizes in done.items()) + f"; written to {cfg.out_dir}")
-    return done
+                        if split == "train":
+                            continue
+                        cut = documents.reshape(-1, chunk_size)
+                        log_prob.append(torch.stack([p.log_prob(cut) for p in processes], 1).numpy())  # [N, K, n]
+                        owner += [k] * len(cut)
+                chunks.write(path, tokenizer="", source="ergodic", seed=seed, components=json.dumps(components))
+            if split != "train":
+                add_oracles(path, np.concatenate(log_prob), np.array(owner))
+            sizes[split] = dict(chunks.sizes)
+        shop.finish(*(f"{split}.h5" for split in sizes))
+    listed = ", ".join(f"{split} {sum(counts.values()):,} chunks" for split, counts in sizes.items())
+    print(f"{len(names)} components over {vocab_size} tokens: {listed}; written to {out_dir}")
+    return sizes

@@ -1,4 +1,4 @@
-"""Checkpoints of other systems, read without running anything that they name."""
+"""Checkpoints of other systems: whose a file is, read without running anything that it names."""
 
 import pickle
 import zipfile
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import checkpoint
 from common.errors import CheckpointError
 
 
@@ -72,3 +73,42 @@ def read_checkpoint(path: str | Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+
+
+# What a system is known by: how the names of some of its weights begin.
+SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+
+
+def system_of(path: Path) -> str:
+    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
+    try:
+        contents = read_checkpoint(path)
+    except CheckpointError:
+        return ""
+    if not isinstance(contents, dict):
+        return ""
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+    for name in contents:
+        # What torch.compile and DistributedDataParallel put in front is no part of a name.
+        plain = str(name).replace("_orig_mod.", "").removeprefix("module.")
+        for system, beginning in SYSTEMS.items():
+            if plain.startswith(beginning):
+                return system
+    return ""
+
+
+def importable(path: Path) -> str:
+    """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
+    page = checkpoint.experiment_of(path)
+    if page:
+        raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
+    read_checkpoint(path)  # which says what is wrong with a file that cannot be read
+    system = system_of(path)
+    if not system:
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
+                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
+    return system

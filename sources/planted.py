@@ -5,12 +5,14 @@ N documents of D tokens, K plans, S states, V tokens, chunks of C tokens.
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 
 from sources.shared import Workshop, progress
 from sources.text import stream_dtype, write_meta
+
+BLOCK = 1_000  # documents drawn at once
 
 
 @dataclass
@@ -21,18 +23,21 @@ class Plans:
     stationary: np.ndarray  # [K, S] of the state at the start of a chunk
     switch: np.ndarray  # [K, S, S] between the tokens of a chunk
     emission: np.ndarray  # [K, S, V]
-    lengths: list[int]  # emitted tokens of each chunk: C, but C - 1 in the first of v2, whose bos is consumed too
+    lengths: list[int]  # emitted tokens of each chunk
 
     def sample(self, count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(tokens [N, D - 1], plan of every chunk [N, chunks])."""
-        plan, tokens, plans = generator.integers(len(self.transition), size=count), [], []
+        plan = generator.integers(len(self.transition), size=count)
+        tokens, plans = [], []
         for c, length in enumerate(self.lengths):
-            plan = drawn(self.transition[plan], generator) if c else plan
-            state = drawn(self.stationary[plan], generator)
+            if c:
+                plan = choose(self.transition[plan], generator)
             plans.append(plan)
+            state = choose(self.stationary[plan], generator)
             for i in range(length):
-                state = drawn(self.switch[plan, state], generator) if i else state
-                tokens.append(drawn(self.emission[plan, state], generator))
+                if i:
+                    state = choose(self.switch[plan, state], generator)
+                tokens.append(choose(self.emission[plan, state], generator))
         return np.stack(tokens, 1), np.stack(plans, 1)
 
     def filter(self, tokens: np.ndarray, plans: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -42,96 +47,196 @@ class Plans:
         predictor is told the plan of the chunk.
         """
         K = len(self.transition)
-        belief, nll, posterior = np.full((len(tokens), K), 1 / K), [], []  # belief [N, K]
-        column = iter(tokens.T)
+        belief = np.full((len(tokens), K), 1 / K)  # over plans [N, K]
+        nll, posterior, t = [], [], 0
         for c, length in enumerate(self.lengths):
-            belief = belief @ self.transition if c else belief
-            belief = belief if plans is None else np.eye(K)[plans[:, c]]
-            joint = belief[:, :, None] * self.stationary  # [N, K, S]
+            if c:
+                belief = belief @ self.transition
+            if plans is not None:
+                belief = np.eye(K)[plans[:, c]]
+            joint = belief[:, :, None] * self.stationary  # over plans and states [N, K, S]
             for i in range(length):
-                joint = np.einsum("nks,kst->nkt", joint, self.switch) if i else joint
-                joint = joint * self.emission[:, :, next(column)].transpose(2, 0, 1)
-                evidence = joint.sum((1, 2))
+                if i:
+                    joint = np.einsum("nks,kst->nkt", joint, self.switch)
+                likelihood = self.emission[:, :, tokens[:, t]].transpose(2, 0, 1)  # of the token [N, K, S]
+                joint = joint * likelihood
+                evidence = joint.sum((1, 2))  # p(x_t | x_<t), since joint summed to 1
                 joint /= evidence[:, None, None]
                 nll.append(-np.log(evidence))
+                t += 1
             belief = joint.sum(2)
             posterior.append(belief)
         return np.stack(nll, 1), np.stack(posterior, 1)
 
 
-def drawn(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def choose(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """One index [N] of each row [N, n]."""
     edges = probabilities.cumsum(1)[:, :-1]
     return (generator.random((len(edges), 1)) >= edges).sum(1)
 
 
-def make_plans(cfg) -> Plans:
+def chunk_lengths(version: str, chunk_size: int, chunks: int) -> list[int]:
+    """Tokens that each chunk emits: C, but C - 1 in the first of v2, which holds bos too."""
+    lengths = [chunk_size] * chunks
+    if version == "v2_planner_required":
+        lengths[0] -= 1
+    return lengths
+
+
+def make_plans(
+    *,
+    num_plans: int,
+    num_states: int,
+    vocab_size: int,
+    self_transition: float,
+    transition_matrix: list[list[float]] | None,
+    plan_sharpness: float,
+    state_sharpness: float,
+    state_persistence: float,
+    lengths: list[int],
+    seed: int,
+) -> Plans:
     """Plan k prefers half of the tokens, neighbours on a ring of tokens sharing some, so that one token says little."""
-    K, S, V, C = cfg.num_plans, cfg.num_states, cfg.vocab_size, cfg.chunk_size
-    generator = np.random.default_rng([cfg.seed, 0])
-    transition = np.full((K, K), (1 - cfg.self_transition) / max(K - 1, 1))
-    np.fill_diagonal(transition, cfg.self_transition if K > 1 else 1)
-    if cfg.transition_matrix is not None:
-        transition = np.array(cfg.transition_matrix, dtype=np.float64)
+    K, S, V = num_plans, num_states, vocab_size
+    generator = np.random.default_rng([seed, 0])
+    if transition_matrix is None:
+        transition = np.full((K, K), (1 - self_transition) / max(K - 1, 1))
+        np.fill_diagonal(transition, self_transition if K > 1 else 1)
+    else:
+        transition = np.array(transition_matrix, dtype=np.float64)
+    # The tokens stand on a ring in a random order; plan k prefers the half of it that begins at k V / K.
     place = (generator.permutation(V) - V * np.arange(K)[:, None] // K) % V  # [K, V]
-    logits = cfg.plan_sharpness * (place < V / 2)[:, None] + cfg.state_sharpness * generator.normal(size=(K, S, V))
+    preferred = (place < V / 2)[:, None]  # [K, 1, V]
+    logits = plan_sharpness * preferred + state_sharpness * generator.normal(size=(K, S, V))
     emission = np.exp(logits - logits.max(-1, keepdims=True))
-    switch = cfg.state_persistence * np.eye(S) + (1 - cfg.state_persistence) * generator.dirichlet([1.0] * S, (K, S))
+    emission /= emission.sum(-1, keepdims=True)
+    others = generator.dirichlet([1.0] * S, (K, S))  # where a state goes that does not stay
+    switch = state_persistence * np.eye(S) + (1 - state_persistence) * others
     stationary = np.linalg.matrix_power(switch, 1 << 20).mean(1)
     stationary /= stationary.sum(-1, keepdims=True)
-    lengths = [C - (cfg.version == "v2_planner_required"), *[C] * (cfg.document_chunks - 1)]
-    return Plans(transition, stationary, switch, emission / emission.sum(-1, keepdims=True), lengths)
+    return Plans(transition, stationary, switch, emission, lengths)
 
 
 def mutual_information(counts: np.ndarray) -> float:
     """I / sqrt(H H) of a table of counts; 1 if both sides are constant."""
     joint = counts / counts.sum()
-    entropy = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in (joint.sum(0), joint.sum(1), joint)]
-    information, scale = entropy[0] + entropy[1] - entropy[2], math.sqrt(entropy[0] * entropy[1])
-    return float(information / scale) if scale else float(entropy[0] == entropy[1])
+    columns, rows, both = entropy(joint.sum(0)), entropy(joint.sum(1)), entropy(joint)
+    scale = math.sqrt(columns * rows)
+    if not scale:
+        return float(columns == rows)
+    return float((columns + rows - both) / scale)
 
 
-def planted(*, num_plans: int = 4, num_states: int = 3, vocab_size: int = 32, self_transition: float = 0.6,
-            transition_matrix: list[list[float]] | None = None, plan_sharpness: float = 1.5, state_sharpness: float =
-            2.0, state_persistence: float = 0.8, version: str =
-            "v2_planner_required", chunk_size: int = 16, document_chunks: int = 8, train_documents: int = 20_000,
-            validation_documents: int = 1_000, out_dir: str = "data/planted", seed: int = 1337) -> dict:
+def entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+class Oracle:
+    """What the exact filter reaches on documents, block after block."""
+
+    def __init__(self, process: Plans, vocab_size: int):
+        K = len(process.transition)
+        self.process = process
+        self.nll = 0.0  # summed over tokens, in nats
+        self.known_plan_nll = 0.0  # of a filter that is told the plan
+        self.table = np.zeros((K, K))  # true plan of a chunk by the likeliest at its end
+        self.tokens = np.zeros(vocab_size)  # how often each occurs
+
+    def add(self, tokens: np.ndarray, plans: np.ndarray) -> np.ndarray:
+        """Count documents in; returns their -log p(x_t | x_<t) [N, D - 1]."""
+        nll, posterior = self.process.filter(tokens)
+        known, _ = self.process.filter(tokens, plans)
+        self.nll += nll.sum()
+        self.known_plan_nll += known.sum()
+        np.add.at(self.table, (plans, posterior.argmax(-1)), 1)
+        self.tokens += np.bincount(tokens.ravel(), minlength=len(self.tokens))
+        return nll
+
+    def results(self) -> dict[str, float]:
+        """Nats a token, and how well the filter finds the plan."""
+        count = self.tokens.sum()
+        return {
+            "oracle_nll": float(self.nll / count),
+            "known_plan_nll": float(self.known_plan_nll / count),
+            "unigram_entropy": entropy(self.tokens / count),
+            "oracle_nmi": mutual_information(self.table),
+        }
+
+
+def planted(
+    *,
+    num_plans: int = 4,
+    num_states: int = 3,
+    vocab_size: int = 32,
+    self_transition: float = 0.6,
+    transition_matrix: list[list[float]] | None = None,
+    plan_sharpness: float = 1.5,
+    state_sharpness: float = 2.0,
+    state_persistence: float = 0.8,
+    version: str = "v2_planner_required",
+    chunk_size: int = 16,
+    document_chunks: int = 8,
+    train_documents: int = 20_000,
+    validation_documents: int = 1_000,
+    out_dir: str = "data/planted",
+    seed: int = 1337,
+) -> dict:
     """Documents of planted plans -> train.bin, val.bin, their plans, the oracle, meta.json, which is returned."""
-    cfg = SimpleNamespace(**locals())
-    process, made, K = make_plans(cfg), {}, cfg.num_plans
-    chunks, length, dtype = cfg.document_chunks, 1 + sum(process.lengths), stream_dtype(cfg.vocab_size + 1)
-    sums, table, unigram = np.zeros(2), np.zeros((K, K)), np.zeros(cfg.vocab_size)
-    files = ["train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy", "meta.json"]
-    with Workshop(cfg.out_dir) as shop:
-        def array(name, kind, *shape):
-            return np.lib.format.open_memmap(shop.folder / name, "w+", kind, shape)
-
-        for s, (split, count) in enumerate((("train", cfg.train_documents), ("val", cfg.validation_documents)), 1):
-            generator = np.random.default_rng([cfg.seed, s])
-            plans = array(f"{split}_plans.npy", np.int64, count, chunks)
-            oracle = array("val_oracle_nll.npy", np.float32, count, length - 1) if split == "val" else None
+    process = make_plans(
+        num_plans=num_plans,
+        num_states=num_states,
+        vocab_size=vocab_size,
+        self_transition=self_transition,
+        transition_matrix=transition_matrix,
+        plan_sharpness=plan_sharpness,
+        state_sharpness=state_sharpness,
+        state_persistence=state_persistence,
+        lengths=chunk_lengths(version, chunk_size, document_chunks),
+        seed=seed,
+    )
+    bos, length = vocab_size, 1 + sum(process.lengths)
+    counts = {"train": train_documents, "val": validation_documents}
+    oracle = Oracle(process, vocab_size)
+    with Workshop(out_dir) as shop:
+        nll = new_array(shop.folder / "val_oracle_nll.npy", np.float32, validation_documents, length - 1)
+        for s, (split, count) in enumerate(counts.items(), 1):
+            generator = np.random.default_rng([seed, s])
+            plans = new_array(shop.folder / f"{split}_plans.npy", np.int64, count, document_chunks)
             with open(shop.folder / f"{split}.bin", "wb") as file:
-                for begin in progress(range(0, count, 1_000), f"{split} documents", "kdoc"):
-                    rows = slice(begin, min(begin + 1_000, count))
+                for begin in progress(range(0, count, BLOCK), f"{split} documents", "kdoc"):
+                    rows = slice(begin, min(begin + BLOCK, count))
                     tokens, plans[rows] = process.sample(rows.stop - begin, generator)
-                    np.pad(tokens, ((0, 0), (1, 0)), constant_values=cfg.vocab_size).astype(dtype).tofile(file)
-                    if oracle is None:
-                        continue
-                    (nll, posterior), (known, _) = process.filter(tokens), process.filter(tokens, plans[rows])
-                    oracle[rows], sums = nll, sums + (nll.sum(), known.sum())
-                    np.add.at(table, (plans[rows], posterior.argmax(-1)), 1)
-                    unigram += np.bincount(tokens.ravel(), minlength=cfg.vocab_size)
-            made[split] = {"tokens": count * length, "documents": count}
-        oracle_nll, known_plan_nll = (sums / (cfg.validation_documents * (length - 1))).tolist()
-        share = unigram[unigram > 0] / unigram.sum()
+                    documents = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos)
+                    documents.astype(stream_dtype(bos + 1)).tofile(file)
+                    if split == "val":
+                        nll[rows] = oracle.add(tokens, plans[rows])
+        results = oracle.results()
         meta = write_meta(
-            shop.folder, "planted", cfg.vocab_size + 1, {"bos": cfg.vocab_size}, made, tokenizer="", tokenizer_hash="",
-            source="planted", seed=cfg.seed, document_length=length, chunk_size=cfg.chunk_size, version=cfg.version,
-            num_plans=K, oracle_nll=oracle_nll, known_plan_nll=known_plan_nll,
-            unigram_entropy=float(-(share * np.log(share)).sum()), oracle_nmi=mutual_information(table),
-            transition_matrix=process.transition.tolist())
-        shop.finish(*files)
-    print(f"planted: {cfg.train_documents:,} and {cfg.validation_documents:,} documents of {length} tokens; nats a "
-          f"token: unigram {meta['unigram_entropy']:.4f}, oracle {oracle_nll:.4f}, known plan {known_plan_nll:.4f}; "
-          f"the oracle finds the plan with NMI {meta['oracle_nmi']:.4f}; written to {cfg.out_dir}")
+            shop.folder,
+            "planted",
+            bos + 1,
+            {"bos": bos},
+            {split: {"tokens": count * length, "documents": count} for split, count in counts.items()},
+            tokenizer="",
+            tokenizer_hash="",
+            source="planted",
+            seed=seed,
+            document_length=length,
+            chunk_size=chunk_size,
+            version=version,
+            num_plans=num_plans,
+            **results,
+            transition_matrix=process.transition.tolist(),
+        )
+        shop.finish("train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy", "meta.json")
+    print(f"planted: {train_documents:,} and {validation_documents:,} documents of {length} tokens; nats a token: "
+          f"unigram {results['unigram_entropy']:.4f}, oracle {results['oracle_nll']:.4f}, known plan "
+          f"{results['known_plan_nll']:.4f}; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}; written "
+          f"to {out_dir}")
     return meta
+
+
+def new_array(path: Path, dtype: type, *shape: int) -> np.ndarray:
+    """A .npy file of this shape, as a memory map to fill."""
+    return np.lib.format.open_memmap(path, "w+", dtype, shape)

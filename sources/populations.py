@@ -1,7 +1,11 @@
-"""Synthetic cell populations under perturbations whose true effects are known."""
+"""Synthetic cell populations under perturbations whose true effects are known.
+
+K cell types, M = 2 pathways, P perturbations, G genes, n cells.
+"""
 
 import json
-from types import SimpleNamespace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -13,104 +17,182 @@ from sources.shared import Workshop, counter_rng
 CONTROL = "non-targeting"
 
 
-def make_populations(cfg) -> dict[str, np.ndarray]:
-    """What the synthetic populations are made of, on log expression; K types, M = 2 pathways, P perturbations, G genes.
+@dataclass
+class Populations:
+    """What the synthetic populations are made of, on log expression.
 
     A type has an activity in each pathway, seen in its control cells through the pathway's genes. Perturbation p adds
     shared[p] + activity @ modulated[p]: what it does to a new type can be read from that type's control cells, and
-    neither the mean over the other types nor its basal expression alone says it. The activities of the training types
-    lie on a circle, so that their mean is no guide, and those of the last type inside the hull, between two of them.
+    neither the mean over the other types nor its basal expression alone says it.
     """
-    K, P, G = cfg.num_cell_types, cfg.num_perturbations, cfg.num_genes
-    draw = counter_rng(cfg.seed, 0)
+
+    base: np.ndarray  # [G] of every cell
+    activity: np.ndarray  # [K, M] of a type in the pathways
+    program: np.ndarray  # [K, G] of a type besides
+    batch: np.ndarray  # [batches, G]
+    pathways: np.ndarray  # [M, G]
+    shared: np.ndarray  # [P + 1, G] effect on every type; row 0 is the control
+    modulated: np.ndarray  # [P + 1, M, G] effect by activity
+    variation: np.ndarray  # [3, G] directions in which cells of a condition differ
+
+
+def make_populations(num_cell_types: int, num_perturbations: int, num_genes: int, num_batches: int, effect: float,
+                     seed: int) -> Populations:
+    """The activities of the training types lie on a circle, so that their mean is no guide, and those of the last type
+    inside the hull, between two of them."""
+    K, P, G = num_cell_types, num_perturbations, num_genes
+    draw = counter_rng(seed, 0)
     angle = 2 * np.pi * np.append(np.arange(K - 1), 0.5) / (K - 1)
     radius = np.append(np.ones(K - 1), 0.9 * np.cos(np.pi / (K - 1)))
     touched = draw.random((P + 1, 1, G)) < 0.3  # of the genes; row 0 is the control
     touched[0] = False
-    effects = cfg.effect * draw.normal(size=(P + 1, 3, G)) * touched
-    return {
-        "base": draw.normal(0, 0.8, G), "activity": radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1),
-        "program": draw.normal(0, 0.15, (K, G)), "batch": draw.normal(0, 0.08, (cfg.num_batches, G)),
-        "pathways": draw.normal(0, 0.8, (2, G)) * (draw.random((2, G)) < 0.3), "shared": effects[:, 0],
-        "modulated": 1.2 * effects[:, 1:], "variation": draw.normal(0, 0.15, (3, G))}
+    effects = effect * draw.normal(size=(P + 1, 3, G)) * touched
+    return Populations(
+        base=draw.normal(0, 0.8, G),
+        activity=radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1),
+        program=draw.normal(0, 0.15, (K, G)),
+        batch=draw.normal(0, 0.08, (num_batches, G)),
+        pathways=draw.normal(0, 0.8, (2, G)) * (draw.random((2, G)) < 0.3),
+        shared=effects[:, 0],
+        modulated=1.2 * effects[:, 1:],
+        variation=draw.normal(0, 0.15, (3, G)),
+    )
 
 
-def simulate(parts: dict, cell_type: np.ndarray, pert: np.ndarray, draw: np.random.Generator, cfg
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """(counts [n, G], batch [n]) of cells of these types and perturbations (0 is the control)."""
+def simulate(populations: Populations, cell_type: np.ndarray, pert: np.ndarray, depth: float, dropout: float,
+             draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(counts [n, G], batch [n]) of cells of these types and perturbations (0 is the control).
+
+    depth: median counts of a cell. dropout: probability that a gene is lost where its expected count is 1.
+    """
     n = len(cell_type)
-    batch = draw.integers(0, cfg.num_batches, n)
-    activity = parts["activity"][cell_type] + draw.normal(0, 0.25, (n, 2))  # cells of a type differ in it too
-    log_rate = (parts["base"] + parts["program"][cell_type] + activity @ parts["pathways"] + parts["batch"][batch]
-                + draw.normal(size=(n, 3)) @ parts["variation"] + parts["shared"][pert]
-                + np.einsum("nm,nmg->ng", activity, parts["modulated"][pert]))
+    batch = draw.integers(0, len(populations.batch), n)
+    activity = populations.activity[cell_type] + draw.normal(0, 0.25, (n, 2))  # cells of a type differ in it too
+    log_rate = populations.base + populations.program[cell_type]
+    log_rate = log_rate + activity @ populations.pathways + populations.batch[batch]
+    log_rate = log_rate + draw.normal(size=(n, 3)) @ populations.variation + populations.shared[pert]
+    log_rate = log_rate + np.einsum("nm,nmg->ng", activity, populations.modulated[pert])
     rate = np.exp(log_rate)
-    rate *= cfg.depth * np.exp(draw.normal(0, 0.3, (n, 1))) / rate.sum(1, keepdims=True)
-    kept = draw.random(rate.shape) >= cfg.dropout**rate
+    rate *= depth * np.exp(draw.normal(0, 0.3, (n, 1))) / rate.sum(1, keepdims=True)
+    kept = draw.random(rate.shape) >= dropout**rate
     return draw.poisson(rate) * kept, batch
 
 
-def true_deltas(parts: dict, cfg, cells: int = 600) -> np.ndarray:
+def true_deltas(populations: Populations, depth: float, dropout: float, target_sum: float, seed: int,
+                cells: int = 600) -> np.ndarray:
     """Expected log1p expression of perturbed cells minus control cells [K, P, G], as a mean over simulated cells.
 
     Control and perturbed cells share their generator's draws, so that their difference has little noise.
     """
-    means = np.empty((cfg.num_cell_types, cfg.num_perturbations + 1, cfg.num_genes))
-    for k, p in np.ndindex(means.shape[:2]):
-        counts, _ = simulate(parts, np.full(cells, k), np.full(cells, p), counter_rng(cfg.seed, 2, k), cfg)
-        means[k, p] = log_normalized(counts, np.maximum(counts.sum(1, keepdims=True), 1), cfg.target_sum).mean(0)
+    (K, G), conditions = populations.program.shape, len(populations.shared)
+    means = np.empty((K, conditions, G))
+    for k in range(K):
+        for p in range(conditions):
+            draw = counter_rng(seed, 2, k)
+            counts, _ = simulate(populations, np.full(cells, k), np.full(cells, p), depth, dropout, draw)
+            means[k, p] = expression(counts, target_sum).mean(0)
     return means[:, 1:] - means[:, :1]
+
+
+def expression(counts: np.ndarray, target_sum: float) -> np.ndarray:
+    """log(1 + x) of counts scaled to the same sum in every cell; a cell without counts stays without."""
+    return log_normalized(counts, np.maximum(counts.sum(1, keepdims=True), 1), target_sum)
 
 
 def mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Mean over rows of the Pearson correlation of a and b [n, G]."""
-    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
-    return float(((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))).mean())
+    a = a - a.mean(1, keepdims=True)
+    b = b - b.mean(1, keepdims=True)
+    norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return float(((a * b).sum(1) / norms).mean())
 
 
 def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Pearson of deltas with the truth, for the last cell type: of half its cells, and of the mean over other types."""
-    K, P, G = truth.shape
+    K, P, _ = truth.shape
 
     def deltas(k: int, part: slice) -> np.ndarray:
-        means = np.stack([X[(cell_type == k) & (pert == p)][part].mean(0) for p in range(P + 1)])
-        return means[1:] - means[0]
+        means = [X[(cell_type == k) & (pert == p)][part].mean(0) for p in range(P + 1)]
+        return np.stack(means[1:]) - means[0]
 
-    whole = np.mean([deltas(k, slice(None)) for k in range(K - 1)], axis=0)
+    others = np.mean([deltas(k, slice(None)) for k in range(K - 1)], axis=0)
     halves = [mean_pearson(deltas(K - 1, slice(start, None, 2)), truth[-1]) for start in (0, 1)]
-    return {"noise_ceiling": sum(halves) / 2, "perturbation_mean": mean_pearson(whole, truth[-1])}
+    return {"noise_ceiling": sum(halves) / 2, "perturbation_mean": mean_pearson(others, truth[-1])}
 
 
-def synthetic(*, target_sum: float = 1e4, num_cell_types: int = 16, num_perturbations: int = 12, num_genes: int = 200,
-              num_batches: int = 4, cells_per_condition: int = 40, controls_per_cell_type: int = 160, depth: float =
-              5_000.0, dropout: float = 0.2, effect: float = 0.7, out_dir: str = "data/state", seed: int = 1337
-              ) -> dict:
+def synthetic(
+    *,
+    target_sum: float = 1e4,
+    num_cell_types: int = 16,
+    num_perturbations: int = 12,
+    num_genes: int = 200,
+    num_batches: int = 4,
+    cells_per_condition: int = 40,
+    controls_per_cell_type: int = 160,
+    depth: float = 5_000.0,
+    dropout: float = 0.2,
+    effect: float = 0.7,
+    out_dir: str = "data/state",
+    seed: int = 1337,
+) -> dict:
     """Populations of known effects -> synthetic.h5ad, synthetic.toml, truth.npz; returns the noise report.
 
     truth.npz: delta [K, P, G], expected log1p expression over control, with cell_types, perturbations and genes.
     """
-    cfg = SimpleNamespace(**locals())
-    parts, K, P, G = make_populations(cfg), cfg.num_cell_types, cfg.num_perturbations, cfg.num_genes
-    types, perts, genes = ([f"{letter}{i:0{len(str(n - 1))}}" for i in range(n)]  # as sorted as text as they are here
-                           for letter, n in (("c", K), ("p", P), ("g", G)))
-    sizes = np.tile([cfg.controls_per_cell_type, *[cfg.cells_per_condition] * P], K)
-    cell_type, pert = (np.repeat(x.ravel(), sizes) for x in np.indices((K, P + 1)))
-    counts, batch = simulate(parts, cell_type, pert, counter_rng(cfg.seed, 1), cfg)
-    X = log_normalized(counts, np.maximum(counts.sum(1, keepdims=True), 1), cfg.target_sum)
-    truth = true_deltas(parts, cfg)
-    found = noise_report(X, cell_type, pert, truth)
-    obs = {"gene": np.array([CONTROL, *perts])[pert], "cell_type": np.array(types)[cell_type],
-           "gem_group": np.array([f"b{i}" for i in range(cfg.num_batches)])[batch]}
-    toml = (f'[datasets]\nsynthetic = "synthetic.h5ad"\n\n[training]\nsynthetic = "train"\n\n[zeroshot]\n'
-            f'"synthetic.{types[-1]}" = "test"\n\n[fewshot."synthetic.{types[-2]}"]\nval = {json.dumps(perts[1::4])}\n')
-    with Workshop(cfg.out_dir) as shop:
-        write_h5ad(shop.folder / "synthetic.h5ad", csr_array(X), obs, genes, {"X_hvg": X},
-                   var={"highly_variable": np.ones(len(genes), bool)}, uns={"log1p": {}, "seed": cfg.seed},
-                   layers={"counts": csr_array(counts.astype(np.float32))})
-        np.savez(shop.folder / "truth.npz", delta=truth, cell_types=types, perturbations=perts, genes=genes)
-        (shop.folder / "synthetic.toml").write_text(toml, encoding="utf-8")
+    K, P, G = num_cell_types, num_perturbations, num_genes
+    populations = make_populations(K, P, G, num_batches, effect, seed)
+    sizes = np.tile([controls_per_cell_type, *[cells_per_condition] * P], K)  # cells of each condition
+    types, perts = np.indices((K, P + 1))
+    cell_type, pert = np.repeat(types.ravel(), sizes), np.repeat(perts.ravel(), sizes)
+    counts, batch = simulate(populations, cell_type, pert, depth, dropout, counter_rng(seed, 1))
+    X = expression(counts, target_sum)
+    truth = true_deltas(populations, depth, dropout, target_sum, seed)
+    noise = noise_report(X, cell_type, pert, truth)
+    type_names, pert_names, genes = numbered("c", K), numbered("p", P), numbered("g", G)
+    with Workshop(out_dir) as shop:
+        obs = {
+            "gene": np.array([CONTROL, *pert_names])[pert],
+            "cell_type": np.array(type_names)[cell_type],
+            "gem_group": np.array([f"b{i}" for i in range(num_batches)])[batch],
+        }
+        write_h5ad(
+            shop.folder / "synthetic.h5ad",
+            csr_array(X),
+            obs,
+            genes,
+            {"X_hvg": X},
+            var={"highly_variable": np.ones(G, bool)},
+            uns={"log1p": {}, "seed": seed},
+            layers={"counts": csr_array(counts.astype(np.float32))},
+        )
+        np.savez(shop.folder / "truth.npz", delta=truth, cell_types=type_names, perturbations=pert_names, genes=genes)
+        write_toml(shop.folder / "synthetic.toml", type_names, pert_names)
         shop.finish("synthetic.h5ad", "truth.npz", "synthetic.toml")
-    print(f"synthetic: {len(X):,} cells, {K} cell types, {P} perturbations and {CONTROL}, {len(genes)} genes; Pearson "
-          f"delta with the truth on {types[-1]}: {found['noise_ceiling']:.3f} of half its own cells (noise ceiling), "
-          f"{found['perturbation_mean']:.3f} of the mean over the other types; written to {cfg.out_dir}")
-    return {"cells": len(X), **found}
+    print(f"synthetic: {len(X):,} cells, {K} cell types, {P} perturbations and {CONTROL}, {G} genes; Pearson "
+          f"delta with the truth on {type_names[-1]}: {noise['noise_ceiling']:.3f} of half its own cells (noise "
+          f"ceiling), {noise['perturbation_mean']:.3f} of the mean over the other types; written to {out_dir}")
+    return {"cells": len(X), **noise}
+
+
+def numbered(letter: str, count: int) -> list[str]:
+    """Names that sort as text as their numbers do: g000, g001, ..."""
+    width = len(str(count - 1))
+    return [f"{letter}{i:0{width}}" for i in range(count)]
+
+
+def write_toml(path: Path, types: list[str], perts: list[str]) -> None:
+    """The split: the last type is held out as a whole, of the one before some perturbations, for validation."""
+    lines = [
+        "[datasets]",
+        'synthetic = "synthetic.h5ad"',
+        "",
+        "[training]",
+        'synthetic = "train"',
+        "",
+        "[zeroshot]",
+        f'"synthetic.{types[-1]}" = "test"',
+        "",
+        f'[fewshot."synthetic.{types[-2]}"]',
+        f"val = {json.dumps(perts[1::4])}",
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -357,13 +357,24 @@ class Process:
 
     # Entropies -------------------------------------------------------------------------------------------------
 
-    def _children(self, belief: torch.Tensor, weight: torch.Tensor):
+    def children(self, belief: torch.Tensor, weight: torch.Tensor):
         """All possible one-token continuations of beliefs [N, S]: (parent, token, belief, weight), parent-major."""
         joint = torch.einsum("ns,vsj->nvj", belief, self.transition_matrices)
         prob = joint @ self.normalizing_eigenvector  # [N, V]
         parent, token = (prob > IMPOSSIBLE).nonzero(as_tuple=True)
         prob = prob[parent, token]
         return parent, token, joint[parent, token] / prob[:, None], weight[parent] * prob
+
+    def all_words(self, length: int, max_words: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(words [N, length] in lexicographic order, probabilities [N]) of all that can be; None beyond max_words."""
+        words, belief = torch.empty(1, 0, dtype=torch.int64, device=self.device), self.initial_state[None]
+        weight = torch.ones_like(belief[:, 0])
+        for _ in range(length):
+            parent, token, belief, weight = self.children(belief, weight)
+            if len(token) > max_words:
+                return None
+            words = torch.cat([words[parent], token[:, None]], 1)
+        return words, weight
 
     def _levels(self, depth: int, max_nodes: int, belief: torch.Tensor | None = None, weight=None):
         """Yield (beliefs [N, S], weights [N]) of all words of length 0, 1, ..., depth, equal beliefs merged.
@@ -376,7 +387,7 @@ class Process:
             yield belief, weight
             if length == depth or len(belief) * self.vocab_size > max_nodes:
                 return
-            belief, weight = _merge(*self._children(belief, weight)[2:])
+            belief, weight = _merge(*self.children(belief, weight)[2:])
 
     def _entropy(self, belief: torch.Tensor) -> torch.Tensor:
         """Entropy in nats of the next token, [...] for beliefs [..., S]."""
@@ -432,7 +443,7 @@ class Process:
         """The Markov chain of beliefs, (beliefs [N, S], transitions [N, N]), from the initial one; None if large."""
         beliefs, edges, new = self.initial_state[None], [], slice(0, 1)
         while new.start < new.stop:
-            parent, _, child, prob = self._children(beliefs[new], torch.ones_like(beliefs[new, 0]))
+            parent, _, child, prob = self.children(beliefs[new], torch.ones_like(beliefs[new, 0]))
             keys, ids = torch.unique(_keys(torch.cat([beliefs, child])), return_inverse=True)
             size = len(beliefs)
             number = torch.full_like(keys, -1)
@@ -461,7 +472,7 @@ class Process:
         for length in range(depth + 1):
             nodes += map(MixedState, words, weight.tolist(), belief)
             if length < depth:
-                parent, token, belief, weight = self._children(belief, weight)
+                parent, token, belief, weight = self.children(belief, weight)
                 keep = weight >= min_prob
                 belief, weight = belief[keep], weight[keep]
                 words = [(*words[p], x) for p, x in zip(parent[keep].tolist(), token[keep].tolist(), strict=True)]
@@ -477,7 +488,7 @@ class Process:
                 n, token = divmod(int(prob.argmin()), self.vocab_size)
                 raise ProcessError(f"{self.name} is no process: after {words[n].tolist()} the token {token} has the "
                                    f"negative weight {prob.min():.3g}")
-            parent, token, belief, _ = self._children(belief, torch.ones_like(belief[:, 0]))
+            parent, token, belief, _ = self.children(belief, torch.ones_like(belief[:, 0]))
             _, first = _unique(belief)
             first = first[(belief[first] @ emit).min(1).values.argsort()[:beam]]
             belief, words = belief[first], torch.cat([words[parent[first]], token[first, None]], 1)
@@ -534,6 +545,15 @@ def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.n
     if abs(r.sum()) < 1e-12 or abs(pi.sum()) < 1e-12 or abs(pi @ r) < 1e-12:
         raise ProcessError(f"{name} is no process: its stationary state has no weight")
     return T, r * len(r) / r.sum(), pi / pi.sum()
+
+
+def parameters(process: str | None = None) -> list[str]:
+    """Names of the parameters of a process, or of all processes: the signatures of PROCESSES say them."""
+    special = {"nonergodic": ["components"], "custom": ["matrices"]}
+    if process is not None:
+        return special.get(process) or list(inspect.signature(PROCESSES[process]).parameters)
+    every = [name for function in PROCESSES.values() for name in inspect.signature(function).parameters]
+    return list(dict.fromkeys(["components", "matrices", *every]))
 
 
 def make_process(name: str = "mess3", *, initial_state=None, add_bos: bool = False, add_eos: bool = False,

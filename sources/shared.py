@@ -14,32 +14,28 @@ from tqdm import tqdm
 
 from common.errors import DataError
 
-
-def counter_rng(seed: int, *counters: int) -> np.random.Generator:
-    """A generator that is a pure function of a seed and of counters such as the epoch: neighbours are unrelated."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counters))
-
-
-def optional(module: str, package: str):
-    """Import an optional package, or say how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise DataError(f"this needs the package {package}: pip install {package}") from None
-
-
 SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev":
-               "validation", "test": "test"}
-
-
-def progress(things: Iterable, text: str, unit: str, total: int | None = None) -> Iterable:
-    return tqdm(things, desc=text, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)
-
-
-# all that a job may leave in its folder
-WRITTEN = ("meta.json", "tokenizer.json", "train.bin", "val.bin", "train_plans.npy", "val_plans.npy",
-           "val_oracle_nll.npy", *(f"{split}.h5" for split in SPLITS))
+SPLIT_NAMES = {  # what files call them
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+WRITTEN = (  # all that a job may leave in its folder
+    "meta.json",
+    "tokenizer.json",
+    "train.bin",
+    "val.bin",
+    "train_plans.npy",
+    "val_plans.npy",
+    "val_oracle_nll.npy",
+    "train.h5",
+    "validation.h5",
+    "test.h5",
+)
+WAIT_S = 600  # that ranks wait for data which rank 0 makes
 
 
 class Workshop:
@@ -61,7 +57,8 @@ class Workshop:
 
         So a kill between two renames cannot leave a set that looks whole.
         """
-        for name in [names[-1], *(name for name in WRITTEN if name not in names)]:
+        stale = [name for name in WRITTEN if name not in names]
+        for name in [names[-1], *stale]:
             (self.target / name).unlink(missing_ok=True)
         for name in names:
             os.replace(self.folder / name, self.target / name)
@@ -72,25 +69,58 @@ class Workshop:
             self.target.rmdir()
 
 
+def make_once(path: Path, make: Callable[[], object]) -> None:
+    """Call make(), which ends with the file `path`, if that is not there: on rank 0, while the others wait."""
+    if path.exists():
+        return
+    if int(os.environ.get("RANK", 0)) == 0:
+        make()
+        return
+    deadline = time.monotonic() + WAIT_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise DataError(f"{path} did not come within {WAIT_S} s: make it first, with one process")
+        time.sleep(0.1)
+
+
+def counter_rng(seed: int, *counters: int) -> np.random.Generator:
+    """A generator that is a pure function of a seed and of counters such as the epoch: neighbours are unrelated."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=counters))
+
+
+def optional(module: str, package: str):
+    """Import an optional package, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f"this needs the package {package}: pip install {package}") from None
+
+
+def progress(things: Iterable, text: str, unit: str, total: int | None = None) -> Iterable:
+    """The things, with a bar where somebody is watching."""
+    return tqdm(things, desc=text, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """", did you mean 'x'?", or "" where none of names is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
 def suggest(name: str, names: Iterable[str]) -> str:
     """"; did you mean 'x'? There are x, y, z": what follows a name that is none of names."""
-    names = list(map(str, names))
+    names = [str(known) for known in names]
+    listed = ", ".join(names[:12]) or "none"
+    if len(names) > 12:
+        listed += f" and {len(names) - 12} more"
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return (f"; did you mean {near[0]!r}? There are" if near else "; there are") + f" {listed or 'none'}"
+    if near:
+        return f"; did you mean {near[0]!r}? There are {listed}"
+    return f"; there are {listed}"
 
 
 def report(problems: list[str]) -> None:
+    """What an inspection ends with."""
     for problem in problems:
         print(f"  problem: {problem}")
-    print("  no problem found" if not problems else f"  {len(problems)} problems")
-
-
-def make_once(path: Path, make: Callable[[], object]) -> None:
-    """Call make(), which ends with the file `path`, if that is not there: on rank 0, while the others wait."""
-    if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
-        make()
-    for _ in range(6_000):  # ten minutes
-        if path.exists():
-            return
-        time.sleep(0.1)
+    print(f"  {len(problems)} problems" if problems else "  no problem found")

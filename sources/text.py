@@ -4,7 +4,6 @@ import ast
 import base64
 import contextlib
 import csv
-import difflib
 import hashlib
 import json
 import math
@@ -15,50 +14,62 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import DataError
-from sources.shared import Workshop, optional, progress, report
+from sources.shared import Workshop, closest, optional, progress, report
 from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
+
+TEXT_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+LEAST, MOST = 2_000, 1 << 16  # bytes of a document cut from a running text
+READ_BYTES = 1 << 20  # of such a file, at once
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 22  # to the tokenizer at once
+HUB_BYTES = 1e9  # read of a hub data set where the settings name no limit
+
+
+class HubText(NamedTuple):
+    name: str
+    config: str
+    has_validation: bool
+
+
+HUB = {  # input=NAME
+    "tinystories": HubText("roneneldan/TinyStories", "", True),
+    "c4_en": HubText("allenai/c4", "en", True),
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", True),
+    "wikitext103": HubText("Salesforce/wikitext", "wikitext-103-raw-v1", True),
+    "fineweb_edu": HubText("HuggingFaceFW/fineweb-edu", "sample-10BT", False),
+    "fineweb": HubText("HuggingFaceFW/fineweb", "sample-10BT", False),
+    "wiki40b_en": HubText("google/wiki40b", "en", True),
+    "cc_news": HubText("vblagoje/cc_news", "", False),
+}
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | bytes]]) -> Iterator[tuple[str, dict]]:
     """(where it stands, record) of a file; `texts` cuts a .txt file. A .json is read whole, the others as a stream."""
-    where = str(path)
     try:
         if path.suffix == ".txt":
             for text in texts(path):
-                yield where, {column: text, "category": path.parent.name}
+                yield str(path), {column: text, "category": path.parent.name}
         elif path.suffix == ".json":
-            for number, value in enumerate(list_in(json.loads(path.read_text(encoding="utf-8")), where), 1):
-                yield f"{path}, item {number}", record_of(value, f"{path}, item {number}", column)
+            yield from json_records(path, column)
         elif path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    where = f"{path}, line {number}"
-                    if line.strip():
-                        yield where, record_of(json.loads(line), where, column)
+            yield from jsonl_records(path, column)
         elif path.suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            with open(path, encoding="utf-8", newline="") as file:
-                for number, record in enumerate(csv.DictReader(file), 2):
-                    yield f"{path}, row {number}", record
+            yield from csv_records(path)
         elif path.suffix == ".parquet":
-            parquet = optional("pyarrow.parquet", "pyarrow")
-            for batch in parquet.ParquetFile(path).iter_batches(1_000):
-                for record in batch.to_pylist():
-                    yield where, record
+            yield from parquet_records(path)
         else:
-            raise DataError(f"{path}: use .txt, .json, .jsonl, .csv or .parquet, or a folder of such files")
+            raise DataError(f"{path}: use {', '.join(TEXT_FILES)}, or a folder of such files")
     except DataError:
         raise
-    except json.JSONDecodeError as e:
-        raise DataError(f"{where}: not JSON ({e.msg})") from e
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as e:
+    except (OSError, ValueError, csv.Error) as e:
         raise DataError(f"cannot read {path}: {e}") from e
     except Exception as e:  # pyarrow's own errors for damaged files
         if type(e).__module__.startswith("pyarrow"):
@@ -66,23 +77,128 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
         raise
 
 
-def list_in(value, where: str) -> list:
-    """The list that a .json file is, or the only one in its object."""
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else [value]
+def json_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
+    """Those of the list that the file is, or of the only list in its object."""
+    value = parsed(path.read_text(encoding="utf-8"), str(path))
+    lists = [value]
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if isinstance(part, list)]
     if len(lists) != 1 or not isinstance(lists[0], list):
-        raise DataError(f"{where}: expected a list of documents, or an object with one list, not "
-                        + (f"keys {', '.join(value)}" if isinstance(value, dict) else type(value).__name__))
-    return lists[0]
+        content = f"keys {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+        raise DataError(f"{path}: expected a list of documents, or an object with one list, not {content}")
+    for number, item in enumerate(lists[0], 1):
+        where = f"{path}, item {number}"
+        yield where, record_of(item, where, column)
+
+
+def jsonl_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                yield where, record_of(parsed(line, where), where, column)
+
+
+def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(2**31 - 1)  # a document is longer than the default
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, record in enumerate(csv.DictReader(file), 2):
+            yield f"{path}, row {number}", record
+
+
+def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
+    parquet = optional("pyarrow.parquet", "pyarrow")
+    for batch in parquet.ParquetFile(path).iter_batches(1_000):
+        for record in batch.to_pylist():
+            yield str(path), record
+
+
+def parsed(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise DataError(f"{where}: not JSON ({e.msg})") from e
 
 
 def record_of(value, where: str, column: str) -> dict:
+    """The record of a JSON value; a bare text is its only column."""
     if not isinstance(value, dict | str):
         raise DataError(f"{where}: expected an object or a text, not {json.dumps(value)[:40]!r}")
     return {column: value} if isinstance(value, str) else value
 
 
+def column_of(where: str, record: dict, column: str, setting: str):
+    if record.get(column) is None:
+        raise DataError(f"{where}: no column {column!r}; there are {', '.join(map(str, record))}. Name it with "
+                        f"{setting}=NAME")
+    return record[column]
+
+
+def text_of(where: str, record: dict, column: str) -> str:
+    text = column_of(where, record, column, "text_column")
+    if isinstance(text, bytes):
+        return readable(text)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text")
+    return ESCAPED.sub("\ufffd", readable(text))
+
+
 def whole(path: Path) -> Iterator[str]:
+    """A .txt file as one document."""
     yield path.read_text(encoding="utf-8")
+
+
+def cut_text(path: Path) -> Iterator[bytes]:
+    """The documents of a .txt file, read in blocks: between <|endoftext|> where it has that, else a cut at a blank line
+    every 2,000 bytes or more (at a line's end, or a space, where the next 64 KiB have no blank line)."""
+    mark = b"<|endoftext|>"
+    marked = holds(path, mark)
+    rest = b""
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            data = rest + block
+            *texts, rest = data.split(mark) if marked else cut_running(data, MOST)
+            for text in texts:
+                yield text.strip(b"\r\n")
+    texts = [rest] if marked else cut_running(rest, LEAST)
+    for text in texts:
+        yield text.strip(b"\r\n")
+
+
+def holds(path: Path, mark: bytes) -> bool:
+    """Whether the mark is anywhere in the file, also across the blocks in which it is read."""
+    tail = b""
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            if mark in tail + block:
+                return True
+            tail = block[-len(mark) :]
+    return False
+
+
+def cut_running(data: bytes, left: int) -> list[bytes]:
+    """Pieces of a text without marks, until fewer than `left` bytes are left, which come last."""
+    pieces, begin = [], 0
+    while len(data) - begin >= left:
+        end, after = next_cut(data, begin)
+        pieces.append(data[begin:end])
+        begin = after
+    pieces.append(data[begin:])
+    return pieces
+
+
+def next_cut(data: bytes, begin: int) -> tuple[int, int]:
+    """(where a piece that begins there ends, where the next begins): at a blank line, a line's end, a space, or never.
+    """
+    for pattern in (rb"\n\s*\n", rb"\n", rb"\s"):
+        match = re.compile(pattern).search(data, begin + LEAST, begin + MOST)
+        if match:
+            return match.span()
+    end = min(begin + MOST, len(data))
+    return end, end
+
+
+# ------------------------------------------------------------------------------------------ the hub, and Python itself
 
 
 @contextlib.contextmanager
@@ -103,107 +219,14 @@ def open_hub(name: str, config: str) -> dict:
         return datasets.load_dataset(name, config or None, streaming=True)
 
 
-def column_of(where: str, record: dict, column: str, setting: str):
-    if record.get(column) is None:
-        raise DataError(f"{where}: no column {column!r}; there are {', '.join(map(str, record))}. Name it with "
-                        f"{setting}=NAME")
-    return record[column]
-
-
-def text_of(where: str, record: dict, column: str) -> str:
-    text = column_of(where, record, column, "text_column")
-    if not isinstance(text, str | bytes):
-        raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text")
-    return readable(text) if isinstance(text, bytes) else ESCAPED.sub("\ufffd", readable(text))
-
-
-def dealt(text: str, seed: int) -> float:
-    """A number between 0 and 1 that only the text and the seed decide."""
-    data = f"{seed} {text}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) / 2**64
-
-
-class Spool:
-    """Documents on disk by (split, category), so that none of it need fit in memory."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.counts, self.chars, self.files = folder, Counter(), Counter(), {}
-
-    def add(self, split: str, category: str, text: str) -> None:
-        key = split, category
-        if key not in self.files:
-            self.files[key] = open(self.path(*key), "w", encoding="utf-8", errors="surrogatepass")
-        self.files[key].write(json.dumps(text) + "\n")
-        self.counts[key] += 1
-        self.chars[key] += len(text)
-
-    def path(self, split: str, category: str) -> Path:
-        return self.folder / f"{split}-{base64.urlsafe_b64encode(category.encode()).decode()}.jsonl"
-
-    def texts(self, split: str, category: str) -> Iterator[str]:
-        if (split, category) in self.files:
-            self.files[split, category].flush()
-            with open(self.path(split, category), encoding="utf-8") as file:
-                yield from map(json.loads, file)
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-
-
-HUB = {"tinystories": ("roneneldan/TinyStories", "", True), "c4_en": ("allenai/c4", "en", True),
-       "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", True),
-       "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1", True),
-       "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", False),
-       "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", False),
-       "wiki40b_en": ("google/wiki40b", "en", True), "cc_news": ("vblagoje/cc_news", "", False)}
-TEXT_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
-LEAST, MOST, BLOCK = 2_000, 1 << 16, 1 << 20  # bytes of a document cut from a running text; read at once
-
-
-def documentation() -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of the topics of Python's help and of the standard library's longer docstrings."""
-    topics = optional("pydoc_data.topics", "pydoc_data, which a full Python has").topics
-    yield from ((f"topic {name}", topics[name]) for name in sorted(topics))
-    root = Path(sysconfig.get_paths()["stdlib"])
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(root.rglob("*.py")):
-        place = path.relative_to(root)
-        if any(part.startswith(("test", "site-packages", "dist-packages")) for part in place.parts):
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                nodes = ast.walk(ast.parse(path.read_bytes()))
-        except (SyntaxError, ValueError, OSError):
-            continue
-        yield from ((str(place), found) for node in nodes if isinstance(node, kinds)
-                    and len(found := ast.get_docstring(node) or "") >= 200)
-
-
-def cut_text(path: Path) -> Iterator[bytes]:
-    """The documents of a .txt file, read in blocks: between <|endoftext|> where it has that, else a cut at a blank line
-    every 2,000 bytes or more (at a line's end, or a space, where the next 64 KiB have no blank line)."""
-    mark, marked, rest = b"<|endoftext|>", False, b""
-    with open(path, "rb") as file:
-        while not marked and (block := file.read(BLOCK)):
-            marked, rest = mark in rest + block, block[-len(mark) :]
-        file.seek(0)
-        rest = b""
-        while block := file.read(BLOCK):
-            *texts, rest = (rest + block).split(mark) if marked else cut_running(rest + block, MOST)
-            yield from (text.strip(b"\r\n") for text in texts)
-    yield from (text.strip(b"\r\n") for text in ([rest] if marked else cut_running(rest, LEAST)))
-
-
-def cut_running(data: bytes, left: int) -> list[bytes]:
-    """Pieces of a text without marks, until fewer than `left` bytes are left, which come last."""
-    pieces, begin = [], 0
-    while len(data) - begin >= left:
-        places = (re.compile(p).search(data, begin + LEAST, begin + MOST) for p in (rb"\n\s*\n", rb"\n", rb"\s"))
-        end, after = next((found.span() for found in places if found), [min(begin + MOST, len(data))] * 2)
-        pieces.append(data[begin:end])
-        begin = after
-    return [*pieces, data[begin:]]
+def hub_records(source: str, column: str, split: str) -> Iterator[tuple[str, dict]]:
+    name, config, has_validation = HUB[source]
+    with hub_errors(name):
+        rows = open_hub(name, config)[split if has_validation else "train"]
+        if source.startswith("wikitext"):
+            rows = articles(rows, column)
+        for number, record in enumerate(rows):
+            yield f"{name}, {split}, document {number}", record
 
 
 def articles(rows: Iterable[dict], column: str) -> Iterator[dict]:
@@ -218,46 +241,88 @@ def articles(rows: Iterable[dict], column: str) -> Iterator[dict]:
     yield {column: "".join(lines)}
 
 
-def source_records(source: str, cfg, split: str) -> Iterator[tuple[str, dict]]:
+def documentation() -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of the topics of Python's help and of the standard library's longer docstrings."""
+    topics = optional("pydoc_data.topics", "pydoc_data, which a full Python has").topics
+    for name in sorted(topics):
+        yield f"topic {name}", topics[name]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if any(part.startswith(("test", "site-packages", "dist-packages")) for part in place.parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue  # templates, which are no Python yet
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and len(text) >= 200:
+                yield str(place), text
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+
+class Reading(NamedTuple):
+    """What is read of a source."""
+
+    text_column: str
+    max_bytes: int | None  # of text, UTF-8
+    max_documents: int | None
+    val_fraction: float  # of documents; of the limits for validation text of its own
+
+
+def source_records(source: str, column: str, split: str) -> Iterator[tuple[str, dict]]:
     """(where it stands, record) of every document of one source."""
     path = Path(source)
     if not source:
-        yield from ((where, {cfg.text_column: text}) for where, text in documentation())
+        for where, text in documentation():
+            yield where, {column: text}
     elif source in HUB:
-        name, config, has_validation = HUB[source]
-        with hub_errors(name):
-            rows = open_hub(name, config)[split if has_validation else "train"]
-            joined = articles(rows, cfg.text_column) if source.startswith("wikitext") else rows
-            yield from ((f"{name}, {split}, document {number}", record) for number, record in enumerate(joined))
-    elif not path.exists():
-        near = difflib.get_close_matches(source, HUB, n=1)
-        raise DataError(f"{source}: no such file or folder" + (f", did you mean {near[0]!r}?" if near else ".")
-                        + f" Names of the hub: {', '.join(HUB)}")
+        yield from hub_records(source, column, split)
+    elif path.exists():
+        for file in text_files(path):
+            yield from read_file(file, column, cut_text)
     else:
-        files = [path]
-        if path.is_dir():  # a hidden folder in it may be this preparation's own
-            files = [p for p in sorted(path.rglob("*.*")) if p.suffix in TEXT_FILES
-                     and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        if not files:
-            raise DataError(f"{path} holds no {', '.join(TEXT_FILES)} files")
-        for file in files:
-            yield from read_file(file, cfg.text_column, cut_text)
+        near = closest(source, HUB) or "."
+        raise DataError(f"{source}: no such file or folder{near} Names of the hub: {', '.join(HUB)}")
 
 
-def documents_of(source: str, cfg, split: str) -> Iterator[str]:
+def text_files(path: Path) -> list[Path]:
+    """A file, or those of a folder; a hidden folder in it may be this preparation's own."""
+    if not path.is_dir():
+        return [path]
+    files = []
+    for file in sorted(path.rglob("*.*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.suffix in TEXT_FILES and not hidden:
+            files.append(file)
+    if not files:
+        raise DataError(f"{path} holds no {', '.join(TEXT_FILES)} files")
+    return files
+
+
+def documents_of(source: str, split: str, reading: Reading) -> Iterator[str]:
     """The documents that are not empty, until a limit is reached; a limit for validation is val_fraction of it."""
-    share = cfg.val_fraction if split == "validation" else 1
-    bytes_left = share * (cfg.max_bytes or (1e9 if source in HUB else math.inf))
-    documents_left = share * (cfg.max_documents or math.inf)
-    with contextlib.closing(source_records(source, cfg, split)) as records:
+    column = reading.text_column
+    bytes_left = reading.max_bytes or (HUB_BYTES if source in HUB else math.inf)
+    documents_left = reading.max_documents or math.inf
+    if split == "validation":
+        bytes_left *= reading.val_fraction
+        documents_left *= reading.val_fraction
+    with contextlib.closing(source_records(source, column, split)) as records:
         for where, record in progress(records, f"{split} documents read", "doc"):
-            if cfg.text_column in record and record[cfg.text_column] is None:
+            if column in record and record[column] is None:
                 continue
-            text = text_of(where, record, cfg.text_column)
+            text = text_of(where, record, column)
             if not text.strip():
                 continue
             yield text
-            bytes_left, documents_left = bytes_left - size_of(text), documents_left - 1
+            bytes_left -= size_of(text)
+            documents_left -= 1
             if bytes_left <= 0 or documents_left <= 0:
                 return
 
@@ -267,30 +332,79 @@ def size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def gather_text(cfg, spool: Spool) -> None:
+def place_of(text: str, seed: int) -> float:
+    """A number between 0 and 1 that only the text and the seed decide: which split a document is of."""
+    data = f"{seed} {text}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) / 2**64
+
+
+class Spool:
+    """Documents on disk by (split, category), so that none of it need fit in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.counts = Counter()  # documents of a (split, category)
+        self.chars = Counter()
+        self.files = {}
+
+    def add(self, split: str, category: str, text: str) -> None:
+        key = split, category
+        if key not in self.files:
+            self.files[key] = open(self.path(*key), "w", encoding="utf-8", errors="surrogatepass")
+        self.files[key].write(json.dumps(text) + "\n")
+        self.counts[key] += 1
+        self.chars[key] += len(text)
+
+    def path(self, split: str, category: str) -> Path:
+        return self.folder / f"{split}-{base64.urlsafe_b64encode(category.encode()).decode()}.jsonl"
+
+    def texts(self, split: str, category: str) -> Iterator[str]:
+        if (split, category) not in self.files:
+            return
+        self.files[split, category].flush()
+        with open(self.path(split, category), encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool: Spool) -> None:
     """Sort all documents into the spool; those that repeat, in whatever case, are all of one split."""
-    own, held, both = cfg.val_input or (HUB.get(cfg.input, ("", "", False))[2] and cfg.input), set(), 0
-    for text in documents_of(own, cfg, "validation") if own else ():
-        held.add(dealt(text.strip().casefold(), cfg.seed))
-        spool.add("val", "", text)
-    for text in documents_of(cfg.input, cfg, "train"):
-        place = dealt(text.strip().casefold(), cfg.seed)
-        both += place in held
-        if place not in held:
-            spool.add("train" if own or place >= cfg.val_fraction else "val", "", text)
-    source, counts = cfg.input or "Python's help", {split: spool.counts[split, ""] for split in ("train", "val")}
-    if not counts["train"]:
-        raise DataError(f"{source} leaves no training document: use more text, or a smaller val_fraction")
-    if not counts["val"]:
-        raise DataError(f"{own or source} leaves no validation document: use more text, raise val_fraction, or name a "
-                        "val_input")
-    print(f"documents: {counts['train']:,} for training, {counts['val']:,} for validation"
-          + f"; left out {both:,} of training that are in validation too" * bool(both))
+    if not val_source and source in HUB and HUB[source].has_validation:
+        val_source = source
+    held, left_out = set(), 0  # places of the documents of val_source; training documents that are among them
+    if val_source:
+        for text in documents_of(val_source, "validation", reading):
+            held.add(place_of(text.strip().casefold(), seed))
+            spool.add("val", "", text)
+    for text in documents_of(source, "train", reading):
+        place = place_of(text.strip().casefold(), seed)
+        if place in held:
+            left_out += 1
+        elif val_source or place >= reading.val_fraction:
+            spool.add("train", "", text)
+        else:
+            spool.add("val", "", text)
+    name, train, val = source or "Python's help", spool.counts["train", ""], spool.counts["val", ""]
+    if not train:
+        raise DataError(f"{name} leaves no training document: use more text, or a smaller val_fraction")
+    if not val:
+        raise DataError(f"{val_source or name} leaves no validation document: use more text, raise val_fraction, or "
+                        "name a val_input")
+    note = f"; left out {left_out:,} of training that are in validation too" if left_out else ""
+    print(f"documents: {train:,} for training, {val:,} for validation{note}")
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
 
 
 def sampled(spool: Spool, most: int) -> Iterator[str]:
     """Training texts from all over the corpus, at most `most` characters, without bytes that are no UTF-8."""
-    stride, left = -(-spool.chars["train", ""] // most), most
+    stride = math.ceil(spool.chars["train", ""] / most)
+    left = most
     with contextlib.closing(spool.texts("train", "")) as texts:
         for text in islice(texts, 0, None, stride):
             yield text[:left].encode("utf-8", "ignore").decode()
@@ -299,13 +413,34 @@ def sampled(spool: Spool, most: int) -> Iterator[str]:
                 break
 
 
-def batches(texts: Iterable[str], most: int = 1 << 22) -> Iterator[list[str]]:
+def text_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None, min_frequency: int, lowercase: bool
+                   ) -> Tokenizer:
+    """Train the tokenizer that the settings ask for."""
+    spec = {}
+    if lowercase:
+        spec["lowercase"] = True
+        texts = (text.lower() for text in texts)
+    if kind == "char":
+        return train_char(texts, vocab_size, min_frequency, **spec)
+    return train_bpe(texts, vocab_size or 4_096, special=list(SPECIAL), **spec)
+
+
+def load_text_tokenizer(source: str, lowercase: bool) -> Tokenizer:
+    tokenizer = load_tokenizer(source)
+    if lowercase:
+        tokenizer.spec["lowercase"] = True
+    if "eos" not in tokenizer.special:
+        raise DataError(f"{source} has no eos, which ends every document: use one of this job, or gpt2")
+    return tokenizer
+
+
+def batches(texts: Iterable[str], most: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
     """512 texts at a time, fewer if they are long."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if len(batch) == 512 or size >= most:
+        if len(batch) == BATCH_DOCUMENTS or size >= most:
             yield batch
             batch, size = [], 0
     if batch:
@@ -314,69 +449,95 @@ def batches(texts: Iterable[str], most: int = 1 << 22) -> Iterator[list[str]]:
 
 def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int) -> dict:
     """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes}."""
-    done, dtype = {"tokens": 0, "documents": 0, "bytes": 0}, stream_dtype(tokenizer.vocab_size)
-    with open(path, "wb") as file, contextlib.closing(spool.texts(split, "")) as texts, \
-            progress(None, f"{split} tokens", "doc", spool.counts[split, ""]) as bar:
+    sizes = {"tokens": 0, "documents": 0, "bytes": 0}
+    eos, dtype = tokenizer.special["eos"], stream_dtype(tokenizer.vocab_size)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "wb"))
+        texts = stack.enter_context(contextlib.closing(spool.texts(split, "")))
+        bar = stack.enter_context(progress(None, f"{split} tokens", "doc", spool.counts[split, ""]))
         for batch in batches(texts):
-            rows = tokenizer.encode_batch(batch, threads)
-            ids = np.fromiter(chain.from_iterable((*row, tokenizer.special["eos"]) for row in rows), np.int64)
+            flat = []
+            for row in tokenizer.encode_batch(batch, threads):
+                flat += row
+                flat.append(eos)
+            ids = np.array(flat, np.int64)
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
             ids.astype(dtype).tofile(file)
-            done["tokens"] += len(ids)
-            done["documents"] += len(batch)
-            done["bytes"] += sum(map(size_of, batch))
+            sizes["tokens"] += len(ids)
+            sizes["documents"] += len(batch)
+            sizes["bytes"] += sum(map(size_of, batch))
             bar.update(len(batch))
-    return done
+    return sizes
 
 
 def stream_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def text_tokenizer(cfg, spool: Spool) -> Tokenizer:
-    """Train the tokenizer that the settings ask for."""
-    more = {"lowercase": True} if cfg.lowercase else {}
-    texts = progress(sampled(spool, cfg.tokenizer_chars), "training the tokenizer", "doc")
-    texts = (text.lower() if cfg.lowercase else text for text in texts)
-    if cfg.tokenizer == "char":
-        return train_char(texts, cfg.vocab_size, cfg.min_frequency, **more)
-    return train_bpe(texts, cfg.vocab_size or 4_096, special=list(SPECIAL), **more)
-
-
-def prepare_text(*, input: str = "", text_column: str = "text", max_bytes: int | None = None, max_documents: int |
-                 None = None, val_fraction: float = 0.05, val_input: str = "", tokenizer: str = "bpe", vocab_size: int
-                 | None = None, min_frequency: int = 1, lowercase: bool = False, tokenizer_chars: int = 20_000_000,
-                 out_dir: str = "data/text", seed: int = 1337, threads: int = 0) -> dict:
+def prepare_text(
+    *,
+    input: str = "",
+    text_column: str = "text",
+    max_bytes: int | None = None,
+    max_documents: int | None = None,
+    val_fraction: float = 0.05,
+    val_input: str = "",
+    tokenizer: str = "bpe",
+    vocab_size: int | None = None,
+    min_frequency: int = 1,
+    lowercase: bool = False,
+    tokenizer_chars: int = 20_000_000,
+    out_dir: str = "data/text",
+    seed: int = 1337,
+    threads: int = 0,
+) -> dict:
     """Documents -> train.bin, val.bin, tokenizer.json, meta.json. Returns what meta.json says."""
-    cfg = SimpleNamespace(**locals())
-    tokenizer, threads = None, cfg.threads or os.cpu_count() or 1
-    if cfg.tokenizer not in ("char", "bpe"):
-        tokenizer = load_tokenizer(cfg.tokenizer)
-        tokenizer.spec |= {"lowercase": True} if cfg.lowercase else {}
-        if "eos" not in tokenizer.special:
-            raise DataError(f"{cfg.tokenizer} has no eos, which ends every document: use one of this job, or gpt2")
-    with Workshop(cfg.out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
-        gather_text(cfg, spool)
-        tokenizer = tokenizer or text_tokenizer(cfg, spool)
-        tokenizer.save(shop.folder / "tokenizer.json")
-        made = {s: write_tokens(shop.folder / f"{s}.bin", spool, s, tokenizer, threads) for s in ("train", "val")}
-        meta = write_meta(shop.folder, "text", tokenizer.vocab_size, tokenizer.special, made,
-                          tokenizer="tokenizer.json", tokenizer_hash=tokenizer.hash(),
-                          source=cfg.input or f"documentation of Python {platform.python_version()}", seed=cfg.seed)
+    threads = threads or os.cpu_count() or 1
+    trains = tokenizer in ("char", "bpe")
+    # A tokenizer that cannot be read is found before all documents are.
+    encoder = None if trains else load_text_tokenizer(tokenizer, lowercase)
+    with Workshop(out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
+        reading = Reading(text_column, max_bytes, max_documents, val_fraction)
+        gather_text(input, val_input, reading, seed, spool)
+        if trains:
+            texts = progress(sampled(spool, tokenizer_chars), "training the tokenizer", "doc")
+            encoder = text_tokenizer(tokenizer, texts, vocab_size, min_frequency, lowercase)
+        encoder.save(shop.folder / "tokenizer.json")
+        sizes = {}
+        for split in ("train", "val"):
+            sizes[split] = write_tokens(shop.folder / f"{split}.bin", spool, split, encoder, threads)
+        meta = write_meta(
+            shop.folder,
+            "text",
+            encoder.vocab_size,
+            encoder.special,
+            sizes,
+            tokenizer="tokenizer.json",
+            tokenizer_hash=encoder.hash(),
+            source=input or f"documentation of Python {platform.python_version()}",
+            seed=seed,
+        )
         shop.finish("tokenizer.json", "train.bin", "val.bin", "meta.json")
     print(f"tokens: {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation, of "
-          f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}"
-          f"); written to {cfg.out_dir}")
+          f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes; vocabulary {encoder.vocab_size:,} ({encoder.kind}"
+          f"); written to {out_dir}")
     return meta
 
 
-def write_meta(folder: Path, kind: str, vocab_size: int, special: dict, made: dict, **more) -> dict:
+# ------------------------------------------------------------------------------------------------ a folder of a stream
+
+
+def write_meta(folder: Path, kind: str, vocab_size: int, special: dict, sizes: dict, **more) -> dict:
     """meta.json, from {split: {tokens, documents, bytes}}; ids of special tokens that there are not are null."""
-    meta = {"kind": kind, "vocab_size": vocab_size, "dtype": stream_dtype(vocab_size).name,
-            **{f"{name}_id": special.get(name) for name in ("eos", "bos", "pad", "unk")},
-            **{f"{split}_{what}": made[split][what] for what in ("tokens", "documents") for split in made},
-            "val_bytes": made["val"].get("bytes"), **more}
+    meta = {"kind": kind, "vocab_size": vocab_size, "dtype": stream_dtype(vocab_size).name}
+    for name in ("eos", "bos", "pad", "unk"):
+        meta[f"{name}_id"] = special.get(name)
+    for what in ("tokens", "documents"):
+        for split, counts in sizes.items():
+            meta[f"{split}_{what}"] = counts[what]
+    meta["val_bytes"] = sizes["val"].get("bytes")
+    meta |= more
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return meta
 
@@ -389,12 +550,14 @@ def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     folder, maker = Path(folder), "make it with python prepare_data.py text or planted"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype, streams = np.dtype(meta["dtype"]).newbyteorder("<"), {}
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        streams = {}
         for split in ("train", "val"):
             path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
-            if path.stat().st_size != count * dtype.itemsize:
-                raise DataError(f"{path} has {path.stat().st_size:,} bytes, but meta.json says {count:,} tokens of "
-                                f"{dtype.name}: prepare the folder again")
+            size = path.stat().st_size
+            if size != count * dtype.itemsize:
+                raise DataError(f"{path} has {size:,} bytes, but meta.json says {count:,} tokens of {dtype.name}: "
+                                "prepare the folder again")
             streams[split] = np.memmap(path, dtype, "r")
     except DataError:
         raise
@@ -405,31 +568,50 @@ def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     return meta, streams
 
 
-def inspect_stream(folder: Path, cfg) -> dict:
-    """Print what train.bin and val.bin of a folder hold; returns it with the list of problems found."""
+def inspect_stream(folder: Path, tokens: int = 20) -> dict:
+    """Print what train.bin and val.bin of a folder hold, the most frequent tokens too; returns it with the problems."""
     meta, streams = read_stream(folder)
     vocab_size, problems, documents = meta["vocab_size"], [], {}
     print(f"{folder}: {meta['kind']} from {meta['source']}, vocabulary {vocab_size:,}, {meta['dtype']}")
-    spelled = load_tokenizer(folder / meta["tokenizer"]) if meta["tokenizer"] else None
-    if spelled and spelled.hash() != meta["tokenizer_hash"]:
+    tokenizer = load_tokenizer(folder / meta["tokenizer"]) if meta["tokenizer"] else None
+    if tokenizer and tokenizer.hash() != meta["tokenizer_hash"]:
         problems.append(f"{meta['tokenizer']} is not the tokenizer that made these tokens")
-    names = {i: f"<{name}>" for name, i in spelled.special.items()} if spelled else {meta["bos_id"]: "<bos>"}
-    for split, tokens in streams.items():
-        counts = np.zeros(vocab_size, np.int64)
-        for begin in range(0, len(tokens), 1 << 22):
-            block = tokens[begin : begin + (1 << 22)]
-            counts += np.bincount(block[block < vocab_size], minlength=vocab_size)
-        if beyond := len(tokens) - counts.sum():
+    for split, stream in streams.items():
+        counts = count_stream(stream, vocab_size)
+        beyond = len(stream) - counts.sum()
+        if beyond:
             problems.append(f"{split}.bin: {beyond:,} tokens are beyond vocab_size = {vocab_size}")
-        mark, edge = (meta["bos_id"], tokens[0]) if meta["kind"] == "planted" else (meta["eos_id"], tokens[-1])
+        # A document of text ends with eos, a planted one begins with bos.
+        planted = meta["kind"] == "planted"
+        mark = meta["bos_id"] if planted else meta["eos_id"]
+        edge = stream[0] if planted else stream[-1]
         documents[split] = int(counts[mark])
         if edge != mark or documents[split] != meta[f"{split}_documents"]:
             problems.append(f"{split}.bin: {documents[split]:,} documents have the token {mark} where they should, not "
                             f"the {meta[f'{split}_documents']:,} of meta.json")
-        top = counts.argsort(kind="stable")[::-1][: cfg.tokens].tolist()
-        words = [names.get(t) or (repr(spelled.decode([t])) if spelled else str(t)) for t in top if counts[t]]
-        print(f"  {split:<5} {len(tokens):>13,} tokens {documents[split]:>9,} documents; {np.count_nonzero(counts):,} "
+        top = counts.argsort(kind="stable")[::-1][:tokens].tolist()
+        words = [spelled(t, tokenizer, meta["bos_id"]) for t in top if counts[t]]
+        print(f"  {split:<5} {len(stream):>13,} tokens {documents[split]:>9,} documents; {np.count_nonzero(counts):,} "
               f"tokens occur; most frequent: {', '.join(words)}")
     report(problems)
-    return {"tokens": {split: len(tokens) for split, tokens in streams.items()}, "documents": documents,
-            "problems": problems}
+    sizes = {split: len(stream) for split, stream in streams.items()}
+    return {"tokens": sizes, "documents": documents, "problems": problems}
+
+
+def count_stream(stream: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each token of the vocabulary occurs [V]."""
+    counts = np.zeros(vocab_size, np.int64)
+    for begin in range(0, len(stream), 1 << 22):
+        block = stream[begin : begin + (1 << 22)]
+        counts += np.bincount(block[block < vocab_size], minlength=vocab_size)
+    return counts
+
+
+def spelled(token: int, tokenizer: Tokenizer | None, bos: int) -> str:
+    """A token as a reader wants to see it."""
+    if tokenizer is None:
+        return "<bos>" if token == bos else str(token)
+    for name in ("eos", "bos", "unk", "pad"):  # one token may be several of them
+        if tokenizer.special.get(name) == token:
+            return f"<{name}>"
+    return repr(tokenizer.decode([token]))

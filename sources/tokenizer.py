@@ -15,10 +15,19 @@ from common.errors import DataError
 from sources.shared import optional
 
 PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"""
-           r"""\s+(?!\S)|\s+""")
+           r"""\s+(?!\S)|\s+""")  # how text is split before BPE: GPT-4's
 SPECIAL = ("bos", "eos", "unk", "pad")
+OURS = ("char", "bpe", "gpt2")  # kinds that a tokenizer.json of this repository may be of
+HALF_BYTES = 16  # tokens that spell what has none of its own, two a byte
+FIRST_HALF = 0xD800  # they are decoded to surrogates from here on, which no text holds
 ESCAPED = re.compile("([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's surrogateescape writes it
 HALVES = re.compile("([\ud800-\ud80f])([\ud800-\ud80f])?")  # half bytes, while Characters decodes
+FOREIGN = {  # special tokens in Hugging Face's files, the first of them that there is
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
+    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
+    "unk": ("<unk>", "[UNK]"),
+    "pad": ("<pad>", "[PAD]"),
+}
 
 
 class Characters:
@@ -29,13 +38,19 @@ class Characters:
     """
 
     class Spelling(dict):
+        """{character: its ids}; a character that is asked for and not there is spelled, once."""
+
         def __missing__(self, character: str) -> list[int]:
             halves = character.encode("utf-8", "surrogateescape").hex()
-            return self.setdefault(character, [len(SPECIAL) + int(half, 16) for half in halves])
+            self[character] = [len(SPECIAL) + int(half, 16) for half in halves]
+            return self[character]
 
     def __init__(self, characters: str):
-        self.texts = ["", "", "\ufffd", "", *map(chr, range(0xD800, 0xD810)), *characters]
-        self.n_vocab, first = len(self.texts), len(self.texts) - len(characters)
+        special = ["", "", "\ufffd", ""]  # of SPECIAL only unk is seen
+        halves = [chr(FIRST_HALF + half) for half in range(HALF_BYTES)]
+        self.texts = [*special, *halves, *characters]
+        self.n_vocab = len(self.texts)
+        first = len(special) + len(halves)
         self.spelling = self.Spelling({c: [i] for i, c in enumerate(characters, first)})
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -43,11 +58,17 @@ class Characters:
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The text of ids; for unk, and for a half byte without the other half, U+FFFD."""
-        def byte(found: re.Match) -> str:
-            value = 16 * (ord(found[1]) & 15) + (ord(found[2] or found[1]) & 15)
-            return "\ufffd" if not found[2] else chr(value if value < 0x80 else 0xDC00 + value)
+        text = HALVES.sub(joined_halves, "".join([self.texts[i] for i in ids]))
+        return text.encode("utf-8", "surrogateescape")
 
-        return HALVES.sub(byte, "".join([self.texts[i] for i in ids])).encode("utf-8", "surrogateescape")
+
+def joined_halves(match: re.Match) -> str:
+    """The byte of two half bytes, escaped where it is no ASCII."""
+    high, low = match.groups()
+    if not low:
+        return "\ufffd"
+    value = 16 * (ord(high) - FIRST_HALF) + ord(low) - FIRST_HALF
+    return chr(value) if value < 0x80 else chr(0xDC00 + value)
 
 
 class Tokenizer:
@@ -58,7 +79,10 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, engine, spec: dict, special: dict[str, int] | None = None):
-        self.kind, self.engine, self.spec, self.special = kind, engine, spec, special or {}
+        self.kind = kind
+        self.engine = engine  # what encodes: tiktoken's, Characters, or that of Hugging Face
+        self.spec = spec  # what the file says
+        self.special = special or {}
 
     @property
     def vocab_size(self) -> int:
@@ -78,7 +102,7 @@ class Tokenizer:
             texts = [text.lower() for text in texts]
         if self.kind == "huggingface":
             texts = [ESCAPED.sub("\ufffd", text) for text in texts]
-            return [found.ids for found in self.engine.encode_batch(texts, add_special_tokens=False)]
+            return [row.ids for row in self.engine.encode_batch(texts, add_special_tokens=False)]
         if self.kind == "char":
             return [self.engine.encode_ordinary(text) for text in texts]
         if threads == 1 or not all(map(is_unicode, texts)):  # a pool of one thread costs a third of the speed
@@ -86,17 +110,22 @@ class Tokenizer:
         return self.engine.encode_ordinary_batch(texts, num_threads=threads)
 
     def _encode(self, text: str) -> list[int]:
+        """By tiktoken, which takes no escaped bytes: each of those is a token."""
         if is_unicode(text):
             return self.engine.encode_ordinary(text)
-        return [i for part in ESCAPED.split(text) for i in (
-            [self.engine.encode_single_token(part.encode("utf-8", "surrogateescape"))] if ESCAPED.match(part)
-            else self.engine.encode_ordinary(part))]
+        ids = []
+        for part in ESCAPED.split(text):
+            if ESCAPED.match(part):
+                ids.append(self.engine.encode_single_token(part.encode("utf-8", "surrogateescape")))
+            else:
+                ids += self.engine.encode_ordinary(part)
+        return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids; bos, eos and pad are none."""
-        silent = {self.special[name] for name in ("bos", "eos", "pad") if name in self.special}
-        ids = [int(i) for i in ids if int(i) not in silent]
-        return self.engine.decode(ids).encode() if self.kind == "huggingface" else self.engine.decode_bytes(ids)
+        silent = {self.special.get(name) for name in ("bos", "eos", "pad")}
+        heard = [int(i) for i in ids if int(i) not in silent]
+        return self.engine.decode(heard).encode() if self.kind == "huggingface" else self.engine.decode_bytes(heard)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
@@ -120,24 +149,28 @@ def readable(text: str | bytes) -> str:
     return text if is_unicode(text) else re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
 
 
+# ------------------------------------------------------------------------------------------------------------ training
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, **more) -> Tokenizer:
     """Byte-pair encoding of vocab_size tokens, the 256 bytes among them (Sennrich et al. 2016), trained by rustbpe.
 
     more: special=[NAME, ...], which are the last of the vocab_size tokens, and lowercase=True.
     Raises DataError if vocab_size is below 256 and the special tokens, or more than the texts support.
     """
-    merged = vocab_size - len(more.get("special", ()))
+    special = len(more.get("special", ()))
+    merged = vocab_size - special
     if merged < 256:
-        raise DataError(f"vocab_size = {vocab_size}: a byte-level vocabulary has at least 256 tokens"
-                        + f" and {vocab_size - merged} special ones" * (merged < vocab_size))
+        least = f"256 tokens and {special} special ones" if special else "256 tokens"
+        raise DataError(f"vocab_size = {vocab_size}: a byte-level vocabulary has at least {least}")
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), merged, pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     if len(ranks) < merged:
-        raise DataError(f"vocab_size = {vocab_size}, but the training text supports only "
-                        f"{len(ranks) + vocab_size - merged} tokens: use fewer, or more text")
+        raise DataError(f"vocab_size = {vocab_size}, but the training text supports only {len(ranks) + special} "
+                        "tokens: use fewer, or more text")
     listed = [base64.b64encode(bytes(token)).decode() for token, _ in ranks]
     return make_tokenizer({"kind": "bpe", "pattern": PATTERN, "tokens": listed, **more})
 
@@ -147,55 +180,78 @@ def train_char(texts: Iterable[str], vocab_size: int | None, min_frequency: int,
     counts = Counter()
     for text in texts:
         counts.update(text)
-    most = None if vocab_size is None else vocab_size - len(SPECIAL) - 16
-    kept = sorted((c for c in counts if counts[c] >= min_frequency), key=lambda c: (-counts[c], c))[:most]
-    return make_tokenizer({"kind": "char", "characters": "".join(kept), **more})
+    frequent = [c for c in counts if counts[c] >= min_frequency]
+    frequent.sort(key=lambda c: (-counts[c], c))  # a tie is the alphabet's
+    if vocab_size is not None:
+        frequent = frequent[: vocab_size - len(SPECIAL) - HALF_BYTES]
+    return make_tokenizer({"kind": "char", "characters": "".join(frequent), **more})
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json (ours, or a Hugging Face one: pip install tokenizers), or gpt2."""
+    if str(source) == "gpt2":
+        return gpt2_tokenizer({"kind": "gpt2"})
+    try:
+        spec = json.loads(Path(source).read_text(encoding="utf-8"))
+        if spec.get("kind") in OURS:
+            return make_tokenizer(spec)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise DataError(f"cannot read the tokenizer {source}: {e}") from e
+    if "model" not in spec:
+        raise DataError(f"{source} is no tokenizer.json of this repository or of Hugging Face tokenizers")
+    return foreign_tokenizer(spec, source)
 
 
 def make_tokenizer(spec: dict) -> Tokenizer:
     """A tokenizer of ours from what its file says; raises ValueError, KeyError or TypeError for a damaged spec."""
     if spec["kind"] == "gpt2":
-        engine = tiktoken.get_encoding("gpt2")
-        return Tokenizer("gpt2", engine, spec, dict.fromkeys(("bos", "eos", "pad"), engine.eot_token))
+        return gpt2_tokenizer(spec)
     if spec["kind"] == "char":
-        if len(set(spec["characters"])) < len(spec["characters"]) or not is_unicode(spec["characters"]):
+        characters = spec["characters"]
+        if len(set(characters)) < len(characters) or not is_unicode(characters):
             raise ValueError("its characters repeat, or are none")
-        return Tokenizer("char", Characters(spec["characters"]), spec, {name: i for i, name in enumerate(SPECIAL)})
+        return Tokenizer("char", Characters(characters), spec, {name: i for i, name in enumerate(SPECIAL)})
     tokens = [base64.b64decode(t, validate=True) for t in spec["tokens"]]
-    if len(set(tokens)) != len(tokens) or not {bytes([b]) for b in range(256)} <= set(tokens):
+    every_byte = {bytes([b]) for b in range(256)}
+    if len(set(tokens)) != len(tokens) or not every_byte <= set(tokens):
         raise ValueError("its tokens repeat, or do not hold all 256 bytes")
-    special = {name: i for i, name in enumerate(spec.get("special", ()), len(tokens))}
-    if len(special) < len(spec.get("special", ())) or not special.keys() <= set(SPECIAL):
+    names = spec.get("special", ())
+    special = {name: i for i, name in enumerate(names, len(tokens))}
+    if len(special) < len(names) or not special.keys() <= set(SPECIAL):
         raise ValueError(f"its special tokens are not of {', '.join(SPECIAL)}, each once")
     spelled = {"\ufffd" if name == "unk" else f"<{name}>": i for name, i in special.items()}
-    engine = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                               special_tokens=spelled)
+    ranks = {token: i for i, token in enumerate(tokens)}
+    engine = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spelled)
     return Tokenizer("bpe", engine, spec, special)
 
 
-FOREIGN = {"bos": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"), "unk": ("<unk>", "[UNK]"), "pad": ("<pad>", "[PAD]"),
-           "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")}  # names in Hugging Face's files
+def gpt2_tokenizer(spec: dict) -> Tokenizer:
+    """That of GPT-2, whose one special token is bos, eos and pad."""
+    try:
+        engine = tiktoken.get_encoding("gpt2")
+    except Exception as e:  # the library raises what its transport raises
+        raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(e).__name__}): go online once, or "
+                        "set TIKTOKEN_CACHE_DIR to a folder that has it") from e
+    return Tokenizer("gpt2", engine, spec, dict.fromkeys(("bos", "eos", "pad"), engine.eot_token))
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json (ours, or a Hugging Face one: pip install tokenizers), or gpt2."""
-    spec = {"kind": "gpt2"} if str(source) == "gpt2" else None
+def foreign_tokenizer(spec: dict, source: str | Path) -> Tokenizer:
+    """That of a tokenizer.json of Hugging Face."""
+    library = optional("tokenizers", "tokenizers")
     try:
-        spec = spec or json.loads(Path(source).read_text(encoding="utf-8"))
-        if spec.get("kind") in ("char", "bpe", "gpt2"):
-            return make_tokenizer(spec)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        if isinstance(spec, dict) and spec.get("kind") == "gpt2":
-            raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(e).__name__}): go online once, or "
-                            "set TIKTOKEN_CACHE_DIR to a folder that has it") from e
-        raise DataError(f"cannot read the tokenizer {source}: {e}") from e
-    if "model" not in spec:
-        raise DataError(f"{source} is no tokenizer.json of this repository or of Hugging Face tokenizers")
-    try:
-        engine = optional("tokenizers", "tokenizers").Tokenizer.from_str(json.dumps(spec))
+        engine = library.Tokenizer.from_str(json.dumps(spec))
         engine.encode_special_tokens = True  # those in a text are plain text
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
     except Exception as e:  # the library raises a bare Exception
-        raise e if isinstance(e, DataError) else DataError(f"cannot read the tokenizer {source}: {e}") from e
-    special = {name: added[s] for name, spelled in FOREIGN.items() for s in reversed(spelled) if s in added}
+        raise DataError(f"cannot read the tokenizer {source}: {e}") from e
+    special = {}
+    for name, spellings in FOREIGN.items():
+        ids = [added[spelling] for spelling in spellings if spelling in added]
+        if ids:
+            special[name] = ids[0]
     return Tokenizer("huggingface", engine, spec, special)

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +23,16 @@ from commands import refusal
 
 import prepare_data
 from common.errors import DataError
-from prepare_data import ArxivConfig
 from sources import chunks as chunks_source
-from sources.chunks import ChunkSpool, document
+from sources import ergodic as ergodic_source
+from sources.cells import open_cells
+from sources.chunks import ChunkSpool, Shares, Source, document, prepare_chunks
 from sources.ergodic import mixture_log_prob
+from sources.planted import planted
+from sources.populations import synthetic
+from sources.preprocess import preprocess
 from sources.processes import make_process
+from sources.text import prepare_text
 from sources.tokenizer import load_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,13 +307,15 @@ def test_given_splits_are_kept_by_any_of_their_names():
 
 
 def test_documents_without_a_split_are_dealt_by_their_text_and_the_seed_alone():
-    cfg, other = (ArxivConfig(validation_fraction=0.2, test_fraction=0.1, seed=seed) for seed in (1, 2))
-    dealt = [document("here", {"text": f"document {i}", "label": "a"}, cfg)[0] for i in range(3_000)]
-    again = [document("there", {"category": "b", "text": f"document {i}"}, cfg)[0] for i in range(3_000)]
+    source = Source("papers.jsonl", "", "text", "", "split")
+    one, other = (Shares(validation=0.2, test=0.1, seed=seed) for seed in (1, 2))
+    texts = [f"document {i}" for i in range(3_000)]
+    dealt = [document("here", {"text": text, "label": "a"}, source, one)[0] for text in texts]
+    again = [document("there", {"category": "b", "text": text}, source, one)[0] for text in texts]
     shares = Counter(dealt)
     assert dealt == again and shares["validation"] == pytest.approx(600, abs=80)  # 3.6 standard deviations
     assert shares["test"] == pytest.approx(300, abs=60)
-    assert dealt != [document("here", {"text": f"document {i}", "label": "a"}, other)[0] for i in range(3_000)]
+    assert dealt != [document("here", {"text": text, "label": "a"}, source, other)[0] for text in texts]
 
 
 def test_a_document_that_repeats_in_any_split_or_category_is_dropped(capsys):
@@ -318,7 +326,7 @@ def test_a_document_that_repeats_in_any_split_or_category_is_dropped(capsys):
     assert "dropped 5 empty or repeated, 1 of other categories" in capsys.readouterr().out
     prepare(write_jsonl(records), "--out_dir=other")
     assert same(contents("out"), contents("other"))
-    assert prepare_data.inspect("out/train.h5", prepare_data.InspectConfig())["problems"] == []
+    assert prepare_data.inspect("out/train.h5")["problems"] == []
 
 
 def test_half_an_emoji_in_a_document_is_no_reason_to_fail():
@@ -360,7 +368,8 @@ def broken(name: str) -> list[str]:
     ("text", "", "line 5: column 'text' holds int"), ("text_missing", "", "line 5: no column 'text'"),
     ("no_validation", "", "no validation documents"), ("category_without_validation", "", "no document of cs.IT"),
     ("folder", "", "holds no .jsonl"), ("no_such_folder", "", "no such file"), ("", "--chunk_size=5000", "chunk_size"),
-    ("", "--vocab_size=9000", "supports only"), ("", "--vocab_size=90", "at least 256"), ("", "--chunk_size=0", "= 0"),
+    ("", "--vocab_size=9000", "supports only"), ("", "--vocab_size=90", "at least 256"),
+    ("", "--chunk_size=0", "at least 2"),
     ("", "--categories=cs.DS,cs.DS", "each once"), ("", "--categoris=a", "did you mean categories"),
     ("", "--out_dir=papers.jsonl", "another folder"), ("", "--test_fraction=0.99", "test_fraction")])
 def test_bad_input_is_one_line_and_leaves_nothing(defect, more, words, capsys):
@@ -578,7 +587,7 @@ def test_a_damaged_or_foreign_data_file_is_one_clear_line(damage, words, capsys)
 
 @pytest.mark.parametrize("line, words", [
     ("arxv", "no job 'arxv', did you mean 'arxiv'?"), ("inspect", "inspect needs a file"), ("inspect x.h5", "no such"),
-    ("ergodic --chunk_size=0", "chunk_size = 0"), ("ergodic --components=[{\"process\":\"mes3\"}]", "'mess3'"),
+    ("ergodic --chunk_size=0", "chunk_size: expected"), ("ergodic --components=[{\"process\":\"mes3\"}]", "'mess3'"),
     ("ergodic --components=[3]", "components: expected list[dict]"), ("ergodic --sede=1", "did you mean seed"),
     ("ergodic --components=[{\"process\":\"sns\",\"name\":\"a\"},{\"process\":\"sns\",\"name\":\"a\"}]",
      "differently")])
@@ -594,3 +603,15 @@ def test_the_script_ends_with_code_2_and_one_line_and_helps_with_code_0(capsys):
         with pytest.raises(SystemExit) as exit_:
             prepare_data.main(argv)
         assert (exit_.value.code or 0) == code and "prepare_data.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job, function, left_out", [
+    ("text", prepare_text, ()), ("planted", planted, ()), ("arxiv", prepare_chunks, ()),
+    ("ergodic", ergodic_source.ergodic, ()), ("state", synthetic, ()), ("state", preprocess, ()),
+    ("cells", open_cells, ("zeroshot_controls", "val_fraction", "seed", "perturbation_features_file")),
+    ("inspect", prepare_data.inspect, ()), ("import", prepare_data.import_run, ())])
+def test_settings_of_a_job_have_the_defaults_of_the_function_that_does_it(job, function, left_out):
+    settings = vars(prepare_data.JOBS[job][0]())
+    defaults = {name: p.default for name, p in signature(function).parameters.items() if p.default is not p.empty}
+    assert {name: settings[name] for name in defaults if name not in left_out} == {
+        name: value for name, value in defaults.items() if name not in left_out}

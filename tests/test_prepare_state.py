@@ -558,12 +558,11 @@ def test_synthetic_is_the_same_for_the_same_seed(capsys):
 
 def test_dropout_loses_a_gene_with_its_probability():
     """All genes alike at an expected count of 1 a zero has probability e^-1 + (1 - e^-1) p."""
-    small = dict(num_genes=500, depth=500)
-    parts = populations_source.make_populations(prepare_data.StateConfig(**small))
-    parts = {name: values * 0 for name, values in parts.items()}
+    populations = populations_source.make_populations(4, 2, num_genes=500, num_batches=1, effect=0, seed=0)
+    alike = populations_source.Populations(**{name: values * 0 for name, values in vars(populations).items()})
     for dropout in (0, 0.5):
-        cfg = prepare_data.StateConfig(**small, dropout=dropout)
-        counts, _ = populations_source.simulate(parts, *np.zeros((2, 400), int), np.random.default_rng(1), cfg)
+        draw, cells = np.random.default_rng(1), np.zeros(400, int)
+        counts, _ = populations_source.simulate(alike, cells, cells, 500, dropout, draw)
         sizes = np.exp(0.3 * np.random.default_rng(2).normal(size=4_000))  # of cells: log-normal
         expected = (np.exp(-sizes) + (1 - np.exp(-sizes)) * dropout**sizes).mean()
         assert (counts == 0).mean() == pytest.approx(expected, abs=0.015)
@@ -588,4 +587,5 @@ def test_inspect_of_an_experiment_refuses_a_toml_that_is_not_there(capsys):
 
 def test_words_after_state_are_understood_or_corrected(capsys):
     assert "did you mean 'preprocess'?" in refusal(capsys, prepare_data.main, "state", "preproces")
-    assert "num_genes = 3: must be at least 20" in refusal(capsys, prepare_data.main, "state", "--num_genes=3")
+    told = refusal(capsys, prepare_data.main, "state", "--num_genes=3")
+    assert "num_genes: expected int >= 20, got '3': must be at least 20" in told

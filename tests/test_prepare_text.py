@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import prepare_data
 from common.errors import DataError
 from prepare_data import PlantedConfig, TextConfig
 from sources import text as text_source
-from sources.planted import make_plans, mutual_information
+from sources.planted import Plans, chunk_lengths, make_plans, mutual_information
 from sources.tokenizer import SPECIAL, load_tokenizer, train_bpe, train_char
 
 CACHE = Path(__file__).resolve().parents[2] / "shared/data/tiktoken_cache"
@@ -249,18 +250,18 @@ def test_invalid_bytes_of_a_text_file_survive(tokenizer):
 @pytest.mark.parametrize("gap, most", [("\n\n", 2_600), ("\r\n \r\n", 2_600), ("\n", 2_600), (" ", 2_600),
                                        ("", 65_536)])
 def test_a_running_text_is_cut_where_it_has_gaps(gap, most, monkeypatch):
-    monkeypatch.setattr(text_source, "BLOCK", 1 << 17)
+    monkeypatch.setattr(text_source, "READ_BYTES", 1 << 17)
     parts = ["x" * random.Random(i).randint(1, 500) for i in range(2_000)]
     write("a.txt", gap.join(parts))
     found = list(text_source.cut_text(Path("a.txt")))
     assert b"".join(found).replace(gap.encode(), b"") == "".join(parts).encode()
     assert all(2_000 <= len(text) <= most for text in found[:-1]) and len(found[-1]) <= most
-    monkeypatch.setattr(text_source, "BLOCK", 1 << 20)
+    monkeypatch.setattr(text_source, "READ_BYTES", 1 << 20)
     assert list(text_source.cut_text(Path("a.txt"))) == found
 
 
 def test_a_mark_across_two_blocks_is_found(monkeypatch):
-    monkeypatch.setattr(text_source, "BLOCK", 100)
+    monkeypatch.setattr(text_source, "READ_BYTES", 100)
     for before in range(85, 102):
         write("a.txt", "a" * before + "<|endoftext|>\n" + "b\n\n" * 1_000)
         assert list(text_source.cut_text(Path("a.txt"))) == [b"a" * before, b"b\n\n" * 999 + b"b"]
@@ -443,7 +444,8 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
     ("a.json", stories(), "--tokenizer=x.json --vocab_size=none", "x.json"),
     ("a.json", stories(), "--tokenizer=x.json --vocab_size=none --lowercase", "lowercase"),
     ("a.json", stories(), "--min_frequency=2", "tokenizer=char"), ("a.json", stories(), "--val_fraction=0", "between"),
-    ("a.json", stories(), "--max_bytes=0", "max_bytes = 0"), ("a.json", stories(), "--vocabsize=3", "did you mean"),
+    ("a.json", stories(), "--max_bytes=0", "max_bytes: expected int >= 1"),
+    ("a.json", stories(), "--vocabsize=3", "did you mean"),
     ("a.json", stories(), "--input=tinystory", "did you mean 'tinystories'?"),
     ("in/a.md", "a", "--input=in", "in holds no .txt"), ("a.json", stories(), "--out_dir=a.json", "another folder")])
 def test_bad_input_is_one_line_and_leaves_nothing(name, text, more, words, capsys):
@@ -507,6 +509,12 @@ def test_inspect_counts_and_finds_what_is_wrong(capsys):
 TINY = {"num_plans": 2, "num_states": 2, "vocab_size": 3, "chunk_size": 2, "document_chunks": 3}
 
 
+def planted_plans(cfg: PlantedConfig) -> Plans:
+    """The plans that the job makes of these settings."""
+    given = {name: getattr(cfg, name) for name in signature(make_plans).parameters if name != "lengths"}
+    return make_plans(**given, lengths=chunk_lengths(cfg.version, cfg.chunk_size, cfg.document_chunks))
+
+
 def brute_force(process, tokens: list[int], plans: list[int] | None = None) -> np.ndarray:
     """p(x_1 .. x_t, plan of the chunk of x_t) for every t, [D - 1, K]: a sum over all plan paths and hidden paths."""
     K, S, _ = process.emission.shape
@@ -532,7 +540,7 @@ def brute_force(process, tokens: list[int], plans: list[int] | None = None) -> n
 @pytest.mark.parametrize("K", [1, 2])
 def test_the_oracle_equals_a_sum_over_all_plan_paths_and_hidden_paths(version, lengths, K):
     rows = [[0.9, 0.1], [0.35, 0.65]] if K == 2 else [[1.0]]
-    process = make_plans(PlantedConfig(**{**TINY, "num_plans": K}, version=version, transition_matrix=rows))
+    process = planted_plans(PlantedConfig(**{**TINY, "num_plans": K}, version=version, transition_matrix=rows))
     assert process.lengths == lengths
     tokens, plans = process.sample(4, np.random.default_rng(1))
     (nll, posterior), (known, _) = process.filter(tokens), process.filter(tokens, plans)
@@ -547,7 +555,7 @@ def test_the_oracle_equals_a_sum_over_all_plan_paths_and_hidden_paths(version, l
 
 
 def test_all_documents_of_a_length_have_probability_one_together():
-    process = make_plans(PlantedConfig(**TINY))
+    process = planted_plans(PlantedConfig(**TINY))
     tokens = np.array(list(itertools.product(range(3), repeat=5)))
     assert np.exp(-process.filter(tokens)[0].sum(1)).sum() == pytest.approx(1, abs=1e-12)
 
@@ -561,7 +569,7 @@ def test_the_chain_and_the_chunks_are_as_planted(version, length):
     ring = [[0.6, 0.4, 0, 0], [0, 0.6, 0.4, 0], [0, 0, 0.6, 0.4], [0.4, 0, 0, 0.6]]
     meta = planted(f"--version={version}", "--train_documents=4000", f"--transition_matrix={ring}")
     assert meta["transition_matrix"] == ring
-    process = make_plans(PlantedConfig(version=version))
+    process = planted_plans(PlantedConfig(version=version))
     plans = np.load("out/train_plans.npy")
     tokens = text_source.read_stream("out")[1]["train"].reshape(-1, length)
     assert plans.shape == (4_000, 8) and plans.dtype == np.int64 and (tokens[:, 0] == 32).all()
@@ -589,7 +597,7 @@ def test_planted_meta_and_oracle_files_agree():
     oracle, plans = np.load("out/val_oracle_nll.npy"), np.load("out/val_plans.npy")
     assert (oracle.shape, oracle.dtype, plans.shape, plans.dtype) == ((300, 127), np.float32, (300, 8), np.int64)
     tokens = text_source.read_stream("out")[1]["val"].reshape(300, 128)[:, 1:].astype(np.int64)
-    process = make_plans(PlantedConfig(seed=4))
+    process = planted_plans(PlantedConfig(seed=4))
     nll, posterior = process.filter(tokens)
     assert np.abs(oracle - nll).max() < 1e-5 and meta["oracle_nll"] == pytest.approx(nll.mean(), abs=1e-9)
     assert meta["known_plan_nll"] == pytest.approx(process.filter(tokens, plans)[0].mean(), abs=1e-9)
@@ -627,9 +635,11 @@ def test_mutual_information_is_that_of_the_counts():
 
 
 @pytest.mark.parametrize("settings, words", [
-    ("--num_plans=0", "num_plans = 0"), ("--chunk_size=1", "chunk_size = 1"), ("--self_transition=1.1", "0 and 1"),
+    ("--num_plans=0", "num_plans: expected int >= 1"), ("--chunk_size=1", "must be at least 2"),
+    ("--self_transition=1.1", "0 and 1"),
     ("--transition_matrix=[[1,0],[0,1]]", "needs 4 rows of 4"), ("--version=v3", "version"),
-    ("--num_plans=1 --transition_matrix=[[0.5]]", "sum to 1"), ("--validation_documents=0", "documents = 0")])
+    ("--num_plans=1 --transition_matrix=[[0.5]]", "sum to 1"),
+    ("--validation_documents=0", "documents: expected int >= 1")])
 def test_bad_planted_settings_are_one_line_and_write_nothing(settings, words, capsys):
     assert words in refused(capsys, "planted", *settings.split()) and list(Path.cwd().iterdir()) == []
 

@@ -532,7 +532,7 @@ def test_a_checkpoint_of_the_source_can_be_sampled(writers):
     (V1, ["--async_planner"], "async_planner is a flag of v2"),
     ("baseline", ["--force_state=0"], "force_state needs a planner"), ("baseline", ["--show_plan"], "needs a planner"),
     (V2, ["--force_state=3"], "this model has the plans 0 to 2"), (V1, ["--force_state=-1"], "the plans 0 to 2"),
-    (V2, ["--top_p=0"], "top_p = 0.0: must be in (0, 1]"), (V2, ["--force_state=1", "--sweep_states"], "choose one"),
+    (V2, ["--top_p=0"], "top_p: expected float in (0, 1]"), (V2, ["--force_state=1", "--sweep_states"], "choose one"),
     (V2, ["--repetition_penalty=0.5"], "must be at least 1"), (V2, ["--topk=3"], "did you mean top_k?"),
 ])
 def test_a_flag_that_makes_no_sense_is_one_line(version, flags, words, writers, capsys):

@@ -30,9 +30,12 @@ from common import checkpoint
 from common.errors import DataError
 from common.runtime import Runtime
 from configurator import configure
+from measure.curves import Curves, fit_power_law, gains, measure, probe
+from measure.report import plan_study, run_name
 from sources import chunks as chunks_source
+from sources.corpus import read_corpus
 from sources.processes import make_process
-from train_arxiv import ALIASES, Batches, Chunks, Config, Curves, fit_power_law, gains, measure, plan_study
+from train_arxiv import ALIASES, Batches, Chunks, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
@@ -42,13 +45,12 @@ TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_mlp=32", "--batch_si
         "--warmup_steps=4", "--bootstrap=40", "--log_interval=5", "--device=cpu", "--precision=fp32", "--out_dir=run")
 RUN = (*TINY, "--categories=a,b", "--eval_interval=7", "--save_interval=5", "--dropout=0.1", "--keep_last=-1")
 FIVE = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
-draw_picture = train_arxiv.plot
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
-    monkeypatch.setattr(train_arxiv, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(train_arxiv, "draw_run", lambda *args: None)
     monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
 
 
@@ -85,6 +87,10 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
     return rt
 
 
+def read(path: Path | str) -> Chunks:
+    return Chunks(**read_corpus(Path(path)))
+
+
 def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chunks:
     """An open file of these documents, a list of token sequences a category."""
     spool = chunks_source.ChunkSpool(Path(), "corpus", chunk_size, vocab_size)
@@ -93,7 +99,7 @@ def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chun
         spool.add(name, ids)
     spool.write(Path("corpus.h5"))
     spool.close()
-    return Chunks(Path("corpus.h5"))
+    return read("corpus.h5")
 
 
 def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2, vocab_size: int = 60_000) -> Chunks:
@@ -105,7 +111,7 @@ def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2,
     return corpus(documents, vocab_size, chunk_size)
 
 
-def read(path: Path | str):
+def read_json(path: Path | str):
     return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
@@ -130,7 +136,7 @@ def assert_as_if_uninterrupted(folder: Path, whole: Path) -> None:
     keys = ("step", "best", "model", "optimizer", "ranks", "extra")
     assert unequal({k: found[k] for k in keys}, {k: expected[k] for k in keys}) == []
     assert evals(folder) == evals(whole) and len(evals(whole)) > 1
-    results, wanted = read(folder / "results.json"), read(whole / "results.json")
+    results, wanted = read_json(folder / "results.json"), read_json(whole / "results.json")
     assert results == wanted
 
 
@@ -201,12 +207,10 @@ def test_matrices_decay_and_norms_and_biases_do_not():
     assert sorted(names[id(p)] for g in (decays, stays) for p in g["params"]) == sorted(names.values())
 
 
-def test_the_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
-    cfg = Config(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
-    rates = [train_arxiv.learning_rate(step, 104, cfg) for step in range(105)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[54] == pytest.approx(1.1)
-    assert rates[104] == pytest.approx(0.2) and all(a >= b for a, b in itertools.pairwise(rates[4:]))
-    assert train_arxiv.learning_rate(0, 10, Config(lr=2.0, warmup_steps=0)) == 2.0
+def test_the_learning_rate_ends_at_a_tenth_unless_it_is_told_where():
+    assert Config(lr=2.0).min_lr == 0.2 and Config(lr=2.0, min_lr=0.0).min_lr == 0.0
+    old = configure(Config, ["--min_lr_ratio=0.3", "--lr=1e-3", "--adam_beta1=0.5"], ALIASES)
+    assert (old.min_lr, old.beta1) == (3e-4, 0.5)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -321,8 +325,8 @@ def some_curves(documents: int = 400, spread: float = 1.0) -> Curves:
 
 
 def test_intervals_cover_the_mean_at_the_width_of_the_standard_error():
-    cfg, curves = Config(bootstrap=2_000), some_curves()
-    found = measure(curves, ["x", "y", "z"], ["x"], None, cfg)
+    curves = some_curves()
+    found = measure(curves, ["x", "y", "z"], ["x"], None, 2_000, 1)
     assert found.keys() == {"x", "y", "seen", "unseen"}
     for code, name in enumerate("xy"):
         xe = curves.sums[curves.codes == code] / 3
@@ -335,10 +339,10 @@ def test_intervals_cover_the_mean_at_the_width_of_the_standard_error():
         assert found[name]["total_gain"] == pytest.approx((xe - xe[:, -1:]).sum(1).mean())
         assert found[name]["perplexity"] == pytest.approx(math.exp(xe.mean()))
     assert found["seen"] == found["x"] and found["unseen"] == found["y"]
-    together = measure(curves, ["x", "y"], ["x", "y"], None, cfg)["seen"]
+    together = measure(curves, ["x", "y"], ["x", "y"], None, 2_000, 1)["seen"]
     assert together["xe_by_position"] == pytest.approx((found["x"]["xe_by_position"] + np.array(
         found["y"]["xe_by_position"])) / 2)
-    same = measure(some_curves(spread=0), ["x", "y"], ["x"], None, cfg)["x"]
+    same = measure(some_curves(spread=0), ["x", "y"], ["x"], None, 2_000, 1)["x"]
     assert np.ptp([same["low"], same["high"], same["xe_by_position"]], 0).max() < 1e-12
 
 
@@ -366,10 +370,10 @@ def test_gains_are_first_less_last_and_the_sum_over_the_last():
 
 @pytest.mark.parametrize("active", [["a", "b", "c"], ["c", "a"], ["b"]])
 def test_oracle_curves_are_those_of_the_nonergodic_process_of_the_active_components(data, active):
-    chunks = Chunks(data / "validation.h5")
+    chunks = read(data / "validation.h5")
     rows = np.flatnonzero(np.isin(chunks.codes, [chunks.code(name) for name in active]))[1:]
     parts = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in PARTS}
-    mixture, known = train_arxiv.oracle_curves(chunks, rows, active)
+    mixture, known = train_arxiv.exact_curves(chunks, rows, active)
     exact = make_process("nonergodic", components=[parts[name] for name in active])
     for name in active:
         mine = rows[chunks.codes[rows] == chunks.code(name)]
@@ -386,7 +390,7 @@ def test_the_probe_reads_a_category_that_is_there_and_none_that_is_not():
     noise = torch.Generator().manual_seed(1)
     told = Table(16, lambda tokens: F.one_hot(tokens % 4, 5).float() + 0.1 * torch.randn(1, generator=noise))
     blind = Table(16, lambda tokens: torch.randn(*tokens.shape, 5, generator=noise))
-    sure, lost = (train_arxiv.probe(m, chunks, np.arange(600), runtime(), 1) for m in (told, blind))
+    sure, lost = (probe(m, chunks, np.arange(600), torch.device("cpu"), 1) for m in (told, blind))
     assert sure["positions"] == [1, 2, 3, 5, 7] and sure["log_K"] == math.log(4)
     assert sure["accuracy"] == [[1.0] * 5] and max(sure["cross_entropy"][0]) < 0.2
     assert np.array(lost["accuracy"]) == pytest.approx(np.full((1, 5), 0.25), abs=0.1)
@@ -409,7 +413,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "xe_by_position.csv", "plots",
         "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
     assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
-    summary, results = read(whole / "summary.json"), read(whole / "results.json")
+    summary, results = read_json(whole / "summary.json"), read_json(whole / "results.json")
     seen, groups = results["groups"]["seen"], results["groups"]
     assert groups.keys() == {"a", "b", "c", "seen", "unseen"} and groups["unseen"] == groups["c"]
     assert summary["val_xe"] == pytest.approx(np.mean(summary["xe_by_position"])) and summary["K"] == 2
@@ -427,13 +431,13 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
 
 
 def test_the_final_numbers_are_those_of_the_best_weights(data):
-    result = run(data, "--lr=0.02", "--min_lr_ratio=60", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
+    result = run(data, "--lr=0.03", "--schedule=constant", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
     history = [record["val_xe"] for record in evals("run")]
     assert result["val_xe"] == pytest.approx(min(history), rel=1e-6) and min(history) < history[-1]
     best = checkpoint.load(Path("run/best.pt"))
     assert best["step"] == 2 + 2 * int(np.argmin(history)) and best["best"] == min(history)
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
-    chunks = Chunks(data / "validation.h5")
+    chunks = read(data / "validation.h5")
     curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
     assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-6)
 
@@ -477,7 +481,7 @@ def test_two_ranks_train_like_one(data):
                 "--rdzv_endpoint=localhost:0")
     done = python(*torchrun, ROOT / "train_arxiv.py", *settings, folder=Path.cwd())
     assert done.returncode == 0 and done.stdout.count("done: validation XE") == 1, done.stderr[-2000:]
-    alone, two = run(data), read("two/summary.json")
+    alone, two = run(data), read_json("two/summary.json")
     assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-4)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
 
@@ -497,18 +501,18 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, w
     shutil.copytree(whole, "run")
     told = refused(capsys, *RUN, f"--data={data}", "--lr=2e-2")
     assert "finished run with other settings" in told and "resume=never" in told
-    assert read("run/summary.json") == read(whole / "summary.json")
+    assert read_json("run/summary.json") == read_json(whole / "summary.json")
 
 
 def test_analyze_repeats_the_numbers(whole, monkeypatch):
     shutil.copytree(whole, "run")
-    expected, table = read("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
+    expected, table = read_json("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
     for name in ("results.json", "xe_by_position.csv"):
         Path("run", name).unlink()
     result = train_arxiv.main(["--analyze=run", "--device=cpu"])
-    found = read("run/results.json")
+    found = read_json("run/results.json")
     assert found == expected and Path("run/xe_by_position.csv").read_bytes() == table
-    assert result["val_xe"] == read("run/summary.json")["val_xe"]
+    assert result["val_xe"] == read_json("run/summary.json")["val_xe"]
 
 
 # -------------------------------------------------------------------------------------------------- studies, reports
@@ -519,7 +523,7 @@ def test_a_study_is_planned_as_it_is_called():
     assert len(subsets) == 31 == len({tuple(s) for s in subsets}) and subsets[-1] == FIVE
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
     assert plan_study("nested:1,2,5", FIVE) == [FIVE[:1], FIVE[:2], FIVE]
-    assert train_arxiv.run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
+    assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
     assert plan_study("K3_csDS_csIT_csPL,K1_mathST", FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
 
 
@@ -532,13 +536,12 @@ def test_a_study_that_cannot_be_is_refused(study, words):
         plan_study("all31", FIVE[:4])
 
 
-def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, monkeypatch, capsys):
-    monkeypatch.setattr(train_arxiv, "plot", draw_picture)
+def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys):
     found = run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false")
     assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
     for folder in ("run/K1_a", "run/K2_a_b"):
-        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
+        assert found[read_json(f"{folder}/summary.json")["K"]] == read_json(f"{folder}/summary.json")["val_xe"]
     capsys.readouterr()
     assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
     assert capsys.readouterr().out.count("finished before") == 2
@@ -547,7 +550,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, monkeyp
         by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
     assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
     assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
-    groups = read("run/K2_a_b/results.json")["groups"]
+    groups = read_json("run/K2_a_b/results.json")["groups"]
     assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
     page = Path("run/report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -575,13 +578,15 @@ def test_a_published_config_is_accepted(path):
     assert len(chosen) > 10 and {key: getattr(cfg, key) for key in chosen} == chosen and cfg.categories == FIVE
 
 
-@pytest.mark.parametrize("theirs", ALIASES)
+VALUES = {"categories": "a,b", "out_dir": "x", "n_heads": "8", "lr": "0.5", "beta1": "0.5", "beta2": "0.5",
+          "grad_clip": "2", "d_model": "128", "grad_accum": "2", "schedule": "constant"}
+
+
+@pytest.mark.parametrize("theirs", [name for name in ALIASES if name != "min_lr_ratio"])
 def test_a_name_of_the_source_means_ours(theirs):
-    value = {"categories": "a,b", "out_dir": "x", "n_heads": "8"}.get(ALIASES[theirs], "1")
-    value = {"lr": "0.5", "dropout": "0.5", "adam_beta1": "0.5", "adam_beta2": "0.5", "grad_clip": "2"}.get(
-        ALIASES[theirs], {"d_model": "128", "grad_accum": "2"}.get(ALIASES[theirs], value))
-    ours = configure(Config, [f"--{ALIASES[theirs]}={value}"], ALIASES)
-    assert configure(Config, [f"--{theirs}={value}"], ALIASES) == ours != Config()
+    name = ALIASES[theirs]
+    ours = configure(Config, [f"--{name}={VALUES.get(name, 1)}"], ALIASES)
+    assert configure(Config, [f"--{theirs}={VALUES.get(name, 1)}"], ALIASES) == ours != Config()
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -605,9 +610,9 @@ def spoil(folder: Path, name: str) -> None:
     ("", "--batch_size=9 --grad_accum=2", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
     ("", "--budget_tokens=100", "budget_tokens go together"), ("", "--budget=tokens", "go together"),
     ("", "--budget=tokens --budget_tokens=9000", "less than its share"), ("", "--categories=", "categories"),
-    ("", "--study=k=4", "4 is not between"), ("", "--study=K2_a_d", "K2_a_"), ("", "--max_steps=0", "max_steps = 0"),
+    ("", "--study=k=4", "4 is not between"), ("", "--study=K2_a_d", "K2_a_"), ("", "--max_steps=0", "max_steps"),
     ("", "--learning_rat=1", "learning_rate"), ("", "--analyze=nowhere", "nowhere"),
-    ("", "--dropout=1", "dropout = 1"), ("", "--resume=gone.pt", "gone.pt")])
+    ("", "--dropout=1", "dropout: expected float in [0, 1)"), ("", "--resume=gone.pt", "gone.pt")])
 def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):
     shutil.copytree(data, "data")
     spoil(Path("data"), damage)

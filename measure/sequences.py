@@ -1,0 +1,42 @@
+"""Token sequences of a model: drawn from it, and what it says of each token."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@torch.no_grad()
+def continue_sequences(model: nn.Module, tokens: torch.Tensor, length: int, n_ctx: int, generator: torch.Generator,
+                       device: torch.device, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
+    """Draw from the model until the sequences [B, T] have the length; it reads the last n_ctx tokens of each.
+
+    The draws are made where tokens and generator are, so that they are the same on every device.
+    """
+    while tokens.shape[1] < length:
+        logits, _ = model(tokens[:, -n_ctx:].to(device))
+        logits = logits[:, -1].to(tokens.device).double() / temperature  # of the next token [B, V]
+        if top_k and top_k < logits.shape[1]:
+            least = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, chosen], 1)
+    return tokens
+
+
+@torch.no_grad()
+def sequence_xe(model: nn.Module, tokens: torch.Tensor, n_ctx: int) -> torch.Tensor:
+    """Cross entropy in nats of every token but the first, [B, L - 1]; each is predicted from the n_ctx before it."""
+    B, L = tokens.shape
+    if L < 2:
+        return torch.zeros(B, 0)
+    head = tokens[:, : n_ctx + 1]
+    parts = [token_xe(model(head[:, :-1])[0], head[:, 1:])]  # one pass for what fits into the context
+    for t in range(n_ctx + 1, L):
+        logits, _ = model(tokens[:, t - n_ctx : t])
+        parts.append(token_xe(logits[:, -1:], tokens[:, t : t + 1]))
+    return torch.cat(parts, 1)
+
+
+def token_xe(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of targets [B, T] under logits [B, T, V]."""
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")

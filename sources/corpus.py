@@ -1,0 +1,112 @@
+"""A corpus: token streams of a folder by `text` or `planted`, mapped into memory and checked once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import DataError
+from sources.text import read_stream
+from sources.tokenizer import Tokenizer, load_tokenizer
+
+PIECE = 1 << 24  # tokens looked at at once
+
+
+@dataclass
+class Corpus:
+    """Integer tokens for training and for validation, and what is known of them; only the first three are needed."""
+
+    train: np.ndarray  # [tokens]
+    val: np.ndarray
+    vocab_size: int
+    tokenizer: Tokenizer | None = None
+    tokenizer_hash: str = ""  # of what made the tokens; a checkpoint keeps it
+    document_length: int = 0  # of documents that are all as long and begin with bos, such as planted ones; 0: one text
+    bytes_per_token: float = 0.0  # of the validation text; 0 where that is unknown
+    first_id: int = 0  # what a document begins with, or comes after
+    name: str = "arrays"  # for messages
+    folder: Path | None = None
+    version: str = ""  # planted: the model version whose chunks the documents have
+    oracle_nll: np.ndarray | None = None  # planted: exact -log p of the validation tokens [documents, L]
+    plans: np.ndarray | None = None  # planted: true plans of the validation chunks [documents, N]
+
+    def places(self, split: str, seq_len: int, version: str) -> tuple[int, int]:
+        """(number of places where a window of a split may start, distance between them); raises DataError for none.
+
+        version: of the model, whose chunks must be where those of planted documents are.
+        """
+        distance = self.document_length or 1  # a window of a planted document begins where the document does
+        if self.document_length and seq_len >= self.document_length:
+            raise DataError(f"seq_len = {seq_len}, but the planted documents predict only {distance - 1} tokens: use "
+                            f"seq_len={distance - 1}")
+        if self.version and version not in (self.version, "baseline"):
+            raise DataError(f"{self.name} has its chunks where {self.version} has them: make it anew by "
+                            f"prepare_data.py planted --version={version}")
+        count = (len(self.tokens(split)) - seq_len - 1) // distance + 1
+        if count < 1:
+            raise DataError(f"{self.name} has {len(self.tokens(split)):,} {split} tokens, less than a window of "
+                            f"seq_len + 1 = {seq_len + 1}: use more text or a shorter seq_len")
+        return count, distance
+
+    def spread(self, most: int, seq_len: int, version: str) -> np.ndarray:
+        """Starts of at most `most` windows that do not overlap, spread evenly over the validation tokens."""
+        count, distance = self.places("val", seq_len, version)
+        places = np.arange(0, count, 1 if self.document_length else seq_len)
+        chosen = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
+        return places[np.unique(chosen)] * distance
+
+    def tokens(self, split: str) -> np.ndarray:
+        return {"train": self.train, "val": self.val}[split]
+
+    def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
+        """Tokens [B, length + 1] int64 from the places `starts` [B] of train or val."""
+        tokens = self.tokens(split)[starts[:, None] + np.arange(length + 1)]
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def oracle(self, starts: np.ndarray, length: int) -> float:
+        """Exact -log p of the tokens that validation windows predict, a mean in nats."""
+        return float(self.oracle_nll[starts // self.document_length, :length].mean(dtype=np.float64))
+
+    def true_plans(self, starts: np.ndarray) -> np.ndarray | None:
+        """Plans of the chunks of validation windows [B, N]; None where nobody knows them."""
+        return None if self.plans is None else self.plans[starts // self.document_length]
+
+    def spell(self, token: int) -> str:
+        """A token as text, or as a number."""
+        return self.tokenizer.decode([token]) if self.tokenizer else str(token)
+
+    def text(self, tokens: list[int]) -> str:
+        return repr(self.tokenizer.decode(tokens)) if self.tokenizer else " ".join(map(str, tokens))
+
+
+def read_corpus(folder: str) -> Corpus:
+    """The corpus of a folder, or of data/FOLDER.
+
+    Raises DataError for a folder that is missing, damaged, or whose tokenizer is not the one its tokens were made with.
+    """
+    path = Path(folder)
+    if not path.exists() and (Path("data") / folder).exists():
+        path = Path("data") / folder
+    meta, streams = read_stream(path)
+    for name, tokens in streams.items():
+        top = max(int(tokens[i : i + PIECE].max()) for i in range(0, len(tokens), PIECE))
+        if top >= meta["vocab_size"]:
+            raise DataError(f"{path / name}.bin has the token {top}, beyond its vocabulary of {meta['vocab_size']}: "
+                            "prepare the folder again")
+    corpus = Corpus(streams["train"], streams["val"], meta["vocab_size"], tokenizer_hash=meta["tokenizer_hash"],
+                    name=str(path), folder=path)
+    if meta["tokenizer"]:
+        corpus.tokenizer = load_tokenizer(path / meta["tokenizer"])
+        if corpus.tokenizer.hash() != meta["tokenizer_hash"]:
+            raise DataError(f"{path / meta['tokenizer']} is not the tokenizer that the tokens beside it were made "
+                            "with: prepare the folder again")
+    if meta["kind"] == "planted":
+        corpus.document_length, corpus.version, corpus.first_id = meta["document_length"], meta["version"], meta["bos_id"]
+        corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
+        corpus.plans = np.load(path / "val_plans.npy")
+        return corpus
+    if meta.get("val_bytes"):
+        corpus.bytes_per_token = meta["val_bytes"] / meta["val_tokens"]
+    corpus.first_id = meta.get("eos_id") or 0
+    return corpus
