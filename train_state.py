@@ -14,13 +14,14 @@ types and perturbations that were never seen together, beside three baselines th
 Dimensions: B sentences, S cells of a sentence, N cells, D input features, G genes, P perturbation features, H width.
 """
 
-import json
 import math
 import re
 import sys
 import time
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -48,11 +49,14 @@ from configurator import (
 )
 from kernels.energy import energy_distance, full_float32
 from measure import effects
-from sources.cells import SPLITS, Cells, grouped, load_features, objection, open_cells
+from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
+from sources.cells import Cells, open_cells
+from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
 from sources.foreign_state import (
     ALIASES,
     SHAPE,
     convert,
+    convert_whole,
     load_parts,
     load_source_state_dict,
     source_device,
@@ -62,7 +66,8 @@ from sources.foreign_state import (
     write_source_files,
 )
 from sources.populations import synthetic
-from sources.shared import counter_rng, make_once, suggest
+from sources.shared import counter_rng, make_once
+from sources.splits import SPLITS, grouped
 
 EXPERIMENT = "state"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
@@ -190,7 +195,7 @@ class Config:
             wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set head_dim")
         if self.n_heads % (self.n_kv_heads or 1):
             wrong.append(f"n_heads = {self.n_heads} is no multiple of n_kv_heads = {self.n_kv_heads}")
-        if self.rotary and head_width(self) % 2:
+        if self.rotary and (self.head_dim or self.d_model // self.n_heads) % 2:
             wrong.append("rotary positions need an even head_dim")
         if self.transformer_backbone_key == "GPT2" and (self.rotary or not self.bidirectional_attention):
             wrong.append("transformer_backbone_key = GPT2 is bidirectional and has no positions")
@@ -219,74 +224,45 @@ def open_data(cfg: Config) -> Cells:
     path = Path(cfg.toml_config_path)
     if cfg.toml_config_path == SYNTHETIC:
         make_once(path, lambda: synthetic(out_dir=str(path.parent)))
-    return open_cells(toml=cfg.toml_config_path, **{name: getattr(cfg, name) for name in OF_DATA})
+    return open_cells(toml=path, **{name: getattr(cfg, name) for name in OF_DATA})
 
 
 class Sentences:
-    """Sets of cell_set_len cells of one (file, cell type, perturbation), with basal_mapping_strategy=batch also of one
-    batch, and a control cell for each; all of it a pure function of (seed, split, epoch).
+    """Sets of cell_set_len cells of one group: file, cell type, perturbation, with basal_mapping_strategy=batch also
+    batch; and a control cell for each, drawn from those of the same file, cell type and, if batch, batch.
 
-    In an epoch every cell comes once, in a new order and company; a set that its group cannot fill is completed by
-    cells of the group drawn with replacement. A control cell is drawn from those of the same file, cell type and, if
-    batch, batch (where the batch has none: from all of the type). For a control cell as target so too, or itself if not
-    map_controls (cell-load 0.10.4 ignores this setting).
+    All of it is a pure function of (seed, split, epoch). Raises DataError where the split has no cells.
     """
 
     def __init__(self, cells: Cells, split: str, cfg: Config):
-        self.cells, self.split, self.cfg = cells, split, cfg
-        self.by_batch = cfg.basal_mapping_strategy == "batch"
+        self.cells, self.split, self.cfg = cells, SPLITS.index(split), cfg
+        by_batch = cfg.basal_mapping_strategy == "batch"
         keys = [cells.file, cells.cell_type, cells.perturbation]
-        if self.by_batch:
+        if by_batch:
             keys.append(cells.batch)
-        rows = cells.rows(split, cfg.should_yield_control_cells)
+        rows, bounds = grouped(cells.rows(split, cfg.should_yield_control_cells), *keys)
         if not len(rows):
             raise DataError(f"{cells.toml} has no cells to {'train on' if split == 'train' else split}: see python "
                             f"prepare_data.py inspect {cells.toml}")
+        # A choice of each group, the same in every epoch: how much do more cells of a condition help?
         if cfg.downsample_cells:
-            rows = self.downsample(*grouped(rows, *keys))
-        self.rows, bounds = grouped(rows, *keys)
-        self.starts, self.sizes = bounds[:-1], np.diff(bounds)
-        # Sentence i is the stretch of its group from offset on.
-        count = -(-self.sizes // cfg.cell_set_len)  # sentences of a group
+            rng = counter_rng(cfg.seed, 2, self.split)
+            rows, bounds = grouped(choose(rows, bounds, cfg.downsample_cells, rng), *keys)
+        self.rows, self.starts, self.sizes = rows, bounds[:-1], np.diff(bounds)
+        # Sentence i is the stretch of its group from offset on; the last of a group may be short of cells.
+        count = -(-self.sizes // cfg.cell_set_len)
+        first = np.cumsum(count) - count
         self.group = np.repeat(np.arange(len(count)), count)
-        self.offset = (np.arange(len(self.group)) - np.repeat(np.cumsum(count) - count, count)) * cfg.cell_set_len
-        self.find_controls(self.rows[self.starts])
+        self.offset = (np.arange(len(self.group)) - first[self.group]) * cfg.cell_set_len
+        self.pool, self.pool_start, self.pool_size = control_pools(cells, split, rows[self.starts], by_batch)
 
     def __len__(self) -> int:
         return len(self.group)
 
-    def random(self, *counter: int) -> np.random.Generator:
-        return counter_rng(self.cfg.seed, counter[0], SPLITS.index(self.split), *counter[1:])
-
-    def downsample(self, rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """A seeded choice of downsample_cells of each group, the same in every epoch."""
-        group = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-        order = np.argsort(group + self.random(2).random(len(rows)), kind="stable")
-        rank = np.arange(len(rows)) - bounds[group]
-        return np.sort(rows[order][rank < self.cfg.downsample_cells])
-
-    def find_controls(self, first: np.ndarray) -> None:
-        """Controls sorted by file, type and batch: those of a group, whose first cell is given, are a stretch."""
-        cells, controls = self.cells, self.cells.rows(self.split, True)
-        self.pool, _ = grouped(controls[cells.is_control[controls]], cells.file, cells.cell_type, cells.batch)
-        kind = cells.file.astype(np.int64) * len(cells.cell_types) + cells.cell_type
-        start = np.searchsorted(kind[self.pool], kind[first], "left")
-        stop = np.searchsorted(kind[self.pool], kind[first], "right")
-        if self.by_batch:
-            kind = kind * len(cells.batches) + cells.batch
-            left = np.searchsorted(kind[self.pool], kind[first], "left")
-            right = np.searchsorted(kind[self.pool], kind[first], "right")
-            lonely = first[(left == right) & (start < stop)]
-            if len(lonely):
-                objection(False, f"batch {cells.batches[cells.batch[lonely[0]]]!r} has no "
-                                 f"{cells.cell_types[cells.cell_type[lonely[0]]]} control cells, perhaps others too: "
-                                 "those of the cell type in any batch take their place")
-            start, stop = np.where(left < right, (left, right), (start, stop))
-        self.pool_start, self.pool_size = start, stop - start
-
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(targets [n, S], controls [n, S, n_basal_samples]), rows of the cells; -1: there is no control cell."""
-        rng = self.random(3, epoch)
+        rng = counter_rng(self.cfg.seed, 3, self.split, epoch)
+        # Every cell once an epoch, each time in other company: shuffled within its group.
         group = np.repeat(np.arange(len(self.sizes)), self.sizes)
         shuffled = self.rows[np.argsort(group + rng.random(len(group)), kind="stable")]
         targets, controls, _ = self.fill(shuffled, rng)
@@ -295,19 +271,22 @@ class Sentences:
 
     def whole(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(targets [s], controls [s, n_basal_samples]) of every sentence, s <= S: each cell once, none filled up."""
-        targets, controls, sizes = self.fill(self.rows, self.random(3, 0))
+        targets, controls, sizes = self.fill(self.rows, counter_rng(self.cfg.seed, 3, self.split, 0))
         return [(targets[i, :size], controls[i, :size]) for i, size in enumerate(sizes)]
 
     def fill(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Targets and controls of sentences of rows sorted by group, and how many cells of each are its own."""
+        """Targets and controls of all sentences of rows sorted by group, and how many cells of each are its own."""
+        # Targets: a stretch of the group, completed by cells of the group drawn with replacement.
         place = self.offset[:, None] + np.arange(self.cfg.cell_set_len)  # [n, S], within the group
         size = np.broadcast_to(self.sizes[self.group, None], place.shape)
         beyond = place >= size
         place[beyond] = draw(rng, size[beyond])
         targets = rows[self.starts[self.group, None] + place]
-        first, pool = self.pool_start[self.group, None, None], self.pool_size[self.group, None, None]
-        drawn = first + draw(rng, np.broadcast_to(pool, (*place.shape, self.cfg.n_basal_samples)))
-        controls = np.where(pool > 0, np.append(self.pool, -1)[drawn], -1)
+        # Controls: any of the pool. Which one is no matter, for what counts is the set.
+        start, size = self.pool_start[self.group, None, None], self.pool_size[self.group, None, None]
+        drawn = draw(rng, np.broadcast_to(size, (*place.shape, self.cfg.n_basal_samples)))
+        controls = np.where(size > 0, np.append(self.pool, -1)[start + drawn], -1)
+        # A control cell as target is another control cell's neighbour, or itself (cell-load 0.10.4 ignores this).
         if not self.cfg.map_controls:
             controls = np.where(self.cells.is_control[targets][..., None], targets[..., None], controls)
         return targets, controls, (~beyond).sum(1)
@@ -331,14 +310,12 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     basal = basal.view(b, S, controls.shape[2], -1)
     if lonely.any():
         basal[torch.from_numpy(lonely).to(device)] = 0
+    # The perturbation: its number as a one-hot vector, or its features, which a new one may have too.
     pert = torch.from_numpy(cells.perturbation[targets[:, 0]].astype(np.int64))
-    if cells.features is None:
-        features = F.one_hot(pert, cells.pert_dim).float()
-    else:
-        features = cells.features[pert]
+    features = F.one_hot(pert, cells.pert_dim).float() if cells.features is None else cells.features[pert]
     batch = {
         "pert_emb": features.to(device),
-        "ctrl_cell_emb": basal.mean(2) if controls.shape[2] > 1 else basal[:, :, 0],
+        "ctrl_cell_emb": basal.mean(2),
         "pert_cell_emb": cells.read(targets.ravel(), "input", device).view(b, S, -1),
         "batch": torch.from_numpy(cells.batch[targets].astype(np.int64)).to(device),
     }
@@ -352,24 +329,18 @@ class Batches:
 
     def __init__(self, rt: Runtime, cells: Cells, cfg: Config):
         self.rt, self.cells, self.cfg = rt, cells, cfg
-        self.sentences, self.plans = Sentences(cells, "train", cfg), {}
-
-    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch not in self.plans:
-            self.plans = {known: plan for known, plan in self.plans.items() if known == epoch - 1}
-            self.plans[epoch] = self.sentences.plan(epoch)
-        return self.plans[epoch]
+        self.sentences = Sentences(cells, "train", cfg)
+        self.plan = lru_cache(2)(self.sentences.plan)  # a batch may hold the end of one epoch and the next one's start
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Targets [B, S] and controls [B, S, n_basal_samples] of the whole batch of a step."""
-        place = np.arange(step * self.cfg.batch_size, (step + 1) * self.cfg.batch_size)
-        epoch, sentence = np.divmod(place, len(self.sentences))
         targets, controls = [], []
-        for current in np.unique(epoch):
-            plan = self.plan(int(current))
-            targets.append(plan[0][sentence[epoch == current]])
-            controls.append(plan[1][sentence[epoch == current]])
-        return np.concatenate(targets), np.concatenate(controls)
+        for place in range(step * self.cfg.batch_size, (step + 1) * self.cfg.batch_size):
+            epoch, sentence = divmod(place, len(self.sentences))
+            plan = self.plan(epoch)
+            targets.append(plan[0][sentence])
+            controls.append(plan[1][sentence])
+        return np.stack(targets), np.stack(controls)
 
     def __call__(self, step: int) -> dict:
         """This rank's batch, as make_batch has it, of b = batch_size / world_size sentences."""
@@ -392,55 +363,39 @@ def mlp(width_in: int, hidden: int, width_out: int, layers: int, cfg: Config) ->
     return nn.Sequential(*modules, nn.Linear(width_in, width_out))
 
 
-def head_width(cfg: Config) -> int:
-    return cfg.head_dim or cfg.d_model // cfg.n_heads
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, cfg: Config) -> torch.Tensor:
-    """softmax(q k' / sqrt(C)) v for q [B, heads, T, C], k and v [B, kv_heads, T, C] -> [B, T, heads * C]."""
-    # Grouped keys and values: each head of them serves a group of neighbouring queries.
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    # A masked cell sees only itself and has nothing to weigh: the softmax of one number is 1.
-    if not cfg.mask_attn:
-        causal = not cfg.bidirectional_attention
-        v = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
-    return v.transpose(1, 2).flatten(2)
-
-
-def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021), pairing feature i with i + C / 2 as Llama does. x [B, heads, T, C]."""
-    T, C = x.shape[2:]
-    frequency = 10_000.0 ** (-torch.arange(0, C, 2, device=x.device) / C)
-    angle = torch.arange(T, device=x.device)[:, None] * torch.cat([frequency, frequency])  # [T, C]
-    left, right = x.chunk(2, -1)
-    return x * angle.cos().to(x.dtype) + torch.cat([-right, left], -1) * angle.sin().to(x.dtype)
-
-
 class Attention(nn.Module):
     """Among the cells of a sentence. Llama's own form: no biases, heads of any width, grouped keys and values."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg = cfg
-        wide = cfg.n_heads * head_width(cfg)
-        narrow = (cfg.n_kv_heads or cfg.n_heads) * head_width(cfg)
-        self.q_proj = nn.Linear(cfg.d_model, wide, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, narrow, bias=False)
-        self.v_proj = nn.Linear(cfg.d_model, narrow, bias=False)
-        self.o_proj = nn.Linear(wide, cfg.d_model, bias=False)
+        self.cfg, H = cfg, cfg.d_model
+        self.width = cfg.head_dim or H // cfg.n_heads
+        wide, narrow = cfg.n_heads * self.width, (cfg.n_kv_heads or cfg.n_heads) * self.width
+        self.q_proj = nn.Linear(H, wide, bias=False)
+        self.k_proj = nn.Linear(H, narrow, bias=False)
+        self.v_proj = nn.Linear(H, narrow, bias=False)
+        self.o_proj = nn.Linear(wide, H, bias=False)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)  # [B, heads, T, C]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]."""
+        cfg = self.cfg
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        if self.cfg.rotary:
+        # No positions: a set has no order, and without them what a cell becomes does not depend on where it stands.
+        # Rotary ones, and causal attention, are for checkpoints that were trained so.
+        if cfg.rotary:
             q, k = rotate(q), rotate(k)
-        dropout = self.cfg.attention_dropout if self.training else 0.0
-        return self.o_proj(attend(q, k, v, dropout, self.cfg))
-
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, head_width(self.cfg))).transpose(1, 2)  # [B, heads, T, C]
+        # Grouped keys and values: each head of them serves a group of neighbouring queries.
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        # A masked cell sees only itself and has nothing to weigh: the softmax of one number is 1.
+        if not cfg.mask_attn:
+            dropout = cfg.attention_dropout if self.training else 0.0
+            v = F.scaled_dot_product_attention(q, k, v, is_causal=not cfg.bidirectional_attention, dropout_p=dropout)
+        return self.o_proj(v.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -463,6 +418,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The weight is float32, which would make the whole stream so under autocast.
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -480,18 +436,14 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """A stack of Llama blocks over cells.
-
-    A set has no order, so its cells have no positions: without them, and with all cells in sight of each other, the
-    output of a cell does not depend on where it stands. Causal and rotary are for old checkpoints only.
-    """
+    """A stack of Llama blocks over the cells of a sentence."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.layers = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model)
         for weight in self.parameters():
-            if weight.ndim == 2:
+            if weight.ndim == 2:  # the norms start at 1
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -501,130 +453,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
-class Conv1D(nn.Module):
-    """A linear layer with its weight [in, out] the other way round, as GPT-2 stores it."""
-
-    def __init__(self, width_in: int, width_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width_in, width_out))
-        self.bias = nn.Parameter(torch.zeros(width_out))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.T, self.bias)
-
-
-class GPT2Block(nn.Module):
-    """Pre-norm block of GPT-2 (Radford et al. 2019): LayerNorm, attention, LayerNorm, GELU; all with biases."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.cfg, H = cfg, cfg.d_model
-        self.ln_1, self.ln_2 = nn.LayerNorm(H), nn.LayerNorm(H)
-        self.attn = nn.ModuleDict({"c_attn": Conv1D(H, 3 * H), "c_proj": Conv1D(H, H)})
-        self.mlp = nn.ModuleDict({"c_fc": Conv1D(H, cfg.d_ff), "c_proj": Conv1D(cfg.d_ff, H)})
-        self.drop = nn.Dropout(cfg.residual_dropout)  # on what a block adds to the stream
-        for part in (self.attn, self.mlp):  # what writes to the stream shrinks with depth
-            nn.init.normal_(part["c_proj"].weight, std=0.02 * (2 * cfg.n_layers) ** -0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).unflatten(-1, (3, self.cfg.n_heads, -1)).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, C]
-        dropout = self.cfg.attention_dropout if self.training else 0.0
-        x = x + self.drop(self.attn["c_proj"](attend(q, k, v, dropout, self.cfg)))
-        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
-        return x + self.drop(self.mlp["c_proj"](hidden))
-
-
-class GPT2(nn.Module):
-    """A stack of GPT-2 blocks over cells: bidirectional, no positions."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.h = nn.ModuleList(GPT2Block(cfg) for _ in range(cfg.n_layers))
-        self.ln_f, self.drop = nn.LayerNorm(cfg.d_model), nn.Dropout(cfg.embedding_dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, H] -> [B, T, H]."""
-        x = self.drop(x)
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
-
-
 BACKBONES = {"llama": Llama, "GPT2": GPT2}
-
-
-class LoRA(nn.Module):
-    """W x + alpha / r * B A dropout(x), with W frozen and B zero at first (Hu et al. 2021). Names as in PEFT."""
-
-    def __init__(self, base: nn.Module, cfg: Config):
-        super().__init__()
-        self.base_layer, self.scale, self.drop = base, cfg.lora_alpha / cfg.lora_r, nn.Dropout(cfg.lora_dropout)
-        out, width = reversed(base.weight.shape) if isinstance(base, Conv1D) else base.weight.shape
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(width, cfg.lora_r, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(cfg.lora_r, out, bias=False)})
-        nn.init.zeros_(self.lora_B["default"].weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.lora_A["default"](self.drop(x))
-        return self.base_layer(x) + self.scale * self.lora_B["default"](low)
-
-
-def add_lora(backbone: nn.Module, cfg: Config) -> None:
-    """Freeze the backbone, and put an adapter on every attention projection (and the MLPs' where asked)."""
-    backbone.requires_grad_(False)
-    targets = {"q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj"}
-    if cfg.lora_mlp:
-        targets |= {"gate_proj", "up_proj", "down_proj", "c_fc"}
-    for parent in list(backbone.modules()):
-        for name, child in list(parent.named_children()):
-            if name in targets and isinstance(child, (nn.Linear, Conv1D)):
-                parent.add_module(name, LoRA(child, cfg))
-
-
-class ConfidenceToken(nn.Module):
-    """A token at the end of every sentence whose output predicts the sentence's loss."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        H = cfg.d_model
-        self.confidence_token = nn.Parameter(torch.randn(1, 1, H))
-        self.confidence_projection = nn.Sequential(
-            nn.Linear(H, H // 2), nn.LayerNorm(H // 2), nn.GELU(), nn.Dropout(cfg.dropout),
-            nn.Linear(H // 2, H // 4), nn.LayerNorm(H // 4), nn.GELU(), nn.Dropout(cfg.dropout),
-            nn.Linear(H // 4, 1), nn.ReLU(),
-        )  # fmt: skip
-
-
-class LatentToGeneDecoder(nn.Module):
-    """From the embedding of a cell to its genes: Linear, LayerNorm, GELU, dropout, ..., Linear, ReLU.
-
-    residual_decoder: every second hidden layer also adds the output of the one before it, as the source does.
-    """
-
-    def __init__(self, latent_dim: int, gene_dim: int, cfg: Config):
-        super().__init__()
-        self.residual = cfg.residual_decoder
-        widths = [latent_dim, *cfg.decoder_hidden_dims]
-        blocks = []
-        for a, b in pairwise(widths):
-            blocks.append([nn.Linear(a, b), nn.LayerNorm(b), nn.GELU(), nn.Dropout(cfg.decoder_dropout)])
-        last = [nn.Linear(widths[-1], gene_dim), nn.ReLU()]
-        if self.residual:
-            self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
-            self.final_layer = nn.Sequential(*last)
-        else:
-            self.decoder = nn.Sequential(*[layer for block in blocks for layer in block], *last)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., latent_dim] -> [..., G], not negative."""
-        if not self.residual:
-            return self.decoder(x)
-        for i, block in enumerate(self.blocks):
-            y = block(x)
-            x = y + x if i % 2 else y
-        return self.final_layer(x)
 
 
 class StateTransitionPerturbationModel(nn.Module):
@@ -641,17 +470,19 @@ class StateTransitionPerturbationModel(nn.Module):
         super().__init__()
         self.cfg, self.dims = cfg, dims
         H, D = cfg.d_model, dims["output_dim"]
+        # Encoders: the perturbation, and the control cell that it befalls.
         self.pert_encoder = mlp(dims["pert_dim"], H, H, cfg.n_encoder_layers, cfg)
-        if cfg.use_basal_projection:
-            self.basal_encoder = mlp(dims["input_dim"], H, H, cfg.n_encoder_layers, cfg)
-        else:
-            self.basal_encoder = nn.Linear(dims["input_dim"], H)
+        layers = cfg.n_encoder_layers if cfg.use_basal_projection else 1
+        basal = mlp(dims["input_dim"], H, H, layers, cfg)
+        self.basal_encoder = basal if cfg.use_basal_projection else basal[0]  # named as the source names it
         self.pert_norm = nn.LayerNorm(H) if cfg.pert_norm else nn.Identity()
+        # Backbone and output. The genes of X, all of them, go through an eighth of their number once more.
         self.transformer_backbone = BACKBONES[cfg.transformer_backbone_key](cfg)
         self.project_out = mlp(H, H, D, cfg.n_decoder_layers, cfg)
         if cfg.output_space == "all":
             narrow = max(1, D // 8)
             self.final_down_then_up = nn.Sequential(nn.Linear(D, narrow), nn.GELU(), nn.Linear(narrow, D))
+        # Batches: told to the model, or asked of it.
         if cfg.batch_encoder:
             self.batch_encoder = nn.Embedding(dims["batch_dim"], H)
         if cfg.use_batch_token:
@@ -659,6 +490,7 @@ class StateTransitionPerturbationModel(nn.Module):
             self.batch_classifier = mlp(H, H, dims["batch_dim"], 1, cfg)
         if cfg.confidence_token:
             self.confidence_token = ConfidenceToken(cfg)
+        # Genes, where cells are embeddings.
         self.gene_decoder = None
         if dims["decodes"] and cfg.gene_decoder_bool is not False:
             genes = dims["hvg_dim" if cfg.output_space == "gene" else "gene_dim"]
@@ -683,46 +515,36 @@ class StateTransitionPerturbationModel(nn.Module):
             if frozen or unused:
                 weight.requires_grad_(False)
 
-    def in_sentences(self, batch: dict, padded: bool = True) -> dict:
-        """A batch with a row a cell [B * S, D], as the source's loaders give it, or with sentences [B, S, D] already,
-        as sentences; padded=False: one sentence of all rows. The perturbation becomes [B, S or 1, P]."""
-        batch, rows = dict(batch), batch["ctrl_cell_emb"]
-        S = self.cfg.cell_set_len if padded else len(rows)
-        if rows.ndim == 3 and batch["pert_emb"].ndim == 2:
-            batch["pert_emb"] = batch["pert_emb"][:, None]
-        for name in ("pert_emb", "ctrl_cell_emb", "pert_cell_emb", "pert_cell_counts"):
-            if name in batch and batch[name].ndim == 2:
-                if len(batch[name]) % S:
-                    raise ValueError(f"{len(rows)} cells are no whole sentences of {S}")
-                batch[name] = batch[name].unflatten(0, (-1, S))
-        return batch
+    def forward(self, batch: dict, padded: bool = True, losses: bool = False):
+        """Predicted cells [B * S, output_dim], with the confidence [B, 1] where there is such a token.
 
-    def batch_codes(self, batch: dict) -> torch.Tensor:
-        """Batches as codes [B, S or 1], from codes or one-hot vectors of each cell or each sentence."""
-        codes, (B, S) = batch["batch"], batch["ctrl_cell_emb"].shape[:2]
-        if self.dims["batch_dim"] == 1:
-            return torch.zeros(B, 1, dtype=torch.long, device=codes.device)
-        as_floats = codes.is_floating_point() and codes.numel() == B * self.dims["batch_dim"]
-        if codes.numel() not in (B, B * S) or as_floats:
-            codes = codes.argmax(-1)
-        return codes.reshape(B, -1).long()
-
-    def predict(self, batch: dict, padded: bool = True) -> dict:
-        """Predicted cells [B, S, output_dim], and what else the model's tokens say.
-
-        Args:
-            batch: ctrl_cell_emb, cells [B * S, D] or [B, S, D]; pert_emb, features of the perturbation, of each cell
-                [B * S, P], or of each sentence [B, P] beside cells [B, S, D]; batch, one-hot or codes, if it is used.
-        Returns: cells; confidence [B, 1] and batch_logits [B, batch_dim] where there are such tokens.
+        batch: as make_batch has it, or with a row a cell; padded=False: these are one sentence.
+        losses=True: the terms of the loss instead (see `losses`), in one call, as DistributedDataParallel needs it.
         """
-        cfg, batch = self.cfg, self.in_sentences(batch, padded)
-        # Every cell starts as the sum of what it is and of what is done to it.
-        pert = self.pert_norm(self.pert_encoder(batch["pert_emb"]))  # [B, S or 1, H]
+        cfg, rows = self.cfg, batch["ctrl_cell_emb"]
+        knows_batches = cfg.batch_encoder or cfg.use_batch_token
+        S = cfg.cell_set_len if padded else len(rows)
+        batch = in_sentences(batch, S, self.dims["batch_dim"] if knows_batches else None)
+        out = self.predict(batch)
+        if losses:
+            return self.losses(batch, out)
+        cells = out["cells"].flatten(0, 1)
+        return (cells, out["confidence"]) if "confidence" in out else cells
+
+    def predict(self, batch: dict) -> dict:
+        """Predicted cells of sentences, and what else the model's tokens say.
+
+        batch: ctrl_cell_emb [B, S, D]; pert_emb [B, S or 1, P] or [B, P]; batch, codes [B, S or 1], if it is used.
+        Returns: cells [B, S, output_dim]; of tokens, where there are such, confidence [B, 1], batch_logits [B, batch_dim].
+        """
+        cfg, S = self.cfg, batch["ctrl_cell_emb"].shape[1]
+        pert = batch["pert_emb"]
+        pert = pert[:, None] if pert.ndim == 2 else pert
+        # Every cell starts as the sum of what it is and of what befalls it.
         control = self.basal_encoder(batch["ctrl_cell_emb"])  # [B, S, H]
-        x = pert + control
+        x = self.pert_norm(self.pert_encoder(pert)) + control
         if cfg.batch_encoder:
-            x = x + self.batch_encoder(self.batch_codes(batch))
-        S = x.shape[1]
+            x = x + self.batch_encoder(batch["batch"])
 
         # Tokens that are no cells: the batch before them, the confidence after them.
         if cfg.use_batch_token:
@@ -731,11 +553,11 @@ class StateTransitionPerturbationModel(nn.Module):
             x = torch.cat([x, self.confidence_token.confidence_token.expand(len(x), -1, -1)], 1)
         x = self.transformer_backbone(x)
         out = {}
+        if cfg.confidence_token:
+            out["confidence"] = self.confidence_token.confidence_projection(x[:, -1])
         if cfg.use_batch_token:
             out["batch_logits"] = self.batch_classifier(x[:, 0])
             x = x[:, 1:]
-        if cfg.confidence_token:
-            out["confidence"] = self.confidence_token.confidence_projection(x[:, -1])
         x = x[:, :S]
 
         # Residual prediction: the transformer says how a control cell changes, which is little, and not what it is. In
@@ -746,34 +568,21 @@ class StateTransitionPerturbationModel(nn.Module):
             cells = self.final_down_then_up(self.project_out(x) + batch["ctrl_cell_emb"])
         else:
             cells = self.project_out(x + control)
-        out["cells"] = cells.relu() if self.clips else cells
-        return out
-
-    def forward(self, batch: dict, padded: bool = True, losses: bool = False):
-        """Predicted cells [B * S, output_dim], with the confidence [B, 1] where there is such a token.
-
-        losses=True: the terms of the loss instead (see `losses`), in one call, as DistributedDataParallel needs it.
-        """
-        out = self.predict(batch, padded)
-        if losses:
-            return self.losses(self.in_sentences(batch, padded), out)
-        cells = out["cells"].flatten(0, 1)
-        return (cells, out["confidence"]) if "confidence" in out else cells
+        return out | {"cells": cells.relu() if self.clips else cells}
 
     # Loss ------------------------------------------------------------------------------------------------------
     def set_loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The configured distance of every sentence: pred and target [B, S, D] or [B * S, D] -> [B]."""
-        cfg, S = self.cfg, self.cfg.cell_set_len
-        if pred.ndim == 2:
-            pred, target = pred.unflatten(0, (-1, S)), target.unflatten(0, (-1, S))
+        cfg, D = self.cfg, pred.shape[-1]
+        pred, target = (x.unflatten(0, (-1, cfg.cell_set_len)) if x.ndim == 2 else x for x in (pred, target))
         loss = cfg.distributional_loss if cfg.loss == "energy" else cfg.loss
         weights = cfg.blur, cfg.sinkhorn_weight, cfg.energy_weight
         if cfg.mmd_num_chunks == 1 or loss in ("se", "mse"):
             return set_loss(pred, target, loss, *weights)
-        # Groups of features: the mean of their distances weighs a few genes that matter more than one of all does.
-        D = pred.shape[-1]
-        shuffled = cfg.randomize_mmd_chunks and self.training
-        order = torch.randperm(D, device=pred.device) if shuffled else torch.arange(D, device=pred.device)
+        # Groups of features: the mean of their distances hears a few genes that the distance of all of them drowns.
+        order = torch.arange(D, device=pred.device)
+        if cfg.randomize_mmd_chunks and self.training:
+            order = torch.randperm(D, device=pred.device)
         groups = order.chunk(cfg.mmd_num_chunks)
         return torch.stack([set_loss(pred[..., g], target[..., g], loss, *weights) for g in groups]).nanmean(0)
 
@@ -782,18 +591,18 @@ class StateTransitionPerturbationModel(nn.Module):
 
         batch: in sentences; pert_cell_emb, the measured cells; pert_cell_counts, their genes, where a decoder learns.
         """
-        cfg, pred, target = self.cfg, out["cells"], batch["pert_cell_emb"]
+        cfg, pred = self.cfg, out["cells"]
         # The distance between sets. A sentence that has none (nan) is left out of the mean.
-        per_set = self.set_loss(pred, target)
+        per_set = self.set_loss(pred, batch["pert_cell_emb"])
         terms = {"per_set": per_set.detach(), "distance": per_set.nanmean()}
         total = terms["distance"]
         # The batch: the token must name the one that all cells of its sentence are of.
         if "batch_logits" in out:
-            terms["batch_token"] = F.cross_entropy(out["batch_logits"].float(), self.batch_codes(batch)[:, 0])
+            terms["batch_token"] = F.cross_entropy(out["batch_logits"].float(), batch["batch"][:, 0])
             total = total + cfg.batch_token_weight * terms["batch_token"]
-        # Genes: the distance once more, of decoded and measured ones.
+        # Genes: the same distance, of decoded and measured ones.
         if self.gene_decoder is not None and "pert_cell_counts" in batch:
-            genes = self.gene_decoder(self.latent(pred, target))
+            genes = self.gene_decoder(self.latent(pred, batch["pert_cell_emb"]))
             terms["decoder"] = self.set_loss(genes, batch["pert_cell_counts"]).mean()
             total = total + cfg.decoder_weight * terms["decoder"]
         # Confidence: the loss of the sentence is foretold, and not changed by that.
@@ -802,6 +611,7 @@ class StateTransitionPerturbationModel(nn.Module):
             scaled = cfg.confidence_target_scale * wanted.detach()
             terms["confidence"] = F.mse_loss(out["confidence"][:, 0].float(), scaled)
             total = total + cfg.confidence_weight * terms["confidence"]
+        # Sparse change: most genes do not answer to most perturbations.
         if cfg.regularization:
             terms["l1"] = (pred - batch["ctrl_cell_emb"]).abs().mean()
             total = total + cfg.regularization * terms["l1"]
@@ -853,16 +663,19 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
     comparable = pred.shape == target.shape if loss == "mse" else pred.shape[::2] == target.shape[::2]
     if not comparable or not pred.numel() * target.numel():
         raise ValueError(f"sets of cells {list(pred.shape)} and {list(target.shape)} cannot be compared by {loss}")
-    # Half precision would round squared distances, small differences of large numbers, away.
+    # Half precision would round away squared distances, which are small differences of large numbers.
     with torch.autocast(pred.device.type, enabled=False):
         pred = pred if pred.dtype == torch.float64 else pred.float()
         target = target.to(pred.dtype)
+        # Cell by cell, for comparison: right only where the order of cells means something.
         if loss == "mse":
             return (pred - target).square().mean((1, 2))
-        # E|x - y| - E|x - x'| / 2 - E|y - y'| / 2 is zero if and only if both sets are of one distribution; no cell is
-        # paired with another, for no measured cell is seen both before and after.
+        # E|x - y| - E|x - x'| / 2 - E|y - y'| / 2 over all pairs is zero if and only if both sets are of one
+        # distribution. No cell is paired with another, for none is measured both before and after. |x - y| pulls a
+        # predicted cell to the measured ones, |x - x'| pushes it off its like: without it all would be the mean.
         if loss == "energy":
             return energy_distance(pred, target)
+        # Optimal transport, blurred: of every cell to where the plan sends it.
         if loss == "se":
             sinkhorn = geomloss_distance(pred, target, "sinkhorn", blur)
             return sinkhorn_weight * sinkhorn + energy_weight * energy_distance(pred, target)
@@ -903,20 +716,31 @@ def validate(model: StateTransitionPerturbationModel, sentences: tuple, cells: C
     model.eval()
     targets, controls = sentences
     sums, count = {}, 0
-    at_once = max(1, cfg.batch_size // (cfg.grad_accum * rt.world_size))
+    at_once = rt.divide(cfg.batch_size, cfg.grad_accum)  # what fits in training
     for i in range(rt.rank * at_once, len(targets), rt.world_size * at_once):
-        some = slice(i, i + at_once)
+        batch = make_batch(cells, targets[i : i + at_once], controls[i : i + at_once], rt.device)
         with rt.autocast():
-            terms = model(make_batch(cells, targets[some], controls[some], rt.device), losses=True)
-        n = len(targets[some])
+            terms = model(batch, losses=True)
+        n = len(terms.pop("per_set"))
         count += n
-        for name, value in terms.items():
-            if name != "per_set":
-                sums[name] = sums.get(name, 0.0) + float(value) * n
+        sums = {name: sums.get(name, 0.0) + float(value) * n for name, value in terms.items()}
     model.train()
+    # Ranks have different numbers of sentences, perhaps none: sums travel, not means.
     shares = [share for share in rt.gather((sums, count)) if share[1]]
     total = sum(n for _, n in shares)
     return {name: sum(part[name] for part, _ in shares) / total for name in shares[0][0]}
+
+
+def same_lengths(sentences: list, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Targets [b, s] and controls [b, s, k] of sentences that have one length, of at most so many cells."""
+    def length_of(sentence: tuple) -> int:
+        return len(sentence[0])
+
+    for length, members in groupby(sorted(sentences, key=length_of), key=length_of):
+        targets, controls = (np.stack(rows) for rows in zip(*members, strict=True))
+        at_once = max(1, most // length)
+        for i in range(0, len(targets), at_once):
+            yield targets[i : i + at_once], controls[i : i + at_once]
 
 
 @torch.no_grad()
@@ -924,100 +748,83 @@ def predict_sentences(model: StateTransitionPerturbationModel, sentences: list, 
                       ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted cells of sentences of any lengths: rows of the targets [N], ascending, cells [N, G]. Collective."""
     model.eval()
-    rows, predicted = [np.empty(0, np.int64)], []
+    parts = []
+    # Short sentences are not filled up, so that no cell is counted twice.
     for targets, controls in same_lengths(rt.share(sentences), cfg.batch_size * cfg.cell_set_len):
         with rt.autocast():
-            cells_out = model.predict(make_batch(cells, targets, controls, rt.device))["cells"]
-            genes = expressed(model, cells_out)
-        rows.append(targets.ravel())
-        predicted.append(genes.flatten(0, 1).float().cpu().numpy())
+            predicted = expressed(model, model.predict(make_batch(cells, targets, controls, rt.device))["cells"])
+        parts.append((targets.ravel(), predicted.flatten(0, 1).float().cpu().numpy()))
     model.train()
-    shares = rt.gather((np.concatenate(rows), predicted))
-    rows = np.concatenate([share for share, _ in shares])
-    order = np.argsort(rows, kind="stable")
-    return rows[order], np.concatenate([part for _, parts in shares for part in parts])[order]
+    rows, predicted = zip(*[part for share in rt.gather(parts) for part in share], strict=True)
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    return np.concatenate(rows)[order], np.concatenate(predicted)[order]
 
 
-def same_lengths(sentences: list, most: int):
-    """Batches [b, s] of sentences that have one length, of at most so many cells; none is filled up, so that no cell
-    is counted twice."""
-    by_length = {}
-    for targets, controls in sentences:
-        by_length.setdefault(len(targets), []).append((targets, controls))
-    for length, members in sorted(by_length.items()):
-        at_once = max(1, most // length)
-        for i in range(0, len(members), at_once):
-            targets, controls = zip(*members[i : i + at_once], strict=True)
-            yield np.stack(targets), np.stack(controls)
+def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
+    """(what predictions are compared with: "input" or "counts", whether that is expression)."""
+    if model.gene_decoder is not None:
+        return "counts", True
+    return "input", model.cfg.embed_key in (None, "X", "X_hvg")
 
 
-def predictions(model: StateTransitionPerturbationModel, cells: Cells, split: str, cfg: Config, rt: Runtime,
-                most: int | None = None):
+def predictions(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime,
+                most: int | None = None) -> Iterator[dict]:
     """One held-out cell type after the other: {cell_type, rows, pred [N, G], real [N, G], controls, control [C, G]}.
 
     rows and controls are rows of the cells: the perturbed ones predicted, once each, and all control cells of the type;
     most: only of so many sentences and controls. Yields on every rank; what is measured, on rank 0 alone. Memory is
     that of one cell type.
     """
-    which = "input" if model.gene_decoder is None else "counts"
-    by_type = {}
-    for targets, controls in Sentences(cells, split, cfg).whole():
-        if cells.perturbation[targets[0]] != cells.control:
-            by_type.setdefault(int(cells.cell_type[targets[0]]), []).append((targets, controls))
-    for code, sentences in sorted(by_type.items()):
-        rows, predicted = predict_sentences(model, sentences[:most], cells, rt, cfg)
-        part = {"cell_type": code, "rows": rows, "pred": predicted}
+    which, _ = measured_as(model)
+    sentences = Sentences(cells, held_out(cells), cfg).whole()
+    sentences = [s for s in sentences if not cells.is_control[s[0][0]]]
+    for code in np.unique([cells.cell_type[s[0][0]] for s in sentences]):
+        of_type = [s for s in sentences if cells.cell_type[s[0][0]] == code]
+        rows, predicted = predict_sentences(model, of_type[:most], cells, rt, cfg)
+        part = {"cell_type": int(code), "rows": rows, "pred": predicted}
         if rt.is_main:
-            of_type = cells.is_control & (cells.cell_type == code) & (cells.member > 0)
-            part["controls"] = np.flatnonzero(of_type)[:most]
-            part["real"] = fetch(cells, rows, which)
-            part["control"] = fetch(cells, part["controls"], which)
+            controls = np.flatnonzero(cells.is_control & (cells.cell_type == code) & (cells.member > 0))[:most]
+            part["real"] = cells.read(rows, which).numpy()
+            part |= {"controls": controls, "control": cells.read(controls, which).numpy()}
         yield part
 
 
-def fetch(cells: Cells, rows: np.ndarray, which: str, block: int = 8_192) -> np.ndarray:
-    """Cells of rows as a float32 array [N, G] in memory, read in blocks."""
-    blocks = [cells.read(rows[i : i + block], which).numpy() for i in range(0, len(rows), block)]
-    return np.concatenate(blocks) if blocks else np.empty((0, 0), np.float32)
-
-
-def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime, keep=None,
-             most: int | None = None) -> dict:
+def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime, keep=None) -> dict:
     """The model and the baselines on every held-out condition: what effects.evaluate_conditions returns. Collective.
 
-    keep: called with what `predictions` yields. most: a rehearsal with so many sentences, without baselines.
+    keep: called with what `predictions` yields.
     """
-    which = "input" if model.gene_decoder is None else "counts"
-    expression = cfg.embed_key in (None, "X", "X_hvg") or which == "counts"
-    known = effects.training_means(cells, which) if rt.is_main and most is None else None
+    which, expression = measured_as(model)
+    known = effects.training_means(cells, which) if rt.is_main else None
     results = []
-    for part in predictions(model, cells, held_out(cells), cfg, rt, most):
+    for part in predictions(model, cells, cfg, rt):
         if rt.is_main:
+            results.append(effects.evaluate_cell_type(part, cells, known, which, expression))
             if keep:
                 keep(part)
-            results.append(effects.evaluate_cell_type(part, cells, known, which, expression))
-        if most:
-            break
-    return effects.join(results) if results else {}
+    return effects.join(results) if rt.is_main else {}
 
 
 def finish(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime, folder: Path, keep=None
            ) -> dict:
     """Measure on what was held out: metrics.csv, results.json, pictures; returns the summary. Collective."""
     results = evaluate(model, cells, cfg, rt, keep)
+    summary = {}
+    if rt.is_main:
+        summary = effects.write_results(folder, Path(cfg.toml_config_path).stem, results)
+        print(effects.format_table(results))
     rt.barrier()
-    if not rt.is_main:
-        return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    conditions = len(results["model"]["per_condition"])
-    effects.write_metrics(folder / "metrics.csv", results)
-    saved = {name: {"mean": result["mean"], "per_condition": result["per_condition"]}
-             for name, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    effects.plot_metrics(folder, f"{Path(cfg.toml_config_path).stem}: {conditions} held-out conditions", results)
-    print(effects.format_table(results))
-    means = {name: result["mean"] for name, result in results.items()}
-    return means.pop("model") | {"baselines": means, "conditions": conditions}
+    return summary
+
+
+def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runtime, cfg: Config) -> None:
+    """What validation and the end of the run ask of model and data, on a few sentences. Collective."""
+    cells = batches.cells
+    with rehearsal():
+        validate(model, [part[:1] for part in batches.rows(0)], cells, rt, cfg)
+        part = next(predictions(model, cells, cfg, rt, most=4))
+        if rt.is_main:
+            effects.evaluate_cell_type(part, cells, None, *measured_as(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1034,12 +841,10 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
         weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
     else:
         saved, weights, *_ = convert(path, cfg.source_attention)
-    taken = [name for name in SHAPE if name in saved and saved[name] != getattr(cfg, name)]
-    for name in taken:
-        setattr(cfg, name, saved[name])
+    taken = {name: saved[name] for name in SHAPE if name in saved and saved[name] != getattr(cfg, name)}
     if taken:
-        print(f"note: taken over from {path}: {', '.join(f'{name} = {saved[name]}' for name in taken)}")
-    return cfg, weights
+        print(f"note: taken over from {path}: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
+    return replace(cfg, **taken), weights
 
 
 def initialise(model: StateTransitionPerturbationModel, weights: dict, cfg: Config) -> list[str]:
@@ -1068,8 +873,7 @@ def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: i
         output = model.final_down_then_up
     output[-1].bias.copy_(cells.read(rows).mean(0))
     if model.gene_decoder is not None:
-        last = [module for module in model.gene_decoder.modules() if isinstance(module, nn.Linear)][-1]
-        last.bias.copy_(cells.read(rows, "counts").mean(0))
+        model.gene_decoder.last.bias.copy_(cells.read(rows, "counts").mean(0))
 
 
 def make_optimizer(model: nn.Module, cfg: Config, rt: Runtime) -> torch.optim.Optimizer:
@@ -1086,33 +890,37 @@ def make_optimizer(model: nn.Module, cfg: Config, rt: Runtime) -> torch.optim.Op
 def train_step(model: nn.Module, batch: dict, rt: Runtime, cfg: Config) -> dict:
     """Forward and backward over the micro-batches of a batch; returns the loss terms, means over all ranks."""
     sums = {}
-    micro_batches = zip(*(value.chunk(cfg.grad_accum) for value in batch.values()), strict=True)
-    for i, values in enumerate(micro_batches):
+    for i in range(cfg.grad_accum):
+        micro_batch = {name: value.chunk(cfg.grad_accum)[i] for name, value in batch.items()}
         with rt.sync(model, last=i == cfg.grad_accum - 1):
             with rt.autocast():
-                terms = model(dict(zip(batch, values, strict=True)), losses=True)
+                terms = model(micro_batch, losses=True)
             rt.backward(terms["loss"] / cfg.grad_accum)
-        for name, value in terms.items():
-            if name != "per_set":
-                sums[name] = sums.get(name, 0.0) + value.detach() / cfg.grad_accum
+        del terms["per_set"]
+        add_to(sums, terms, cfg.grad_accum)
     means = rt.mean(torch.stack(list(sums.values())))
     return dict(zip(sums, means, strict=True))
 
 
-class Progress:
-    """Means of the loss terms over the steps since the last log line, read from the device when they are asked for."""
+def add_to(sums: dict, terms: dict, parts: int = 1) -> None:
+    """Add a part of the loss terms to their sums, on the device: nothing waits for their values."""
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0.0) + value.detach() / parts
 
-    def __init__(self):
-        self.sums, self.steps = {}, 0
 
-    def add(self, terms: dict) -> None:
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in terms.items()}
-        self.steps += 1
-
-    def means(self) -> dict:
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
-        self.sums, self.steps = {}, 0
-        return means
+def prepare(cfg: Config, rt: Runtime) -> tuple[Config, Cells, StateTransitionPerturbationModel, list[str]]:
+    """(cfg with the shape that init_from gives it, cells, model on the device, what starts anew beside init_from)."""
+    weights, fresh = {}, []
+    if cfg.init_from:
+        cfg, weights = start_from_checkpoint(cfg)
+    cells = open_data(cfg)
+    held_out(cells)
+    model = build_model(cfg, cells.dims())
+    if weights:
+        fresh = initialise(model, weights, cfg)
+    if not weights or "project_out.0.weight" in fresh:
+        start_at_mean(model, cells)
+    return cfg, cells, model.to(rt.device), fresh
 
 
 def train(cfg: Config) -> dict:
@@ -1123,58 +931,48 @@ def train(cfg: Config) -> dict:
     began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
-        initial, fresh = {}, []
-        if cfg.init_from:
-            cfg, initial = start_from_checkpoint(cfg)
-        cells = open_data(cfg)
-        held_out(cells)
-        model = build_model(cfg, cells.dims())
-        if initial:
-            fresh = initialise(model, initial, cfg)
-        model.to(rt.device)
-        rt.reseed(rt.rank)
+        cfg, cells, model, fresh = prepare(cfg, rt)
+        rt.reseed(rt.rank)  # ranks draw other masks of dropout
         optimizer = make_optimizer(model, cfg, rt)
         params = optimizer.param_groups[0]["params"]
-        if not initial or "project_out.0.weight" in fresh:
-            start_at_mean(model, cells)
-        batches, finite, watch, progress = Batches(rt, cells, cfg), FiniteCheck(rt.device), Stopwatch(), Progress()
+        batches, finite, watch = Batches(rt, cells, cfg), FiniteCheck(rt.device), Stopwatch()
+        cells_per_step = cfg.batch_size * cfg.cell_set_len
         validation = None  # without it the last step is the best
         if len(cells.rows("val", controls=False)):
-            validation = [part[: cfg.eval_sentences] for part in Sentences(cells, "val", cfg).plan(0)]
-        with rehearsal():
-            validate(model, [part[:1] for part in batches.rows(0)], cells, rt, cfg)
-            evaluate(model, cells, cfg, rt, most=4)
+            validation = [rows[: cfg.eval_sentences] for rows in Sentences(cells, "val", cfg).plan(0)]
+        rehearse(model, batches, rt, cfg)
 
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
-        step, best, known = 0, math.inf, {"dims": cells.dims(), **cells.maps()}
+        step, best, sums = 0, math.inf, {}
+        known = {"dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
             other = [name for name in known if state["extra"].get(name) != known[name]]
             if other:
                 raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
                                       "resume=never to train anew there, which replaces the checkpoints")
             step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-        trained = rt.wrap(model)
+        trained, lap, logged = rt.wrap(model), step, step
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
                 write_maps(folder, cells)
             log.say(rt.describe())
-            log.say(describe(cells, model, cfg))
+            log.say(f"{cfg.toml_config_path}: {summary_of(cells)}")
+            log.say(describe(model, cfg))
             if fresh:
                 log.say(f"from {cfg.init_from}; these start anew: {', '.join(fresh)}")
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
-            cells_per_step, lap = cfg.batch_size * cfg.cell_set_len, step
             watch.start()
             while step < cfg.max_steps:
-                batch = batches(step)  # sentences [B, S, D] of this rank
+                batch = batches(step)  # sentences of this rank, [B, S, D]
                 lr = learning_rate(step, cfg)
                 terms = train_step(trained, batch, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
                 finite.add(step, terms["loss"])
-                progress.add(terms)
+                add_to(sums, terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
@@ -1184,17 +982,20 @@ def train(cfg: Config) -> dict:
                 finite.verify(step, model, lr)
                 rt.synchronize()
                 speed = watch.pause((step - lap) * cells_per_step)
+                improved = False
                 if due.logs:
-                    values = progress.means() | {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
+                    values = {name: float(value) / (step - logged) for name, value in sums.items()}
+                    values |= {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
                     values["epoch"] = step * cfg.batch_size / len(batches.sentences)
                     left = (cfg.max_steps - step) * cells_per_step / speed
                     log.train(step, values, lr, norm, speed, left, "cells", loss=values["loss"])
-                improved = False
+                    sums, logged = {}, step
                 if due.evaluates and validation:
                     values = validate(model, validation, cells, rt, cfg)
                     improved = values["loss"] < best
                     best = min(best, values["loss"])
-                    log_validation(log, step, values, improved)
+                    log.metrics(step, "eval", {f"val_{name}": value for name, value in values.items()})
+                    log.say(f"step {step:>6} eval | val_loss {values['loss']:.5f}{' *' if improved else ''}")
                 if due.saves or improved:
                     extra = known | {"ended": step == cfg.max_steps}
                     saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
@@ -1206,38 +1007,27 @@ def train(cfg: Config) -> dict:
                 lap = step
                 watch.start()
 
+            # The weights that validated best are what is measured on cells that were never seen.
             rt.barrier()
             if (folder / "best.pt").exists():
-                checkpoint.load_weights(model, checkpoint.load(folder / "best.pt", __file__)["model"], folder)
+                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             if cfg.source_files and rt.is_main:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
-            summary = result | {"val_loss": best, **run_facts(rt, step, began, watch, "cells")}
-            log.summary(summary | {"config_hash": config_hash(cfg)})
+            facts = run_facts(rt, step, began, watch, "cells")
+            summary = result | {"val_loss": best, **facts, "config_hash": config_hash(cfg)}
+            log.summary(summary)
             if rt.is_main:
                 log.say(effects.verdict(result, folder))
-            return summary | {"config_hash": config_hash(cfg)}
+            return summary
 
 
-def log_validation(log: RunLog, step: int, values: dict, improved: bool) -> None:
-    """The line of an evaluation: the loss, and its terms where there are several."""
-    values = {f"val_{name}": value for name, value in values.items()}
-    log.metrics(step, "eval", values)
-    shown = {"val_loss": values["val_loss"]} | (values if len(values) > 2 else {})
-    line = " | ".join(f"{name} {value:.5f}" for name, value in shown.items())
-    log.say(f"step {step:>6} eval | {line}{' *' if improved else ''}")
-
-
-def describe(cells: Cells, model: nn.Module, cfg: Config) -> str:
+def describe(model: nn.Module, cfg: Config) -> str:
     size = sum(weight.numel() for weight in model.parameters())
     moving = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    parameters = f"{size:,} parameters" if moving == size else f"{size:,} parameters, {moving:,} trained"
-    counts = ", ".join(f"{split} {len(cells.rows(split, controls=False)):,}" for split in SPLITS)
-    return (f"{cfg.toml_config_path}: {len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, "
-            f"{len(cells.perturbations) - 1} perturbations and {cfg.control_pert}; perturbed cells: {counts} | "
-            f"{'read from disk' if cells.streamed else 'held in memory'}\n"
-            f"State: {parameters} | {cfg.max_steps:,} steps of {cfg.batch_size} sentences of {cfg.cell_set_len} cells "
-            f"| {cfg.out_dir}")
+    trained = f", {moving:,} trained" if moving != size else ""
+    return (f"State: {size:,} parameters{trained} | {cfg.max_steps:,} steps of {cfg.batch_size} sentences of "
+            f"{cfg.cell_set_len} cells | {cfg.out_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1255,6 +1045,7 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     state = checkpoint.load(path, __file__)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
+    # The features of its perturbations are in the run folder too, should their file be gone.
     if cfg.perturbation_features_file and not Path(cfg.perturbation_features_file).exists():
         folder = path if path.is_dir() else path.parent
         cfg.perturbation_features_file = str(folder / "pert_onehot_map.pt")
@@ -1265,12 +1056,7 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
 
 def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn.Module, int, dict]:
     """The same of a .ckpt of the source; its perturbations mean what pert_onehot_map.pt of its run folder says."""
-    settings, weights, step, dims, notes = convert(path, attention)
-    if not settings:
-        raise CheckpointError(f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...): it "
-                              "can be trained from with init_from, but not be used by itself")
-    for note in notes:
-        print(f"note: {note}")
+    settings, weights, step, dims = convert_whole(path, attention)
     try:
         cfg = Config(device=device, **settings)
         model = build_model(cfg, dims)
@@ -1281,46 +1067,8 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
 
 
 def open_run_data(cfg: Config, extra: dict) -> Cells:
-    """The cells of a run's settings, with the run's numbers for perturbations and batches, whatever its TOML.
-
-    Raises DataError for other genes, and for perturbations or batches that the model has no number for.
-    """
-    cells, dims, where = open_data(cfg), extra["dims"], cfg.toml_config_path
-    for name, genes in (("genes", cells.genes), ("count_genes", cells.count_genes)):
-        if extra.get(name) is not None and list(genes or []) != list(extra[name]):
-            raise DataError(f"{where} has other {name} than this run, or in another order: "
-                            f"{len(genes or [])} against {len(extra[name])}")
-    if "perturbations" in extra and not cfg.perturbation_features_file:
-        places = codes_of(cells.perturbations, extra["perturbations"], "perturbation", where)
-        cells.pert_dim = len(extra["perturbations"])
-        cells.features = torch.eye(cells.pert_dim)[places]
-    if "batches" in extra and cfg.batch_encoder:
-        places = codes_of(cells.batches, extra["batches"], "batch", where)
-        cells.batch, cells.batches = np.array(places, np.int32)[cells.batch], extra["batches"]
-    elif cfg.batch_encoder and cells.batch_dim > (dims["batch_dim"] or 0):
-        raise DataError(f"{where} has {cells.batch_dim} batches, more than the model's {dims['batch_dim']}")
-    cells.batch_dim = dims["batch_dim"]
-    if (cells.input_dim, cells.pert_dim) != (dims["input_dim"], dims["pert_dim"]):
-        raise DataError(f"{where} is not the data of this run: cells have {cells.input_dim} and perturbations "
-                        f"{cells.pert_dim} features, the model's {dims['input_dim']} and {dims['pert_dim']}")
-    return cells
-
-
-def known_perturbations(cfg: Config, extra: dict) -> dict[str, torch.Tensor]:
-    """The features [pert_dim] of every perturbation a run knows: one-hot by its own list, or of its features file."""
-    if cfg.perturbation_features_file:
-        return load_features(cfg.perturbation_features_file)
-    names = extra.get("perturbations") or []
-    return dict(zip(names, torch.eye(len(names)), strict=True))
-
-
-def codes_of(names: list[str], known: list[str], what: str, where: str) -> list[int]:
-    """Places of names in `known`. Raises DataError for one that is not there."""
-    places = {name: i for i, name in enumerate(known)}
-    for name in names:
-        if name not in places:
-            raise DataError(f"{where}: the {what} {name!r} is not of this model's training{suggest(name, known)}")
-    return [places[name] for name in names]
+    """The cells of a run's settings, with the run's numbers for perturbations and batches, whatever its TOML."""
+    return renumber(open_data(cfg), extra, not cfg.perturbation_features_file, cfg.batch_encoder)
 
 
 def analyze(cfg: Config) -> dict:
@@ -1329,7 +1077,7 @@ def analyze(cfg: Config) -> dict:
     folder = path if path.is_dir() else path.parent
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     for name in ("precision", "toml_config_path", "ram_budget_gb"):  # what may differ from the run, if asked to
-        if getattr(cfg, name) != getattr(Config(), name):
+        if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
         result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)

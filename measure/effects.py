@@ -3,6 +3,7 @@ only, tables and pictures. P conditions or groups of cells, N cells, G genes.
 """
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,19 @@ def write_metrics(path: Path, results: dict) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_results(folder: Path, name: str, results: dict) -> dict:
+    """metrics.csv, results.json and plots of what evaluate_conditions returns; returns the numbers of summary.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_metrics(folder / "metrics.csv", results)
+    saved = {rival: {"mean": result["mean"], "per_condition": result["per_condition"]}
+             for rival, result in results.items()}
+    (folder / "results.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    conditions = len(results["model"]["per_condition"])
+    plot_metrics(folder, f"{name}: {conditions} held-out conditions", results)
+    means = {rival: result["mean"] for rival, result in results.items()}
+    return means.pop("model") | {"baselines": means, "conditions": conditions}
 
 
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:

@@ -141,7 +141,10 @@ def translate(keywords: dict, attention: str = "auto") -> tuple[dict, dict]:
     checkpoint meant, `attention` (bidirectional | causal | rotary) may say. Raises ValueError for what we have not.
     """
     backbone = keywords.get("transformer_backbone_kwargs") or {}
-    gpt2 = keywords.get("transformer_backbone_key", "GPT2") == "GPT2"
+    key = keywords.get("transformer_backbone_key", "GPT2")
+    if key not in ("llama", "GPT2"):
+        raise ValueError(f"transformer_backbone_key = {key!r}: use llama or GPT2")
+    gpt2 = key == "GPT2"
     settings = DEFAULTS | (GPT2_DEFAULTS if gpt2 else {})
     for name, value in {**keywords, **backbone}.items():
         name = ALIASES.get(name) or name
@@ -316,6 +319,20 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     else:
         notes.append(f"there is no pert_onehot_map.pt beside {path}: perturbations are numbered as sorted in the TOML")
     return settings, weights, step, dims, notes
+
+
+def convert_whole(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int, dict]:
+    """(settings, weights, steps done, sizes of the data) of a checkpoint that can be used by itself; prints notes.
+
+    Raises CheckpointError for one that holds weights only.
+    """
+    settings, weights, step, dims, notes = convert(path, attention)
+    if not settings:
+        raise CheckpointError(f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...): it "
+                              "can be trained from with init_from, but not be used by itself")
+    for note in notes:
+        print(f"note: {note}")
+    return settings, weights, step, dims
 
 
 def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:

@@ -1,5 +1,6 @@
-"""train_state.py: its metrics against hand computation, scipy and cell-eval; its baselines against their formulas."""
+"""measure/effects.py: its metrics against hand computation, scipy and cell-eval; its baselines against their formulas."""
 
+import contextlib
 import csv
 import json
 import math
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from train_state import (
+from measure import effects
+from measure.effects import (
     METRICS,
     baselines,
-    benjamini_hochberg,
     best_baseline,
     differential_expression,
     discrimination,
@@ -23,7 +24,6 @@ from train_state import (
     pearson,
     plot_metrics,
     pseudobulk,
-    rank_sum,
     write_metrics,
 )
 
@@ -112,46 +112,13 @@ def test_discrimination_ranks_the_true_perturbation():
     assert list(discrimination(guess, real, np.array([1, -1]))) == [1, 1]
 
 
-@pytest.mark.parametrize("block", [50, 1 << 18], ids=["a gene at a time", "in one pass"])
-def test_rank_sum_equals_scipy_in_every_group_and_gene(block):
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(5)
-    x, y = expression(rng, 60, 12), expression(rng, 31, 12, 1.5)
-    x[:, 1], y[:, 1] = 0, 0  # constant
-    x[:, 2] = 0  # all zero in one of them
-    x[:, 3], y[:, 3] = rng.normal(size=60), rng.normal(1, 1, size=31)  # both signs, no ties
-    x[:, 4] -= 1  # both signs and ties, -1 and 0 among them
-    y[:, 4] -= 1
-    x[:, 5], y[:, 5] = rng.normal(9, 1, size=60), rng.normal(size=31)  # separate
-    x[::2, 6], y[::3, 6] = -0.0, -1  # -0.0 is 0
-    x[:, 7] = y[0, 7] = 2.0
-    group = rng.integers(1, 4, size=60)
-    group[group == 3] = 1
-    group[7] = 3  # a group of one cell; group 0 and 4 have none
-    p = rank_sum(x, y, group, 5, block)
-    for g in (1, 2, 3):
-        a, b = x[group == g].astype(float), y.astype(float)  # of float32 it computes in float32
-        expected = stats.mannwhitneyu(a, b, method="asymptotic").pvalue
-        expected[1] = 1.0  # scipy: nan or 1, by version
-        np.testing.assert_allclose(p[g], expected, rtol=1e-9, err_msg=f"group {g}")
-    assert np.isnan(p[[0, 4]]).all()
-    np.testing.assert_allclose(rank_sum(x[group == 2], y), p[2:3], rtol=1e-12)
-
-
-def test_rank_sum_by_hand():
-    # U = 2 of 2 x 3 pairs (6 > 5 twice less a tie): pairs (1: 0, 6: 2 + 1/2) against (3, 5, 6) -> U = 2.5, mean 3
-    x, y = np.array([[1.0], [6]]), np.array([[3.0], [5], [6]])
-    sd = math.sqrt(2 * 3 / 12 * (6 - (2**3 - 2) / (5 * 4)))
-    assert rank_sum(x, y)[0, 0] == pytest.approx(math.erfc((3.5 - 3 - 0.5) / sd / math.sqrt(2)))
-    x = np.array([[7.0], [9]])  # U = 6: z = (6 - 3 - 1/2) / sd
-    assert rank_sum(x, y)[0, 0] == pytest.approx(math.erfc(2.5 / math.sqrt(2 * 3 / 12 * 6) / math.sqrt(2)))
-
-
-def test_benjamini_hochberg_by_hand_and_as_scipy():
-    np.testing.assert_allclose(benjamini_hochberg(np.array([0.04, 0.01, 0.9, 0.02])), [0.16 / 3, 0.04, 0.9, 0.04])
-    stats = pytest.importorskip("scipy.stats")
-    p = np.random.default_rng(0).random((3, 40)) ** 3
-    np.testing.assert_allclose(benjamini_hochberg(p), stats.false_discovery_control(p, axis=1), rtol=1e-12)
+def test_p_values_are_adjusted_as_benjamini_and_hochberg_do():
+    rng = np.random.default_rng(2)
+    found = differential_expression(expression(rng, 40, 5, [1, 2, 3, 4, 5]), expression(rng, 50, 5, 3))
+    p, adjusted = found["p"][0], found["adjusted"][0]
+    for i, value in enumerate(adjusted):  # the least, over all that are no smaller, of p * G / rank
+        ranks = [(p <= q).sum() for q in p]
+        assert value == pytest.approx(min(q * 5 / rank for q, rank in zip(p, ranks, strict=True) if q >= p[i]))
 
 
 def test_differential_expression_orders_significant_genes_by_fold_change():
@@ -340,21 +307,26 @@ def test_csv_holds_every_number(table, tmp_path):
 
 
 def test_pictures(table, screen, tmp_path, monkeypatch):
-    drawn = {}
-    real_plot = plot_metrics.__globals__["plot"]
-    monkeypatch.setitem(plot_metrics.__globals__, "plot", lambda folder, name, draw, **size: (
-        real_plot(folder, name, lambda axes: drawn.update({name: (axes.figure, draw(axes), axes)}), **size)))
+    drawn, draw = {}, effects.figure
+
+    @contextlib.contextmanager
+    def kept(folder, name, *sizes, **options):
+        with draw(folder, name, *sizes, **options) as axes:
+            drawn[name] = axes
+            yield axes
+
+    monkeypatch.setattr(effects, "figure", kept)
     lines = [{"step": 1, "split": "train", "loss": 2.0}, {"step": 2, "split": "train", "loss": 1.5},
              {"step": 2, "split": "eval", "val_loss": 1.7}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     plot_metrics(tmp_path, "a title", table)
     made = {f"{m}_by_perturbation" for m in METRICS} | {"delta", "loss"}
     assert {p.stem for p in (tmp_path / "plots").iterdir()} == set(drawn) == made
-    panels = drawn["delta"][0].axes
+    panels = list(drawn["delta"].flat)
     first = max(range(8), key=lambda c: table["model"]["per_condition"][c]["pearson_delta"])
     assert len(panels) == 8 and panels[0].get_title().startswith(", ".join(screen["conditions"][first]))
     np.testing.assert_array_equal(panels[0].lines[1].get_ydata(), table["model"]["delta"][first])
-    rival, model = drawn["mae_by_perturbation"][2].lines
+    rival, model = drawn["mae_by_perturbation"].lines
     assert rival.get_label() == best_baseline(table, "mae") + " (best baseline)" and list(model.get_xdata()) == sorted(
         r["mae"] for r in table["model"]["per_condition"])
-    assert [list(line.get_ydata()) for line in drawn["loss"][2].lines] == [[2.0, 1.5], [1.7]]
+    assert [list(line.get_ydata()) for line in drawn["loss"].lines] == [[2.0, 1.5], [1.7]]

@@ -15,10 +15,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from geomloss import SamplesLoss
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_state as ts
-from common.checkpoint import CheckpointError
+from common.errors import CheckpointError
+from sources.foreign_blocks import in_sentences
+from sources.foreign_state import plain_name, read_source_checkpoint, source_settings, source_state_dict, translate
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 FOLDER = pathlib.Path(os.environ.get("REFERENCE_DIR", pathlib.Path(ts.__file__).parent / "../shared/reference"))
@@ -105,14 +106,14 @@ def test_state_reference_prediction_loss_and_confidence(path):
     with torch.no_grad():
         found, terms = model(batch), model(batch, losses=True)
     wanted = {k: torch.tensor(arrays[k]).double() for k in arrays.files if k.startswith("out.")}
-    close(predicted(model, batch), wanted["out.pred"].reshape(-1, model.output_dim), 1e-5)
+    close(predicted(model, batch), wanted["out.pred"].reshape(-1, model.dims["output_dim"]), 1e-5)
     if "out.loss_per_set" in wanted:
         close(terms["per_set"], wanted["out.loss_per_set"].reshape(-1), 1e-4, 1e-5)
     if "out.confidence" in wanted:
         close(found[1].reshape(-1), wanted["out.confidence"].reshape(-1), 1e-5)
     model, batch, _, _ = reference(path, torch.float32)
     with torch.no_grad():
-        close(predicted(model, batch).double(), wanted["out.pred"].reshape(-1, model.output_dim), 1e-5)
+        close(predicted(model, batch).double(), wanted["out.pred"].reshape(-1, model.dims["output_dim"]), 1e-5)
         close(model(batch, losses=True)["per_set"].double(), terms["per_set"], 1e-3, 1e-4)
 
 
@@ -133,7 +134,7 @@ def test_state_reference_gradients_are_those_of_plain_geomloss(path):
     if settings["loss"] == "mse" or settings.get("mmd_num_chunks", 1) > 1:
         pytest.skip("not one distance of geomloss")
     mine = gradients(model, model(batch, losses=True)["distance"])
-    pred = predicted(model, batch).unflatten(0, (-1, model.cell_sentence_len))
+    pred = predicted(model, batch).unflatten(0, (-1, model.cfg.cell_set_len))
     wanted = gradients(model, geomloss_of(settings, pred, batch["pert_cell_emb"].reshape(pred.shape)).nanmean())
     assert wanted and mine.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -225,18 +226,19 @@ def both(x, y, loss: str, of) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_distances_and_gradients_equal_geomloss(loss, dtype, atol):
     x, y = sets(m=7 if loss == "mse" else 5, dtype=dtype)
-    for pairs in (1, 40, 1 << 23):
-        mine = both(x, y, loss, lambda a, b, k, pairs=pairs: ts.set_loss(a, b, k, 0.3, 0.2, 0.7, pairs=pairs))
-        for found, wanted in zip(mine, both(x, y, loss, second), strict=True):
-            close(found, wanted, atol, atol)
+    mine = both(x, y, loss, lambda a, b, k: ts.set_loss(a, b, k, 0.3, 0.2, 0.7))
+    for found, wanted in zip(mine, both(x, y, loss, second), strict=True):
+        close(found, wanted, atol, atol)
 
 
 @pytest.mark.parametrize("loss", ["energy", "sinkhorn", "laplacian"])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_feature_chunks_are_averaged(loss, ordered):
+def test_feature_chunks_are_averaged(loss, ordered, monkeypatch):
     x, y = sets()
     order = torch.tensor([4, 8, 0, 3, 1, 7, 6, 2, 5]) if ordered else torch.arange(9)
-    mine = both(x, y, loss, lambda a, b, k: ts.set_loss(a, b, k, 0.3, chunks=4, order=order if ordered else None))
+    monkeypatch.setattr(torch, "randperm", lambda n, device: order)
+    model = make(loss="energy", distributional_loss=loss, blur=0.3, mmd_num_chunks=4, randomize_mmd_chunks=ordered)
+    mine = both(x, y, loss, lambda a, b, k: model.train().set_loss(a, b))
     groups = order.split(3)  # torch.chunk: nine features in four groups are three of three
 
     def averaged(a, b, k):
@@ -250,7 +252,7 @@ def test_feature_chunks_are_averaged(loss, ordered):
 def test_more_chunks_than_features_are_single_features():
     x, y = sets(width=3)
     single = [ts.set_loss(x[..., i : i + 1], y[..., i : i + 1]) for i in range(3)]
-    close(ts.set_loss(x, y, chunks=50), torch.stack(single).mean(0))
+    close(make(mmd_num_chunks=50).set_loss(x, y), torch.stack(single).mean(0))
 
 
 def test_energy_equals_a_double_loop():
@@ -260,7 +262,7 @@ def test_energy_equals_a_double_loop():
         pairs = [sum((p - q) ** 2 for p, q in zip(u, v, strict=True)) for u in a for v in b]
         return sum(max(1e-8, squared) ** 0.5 for squared in pairs) / len(pairs)
 
-    for found, a, b in zip(ts.set_loss(x, y, pairs=6), x.tolist(), y.tolist(), strict=True):
+    for found, a, b in zip(ts.set_loss(x, y), x.tolist(), y.tolist(), strict=True):
         assert math.isclose(found, mean(a, b) - mean(a, a) / 2 - mean(b, b) / 2, abs_tol=1e-12)
 
 
@@ -276,7 +278,7 @@ def test_gradient_of_the_energy_equals_finite_differences():
     x, y = sets()
     x, y = x[[0, 2], 2:], y[[0, 2], 3:]  # no cell twice: there the energy has no derivative
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a: ts.set_loss(a, y, pairs=3), x, eps=1e-7, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda a: ts.set_loss(a, y), x, eps=1e-7, atol=1e-6)
 
 
 def test_no_gradient_is_made_where_none_is_asked_and_targets_get_none():
@@ -293,43 +295,6 @@ def test_an_unknown_loss_is_named_and_sets_that_do_not_compare_are_refused():
     for a, b, loss in ((x[:2], y, "energy"), (x[..., :2], y, "energy"), (x, y[:, :0], "energy"), (x, y[:, :1], "mse")):
         with pytest.raises(ValueError):
             ts.set_loss(a, b, loss)
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor made by any operation, and of the largest that is not of cells."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width, self.any, self.pairs = width, 0, 0
-
-    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
-        found = call(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(tensor, torch.Tensor):
-                self.any = max(self.any, tensor.numel())
-                self.pairs = max(self.pairs, 0 if self.width in tensor.shape else tensor.numel())
-        return found
-
-
-def test_squared_distances_are_made_without_tf32(monkeypatch):
-    """With ten bits of mantissa a cell of 2,000 genes is 0.1 (bits rounded) to 1 (bits cut off) away from itself."""
-    found, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *a: (found.append(torch.get_float32_matmul_precision()), bmm(*a))[1])
-    torch.set_float32_matmul_precision("high")
-    try:
-        ts.set_loss(*sets(dtype=torch.float32))
-        assert set(found) == {"highest"} and torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def test_a_thousand_cells_of_twenty_thousand_genes_need_no_matrix_of_all_pairs():
-    cells_, genes = 1_024, 20_000
-    x, y = torch.rand(1, cells_, genes, requires_grad=True), torch.rand(1, cells_, genes)
-    with Largest(genes) as made:
-        ts.set_loss(x, y, pairs=64 * cells_).backward()
-    assert made.any == cells_ * genes and made.pairs <= 64 * cells_
-    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
 
 
 # Backbones: second formulas ----------------------------------------------------------------------------------------
@@ -395,7 +360,8 @@ FORMS = {"bidirectional": (4, 4, True, False), "grouped": (4, 2, True, False), "
 
 def backbone(key: str, given: dict, dtype=torch.float64) -> nn.Module:
     torch.manual_seed(5)
-    stack = ts.make_backbone(key, H, given).to(dtype).eval().requires_grad_(False)
+    settings, _ = translate(dict(hidden_dim=H, transformer_backbone_key=key, transformer_backbone_kwargs=given))
+    stack = ts.BACKBONES[key](ts.Config(**settings)).to(dtype).eval().requires_grad_(False)
     for weight in stack.parameters():
         weight += 0.2 * torch.randn_like(weight)
     return stack
@@ -524,12 +490,13 @@ def test_the_gene_decoder_equals_its_formula(options, residual):
         outputs.append(y + outputs[-1] if residual and i % 2 else y)
     last = "final_layer.0" if residual else f"decoder.{4 * len(hidden)}"
     close(decoder(x), F.linear(outputs[-1], w[f"{last}.weight"], w[f"{last}.bias"]).relu())
-    assert decoder.gene_dim() == G and (decoder(x) == 0).any()
+    assert (decoder(x) == 0).any()
 
 
-def test_a_residual_decoder_of_unequal_widths_is_refused():
-    with pytest.raises(ValueError, match=r"\[8, 6\]"):
-        ts.LatentToGeneDecoder(D, G, [8, 6], residual_decoder=True)
+@pytest.mark.parametrize("widths, fits", [([8, 6], False), ([8, 8, 6], True), ([8], True), ([8, 8, 6, 5], False)])
+def test_a_residual_decoder_of_unequal_widths_is_refused(widths, fits):
+    wrong = ts.Config(residual_decoder=True, decoder_hidden_dims=widths).check()
+    assert wrong == [] if fits else str(widths) in wrong[0]
 
 
 BATCHES = {"codes of cells": lambda c: c, "column": lambda c: c[:, None], "sentences": lambda c: c.reshape(B, S),
@@ -600,7 +567,7 @@ def test_settings_of_the_source_without_effect_are_taken():
 # Losses ------------------------------------------------------------------------------------------------------------
 def test_the_batch_token_names_the_batch():
     model, batch = make(batch_token_weight=0.7, **TOKEN), cells()
-    logits = model.predict(batch)["batch_logits"]
+    logits = model.predict(in_sentences(batch, S, 3))["batch_logits"]
     wanted = -logits.log_softmax(-1)[torch.arange(B), batch["batch"][::S]].mean()
     terms = model(batch, losses=True)
     close(terms["batch_token"].double(), wanted, 1e-5)
@@ -793,7 +760,7 @@ class Trap:
 def lightning(model, settings: dict | None = None, step: int = 7, **hyper_parameters) -> dict:
     """What Lightning writes for a model of the source."""
     return {"epoch": 1, "global_step": step, "pytorch-lightning_version": "2.5.1", "loops": {}, "callbacks": {},
-            "optimizer_states": [], "lr_schedulers": [], "state_dict": ts.source_state_dict(model),
+            "optimizer_states": [], "lr_schedulers": [], "state_dict": source_state_dict(model),
             "hparams_name": "kwargs", "hyper_parameters": {**SETTINGS, **(settings or {}), **hyper_parameters}}
 
 
@@ -813,21 +780,21 @@ FOREIGN = {"module": lambda: nn.MSELoss(), "path": lambda: pathlib.Path("a/b"), 
 def test_a_checkpoint_of_lightning_with_foreign_things_in_its_settings_is_read(foreign, tmp_path):
     model = make(dtype=torch.float32)
     path = write(tmp_path / "last.ckpt", lightning(model, thing=foreign(), nested={"thing": [foreign()]}))
-    read, settings = ts.load_source_checkpoint(path)
-    assert settings["step"] == 7 and settings["cell_set_len"] == S
+    cfg, read, step, _ = ts.load_run(path)
+    assert step == 7 and cfg.cell_set_len == S
     close(predicted(read.eval(), cells(dtype=torch.float32)), predicted(model, cells(dtype=torch.float32)), 1e-5)
 
 
 def test_numbers_of_numpy_and_settings_in_a_namespace_count(tmp_path):
     model = make(dtype=torch.float32)
     path = write(tmp_path / "last.ckpt", lightning(model, step=np.int64(11), input_dim=np.int64(D)))
-    assert ts.read_source_checkpoint(path)[1]["step"] == 11
-    assert ts.load_source_checkpoint(path)[1]["input_dim"] == D
+    assert read_source_checkpoint(path)[2] == 11
+    assert ts.load_run(path)[3]["dims"]["input_dim"] == D
     content = lightning(model)
     content["hyper_parameters"] = argparse.Namespace(**content["hyper_parameters"])
-    assert ts.load_source_checkpoint(write(path, content))[1]["hidden_dim"] == H
+    assert ts.load_run(write(path, content))[0].d_model == H
     content = lightning(model, transformer_backbone_kwargs=Settings(LLAMA))
-    assert ts.load_source_checkpoint(write(path, content))[0].transformer_backbone.layers[0].self_attn.head_dim == 4
+    assert ts.load_run(write(path, content))[0].head_dim == 4
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -839,7 +806,7 @@ def test_no_code_of_a_checkpoint_runs(trap, legacy, tmp_path):
     content, path = lightning(make(dtype=torch.float32), thing=traps[trap]), tmp_path / "last.ckpt"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     with contextlib.suppress(CheckpointError):
-        ts.load_source_checkpoint(path)
+        ts.load_run(path)
     assert not mark.exists()
 
 
@@ -870,17 +837,17 @@ def test_a_bad_checkpoint_is_refused_in_a_sentence(spoil, tmp_path):
     content, path = spoil(lightning(make(dtype=torch.float32))), tmp_path / "last.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
     with pytest.raises(CheckpointError) as refusal:
-        ts.load_source_checkpoint(path)
+        ts.load_run(path)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
     with pytest.raises(CheckpointError):
-        ts.load_source_checkpoint(tmp_path / "absent.ckpt")
+        ts.load_run(tmp_path / "absent.ckpt")
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path):
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32)))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="last.ckpt"):
-        ts.read_source_checkpoint(path)
+        read_source_checkpoint(path)
 
 
 def test_a_checkpoint_of_smolstate_is_read(tmp_path):
@@ -888,8 +855,8 @@ def test_a_checkpoint_of_smolstate_is_read(tmp_path):
     old = {k: v for k, v in SETTINGS.items() if k != "pert_norm"} | AS_OLD  # no key says that it is bidirectional
     content = {"model_state_dict": {"module._orig_mod." + k: v for k, v in model.state_dict().items()}, "step": 40,
                "optimizer_state_dict": {}, "config": {"model": {"name": "state", "kwargs": old}}}
-    read, settings = ts.load_source_checkpoint(write(tmp_path / "step_40.pt", content))
-    assert settings["step"] == 40 and settings["pert_norm"]
+    cfg, read, step, _ = ts.load_run(write(tmp_path / "step_40.pt", content))
+    assert step == 40 and cfg.pert_norm
     close(predicted(read.eval(), cells(dtype=torch.float32)), predicted(model, cells(dtype=torch.float32)), 1e-5)
 
 
@@ -899,33 +866,33 @@ def test_a_checkpoint_of_smolstate_is_read(tmp_path):
     (AS_OLD["transformer_backbone_kwargs"], "bidirectional", True, False),
     (LLAMA, "causal", False, False), (AS_OLD["transformer_backbone_kwargs"], "rotary", False, True)])
 def test_a_llama_is_causal_unless_it_says_otherwise(given, attention, seen, rotary, tmp_path):
-    shape = ts.source_shape({**SETTINGS, "transformer_backbone_kwargs": given}, attention)
+    shape, _ = translate({**SETTINGS, "transformer_backbone_kwargs": given}, attention)
     assert (shape["bidirectional_attention"], shape["rotary"]) == (seen, rotary)
-    sizes = ("n_layers", "n_heads", "head_dim", "d_ff", "hidden_dim")
+    sizes = ("n_layers", "n_heads", "head_dim", "d_ff", "d_model")
     assert [shape[name] for name in sizes] == [2, 4, 4, 32, H]
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32), transformer_backbone_kwargs=given))
-    stack = ts.load_source_checkpoint(path, attention)[0].transformer_backbone
-    assert (stack.seen == "all", stack.theta is not None) == (seen, rotary)
+    cfg = ts.load_run(path, "cpu", attention)[0]
+    assert (cfg.bidirectional_attention, cfg.rotary) == (seen, rotary)
 
 
 def test_a_gpt2_has_four_times_the_width_where_it_does_not_say():
-    shape = ts.source_shape({**SETTINGS, **AS_GPT2})
+    shape, _ = translate({**SETTINGS, **AS_GPT2})
     assert (shape["d_ff"], shape["n_layers"], shape["n_heads"], shape["bidirectional_attention"]) == (4 * H, 2, 4, True)
     assert shape["rotary"] is False
 
 
 def test_a_checkpoint_of_embeddings_is_clipped_as_the_source_clips(tmp_path):
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32, **EMBEDDING), EMBEDDING))
-    assert ts.load_source_checkpoint(path)[0].clips
+    assert ts.load_run(path)[1].clips
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32, **DECODER), DECODER))
-    assert not ts.load_source_checkpoint(path)[0].clips
+    assert not ts.load_run(path)[1].clips
 
 
 @pytest.mark.parametrize("options", [DECODER, RESIDUAL], ids=["plain", "residual"])
 def test_the_decoder_of_a_checkpoint_without_its_settings_is_read_off_the_weights(options, tmp_path):
     model, batch = make(dtype=torch.float32, **options), cells(dtype=torch.float32)
     told = {k: v for k, v in options.items() if k != "decoder_cfg"}
-    read, _ = ts.load_source_checkpoint(write(tmp_path / "last.ckpt", lightning(model, told)))
+    _, read, *_ = ts.load_run(write(tmp_path / "last.ckpt", lightning(model, told)))
     close(ts.expressed(read.eval(), predicted(read, batch)), ts.expressed(model, predicted(model, batch)), 1e-5)
 
 
@@ -943,13 +910,25 @@ def test_weights_that_do_not_fit_are_named():
     assert set(model.load_source_state_dict(weights, partial=True)) == {"project_out.0.weight", "basal_encoder.bias"}
 
 
+ROUND = {**SETS, **{name: options for name, (options, _) in OUTPUTS.items()}, "decoder": DECODER, "causal": CAUSAL,
+         "rotary": ROTARY, "old": AS_OLD, "residual": RESIDUAL, "frozen": dict(freeze_pert_backbone=True)}
+
+
+@pytest.mark.parametrize("options", ROUND.values(), ids=ROUND)
+def test_settings_go_out_and_come_back(options):
+    settings, dims = translate({**SETTINGS, **options})
+    cfg = ts.Config(**settings)
+    assert ts.Config(**translate(source_settings(cfg, dims))[0]) == ts.Config(**settings | {
+        "n_kv_heads": cfg.n_kv_heads or (None if options.get("transformer_backbone_key") else cfg.n_heads)})
+
+
 @pytest.mark.parametrize("options", [{}, AS_GPT2, LORA, TOKENS, DECODER,
                                      dict(output_space="all")],
                          ids=["llama", "gpt2", "lora", "tokens", "decoder", "all"])
 def test_weights_go_out_and_come_back(options):
     model = make(dtype=torch.float32, **options)
     other = make(seed=9, dtype=torch.float32, **options)
-    assert other.load_source_state_dict(ts.source_state_dict(model)) == []
+    assert other.load_source_state_dict(source_state_dict(model)) == []
     close(other.state_dict(), model.state_dict(), 0.0)
 
 
@@ -999,10 +978,10 @@ def test_a_transformer_that_does_not_fit_is_refused(options):
 def test_the_shape_of_a_checkpoint_is_taken_over(tmp_path, capsys):
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32), transformer_backbone_key="llama"))
     cfg, weights = ts.start_from_checkpoint(ts.Config(init_from=str(path), lr=3e-4))
-    sizes = ("hidden_dim", "n_layers", "n_heads", "head_dim", "d_ff", "n_decoder_layers")
+    sizes = ("d_model", "n_layers", "n_heads", "head_dim", "d_ff", "n_decoder_layers")
     assert [getattr(cfg, name) for name in sizes] == [H, 2, 4, 4, 32, 3]
     assert (cfg.use_basal_projection, cfg.bidirectional_attention, cfg.rotary, cfg.lr) == (False, True, False, 3e-4)
-    assert f"hidden_dim = {H}" in capsys.readouterr().out and "project_out.0.weight" in weights
+    assert f"d_model = {H}" in capsys.readouterr().out and "project_out.0.weight" in weights
     dims = dict(input_dim=D, output_dim=D, pert_dim=P, batch_dim=3, gene_dim=G, hvg_dim=D, decodes=False)
     model = ts.build_model(cfg, dims)
     assert all(k.startswith("pert_encoder.") for k in ts.initialise(model, weights, cfg))
@@ -1077,7 +1056,7 @@ def test_arc_state_predicts_loses_and_learns_the_same(arc_state, options):
     batch = {k: v.double() for k, v in batch.items()}
     mine, wanted = model(batch, losses=True)["loss"], peer.training_step(batch, 0)
     close(mine, wanted, 1e-6)
-    found, theirs = gradients(model, mine), {ts.plain_name(k): v for k, v in gradients(peer, wanted).items()}
+    found, theirs = gradients(model, mine), {plain_name(k): v for k, v in gradients(peer, wanted).items()}
     assert found.keys() == theirs.keys()
     for name, gradient in theirs.items():
         close(found[name], gradient, 1e-5)
@@ -1092,7 +1071,7 @@ def test_arc_state_reads_our_weights(arc_state, options):
     except AttributeError as e:
         pytest.skip(f"this arc-state cannot build it: {e}")
     model = make(seed=6, dtype=torch.float32, compat_relu=True, **options)
-    peer.load_state_dict(ts.source_state_dict(model), strict=True)
+    peer.load_state_dict(source_state_dict(model), strict=True)
     close(predicted(peer.eval(), peer_batch()), predicted(model, peer_batch()), 1e-5)
 
 
@@ -1106,14 +1085,14 @@ def test_a_checkpoint_that_lightning_wrote_of_arc_state_predicts_the_same(arc_st
     del peer.log
     trainer.strategy.connect(peer)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    model, settings = ts.load_source_checkpoint(tmp_path / "last.ckpt")
+    cfg, model, *_ = ts.load_run(tmp_path / "last.ckpt")
     close(predicted(model.eval(), peer_batch()), predicted(peer, peer_batch()), 1e-5)
-    assert settings["embed_key"] == {**SETTINGS, **options}["embed_key"]
+    assert cfg.embed_key == {**SETTINGS, **options}["embed_key"]
     assert ("causal with rotary" in capsys.readouterr().out) == (options is AS_OLD)
 
 
-@pytest.mark.parametrize("named, seen", [(False, "all"), (True, "causal")])
-def test_a_lightning_checkpoint_without_the_setting_is_read_as_its_release_meant(tmp_path, named, seen):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_lightning_checkpoint_without_the_setting_is_read_as_its_release_meant(tmp_path, named):
     """Releases before 0.9.32 know neither bidirectional_attention nor basal_mapping_strategy, and are bidirectional."""
     backbone = {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 8}
     settings = {"input_dim": 5, "hidden_dim": 8, "output_dim": 5, "pert_dim": 3, "transformer_backbone_key": "llama",
@@ -1122,7 +1101,6 @@ def test_a_lightning_checkpoint_without_the_setting_is_read_as_its_release_meant
     saved = settings | {"control_pert": "x", "gene_names": None, "batch_size": 8}  # all that Lightning saves unasked
     saved |= {"basal_mapping_strategy": "random"} if named else {}
     torch.save({"state_dict": weights, "hyper_parameters": saved}, tmp_path / "a.ckpt")
-    model, _ = ts.load_source_checkpoint(tmp_path / "a.ckpt")
-    assert (model.transformer_backbone.seen, model.transformer_backbone.theta is None) == (seen, not named)
-    model, _ = ts.load_source_checkpoint(tmp_path / "a.ckpt", "bidirectional")
-    assert model.transformer_backbone.seen == "all"
+    cfg = ts.load_run(tmp_path / "a.ckpt")[0]
+    assert (cfg.bidirectional_attention, cfg.rotary) == (not named, named)
+    assert ts.load_run(tmp_path / "a.ckpt", "auto", "bidirectional")[0].bidirectional_attention
