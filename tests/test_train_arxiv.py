@@ -20,6 +20,7 @@ import h5py
 import matplotlib.image
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from commands import python, refusal
@@ -363,6 +364,15 @@ def test_a_power_law_is_recovered_whatever_the_shape_of_the_stack():
     assert fit_power_law(xe[5]) == pytest.approx(wanted[5], rel=1e-3) and fit_power_law(xe[5]).shape == (3,)
 
 
+def test_a_power_law_fits_as_well_as_scipy_does_from_the_true_start():
+    draw, t = np.random.default_rng(7), np.arange(1, 100)
+    wanted = np.array([(0.8, 0.3, 0.9), (2.0, 1.5, 0.4), (0.5, 0.2, 2.0)])
+    noisy = wanted[:, :1] + wanted[:, 1:2] * t ** -wanted[:, 2:] + 0.01 * draw.standard_normal((3, 99))
+    for xe, ours, start in zip(noisy, fit_power_law(noisy), wanted, strict=True):
+        theirs, _ = scipy.optimize.curve_fit(lambda t, infinity, c, alpha: infinity + c * t**-alpha, t, xe, start)
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
+
+
 def test_gains_are_first_less_last_and_the_sum_over_the_last():
     gain, total = gains(np.array([[5.0, 3.0, 2.0], [1.0, 1.0, 4.0]]))
     assert gain.tolist() == [3.0, -3.0] and total.tolist() == [4.0, -6.0]
@@ -395,6 +405,18 @@ def test_the_probe_reads_a_category_that_is_there_and_none_that_is_not():
     assert sure["accuracy"] == [[1.0] * 5] and max(sure["cross_entropy"][0]) < 0.2
     assert np.array(lost["accuracy"]) == pytest.approx(np.full((1, 5), 0.25), abs=0.1)
     assert np.array(lost["cross_entropy"]) == pytest.approx(np.full((1, 5), math.log(4)), abs=0.1)
+
+
+@pytest.mark.parametrize("train_top, validation_top", [(9, 5), (5, 9), (7, 7)])
+def test_files_of_the_source_that_do_not_say_their_vocabulary_share_the_larger(train_top, validation_top):
+    for name, top in (("train", train_top), ("validation", validation_top)):
+        with h5py.File(f"{name}.h5", "w") as file:
+            file["token_chunks"] = np.array([[0, 1, 2, top], [top, 2, 1, 0]])
+            file["category_for_chunk"] = ["x", "y"]
+            file["doc_idx_for_chunk"] = [3, 3]  # numbers begin anew in every category
+    train, validation = train_arxiv.open_data(Config(data="."))
+    assert train.vocab_size == validation.vocab_size == max(train_top, validation_top) + 1
+    assert (train.names, train.documents.tolist(), train.budget, train.oracle) == (["x", "y"], [0, 1], 1, None)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -440,6 +462,21 @@ def test_the_final_numbers_are_those_of_the_best_weights(data):
     chunks = read(data / "validation.h5")
     curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
     assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-6)
+
+
+def test_a_checkpoint_with_the_older_names_of_settings_loads_and_goes_on(data, whole):
+    shutil.copytree(whole, "run")
+    for path in (Path("run/last.pt"), Path("run/best.pt")):
+        state = torch.load(path, weights_only=True)
+        config = state["config"]
+        state["experiment"] = "arxiv"
+        config |= {"adam_beta1": config.pop("beta1"), "adam_beta2": config.pop("beta2"), "min_lr_ratio": 0.1}
+        del config["min_lr"], config["schedule"]
+        torch.save(state, path)
+    cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
+    assert (cfg.beta2, cfg.min_lr, cfg.schedule, extra["categories"]) == (0.95, 1e-3, "cosine", ["a", "b"])
+    shutil.rmtree("run/plots")
+    assert run(data, *RUN)["val_xe"] == read_json(whole / "summary.json")["val_xe"]  # no setting counts as changed
 
 
 def test_early_stopping_stops_and_stays_stopped(data):
@@ -557,6 +594,29 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
     assert len(pictures) == page.count("<img") == 3 and "http" not in re.sub(r'"data:[^"]+"', "", page)
     assert {base64.b64decode(p) for p in pictures} == {p.read_bytes() for p in Path("run/plots").iterdir()}
     assert_drawn(Path("run"), "xe_by_position", "xe_against_k", "xe_by_category")
+
+
+def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
+    folder = Path("run/K1_a")
+    settings = ("--study=K1_a", "--epochs=1", "--probe=false")
+    run(data, *settings)
+    saved = read_json(folder / "config.json")
+    for ours, older in (("beta1", "adam_beta1"), ("beta2", "adam_beta2")):
+        saved[older] = saved.pop(ours)
+    saved["min_lr_ratio"] = saved.pop("min_lr") / saved["lr"]
+    del saved["schedule"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    before = (folder / "last.pt").stat().st_mtime_ns
+    assert run(data, *settings).keys() == {1} and (folder / "last.pt").stat().st_mtime_ns == before
+    run(data, *settings, "--bootstrap=41", "--resume=never")
+    assert (folder / "last.pt").stat().st_mtime_ns > before
+
+
+def test_a_report_escapes_what_folders_are_called(whole):
+    shutil.copytree(whole, "runs/<b>&one")
+    train_arxiv.main(["--report=runs"])
+    page = Path("runs/report.html").read_text()
+    assert "&lt;b&gt;&amp;one" in page and "<b>" not in page and page.startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("text, words", [(None, "no run"), ("{", "damaged"), ("[]", "damaged"), ('{"K": 1}', "damaged"),
