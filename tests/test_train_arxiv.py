@@ -88,7 +88,7 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
     return rt
 
 
-def read(path: Path | str) -> Chunks:
+def chunks_of(path: Path | str) -> Chunks:
     return Chunks(**read_corpus(Path(path)))
 
 
@@ -100,7 +100,7 @@ def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chun
         spool.add(name, ids)
     spool.write(Path("corpus.h5"))
     spool.close()
-    return read("corpus.h5")
+    return chunks_of("corpus.h5")
 
 
 def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2, vocab_size: int = 60_000) -> Chunks:
@@ -112,7 +112,7 @@ def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2,
     return corpus(documents, vocab_size, chunk_size)
 
 
-def read_json(path: Path | str):
+def read(path: Path | str):
     return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
@@ -137,7 +137,7 @@ def assert_as_if_uninterrupted(folder: Path, whole: Path) -> None:
     keys = ("step", "best", "model", "optimizer", "ranks", "extra")
     assert unequal({k: found[k] for k in keys}, {k: expected[k] for k in keys}) == []
     assert evals(folder) == evals(whole) and len(evals(whole)) > 1
-    results, wanted = read_json(folder / "results.json"), read_json(whole / "results.json")
+    results, wanted = read(folder / "results.json"), read(whole / "results.json")
     assert results == wanted
 
 
@@ -380,7 +380,7 @@ def test_gains_are_first_less_last_and_the_sum_over_the_last():
 
 @pytest.mark.parametrize("active", [["a", "b", "c"], ["c", "a"], ["b"]])
 def test_oracle_curves_are_those_of_the_nonergodic_process_of_the_active_components(data, active):
-    chunks = read(data / "validation.h5")
+    chunks = chunks_of(data / "validation.h5")
     rows = np.flatnonzero(np.isin(chunks.codes, [chunks.code(name) for name in active]))[1:]
     parts = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in PARTS}
     mixture, known = train_arxiv.exact_curves(chunks, rows, active)
@@ -435,7 +435,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "xe_by_position.csv", "plots",
         "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
     assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
-    summary, results = read_json(whole / "summary.json"), read_json(whole / "results.json")
+    summary, results = read(whole / "summary.json"), read(whole / "results.json")
     seen, groups = results["groups"]["seen"], results["groups"]
     assert groups.keys() == {"a", "b", "c", "seen", "unseen"} and groups["unseen"] == groups["c"]
     assert summary["val_xe"] == pytest.approx(np.mean(summary["xe_by_position"])) and summary["K"] == 2
@@ -459,7 +459,7 @@ def test_the_final_numbers_are_those_of_the_best_weights(data):
     best = checkpoint.load(Path("run/best.pt"))
     assert best["step"] == 2 + 2 * int(np.argmin(history)) and best["best"] == min(history)
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
-    chunks = read(data / "validation.h5")
+    chunks = chunks_of(data / "validation.h5")
     curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
     assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-6)
 
@@ -476,7 +476,7 @@ def test_a_checkpoint_with_the_older_names_of_settings_loads_and_goes_on(data, w
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
     assert (cfg.beta2, cfg.min_lr, cfg.schedule, extra["categories"]) == (0.95, 1e-3, "cosine", ["a", "b"])
     shutil.rmtree("run/plots")
-    assert run(data, *RUN)["val_xe"] == read_json(whole / "summary.json")["val_xe"]  # no setting counts as changed
+    assert run(data, *RUN)["val_xe"] == read(whole / "summary.json")["val_xe"]  # no setting counts as changed
 
 
 def test_early_stopping_stops_and_stays_stopped(data):
@@ -518,7 +518,7 @@ def test_two_ranks_train_like_one(data):
                 "--rdzv_endpoint=localhost:0")
     done = python(*torchrun, ROOT / "train_arxiv.py", *settings, folder=Path.cwd())
     assert done.returncode == 0 and done.stdout.count("done: validation XE") == 1, done.stderr[-2000:]
-    alone, two = run(data), read_json("two/summary.json")
+    alone, two = run(data), read("two/summary.json")
     assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-4)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
 
@@ -538,18 +538,18 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, w
     shutil.copytree(whole, "run")
     told = refused(capsys, *RUN, f"--data={data}", "--lr=2e-2")
     assert "finished run with other settings" in told and "resume=never" in told
-    assert read_json("run/summary.json") == read_json(whole / "summary.json")
+    assert read("run/summary.json") == read(whole / "summary.json")
 
 
 def test_analyze_repeats_the_numbers(whole, monkeypatch):
     shutil.copytree(whole, "run")
-    expected, table = read_json("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
+    expected, table = read("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
     for name in ("results.json", "xe_by_position.csv"):
         Path("run", name).unlink()
     result = train_arxiv.main(["--analyze=run", "--device=cpu"])
-    found = read_json("run/results.json")
+    found = read("run/results.json")
     assert found == expected and Path("run/xe_by_position.csv").read_bytes() == table
-    assert result["val_xe"] == read_json("run/summary.json")["val_xe"]
+    assert result["val_xe"] == read("run/summary.json")["val_xe"]
 
 
 # -------------------------------------------------------------------------------------------------- studies, reports
@@ -578,7 +578,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
     assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
     for folder in ("run/K1_a", "run/K2_a_b"):
-        assert found[read_json(f"{folder}/summary.json")["K"]] == read_json(f"{folder}/summary.json")["val_xe"]
+        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
     capsys.readouterr()
     assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
     assert capsys.readouterr().out.count("finished before") == 2
@@ -587,7 +587,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
         by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
     assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
     assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
-    groups = read_json("run/K2_a_b/results.json")["groups"]
+    groups = read("run/K2_a_b/results.json")["groups"]
     assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
     page = Path("run/report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -600,7 +600,7 @@ def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
     folder = Path("run/K1_a")
     settings = ("--study=K1_a", "--epochs=1", "--probe=false")
     run(data, *settings)
-    saved = read_json(folder / "config.json")
+    saved = read(folder / "config.json")
     for ours, older in (("beta1", "adam_beta1"), ("beta2", "adam_beta2")):
         saved[older] = saved.pop(ours)
     saved["min_lr_ratio"] = saved.pop("min_lr") / saved["lr"]
