@@ -43,7 +43,7 @@ from configurator import (
 )
 from measure.beliefs import analyse, plot_run
 from measure.tracker import MetricTracker
-from sources.processes import PROCESSES, Process, make_process, parameters  # noqa: F401  (a copy adds to PROCESSES)
+from sources.processes import PROCESSES, Process, all_parameters, make_process, parameters  # noqa: F401
 
 EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps it
 
@@ -156,10 +156,10 @@ def build_process(cfg: Config) -> Process:
     set for another process is refused.
     """
     params = {}
-    for name in parameters():
+    for name in all_parameters():
         value = getattr(cfg, name, None)
-        shared = getattr(Config, name, None) is not None  # a setting of everybody's, such as seed
-        if value is not None and (name in parameters(cfg.process) or not shared):
+        has_default = getattr(Config, name, None) is not None  # not only the processes', like seed
+        if value is not None and (name in parameters(cfg.process) or not has_default):
             params[name] = value
     return make_process(cfg.process, initial_state=cfg.initial_state, add_bos=cfg.add_bos, add_eos=cfg.add_eos,
                         eos_prob=cfg.eos_prob, **params)
@@ -420,7 +420,6 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
            title: str) -> dict:
     """Final evaluation, analysis.json and pictures; returns the metrics of summary.json. Collective."""
     result = evaluate(model, contexts, floor, rt)
-    result["exact"] = contexts.exact
     if rt.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         analysis, geometry = None, None
@@ -428,9 +427,10 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
             analysis, geometry = analyse_beliefs(model, contexts, cfg, rt)
             (folder / "analysis.json").write_text(json.dumps(analysis | {"evaluation": result}, indent=2) + "\n")
         plot_run(folder, title, result, analysis, geometry)
-        for name in ("r2_concat", "r2_by_layer", "shuffled_r2_concat", "untrained_r2_concat"):
-            if analysis is not None:
+        if analysis is not None:
+            for name in ("r2_concat", "r2_by_layer", "shuffled_r2_concat", "untrained_r2_concat"):
                 result[name] = analysis[name]
+        result["exact"] = contexts.exact
     rt.barrier()
     return result
 
