@@ -133,20 +133,35 @@ class Config:
         return wrong
 
 
-ALIASES = {  # names of the source's command lines and YAML files, and our own former ones
-    "learning_rate": "lr", "num_train_steps": "max_steps", "num_steps": "max_steps", "sequence_len": "n_ctx",
-    "hidden_size": "d_model", "embedding_dim": "d_model", "embedding_size": "d_model", "num_layers": "n_layers",
-    "num_heads": "n_heads", "process_name": "process", "act_fn": "act", "normalization_type": "normalization",
-    "log_every": "log_interval", "validate_every": "eval_interval", "checkpoint_every": "save_interval",
-    "positional_embedding_type": "positional", "mlp_hidden_dim": "d_mlp", "adam_beta1": "beta1", "adam_beta2": "beta2",
-}  # fmt: skip
+ALIASES = {  # names of the source's command lines and YAML files, then those that a setting had here before
+    "process_name": "process",
+    "sequence_len": "n_ctx",
+    "num_layers": "n_layers",
+    "hidden_size": "d_model",
+    "embedding_dim": "d_model",
+    "embedding_size": "d_model",
+    "num_heads": "n_heads",
+    "mlp_hidden_dim": "d_mlp",
+    "act_fn": "act",
+    "positional_embedding_type": "positional",
+    "normalization_type": "normalization",
+    "learning_rate": "lr",
+    "num_train_steps": "max_steps",
+    "num_steps": "max_steps",
+    "log_every": "log_interval",
+    "validate_every": "eval_interval",
+    "checkpoint_every": "save_interval",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches, and contexts to evaluate on
 # ---------------------------------------------------------------------------------------------------------------
-# Only this section, and the first lines of train(), know what the data are. For data that are no process, give
-# build_process, Batches.__call__ and make_contexts bodies of your own.
+# Only this section knows what the data are. For a process of your own, add a function to PROCESSES. For data that are
+# no process (a text, recorded tokens), give the five functions here bodies of your own, and evaluate() a plain cross
+# entropy: then there is no floor and no belief, and what is about them is left out.
 
 
 def build_process(cfg: Config) -> Process:
@@ -158,11 +173,19 @@ def build_process(cfg: Config) -> Process:
     params = {}
     for name in all_parameters():
         value = getattr(cfg, name, None)
-        has_default = getattr(Config, name, None) is not None  # not only the processes', like seed
+        # A setting with a default, such as seed, is not a process's alone: of another process it is no mistake.
+        has_default = getattr(Config, name, None) is not None
         if value is not None and (name in parameters(cfg.process) or not has_default):
             params[name] = value
     return make_process(cfg.process, initial_state=cfg.initial_state, add_bos=cfg.add_bos, add_eos=cfg.add_eos,
                         eos_prob=cfg.eos_prob, **params)
+
+
+def entropy_floor(process: Process, n_ctx: int) -> tuple[torch.Tensor, float]:
+    """(floor [T] in nats, its error): no model that reads n_ctx tokens can have a lower loss. Zeros: not known."""
+    # H(next token | the first t tokens) for t = 1 ... T. Without a token before it nothing is predicted: no t = 0.
+    entropies = process.entropies(n_ctx)[1:]
+    return torch.tensor(entropies, dtype=torch.float64), max(entropy.error for entropy in entropies)
 
 
 def exact_device(rt: Runtime) -> torch.device:
@@ -196,8 +219,7 @@ class Batches:
 class Contexts(NamedTuple):
     """Words to evaluate on, in lexicographic order, with what is known of each.
 
-    words [N, T]; weights [N] sum to 1; optimal [N, T, V]: true probabilities of the next token after each token (of
-    data that are no process, one-hot: the token that came, which makes the floor 0 and the excess the cross entropy);
+    words [N, T]; weights [N] sum to 1; optimal [N, T, V]: true probabilities of the next token after each token;
     beliefs [N, T, S] after each token, or None where there are none to look for; exact: whether all words are there.
     """
 
@@ -396,8 +418,9 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
 
 def analyse_beliefs(model: nn.Module, contexts: Contexts, cfg: Config, rt: Runtime) -> tuple[dict, dict]:
     """(analysis, what its pictures need): how much of the belief a linear map reads out of the activations."""
+    # The control: this network as initialised. Random features of the context hold some of the belief too.
     rt.reseed()
-    untrained = build_model(cfg, contexts.optimal.shape[-1]).to(rt.device)  # the control: this network as initialised
+    untrained = build_model(cfg, contexts.optimal.shape[-1]).to(rt.device)
     return analyse(model, untrained, contexts, rt.device, cfg.last_token_only, cfg.seed)
 
 
@@ -463,9 +486,7 @@ def train(cfg: Config) -> dict:
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         process = build_process(cfg)
-        # The floor: entropy of the next token after 1, 2, ..., n_ctx tokens, which no model of this context can beat.
-        entropies = process.entropies(cfg.n_ctx)[1:]
-        floor = torch.tensor(entropies, dtype=torch.float64)  # [T], nats
+        floor, error = entropy_floor(process, cfg.n_ctx)
         process.to(exact_device(rt))
         batches = Batches(rt, process, cfg)
         contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, cfg.seed)
@@ -491,7 +512,7 @@ def train(cfg: Config) -> dict:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
             log.say(rt.describe())
-            log.say(describe(process, model, floor, max(entropy.error for entropy in entropies), cfg))
+            log.say(describe(process, model, floor, error, cfg))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             else:
@@ -575,7 +596,7 @@ def analyze(cfg: Config) -> dict:
         if getattr(cfg, name) != getattr(Config, name):
             setattr(run, name, getattr(cfg, name))
     with Runtime(run) as rt:
-        floor = torch.tensor(process.entropies(run.n_ctx)[1:], dtype=torch.float64)
+        floor, _ = entropy_floor(process, run.n_ctx)
         process.to(exact_device(rt))
         contexts = make_contexts(process, run.n_ctx, run.max_words, run.max_words // 3 + 1, run.seed + 1)
         title = f"{process.name}, {run.model}, {step} steps"

@@ -231,7 +231,8 @@ def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
     """The loss by position against its floor."""
     positions = range(1, len(result["loss_by_position"]) + 1)
     with figure(folder, "loss_by_position", 6, 4) as axes:
-        axes.plot(positions, result["optimal_loss_by_position"], "k--", label="floor: entropy given the context")
+        if any(result["optimal_loss_by_position"]):
+            axes.plot(positions, result["optimal_loss_by_position"], "k--", label="floor: entropy given the context")
         axes.plot(positions, result["loss_by_position"], "o-", markersize=4, label="model")
         axes.set(xlabel="tokens read", ylabel="loss of the next token (nats)")
         axes.set_title(title, fontsize=9, wrap=True)
