@@ -461,8 +461,8 @@ def rehearse(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Con
         optimal=contexts.optimal[:64],
         beliefs=None if contexts.beliefs is None else contexts.beliefs[:64],
     )
-    # As in training: loss and gradient.
     with rehearsal():
+        # As in training: loss and gradient.
         tokens = few.words.to(rt.device)
         tokens = torch.cat([tokens, tokens[:, :1]], 1)  # [64, T + 1]; any last token will do
         with rt.autocast():

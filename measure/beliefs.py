@@ -128,8 +128,8 @@ def belief_regression(features: torch.Tensor, beliefs: torch.Tensor, weights: to
     shuffled = beliefs[torch.randperm(len(beliefs), generator=generator).to(beliefs.device)]
     share = weights / weights.sum()
 
-    # Both problems at once: column 0 of the stack is the beliefs, column 1 the shuffled ones. Centred, with an
-    # intercept on top, since a fold's mean differs from the whole's.
+    # Both problems at once, the beliefs and the shuffled ones, stacked. Features are centred and have an intercept
+    # still, since a fold's mean is not the whole's.
     X = features - share @ features
     X = torch.cat([X, torch.ones_like(X[:, :1])], 1)  # [P, D + 1]
     Y = torch.stack([beliefs, shuffled])  # [2, P, S]
