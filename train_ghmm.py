@@ -366,7 +366,7 @@ class Recurrent(nn.Module):
 
 
 def build_model(cfg: Config, vocab_size: int) -> nn.Module:
-    """A model of your own goes here: a module that maps tokens to (logits, activations) as the two above do."""
+    """The model of the settings. Yours goes here: it maps tokens to (logits, activations) as the two above do."""
     model = Transformer(cfg, vocab_size) if cfg.model == "transformer" else Recurrent(cfg, vocab_size)
     # Small initial weights make a network learn its features one by one instead of using the random ones it has.
     with torch.no_grad():
@@ -386,7 +386,7 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def training_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """What a step minimizes, of tokens [B, T + 1]: each position predicts the token after it."""
+    """What a step minimizes, of tokens [B, T + 1]: each position predicts the token after it. Yours goes here."""
     logits, _ = model(tokens[:, :-1])
     return next_token_loss(logits, tokens[:, 1:])
 
