@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +33,12 @@ def refusal(capsys, main, *argv: str, code: int = 2) -> str:
     told = capsys.readouterr().err.splitlines()
     assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
     return told[0]
+
+
+def colours(image) -> int:
+    """How many colours a picture [height, width, 3 or 4] in 0..1 has."""
+    packed = (255 * image[..., :3]).astype(np.int64) @ [1 << 16, 1 << 8, 1]
+    return len(np.unique(packed))
 
 
 # Processes to kill and ranks to join: forked from a server that has imported the scripts and computed nothing yet,

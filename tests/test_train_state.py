@@ -3,14 +3,10 @@
 import csv
 import importlib.util
 import json
-import os
 import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import matplotlib.image
@@ -18,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import python, refusal
+from commands import Job, colours, python, refusal, two_ranks, wait_for
 from comparison import unequal
 
 import prepare_data
@@ -36,7 +32,6 @@ TINY = ("--n_layers=1", "--hidden_dim=16", "--n_heads=2", "--d_ff=32", "--cell_s
 RUN = (*TINY, "--max_steps=12", "--log_interval=2", "--eval_interval=5", "--save_interval=4", "--keep_last=-1",
        "--embed_key=X_state", "--output_space=gene", "--detach_decoder", "--dropout=0.1", "--mmd_num_chunks=2",
        "--randomize_mmd_chunks", "--source_files")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
 draw_picture = train_state.plot
 
 
@@ -149,7 +144,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     pictures = {path.stem: matplotlib.image.imread(path) for path in (whole / "plots").iterdir()}
     assert {"delta", "loss", "pearson_delta_by_perturbation", "mae_by_perturbation"} <= pictures.keys()
     for name, image in pictures.items():
-        assert min(image.shape[:2]) >= 200 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 30, name
+        assert min(image.shape[:2]) >= 200 and colours(image) > 30, name
     summary = read(whole / "summary.json")
     assert {"pearson_delta", "mae", "discrimination", "baselines", "cells_per_second", "config_hash", "seconds",
             "torch", "device", "val_loss"} <= summary.keys() and summary["steps"] == 12
@@ -254,15 +249,10 @@ def test_a_run_stopped_and_started_again_ends_with_the_same_bits(step, data, who
 def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data):
     settings = [*RUN, f"--toml={data / 'rich.toml'}", "--max_steps=150", "--log_interval=1", "--keep_last=0"]
     train_state.main([*settings, "--out_dir=alone"])
-    environment, metrics = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("run/metrics.jsonl")
-    with subprocess.Popen([sys.executable, ROOT / "train_state.py", *settings], env=environment,
-                          stdout=subprocess.DEVNULL) as job:
-        deadline = time.monotonic() + 60
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 12:
-            assert job.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
-        job.send_signal(number)
-    assert job.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    job, metrics = Job("train_state", *settings), Path("run/metrics.jsonl")
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 12, job, "line 12 of metrics.jsonl")
+    job.send_signal(number)
+    assert job.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert 0 < checkpoint.load(Path("run"))["step"] < 150 and not Path("run/summary.json").exists()
     assert train_state.main(settings)["steps"] == 150
     assert_as_if_uninterrupted("run", "alone")
@@ -329,24 +319,21 @@ RANKED = {  # what changes which parameters take part; dropout would differ betw
     "frozen": ("--freeze_pert_backbone",), "lora": ("--lora", "--lora_mlp", "--freeze_pert_backbone"),
     "batches": ("--batch_encoder", "--embed_key=X_state"), "no_basal": ("--no-use_basal_projection",),
 }  # fmt: skip
-MANY = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_state
-train_state.plot = lambda *args, **options: None
-for argv in json.loads(sys.argv[1]):
-    train_state.main(argv)
-"""
+
+
+def many(commands: list[str]) -> None:
+    train_state.plot = lambda *args, **options: None
+    for argv in commands:
+        train_state.main(json.loads(argv))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data, tmp_path_factory) -> Path:
+def ranks(data, tmp_path_factory) -> Path:
     """A run of two ranks for each of RANKED, one after the other in the same two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "many.py").write_text(MANY)
-    commands = [ranked(data, name, f"--out_dir={name}") for name in RANKED]
-    done = python(*TORCHRUN, "many.py", json.dumps(commands), folder=folder)
-    assert done.returncode == 0 and done.stdout.count("done: the model") == len(RANKED), done.stderr[-3000:]
+    commands = [json.dumps(ranked(data, name, f"--out_dir={name}")) for name in RANKED]
+    told = two_ranks("test_train_state", *commands, folder=folder, function="many")
+    assert told.count("done: the model") == len(RANKED)
     return folder
 
 
@@ -357,20 +344,20 @@ def ranked(data: Path, name: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_two_ranks_train_like_one(name, data, two_ranks):
+def test_two_ranks_train_like_one(name, data, ranks):
     """To rounding, which Adam makes a step of lr where a gradient is next to nothing."""
     alone = train_state.main(ranked(data, name))
-    mine, theirs = records("run", "train"), records(two_ranks / name, "train")
+    mine, theirs = records("run", "train"), records(ranks / name, "train")
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in theirs] == pytest.approx([r[key] for r in mine], rel=5e-3), key
         assert theirs[0][key] == pytest.approx(mine[0][key], rel=3e-4)
-    found, expected, step = weights(two_ranks / name), weights("run"), sum(r["lr"] for r in mine)
+    found, expected, step = weights(ranks / name), weights("run"), sum(r["lr"] for r in mine)
     for key, value in expected.items():
         apart = (found[key] - value).abs()
         assert apart.mean() < 0.02 * step and apart.max() <= 2 * step, key
-    two = read(two_ranks / name / "summary.json")
+    two = read(ranks / name / "summary.json")
     assert two["mae"] == pytest.approx(alone["mae"], rel=1e-3) and two["steps"] == 3
-    assert [r["val_loss"] for r in records(two_ranks / name, "eval")] == pytest.approx(
+    assert [r["val_loss"] for r in records(ranks / name, "eval")] == pytest.approx(
         [r["val_loss"] for r in records("run", "eval")], rel=1e-3)
 
 
