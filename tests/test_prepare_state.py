@@ -585,12 +585,19 @@ def test_inspect_of_an_experiment_is_the_train_scripts(monkeypatch, capsys):
     Path("train_state.py").write_text(
         "import prepare_data\n\n\ndef inspect(path, **columns):\n"
         "    raise prepare_data.DataError(f'{path} {columns[\"pert_col\"]} {columns[\"control_pert\"]}')\n")
-    for command in (("inspect",), ("state", "inspect")):
-        script = (f"import runpy, sys; sys.path[:0] = ['.', {str(ROOT)!r}]; sys.argv = ['p.py', *{command!r},"
-                  f" 'x.toml', '--pert_col=target']; runpy.run_path({str(ROOT / 'prepare_data.py')!r}, "
-                  "run_name='__main__')")
-        done = python("-c", script, folder=Path("."))
-        assert (done.returncode, done.stderr) == (2, "error: x.toml target non-targeting\n")
+    script = f"""
+import runpy, sys
+sys.path[:0] = [".", {str(ROOT)!r}]
+for command in (["inspect"], ["state", "inspect"]):
+    sys.argv = ["p.py", *command, "x.toml", "--pert_col=target"]
+    sys.modules.pop("train_state", None)
+    try:
+        runpy.run_path({str(ROOT / "prepare_data.py")!r}, run_name="__main__")
+    except SystemExit as exit_:
+        assert exit_.code == 2
+"""
+    done = python("-c", script, folder=Path("."))
+    assert (done.returncode, done.stderr) == (0, 2 * "error: x.toml target non-targeting\n")
 
 
 def test_words_after_state_are_understood_or_corrected(capsys):
