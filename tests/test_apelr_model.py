@@ -1005,7 +1005,7 @@ def test_under_autocast_beliefs_stay_float32_and_the_loss_hardly_changes(setting
     assert total.dtype == torch.float32
     for name in ("nll", *terms):
         assert values[name].dtype == torch.float32
-        assert number(values[name]) == pytest.approx(number(exact[name]), abs=1e-2 if name == "nll" else 5e-2), name
+        assert number(values[name]) == pytest.approx(number(exact[name]), abs=2e-2 if name == "nll" else 5e-2), name
     total.backward()
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 
