@@ -77,7 +77,7 @@ def whole(planted, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def writers(text, tmp_path_factory) -> dict[str, Path]:
+def writers(text, tmp_path_factory, one_thread) -> dict[str, Path]:
     """A short run of every version on text."""
     folder, found = tmp_path_factory.mktemp("writers"), {}
     with pytest.MonkeyPatch.context() as patch:

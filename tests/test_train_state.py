@@ -94,7 +94,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(data, tmp_path_factory) -> Path:
+def plain(data, tmp_path_factory, one_thread) -> Path:
     """A run on the synthetic cells: expression in, expression out. Tests leave the folder as it is."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -597,7 +597,7 @@ def test_anndata_opens_predictions_and_their_cells_match(whole):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory) -> Path:
+def alone(data, tmp_path_factory, one_thread) -> Path:
     """A run of a model whose cells see only themselves: what a control cell becomes depends on no company."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
