@@ -72,9 +72,9 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                     store=dist.PrefixStore(f"group_{number}", _RENDEZVOUS["store"]), rank=self.rank,
                                     world_size=self.world_size)
-            # Gloo's threads need the interpreter to free the tensors of the last exchange. So nobody may close the group
-            # with the interpreter locked, as DDP's destructor would (a hang), and Python must not end in the middle of
-            # it (an abort): the last reference is ours, and the threads get half a second before the end.
+            # Gloo's threads need the interpreter to free the tensors of the last exchange. So nobody may close the
+            # group with the interpreter locked, as DDP's destructor would (a hang), and Python must not end in the
+            # middle of it (an abort): the last reference is ours, and the threads get half a second before the end.
             if "group" not in _RENDEZVOUS:
                 atexit.register(time.sleep, 0.5)
             _RENDEZVOUS["group"] = dist.group.WORLD
