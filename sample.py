@@ -143,7 +143,7 @@ def sample_ghmm(path: Path, cfg: Config) -> dict:
         generator = rt.generator(1, device=place)
         tokens = continue_sequences(model, rt.device, tokens, length, run.n_ctx, cfg, generator)
         contexts = train_ghmm.make_contexts(process, run.n_ctx, run.max_words, 4_096, cfg.seed)
-        kl = train_ghmm.evaluate(model, process, contexts, floor, rt)["kl_by_position"]
+        kl = train_ghmm.evaluate(model, contexts, floor, rt)["kl_by_position"]
         result = {"experiment": "ghmm", "step": step, "kl_by_position": kl}
         for name, sequences in (("model", tokens), ("process", true)):
             result[name] = {"tokens": sequences.tolist(), "log_prob": process.log_prob(sequences).tolist()}

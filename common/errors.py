@@ -49,6 +49,8 @@ def rehearsal() -> Iterator[None]:
     except InputError:
         raise
     except Exception as e:
-        line = traceback.extract_tb(e.__traceback__)[-1]
+        frames = traceback.extract_tb(e.__traceback__)
+        ours = [frame for frame in frames if "site-packages" not in frame.filename]
+        line = (ours or frames)[-1]  # the innermost of the repository, not of torch
         raise InputError(f"what the end of the run asks of model and data does not work ({type(e).__name__}: {e}; "
                          f"{os.path.basename(line.filename)}, line {line.lineno}): mend that before it trains") from e

@@ -8,31 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-import train_ghmm
-from common.runtime import Runtime
-from sources.processes import make_process
-from train_ghmm import (
-    Config,
-    Contexts,
-    MetricTracker,
-    all_words,
+from common.runtime import FiniteCheck, Runtime, learning_rate
+from configurator import configure
+from measure import beliefs as measured
+from measure.beliefs import (
     analyse,
     belief_regression,
-    build_model,
     collect_prefixes,
     deal,
-    evaluate,
-    learning_rate,
-    make_contexts,
-    next_token_loss,
     pca,
     plot_run,
-    plot_simplex,
     regression_metrics,
-    rotate,
 )
+from measure.tracker import MetricTracker
+from sources.processes import make_process
+from train_ghmm import Config, Contexts, build_model, evaluate, make_contexts, next_token_loss, rotate, train_step
 
 V = 3
+CPU = torch.device("cpu")
 TRANSFORMERS = [{"positional": p, "normalization": n, "act": a}
                 for p in ("learned", "rope", "none") for n in ("LN", "RMS", "none") for a in ("relu", "gelu")]
 RECURRENT = [{"model": m} for m in ("rnn", "gru", "lstm")]
@@ -215,6 +208,23 @@ def test_next_token_loss_is_the_mean_negative_log_probability():
     assert float(next_token_loss(logits, targets)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"positional": "rope", "act": "gelu", "normalization": "RMS"}, *RECURRENT],
+                         ids=label)
+def test_a_step_that_logs_nothing_reads_nothing_from_the_device(settings):
+    """On the meta device there are no numbers to read, and no tensor of the CPU fits in."""
+    rt = runtime(**settings)
+    rt.device = torch.device("meta")
+    model = model_of(**settings).to("meta")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=False, foreach=False)
+    tracker, finite = MetricTracker(model, optimizer), FiniteCheck(rt.device)
+    tokens = torch.randint(V, (4, 7), device="meta")
+    loss = train_step(model, tokens, rt, config(grad_accum=2, **settings))
+    norm = rt.step(optimizer, list(model.parameters()), 1.0, 1e-3)
+    finite.add(1, loss)
+    assert tracker.update(step=1, loss=loss, tokens_in_batch=24, grad_norm=norm, log=False) == {}
+    assert loss.device.type == norm.device.type == "meta"
+
+
 # Metrics -----------------------------------------------------------------------------------------------------------
 
 class Loop:
@@ -382,7 +392,7 @@ def test_loss_by_position_equals_the_expected_cross_entropy_of_all_words(key):
     process, length = make_process(**TINY[key]), 4
     model = model_of(vocab_size=process.vocab_size)
     contexts = contexts_of(process, length)
-    found = evaluate(model, process, contexts, process.optimal_loss(length), runtime())
+    found = evaluate(model, contexts, process.optimal_loss(length), runtime())
     for t in range(1, length + 1):
         words = [w for w in itertools.product(range(process.vocab_size), repeat=t) if direct_weight(process, w) > 1e-12]
         log_q = model(torch.tensor(words))[0][:, -1].double().log_softmax(-1).tolist()
@@ -404,7 +414,7 @@ def test_loss_by_position_equals_the_expected_cross_entropy_of_all_words(key):
 @pytest.mark.parametrize("key", TINY)
 def test_the_exact_predictor_has_no_excess_loss(key):
     process = make_process(**TINY[key])
-    found = evaluate(Oracle(process), process, contexts_of(process, 5), process.optimal_loss(5), runtime())
+    found = evaluate(Oracle(process), contexts_of(process, 5), process.optimal_loss(5), runtime())
     assert found["excess_loss"] == pytest.approx(0, abs=1e-10)
     np.testing.assert_allclose(found["kl_by_position"], 0, atol=1e-10)
 
@@ -412,8 +422,8 @@ def test_the_exact_predictor_has_no_excess_loss(key):
 def test_evaluation_in_small_batches_and_over_ranks_adds_up():
     process, model = make_process("mess3"), model_of()
     contexts, floor = contexts_of(process, 3), process.optimal_loss(3)
-    whole = evaluate(model, process, contexts, floor, runtime())
-    split = evaluate(model, process, contexts, floor, runtime(), batch=4)
+    whole = evaluate(model, contexts, floor, runtime())
+    split = evaluate(model, contexts, floor, runtime(), batch=4)
     np.testing.assert_allclose(split["kl_by_position"], whole["kl_by_position"], rtol=1e-4)
 
 
@@ -438,9 +448,9 @@ def test_contexts_are_all_words_while_there_are_few_and_distinct_samples_beyond(
 
 def test_all_words_gives_up_past_the_budget():
     process = make_process("coin", p=0.3)
-    words, weights = all_words(process, 4, 16)
+    words, weights = process.all_words(4, 16)
     assert len(words) == 16 and float(weights.sum()) == pytest.approx(1)
-    assert all_words(process, 4, 15) is None
+    assert process.all_words(4, 15) is None
 
 
 # Analysis ----------------------------------------------------------------------------------------------------------
@@ -451,7 +461,7 @@ def test_all_words_gives_up_past_the_budget():
 def test_every_distinct_prefix_is_collected_once_with_its_probability_and_activations(key, settings, last_token_only):
     process, length = make_process(**TINY[key]), 4
     model = model_of(vocab_size=process.vocab_size, **settings)
-    found = collect_prefixes(model, contexts_of(process, length), runtime(), last_token_only, batch=7)
+    found = collect_prefixes(model, contexts_of(process, length), CPU, last_token_only, batch=7)
     lengths = [length] if last_token_only else range(1, length + 1)
     expected = {}  # prefix -> probability
     for n in lengths:
@@ -480,7 +490,7 @@ def test_every_distinct_prefix_is_collected_once_with_its_probability_and_activa
 def test_prefixes_of_sampled_contexts_are_distinct_and_weighted_by_their_frequency():
     process = make_process("mess3")
     contexts = contexts_of(process, 4, most=10, samples=60)
-    found = collect_prefixes(model_of(), contexts, runtime())
+    found = collect_prefixes(model_of(), contexts, CPU)
     expected = {}
     for word, share in zip(contexts.words.tolist(), contexts.weights.tolist(), strict=True):
         for n in range(1, 5):
@@ -492,7 +502,7 @@ def test_prefixes_of_sampled_contexts_are_distinct_and_weighted_by_their_frequen
 
 def test_a_single_possible_word_has_one_prefix_of_each_length():
     process = make_process("coin", p=1.0)
-    found = collect_prefixes(model_of(vocab_size=2), contexts_of(process, 4), runtime())
+    found = collect_prefixes(model_of(vocab_size=2), contexts_of(process, 4), CPU)
     assert found.lengths.tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(found.weights, 0.25)
 
@@ -531,7 +541,7 @@ def test_r2_is_that_of_held_out_prefixes():
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_regression_equals_lstsq_with_root_weights_on_the_folds_that_fit(seed, monkeypatch):
-    monkeypatch.setattr(train_ghmm, "RCONDS", (1e-12,))
+    monkeypatch.setattr(measured, "RCONDS", (1e-12,))
     beliefs, weights, rng = cloud(400)
     features = torch.from_numpy(np.hstack([beliefs[:, :1].numpy() ** 2, rng.normal(size=(400, 5))]) + 3)
     found = belief_regression(features, beliefs, weights, seed)
@@ -623,9 +633,9 @@ def test_pca_counts_components_exactly_at_a_threshold():
 
 
 def test_analysis_of_the_exact_predictor_finds_the_belief_in_its_layer_and_not_in_a_shuffle():
-    process, cfg = make_process("mess3"), config(n_ctx=5)
+    process = make_process("mess3")
     contexts = contexts_of(process, 5)
-    result, geometry = analyse(Oracle(process), process, contexts, cfg, runtime())
+    result, geometry = analyse(Oracle(process), model_of(n_ctx=5), contexts, CPU)
     assert result["prefixes"] == 3 + 9 + 27 + 81 + 243 and result["all_prefixes"]
     assert result["r2_concat"] == pytest.approx(1, abs=1e-9)
     assert set(result["r2_by_layer"]) == {"embed", "layer_1"}
@@ -660,15 +670,14 @@ def test_learning_rate_stays_where_the_schedule_is_constant():
 def test_pictures_are_drawn_for_any_number_of_states(name, states, tmp_path):
     from matplotlib.image import imread
 
-    process, cfg = make_process(name), config(n_ctx=4)
+    process = make_process(name)
     assert process.num_states == states
-    model, contexts, rt = model_of(vocab_size=process.vocab_size), contexts_of(process, 4), runtime()
-    result = evaluate(model, process, contexts, process.optimal_loss(4), rt)
-    analysis, geometry = analyse(model, process, contexts, cfg, rt)
+    model, contexts = model_of(vocab_size=process.vocab_size), contexts_of(process, 4)
+    result = evaluate(model, contexts, process.optimal_loss(4), runtime())
+    analysis, geometry = analyse(model, model_of(seed=1, vocab_size=process.vocab_size), contexts, CPU)
     lines = [{"step": s, "split": "eval", "excess_loss": 1 / s} for s in (1, 2)] + [{"step": 1, "split": "train"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_simplex(tmp_path, "title", geometry, analysis["r2_concat"])
-    plot_run(tmp_path, "title", result, analysis)
+    plot_run(tmp_path, "title", result, analysis, geometry)
     pictures = sorted((tmp_path / "plots").iterdir())
     assert [p.name for p in pictures] == ["beliefs.png", "excess_loss.png", "loss_by_position.png", "r2_by_layer.png"]
     for picture in pictures:
@@ -676,9 +685,14 @@ def test_pictures_are_drawn_for_any_number_of_states(name, states, tmp_path):
         assert imread(picture)[..., :3].std() > 0.01, f"{picture.name} is blank"
 
 
+def test_without_an_analysis_there_are_pictures_of_the_loss_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "eval", "excess_loss": 2.0}\n')
+    plot_run(tmp_path, "title", {"loss_by_position": [2.0, 1.0], "optimal_loss_by_position": [0.0, 0.0]}, None, None)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss_by_position.png", "excess_loss.png"}
+
+
 @pytest.mark.parametrize("settings, message", [
-    ({"n_ctx": 0}, "n_ctx = 0: must be at least 1"), ({"max_steps": -5}, "max_steps = -5: must be at least 1"),
-    ({"lr": -1e-3}, "lr = -0.001: must not be negative"), ({"seed": -1}, "seed = -1: must not be negative"),
+    ({"seed": 2**63}, "seed = 9223372036854775808: must be below 2**63"),
     ({"d_model": 10, "n_heads": 4}, "d_model = 10 is no multiple of n_heads = 4"),
     ({"positional": "rope", "d_model": 6, "n_heads": 2}, "rope needs an even head width, not 3"),
     ({"positional": "rope", "d_head": 5}, "rope needs an even head width, not 5"),
@@ -696,5 +710,19 @@ def test_a_right_combination_of_settings_is_accepted(settings):
     assert config(**settings).check() == []
 
 
-def test_all_that_is_wrong_with_the_settings_is_said_at_once():
-    assert len(config(n_ctx=0, lr=-1.0, d_model=10, n_heads=4).check()) == 3
+@pytest.mark.parametrize("settings, message", [
+    ("n_ctx=0", "must be at least 1"), ("max_steps=-5", "must be at least 1"), ("lr=-1e-3", "not negative"),
+    ("seed=-1", "must not be negative"), ("d_head=0", "must be at least 1"), ("init_scale=0", "above 0"),
+    ("beta2=1", "must be in [0, 1)"), ("grad_clip=inf", "must be finite")])
+def test_a_number_out_of_its_range_is_named(settings, message, capsys):
+    with pytest.raises(SystemExit):
+        configure(Config, [settings])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and settings.split("=")[0] in error and message in error
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once(capsys):
+    with pytest.raises(SystemExit):
+        configure(Config, ["n_ctx=0", "lr=-1"])
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert len(config(d_model=10, n_heads=4, carry_state=True, add_bos=True).check()) == 2

@@ -35,7 +35,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_ghmm, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(train_ghmm, "plot_run", lambda *args, **options: None)
     yield
     torch.set_num_threads(threads)
 
@@ -51,7 +51,7 @@ def uninterrupted(tmp_path_factory):
         torch.set_num_threads(1)
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train_ghmm, "plot", lambda *args, **options: None)
+                patch.setattr(train_ghmm, "plot_run", lambda *args, **options: None)
                 train_ghmm.main(list(settings))
         finally:
             os.chdir(before)
@@ -269,7 +269,7 @@ def test_a_changed_optimizer_setting_takes_effect_on_resume(unfinished, uninterr
 @pytest.mark.parametrize("change", ["--d_model=8", "--model=gru", "--n_layers=2"])
 def test_a_checkpoint_of_another_model_is_refused(unfinished, capsys, change):
     error = refused(capsys, change)
-    assert f"{Path('run/last.pt')} does not fit this model" in error and "resume=never" in error
+    assert f"{Path('run/last.pt')} does not fit the model" in error and "resume=never" in error
 
 
 def test_resume_never_trains_anew(finished, uninterrupted, capsys):

@@ -41,7 +41,7 @@ TIMED = {"time_s", "step/tokens_per_second"}
 def one_thread_and_no_pictures(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(train_ghmm, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(train_ghmm, "plot_run", lambda *args, **options: None)
     yield
     torch.set_num_threads(threads)
 
@@ -368,7 +368,7 @@ def rank_main(argv: list[str]) -> None:
     out = Path(argv[0])
     out.mkdir(exist_ok=True)
     os.chdir(out)
-    train_ghmm.plot = lambda *args, **options: None
+    train_ghmm.plot_run = lambda *args, **options: None
     found, written = {}, []
 
     def watch_writes(event, args):
@@ -572,7 +572,7 @@ def test_a_sigterm_to_torchrun_saves_and_the_same_command_goes_on_to_the_bit(ran
 
 
 def without_pictures(argv: list[str]) -> None:
-    train_ghmm.plot = lambda *args, **options: None
+    train_ghmm.plot_run = lambda *args, **options: None
     train_ghmm.main(argv)
 
 

@@ -40,13 +40,13 @@ CHEAP = set("loss/step loss/ma loss/ema loss/min loss/progress_to_optimal lr/ste
 COSTLY = {"params/l2_norm", "params/distance_from_init"}
 EVALUATED = {"loss", "optimal_loss", "excess_loss", "loss_by_position", "optimal_loss_by_position", "kl_by_position"}
 PICTURES = {"beliefs.png", "excess_loss.png", "loss_by_position.png", "r2_by_layer.png"}
-draw_picture = train_ghmm.plot
+draw_pictures = train_ghmm.plot_run
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
-    monkeypatch.setattr(train_ghmm, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(train_ghmm, "plot_run", lambda *args, **options: None)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,8 @@ def test_a_run_in_the_words_of_the_source_is_the_same_run():
 @pytest.mark.parametrize("line, words", [
     ("--process=mes3", "'mes3', did you mean 'mess3'"), ("--x=0.7", "x = 0.7"), ("--p=0.5", "'p'"),
     ("--grad_accum=3", "batch_size = 16"), ("--n_heads=3", "n_heads = 3"), ("--positional=rope --d_head=3", "rope"),
-    ("--lr=-1", "lr = -1"), ("--max_steps=0", "max_steps = 0"), ("--n_ctx=1.5", "n_ctx"), ("--model=mamba", "'mamba'"),
+    ("--lr=-1", "lr: expected float >= 0"), ("--max_steps=0", "max_steps: expected int >= 1"),
+    ("--n_ctx=1.5", "n_ctx"), ("--model=mamba", "'mamba'"),
     ("--process=custom --matrices=../absent.npy", "absent.npy"), ("--process=custom", "needs matrices"),
     ("--process=custom --matrices=../odd.npy", "[2, 3, 4]"), ("--process=nonergodic", "needs components"),
     ("--process=custom --matrices=[[[0,1],[-1,0]]]", "no process"), ("--wandb=true", "wandb"),
@@ -273,8 +274,8 @@ def test_a_run_in_the_words_of_the_source_is_the_same_run():
     ("--initial_state=1,0", "initial_state"), ("--add_eos --eos_prob=2", "eos_prob = 2"), ("--precision=fp16", "fp16"),
     ("--device=gpu", "device=gpu"), ("--nonsense=1", "nonsense"), ("--max_step=3", "did you mean max_steps"),
     ("--learnig_rate=1", "did you mean learning_rate"), ("config/ghmm_mes3.py", "config/ghmm_mess3.py"),
-    ("--out_dir=../file", "file"), ("--out_dir=../file/run", "file"), ("--adam_beta1=1", "adam_beta1"),
-    ("--adam_beta2=-0.1", "adam_beta2"), ("--d_head=0", "d_head = 0"), ("--d_head=-2", "d_head = -2"),
+    ("--out_dir=../file", "file"), ("--out_dir=../file/run", "file"), ("--adam_beta1=1", "beta1"),
+    ("--beta2=-0.1", "beta2"), ("--d_head=0", "d_head: expected int >= 1"), ("--d_head=-2", "must be at least 1"),
     (f"--seed={2**70}", "seed"), ("--process=coin --n_ctx=1", "n_ctx"), ("--analyze=..", "last.pt"),
     pytest.param("--device=cuda", "device=cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA"))])
 def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(line, words, tmp_path, capsys, monkeypatch):
@@ -314,7 +315,7 @@ def test_analyze_repeats_the_analysis_of_the_run_and_draws_again(copied, whole, 
     expected = read(copied / "analysis.json")
     shutil.rmtree(copied / "plots")
     (copied / "analysis.json").unlink()
-    monkeypatch.setattr(train_ghmm, "plot", draw_picture)
+    monkeypatch.setattr(train_ghmm, "plot_run", draw_pictures)
     train_ghmm.main(["--analyze=run", "--device=cpu"])
     found = read(copied / "analysis.json")
     assert apart(found, expected) == []
