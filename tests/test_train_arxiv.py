@@ -475,8 +475,8 @@ def test_a_checkpoint_with_the_older_names_of_settings_loads_and_goes_on(data, w
         torch.save(state, path)
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
     assert (cfg.beta2, cfg.min_lr, cfg.schedule, extra["categories"]) == (0.95, 1e-3, "cosine", ["a", "b"])
-    shutil.rmtree("run/plots")
-    assert run(data, *RUN)["val_xe"] == read(whole / "summary.json")["val_xe"]  # no setting counts as changed
+    again = run(data, *RUN)  # no setting counts as changed, or it would be refused
+    assert again["val_xe"] == pytest.approx(read(whole / "summary.json")["val_xe"], rel=1e-5)
 
 
 def test_early_stopping_stops_and_stays_stopped(data):
