@@ -16,6 +16,7 @@ import h5py
 import matplotlib.image
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
@@ -27,9 +28,12 @@ from common import checkpoint
 from common.errors import DataError
 from common.runtime import Runtime
 from configurator import configure
+from measure.curves import Curves, fit_power_law, gains, measure, probe
+from measure.report import plan_study, run_name
 from sources import chunks as chunks_source
+from sources.corpus import read_corpus
 from sources.processes import make_process
-from train_arxiv import ALIASES, Batches, Chunks, Config, Curves, fit_power_law, gains, measure, plan_study
+from train_arxiv import ALIASES, Batches, Chunks, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
@@ -39,13 +43,12 @@ TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_mlp=32", "--batch_si
         "--warmup_steps=4", "--bootstrap=40", "--log_interval=5", "--device=cpu", "--precision=fp32", "--out_dir=run")
 RUN = (*TINY, "--categories=a,b", "--eval_interval=7", "--save_interval=5", "--dropout=0.1", "--keep_last=-1")
 FIVE = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
-draw_picture = train_arxiv.plot
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
-    monkeypatch.setattr(train_arxiv, "plot", lambda *args, **options: None)
+    monkeypatch.setattr(train_arxiv, "draw_run", lambda *args: None)
     monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
 
 
@@ -88,6 +91,10 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
     return rt
 
 
+def chunks_of(path: Path | str) -> Chunks:
+    return Chunks(**read_corpus(Path(path)))
+
+
 def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chunks:
     """An open file of these documents, a list of token sequences a category."""
     spool = chunks_source.ChunkSpool(Path(), "corpus", chunk_size, vocab_size)
@@ -96,7 +103,7 @@ def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chun
         spool.add(name, ids)
     spool.write(Path("corpus.h5"))
     spool.close()
-    return Chunks(Path("corpus.h5"))
+    return chunks_of("corpus.h5")
 
 
 def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2, vocab_size: int = 60_000) -> Chunks:
@@ -193,12 +200,10 @@ def test_matrices_decay_and_norms_and_biases_do_not():
     assert sorted(names[id(p)] for g in (decays, stays) for p in g["params"]) == sorted(names.values())
 
 
-def test_the_learning_rate_warms_up_and_follows_a_cosine_to_its_floor():
-    cfg = Config(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
-    rates = [train_arxiv.learning_rate(step, 104, cfg) for step in range(105)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[54] == pytest.approx(1.1)
-    assert rates[104] == pytest.approx(0.2) and all(a >= b for a, b in itertools.pairwise(rates[4:]))
-    assert train_arxiv.learning_rate(0, 10, Config(lr=2.0, warmup_steps=0)) == 2.0
+def test_the_learning_rate_ends_at_a_tenth_unless_it_is_told_where():
+    assert Config(lr=2.0).min_lr == 0.2 and Config(lr=2.0, min_lr=0.0).min_lr == 0.0
+    old = configure(Config, ["--min_lr_ratio=0.3", "--lr=1e-3", "--adam_beta1=0.5"], ALIASES)
+    assert (old.min_lr, old.beta1) == (3e-4, 0.5)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -313,8 +318,8 @@ def some_curves(documents: int = 400, spread: float = 1.0) -> Curves:
 
 
 def test_intervals_cover_the_mean_at_the_width_of_the_standard_error():
-    cfg, curves = Config(bootstrap=2_000), some_curves()
-    found = measure(curves, ["x", "y", "z"], ["x"], None, cfg)
+    curves = some_curves()
+    found = measure(curves, ["x", "y", "z"], ["x"], None, 2_000, 1)
     assert found.keys() == {"x", "y", "seen", "unseen"}
     for code, name in enumerate("xy"):
         xe = curves.sums[curves.codes == code] / 3
@@ -327,10 +332,10 @@ def test_intervals_cover_the_mean_at_the_width_of_the_standard_error():
         assert found[name]["total_gain"] == pytest.approx((xe - xe[:, -1:]).sum(1).mean())
         assert found[name]["perplexity"] == pytest.approx(math.exp(xe.mean()))
     assert found["seen"] == found["x"] and found["unseen"] == found["y"]
-    together = measure(curves, ["x", "y"], ["x", "y"], None, cfg)["seen"]
+    together = measure(curves, ["x", "y"], ["x", "y"], None, 2_000, 1)["seen"]
     assert together["xe_by_position"] == pytest.approx((found["x"]["xe_by_position"] + np.array(
         found["y"]["xe_by_position"])) / 2)
-    same = measure(some_curves(spread=0), ["x", "y"], ["x"], None, cfg)["x"]
+    same = measure(some_curves(spread=0), ["x", "y"], ["x"], None, 2_000, 1)["x"]
     assert np.ptp([same["low"], same["high"], same["xe_by_position"]], 0).max() < 1e-12
 
 
@@ -351,6 +356,15 @@ def test_a_power_law_is_recovered_whatever_the_shape_of_the_stack():
     assert fit_power_law(xe[5]) == pytest.approx(wanted[5], rel=1e-3) and fit_power_law(xe[5]).shape == (3,)
 
 
+def test_a_power_law_fits_as_well_as_scipy_does_from_the_true_start():
+    draw, t = np.random.default_rng(7), np.arange(1, 100)
+    wanted = np.array([(0.8, 0.3, 0.9), (2.0, 1.5, 0.4), (0.5, 0.2, 2.0)])
+    noisy = wanted[:, :1] + wanted[:, 1:2] * t ** -wanted[:, 2:] + 0.01 * draw.standard_normal((3, 99))
+    for xe, ours, start in zip(noisy, fit_power_law(noisy), wanted, strict=True):
+        theirs, _ = scipy.optimize.curve_fit(lambda t, infinity, c, alpha: infinity + c * t**-alpha, t, xe, start)
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
+
+
 def test_gains_are_first_less_last_and_the_sum_over_the_last():
     gain, total = gains(np.array([[5.0, 3.0, 2.0], [1.0, 1.0, 4.0]]))
     assert gain.tolist() == [3.0, -3.0] and total.tolist() == [4.0, -6.0]
@@ -358,10 +372,10 @@ def test_gains_are_first_less_last_and_the_sum_over_the_last():
 
 @pytest.mark.parametrize("active", [["a", "b", "c"], ["c", "a"], ["b"]])
 def test_oracle_curves_are_those_of_the_nonergodic_process_of_the_active_components(data, active):
-    chunks = Chunks(data / "validation.h5")
+    chunks = chunks_of(data / "validation.h5")
     rows = np.flatnonzero(np.isin(chunks.codes, [chunks.code(name) for name in active]))[1:]
     parts = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in PARTS}
-    mixture, known = train_arxiv.oracle_curves(chunks, rows, active)
+    mixture, known = train_arxiv.exact_curves(chunks, rows, active)
     exact = make_process("nonergodic", components=[parts[name] for name in active])
     for name in active:
         mine = rows[chunks.codes[rows] == chunks.code(name)]
@@ -378,11 +392,23 @@ def test_the_probe_reads_a_category_that_is_there_and_none_that_is_not():
     noise = torch.Generator().manual_seed(1)
     told = Table(16, lambda tokens: F.one_hot(tokens % 4, 5).float() + 0.1 * torch.randn(1, generator=noise))
     blind = Table(16, lambda tokens: torch.randn(*tokens.shape, 5, generator=noise))
-    sure, lost = (train_arxiv.probe(m, chunks, np.arange(600), runtime(), 1) for m in (told, blind))
+    sure, lost = (probe(m, chunks, np.arange(600), torch.device("cpu"), 1) for m in (told, blind))
     assert sure["positions"] == [1, 2, 3, 5, 7] and sure["log_K"] == math.log(4)
     assert sure["accuracy"] == [[1.0] * 5] and max(sure["cross_entropy"][0]) < 0.2
     assert np.array(lost["accuracy"]) == pytest.approx(np.full((1, 5), 0.25), abs=0.1)
     assert np.array(lost["cross_entropy"]) == pytest.approx(np.full((1, 5), math.log(4)), abs=0.1)
+
+
+@pytest.mark.parametrize("train_top, validation_top", [(9, 5), (5, 9), (7, 7)])
+def test_files_of_the_source_that_do_not_say_their_vocabulary_share_the_larger(train_top, validation_top):
+    for name, top in (("train", train_top), ("validation", validation_top)):
+        with h5py.File(f"{name}.h5", "w") as file:
+            file["token_chunks"] = np.array([[0, 1, 2, top], [top, 2, 1, 0]])
+            file["category_for_chunk"] = ["x", "y"]
+            file["doc_idx_for_chunk"] = [3, 3]  # numbers begin anew in every category
+    train, validation = train_arxiv.open_data(Config(data="."))
+    assert train.vocab_size == validation.vocab_size == max(train_top, validation_top) + 1
+    assert (train.names, train.documents.tolist(), train.budget, train.oracle) == (["x", "y"], [0, 1], 1, None)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -418,15 +444,30 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
 
 
 def test_the_final_numbers_are_those_of_the_best_weights(data):
-    result = run(data, "--lr=0.02", "--min_lr_ratio=60", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
+    result = run(data, "--lr=0.03", "--schedule=constant", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
     history = [record["val_xe"] for record in evals("run")]
     assert result["val_xe"] == pytest.approx(min(history), rel=1e-5) and min(history) < history[-1]
     best = checkpoint.load(Path("run/best.pt"))
     assert best["step"] == 2 + 2 * int(np.argmin(history)) and best["best"] == min(history)
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
-    chunks = Chunks(data / "validation.h5")
+    chunks = chunks_of(data / "validation.h5")
     curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
     assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-5)
+
+
+def test_a_checkpoint_with_the_older_names_of_settings_loads_and_goes_on(data, whole):
+    shutil.copytree(whole, "run")
+    for path in (Path("run/last.pt"), Path("run/best.pt")):
+        state = torch.load(path, weights_only=True)
+        config = state["config"]
+        state["experiment"] = "arxiv"
+        config |= {"adam_beta1": config.pop("beta1"), "adam_beta2": config.pop("beta2"), "min_lr_ratio": 0.1}
+        del config["min_lr"], config["schedule"]
+        torch.save(state, path)
+    cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
+    assert (cfg.beta2, cfg.min_lr, cfg.schedule, extra["categories"]) == (0.95, 1e-3, "cosine", ["a", "b"])
+    again = run(data, *RUN)  # no setting counts as changed, or it would be refused
+    assert again["val_xe"] == pytest.approx(read(whole / "summary.json")["val_xe"], rel=1e-5)
 
 
 def test_early_stopping_stops_and_stays_stopped(data):
@@ -504,7 +545,7 @@ def test_a_study_is_planned_as_it_is_called():
     assert len(subsets) == 31 == len({tuple(s) for s in subsets}) and subsets[-1] == FIVE
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
     assert plan_study("nested:1,2,5", FIVE) == [FIVE[:1], FIVE[:2], FIVE]
-    assert train_arxiv.run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
+    assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
     assert plan_study("K3_csDS_csIT_csPL,K1_mathST", FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
 
 
@@ -517,8 +558,7 @@ def test_a_study_that_cannot_be_is_refused(study, words):
         plan_study("all31", FIVE[:4])
 
 
-def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, monkeypatch, capsys):
-    monkeypatch.setattr(train_arxiv, "plot", draw_picture)
+def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys):
     found = run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false")
     assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
@@ -541,6 +581,29 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, monkeyp
     assert_drawn(Path("run"), "xe_by_position", "xe_against_k", "xe_by_category")
 
 
+def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
+    folder = Path("run/K1_a")
+    settings = ("--study=K1_a", "--epochs=1", "--probe=false")
+    run(data, *settings)
+    saved = read(folder / "config.json")
+    for ours, older in (("beta1", "adam_beta1"), ("beta2", "adam_beta2")):
+        saved[older] = saved.pop(ours)
+    saved["min_lr_ratio"] = saved.pop("min_lr") / saved["lr"]
+    del saved["schedule"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    before = (folder / "last.pt").stat().st_mtime_ns
+    assert run(data, *settings).keys() == {1} and (folder / "last.pt").stat().st_mtime_ns == before
+    run(data, *settings, "--bootstrap=41", "--resume=never")
+    assert (folder / "last.pt").stat().st_mtime_ns > before
+
+
+def test_a_report_escapes_what_folders_are_called(whole):
+    shutil.copytree(whole, "runs/<b>&one")
+    train_arxiv.main(["--report=runs"])
+    page = Path("runs/report.html").read_text()
+    assert "&lt;b&gt;&amp;one" in page and "<b>" not in page and page.startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize("text, words", [(None, "no run"), ("{", "damaged"), ("[]", "damaged"), ('{"K": 1}', "damaged"),
                                          ('{"groups": {"seen": {"xe_by_position": []}}}', "damaged")])
 def test_a_report_on_nothing_or_on_damage_is_refused(text, words, capsys):
@@ -560,13 +623,15 @@ def test_a_published_config_is_accepted(path):
     assert len(chosen) > 10 and {key: getattr(cfg, key) for key in chosen} == chosen and cfg.categories == FIVE
 
 
-@pytest.mark.parametrize("theirs", ALIASES)
+VALUES = {"categories": "a,b", "out_dir": "x", "n_heads": "8", "lr": "0.5", "beta1": "0.5", "beta2": "0.5",
+          "grad_clip": "2", "d_model": "128", "grad_accum": "2", "schedule": "constant"}
+
+
+@pytest.mark.parametrize("theirs", [name for name in ALIASES if name != "min_lr_ratio"])
 def test_a_name_of_the_source_means_ours(theirs):
-    value = {"categories": "a,b", "out_dir": "x", "n_heads": "8"}.get(ALIASES[theirs], "1")
-    value = {"lr": "0.5", "dropout": "0.5", "adam_beta1": "0.5", "adam_beta2": "0.5", "grad_clip": "2"}.get(
-        ALIASES[theirs], {"d_model": "128", "grad_accum": "2"}.get(ALIASES[theirs], value))
-    ours = configure(Config, [f"--{ALIASES[theirs]}={value}"], ALIASES)
-    assert configure(Config, [f"--{theirs}={value}"], ALIASES) == ours != Config()
+    name = ALIASES[theirs]
+    ours = configure(Config, [f"--{name}={VALUES.get(name, 1)}"], ALIASES)
+    assert configure(Config, [f"--{theirs}={VALUES.get(name, 1)}"], ALIASES) == ours != Config()
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -590,9 +655,9 @@ def spoil(folder: Path, name: str) -> None:
     ("", "--batch_size=9 --grad_accum=2", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
     ("", "--budget_tokens=100", "budget_tokens go together"), ("", "--budget=tokens", "go together"),
     ("", "--budget=tokens --budget_tokens=9000", "less than its share"), ("", "--categories=", "categories"),
-    ("", "--study=k=4", "4 is not between"), ("", "--study=K2_a_d", "K2_a_"), ("", "--max_steps=0", "max_steps = 0"),
+    ("", "--study=k=4", "4 is not between"), ("", "--study=K2_a_d", "K2_a_"), ("", "--max_steps=0", "max_steps"),
     ("", "--learning_rat=1", "learning_rate"), ("", "--analyze=nowhere", "nowhere"),
-    ("", "--dropout=1", "dropout = 1"), ("", "--resume=gone.pt", "gone.pt")])
+    ("", "--dropout=1", "dropout: expected float in [0, 1)"), ("", "--resume=gone.pt", "gone.pt")])
 def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):
     shutil.copytree(data, "data")
     spoil(Path("data"), damage)

@@ -1,0 +1,385 @@
+"""Cross entropy (XE) by position in the context: curves of documents, their intervals, gains, fits, oracles, the probe.
+
+Position t = 1..T is the prediction made after t tokens. Everything is in nats.
+"""
+
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from measure.figures import figure
+from sources.ergodic import mixture_log_prob
+from sources.shared import counter_rng
+
+TOGETHER = ("seen", "unseen")  # groups of categories, beside each category by its name
+PROBED = (1, 2, 3, 5, 8, 12, 20, 35, 60)  # positions of the probe, and the last
+
+
+class Curves(NamedTuple):
+    """XE by position of M documents, the unit of all statistics: chunks of one document are not independent.
+
+    sums [M, T] over the chunks of each document, counts of its chunks [M], its category as a number [M].
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+    codes: np.ndarray
+
+    def mean(self, code: int) -> np.ndarray:
+        """XE by position of a category, a mean over chunks, [T]."""
+        chosen = self.codes == code
+        return self.sums[chosen].sum(0) / self.counts[chosen].sum()
+
+    def mean_of(self, codes: list[int]) -> np.ndarray:
+        """XE by position of several categories, which count alike, [T]."""
+        return np.mean([self.mean(code) for code in codes], 0)
+
+    def resampled(self, code: int, resamples: int, seed: int) -> np.ndarray:
+        """The mean of as many documents drawn with replacement, [resamples, T]: the bootstrap over documents."""
+        chosen = np.flatnonzero(self.codes == code)
+        equal = np.full(len(chosen), 1 / len(chosen))
+        rng, means = counter_rng(seed, 4, code), np.empty((resamples, self.sums.shape[1]))
+        for begin in range(0, resamples, 100):  # a block of draws at a time: [100, M] counts
+            block = means[begin : begin + 100]
+            draws = rng.multinomial(len(chosen), equal, len(block))
+            block[:] = draws @ self.sums[chosen] / (draws @ self.counts[chosen])[:, None]
+        return means
+
+
+def curves_of(xe: np.ndarray, codes: np.ndarray, documents: np.ndarray) -> Curves:
+    """Curves from the XE of chunks [R, T], the category [R] and the document [R] of each."""
+    names, place = np.unique(documents, return_inverse=True)
+    sums = np.zeros((len(names), xe.shape[1]))
+    np.add.at(sums, place, xe)
+    document_codes = np.zeros(len(names), dtype=np.int64)
+    document_codes[place] = codes
+    return Curves(sums, np.bincount(place), document_codes)
+
+
+def oracle_curves(log_prob: np.ndarray, codes: np.ndarray, documents: np.ndarray, active: list[int]
+                  ) -> tuple[Curves, Curves]:
+    """The exact predictors: of the uniform mixture of the active components, and of the known one.
+
+    Args:
+        log_prob: log p_k(x_t | x_<t) of each of the K components, [R, K, n].
+        codes: the true component of each chunk [R]. documents [R].
+    """
+    log_prob = log_prob.astype(np.float64)
+    mixture = mixture_log_prob(log_prob[:, active])
+    known = np.take_along_axis(log_prob, codes.astype(np.int64)[:, None, None], 1)[:, 0]
+    # without the first token of a chunk: a model predicts from the second on
+    return curves_of(-mixture[:, 1:], codes, documents), curves_of(-known[:, 1:], codes, documents)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics of curves [..., T]
+# ---------------------------------------------------------------------------------------------------------------
+def gains(xe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(XE(first) - XE(last), sum over t of XE(t) - XE(last)): what the context is worth, at its end and in total."""
+    return xe[..., 0] - xe[..., -1], (xe - xe[..., -1:]).sum(-1)
+
+
+def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The central 95% of samples [resamples, ...]."""
+    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
+    return low, high
+
+
+def binned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean positions, means) over bins that grow with the position: single late positions are noisy."""
+    edges = np.unique(np.geomspace(1, curves.shape[-1] + 1, 24).round().astype(int))
+    positions, means = [], []
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        positions.append((first + end - 1) / 2)
+        means.append(curves[..., first - 1 : end - 1].mean(-1))
+    return np.array(positions), np.stack(means, -1)
+
+
+def fit_power_law(xe: np.ndarray) -> np.ndarray:
+    """Least-squares (XE_inf, c, alpha) of XE(t) = XE_inf + c t^-alpha, t = 1..T, for curves [..., T] -> [..., 3].
+
+    Given alpha the rest is linear (variable projection), so alpha alone is searched, on a grid that is refined four
+    times. scipy.optimize.curve_fit agrees, but fits one curve at a time (200 resamples of each category would take
+    longer than the evaluation) and needs a start that is near: from far, it ends in a local minimum.
+    """
+    xe = np.asarray(xe, dtype=np.float64)
+    T = xe.shape[-1]
+    t, flat = np.arange(1, T + 1), xe.reshape(-1, T)
+    y = (flat - flat.mean(-1, keepdims=True))[:, None]  # [curves, 1, T]
+    low, high = np.full(len(flat), 0.01), np.full(len(flat), 8.0)
+    for _ in range(5):
+        alphas = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 41)  # [curves, 41]
+        # Regression of the curve on t^-alpha, for every alpha of the grid: the slope is c, XE_inf drops out.
+        x = t ** -alphas[..., None]  # [curves, 41, T]
+        x -= x.mean(-1, keepdims=True)
+        slopes = (x * y).sum(-1) / (x**2).sum(-1)
+        error = ((y - slopes[..., None] * x) ** 2).sum(-1)
+        best = np.arange(len(flat)), error.argmin(-1)
+        alpha, c = alphas[best], slopes[best]
+        # The next grid is between the neighbours of the best, 20 times finer.
+        step = (high - low) / 40
+        low = np.maximum(0.01, alpha - step)
+        high = np.minimum(8.0, alpha + step)
+    infinity = flat.mean(-1) - c * (t ** -alpha[:, None]).mean(-1)
+    return np.stack([infinity, c, alpha], -1).reshape(*xe.shape[:-1], 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What results.json says
+# ---------------------------------------------------------------------------------------------------------------
+def measure(curves: Curves, names: list[str], active: list[str], oracle: tuple[Curves, Curves] | None, resamples: int,
+            seed: int) -> dict:
+    """The XE by position of each category, of the active ones together ("seen") and of the others ("unseen").
+
+    Categories count alike where they are together. Intervals are 95%, by the bootstrap over documents.
+
+    Args:
+        names: of all categories, in the order of their numbers. oracle: what oracle_curves gave, where it is known.
+    """
+    present = [name for code, name in enumerate(names) if (curves.codes == code).any()]
+    samples = {name: curves.resampled(names.index(name), resamples, seed) for name in present}
+    groups = {name: [name] for name in present}
+    groups["seen"] = active
+    unseen = [name for name in present if name not in active]
+    if unseen:
+        groups["unseen"] = unseen
+    results = {}
+    for group, members in groups.items():
+        codes = [names.index(name) for name in members]
+        mean = curves.mean_of(codes)
+        results[group] = describe_curve(mean, np.mean([samples[name] for name in members], 0))
+        if oracle and set(members) <= set(active):
+            mixture, known = oracle
+            results[group] |= describe_excess(mean, mixture.mean_of(codes), known.mean_of(codes))
+    return results
+
+
+def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
+    """Mean, perplexity, gains and fit of a curve [T], with intervals from its resamples [resamples, T]."""
+    low, high = interval(samples)
+    (gain, total), (gain_samples, total_samples) = gains(mean), gains(samples)
+    fit, fits = fit_power_law(mean), fit_power_law(samples[:200])  # 200 are enough for an interval
+    described = {}
+    for i, name in enumerate(("xe_inf", "c", "alpha")):
+        described[name] = {"value": float(fit[i]), "interval": listed(interval(fits[:, i]))}
+    return {
+        "xe": float(mean.mean()),
+        "xe_interval": listed(interval(samples.mean(1))),
+        "perplexity": float(np.exp(mean.mean())),
+        "xe_by_position": mean.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "binned_interval": listed(interval(binned(samples)[1])),
+        "icl_gain": float(gain),
+        "icl_gain_interval": listed(interval(gain_samples)),
+        "total_gain": float(total),
+        "total_gain_interval": listed(interval(total_samples)),
+        "fit": described,
+    }
+
+
+def describe_excess(mean: np.ndarray, mixture: np.ndarray, known: np.ndarray) -> dict:
+    """A curve [T] beside those of the exact predictors, [T] each."""
+    uncertain = mixture > 0  # elsewhere no token could surprise, and no ratio says anything
+    relative = mean[uncertain] / mixture[uncertain] - 1
+    return {
+        "oracle_xe_by_position": mixture.tolist(),
+        "known_xe_by_position": known.tolist(),
+        "excess_by_position": (mean - mixture).tolist(),
+        "oracle_icl_gain": float(gains(mixture)[0]),
+        "largest_relative_excess": float(np.abs(relative).max(initial=0.0)),
+    }
+
+
+def summarize(groups: dict) -> dict:
+    """What summary.json takes over of `measure`: of the categories trained on, and the XE of the others."""
+    seen = groups["seen"]
+    summary = {"val_xe": seen["xe"], "perplexity": seen["perplexity"], "icl_gain": seen["icl_gain"],
+               "total_gain": seen["total_gain"], "xe_by_position": seen["xe_by_position"],
+               "fit": {name: part["value"] for name, part in seen["fit"].items()}}
+    for key in ("oracle_xe_by_position", "oracle_icl_gain", "largest_relative_excess"):
+        if key in seen:
+            summary[key] = seen[key]
+    if "unseen" in groups:
+        summary["unseen_xe"] = groups["unseen"]["xe"]
+    return summary
+
+
+def listed(pair: tuple[np.ndarray, np.ndarray]) -> list:
+    """Two arrays or numbers as JSON has them."""
+    return [side.tolist() for side in pair]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The probe
+# ---------------------------------------------------------------------------------------------------------------
+def probe(model: torch.nn.Module, chunks, rows: np.ndarray, device: torch.device, seed: int, most: int = 2_000) -> dict:
+    """Read the component out of the residual stream by a linear classifier, for every layer at some positions.
+
+    Half of the documents train the classifier (multinomial logistic regression, L2 penalty, L-BFGS), the other half
+    give accuracy and cross entropy in nats, to be held against log K.
+
+    Args:
+        model: model(tokens [B, T]) -> (anything, residual stream: a [B, T, D] a layer).
+        chunks: has tokens [R, n], codes [R] and documents [R]. rows: those to use, at most `most`.
+    """
+    rng = counter_rng(seed, 5)
+    rows = np.sort(rng.permutation(rows)[:most])
+    # Halves by document: chunks of one document in both would let the classifier know it again.
+    names, codes = np.unique(chunks.codes[rows], return_inverse=True)
+    target = torch.from_numpy(codes).to(device)
+    documents, place = np.unique(chunks.documents[rows], return_inverse=True)
+    trains = torch.from_numpy((rng.permutation(len(documents)) % 2 == 0)[place]).to(device)
+    positions = probed_positions(chunks.tokens.shape[1] - 1)
+    result = {"positions": positions, "log_K": math.log(len(names)), "accuracy": [], "cross_entropy": []}
+    for x in residual_stream(model, chunks.tokens[rows], positions, device):  # [R, P, D]
+        x = (x - x[trains].mean(0)) / x[trains].std(0).clamp_min(1e-6)
+        logits = logistic_regression(x[trains], target[trains], x[~trains], len(names))
+        held = target[~trains, None].expand(-1, len(positions))
+        xe = F.cross_entropy(logits.transpose(1, 2), held, reduction="none")
+        result["accuracy"].append((logits.argmax(-1) == held).float().mean(0).tolist())
+        result["cross_entropy"].append(xe.mean(0).tolist())
+    return result
+
+
+def probed_positions(T: int) -> list[int]:
+    return sorted({min(T, position) for position in (*PROBED, T)})
+
+
+@torch.no_grad()
+def residual_stream(model: torch.nn.Module, tokens: np.ndarray, positions: list[int], device: torch.device
+                    ) -> list[torch.Tensor]:
+    """The stream after the embedding and every block at some positions, a [R, P, D] each, from chunks [R, n]."""
+    index, parts = [position - 1 for position in positions], []
+    model.eval()
+    for part in torch.from_numpy(tokens.astype(np.int64)).split(256):
+        part = part[:, :-1].to(device)
+        stream = model(part)[1]
+        for x in stream:
+            if x.shape[:-1] != part.shape:
+                raise ValueError(f"the model's residual stream should hold a [B, T, D] = {[*part.shape, 'D']} a layer, "
+                                 f"and has one of shape {list(x.shape)}")
+        parts.append([x[:, index].float() for x in stream])
+    model.train()
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def logistic_regression(x: torch.Tensor, target: torch.Tensor, held: torch.Tensor, K: int, penalty: float = 1e-2
+                        ) -> torch.Tensor:
+    """Logits [R', P, K] of held [R', P, D] by one classifier a position, trained on x [R, P, D], target [R].
+
+    All positions are one problem, which is separable: so they share the iterations, on the device where the stream is.
+    """
+    _, P, D = x.shape
+    weight = torch.zeros(P, D, K, device=x.device, requires_grad=True)
+    bias = torch.zeros(P, K, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+    target = target[:, None].expand(-1, P)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = torch.einsum("rpd,pdk->rpk", x, weight) + bias
+        value = F.cross_entropy(logits.transpose(1, 2), target) * P + penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        return torch.einsum("rpd,pdk->rpk", held, weight) + bias
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of a run
+# ---------------------------------------------------------------------------------------------------------------
+def write_curves(path: Path, groups: dict) -> None:
+    """The curves of `measure` as a table: group, position, xe, low, high, oracle_xe."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["group", "position", "xe", "low", "high", "oracle_xe"])
+        for name, group in groups.items():
+            oracle = group.get("oracle_xe_by_position", [""] * len(group["low"]))
+            columns = zip(group["xe_by_position"], group["low"], group["high"], oracle, strict=True)
+            for position, values in enumerate(columns, 1):
+                table.writerow([name, position, *values])
+
+
+def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> None:
+    """Pictures of a run: XE by position, excess over the oracle, the probe, the loss over training.
+
+    Args:
+        results: of results.json: categories, groups and, where there was one, probe. history: of metrics.jsonl.
+    """
+    groups, seen = results["groups"], results["categories"]
+    draw_curves(folder, title, groups, seen)
+    if "oracle_xe_by_position" in groups["seen"]:
+        draw_excess(folder, title, groups, seen)
+    if "probe" in results:
+        draw_probe(folder, title, results["probe"])
+    draw_history(folder, title, history)
+
+
+def colours(groups: dict) -> dict[str, str]:
+    """A colour for each category, the same in all pictures."""
+    names = [name for name in groups if name not in TOGETHER]
+    return {name: f"C{i % 10}" for i, name in enumerate(names)}
+
+
+def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
+    with figure(folder, "xe_by_position", title=title) as axes:
+        for name, colour in colours(groups).items():
+            group = groups[name]
+            label, style = (name, "-") if name in seen else (f"{name} (unseen)", ":")
+            positions, xe = binned(np.array(group["xe_by_position"]))
+            low, high = group["binned_interval"]
+            axes.plot(positions, xe, color=colour, label=label, linewidth=1.3, linestyle=style)
+            axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
+            if "oracle_xe_by_position" in group:
+                positions, xe = binned(np.array(group["oracle_xe_by_position"]))
+                label = "exact optimum" if name == seen[-1] else None  # once in the legend
+                axes.plot(positions, xe, color="k", linewidth=0.8, linestyle="--", label=label)
+        axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
+        axes.legend(fontsize=8)
+
+
+def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
+    shades = colours(groups)
+    with figure(folder, "excess_by_position", title=title) as axes:
+        for name in seen:
+            positions, excess = binned(np.array(groups[name]["excess_by_position"]))
+            _, optimum = binned(np.array(groups[name]["oracle_xe_by_position"]))
+            percent = 100 * excess / optimum
+            axes.plot(positions, percent, color=shades[name], label=name, linewidth=1)
+        axes.axhline(0, color="k", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens read", ylabel="excess over the exact optimum (%)")
+        axes.legend(fontsize=8)
+
+
+def draw_probe(folder: Path, title: str, probed: dict) -> None:
+    layers = probed["accuracy"]
+    chance = math.exp(-probed["log_K"])
+    with figure(folder, "component_probe", title=title) as axes:
+        for layer, accuracy in enumerate(layers):
+            depth = layer / max(1, len(layers) - 1)
+            shade = (0.1, 0.3, 0.7, 0.25 + 0.75 * depth)  # deeper layers are darker
+            label = f"layer {layer}" if layer else "embed"
+            axes.plot(probed["positions"], accuracy, "o-", markersize=3, color=shade, label=label)
+        axes.axhline(chance, color="k", linestyle=":", linewidth=0.8, label="chance")
+        axes.set(xscale="log", xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02))
+        axes.legend(fontsize=8)
+
+
+def draw_history(folder: Path, title: str, history: list[dict]) -> None:
+    with figure(folder, "loss", title=title) as axes:
+        for split, key, label in (("train", "loss", "training"), ("eval", "val_xe", "validation")):
+            records = [record for record in history if record["split"] == split]
+            steps = [record["step"] for record in records]
+            values = [record[key] for record in records]
+            if records:
+                axes.plot(steps, values, label=label)
+        axes.set(xlabel="step", ylabel="cross entropy (nats)")
+        axes.legend(fontsize=8)
