@@ -64,7 +64,7 @@ from measure.curves import (
     write_curves,
 )
 from measure.report import make_report, plan_study, run_name
-from sources.corpus import open_corpus
+from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
 from sources.shared import counter_rng, make_once
 
@@ -188,7 +188,7 @@ def open_data(cfg: Config) -> tuple[Chunks, Chunks]:
     folder = Path(cfg.data)
     if cfg.data == SYNTHETIC:
         make_once(folder / "validation.h5", lambda: ergodic(out_dir=cfg.data))
-    train, validation = open_corpus(folder)
+    train, validation = train_and_validation(folder)
     return Chunks(**train), Chunks(**validation)
 
 

@@ -31,7 +31,7 @@ from configurator import configure
 from measure.curves import Curves, fit_power_law, gains, measure, probe
 from measure.report import plan_study, run_name
 from sources import chunks as chunks_source
-from sources.corpus import read_corpus
+from sources.chunks import chunk_arrays
 from sources.processes import make_process
 from train_arxiv import ALIASES, Batches, Chunks, Config
 
@@ -92,7 +92,7 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
 
 
 def chunks_of(path: Path | str) -> Chunks:
-    return Chunks(**read_corpus(Path(path)))
+    return Chunks(**chunk_arrays(Path(path)))
 
 
 def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chunks:
