@@ -4,6 +4,7 @@ One `Runtime` object holds it all. A script under `torchrun` becomes one rank of
 it, a job of one rank. Nothing here knows a model, a data set or a loss.
 """
 
+import atexit
 import contextlib
 import ctypes
 import math
@@ -71,8 +72,11 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                     store=dist.PrefixStore(f"group_{number}", _RENDEZVOUS["store"]), rank=self.rank,
                                     world_size=self.world_size)
-            # The last to let go of the group: DDP's own destructor would close it with the interpreter locked, while
-            # gloo's thread waits for that lock to free the tensors of the last barrier.
+            # Gloo's threads need the interpreter to free the tensors of the last exchange. So nobody may close the
+            # group with the interpreter locked, as DDP's destructor would (a hang), and Python must not end in the
+            # middle of it (an abort): the last reference is ours, and the threads get half a second before the end.
+            if "group" not in _RENDEZVOUS:
+                atexit.register(time.sleep, 0.5)
             _RENDEZVOUS["group"] = dist.group.WORLD
         self.reseed()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
