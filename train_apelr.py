@@ -1087,7 +1087,7 @@ def best_of(path: Path) -> Path:
 def start_from_weights(model: Baseline, cfg: Config) -> None:
     """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
     path = Path(cfg.init_from)
-    if is_source_checkpoint(path):
+    if path.is_file() and not checkpoint.experiment_of(path):
         weights = load_source_checkpoint(path).state_dict()
     else:
         weights = checkpoint.load(best_of(path))["model"]
