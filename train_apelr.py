@@ -19,7 +19,6 @@ input-output HMM of Bengio & Frasconi (1995).
 """
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +32,8 @@ from torch import Tensor
 
 from common import checkpoint
 from common.errors import DataError, clear_errors, rehearsal
-from common.runlog import RunLog, run_facts, write_json
-from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, run_facts
+from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
 from configurator import (
     Count,
     NonNegative,
@@ -239,10 +238,7 @@ class Batches:
         """This rank's windows, [B / world_size, L + 1] int64, on the device."""
         rng = np.random.default_rng(np.random.SeedSequence(self.cfg.seed, spawn_key=(1, step)))
         starts = rng.integers(self.count, size=self.batch_size) * self.distance
-        tokens = self.corpus.windows("train", self.rt.share(starts), self.cfg.seq_len)
-        if self.rt.device.type == "cuda":
-            return tokens.pin_memory().to(self.rt.device, non_blocking=True)
-        return tokens.to(self.rt.device)
+        return self.corpus.windows("train", self.rt.share(starts), self.cfg.seq_len, self.rt.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -457,7 +453,7 @@ class Baseline(nn.Module):
         """log p_{t,k}(v) for v in index [B, L, J], h [B, L, H]: [B, L, K, J], float32 or float64."""
         rows = self.experts.inputs(h.flatten(0, 1))
         logs = self.experts.log_probs(rows, *self.experts.table(), index.flatten(0, 1))  # [T, K, J]
-        return logs.view(*index.shape[:2], *logs.shape[1:])
+        return logs.unflatten(0, index.shape[:2])
 
     def losses(self, input_ids: Tensor, target_ids: Tensor, terms: tuple = (), tau: float | None = None,
                hard_fraction: float = 0.0) -> dict[str, Tensor]:
@@ -472,7 +468,7 @@ class Baseline(nn.Module):
         values = self.losses(input_ids, target_ids, terms=tuple(weights), tau=tau, hard_fraction=hard_fraction)
         total = values["nll"]
         for term, weight in weights.items():
-            total = total - weight * values[term] if term in MAXIMISED else total + weight * values[term]
+            total = total + (-weight if term in MAXIMISED else weight) * values[term]
         return total, {name: value.detach() for name, value in values.items()}
 
 
@@ -504,7 +500,7 @@ class Planner(Baseline):
             tau: temperature of the gate. hard_fraction: share of a straight-through sample at each chunk's start.
         """
         cfg, C = self.cfg, self.cfg.chunk_size
-        tau = cfg.planner_temperature if tau is None else tau
+        tau = tau or cfg.planner_temperature
         fixed = self.fixed_belief(planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
@@ -532,7 +528,7 @@ class Planner(Baseline):
             # Bayes' rule for the whole chunk, b(k) <- b(k) prod_t p_{t,k}(y_t) / Z. The plan does not change within a
             # chunk, so its tokens may be taken together; this loop runs over N chunks and never over L tokens.
             end.append(F.log_softmax(state[-1] + total[:, c], 1))
-        start, state, end = torch.stack(start, 1), torch.stack(state, 1), torch.stack(end, 1)  # [B, N, K]
+        start, state, end = (torch.stack(beliefs, 1) for beliefs in (start, state, end))  # [B, N, K]
 
         # Bayes' rule token by token: before y_t the belief has learned from the tokens of its chunk up to y_{t-1}, which
         # is the cumulative sum less the token itself.
@@ -703,17 +699,17 @@ class PlannerRequired(Planner):
 
     def losses(self, input_ids: Tensor, target_ids: Tensor, planner_mode: str = "normal",
                forced_state: int | None = None, terms: tuple = V2_TERMS, tau: float | None = None,
-               hard_fraction: float = 0.0, rep_window: int | None = None) -> dict[str, Tensor]:
+               hard_fraction: float = 0.0) -> dict[str, Tensor]:
         """nll and the auxiliary terms in nats, and metrics of the planner; scalars.
 
         Args:
             input_ids, target_ids: [B, L] with target y_t = x_{t+1}.
-            terms: which auxiliary terms to compute. rep_window: of rep_unlikelihood, default the config's.
+            terms: which auxiliary terms to compute.
             planner_mode, forced_state, tau, hard_fraction: see filter.
         """
         h, _ = self.read(input_ids)
         index = target_ids[..., None]
-        window = self.cfg.repetition_window() if rep_window is None else rep_window
+        window = self.cfg.repetition_window()
         if "rep_unlikelihood" in terms and window:
             recent, counts = recent_tokens(input_ids, target_ids, window, self.cfg.include_current())
             index = torch.cat([index, recent], 2)
@@ -785,8 +781,8 @@ def kl_to_uniform(p: Tensor) -> Tensor:
 
 def commitment(step: int, cfg: Config) -> tuple[float, float]:
     """(tau, hard fraction) of a training step."""
-    first = cfg.planner_temperature if cfg.plan_temperature_start is None else cfg.plan_temperature_start
-    last = first if cfg.plan_temperature_end is None else cfg.plan_temperature_end
+    first = cfg.plan_temperature_start or cfg.planner_temperature
+    last = cfg.plan_temperature_end or first
     tau = first + (last - first) * min(1.0, step / max(1, cfg.max_steps - 1))
     done = step - cfg.commitment_warmup_steps
     if cfg.plan_commitment == "soft" or done < 0:
@@ -841,7 +837,7 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
     model.eval()
     windows, own = [], rt.share(starts)
     for begin in range(0, len(own), batch):
-        tokens = corpus.windows("val", own[begin : begin + batch], cfg.seq_len).to(rt.device)
+        tokens = corpus.windows("val", own[begin : begin + batch], cfg.seq_len, rt.device)
         with rt.autocast():
             h, _ = model.read(tokens[:, :-1])
             evidence = model.look_up(h, tokens[:, 1:, None])[..., 0]  # [B, L, K]
@@ -880,16 +876,8 @@ def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Pa
     starts = corpus.spread(cfg.final_eval_batches * 16, cfg.seq_len, cfg.version)
     metrics = evaluate(model, corpus, starts, rt, cfg)
     if rt.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        plans.draw_loss(folder, f"{cfg.version}, {cfg.backbone}")
-        if isinstance(model, Planner):
-            with rt.autocast():
-                tables = plans.planner_report(model, corpus, starts)
-                plans.draw_plans(folder, model, corpus, starts, metrics["usage"])
-            metrics |= {name: value for name, value in tables.items() if isinstance(value, float)}
-            write_json(folder / "planner_eval.json", metrics | tables)
-            plans.warn_of_idle_plans(metrics, say)
-        write_json(folder / "metrics.json", metrics)
+        with rt.autocast():
+            metrics = plans.write_report(folder, model, corpus, starts, metrics, say)
     rt.barrier()
     return metrics
 
@@ -956,14 +944,13 @@ def train(cfg: Config) -> dict:
         batches = Batches(rt, corpus, cfg, batch_size)
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
         extra = {"batch_size": batch_size, "vocab_size": corpus.vocab_size, "tokenizer_hash": corpus.tokenizer_hash}
-        tokens_per_step, totals, began_lap = batch_size * cfg.seq_len, [], step
+        tokens_per_step, totals, began_lap = batch_size * cfg.seq_len, Means(), step
         trained, finite, watch = rt.wrap(model), FiniteCheck(rt.device), Stopwatch()
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
-                if corpus.tokenizer:
-                    shutil.copyfile(corpus.folder / "tokenizer.json", folder / "tokenizer.json")
+                corpus.copy_tokenizer(folder)
             peak = rt.matmul_rate()
             log.say(rt.describe())
             log.say(describe(model, corpus, cfg, batch_size))
@@ -973,10 +960,11 @@ def train(cfg: Config) -> dict:
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
                 lr = learning_rate(step, cfg)
-                totals.append(train_step(trained, tokens, step, rt, cfg))
+                terms = train_step(trained, tokens, step, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, totals[-1]["loss"])
+                finite.add(step, terms["loss"])
+                totals.add(terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
@@ -988,7 +976,7 @@ def train(cfg: Config) -> dict:
                 speed = watch.pause((step - began_lap) * tokens_per_step)
                 improved = False
                 if due.logs:
-                    means, totals = mean_terms(totals), []
+                    means = totals.read()
                     mfu = speed * flops_per_token(model, cfg.seq_len) / peak
                     values = {"lr": lr, "grad_norm": float(norm), "tokens_per_s": speed, "mfu": mfu}
                     left = (cfg.max_steps - step) * tokens_per_step / speed
@@ -1024,21 +1012,11 @@ def train(cfg: Config) -> dict:
             return summary
 
 
-def mean_terms(totals: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means of loss and terms over the steps since the last line."""
-    return {name: float(torch.stack([terms[name] for terms in totals]).mean()) for name in totals[-1]}
-
-
 def describe(model: Baseline, corpus: Corpus, cfg: Config, batch_size: int) -> str:
-    lines = [
-        f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
-        f"{len(corpus.train):,} training tokens of {corpus.name}",
-        f"{batch_size} x {cfg.seq_len} = {batch_size * cfg.seq_len:,} tokens a step, {cfg.max_steps:,} steps",
-    ]
-    if isinstance(model, Planner):
-        lines.append(f"{cfg.num_plan_states} plans, chunks of {cfg.chunk_size}, boundary {cfg.boundary_rule()}, "
-                     f"lookahead {cfg.feedback():g} | auxiliary terms: {cfg.weights() or 'none'}")
-    return "\n".join(lines)
+    return (f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
+            f"{len(corpus.train):,} training tokens of {corpus.name}\n"
+            f"{batch_size} x {cfg.seq_len} tokens a step, {cfg.max_steps:,} steps | {cfg.plans()} plans, chunks of "
+            f"{cfg.chunk_size} | auxiliary terms: {cfg.weights() or 'none'}")
 
 
 def size_of(model: nn.Module) -> int:

@@ -298,6 +298,20 @@ class FiniteCheck:
                                  "grad_clip=1 or precision=fp32")
 
 
+class Means:
+    """Means of named numbers over the steps since they were last read; reading waits for the device, adding does not."""
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        self.steps.append(values)
+
+    def read(self) -> dict[str, float]:
+        steps, self.steps = self.steps, []
+        return {name: float(torch.stack([values[name] for values in steps]).mean()) for name in steps[-1]}
+
+
 class Stopwatch:
     """Seconds spent in training steps alone: evaluation, saving and compilation are taken out by `pause`."""
 

@@ -43,7 +43,7 @@ ALIASES = {  # names of the source, and of older versions of train_apelr.py, and
 MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
     "vocab_size", "num_plan_states", "num_experts", "chunk_size", "token_dim", "d_model", "fusion_dim", "n_layers",
     "dropout", "planner_context_scale", "planner_self_bias", "planner_temperature", "token_filtering",
-    "future_horizon_chunks", "lookahead_horizon", "lookahead_feedback_scale")  # fmt: skip
+    "future_horizon_chunks", "lookahead_horizon", "lookahead_feedback_scale", "rep_window")  # fmt: skip
 V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bias")  # ours are in model.experts
 
 
@@ -76,7 +76,8 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
         if name in MODEL_SETTINGS:
             settings[name] = value
     if settings["version"] == V1:  # has neither lookahead nor a temperature
-        return settings | {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}, v1_names(weights), steps(source)
+        settings |= {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}
+        return settings, v1_names(weights), steps(source)
     if settings["version"] != V2:
         raise CheckpointError(f"a source checkpoint of model version {settings['version']!r} cannot be read")
     if saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead
