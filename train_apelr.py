@@ -157,23 +157,23 @@ class Config:
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
-        wrong = []
-        if self.num_experts not in (None, self.num_plan_states):
-            wrong.append(f"num_experts = {self.num_experts} must equal num_plan_states = {self.num_plan_states}")
-        if self.version != "baseline" and self.chunk_size >= self.seq_len:
-            wrong.append(f"chunk_size = {self.chunk_size} must be smaller than seq_len = {self.seq_len}")
-        if self.backbone == "transformer" and self.d_model % (2 * self.n_heads):
-            wrong.append(f"d_model = {self.d_model} is no multiple of 2 * n_heads = {2 * self.n_heads}")
-        if self.feedback() > 1:
-            wrong.append(f"lookahead_feedback_scale = {self.lookahead_feedback_scale}: must be in [0, 1]")
-        known = (*V2_TERMS, "rep_window")
-        for name in set(self.loss_weights) - set(known):
-            wrong.append(f"loss_weights has no {name!r}: it has {', '.join(known)}")
-        if "rep_unlikelihood" in self.weights() and not self.repetition_window():
-            wrong.append("loss_weights.rep_unlikelihood needs rep_window, the number of recent tokens")
-        if self.version != "v2_planner_required" and (self.experts, self.plan_commitment) != ("full", "soft"):
-            wrong.append(f"experts and plan_commitment are settings of v2_planner_required, not of {self.version}")
-        return wrong
+        version, known = self.version, (*V2_TERMS, "rep_window")
+        rules = [
+            (self.num_experts not in (None, self.num_plan_states),
+             f"num_experts = {self.num_experts} must equal num_plan_states = {self.num_plan_states}"),
+            (version != "baseline" and self.chunk_size >= self.seq_len,
+             f"chunk_size = {self.chunk_size} must be smaller than seq_len = {self.seq_len}"),
+            (self.backbone == "transformer" and self.d_model % (2 * self.n_heads),
+             f"d_model = {self.d_model} is no multiple of 2 * n_heads = {2 * self.n_heads}"),
+            (self.feedback() > 1, f"lookahead_feedback_scale = {self.feedback()}: must be in [0, 1]"),
+            ("rep_unlikelihood" in self.weights() and not self.repetition_window(),
+             "loss_weights.rep_unlikelihood needs rep_window, the number of recent tokens"),
+            (version != "v2_planner_required" and (self.experts, self.plan_commitment) != ("full", "soft"),
+             f"experts and plan_commitment are settings of v2_planner_required, not of {version}"),
+        ]
+        for name in self.loss_weights:
+            rules.append((name not in known, f"loss_weights has no {name!r}: it has {', '.join(known)}"))
+        return [sentence for broken, sentence in rules if broken]
 
     # What the settings that depend on others come to.
     def plans(self) -> int:
@@ -271,16 +271,15 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp_in, self.mlp_out = nn.LayerNorm(H), nn.Linear(H, 4 * H), nn.Linear(4 * H, H)
 
     def forward(self, x: Tensor, angle: Tensor, past: tuple | None):
-        """(x [B, L, H], (keys, values)); past: keys and values of the tokens before these."""
+        """(x [B, L, H], (keys, values)); past: keys and values of the tokens before, where L is 1."""
         B, L, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, L, 3, self.n_heads, -1).transpose(1, 3)
         q, k, v = qkv.unbind(2)  # [B, heads, L, 2 R]
-        q, k, mask = rotate(q, angle), rotate(k, angle), None
+        q, k = rotate(q, angle), rotate(k, angle)
         if past:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-            # Each of the L new tokens sees all of the past, itself, and the new ones before it.
-            mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        # A single token sees all of its past; the tokens of a whole text see themselves and those before them.
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
         x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, L, -1)))
         x = x + self.drop(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
         return x, (k, v)
@@ -445,9 +444,9 @@ class Baseline(nn.Module):
         self.backbone = BACKBONES[cfg.backbone](cfg)
         self.experts = experts(cfg, vocab_size)
 
-    def read(self, input_ids: Tensor, state=None):
+    def read(self, input_ids: Tensor):
         """Tokens [B, L] -> (h [B, L, H] after reading each, backbone state)."""
-        return self.backbone(self.token_emb(input_ids), state)
+        return self.backbone(self.token_emb(input_ids))
 
     def look_up(self, h: Tensor, index: Tensor) -> Tensor:
         """log p_{t,k}(v) for v in index [B, L, J], h [B, L, H]: [B, L, K, J], float32 or float64."""
@@ -619,8 +618,7 @@ class FilteredMixture(Planner):
 
     def contexts(self, h: Tensor) -> Tensor:
         """g [B, N - 1, K]: what the text adds to the transition logits at every boundary."""
-        C = self.cfg.chunk_size
-        return self.context(h[:, C::C])
+        return self.context(h[:, self.cfg.chunk_size :: self.cfg.chunk_size])
 
     def context(self, h: Tensor) -> Tensor:
         """g = planner_context_scale * (W_c h_t + c_c), h_t the state at the boundary."""
@@ -709,9 +707,9 @@ class PlannerRequired(Planner):
         """
         h, _ = self.read(input_ids)
         index = target_ids[..., None]
-        window = self.cfg.repetition_window()
-        if "rep_unlikelihood" in terms and window:
-            recent, counts = recent_tokens(input_ids, target_ids, window, self.cfg.include_current())
+        if "rep_unlikelihood" in terms:
+            window, current = self.cfg.repetition_window(), self.cfg.include_current()
+            recent, counts = recent_tokens(input_ids, target_ids, window, current)
             index = torch.cat([index, recent], 2)
         logs = self.look_up(h, index)  # [B, L, K, J]
         evidence = logs[..., 0]
@@ -734,9 +732,7 @@ class PlannerRequired(Planner):
             values["plan_js_div"] = plan_divergence(x, *self.experts.table())
         # rep_unlikelihood = mean_t mean over recent tokens v != y_t of -log(1 - p_t(v))
         if "rep_unlikelihood" in terms:
-            values["rep_unlikelihood"] = torch.zeros_like(values["nll"])
-            if window:
-                values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
+            values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
         return values | plans.usage_metrics(beliefs.state)
 
     def future_contrastive(self, h: Tensor, state: Tensor) -> Tensor:
@@ -868,7 +864,7 @@ def window_numbers(model: Baseline, h: Tensor, evidence: Tensor) -> list[Tensor]
     K = evidence.shape[2]
     masked = -torch.logsumexp(evidence - math.log(K), 2).mean(1)  # nll under the uniform belief [B]
     forced = -evidence.mean(1)  # nll of each plan alone [B, K]
-    return [beliefs.nll.mean(1), masked, forced, beliefs.state.exp(), beliefs.end.argmax(2)]
+    return [beliefs.nll.mean(1), masked, forced, beliefs.state, beliefs.end.argmax(2)]
 
 
 def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Path, say=print) -> dict:
@@ -891,13 +887,12 @@ def preview(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config, tokens: i
 
 
 def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
-    """A step on one window, and all that the end of the run asks of model and data; draws no random number of the run.
+    """A step on one window, and all that the end of the run asks of model and data.
 
     Parameters that the loss does not reach, such as those of terms of weight 0, are left out of training.
     """
     starts = corpus.spread(rt.world_size, cfg.seq_len, cfg.version)
     with rehearsal():
-        model.eval()
         trial(model, 1, rt, cfg).backward()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -920,8 +915,7 @@ def train(cfg: Config) -> dict:
     if is_source_checkpoint(cfg.resume):
         cfg.init_from, cfg.resume = cfg.resume, "auto"
     with Runtime(cfg) as rt:
-        if cfg.batch_size != "auto":
-            rt.divide(cfg.batch_size, cfg.grad_accum)
+        rt.divide(cfg.batch_size, cfg.grad_accum)
         corpus = open_data(cfg)
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
         model = build_model(cfg, corpus.vocab_size)
@@ -1033,15 +1027,13 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
     """
     path = Path(path)
     if is_source_checkpoint(path):
-        model, step = load_source_checkpoint(path), convert(path)[2]
-        model.cfg.device = device
-        return model.cfg, model, step, {"vocab_size": model.cfg.vocab_size}
-    state = checkpoint.load(best_of(path), __file__)
-    cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
-    cfg.device = device
-    model = build_model(cfg, extra["vocab_size"])
+        model = load_source_checkpoint(path, Config(device=device))
+        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size}
+    state = checkpoint.load(checkpoint.best_of(path), __file__)
+    cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
+    model = build_model(cfg, state["extra"]["vocab_size"])
     checkpoint.load_weights(model, state["model"], path)
-    return cfg, model, state["step"], extra
+    return cfg, model, state["step"], state["extra"]
 
 
 def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None) -> Baseline:
@@ -1057,18 +1049,13 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     return model.eval()
 
 
-def best_of(path: Path) -> Path:
-    """The best checkpoint of a run folder; a checkpoint itself."""
-    return path / "best.pt" if (path / "best.pt").exists() else path
-
-
 def start_from_weights(model: Baseline, cfg: Config) -> None:
     """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
     path = Path(cfg.init_from)
     if is_source_checkpoint(path):
         weights = load_source_checkpoint(path).state_dict()
     else:
-        weights = checkpoint.load(best_of(path))["model"]
+        weights = checkpoint.load(checkpoint.best_of(path))["model"]
     checkpoint.load_weights(model, weights, path)
 
 

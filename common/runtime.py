@@ -148,9 +148,11 @@ class Runtime:
 
     # Ranks -----------------------------------------------------------------------------------------------------
 
-    def divide(self, batch_size: int, grad_accum: int) -> int:
-        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly."""
+    def divide(self, batch_size: int | str, grad_accum: int) -> int | str:
+        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly. "auto" stays "auto"."""
         parts = grad_accum * self.world_size
+        if batch_size == "auto":
+            return batch_size
         if batch_size % parts:
             leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
         return batch_size // parts

@@ -1217,14 +1217,16 @@ def test_a_complete_text_is_filled_with_its_end():
 # ---------------------------------------------------------------------------------------------------------------
 # Transformer and measures
 # ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cuts", [(1,) * 9, (4, 1, 1, 3), (8, 1), (2, 7)])
-def test_a_transformer_reads_in_pieces_as_at_once(cuts):
-    model, ids = tiny(backbone="transformer", n_layers=2), text(2, 8)
+@every({name: {"backbone": name, "n_layers": 2} for name in BACKBONES})
+@pytest.mark.parametrize("first", [1, 4, 8])
+def test_a_backbone_reads_token_by_token_as_at_once(settings, first):
+    model, ids = tiny(**settings), text(2, 8)
     whole, _ = model.read(ids)
-    state, found = None, []
-    for part in ids.split(cuts, 1):
-        h, state = model.read(part, state)
-        found.append(h)
+    h, state = model.read(ids[:, :first])
+    found = [h]
+    for token in ids[:, first:].unbind(1):
+        h, state = model.backbone.step(model.token_emb(token), state)
+        found.append(h[:, None])
     close(torch.cat(found, 1), whole)
 
 
