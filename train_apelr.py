@@ -22,7 +22,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +36,9 @@ from common.runlog import RunLog, run_facts
 from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
 from configurator import (
     Count,
+    Fraction,
     NonNegative,
     Positive,
-    Range,
     Share,
     Whole,
     config_dict,
@@ -64,7 +64,6 @@ V1_TERMS = ("belief_entropy", "usage_kl", "chunk_bow", "plan_mi", "chunk_post_kl
 V2_TERMS = ("boundary_entropy", "usage_balance", "future_contrastive", "plan_js_div", "rep_unlikelihood")
 MAXIMISED = ("plan_mi", "plan_js_div")
 HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nats higher (lab book)
-Fraction = Annotated[float, Range("float in (0, 1]", "must be in (0, 1]", lambda value: 0 < value <= 1)]
 
 
 @dataclass
@@ -314,7 +313,7 @@ class Transformer(nn.Module):
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """x [B, heads, L, 2 R] turned by angle [L, R]."""
     a, b = x.chunk(2, -1)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
@@ -356,11 +355,10 @@ class BiasExperts(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(cfg.dropout)
         self.head = nn.Linear(cfg.d_model, vocab_size)
-        self.plan_bias = nn.Parameter(0.1 * torch.randn(cfg.plans(), vocab_size))  # equal plans would stay equal
-        start(self.head, HEAD_GAIN)
+        self.plan_bias = nn.Parameter(0.1 * torch.randn(cfg.num_plan_states, vocab_size))  # equal plans would stay equal
+        xavier(self.head, HEAD_GAIN)
 
-    def inputs(self, h: Tensor) -> Tensor:
-        return self.drop(h)[:, None]
+    inputs = LinearExperts.inputs
 
     def table(self) -> tuple[Tensor, Tensor]:
         return self.head.weight, self.head.bias + self.plan_bias
@@ -374,15 +372,15 @@ class TanhExperts(nn.Module):
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
         self.drop = nn.Dropout(cfg.dropout)
-        self.plan_emb = nn.Embedding(cfg.plans(), cfg.fusion_dim)
+        self.plan_emb = nn.Embedding(cfg.num_plan_states, cfg.fusion_dim)
         self.state_proj = nn.Linear(cfg.d_model, cfg.fusion_dim)
         self.plan_proj = nn.Linear(cfg.fusion_dim, cfg.fusion_dim, bias=False)
         self.out_proj = nn.Linear(cfg.fusion_dim, vocab_size)
-        self.plan_vocab_bias = nn.Parameter(torch.zeros(cfg.plans(), vocab_size))
+        self.plan_vocab_bias = nn.Parameter(torch.zeros(cfg.num_plan_states, vocab_size))
         nn.init.normal_(self.plan_emb.weight, std=0.02)
-        start(self.state_proj)
-        start(self.plan_proj)
-        start(self.out_proj, HEAD_GAIN)
+        xavier(self.state_proj)
+        xavier(self.plan_proj)
+        xavier(self.out_proj, HEAD_GAIN)
 
     def inputs(self, h: Tensor) -> Tensor:
         joint = torch.tanh(self.state_proj(h)[:, None] + self.plan_proj(self.plan_emb.weight))  # [T, K, F]
@@ -394,7 +392,7 @@ class TanhExperts(nn.Module):
         return self.out_proj.weight, self.out_proj.bias + self.plan_vocab_bias
 
 
-def start(layer: nn.Linear, gain: float = 1.0) -> None:
+def xavier(layer: nn.Linear, gain: float = 1.0) -> None:
     """Xavier's start; biases 0."""
     nn.init.xavier_uniform_(layer.weight, gain)
     if layer.bias is not None:
@@ -558,7 +556,7 @@ class Planner(Baseline):
         if planner_mode == "uniform_mask":
             return torch.full_like(logits, -math.log(K))
         if planner_mode == "forced_state" and forced_state in range(K):
-            return F.one_hot(torch.tensor(forced_state, device=logits.device), K).to(logits.dtype).log()
+            return F.one_hot(torch.tensor(forced_state, device=logits.device), K).to(logits).log()
         raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, uniform_mask, "
                          f"or forced_state and a plan from 0 to {K - 1}")
 
@@ -573,7 +571,7 @@ class Planner(Baseline):
             with torch.autocast(belief.device.type, enabled=False):
                 while len(powers) < horizon:
                     powers.append(powers[-1] @ P)
-            mix = (1 - a) * torch.eye(len(P), dtype=P.dtype, device=P.device) + a * torch.stack(powers).mean(0)
+            mix = (1 - a) * torch.eye(len(P)).to(P) + a * torch.stack(powers).mean(0)
             # A chain that never takes a step has a 0 there, whose logarithm needs a floor: gradients pass through it.
             log_mix = mix.clamp_min(torch.finfo(mix.dtype).tiny).log()
             belief = torch.logsumexp(belief[..., :, None] + log_mix, -2)
@@ -585,18 +583,18 @@ class Planner(Baseline):
         """What a chunk works with, given the log belief [B, K] at its start."""
         if not hard_fraction:
             return belief
-        sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief.dtype)
+        sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief)
         mixed = hard_fraction * sample + (1 - hard_fraction) * belief.exp()
         return (mixed.clamp_min(0) + 1e-9).log()  # a sample's zeros need a floor: gradients pass through them
 
     def project(self, layer: nn.Linear, h: Tensor) -> Tensor:
         """layer(h), never in half precision."""
         with torch.autocast(h.device.type, enabled=False):
-            return layer(h.to(layer.weight.dtype))
+            return layer(h.to(layer.weight))
 
     def chunk_means(self, h: Tensor) -> Tensor:
         """Means of h [B, L, H] over chunks of the tokens read, [B, ceil(L / C), H], the last one maybe partial."""
-        chunks = h.to(self.planner_init_logits.dtype).split(self.cfg.chunk_size, 1)
+        chunks = h.to(self.planner_init_logits).split(self.cfg.chunk_size, 1)
         return torch.stack([chunk.mean(1) for chunk in chunks], 1)
 
     def aux_rows(self, h: Tensor):
@@ -613,8 +611,8 @@ class FilteredMixture(Planner):
         super().__init__(cfg, vocab_size, experts)
         self.planner_ctx_proj = nn.Linear(cfg.d_model, cfg.num_plan_states)
         self.chunk_post_proj = nn.Linear(cfg.d_model, cfg.num_plan_states)
-        start(self.planner_ctx_proj)
-        start(self.chunk_post_proj)
+        xavier(self.planner_ctx_proj)
+        xavier(self.chunk_post_proj)
 
     def contexts(self, h: Tensor) -> Tensor:
         """g [B, N - 1, K]: what the text adds to the transition logits at every boundary."""
@@ -678,7 +676,7 @@ class PlannerRequired(Planner):
         self.plan_state_emb, self.future_chunk_proj = nn.Embedding(K, H), nn.Linear(H, H, bias=False)
         nn.init.normal_(self.plan_state_emb.weight, std=0.02)
         for layer in (self.planner_boundary_proj, self.planner_obs_proj, self.future_chunk_proj):
-            start(layer)
+            xavier(layer)
 
     def contexts(self, h: Tensor) -> Tensor:
         """g [B, N - 1, K]: what the text adds to the transition logits at every boundary."""
@@ -803,9 +801,12 @@ def parameter_groups(model: Baseline, cfg: Config) -> list[dict]:
     """Matrices decay; biases, norms and the planner's own logits do not."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(("bias", "_logits"))
-            (others if plain else matrices).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or name.endswith(("bias", "_logits")):
+            others.append(parameter)
+        else:
+            matrices.append(parameter)
     return [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
@@ -842,17 +843,14 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
     windows = sum(rt.gather(windows), [])  # those of rank 0, of rank 1, ...
     starts = np.concatenate([starts[rank :: rt.world_size] for rank in range(rt.world_size)])
     nll, *planned = [torch.cat(parts).double() for parts in zip(*windows, strict=True)]
-
     nll = float(nll.mean())
-    metrics = {"val_nll": nll, "val_ppl": math.exp(min(nll, 700.0))}
-    metrics |= corpus.yardsticks(nll, starts, cfg.seq_len)
+    metrics = {"val_nll": nll, "val_ppl": math.exp(min(nll, 700.0))} | corpus.yardsticks(nll, starts, cfg.seq_len)
     if planned:
         masked, forced, state, end = planned
         metrics["planner_mask_delta_loss"] = float(masked.mean()) - nll
         metrics["forced_nll"] = forced.mean(0).tolist()
         metrics["plan_gain"] = min(metrics["forced_nll"]) - nll
-        true = corpus.true_plans(starts)
-        metrics |= plans.plan_metrics(state, end.long(), model.planner_transition_logits, true)
+        metrics |= plans.plan_metrics(state, end, model.planner_transition_logits, corpus.true_plans(starts))
     return metrics
 
 
@@ -861,8 +859,7 @@ def window_numbers(model: Baseline, h: Tensor, evidence: Tensor) -> list[Tensor]
     if not isinstance(model, Planner):
         return [-evidence.mean((1, 2))]
     beliefs = model.filter(evidence, model.contexts(h))
-    K = evidence.shape[2]
-    masked = -torch.logsumexp(evidence - math.log(K), 2).mean(1)  # nll under the uniform belief [B]
+    masked = math.log(evidence.shape[2]) - torch.logsumexp(evidence, 2).mean(1)  # nll under the uniform belief [B]
     forced = -evidence.mean(1)  # nll of each plan alone [B, K]
     return [beliefs.nll.mean(1), masked, forced, beliefs.state, beliefs.end.argmax(2)]
 
@@ -971,7 +968,7 @@ def train(cfg: Config) -> dict:
                 improved = False
                 if due.logs:
                     means = totals.read()
-                    mfu = speed * flops_per_token(model, cfg.seq_len) / peak
+                    mfu = speed * flops_per_token(model) / peak
                     values = {"lr": lr, "grad_norm": float(norm), "tokens_per_s": speed, "mfu": mfu}
                     left = (cfg.max_steps - step) * tokens_per_step / speed
                     log.train(step, means | values, lr, norm, speed, left, loss=means["loss"])
@@ -985,7 +982,6 @@ def train(cfg: Config) -> dict:
                     if cfg.preview_tokens and rt.is_main:
                         log.say("  " + preview(model, corpus, rt, cfg, cfg.preview_tokens))
                 if due.saves or improved:
-                    extra["ended"] = step == cfg.max_steps
                     saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
@@ -999,8 +995,8 @@ def train(cfg: Config) -> dict:
             if (folder / "best.pt").exists():
                 model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
-            summary = metrics | {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
-            summary |= run_facts(rt, step, began, watch)
+            facts = {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
+            summary = metrics | facts | run_facts(rt, step, began, watch)
             log.summary(summary)
             log.say(plans.verdict(metrics, folder))
             return summary
@@ -1008,9 +1004,8 @@ def train(cfg: Config) -> dict:
 
 def describe(model: Baseline, corpus: Corpus, cfg: Config, batch_size: int) -> str:
     return (f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
-            f"{len(corpus.train):,} training tokens of {corpus.name}\n"
-            f"{batch_size} x {cfg.seq_len} tokens a step, {cfg.max_steps:,} steps | {cfg.plans()} plans, chunks of "
-            f"{cfg.chunk_size} | auxiliary terms: {cfg.weights() or 'none'}")
+            f"{len(corpus.train):,} training tokens of {corpus.name} | {batch_size} x {cfg.seq_len} tokens a step | "
+            f"auxiliary terms: {cfg.weights()}")
 
 
 def size_of(model: nn.Module) -> int:
@@ -1025,7 +1020,6 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
 
     Raises CheckpointError.
     """
-    path = Path(path)
     if is_source_checkpoint(path):
         model = load_source_checkpoint(path, Config(device=device))
         return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size}
@@ -1051,7 +1045,7 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
 
 def start_from_weights(model: Baseline, cfg: Config) -> None:
     """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
-    path = Path(cfg.init_from)
+    path = cfg.init_from
     if is_source_checkpoint(path):
         weights = load_source_checkpoint(path).state_dict()
     else:
@@ -1069,8 +1063,9 @@ def analyze(cfg: Config) -> dict:
     path, default = Path(cfg.analyze), Config()
     saved, model, step, extra = load_run(path, cfg.device)
     for name in ("precision", "data", "seq_len", "final_eval_batches"):  # what may differ from the run, if asked to
-        if getattr(cfg, name) != getattr(default, name):
-            setattr(saved, name, getattr(cfg, name))
+        asked = getattr(cfg, name)
+        if asked != getattr(default, name):
+            setattr(saved, name, asked)
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         same_tokenizer(extra, corpus, path)

@@ -190,9 +190,10 @@ def load(path: Path, script: str | None = None) -> dict:
     return state
 
 
-def best_of(path: Path) -> Path:
+def best_of(path: str | Path) -> Path:
     """The best checkpoint of a run folder, where there is one; any other path as it is."""
-    return path / "best.pt" if (path / "best.pt").exists() else path
+    best = Path(path) / "best.pt"
+    return best if best.exists() else Path(path)
 
 
 def experiment_of(path: Path) -> str:

@@ -117,7 +117,7 @@ def plan_metrics(state: torch.Tensor, end: torch.Tensor, transition: torch.Tenso
     }
     if true is not None:
         true = true[:, : end.shape[1]]
-        metrics["plan_nmi"] = normalised_mutual_information(end.numpy().ravel(), true.ravel())
+        metrics["plan_nmi"] = normalised_mutual_information(end.long().numpy().ravel(), true.ravel())
     return metrics
 
 
