@@ -301,7 +301,7 @@ class FiniteCheck:
 
 
 class Means:
-    """Means of named numbers over the steps since they were last read; reading waits for the device, adding does not."""
+    """Means of named numbers over the steps since the last read, which waits for the device; adding does not."""
 
     def __init__(self):
         self.steps: list[dict[str, torch.Tensor]] = []
