@@ -540,7 +540,7 @@ class ApelrTrainer(SlowTrainer):
         return total
 
     def flops_per_token(self) -> float:
-        return train_apelr.flops_per_token(self.model, self.cfg.seq_len)
+        return train_apelr.flops_per_token(self.model)
 
 
 def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tuple]:

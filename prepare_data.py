@@ -49,7 +49,7 @@ def at_least(least: int):
     return Annotated[int, Range(f"int >= {least}", f"must be at least {least}", lambda value: value >= least)]
 
 
-Fraction = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lambda value: 0 < value < 1)]
+Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("float in [0, 1]", "must lie between 0 and 1", lambda value: 0 <= value <= 1)]
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class ArxivConfig:
     split_column: str = "split"  # train, validation or test; where missing, documents are dealt by their text
     categories: list[str] = field(default_factory=lambda: list(CATEGORIES))
     max_documents: Count | None = None  # most documents of a category and split
-    validation_fraction: Fraction = 0.05  # of documents without a split
+    validation_fraction: Part = 0.05  # of documents without a split
     test_fraction: Share = 0.05
     # tokens
     tokenizer: str = "bpe"  # bpe: train one | gpt2 | path of a tokenizer.json
@@ -96,7 +96,7 @@ class TextConfig:
     text_column: str = "text"
     max_bytes: Count | None = None  # of text, UTF-8; default: 1e9 from the hub, else no limit
     max_documents: Count | None = None
-    val_fraction: Fraction = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
+    val_fraction: Part = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
     val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
     # tokens
     tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos

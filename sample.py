@@ -32,7 +32,7 @@ from common import checkpoint
 from common.errors import CheckpointError, DataError, InputError, clear_errors, rehearsal
 from common.runlog import write_json
 from common.runtime import Runtime
-from configurator import Count, Positive, Range, Whole, configure, fail
+from configurator import Count, Fraction, Positive, Range, Whole, configure, fail
 from measure.effects import verdict
 from measure.plans import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
@@ -46,7 +46,6 @@ from sources.tokenizer import Tokenizer, load_tokenizer
 HERE = Path(__file__).resolve().parent  # where pages are imported from, and only here: no code of a run folder runs
 
 Temperature = Annotated[float, Range("float >= 1e-6", "must be at least 1e-6", lambda value: value >= 1e-6)]
-Mass = Annotated[float, Range("float in (0, 1]", "must be in (0, 1]", lambda value: 0 < value <= 1)]
 Portion = Annotated[float, Range("float in [0, 1]", "must be in [0, 1]", lambda value: 0 <= value <= 1)]
 Penalty = Annotated[float, Range("float >= 1", "must be at least 1", lambda value: value >= 1)]
 Seed = Annotated[int, Range("int >= 0", "must be in [0, 2**63)", lambda value: 0 <= value < 2**63)]
@@ -63,7 +62,7 @@ class Config:
     top_k: Count | None = None  # sample from the k likeliest tokens only
     # sampling, of apelr
     max_new_tokens: Count | None = None  # tokens to write after the prompt; default length less the prompt, or 200
-    top_p: Mass = 1.0  # sample from the fewest tokens that have this share of the probability
+    top_p: Fraction = 1.0  # sample from the fewest tokens that have this share of the probability
     repetition_penalty: Penalty = 1.0  # its logarithm is taken off tokens that the text has already
     no_repeat_ngram_size: Whole = 0  # never write n tokens a second time; 0: do
     # planner, of apelr

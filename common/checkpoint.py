@@ -203,6 +203,12 @@ def load(path: Path, script: str | None = None) -> dict:
     return state
 
 
+def best_of(path: str | Path) -> Path:
+    """The best checkpoint of a run folder, where there is one; any other path as it is."""
+    best = Path(path) / "best.pt"
+    return best if best.exists() else Path(path)
+
+
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
     return _read(path / "last.pt" if path.is_dir() else path)[0].get("experiment", "")

@@ -152,9 +152,11 @@ class Runtime:
 
     # Ranks -----------------------------------------------------------------------------------------------------
 
-    def divide(self, batch_size: int, grad_accum: int) -> int:
-        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly."""
+    def divide(self, batch_size: int | str, grad_accum: int) -> int | str:
+        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly. "auto" stays "auto"."""
         parts = grad_accum * self.world_size
+        if batch_size == "auto":
+            return batch_size
         if batch_size % parts:
             leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
         return batch_size // parts
@@ -300,6 +302,20 @@ class FiniteCheck:
             f"the loss was not finite at step {int(self.first)}"
         raise FloatingPointError(f"{what} (now lr = {lr:.3g}; {cause}). Nothing was saved since. Try a lower lr, "
                                  "grad_clip=1 or precision=fp32")
+
+
+class Means:
+    """Means of named numbers over the steps since the last read, which waits for the device; adding does not."""
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        self.steps.append(values)
+
+    def read(self) -> dict[str, float]:
+        steps, self.steps = self.steps, []
+        return {name: float(torch.stack([values[name] for values in steps]).mean()) for name in steps[-1]}
 
 
 class Stopwatch:
