@@ -52,7 +52,7 @@ def test_a_folder_is_made_once_and_said_to_be_then_mapped(capsys):
     write_toml()
     first = open_cells(**KEYS)
     told = capsys.readouterr().out
-    said = r"preparing 200 cells x 6 columns of X of e.toml \(1 files\), once: 0.00 GB in data/cells/e-\w+\n"
+    said = r"preparing 200 cells x 6 columns of X of e.toml \(1 file\), once: 0.00 GB in data/cells/e-\w+\n"
     assert re.fullmatch(said, told)
     before = {file: file.stat().st_mtime_ns for file in first.store.iterdir()}
     again = open_cells(**KEYS)
@@ -259,6 +259,16 @@ def test_of_more_than_two_billion_values_nothing_is_copied(monkeypatch):
     assert not cells.streamed and not cells.matrices["input"].held
     rows = np.random.default_rng(1).permutation(200)
     assert np.array_equal(cells.read(rows), X[rows])
+
+
+def test_an_accelerator_fills_in_the_zeros_of_sparse_rows_itself():
+    X = write_cells(sparse=True)
+    X[[3, 4, 199]] = 0
+    rows = csr_array(X)
+    assert np.array_equal(cell_store.unpack(rows, torch.device("cpu")), X)
+    assert cell_store.unpack(rows[:0], torch.device("cpu")).shape == (0, 6)
+    on_meta = cell_store.unpack(rows, torch.device("meta"))
+    assert on_meta.shape == X.shape and on_meta.device.type == "meta"  # nothing is left on the CPU, nothing waits
 
 
 @pytest.mark.parametrize("many", ["dense", "sparse"])
