@@ -222,6 +222,7 @@ OF_DATA = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key"
 def open_data(cfg: Config) -> Cells:
     """The cells that cfg.toml_config_path names; the synthetic default is made where it is missing."""
     path = Path(cfg.toml_config_path)
+    # 10,240 cells of 16 cell types under 12 perturbations; one type is never seen perturbed.
     if cfg.toml_config_path == SYNTHETIC:
         make_once(path, lambda: synthetic(out_dir=str(path.parent)))
     return open_cells(toml=path, **{name: getattr(cfg, name) for name in OF_DATA})
@@ -237,6 +238,7 @@ class Sentences:
     def __init__(self, cells: Cells, split: str, cfg: Config):
         self.cells, self.split, self.cfg = cells, SPLITS.index(split), cfg
         by_batch = cfg.basal_mapping_strategy == "batch"
+        # Groups never cross files: control cells of another experiment are no controls.
         keys = [cells.file, cells.cell_type, cells.perturbation]
         if by_batch:
             keys.append(cells.batch)
@@ -254,6 +256,7 @@ class Sentences:
         first = np.cumsum(count) - count
         self.group = np.repeat(np.arange(len(count)), count)
         self.offset = (np.arange(len(self.group)) - first[self.group]) * cfg.cell_set_len
+        # Control cells of a group: a stretch of the pool.
         self.pool, self.pool_start, self.pool_size = control_pools(cells, split, rows[self.starts], by_batch)
 
     def __len__(self) -> int:
@@ -266,6 +269,7 @@ class Sentences:
         group = np.repeat(np.arange(len(self.sizes)), self.sizes)
         shuffled = self.rows[np.argsort(group + rng.random(len(group)), kind="stable")]
         targets, controls, _ = self.fill(shuffled, rng)
+        # Groups mixed: a batch of one perturbation would pull the model its way.
         order = rng.permutation(len(targets))
         return targets[order], controls[order]
 
@@ -285,7 +289,8 @@ class Sentences:
         # Controls: any of the pool. Which one is no matter, for what counts is the set.
         start, size = self.pool_start[self.group, None, None], self.pool_size[self.group, None, None]
         drawn = draw(rng, np.broadcast_to(size, (*place.shape, self.cfg.n_basal_samples)))
-        controls = np.where(size > 0, np.append(self.pool, -1)[start + drawn], -1)
+        pool = np.append(self.pool, -1)  # an empty stretch may begin at its end
+        controls = np.where(size > 0, pool[start + drawn], -1)
         # A control cell as target is another control cell's neighbour, or itself (cell-load 0.10.4 ignores this).
         if not self.cfg.map_controls:
             controls = np.where(self.cells.is_control[targets][..., None], targets[..., None], controls)
@@ -315,10 +320,11 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     features = F.one_hot(pert, cells.pert_dim).float() if cells.features is None else cells.features[pert]
     batch = {
         "pert_emb": features.to(device),
-        "ctrl_cell_emb": basal.mean(2),
+        "ctrl_cell_emb": basal.mean(2),  # of n_basal_samples cells: less noise, and less of a cell
         "pert_cell_emb": cells.read(targets.ravel(), "input", device).view(b, S, -1),
         "batch": torch.from_numpy(cells.batch[targets].astype(np.int64)).to(device),
     }
+    # What a decoder learns from, where the model's cells are embeddings.
     if cells.count_genes is not None:
         batch["pert_cell_counts"] = cells.read(targets.ravel(), "counts", device).view(b, S, -1)
     return batch
@@ -330,11 +336,13 @@ class Batches:
     def __init__(self, rt: Runtime, cells: Cells, cfg: Config):
         self.rt, self.cells, self.cfg = rt, cells, cfg
         self.sentences = Sentences(cells, "train", cfg)
-        self.plan = lru_cache(2)(self.sentences.plan)  # a batch may hold the end of one epoch and the next one's start
+        # Two epochs at a time: a batch may hold the end of one and the start of the next.
+        self.plan = lru_cache(2)(self.sentences.plan)
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Targets [B, S] and controls [B, S, n_basal_samples] of the whole batch of a step."""
         targets, controls = [], []
+        # Sentence number `place` of the run, whatever the number of ranks and wherever the run was resumed.
         for place in range(step * self.cfg.batch_size, (step + 1) * self.cfg.batch_size):
             epoch, sentence = divmod(place, len(self.sentences))
             plan = self.plan(epoch)
@@ -345,6 +353,7 @@ class Batches:
     def __call__(self, step: int) -> dict:
         """This rank's batch, as make_batch has it, of b = batch_size / world_size sentences."""
         targets, controls = self.rows(step)
+        # Rows are shared before cells are read: a rank reads its own only.
         return make_batch(self.cells, self.rt.share(targets), self.rt.share(controls), self.rt.device)
 
 
@@ -370,6 +379,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, H = cfg, cfg.d_model
         self.width = cfg.head_dim or H // cfg.n_heads
+        # Heads need not add up to H, and keys and values may have fewer of them.
         wide, narrow = cfg.n_heads * self.width, (cfg.n_kv_heads or cfg.n_heads) * self.width
         self.q_proj = nn.Linear(H, wide, bias=False)
         self.k_proj = nn.Linear(H, narrow, bias=False)
@@ -428,6 +438,7 @@ class LlamaBlock(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.self_attn, self.mlp = Attention(cfg), GatedMLP(cfg)
+        # Before each part, not after it: the stream from first to last block stays free of norms.
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(cfg.d_model), RMSNorm(cfg.d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -488,6 +499,7 @@ class StateTransitionPerturbationModel(nn.Module):
         if cfg.use_batch_token:
             self.batch_token = nn.Parameter(torch.randn(1, 1, H))
             self.batch_classifier = mlp(H, H, dims["batch_dim"], 1, cfg)
+        # Confidence: what its own loss will be, where no measured cells tell.
         if cfg.confidence_token:
             self.confidence_token = ConfidenceToken(cfg)
         # Genes, where cells are embeddings.
@@ -497,6 +509,7 @@ class StateTransitionPerturbationModel(nn.Module):
             self.gene_decoder = LatentToGeneDecoder(D, genes, cfg)
         # Expression is never negative; embeddings may be, where the source clips them unless a decoder reads them.
         self.clips = cfg.embed_key in ("X_hvg", None) or (cfg.compat_relu and self.gene_decoder is None)
+        # Adapters last, so that a model with them starts from the weights of one without.
         if cfg.lora:
             add_lora(self.transformer_backbone, cfg)
         self.freeze()
@@ -509,6 +522,7 @@ class StateTransitionPerturbationModel(nn.Module):
             self.project_out.requires_grad_(False)
         if cfg.output_space == "all" and not cfg.predict_residual:
             self.final_down_then_up.requires_grad_(False)
+        # Adapters train in a frozen backbone; queries and keys of masked cells are never asked.
         for name, weight in self.transformer_backbone.named_parameters():
             frozen = cfg.freeze_pert_backbone and "lora_" not in name
             unused = cfg.mask_attn and re.search(r"\.[qk]_proj\.", name)
@@ -535,11 +549,12 @@ class StateTransitionPerturbationModel(nn.Module):
         """Predicted cells of sentences, and what else the model's tokens say.
 
         batch: ctrl_cell_emb [B, S, D]; pert_emb [B, S or 1, P] or [B, P]; batch, codes [B, S or 1], if it is used.
-        Returns: cells [B, S, output_dim]; of tokens, where there are such, confidence [B, 1], batch_logits [B, batch_dim].
+        Returns: cells [B, S, output_dim]; of the tokens there are, confidence [B, 1] and batch_logits [B, batch_dim].
         """
         cfg, S = self.cfg, batch["ctrl_cell_emb"].shape[1]
         pert = batch["pert_emb"]
-        pert = pert[:, None] if pert.ndim == 2 else pert
+        if pert.ndim == 2:  # one of the whole sentence
+            pert = pert[:, None]
         # Every cell starts as the sum of what it is and of what befalls it.
         control = self.basal_encoder(batch["ctrl_cell_emb"])  # [B, S, H]
         x = self.pert_norm(self.pert_encoder(pert)) + control
@@ -551,6 +566,7 @@ class StateTransitionPerturbationModel(nn.Module):
             x = torch.cat([self.batch_token.expand(len(x), -1, -1), x], 1)
         if cfg.confidence_token:
             x = torch.cat([x, self.confidence_token.confidence_token.expand(len(x), -1, -1)], 1)
+        # The transformer: a cell answers as its population does, which is told by the other cells alone.
         x = self.transformer_backbone(x)
         out = {}
         if cfg.confidence_token:
@@ -568,13 +584,17 @@ class StateTransitionPerturbationModel(nn.Module):
             cells = self.final_down_then_up(self.project_out(x) + batch["ctrl_cell_emb"])
         else:
             cells = self.project_out(x + control)
-        return out | {"cells": cells.relu() if self.clips else cells}
+        out["cells"] = cells.relu() if self.clips else cells
+        return out
 
     # Loss ------------------------------------------------------------------------------------------------------
     def set_loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The configured distance of every sentence: pred and target [B, S, D] or [B * S, D] -> [B]."""
         cfg, D = self.cfg, pred.shape[-1]
-        pred, target = (x.unflatten(0, (-1, cfg.cell_set_len)) if x.ndim == 2 else x for x in (pred, target))
+        if pred.ndim == 2:
+            pred = pred.unflatten(0, (-1, cfg.cell_set_len))
+            target = target.unflatten(0, (-1, cfg.cell_set_len))
+        # The source has two settings for one thing.
         loss = cfg.distributional_loss if cfg.loss == "energy" else cfg.loss
         weights = cfg.blur, cfg.sinkhorn_weight, cfg.energy_weight
         if cfg.mmd_num_chunks == 1 or loss in ("se", "mse"):
@@ -633,6 +653,7 @@ def build_model(cfg, dims: dict | None = None) -> StateTransitionPerturbationMod
         dims: sizes of the data, as Cells.dims has them; default those of the data that cfg names.
     Raises DataError if a decoder is asked for where there is nothing to learn it from.
     """
+    # The keywords hold the sizes of the data too.
     if isinstance(cfg, dict):
         settings, dims = translate(cfg)
         cfg = Config(**settings)
@@ -660,6 +681,7 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
     """
     if pred.ndim == 2:
         return set_loss(pred[None], target[None], loss, blur, sinkhorn_weight, energy_weight)[0]
+    # Sets may have different numbers of cells, but not of features.
     comparable = pred.shape == target.shape if loss == "mse" else pred.shape[::2] == target.shape[::2]
     if not comparable or not pred.numel() * target.numel():
         raise ValueError(f"sets of cells {list(pred.shape)} and {list(target.shape)} cannot be compared by {loss}")
@@ -675,7 +697,7 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         # predicted cell to the measured ones, |x - x'| pushes it off its like: without it all would be the mean.
         if loss == "energy":
             return energy_distance(pred, target)
-        # Optimal transport, blurred: of every cell to where the plan sends it.
+        # Optimal transport, blurred by the entropy of the plan; here a hundredth of it beside the energy.
         if loss == "se":
             sinkhorn = geomloss_distance(pred, target, "sinkhorn", blur)
             return sinkhorn_weight * sinkhorn + energy_weight * energy_distance(pred, target)
@@ -698,6 +720,7 @@ def geomloss_distance(pred: torch.Tensor, target: torch.Tensor, loss: str, blur:
 # ---------------------------------------------------------------------------------------------------------------
 def held_out(cells: Cells) -> str:
     """The split that a run is measured on: test, or validation where there is none. Raises DataError without both."""
+    # Perturbed cells only: the controls of a split serve as its inputs.
     for split in ("test", "val"):
         if len(cells.rows(split, controls=False)):
             return split
@@ -777,15 +800,20 @@ def predictions(model: StateTransitionPerturbationModel, cells: Cells, cfg: Conf
     """
     which, _ = measured_as(model)
     sentences = Sentences(cells, held_out(cells), cfg).whole()
-    sentences = [s for s in sentences if not cells.is_control[s[0][0]]]
-    for code in np.unique([cells.cell_type[s[0][0]] for s in sentences]):
-        of_type = [s for s in sentences if cells.cell_type[s[0][0]] == code]
-        rows, predicted = predict_sentences(model, of_type[:most], cells, rt, cfg)
-        part = {"cell_type": int(code), "rows": rows, "pred": predicted}
+    by_type = {}
+    for targets, controls in sentences:
+        # A control cell as target has no effect to measure.
+        if not cells.is_control[targets[0]]:
+            by_type.setdefault(int(cells.cell_type[targets[0]]), []).append((targets, controls))
+    for cell_type, sentences in sorted(by_type.items()):
+        rows, predicted = predict_sentences(model, sentences[:most], cells, rt, cfg)
+        part = {"cell_type": cell_type, "rows": rows, "pred": predicted}
+        # Measured cells are read where they are compared.
         if rt.is_main:
-            controls = np.flatnonzero(cells.is_control & (cells.cell_type == code) & (cells.member > 0))[:most]
+            of_type = cells.is_control & (cells.cell_type == cell_type) & (cells.member > 0)
+            part["controls"] = np.flatnonzero(of_type)[:most]
             part["real"] = cells.read(rows, which).numpy()
-            part |= {"controls": controls, "control": cells.read(controls, which).numpy()}
+            part["control"] = cells.read(part["controls"], which).numpy()
         yield part
 
 
@@ -795,6 +823,7 @@ def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config,
     keep: called with what `predictions` yields.
     """
     which, expression = measured_as(model)
+    # Means of the cells trained on: all that the baselines know.
     known = effects.training_means(cells, which) if rt.is_main else None
     results = []
     for part in predictions(model, cells, cfg, rt):
@@ -821,6 +850,7 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
     """What validation and the end of the run ask of model and data, on a few sentences. Collective."""
     cells = batches.cells
     with rehearsal():
+        # The loss of one sentence, then its cells against measured ones, as after training.
         validate(model, [part[:1] for part in batches.rows(0)], cells, rt, cfg)
         part = next(predictions(model, cells, cfg, rt, most=4))
         if rt.is_main:
@@ -836,6 +866,7 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"init_from = {cfg.init_from}: there is no checkpoint {path}")
+    # Ours, of this page or of a copy, or the source's. Only what decides the shape is taken over from its settings.
     if checkpoint.experiment_of(path):
         state = checkpoint.load(path)
         weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
@@ -867,7 +898,7 @@ def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: i
     """
     rows = cells.rows("train", controls=True)
     rows = rows[cells.is_control[rows]]
-    rows = rows[:: -(-len(rows) // most)]
+    rows = rows[:: -(-len(rows) // most)]  # evenly spaced, for the mean of some thousands is that of all
     output = model.project_out
     if model.cfg.output_space == "all" and model.cfg.predict_residual:
         output = model.final_down_then_up
@@ -890,6 +921,7 @@ def make_optimizer(model: nn.Module, cfg: Config, rt: Runtime) -> torch.optim.Op
 def train_step(model: nn.Module, batch: dict, rt: Runtime, cfg: Config) -> dict:
     """Forward and backward over the micro-batches of a batch; returns the loss terms, means over all ranks."""
     sums = {}
+    # Micro-batches: gradients add up, and travel between ranks with the last one only.
     for i in range(cfg.grad_accum):
         micro_batch = {name: value.chunk(cfg.grad_accum)[i] for name, value in batch.items()}
         with rt.sync(model, last=i == cfg.grad_accum - 1):
@@ -898,7 +930,7 @@ def train_step(model: nn.Module, batch: dict, rt: Runtime, cfg: Config) -> dict:
             rt.backward(terms["loss"] / cfg.grad_accum)
         del terms["per_set"]
         add_to(sums, terms, cfg.grad_accum)
-    means = rt.mean(torch.stack(list(sums.values())))
+    means = rt.mean(torch.stack(list(sums.values())))  # one exchange for all terms
     return dict(zip(sums, means, strict=True))
 
 
@@ -914,7 +946,7 @@ def prepare(cfg: Config, rt: Runtime) -> tuple[Config, Cells, StateTransitionPer
     if cfg.init_from:
         cfg, weights = start_from_checkpoint(cfg)
     cells = open_data(cfg)
-    held_out(cells)
+    held_out(cells)  # a run that could not be measured ends here
     model = build_model(cfg, cells.dims())
     if weights:
         fresh = initialise(model, weights, cfg)
@@ -934,7 +966,7 @@ def train(cfg: Config) -> dict:
         cfg, cells, model, fresh = prepare(cfg, rt)
         rt.reseed(rt.rank)  # ranks draw other masks of dropout
         optimizer = make_optimizer(model, cfg, rt)
-        params = optimizer.param_groups[0]["params"]
+        params = optimizer.param_groups[0]["params"]  # those that are not frozen
         batches, finite, watch = Batches(rt, cells, cfg), FiniteCheck(rt.device), Stopwatch()
         cells_per_step = cfg.batch_size * cfg.cell_set_len
         validation = None  # without it the last step is the best
@@ -946,6 +978,7 @@ def train(cfg: Config) -> dict:
         step, best, sums = 0, math.inf, {}
         known = {"dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
+            # Resume: with other perturbations or genes the same numbers would mean others.
             other = [name for name in known if state["extra"].get(name) != known[name]]
             if other:
                 raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
@@ -965,6 +998,7 @@ def train(cfg: Config) -> dict:
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             watch.start()
+
             while step < cfg.max_steps:
                 batch = batches(step)  # sentences of this rank, [B, S, D]
                 lr = learning_rate(step, cfg)
@@ -984,6 +1018,7 @@ def train(cfg: Config) -> dict:
                 speed = watch.pause((step - lap) * cells_per_step)
                 improved = False
                 if due.logs:
+                    # Terms are means over the steps since the last line; an epoch is once through all sentences.
                     values = {name: float(value) / (step - logged) for name, value in sums.items()}
                     values |= {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
                     values["epoch"] = step * cfg.batch_size / len(batches.sentences)
@@ -991,7 +1026,7 @@ def train(cfg: Config) -> dict:
                     log.train(step, values, lr, norm, speed, left, "cells", loss=values["loss"])
                     sums, logged = {}, step
                 if due.evaluates and validation:
-                    values = validate(model, validation, cells, rt, cfg)
+                    values = validate(model, validation, cells, rt, cfg)  # the same sentences each time
                     improved = values["loss"] < best
                     best = min(best, values["loss"])
                     log.metrics(step, "eval", {f"val_{name}": value for name, value in values.items()})
@@ -1001,6 +1036,7 @@ def train(cfg: Config) -> dict:
                     saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
+                # A signal: saved above, so that the same command goes on to the bit.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
@@ -1041,6 +1077,7 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     path = Path(path)
     if path.is_file() and not checkpoint.experiment_of(path):
         return load_source_run(path, device, attention)
+    # What a run was measured with: its best weights, or the last where nothing validated.
     path = path / "best.pt" if (path / "best.pt").exists() else path
     state = checkpoint.load(path, __file__)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
@@ -1063,7 +1100,7 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
     except (TypeError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path}: its settings make no model ({type(e).__name__}: {e})") from e
     load_source_state_dict(model, weights)
-    return cfg, model, step, {"dims": dims}
+    return cfg, model, step, {"dims": dims}  # no names: its folder's pert_onehot_map.pt has those of perturbations
 
 
 def open_run_data(cfg: Config, extra: dict) -> Cells:
