@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from geomloss import SamplesLoss
 
 from common import checkpoint
-from common.errors import CheckpointError, DataError, InputError, clear_errors, rehearsal
+from common.errors import CheckpointError, DataError, clear_errors, rehearsal
 from common.runlog import RunLog, run_facts
 from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
 from configurator import (
@@ -202,8 +201,6 @@ class Config:
         if self.use_batch_token and (self.batch_encoder or self.basal_mapping_strategy != "batch"):
             wrong.append("use_batch_token needs basal_mapping_strategy = batch, and no batch_encoder: all cells of a "
                          "sentence are then of the batch that the token must name")
-        if self.confidence_token and self.d_model < 4:
-            wrong.append(f"d_model = {self.d_model}: a confidence token needs at least 4")
         widths = self.decoder_hidden_dims
         if self.residual_decoder and widths[: len(widths) // 2 * 2 : 2] != widths[1::2]:
             wrong.append(f"residual_decoder needs hidden layers of equal width in pairs, not {widths}")
@@ -250,7 +247,9 @@ class Sentences:
         if cfg.downsample_cells:
             rng = counter_rng(cfg.seed, 2, self.split)
             rows, bounds = grouped(choose(rows, bounds, cfg.downsample_cells, rng), *keys)
-        self.rows, self.starts, self.sizes = rows, bounds[:-1], np.diff(bounds)
+        self.rows = rows
+        self.starts = bounds[:-1]
+        self.sizes = np.diff(bounds)
         # Sentence i is the stretch of its group from offset on; the last of a group may be short of cells.
         count = -(-self.sizes // cfg.cell_set_len)
         first = np.cumsum(count) - count
@@ -287,7 +286,8 @@ class Sentences:
         place[beyond] = draw(rng, size[beyond])
         targets = rows[self.starts[self.group, None] + place]
         # Controls: any of the pool. Which one is no matter, for what counts is the set.
-        start, size = self.pool_start[self.group, None, None], self.pool_size[self.group, None, None]
+        start = self.pool_start[self.group, None, None]
+        size = self.pool_size[self.group, None, None]
         drawn = draw(rng, np.broadcast_to(size, (*place.shape, self.cfg.n_basal_samples)))
         pool = np.append(self.pool, -1)  # an empty stretch may begin at its end
         controls = np.where(size > 0, pool[start + drawn], -1)
@@ -380,7 +380,8 @@ class Attention(nn.Module):
         self.cfg, H = cfg, cfg.d_model
         self.width = cfg.head_dim or H // cfg.n_heads
         # Heads need not add up to H, and keys and values may have fewer of them.
-        wide, narrow = cfg.n_heads * self.width, (cfg.n_kv_heads or cfg.n_heads) * self.width
+        wide = cfg.n_heads * self.width
+        narrow = (cfg.n_kv_heads or cfg.n_heads) * self.width
         self.q_proj = nn.Linear(H, wide, bias=False)
         self.k_proj = nn.Linear(H, narrow, bias=False)
         self.v_proj = nn.Linear(H, narrow, bias=False)
@@ -392,15 +393,19 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]."""
         cfg = self.cfg
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q = self.heads(self.q_proj(x))
+        k = self.heads(self.k_proj(x))
+        v = self.heads(self.v_proj(x))
         # No positions: a set has no order, and without them what a cell becomes does not depend on where it stands.
         # Rotary ones, and causal attention, are for checkpoints that were trained so.
         if cfg.rotary:
-            q, k = rotate(q), rotate(k)
+            q = rotate(q)
+            k = rotate(k)
         # Grouped keys and values: each head of them serves a group of neighbouring queries.
         group = q.shape[1] // k.shape[1]
         if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            k = k.repeat_interleave(group, 1)
+            v = v.repeat_interleave(group, 1)
         # A masked cell sees only itself and has nothing to weigh: the softmax of one number is 1.
         if not cfg.mask_attn:
             dropout = cfg.attention_dropout if self.training else 0.0
@@ -437,9 +442,11 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.self_attn, self.mlp = Attention(cfg), GatedMLP(cfg)
+        self.self_attn = Attention(cfg)
+        self.mlp = GatedMLP(cfg)
         # Before each part, not after it: the stream from first to last block stays free of norms.
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(cfg.d_model), RMSNorm(cfg.d_model)
+        self.input_layernorm = RMSNorm(cfg.d_model)
+        self.post_attention_layernorm = RMSNorm(cfg.d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
@@ -557,12 +564,13 @@ class StateTransitionPerturbationModel(nn.Module):
             pert = pert[:, None]
         # Every cell starts as the sum of what it is and of what befalls it.
         control = self.basal_encoder(batch["ctrl_cell_emb"])  # [B, S, H]
-        x = self.pert_norm(self.pert_encoder(pert)) + control
+        x = self.pert_norm(self.pert_encoder(pert)) + control  # the same perturbation for all S cells
         if cfg.batch_encoder:
             x = x + self.batch_encoder(batch["batch"])
 
         # Tokens that are no cells: the batch before them, the confidence after them.
         if cfg.use_batch_token:
+            # One learned token, so that nothing but the cells can tell it the batch.
             x = torch.cat([self.batch_token.expand(len(x), -1, -1), x], 1)
         if cfg.confidence_token:
             x = torch.cat([x, self.confidence_token.confidence_token.expand(len(x), -1, -1)], 1)
@@ -574,7 +582,7 @@ class StateTransitionPerturbationModel(nn.Module):
         if cfg.use_batch_token:
             out["batch_logits"] = self.batch_classifier(x[:, 0])
             x = x[:, 1:]
-        x = x[:, :S]
+        x = x[:, :S]  # the cells
 
         # Residual prediction: the transformer says how a control cell changes, which is little, and not what it is. In
         # the space of all genes the change is added to the cell itself, else to its encoding.
@@ -599,12 +607,14 @@ class StateTransitionPerturbationModel(nn.Module):
         weights = cfg.blur, cfg.sinkhorn_weight, cfg.energy_weight
         if cfg.mmd_num_chunks == 1 or loss in ("se", "mse"):
             return set_loss(pred, target, loss, *weights)
-        # Groups of features: the mean of their distances hears a few genes that the distance of all of them drowns.
+        # Groups of features: the few genes that vary most rule a distance of all; a mean over groups hears the others.
         order = torch.arange(D, device=pred.device)
+        # Other groups each time, so that no two genes are held apart for ever; not where losses are compared.
         if cfg.randomize_mmd_chunks and self.training:
             order = torch.randperm(D, device=pred.device)
         groups = order.chunk(cfg.mmd_num_chunks)
-        return torch.stack([set_loss(pred[..., g], target[..., g], loss, *weights) for g in groups]).nanmean(0)
+        distances = [set_loss(pred[..., group], target[..., group], loss, *weights) for group in groups]
+        return torch.stack(distances).nanmean(0)
 
     def losses(self, batch: dict, out: dict) -> dict:
         """All terms of the loss, "loss" their sum and "per_set" [B] the distance of each sentence.
@@ -615,7 +625,7 @@ class StateTransitionPerturbationModel(nn.Module):
         # The distance between sets. A sentence that has none (nan) is left out of the mean.
         per_set = self.set_loss(pred, batch["pert_cell_emb"])
         terms = {"per_set": per_set.detach(), "distance": per_set.nanmean()}
-        total = terms["distance"]
+        total = terms["distance"]  # weighed terms are added to it
         # The batch: the token must name the one that all cells of its sentence are of.
         if "batch_logits" in out:
             terms["batch_token"] = F.cross_entropy(out["batch_logits"].float(), batch["batch"][:, 0])
@@ -627,6 +637,7 @@ class StateTransitionPerturbationModel(nn.Module):
             total = total + cfg.decoder_weight * terms["decoder"]
         # Confidence: the loss of the sentence is foretold, and not changed by that.
         if "confidence" in out:
+            # Detached, else the cells would be made worse where that is easier to foretell.
             wanted = per_set if cfg.confidence_per_set else total.expand(len(pred))
             scaled = cfg.confidence_target_scale * wanted.detach()
             terms["confidence"] = F.mse_loss(out["confidence"][:, 0].float(), scaled)
@@ -679,6 +690,7 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
     Two sets [S, D] give a number. Gradients are for pred; the energy gives target none. Raises ValueError for an
     unknown loss and for sets that cannot be compared.
     """
+    # Two sets alone: a batch of one sentence.
     if pred.ndim == 2:
         return set_loss(pred[None], target[None], loss, blur, sinkhorn_weight, energy_weight)[0]
     # Sets may have different numbers of cells, but not of features.
@@ -697,10 +709,11 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         # predicted cell to the measured ones, |x - x'| pushes it off its like: without it all would be the mean.
         if loss == "energy":
             return energy_distance(pred, target)
-        # Optimal transport, blurred by the entropy of the plan; here a hundredth of it beside the energy.
+        # Optimal transport, blurred by the entropy of its plan; by default a hundredth of it beside the energy.
         if loss == "se":
             sinkhorn = geomloss_distance(pred, target, "sinkhorn", blur)
             return sinkhorn_weight * sinkhorn + energy_weight * energy_distance(pred, target)
+        # Maximum mean discrepancies, and sinkhorn alone.
         if loss in ("sinkhorn", "gaussian", "laplacian"):
             return geomloss_distance(pred, target, loss, blur)
     raise ValueError(f"loss = {loss!r}: use energy, sinkhorn, se, mse, gaussian or laplacian")
@@ -734,19 +747,26 @@ def expressed(model: StateTransitionPerturbationModel, cells: torch.Tensor) -> t
 
 
 @torch.no_grad()
-def validate(model: StateTransitionPerturbationModel, sentences: tuple, cells: Cells, rt: Runtime, cfg: Config) -> dict:
+def validate(
+    model: StateTransitionPerturbationModel,
+    sentences: tuple,
+    cells: Cells,
+    rt: Runtime,
+    cfg: Config,
+) -> dict:
     """Mean loss terms over sentences, rows of targets [n, S] and of controls [n, S, k]. Collective."""
     model.eval()
-    targets, controls = sentences
+    targets, controls = map(rt.share, sentences)
     sums, count = {}, 0
     at_once = rt.divide(cfg.batch_size, cfg.grad_accum)  # what fits in training
-    for i in range(rt.rank * at_once, len(targets), rt.world_size * at_once):
+    for i in range(0, len(targets), at_once):
         batch = make_batch(cells, targets[i : i + at_once], controls[i : i + at_once], rt.device)
         with rt.autocast():
             terms = model(batch, losses=True)
         n = len(terms.pop("per_set"))
         count += n
-        sums = {name: sums.get(name, 0.0) + float(value) * n for name, value in terms.items()}
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * n
     model.train()
     # Ranks have different numbers of sentences, perhaps none: sums travel, not means.
     shares = [share for share in rt.gather((sums, count)) if share[1]]
@@ -756,31 +776,38 @@ def validate(model: StateTransitionPerturbationModel, sentences: tuple, cells: C
 
 def same_lengths(sentences: list, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Targets [b, s] and controls [b, s, k] of sentences that have one length, of at most so many cells."""
-    def length_of(sentence: tuple) -> int:
-        return len(sentence[0])
-
-    for length, members in groupby(sorted(sentences, key=length_of), key=length_of):
-        targets, controls = (np.stack(rows) for rows in zip(*members, strict=True))
+    for length in sorted({len(targets) for targets, _ in sentences}):
+        members = [sentence for sentence in sentences if len(sentence[0]) == length]
         at_once = max(1, most // length)
-        for i in range(0, len(targets), at_once):
-            yield targets[i : i + at_once], controls[i : i + at_once]
+        for i in range(0, len(members), at_once):
+            targets, controls = zip(*members[i : i + at_once], strict=True)
+            yield np.stack(targets), np.stack(controls)
 
 
 @torch.no_grad()
-def predict_sentences(model: StateTransitionPerturbationModel, sentences: list, cells: Cells, rt: Runtime, cfg: Config
-                      ) -> tuple[np.ndarray, np.ndarray]:
+def predict_sentences(
+    model: StateTransitionPerturbationModel,
+    sentences: list,
+    cells: Cells,
+    rt: Runtime,
+    cfg: Config,
+) -> tuple[np.ndarray, np.ndarray]:
     """Predicted cells of sentences of any lengths: rows of the targets [N], ascending, cells [N, G]. Collective."""
     model.eval()
     parts = []
     # Short sentences are not filled up, so that no cell is counted twice.
     for targets, controls in same_lengths(rt.share(sentences), cfg.batch_size * cfg.cell_set_len):
+        batch = make_batch(cells, targets, controls, rt.device)
         with rt.autocast():
-            predicted = expressed(model, model.predict(make_batch(cells, targets, controls, rt.device))["cells"])
-        parts.append((targets.ravel(), predicted.flatten(0, 1).float().cpu().numpy()))
+            predicted = expressed(model, model.predict(batch)["cells"])  # [b, s, G]
+        predicted = predicted.flatten(0, 1).float().cpu().numpy()
+        parts.append((targets.ravel(), predicted))
     model.train()
-    rows, predicted = zip(*[part for share in rt.gather(parts) for part in share], strict=True)
-    order = np.argsort(np.concatenate(rows), kind="stable")
-    return np.concatenate(rows)[order], np.concatenate(predicted)[order]
+    # Of all ranks, in the order of the cells.
+    parts = sum(rt.gather(parts), [])
+    rows, predicted = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], predicted[order]
 
 
 def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
@@ -790,8 +817,13 @@ def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
     return "input", model.cfg.embed_key in (None, "X", "X_hvg")
 
 
-def predictions(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime,
-                most: int | None = None) -> Iterator[dict]:
+def predictions(
+    model: StateTransitionPerturbationModel,
+    cells: Cells,
+    cfg: Config,
+    rt: Runtime,
+    most: int | None = None,
+) -> Iterator[dict]:
     """One held-out cell type after the other: {cell_type, rows, pred [N, G], real [N, G], controls, control [C, G]}.
 
     rows and controls are rows of the cells: the perturbed ones predicted, once each, and all control cells of the type;
@@ -834,8 +866,14 @@ def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config,
     return effects.join(results) if rt.is_main else {}
 
 
-def finish(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime, folder: Path, keep=None
-           ) -> dict:
+def finish(
+    model: StateTransitionPerturbationModel,
+    cells: Cells,
+    cfg: Config,
+    rt: Runtime,
+    folder: Path,
+    keep=None,
+) -> dict:
     """Measure on what was held out: metrics.csv, results.json, pictures; returns the summary. Collective."""
     results = evaluate(model, cells, cfg, rt, keep)
     summary = {}
@@ -903,6 +941,7 @@ def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: i
     if model.cfg.output_space == "all" and model.cfg.predict_residual:
         output = model.final_down_then_up
     output[-1].bias.copy_(cells.read(rows).mean(0))
+    # The decoder ends in a ReLU too.
     if model.gene_decoder is not None:
         model.gene_decoder.last.bias.copy_(cells.read(rows, "counts").mean(0))
 
@@ -910,8 +949,7 @@ def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: i
 def make_optimizer(model: nn.Module, cfg: Config, rt: Runtime) -> torch.optim.Optimizer:
     """Of what is not frozen: AdamW as SmolState has it, or Adam as State has."""
     params = [weight for weight in model.parameters() if weight.requires_grad]
-    if not params:
-        raise InputError("nothing is left to train: freeze_pert_backbone froze everything")
+    # Fused: one kernel for all tensors, 2-4 times faster than a loop over them.
     betas = cfg.beta1, cfg.beta2
     if cfg.optimizer == "adam":
         return torch.optim.Adam(params, lr=cfg.lr, betas=betas, fused=rt.device.type in ("cuda", "cpu"))
@@ -974,6 +1012,7 @@ def train(cfg: Config) -> dict:
             validation = [rows[: cfg.eval_sentences] for rows in Sentences(cells, "val", cfg).plan(0)]
         rehearse(model, batches, rt, cfg)
 
+        # A fresh run, or one that goes on; a finished run of other settings is refused.
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
         step, best, sums = 0, math.inf, {}
         known = {"dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
@@ -991,8 +1030,8 @@ def train(cfg: Config) -> dict:
                 checkpoint.clear(folder, after=step)
                 write_maps(folder, cells)
             log.say(rt.describe())
-            log.say(f"{cfg.toml_config_path}: {summary_of(cells)}")
-            log.say(describe(model, cfg))
+            log.say(summary_of(cells))
+            log.say(describe(model, params, cfg))
             if fresh:
                 log.say(f"from {cfg.init_from}; these start anew: {', '.join(fresh)}")
             if state:
@@ -1022,18 +1061,37 @@ def train(cfg: Config) -> dict:
                     values = {name: float(value) / (step - logged) for name, value in sums.items()}
                     values |= {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
                     values["epoch"] = step * cfg.batch_size / len(batches.sentences)
-                    left = (cfg.max_steps - step) * cells_per_step / speed
-                    log.train(step, values, lr, norm, speed, left, "cells", loss=values["loss"])
+                    log.train(
+                        step,
+                        values,
+                        lr,
+                        norm,
+                        speed,
+                        left=(cfg.max_steps - step) * cells_per_step / speed,
+                        unit="cells",
+                        loss=values["loss"],
+                    )
                     sums, logged = {}, step
+                # Validation: held-out conditions as sentences; its loss, not the metrics, chooses the best weights.
                 if due.evaluates and validation:
                     values = validate(model, validation, cells, rt, cfg)  # the same sentences each time
                     improved = values["loss"] < best
                     best = min(best, values["loss"])
                     log.metrics(step, "eval", {f"val_{name}": value for name, value in values.items()})
                     log.say(f"step {step:>6} eval | val_loss {values['loss']:.5f}{' *' if improved else ''}")
+                # Every rank has its own random state, so all take part.
                 if due.saves or improved:
-                    extra = known | {"ended": step == cfg.max_steps}
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
+                    saved = checkpoint.capture(
+                        rt,
+                        __file__,
+                        config_dict(cfg),
+                        step,
+                        model,
+                        optimizer,
+                        best,
+                        extra=known | {"ended": step == cfg.max_steps},
+                        rank_extra={},
+                    )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal: saved above, so that the same command goes on to the bit.
@@ -1058,9 +1116,9 @@ def train(cfg: Config) -> dict:
             return summary
 
 
-def describe(model: nn.Module, cfg: Config) -> str:
+def describe(model: nn.Module, params: list, cfg: Config) -> str:
     size = sum(weight.numel() for weight in model.parameters())
-    moving = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    moving = sum(weight.numel() for weight in params)
     trained = f", {moving:,} trained" if moving != size else ""
     return (f"State: {size:,} parameters{trained} | {cfg.max_steps:,} steps of {cfg.batch_size} sentences of "
             f"{cfg.cell_set_len} cells | {cfg.out_dir}")
@@ -1078,14 +1136,15 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     if path.is_file() and not checkpoint.experiment_of(path):
         return load_source_run(path, device, attention)
     # What a run was measured with: its best weights, or the last where nothing validated.
-    path = path / "best.pt" if (path / "best.pt").exists() else path
+    if path.is_dir():
+        path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
     state = checkpoint.load(path, __file__)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     # The features of its perturbations are in the run folder too, should their file be gone.
-    if cfg.perturbation_features_file and not Path(cfg.perturbation_features_file).exists():
-        folder = path if path.is_dir() else path.parent
-        cfg.perturbation_features_file = str(folder / "pert_onehot_map.pt")
+    features = cfg.perturbation_features_file
+    if features and not Path(features).exists():
+        cfg.perturbation_features_file = str(path.with_name("pert_onehot_map.pt"))
     model = build_model(cfg, extra["dims"])
     checkpoint.load_weights(model, state["model"], path)
     return cfg, model, state["step"], extra
@@ -1113,11 +1172,13 @@ def analyze(cfg: Config) -> dict:
     path = Path(cfg.analyze)
     folder = path if path.is_dir() else path.parent
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
-    for name in ("precision", "toml_config_path", "ram_budget_gb"):  # what may differ from the run, if asked to
+    # On another machine, or of the same cells elsewhere.
+    for name in ("precision", "toml_config_path", "ram_budget_gb"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
-        result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
+        cells = open_run_data(saved, extra)
+        result = finish(model.to(rt.device), cells, saved, rt, folder)
     print(f"step {step}: " + effects.verdict(result, folder).removeprefix("done: "))
     return result
 
