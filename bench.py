@@ -49,7 +49,7 @@ import train_state
 from common.runtime import Runtime
 from configurator import fail
 from sources.cells import open_cells
-from sources.chunks import ChunkSpool
+from sources.chunks import ChunkSpool, read_chunks
 from sources.h5ad import write_h5ad
 from sources.tokenizer import train_bpe
 
@@ -371,7 +371,7 @@ def measure_loader(chunks: int = 500_000) -> list[tuple]:
         spool.write(path, tokenizer="", source="bench", seed=0)
         spool.close()
         before, began = peak_memory(), time.perf_counter()
-        data = train_arxiv.Chunks(path)
+        data = train_arxiv.Chunks(**read_chunks(path))
         opened = time.perf_counter() - began
         cfg = train_arxiv.Config(batch_size=512, device="cpu")
         batches = train_arxiv.Batches(Runtime(cfg), data, train_arxiv.training_rows(data, ["a", "b"], cfg), cfg)
@@ -488,11 +488,12 @@ def against_source(peer: str | None, device: str) -> None:
 
 def apelr_model(side: str, version: str, V: int, K: int, L: int, H: int, terms: bool, precision: str, device: str):
     """(model, settings) of train_apelr.py; (the source's model, None) where side is the path it is in."""
-    shape = {"vocab_size": V, "num_plan_states": K, "hidden_dim": H, "token_dim": 256, "dropout": 0.1}
+    shape = {"vocab_size": V, "num_plan_states": K, "token_dim": 256, "dropout": 0.1}
     if Path(side).is_absolute():
         sys.path.insert(0, side)
         from apelr import model, model_v2
 
+        shape["hidden_dim"] = H
         if version == "v1":
             found = model.APELRModel(model.APELRModelConfig(fusion_dim=H, **shape))
         else:
@@ -502,7 +503,7 @@ def apelr_model(side: str, version: str, V: int, K: int, L: int, H: int, terms: 
     names = {"belief_entropy": "entropy_reg_weight", "usage_kl": "usage_balance_weight"}
     settings = {names.get(k, f"{k}_weight"): w for k, w in weights.items()} if version == "v1" else {}
     cfg = train_apelr.Config(
-        **APELR[version], **shape, **settings, fusion_dim=H, seq_len=L, precision=precision, device=device,
+        **APELR[version], **shape, **settings, d_model=H, fusion_dim=H, seq_len=L, precision=precision, device=device,
         loss_weights=weights if version == "v2" else {}, rep_window=32, compat="source" if terms else "",
         aux_token_fraction=1.0 if side == "every token" else 0.25)
     return train_apelr.build_model(cfg).to(device), cfg
@@ -539,7 +540,7 @@ class ApelrTrainer(SlowTrainer):
         return total
 
     def flops_per_token(self) -> float:
-        return train_apelr.flops_per_token(self.model, self.cfg)
+        return train_apelr.flops_per_token(self.model, self.cfg.seq_len)
 
 
 def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tuple]:
