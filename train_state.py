@@ -563,8 +563,9 @@ class StateTransitionPerturbationModel(nn.Module):
         if pert.ndim == 2:  # one of the whole sentence
             pert = pert[:, None]
         # Every cell starts as the sum of what it is and of what befalls it.
+        pert = self.pert_norm(self.pert_encoder(pert))  # [B, S or 1, H], the same for all cells of a sentence
         control = self.basal_encoder(batch["ctrl_cell_emb"])  # [B, S, H]
-        x = self.pert_norm(self.pert_encoder(pert)) + control  # the same perturbation for all S cells
+        x = pert + control
         if cfg.batch_encoder:
             x = x + self.batch_encoder(batch["batch"])
 
