@@ -33,7 +33,7 @@ from torch import Tensor
 
 from common import checkpoint
 from common.errors import DataError, clear_errors, rehearsal
-from common.runlog import RunLog, read_metrics, run_facts, write_json
+from common.runlog import RunLog, run_facts, write_json
 from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
 from configurator import (
     Count,
@@ -50,8 +50,9 @@ from configurator import (
 )
 from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
-from kernels.token_terms import chunk_bow, chunk_sizes, chunk_targets, recent_tokens, repetition
+from kernels.token_terms import chunk_bow, chunk_targets, recent_tokens, repetition
 from measure import plans
+from measure.flops import flops_per_token
 from measure.writing import generate
 from sources.corpus import Corpus, read_corpus
 from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
@@ -440,9 +441,6 @@ def cross_source(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
 class Baseline(nn.Module):
     """The executor alone: token embedding, backbone and one softmax head. A planner adds to it, and is held against it."""
 
-    TERMS: tuple = ()
-    NEEDED_BY: dict[str, str] = {}  # parameters that one auxiliary term alone uses
-
     def __init__(self, cfg: Config, vocab_size: int, experts: type):
         super().__init__()
         self.cfg = cfg
@@ -506,6 +504,7 @@ class Planner(Baseline):
             tau: temperature of the gate. hard_fraction: share of a straight-through sample at each chunk's start.
         """
         cfg, C = self.cfg, self.cfg.chunk_size
+        tau = cfg.planner_temperature if tau is None else tau
         fixed = self.fixed_belief(planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
@@ -540,54 +539,39 @@ class Planner(Baseline):
         before = F.log_softmax(state[:, :, None] + learned.cumsum(2) - learned, 3)
         before = before.reshape(B, N * C, K)[:, self.offset : self.offset + L]
         # Gate: the belief itself (a = 0, tau = 1: exact), or with the plans to come, or sharpened.
-        gate = self.gate(before, tau)
+        gate = self.gate(before, tau, cfg.feedback(), cfg.lookahead_horizon)
         # Mixture: p(y_t | x_<=t) = sum_k gate_t(k) p_{t,k}(y_t). Summed over t this is the log-likelihood of the text.
         nll = -torch.logsumexp(gate + evidence, 2)
         return Beliefs(nll, before, gate, start, state, end)
 
-    def hold(self, fixed: Tensor, evidence: Tensor, context: Tensor, tau: float | None) -> Beliefs:
+    def hold(self, fixed: Tensor, evidence: Tensor, context: Tensor, tau: float) -> Beliefs:
         """The filter's place where the log belief [K] is fixed: no token and no boundary changes it."""
         beliefs = self.filter(evidence, context)
         state, before = fixed.expand_as(beliefs.state), fixed.expand_as(beliefs.before)
         start = beliefs.start
         if self.cfg.carry_posterior:
             start = torch.cat([start[:, :1], state[:, 1:]], 1)  # the prior, then what the chunk before ended with
-        gate = self.gate(before, tau, feedback=0.0)
+        gate = self.gate(before, tau, 0.0, 0)
         return Beliefs(-torch.logsumexp(gate + evidence, 2), before, gate, start, state, state)
 
     def fixed_belief(self, planner_mode: str, forced_state: int | None) -> Tensor | None:
         """The log belief [K] that a planner mode puts in the belief's place; None in normal mode."""
-        logits = self.planner_init_logits
+        logits = self.planner_init_logits.detach()
         K = len(logits)
         if planner_mode == "normal":
             return None
         if planner_mode == "uniform_mask":
             return torch.full_like(logits, -math.log(K))
-        if planner_mode != "forced_state":
-            raise ValueError(f"planner_mode = {planner_mode}: expected normal, uniform_mask or forced_state")
-        if forced_state is None or not 0 <= forced_state < K:
-            raise ValueError(f"forced_state = {forced_state}: expected a plan from 0 to {K - 1}")
-        chosen = torch.arange(K, device=logits.device) == forced_state
-        return torch.where(chosen, 0.0, -torch.inf).to(logits.dtype)
+        if planner_mode == "forced_state" and forced_state in range(K):
+            return F.one_hot(torch.tensor(forced_state, device=logits.device), K).to(logits.dtype).log()
+        raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, uniform_mask, "
+                         f"or forced_state and a plan from 0 to {K - 1}")
 
     def cross(self, belief: Tensor, context: Tensor) -> Tensor:
         return self.rule(belief, self.planner_transition_logits, context)
 
-    def gate(
-        self,
-        belief: Tensor,
-        tau: float | None = None,
-        feedback: float | None = None,
-        horizon: int | None = None,
-    ) -> Tensor:
-        """Log weights of the experts: softmax(log[(1 - a) b + a mean_{s=1..S} b P^s] / tau), [..., K].
-
-        tau, feedback a and horizon S: what is None is the config's.
-        """
-        cfg = self.cfg
-        tau = cfg.planner_temperature if tau is None else tau
-        a = cfg.feedback() if feedback is None else feedback
-        horizon = cfg.lookahead_horizon if horizon is None else horizon
+    def gate(self, belief: Tensor, tau: float, a: float, horizon: int) -> Tensor:
+        """Log weights of the experts: softmax(log[(1 - a) b + a mean_{s=1..S} b P^s] / tau), [..., K]."""
         if a and horizon:
             P = self.planner_transition_logits.softmax(1)
             powers = [P]
@@ -598,15 +582,14 @@ class Planner(Baseline):
             # A chain that never takes a step has a 0 there, whose logarithm needs a floor: gradients pass through it.
             log_mix = mix.clamp_min(torch.finfo(mix.dtype).tiny).log()
             belief = torch.logsumexp(belief[..., :, None] + log_mix, -2)
-        if tau == 1 or not cfg.carry_posterior:
+        if tau == 1 or not self.cfg.carry_posterior:
             return belief
         return F.log_softmax(belief / tau, -1)
 
-    def commit(self, belief: Tensor, tau: float | None, hard_fraction: float) -> Tensor:
+    def commit(self, belief: Tensor, tau: float, hard_fraction: float) -> Tensor:
         """What a chunk works with, given the log belief [B, K] at its start."""
         if not hard_fraction:
             return belief
-        tau = self.cfg.planner_temperature if tau is None else tau
         sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief.dtype)
         mixed = hard_fraction * sample + (1 - hard_fraction) * belief.exp()
         return (mixed.clamp_min(0) + 1e-9).log()  # a sample's zeros need a floor: gradients pass through them
@@ -618,28 +601,17 @@ class Planner(Baseline):
 
     def chunk_means(self, h: Tensor) -> Tensor:
         """Means of h [B, L, H] over chunks of the tokens read, [B, ceil(L / C), H], the last one maybe partial."""
-        C, (B, L, H), h = self.cfg.chunk_size, h.shape, h.to(self.planner_init_logits.dtype)
-        by_chunk = F.pad(h, (0, 0, 0, -L % C)).view(B, -1, C, H)
-        return by_chunk.sum(2) / chunk_sizes(L, C, h)[:, None]
+        chunks = h.to(self.planner_init_logits.dtype).split(self.cfg.chunk_size, 1)
+        return torch.stack([chunk.mean(1) for chunk in chunks], 1)
 
     def aux_rows(self, h: Tensor):
         """Which of the B L tokens plan_mi and plan_js_div look at: in training a random share."""
         share = self.cfg.aux_token_fraction if self.training else 1
         return some_rows(h.shape[0] * h.shape[1], share, h.device)
 
-    @torch.no_grad()
-    def planner_metrics(self, beliefs: Beliefs) -> dict[str, Tensor]:
-        usage, chosen = beliefs.state.exp().mean((0, 1)), beliefs.state.argmax(2)
-        same = (chosen[:, 1:] == chosen[:, :-1]).to(usage)
-        return {"state_persistence": same.mean() if same.numel() else torch.ones_like(usage[0]),
-                "expert_utilization": entropy(usage.log()) / math.log(max(2, len(usage)))}
-
-
 class FilteredMixture(Planner):
     """Version 1: plans speak through one shared head. Chunks begin with y_0; the state at a boundary moves the plan."""
 
-    TERMS = V1_TERMS
-    NEEDED_BY = {"chunk_post_proj": "chunk_post_kl"}
     SELF_BIAS = 1.5
 
     def __init__(self, cfg: Config, vocab_size: int, experts: type):
@@ -697,13 +669,11 @@ class FilteredMixture(Planner):
         if "chunk_post_kl" in terms:
             q = F.log_softmax(self.project(self.chunk_post_proj, self.chunk_means(h)), 2)
             values["chunk_post_kl"] = 0.5 * ((q.exp() - beliefs.end.exp()) * (q - beliefs.end)).sum(2).mean()
-        return values | self.planner_metrics(beliefs)
+        return values | plans.usage_metrics(beliefs.state)
 
 class PlannerRequired(Planner):
     """Version 2: every logit comes from a plan's own head. The first token read counts as one of the first chunk."""
 
-    TERMS = V2_TERMS
-    NEEDED_BY = {"plan_state_emb": "future_contrastive", "future_chunk_proj": "future_contrastive"}
     SELF_BIAS = 1.8
 
     def __init__(self, cfg: Config, vocab_size: int, experts: type):
@@ -771,7 +741,7 @@ class PlannerRequired(Planner):
             values["rep_unlikelihood"] = torch.zeros_like(values["nll"])
             if window:
                 values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
-        return values | self.planner_metrics(beliefs)
+        return values | plans.usage_metrics(beliefs.state)
 
     def future_contrastive(self, h: Tensor, state: Tensor) -> Tensor:
         """InfoNCE (van den Oord et al. 2018) over the batch, of plan vectors and the chunks d = 1, 2, ... ahead."""
@@ -784,7 +754,7 @@ class PlannerRequired(Planner):
             for d in range(1, min(self.cfg.future_horizon_chunks, n - 1) + 1):
                 anchor, positive = plan[:, :-d].flatten(0, 1), future[:, d:].flatten(0, 1)
                 scores = anchor @ positive.t() / self.cfg.planner_temperature  # cosine / tau; its own is on the diagonal
-                terms.append(F.cross_entropy(scores, torch.arange(len(scores), device=scores.device)))
+                terms.append(-scores.log_softmax(1).diagonal().mean())
         return torch.stack(terms).mean() if terms else h.new_zeros(())
 
 
@@ -838,41 +808,20 @@ def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Co
 
 
 def parameter_groups(model: Baseline, cfg: Config) -> list[dict]:
-    """Matrices decay; biases, norms and the planner's own logits do not. What no term of the loss uses is left out."""
-    terms = {*cfg.weights(step=cfg.max_steps)}
+    """Matrices decay; biases, norms and the planner's own logits do not."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        term = model.NEEDED_BY.get(name.split(".")[0])
-        if term and term not in terms:
-            parameter.requires_grad_(False)
-        elif parameter.ndim < 2 or name.endswith(("bias", "_logits")):
-            others.append(parameter)
-        else:
-            matrices.append(parameter)
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith(("bias", "_logits"))
+            (others if plain else matrices).append(parameter)
     return [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def fitting_batch_size(model: Baseline, rt: Runtime, cfg: Config) -> int:
-    """What batch_size=auto comes to: as many windows a micro-step as a GPU has room for, or cpu_batch_size."""
-    parts = rt.world_size * cfg.grad_accum
-    if rt.device.type != "cuda":
-        return max(1, cfg.cpu_batch_size // parts) * parts
-
-    def micro_step(size: int) -> Tensor:
-        tokens = torch.zeros(size, cfg.seq_len + 1, dtype=torch.int64, device=rt.device)
-        return model(tokens[:, :-1], tokens[:, 1:], cfg.weights())[0]
-
-    return rt.fitting_size(model, micro_step) * parts
-
-
-def flops_per_token(model: Baseline, cfg: Config) -> float:
-    """6 x weights of matrix products + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
-    products = 0
-    for name, weight in (*model.backbone.named_parameters(), *model.experts.named_parameters()):
-        if weight.ndim >= 2 and not name.endswith("bias"):
-            products += weight.numel() * (cfg.plans() if name.startswith("out_proj") else 1)  # v1: once a plan
-    attention = 2 * cfg.n_layers * cfg.seq_len * cfg.d_model if isinstance(model.backbone, Transformer) else 0
-    return 6.0 * (products + attention)
+def trial(model: Baseline, windows: int, rt: Runtime, cfg: Config) -> Tensor:
+    """The loss of so many windows of token 0, with every term of the run."""
+    tokens = torch.zeros(windows, cfg.seq_len + 1, dtype=torch.int64, device=rt.device)
+    with rt.autocast():
+        return model(tokens[:, :-1], tokens[:, 1:], cfg.weights(cfg.max_steps))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -904,11 +853,7 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
 
     nll = float(nll.mean())
     metrics = {"val_nll": nll, "val_ppl": math.exp(min(nll, 700.0))}
-    if corpus.bytes_per_token:
-        metrics["bits_per_byte"] = nll / math.log(2) / corpus.bytes_per_token
-    if corpus.oracle_nll is not None:
-        metrics["oracle_nll"] = corpus.oracle(starts, cfg.seq_len)
-        metrics["excess_over_oracle"] = nll / metrics["oracle_nll"] - 1
+    metrics |= corpus.yardsticks(nll, starts, cfg.seq_len)
     if planned:
         masked, forced, state, end = planned
         metrics["planner_mask_delta_loss"] = float(masked.mean()) - nll
@@ -938,13 +883,10 @@ def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         plans.draw_loss(folder, f"{cfg.version}, {cfg.backbone}")
         if isinstance(model, Planner):
-            starts = starts[: max(1, 2_048 // cfg.seq_len)]  # tables over about 2,048 tokens
-            tokens = corpus.windows("val", starts, cfg.seq_len).to(rt.device)
             with rt.autocast():
-                distances, tables = plans.planner_report(model, tokens, corpus.spell)
-                true = corpus.true_plans(starts)
-                plans.draw_plans(folder, model, tokens[:1], metrics["usage"], corpus.spell, true)
-            metrics |= distances
+                tables = plans.planner_report(model, corpus, starts)
+                plans.draw_plans(folder, model, corpus, starts, metrics["usage"])
+            metrics |= {name: value for name, value in tables.items() if isinstance(value, float)}
             write_json(folder / "planner_eval.json", metrics | tables)
             plans.warn_of_idle_plans(metrics, say)
         write_json(folder / "metrics.json", metrics)
@@ -954,27 +896,27 @@ def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Pa
 
 def preview(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config, tokens: int) -> str:
     """One sample, the same random numbers every time."""
-    ids = [corpus.first_id]
-    if cfg.preview_prompt and corpus.tokenizer:
-        ids = corpus.tokenizer.encode(cfg.preview_prompt)
-    prompt = torch.tensor([ids], device=rt.device)
+    prompt = torch.tensor([corpus.prompt_ids(cfg.preview_prompt)], device=rt.device)
     written = generate(model, prompt, tokens, rt.generator(7, device="cpu"), temperature=0.8, top_k=50)
     model.train()
     return corpus.text(written.tokens[0].tolist())
 
 
 def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
-    """On a few windows, all that training and its end ask of model and data; draws no random number of the run."""
-    starts = corpus.spread(2 * rt.world_size, cfg.seq_len, cfg.version)
-    tokens = corpus.windows("val", starts[:1], cfg.seq_len).to(rt.device)
-    with rehearsal(), rt.autocast():
+    """A step on one window, and all that the end of the run asks of model and data; draws no random number of the run.
+
+    Parameters that the loss does not reach, such as those of terms of weight 0, are left out of training.
+    """
+    starts = corpus.spread(rt.world_size, cfg.seq_len, cfg.version)
+    with rehearsal():
         model.eval()
-        loss, _ = model(tokens[:, :-1], tokens[:, 1:], cfg.weights(cfg.max_steps))
-        if loss.ndim:
-            raise ValueError(f"the loss has the shape {tuple(loss.shape)}, expected one number")
+        trial(model, 1, rt, cfg).backward()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        model.zero_grad(set_to_none=True)
         evaluate(model, corpus, starts, rt, cfg)
         if isinstance(model, Planner):
-            plans.planner_report(model, tokens, corpus.spell)
+            plans.planner_report(model, corpus, starts)
         preview(model, corpus, rt, cfg, tokens=2)
 
 
@@ -1009,7 +951,7 @@ def train(cfg: Config) -> dict:
                 batch_size = extra["batch_size"]
         else:
             if batch_size == "auto":
-                batch_size = fitting_batch_size(model, rt, cfg)
+                batch_size = rt.fitting_batch_size(model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)
         batches = Batches(rt, corpus, cfg, batch_size)
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
@@ -1047,7 +989,7 @@ def train(cfg: Config) -> dict:
                 improved = False
                 if due.logs:
                     means, totals = mean_terms(totals), []
-                    mfu = speed * flops_per_token(model, cfg) / peak
+                    mfu = speed * flops_per_token(model, cfg.seq_len) / peak
                     values = {"lr": lr, "grad_norm": float(norm), "tokens_per_s": speed, "mfu": mfu}
                     left = (cfg.max_steps - step) * tokens_per_step / speed
                     log.train(step, means | values, lr, norm, speed, left, loss=means["loss"])
@@ -1075,11 +1017,10 @@ def train(cfg: Config) -> dict:
             if (folder / "best.pt").exists():
                 model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
-            parameters = sum(p.numel() for p in model.parameters())
-            summary = metrics | {"version": cfg.version, "parameters": parameters, "config_hash": config_hash(cfg)}
+            summary = metrics | {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
             summary |= run_facts(rt, step, began, watch)
             log.summary(summary)
-            log.say(verdict(metrics, folder))
+            log.say(plans.verdict(metrics, folder))
             return summary
 
 
@@ -1089,28 +1030,19 @@ def mean_terms(totals: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def describe(model: Baseline, corpus: Corpus, cfg: Config, batch_size: int) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    text = (f"{cfg.version}, {cfg.backbone} | {parameters:,} parameters | vocabulary {corpus.vocab_size:,} | "
-            f"{len(corpus.train):,} training tokens of {corpus.name}\n"
-            f"{batch_size} x {cfg.seq_len} = {batch_size * cfg.seq_len:,} tokens a step, {cfg.max_steps:,} steps")
+    lines = [
+        f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
+        f"{len(corpus.train):,} training tokens of {corpus.name}",
+        f"{batch_size} x {cfg.seq_len} = {batch_size * cfg.seq_len:,} tokens a step, {cfg.max_steps:,} steps",
+    ]
     if isinstance(model, Planner):
-        terms = ", ".join(f"{name} {weight:g}" for name, weight in cfg.weights().items()) or "none"
-        text += (f"\n{cfg.plans()} plans, chunks of {cfg.chunk_size}, boundary {cfg.boundary_rule()}, lookahead "
-                 f"{cfg.feedback():g} | auxiliary terms: {terms}")
-    return text
+        lines.append(f"{cfg.num_plan_states} plans, chunks of {cfg.chunk_size}, boundary {cfg.boundary_rule()}, "
+                     f"lookahead {cfg.feedback():g} | auxiliary terms: {cfg.weights() or 'none'}")
+    return "\n".join(lines)
 
 
-def verdict(metrics: dict, folder: Path) -> str:
-    """The run in one line."""
-    line = f"done: validation nll {metrics['val_nll']:.4f} nats a token, perplexity {metrics['val_ppl']:.2f}"
-    if "oracle_nll" in metrics:
-        line += f"; exact optimum {metrics['oracle_nll']:.4f} ({100 * metrics['excess_over_oracle']:+.2f}%)"
-    if "plan_nmi" in metrics:
-        line += f"; plan recovered with nmi {metrics['plan_nmi']:.3f}"
-    if "plan_gain" in metrics:
-        line += (f"; without the plan {metrics['planner_mask_delta_loss']:+.4f}, with one plan alone "
-                 f"{metrics['plan_gain']:+.4f}")
-    return line + f"; files in {folder}, pictures in {folder / 'plots'}"
+def size_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1126,9 +1058,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
         model, step = load_source_checkpoint(path), convert(path)[2]
         model.cfg.device = device
         return model.cfg, model, step, {"vocab_size": model.cfg.vocab_size}
-    best = path / "best.pt"
-    path = best if best.exists() else path
-    state = checkpoint.load(path, __file__)
+    state = checkpoint.load(best_of(path), __file__)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     model = build_model(cfg, extra["vocab_size"])
@@ -1149,14 +1079,18 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     return model.eval()
 
 
+def best_of(path: Path) -> Path:
+    """The best checkpoint of a run folder; a checkpoint itself."""
+    return path / "best.pt" if (path / "best.pt").exists() else path
+
+
 def start_from_weights(model: Baseline, cfg: Config) -> None:
     """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
     path = Path(cfg.init_from)
     if is_source_checkpoint(path):
         weights = load_source_checkpoint(path).state_dict()
     else:
-        best = path / "best.pt"
-        weights = checkpoint.load(best if best.exists() else path)["model"]
+        weights = checkpoint.load(best_of(path))["model"]
     checkpoint.load_weights(model, weights, path)
 
 
@@ -1177,7 +1111,7 @@ def analyze(cfg: Config) -> dict:
         same_tokenizer(extra, corpus, path)
         folder = path if path.is_dir() else path.parent
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
-    print(f"step {step}: " + verdict(metrics, folder).removeprefix("done: "))
+    print(f"step {step}: " + plans.verdict(metrics, folder).removeprefix("done: "))
     return metrics
 
 

@@ -25,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -210,11 +210,14 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
     depend on K (to within K chunks). tokens: the same from budget_tokens. proportional: B in all, in proportion to
     what there is of each category. Raises DataError if a category has less than its share, unless allow_short.
     """
-    budget = cfg.budget_tokens // train.size if cfg.budget == "tokens" else train.budget
-    rows_of = {name: train.rows(name) for name in active}
-    available = sum(len(rows) for rows in rows_of.values())
+    budget = train.budget
+    if cfg.budget == "tokens":
+        budget = cfg.budget_tokens // train.size
+    available = sum(len(train.rows(name)) for name in active)
     chosen = []
-    for name, rows in rows_of.items():
+    for name in active:
+        rows = train.rows(name)
+        # Equal shares: runs of different K then differ in what they read, not in how much.
         share = budget // len(active)
         if cfg.budget == "proportional":
             share = budget * len(rows) // available
@@ -223,6 +226,7 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
         if share > len(rows) and not cfg.allow_short:
             raise DataError(f"{name} has {len(rows):,} chunks, less than its share of {share:,}: lower budget_tokens, "
                             "or take what there is with allow_short=true")
+        # The choice of a category's chunks is the same in every run of a seed, with whatever others it is trained.
         if cfg.choice == "random":
             rows = counter_rng(cfg.seed, 1, train.code(name)).permutation(rows)
         chosen.append(rows[:share])
@@ -237,43 +241,60 @@ class Batches:
     """
 
     def __init__(self, rt: Runtime, chunks: Chunks, rows: np.ndarray, cfg: Config):
-        self.rt, self.chunks, self.pool, self.cfg = rt, chunks, rows, cfg
-        self.chosen = np.isin(np.arange(len(chunks.codes)), rows)
-        self.permutations = {}  # of the last two epochs
+        self.rt = rt
+        self.cfg = cfg
+        self.chunks = chunks
+        self.pool = rows  # what an epoch passes through, in the order of the file
+        self.chosen = np.zeros(len(chunks.codes), dtype=bool)  # [R], whether a row is among them
+        self.chosen[rows] = True
+        self.permutations = {}  # of the last two epochs: a batch may need both
 
     def __call__(self, step: int) -> torch.Tensor:
         """This rank's chunks, [B / world_size, n] int64, on the device."""
         rows = self.rows(step)
-        tokens = self.chunks.tokens[rows]  # [B, n]
+        tokens = self.chunks.tokens[rows]  # one gather from the map, [B, n]
         if self.cfg.random_windows:
-            tokens = self.windows(rows, tokens, counter_rng(self.cfg.seed, 3, step))
-        tokens = self.rt.share(torch.from_numpy(tokens.astype(np.int64)))
-        if self.rt.device.type == "cuda":
+            rng = counter_rng(self.cfg.seed, 3, step)
+            tokens = self.windows(rows, tokens, rng)
+        # Every rank draws the whole batch and keeps its part, so that any number of ranks trains on the same.
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        tokens = self.rt.share(tokens)
+        if self.rt.device.type == "cuda":  # pinned memory is copied while the device computes
             return tokens.pin_memory().to(self.rt.device, non_blocking=True)
         return tokens.to(self.rt.device)
 
     def rows(self, step: int) -> np.ndarray:
         """Rows of the whole batch of a step, [B]."""
         B = self.cfg.batch_size
-        epochs, places = np.divmod(np.arange(step * B, (step + 1) * B), len(self.pool))
-        parts = [self.permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
-        return np.concatenate(parts)
+        # Chunk i of the whole run is place i mod R of epoch i div R: no state, and no batch that is not full.
+        numbers = np.arange(step * B, (step + 1) * B)
+        epochs, places = np.divmod(numbers, len(self.pool))
+        rows = np.empty(B, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            within = epochs == epoch
+            rows[within] = self.permutation(int(epoch))[places[within]]
+        return rows
 
     def permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self.permutations:
+            rng = counter_rng(self.cfg.seed, 2, epoch)
             self.permutations.pop(epoch - 2, None)
-            self.permutations[epoch] = counter_rng(self.cfg.seed, 2, epoch).permutation(self.pool)
+            self.permutations[epoch] = rng.permutation(self.pool)
         return self.permutations[epoch]
 
     def windows(self, rows: np.ndarray, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Move every chunk [B, n] forward by 0..n-1 tokens where its document goes on in the next row."""
-        documents, n = self.chunks.documents, self.chunks.size
-        following = np.minimum(rows + 1, len(documents) - 1)
+        documents = self.chunks.documents
+        n = self.chunks.size
+        following = np.minimum(rows + 1, len(documents) - 1)  # the last row of all follows itself
         goes_on = (documents[following] == documents[rows]) & (following > rows)
-        goes_on &= self.chosen[following]  # a row beyond the budget gives no tokens either
-        offsets = np.where(goes_on, rng.integers(0, n, len(rows)), 0)
+        goes_on &= self.chosen[following]  # tokens beyond the budget would be more tokens to learn from
+        offsets = rng.integers(0, n, len(rows))
+        offsets[~goes_on] = 0
+        # The window is cut out of the chunk and the one behind it.
         both = np.concatenate([tokens, self.chunks.tokens[following]], 1)  # [B, 2n]
-        return np.take_along_axis(both, offsets[:, None] + np.arange(n), 1)
+        columns = offsets[:, None] + np.arange(n)  # [B, n]
+        return np.take_along_axis(both, columns, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -284,7 +305,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.n_heads, self.dropout = cfg.n_heads, cfg.dropout
+        self.n_heads = cfg.n_heads
+        self.dropout = cfg.dropout
         self.attention_norm = nn.LayerNorm(cfg.d_model)
         self.mlp_norm = nn.LayerNorm(cfg.d_model)
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model)
@@ -295,16 +317,20 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, B: int) -> torch.Tensor:
         """x [B*T, D] -> [B*T, D]."""
         # Queries, keys, values: one product for all three, then heads of width C = D / H.
-        qkv = self.qkv(self.attention_norm(x)).view(B, len(x) // B, 3, self.n_heads, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, C]
+        qkv = self.qkv(self.attention_norm(x))
+        qkv = qkv.view(B, -1, 3, self.n_heads, x.shape[1] // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
         # Causal mask: position t reads tokens 1..t, or its cross entropy would be no prediction.
         rate = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
-        attended = attended.transpose(1, 2).reshape(x.shape)  # [B*T, D]
+        attended = attended.transpose(1, 2).reshape(x.shape)  # heads side by side again, [B*T, D]
         x = x + self.drop(self.attention_out(attended))
-        return x + self.drop(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
+        # MLP: each position by itself.
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(x)))
+        return x + self.drop(self.mlp_out(hidden))
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout of what a layer writes to the stream."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
@@ -318,13 +344,14 @@ class GPT(nn.Module):
         self.position = nn.Parameter(torch.empty(n_ctx, cfg.d_model))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_norm = nn.LayerNorm(cfg.d_model)
-        # What writes to the stream shrinks with depth, as in GPT-2: the sum of 2 L writes keeps its size.
-        narrow = 0.02 / math.sqrt(2 * cfg.n_layers)
+        # Matrices start small (std 0.02): all tokens are then about equally likely, and the first XE is log V.
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=narrow if "_out" in name else 0.02)
+                # What writes to the stream shrinks with depth, as in GPT-2: the sum of 2 L writes keeps its size.
+                writes = 2 * cfg.n_layers if "_out" in name else 1
+                nn.init.normal_(parameter, std=0.02 * writes**-0.5)
         # Learned positions that start as sinusoids (Vaswani et al. 2017), larger than tokens: "k tokens ago" is then
         # one linear map from the first step on. Random ones must find it for each position by itself, and the last,
         # which no later token attends to, lags behind: 2.8% above the optimum on synthetic data, not 0.7%.
@@ -332,7 +359,7 @@ class GPT(nn.Module):
         angles = torch.arange(n_ctx)[:, None] * frequencies  # [n_ctx, D / 2]
         waves = torch.cat([angles.sin(), angles.cos()], 1)[:, : cfg.d_model]
         with torch.no_grad():
-            self.position.copy_(0.1 * 2**0.5 * waves)
+            self.position.copy_(0.1 * 2**0.5 * waves)  # root mean square 0.1
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None):
         """tokens [B, T] -> logits [B, T, V], residual stream after the embedding and every block, each [B, T, D].
@@ -342,17 +369,18 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         x = self.embed(tokens) + self.position[:T]
-        x = F.dropout(x, self.dropout, self.training).flatten(0, 1)  # [B*T, D]
-        stream = [x]
+        # Positions of all chunks are rows of one matrix [B*T, D]: attention alone asks which of them belong together.
+        x = F.dropout(x, self.dropout, self.training).flatten(0, 1)
+        stream = [x]  # what the probe reads the component from
         for block in self.blocks:
             x = block(x, B)
             stream.append(x)
         x = self.final_norm(x)
         stream = [layer.view(B, T, -1) for layer in stream]
-        # Tied head: the embedding read backwards. kernels/mean_xe.py gives token_xe(logits, targets) of these logits.
-        head = self.embed.weight  # [V, D]
+        head = self.embed.weight  # tied: the embedding read backwards, [V, D]
         if targets is None:
             return F.linear(x, head).view(B, T, -1), stream
+        # The numbers of token_xe below, a block of rows at a time: logits [B, T, V] would be the largest tensor of all.
         if torch.is_grad_enabled():
             return mean_xe(x, head, targets.flatten()), stream
         return row_xe(x, head, targets.flatten()).view(B, T), stream
@@ -364,6 +392,7 @@ def build_model(cfg: Config, vocab_size: int, n_ctx: int) -> nn.Module:
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     """Matrices decay; norms, biases and other vectors do not."""
+    # A norm or a bias has one number a channel: little to overfit with, and nothing gained by shrinking it.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -371,8 +400,12 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 
 def flops_per_token(model: nn.Module, cfg: Config, n_ctx: int) -> float:
     """Forward and backward: 6 x weights of matrix products + full attention (Chowdhery et al. 2022, appendix B)."""
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
-    return 6 * weights + 12 * cfg.n_layers * n_ctx * cfg.d_model
+    weights = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weights += module.weight.numel()
+    attention = 12 * cfg.n_layers * n_ctx * cfg.d_model
+    return 6 * weights + attention
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -380,7 +413,7 @@ def flops_per_token(model: nn.Module, cfg: Config, n_ctx: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 def token_xe(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy -log q(target) of every target [B, T] under logits [B, T, V], in nats, [B, T]."""
-    rows = logits.flatten(0, 1).float()
+    rows = logits.flatten(0, 1).float()  # sums over V in half precision would cost the third digit
     return F.cross_entropy(rows, targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -411,28 +444,35 @@ def evaluate(model: nn.Module, chunks: Chunks, rows: np.ndarray, rt: Runtime, ba
     XE(t) loses as t grows is what the model has found out by reading t tokens.
     """
     # Documents, not chunks, are the unit: chunks of one document are alike, and would make intervals too narrow.
-    documents, document = np.unique(chunks.documents[rows], return_inverse=True)  # [M], [R]
-    # Sums in double precision, over positions apart: one number a document and position is all that is kept.
+    documents, place = np.unique(chunks.documents[rows], return_inverse=True)  # [M], [R]
+    place = torch.from_numpy(place)
+    # Sums in double precision: one number a document and position is all that is kept of the rows.
     sums = torch.zeros(len(documents), chunks.size - 1, dtype=torch.float64)  # [M, T]
     model.eval()
-    share = np.arange(len(rows))[rt.rank :: rt.world_size]
-    for begin in range(0, len(share), batch):
-        part = share[begin : begin + batch]
-        tokens = torch.from_numpy(chunks.tokens[rows[part]].astype(np.int64)).to(rt.device)  # [b, n]
+    # Ranks take turns by the row, so that each has about as many of every category.
+    turns = np.arange(rt.rank, len(rows), rt.world_size)
+    for begin in range(0, len(turns), batch):
+        part = turns[begin : begin + batch]
+        tokens = torch.from_numpy(chunks.tokens[rows[part]].astype(np.int64))
+        tokens = tokens.to(rt.device)  # [b, n]
         with rt.autocast():
-            # The first token has no context and is not predicted: its XE is no matter of the model's.
+            # Tokens 1..t predict token t + 1. The first is predicted by nobody: there is nothing to read before it.
             xe, _ = model(tokens[:, :-1], tokens[:, 1:])  # [b, T]
-        sums.index_add_(0, torch.from_numpy(document[part]), xe.cpu().double())
+        # Positions stay apart: their mean is the loss, their differences are what this page is about.
+        sums.index_add_(0, place[part], xe.cpu().double())
     model.train()
-    # Each rank has read other rows, perhaps of the same document: sums add up, and counts are known beforehand.
-    sums = rt.sum(sums.to(rt.device if rt.device.type == "cuda" else "cpu")).cpu().numpy()
-    codes = np.zeros(len(documents), dtype=np.int64)
-    codes[document] = chunks.codes[rows]
-    return Curves(sums, np.bincount(document), codes)
+    # Another rank may have read other chunks of the same document: sums add up, means would not.
+    sums = rt.sum(sums)
+    codes = np.empty(len(documents), dtype=np.int64)  # [M]
+    codes[place] = chunks.codes[rows]
+    return Curves(sums.cpu().numpy(), np.bincount(place), codes)
 
 
 def exact_curves(chunks: Chunks, rows: np.ndarray, active: list[str]) -> tuple[Curves, Curves] | None:
-    """(of the mixture of the active components, of the known component) on these rows; None for real documents."""
+    """(of the mixture of the active components, of the known component) on these rows; None for real documents.
+
+    The first is the least XE that any model can reach; it less the second is what not knowing the component costs.
+    """
     if chunks.oracle is None:
         return None
     codes = [chunks.code(name) for name in active]
@@ -442,29 +482,35 @@ def exact_curves(chunks: Chunks, rows: np.ndarray, active: list[str]) -> tuple[C
 def rehearse(model: nn.Module, validation: Chunks, active: list[str], cfg: Config, rt: Runtime) -> None:
     """Ask of model and data what the end of the run will, on three chunks of each category."""
     with rehearsal():
+        # Three: a tensor of two rows would pass for the pair (cross entropy, stream) that a model should return.
         rows = np.concatenate([validation.rows(name)[:3] for name in active])
         curves = evaluate(model, validation, rows, rt)
-        measure(curves, validation.names, active, exact_curves(validation, rows, active), 2, cfg.seed)
+        exact = exact_curves(validation, rows, active)
+        measure(curves, validation.names, active, exact, resamples=2, seed=cfg.seed)
         if cfg.probe:
-            residual_stream(model, validation.tokens[rows], probed_positions(validation.size - 1), rt.device)
+            positions = probed_positions(validation.size - 1)
+            residual_stream(model, validation.tokens[rows], positions, rt.device)
 
 
 def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config, rt: Runtime, folder: Path) -> dict:
     """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective."""
-    curves = evaluate(model, validation, np.arange(len(validation.codes)), rt)
+    # Categories that the model has not been trained on are evaluated too: "unseen".
+    everything = np.arange(len(validation.codes))
+    curves = evaluate(model, validation, everything, rt)
     summary = {}
     if rt.is_main:
         codes = [validation.code(name) for name in active]
         rows = np.flatnonzero(np.isin(validation.codes, codes))
         exact = exact_curves(validation, rows, active)
+        # Bootstrap, fits and oracles are the room's matter; the curves they start from are made above.
         groups = measure(curves, validation.names, active, exact, cfg.bootstrap, cfg.seed)
         results = {"categories": active, "K": len(active), "seed": cfg.seed, "groups": groups}
-        if cfg.probe and len(active) > 1:
+        if cfg.probe and len(active) > 1:  # of one component there is nothing to find out
             results["probe"] = probe(model, validation, rows, rt.device, cfg.seed)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", results)
         write_curves(folder / "xe_by_position.csv", groups)
-        draw_run(folder, f"K = {len(active)}: {', '.join(active)}", results, read_metrics(folder))
+        title = f"K = {len(active)}: {', '.join(active)}"
+        draw_run(folder, title, results, read_metrics(folder))
         summary = summarize(groups)
     rt.barrier()
     return summary
@@ -487,17 +533,45 @@ class Progress:
     """The lowest validation XE, and how long early stopping has waited for a lower one."""
 
     best: float = math.inf
-    reference: float = math.inf  # the last that was lower than the one before by min_delta: small improvements add up
+    reference: float = math.inf  # the last that was lower than the one before by min_delta
     waited: int = 0  # evaluations since then
+    ended: bool = False  # whether the run is over
 
-    def add(self, xe: float, min_delta: float) -> bool:
+    def add(self, xe: float, cfg: Config) -> bool:
         """Whether this evaluation is the best so far."""
         improved = xe < self.best
         self.best = min(self.best, xe)
         self.waited += 1
-        if xe < self.reference - min_delta:
-            self.reference, self.waited = xe, 0
+        # The reference stays until it is beaten by min_delta, so that small improvements add up to one that counts.
+        if xe < self.reference - cfg.min_delta:
+            self.reference = xe
+            self.waited = 0
+        self.ended = 0 < cfg.patience <= self.waited
         return improved
+
+
+def describe(chunks: Chunks, rows: np.ndarray, active: list[str], model: nn.Module, max_steps: int, cfg: Config) -> str:
+    """What is trained on what, two lines."""
+    counts = np.bincount(chunks.codes[rows], minlength=len(chunks.names))
+    shares = ", ".join(f"{name} {counts[chunks.code(name)]:,}" for name in active)
+    size = sum(parameter.numel() for parameter in model.parameters())  # a tied matrix counts once
+    return (f"K = {len(active)} of {len(chunks.names)} categories of {cfg.data}: {shares} chunks of {chunks.size} "
+            f"tokens, vocabulary {chunks.vocab_size:,}\n"
+            f"{type(model).__name__}: {size:,} parameters | {max_steps:,} steps of "
+            f"{cfg.batch_size * (chunks.size - 1):,} tokens | {cfg.out_dir}")
+
+
+def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, progress: Progress) -> None:
+    """XE by position [T] for metrics.jsonl, its mean and ends for the console."""
+    mean = float(xe.mean())
+    gain, _ = gains(xe)
+    log.metrics(step, "eval", {"val_xe": mean, "icl_gain": float(gain), "xe_by_position": xe.tolist()})
+    line = f"step {step:>6} eval | val_xe {mean:.5f} | first {xe[0]:.4f} last {xe[-1]:.4f}"
+    if improved:
+        line += " *"
+    if progress.ended:
+        line += f" | no better for {progress.waited}: stopping"
+    log.say(line)
 
 
 def train(cfg: Config) -> dict:
@@ -505,7 +579,8 @@ def train(cfg: Config) -> dict:
 
     Raises DataError, CheckpointError (bad input, before anything is written) and FloatingPointError (the loss).
     """
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
+    began = time.perf_counter()
+    folder = checkpoint.local_folder(cfg.out_dir)
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         chunks, validation = open_data(cfg)
@@ -514,26 +589,31 @@ def train(cfg: Config) -> dict:
         # The weights are the same on every rank; random numbers of dropout afterwards are not.
         model = build_model(cfg, chunks.vocab_size, chunks.size).to(rt.device)
         rt.reseed(rt.rank)
-        rehearse(model, validation, active, cfg, rt)
+        rehearse(model, validation, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        batches, finite, watch = Batches(rt, chunks, rows, cfg), FiniteCheck(rt.device), Stopwatch()
+        batches = Batches(rt, chunks, rows, cfg)
+        finite = FiniteCheck(rt.device)
+        watch = Stopwatch()
 
-        # Steps follow from the epochs, and an epoch is a number of chunks that does not depend on K.
+        # Steps follow from the epochs. An epoch is as long for every K: the budget is.
         epoch_steps = math.ceil(len(rows) / cfg.batch_size)
         max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
         eval_interval = cfg.eval_interval or epoch_steps
         tokens_per_step = cfg.batch_size * (chunks.size - 1)
+        # Evaluations during training see the first chunks of each category alone, for speed.
         codes = [validation.code(name) for name in active]
         watched = np.concatenate([validation.rows(name)[: cfg.eval_chunks] for name in active])
 
+        # A run that was stopped goes on; one that has ended is measured again.
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
-        step, progress, ended = 0, Progress(), False
+        step, progress = 0, Progress()
         if state:
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-            progress = Progress(best, extra["reference"], extra["waited"])
-            ended = extra["ended"] and not changes
-        trained = rt.wrap(model)
+            ended = extra["ended"] and not changes  # with more epochs or more patience it is not over
+            progress = Progress(best, extra["reference"], extra["waited"], ended)
+        trained = rt.wrap(model)  # compiled, or synchronised over ranks; the same weights as `model`
+        facts = {"n_ctx": chunks.size, "vocab_size": chunks.vocab_size, "categories": active}  # for load_run
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
@@ -542,16 +622,19 @@ def train(cfg: Config) -> dict:
             log.say(describe(chunks, rows, active, model, max_steps, cfg))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
-            flops, peak = flops_per_token(model, cfg, chunks.size), rt.matmul_rate() * rt.world_size
-            losses, lap, logged = torch.zeros((), device=rt.device), step, step
+            # Model FLOP/s utilisation is held against large matrix products on this machine, in this precision.
+            flops = flops_per_token(model, cfg, chunks.size)
+            peak = rt.matmul_rate() * rt.world_size
+            losses = torch.zeros((), device=rt.device)  # summed on the device since step `logged`
+            lap = logged = step
             watch.start()
-            while step < max_steps and not ended:
-                tokens = batches(step)  # [B, n]
+            while step < max_steps and not progress.ended:
+                tokens = batches(step)  # [B / ranks, n]
                 lr = learning_rate(step, cfg, max_steps)
                 loss = train_step(trained, tokens, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, loss)
+                finite.add(step, loss)  # like the sum below: on the device, nobody waits
                 losses += loss
                 log.progress(step)
                 due = rt.due(step, max_steps, cfg.log_interval, eval_interval, cfg.save_interval)
@@ -563,7 +646,7 @@ def train(cfg: Config) -> dict:
                 rt.synchronize()
                 speed = watch.pause((step - lap) * tokens_per_step)
                 if due.logs:
-                    mean = float(losses / (step - logged))  # over the steps since the last line
+                    mean = float(losses / (step - logged))
                     values = {"loss": mean, "lr": lr, "grad_norm": float(norm), "epoch": step / epoch_steps,
                               "tokens_per_s": speed, "mfu": speed * flops / peak}
                     left = (max_steps - step) * tokens_per_step / speed
@@ -572,16 +655,17 @@ def train(cfg: Config) -> dict:
                     logged = step
                 improved = False
                 if due.evaluates:
-                    xe = evaluate(model, validation, watched, rt).mean_of(codes)  # [T], categories count alike
-                    improved = progress.add(float(xe.mean()), cfg.min_delta)
-                    ended = 0 < cfg.patience <= progress.waited
-                    log_evaluation(log, step, xe, improved, progress.waited, ended)
-                if due.saves or improved or ended:
-                    extra = {"waited": progress.waited, "reference": progress.reference,
-                             "ended": ended or step == max_steps, "n_ctx": chunks.size,
-                             "vocab_size": chunks.vocab_size, "categories": active}
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, progress.best,
-                                               extra, {})
+                    # Categories count alike, as they do in training with equal shares.
+                    xe = evaluate(model, validation, watched, rt).mean_of(codes)  # [T]
+                    improved = progress.add(float(xe.mean()), cfg)
+                    log_evaluation(log, step, xe, improved, progress)
+                if due.saves or improved or progress.ended:
+                    # Early stopping is part of the state: a run that is stopped and goes on ends where it would have.
+                    progress.ended = progress.ended or step == max_steps
+                    extra = facts | asdict(progress)
+                    saved = checkpoint.capture(
+                        rt, __file__, config_dict(cfg), step, model, optimizer, progress.best, extra, {}
+                    )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if due.stops:
@@ -590,43 +674,24 @@ def train(cfg: Config) -> dict:
                 lap = step
                 watch.start()
 
-            # The weights of the lowest validation XE are what is measured and kept, not the last.
+            # The weights of the lowest validation XE are measured, not the last. Rank 0 has written them by now.
             rt.barrier()
             if (folder / "best.pt").exists():
                 best = checkpoint.load(folder / "best.pt", __file__)
                 checkpoint.load_weights(model, best["model"], folder / "best.pt")
-            if rt.is_main and (Path(cfg.data) / "tokenizer.json").exists():  # sample.py reads prompts with it
-                shutil.copyfile(Path(cfg.data) / "tokenizer.json", folder / "tokenizer.json")
-            result = finish(model, validation, active, cfg, rt, folder)
-            summary = result | {"K": len(active), "categories": active, "train_chunks": len(rows),
-                                "config_hash": config_hash(cfg)} | run_facts(rt, step, began, watch)
+            tokenizer = Path(cfg.data) / "tokenizer.json"
+            if rt.is_main and tokenizer.exists():  # sample.py reads prompts with it
+                shutil.copyfile(tokenizer, folder / "tokenizer.json")
+            summary = finish(model, validation, active, cfg, rt, folder)
+            summary["K"] = len(active)
+            summary["categories"] = active
+            summary["train_chunks"] = len(rows)
+            summary["config_hash"] = config_hash(cfg)
+            summary |= run_facts(rt, step, began, watch)
             log.summary(summary)
             if rt.is_main:
-                log.say("done: " + verdict(result, len(active), folder))
+                log.say("done: " + verdict(summary, len(active), folder))
             return summary
-
-
-def describe(chunks: Chunks, rows: np.ndarray, active: list[str], model: nn.Module, max_steps: int, cfg: Config) -> str:
-    """What is trained on what, two lines."""
-    counts = np.bincount(chunks.codes[rows], minlength=len(chunks.names))
-    shares = ", ".join(f"{name} {counts[chunks.code(name)]:,}" for name in active)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return (f"K = {len(active)} of {len(chunks.names)} categories of {cfg.data}: {shares} chunks of {chunks.size} "
-            f"tokens, vocabulary {chunks.vocab_size:,}\n"
-            f"{type(model).__name__}: {size:,} parameters | {max_steps:,} steps of "
-            f"{cfg.batch_size * (chunks.size - 1):,} tokens | {cfg.out_dir}")
-
-
-def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, waited: int, ended: bool) -> None:
-    """XE by position [T] for metrics.jsonl, its mean and ends for the console."""
-    mean = float(xe.mean())
-    log.metrics(step, "eval", {"val_xe": mean, "icl_gain": float(gains(xe)[0]), "xe_by_position": xe.tolist()})
-    line = f"step {step:>6} eval | val_xe {mean:.5f} | first {xe[0]:.4f} last {xe[-1]:.4f}"
-    if improved:
-        line += " *"
-    if ended:
-        line += f" | no better for {waited}: stopping"
-    log.say(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -635,11 +700,12 @@ def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, waite
 def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, dict]:
     """(settings, model, steps done, extra state) of a run folder or checkpoint. Raises CheckpointError."""
     path = Path(path)
-    if (path / "best.pt").exists():
+    if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
     state = checkpoint.load(path, __file__)
-    cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
+    cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
+    extra = state["extra"]
     model = build_model(cfg, extra["vocab_size"], extra["n_ctx"])
     checkpoint.load_weights(model, state["model"], path)
     return cfg, model, state["step"], extra
@@ -665,22 +731,26 @@ def analyze(cfg: Config) -> dict:
 
 def run_study(cfg: Config) -> dict:
     """Train every subset of the study in a folder of its own, skipping finished ones, then report."""
-    names = active_categories(*open_data(cfg), cfg)
+    train_chunks, validation = open_data(cfg)
+    names = active_categories(train_chunks, validation, cfg)
     seeds = cfg.study_seeds or [cfg.seed]
+    # All subsets of one seed before the next: a study that is stopped early is whole for the seeds it has.
     runs = list(itertools.product(seeds, plan_study(cfg.study, names)))
     for number, (seed, subset) in enumerate(runs, 1):
         name = run_name(subset)
         if len(seeds) > 1:
             name += f"_seed{seed}"
         folder = Path(cfg.out_dir) / name
+        # A run of its own: the same command without study trains it too, and its folder is like any other.
         run = replace(cfg, categories=subset, seed=seed, study="", study_seeds=[], out_dir=str(folder))
         if finished(run, folder):
             print(f"[{number}/{len(runs)}] {name}: finished before")
             continue
         print(f"[{number}/{len(runs)}] {name}")
         result = train(run)
-        if "stopped_at" in result:
+        if "stopped_at" in result:  # a signal ends the study, not one run of it
             return result
+    # Each run has closed its process group; the report is written by one of the processes that torchrun started.
     return report(cfg.out_dir) if int(os.environ.get("RANK", 0)) == 0 else {}
 
 

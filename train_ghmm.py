@@ -14,7 +14,6 @@ stream (Shai et al. 2024, arXiv:2405.15943).
 Dimensions: B batch, L or T tokens, V tokens of the vocabulary, S states, D width, N or P words and prefixes.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 
 from common import checkpoint
 from common.errors import clear_errors, rehearsal
-from common.runlog import RunLog, run_facts
+from common.runlog import RunLog, run_facts, write_json
 from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
 from configurator import (
     Count,
@@ -43,7 +42,7 @@ from configurator import (
 )
 from measure.beliefs import analyse, plot_run
 from measure.tracker import MetricTracker
-from sources.processes import PROCESSES, Process, make_process, parameters  # noqa: F401  (a copy adds to PROCESSES)
+from sources.processes import PROCESSES, Process, all_parameters, make_process, parameters  # noqa: F401
 
 EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps it
 
@@ -106,7 +105,7 @@ class Config:
     save_interval: Count | None = None  # steps between saves of last.pt and step_N.pt; default eval_interval
     keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
     eval_sequences: Count = 2_048  # sampled contexts of an evaluation during training
-    max_words: Count = 60_000  # final evaluation and analysis: all contexts if there are no more, else as many sampled
+    max_words: Count = 60_000  # final evaluation and analysis: all contexts if no more, else a third as many sampled
     last_token_only: bool = False  # analysis: full contexts only, not their prefixes
     # system
     seed: Whole = 1337
@@ -133,20 +132,35 @@ class Config:
         return wrong
 
 
-ALIASES = {  # names of the source's command lines and YAML files, and our own former ones
-    "learning_rate": "lr", "num_train_steps": "max_steps", "num_steps": "max_steps", "sequence_len": "n_ctx",
-    "hidden_size": "d_model", "embedding_dim": "d_model", "embedding_size": "d_model", "num_layers": "n_layers",
-    "num_heads": "n_heads", "process_name": "process", "act_fn": "act", "normalization_type": "normalization",
-    "log_every": "log_interval", "validate_every": "eval_interval", "checkpoint_every": "save_interval",
-    "positional_embedding_type": "positional", "mlp_hidden_dim": "d_mlp", "adam_beta1": "beta1", "adam_beta2": "beta2",
-}  # fmt: skip
+ALIASES = {  # names of the source's command lines and YAML files, then those that a setting had here before
+    "process_name": "process",
+    "sequence_len": "n_ctx",
+    "num_layers": "n_layers",
+    "hidden_size": "d_model",
+    "embedding_dim": "d_model",
+    "embedding_size": "d_model",
+    "num_heads": "n_heads",
+    "mlp_hidden_dim": "d_mlp",
+    "act_fn": "act",
+    "positional_embedding_type": "positional",
+    "normalization_type": "normalization",
+    "learning_rate": "lr",
+    "num_train_steps": "max_steps",
+    "num_steps": "max_steps",
+    "log_every": "log_interval",
+    "validate_every": "eval_interval",
+    "checkpoint_every": "save_interval",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches, and contexts to evaluate on
 # ---------------------------------------------------------------------------------------------------------------
-# Only this section, and the first lines of train(), know what the data are. For data that are no process, give
-# build_process, Batches.__call__ and make_contexts bodies of your own.
+# Only this section knows what the data are. For a process of your own, add a function to PROCESSES. For data that are
+# no process (a text, recorded tokens), give build_process, entropy_floor, Batches.__call__ and make_contexts bodies of
+# your own, and evaluate a plain cross entropy: without a floor and beliefs, what is said of them is left out.
 
 
 def build_process(cfg: Config) -> Process:
@@ -156,13 +170,21 @@ def build_process(cfg: Config) -> Process:
     set for another process is refused.
     """
     params = {}
-    for name in parameters():
+    for name in all_parameters():
         value = getattr(cfg, name, None)
-        shared = getattr(Config, name, None) is not None  # a setting of everybody's, such as seed
-        if value is not None and (name in parameters(cfg.process) or not shared):
+        # A setting with a default, such as seed, is not a process's alone: of another process it is no mistake.
+        has_default = getattr(Config, name, None) is not None
+        if value is not None and (name in parameters(cfg.process) or not has_default):
             params[name] = value
     return make_process(cfg.process, initial_state=cfg.initial_state, add_bos=cfg.add_bos, add_eos=cfg.add_eos,
                         eos_prob=cfg.eos_prob, **params)
+
+
+def entropy_floor(process: Process, n_ctx: int) -> tuple[torch.Tensor, float]:
+    """(floor [T] in nats, its error): no model that reads n_ctx tokens can have a lower loss. Zeros: not known."""
+    # H(next token | the first t tokens) for t = 1 ... T. Without a token before it nothing is predicted: no t = 0.
+    entropies = process.entropies(n_ctx)[1:]
+    return torch.tensor(entropies, dtype=torch.float64), max(entropy.error for entropy in entropies)
 
 
 def exact_device(rt: Runtime) -> torch.device:
@@ -183,21 +205,22 @@ class Batches:
 
     def __call__(self, step: int) -> torch.Tensor:
         """This rank's tokens of a step, [B / world_size, n_ctx + 1]."""
-        # One uniform number starts a sequence, and one more draws each token.
+        # Uniform numbers of all ranks' sequences: one starts a sequence, one more draws each of its n_ctx + 1 tokens.
         generator = self.rt.generator(step, device=self.process.device)
         shape = (self.cfg.batch_size, self.cfg.n_ctx + 2)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-        tokens, state = self.process.generate(self.rt.share(uniforms).t().contiguous(), self.carried)
+        # Only this rank's share becomes tokens, time first: the process steps through all sequences at once.
+        uniforms = self.rt.share(uniforms).t().contiguous()  # [n_ctx + 2, B]
+        tokens, state = self.process.generate(uniforms, self.carried)
         if self.cfg.carry_state:
-            self.carried = state
+            self.carried = state  # hidden states, or beliefs of a process that has none: where the next batch goes on
         return tokens.to(self.rt.device)
 
 
 class Contexts(NamedTuple):
     """Words to evaluate on, in lexicographic order, with what is known of each.
 
-    words [N, T]; weights [N] sum to 1; optimal [N, T, V]: true probabilities of the next token after each token (of
-    data that are no process, one-hot: the token that came, which makes the floor 0 and the excess the cross entropy);
+    words [N, T]; weights [N] sum to 1; optimal [N, T, V]: true probabilities of the next token after each token;
     beliefs [N, T, S] after each token, or None where there are none to look for; exact: whether all words are there.
     """
 
@@ -214,11 +237,19 @@ def make_contexts(process: Process, length: int, max_words: int, samples: int, s
     if every is not None:
         words, weights = every
     else:
-        sampled = process.sample(samples, length, torch.Generator(process.device).manual_seed(seed))
-        words, counts = torch.unique(sampled, dim=0, return_counts=True)
+        generator = torch.Generator(process.device).manual_seed(seed)
+        sampled = process.sample(samples, length, generator)
+        words, counts = torch.unique(sampled, dim=0, return_counts=True)  # sorted; each word once, as often as it came
         weights = counts.double()
-    beliefs = process.beliefs(words)[:, 1:]
-    return Contexts(words, weights / weights.sum(), process.next_token_probs(beliefs), beliefs, every is not None)
+    # The belief after a token knows all that the tokens so far say of the next: p(x | belief) = belief T[x] r.
+    beliefs = process.beliefs(words)[:, 1:]  # [N, T, S], without the one before the first token
+    optimal = process.next_token_probs(beliefs)  # [N, T, V]
+    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact=every is not None)
+
+
+def final_contexts(process: Process, cfg: Config) -> Contexts:
+    """The contexts of the final evaluation and analysis, others than those evaluated on while training."""
+    return make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, cfg.seed + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,11 +262,14 @@ def build_norm(cfg: Config) -> nn.Module:
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) for queries or keys [B, H, T, C], C even."""
     T, C = x.shape[-2:]
-    # Pair c turns by angle t w_c at position t, w_c = 10000^(-2c / C): products of queries and keys then depend on the
-    # distance of their positions only.
-    speed = 10_000.0 ** (-torch.arange(0, C, 2, device=x.device) / C)
-    angle = torch.arange(T, device=x.device)[:, None] * speed  # [T, C / 2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    # Pair c = 0 ... C/2 - 1 turns by the angle t w_c at position t, w_c = 10000^(-2c / C): the product of a query and a
+    # key then depends on the distance of their positions only.
+    speed = 10_000.0 ** (-torch.arange(0, C, 2, device=x.device) / C)  # [C / 2]
+    position = torch.arange(T, device=x.device)
+    angle = position[:, None] * speed  # [T, C / 2]
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    # A pair is an entry of the left half with its counterpart in the right half.
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
@@ -258,13 +292,18 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, B: int) -> torch.Tensor:
         """x [B*T, D] -> [B*T, D]. Rows stay flat: in-place operations on views of 3-D tensors would copy them."""
-        qkv = self.qkv(self.attention_norm(x)).view(B, len(x) // B, 3, self.n_heads, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, T, C]
+        # Attention, causal: position t reads positions up to t. Queries, keys and values come from one product.
+        qkv = self.qkv(self.attention_norm(x))
+        qkv = qkv.view(B, len(x) // B, 3, self.n_heads, -1)  # [B, T, 3, H, C]
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, T, C]
         if self.rope:
             q, k = rotate(q), rotate(k)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(len(x), -1))
-        return x + self.mlp_out(self.act(self.mlp_in(self.mlp_norm(x))))
+        attended = attended.transpose(1, 2).reshape(len(x), -1)  # [B*T, H*C]
+        x = x + self.attention_out(attended)
+        # MLP, at each position on its own.
+        hidden = self.act(self.mlp_in(self.mlp_norm(x)))
+        return x + self.mlp_out(hidden)
 
 
 class Transformer(nn.Module):
@@ -277,13 +316,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_norm = build_norm(cfg)
         self.unembed = nn.Linear(cfg.d_model, vocab_size)
-        # Weights of width^-1/2 keep the scale of the stream. What writes to it, twice a layer, shrinks by the root of
-        # the number of its peers, so that the sum over the layers does not grow with depth (as in GPT-2).
+        # Weights of standard deviation D^-1/2 keep the scale of what they read. What writes to the stream, twice a
+        # layer, is smaller by the root of the number of writers, so that their sum does not grow with depth (GPT-2).
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith("_out.weight"):
-                nn.init.normal_(parameter, std=(2 * cfg.n_layers) ** -0.5 * cfg.d_model**-0.5)
+                writers = 2 * cfg.n_layers
+                nn.init.normal_(parameter, std=writers**-0.5 * cfg.d_model**-0.5)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=cfg.d_model**-0.5)
 
@@ -292,8 +332,9 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         x = self.embed(tokens)
         if self.position is not None:
-            x = x + self.position[:T]
+            x = x + self.position[:T]  # learned positions; rotary ones act inside attention
         x = x.flatten(0, 1)  # [B*T, D]
+        # The residual stream is kept at every depth: where the belief is looked for.
         activations = [x]
         for block in self.blocks:
             x = block(x, B)
@@ -308,23 +349,26 @@ class Recurrent(nn.Module):
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
         layer = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cfg.model]
-        self.embed = nn.Embedding(vocab_size, cfg.d_model)
-        self.layers = nn.ModuleList(layer(cfg.d_model, cfg.d_model, batch_first=True) for _ in range(cfg.n_layers))
-        self.unembed = nn.Linear(cfg.d_model, vocab_size)
+        D = cfg.d_model
+        self.embed = nn.Embedding(vocab_size, D)
+        # One layer a module instead of one module of n layers, which would return the last layer's states only.
+        self.layers = nn.ModuleList(layer(D, D, batch_first=True) for _ in range(cfg.n_layers))
+        self.unembed = nn.Linear(D, vocab_size)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """tokens [B, T] -> logits [B, T, V], activations [n_layers + 1] of [B, T, D]."""
         x = self.embed(tokens)
         activations = [x]
         for layer in self.layers:
-            x, _ = layer(x)
+            x, _ = layer(x)  # [B, T, D] its hidden state after every token
             activations.append(x)
         return self.unembed(x), activations
 
 
 def build_model(cfg: Config, vocab_size: int) -> nn.Module:
-    """A model of your own goes here: a module that maps tokens to (logits, activations) as the two above do."""
+    """The model of the settings. Yours goes here: it maps tokens to (logits, activations) as the two above do."""
     model = Transformer(cfg, vocab_size) if cfg.model == "transformer" else Recurrent(cfg, vocab_size)
+    # Small initial weights make a network learn its features one by one instead of using the random ones it has.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -336,12 +380,13 @@ def build_model(cfg: Config, vocab_size: int) -> nn.Module:
 # Loss
 # ---------------------------------------------------------------------------------------------------------------
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in nats of targets [B, T] under logits [B, T, V]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    """Mean cross entropy in nats, -log softmax(logits)[target], of targets [B, T] under logits [B, T, V]."""
+    logits = logits.flatten(0, 1).float()  # bf16 is too coarse for a softmax
+    return F.cross_entropy(logits, targets.flatten())
 
 
 def training_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """What a step minimizes, of tokens [B, T + 1]: each position predicts the token after it."""
+    """What a step minimizes, of tokens [B, T + 1]: each position predicts the token after it. Yours goes here."""
     logits, _ = model(tokens[:, :-1])
     return next_token_loss(logits, tokens[:, 1:])
 
@@ -350,9 +395,10 @@ def train_step(model: nn.Module, tokens: torch.Tensor, rt: Runtime, cfg: Config)
     """Forward and backward over the micro-batches of tokens [B, T + 1]; returns the mean loss over ranks."""
     total = torch.zeros((), device=rt.device)
     for i, part in enumerate(tokens.chunk(cfg.grad_accum)):
-        with rt.sync(model, last=i == cfg.grad_accum - 1):
+        is_last = i == cfg.grad_accum - 1
+        with rt.sync(model, is_last):  # ranks exchange gradients once a step, with the last micro-batch
             with rt.autocast():
-                loss = training_loss(model, part) / cfg.grad_accum
+                loss = training_loss(model, part) / cfg.grad_accum  # gradients add up: to that of the mean
             rt.backward(loss)
         total += loss.detach()
     return rt.mean(total)
@@ -366,23 +412,28 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
     """Loss against the floor [T], by position. Collective: ranks share the contexts.
 
     The loss is not measured on drawn targets but is floor + KL(optimal || model), its exact mean over the next token:
-    an excess of 1e-4 nats shows on a few thousand contexts.
+    an excess of 1e-4 nats shows on a few thousand contexts, where drawn targets would need some 10^8.
     """
-    words, weights, optimal = rt.share(contexts.words), rt.share(contexts.weights), rt.share(contexts.optimal)
+    words = rt.share(contexts.words)
+    weights = rt.share(contexts.weights)
+    optimal = rt.share(contexts.optimal)
     divergence = torch.zeros_like(floor, device=words.device)  # [T]
     model.eval()
     for begin in range(0, len(words), batch):
         rows = slice(begin, begin + batch)
         with rt.autocast():
             logits, _ = model(words[rows].to(rt.device))
-        # float64, since the excess may be tiny. A token that cannot come (p = 0) adds nothing, whatever its log q.
+        # The model's predictions q beside the true ones p, in float64: their difference may be tiny.
         p = optimal[rows]  # [B, T, V]
         log_q = F.log_softmax(logits.to(p), -1)
+        # H(p, q), the loss on these contexts. A token that cannot come (p = 0) adds nothing, whatever its log q.
         cross_entropy = -torch.where(p > 0, p * log_q, 0).sum(-1)  # [B, T]
         entropy = -torch.xlogy(p, p).sum(-1)
-        divergence += weights[rows] @ (cross_entropy - entropy)  # KL(p || q) = H(p, q) - H(p)
+        # KL(p || q) = H(p, q) - H(p), a mean over contexts by their probability.
+        divergence += weights[rows] @ (cross_entropy - entropy)
     model.train()
     divergence = rt.sum(divergence).cpu()
+    # The floor is the entropy over all contexts, not over these: a sample of them moves only the small divergence.
     loss = floor + divergence
     return {
         "loss": float(loss.mean()),
@@ -396,23 +447,31 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
 
 def analyse_beliefs(model: nn.Module, contexts: Contexts, cfg: Config, rt: Runtime) -> tuple[dict, dict]:
     """(analysis, what its pictures need): how much of the belief a linear map reads out of the activations."""
+    # The control: this network as initialised. Random features of the context hold some of the belief too.
     rt.reseed()
-    untrained = build_model(cfg, contexts.optimal.shape[-1]).to(rt.device)  # the control: this network as initialised
+    untrained = build_model(cfg, contexts.optimal.shape[-1]).to(rt.device)
     return analyse(model, untrained, contexts, rt.device, cfg.last_token_only, cfg.seed)
 
 
 def rehearse(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Config, rt: Runtime) -> None:
     """What training and its end ask of the model, asked of 64 contexts: an edited copy fails here, not at the end."""
-    beliefs = None if contexts.beliefs is None else contexts.beliefs[:64]
-    few = Contexts(contexts.words[:64], contexts.weights[:64], contexts.optimal[:64], beliefs, False)
+    few = contexts._replace(
+        words=contexts.words[:64],
+        weights=contexts.weights[:64],
+        optimal=contexts.optimal[:64],
+        beliefs=None if contexts.beliefs is None else contexts.beliefs[:64],
+    )
     with rehearsal():
+        # As in training: loss and gradient.
         tokens = few.words.to(rt.device)
+        tokens = torch.cat([tokens, tokens[:, :1]], 1)  # [64, T + 1]; any last token will do
         with rt.autocast():
-            loss = training_loss(model, torch.cat([tokens, tokens[:, :1]], 1))  # any last token will do
+            loss = training_loss(model, tokens)
         loss.backward()
         model.zero_grad(set_to_none=True)
+        # As at the end: loss by position, activations of every layer, regression.
         evaluate(model, few, floor, rt)
-        if beliefs is not None:
+        if few.beliefs is not None:
             analyse_beliefs(model, few, cfg, rt)
 
 
@@ -420,17 +479,16 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
            title: str) -> dict:
     """Final evaluation, analysis.json and pictures; returns the metrics of summary.json. Collective."""
     result = evaluate(model, contexts, floor, rt)
-    result["exact"] = contexts.exact
-    if rt.is_main:
+    if rt.is_main:  # the regression is one problem and takes seconds: one rank does it
         folder.mkdir(parents=True, exist_ok=True)
         analysis, geometry = None, None
         if contexts.beliefs is not None:
             analysis, geometry = analyse_beliefs(model, contexts, cfg, rt)
-            (folder / "analysis.json").write_text(json.dumps(analysis | {"evaluation": result}, indent=2) + "\n")
-        plot_run(folder, title, result, analysis, geometry)
-        for name in ("r2_concat", "r2_by_layer", "shuffled_r2_concat", "untrained_r2_concat"):
-            if analysis is not None:
+            write_json(folder / "analysis.json", analysis | {"evaluation": result})
+            for name in ("r2_concat", "r2_by_layer", "shuffled_r2_concat", "untrained_r2_concat"):
                 result[name] = analysis[name]
+        plot_run(folder, title, result, analysis, geometry)
+        result["exact"] = contexts.exact
     rt.barrier()
     return result
 
@@ -439,16 +497,21 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
 # Training
 # ---------------------------------------------------------------------------------------------------------------
 def describe(process: Process, model: nn.Module, floor: torch.Tensor, error: float, cfg: Config) -> str:
-    size = sum(p.numel() for p in model.parameters())
+    """What is trained on what, in two lines."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    parts = [
+        f"process {process.name}: {process.vocab_size} tokens, {process.num_states} states",
+        f"{cfg.model}: {size:,} parameters",
+        f"{cfg.batch_size * cfg.n_ctx:,} tokens a step",
+        cfg.out_dir,
+    ]
     exact = f"+- {error:.1e}" if error else "(exact)"
-    return (f"process {process.name}: {process.vocab_size} tokens, {process.num_states} states | {cfg.model}: {size:,} "
-            f"parameters | {cfg.batch_size * cfg.n_ctx:,} tokens a step | {cfg.out_dir}\n"
-            f"floor {floor.mean():.6f} nats a token {exact}")
+    return " | ".join(parts) + f"\nfloor {floor.mean():.6f} nats a token {exact}"
 
 
 def in_words(result: dict) -> str:
     """The loss and, where there is a floor, how far it is above."""
-    if result["optimal_loss"] < 1e-9:
+    if result["optimal_loss"] < 1e-9:  # not known, or a process without chance
         return f"loss {result['loss']:.6f}"
     excess = result["excess_loss"]
     return f"loss {result['loss']:.6f} | excess {excess:.6f} nats ({excess / result['optimal_loss']:.3%})"
@@ -461,51 +524,56 @@ def train(cfg: Config) -> dict:
     """
     began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
     with Runtime(cfg) as rt:
+        # Data: a process, its floor, batches of it, and the contexts to evaluate on while training and at the end.
         rt.divide(cfg.batch_size, cfg.grad_accum)
         process = build_process(cfg)
-        # The floor: entropy of the next token after 1, 2, ..., n_ctx tokens, which no model of this context can beat.
-        entropies = process.entropies(cfg.n_ctx)[1:]
-        floor = torch.tensor(entropies, dtype=torch.float64)  # [T], nats
+        floor, error = entropy_floor(process, cfg.n_ctx)
         process.to(exact_device(rt))
         batches = Batches(rt, process, cfg)
         contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, cfg.seed)
-        final = make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, cfg.seed + 1)
+        final = final_contexts(process, cfg)
 
+        # Model and optimizer, tried out before anything is written.
         model = build_model(cfg, process.vocab_size).to(rt.device)
         params = list(model.parameters())
         optimizer = rt.adamw(params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
         tracker = MetricTracker(model, optimizer, float(floor.mean()))
         rehearse(model, final, floor, cfg, rt)
 
+        # Start: anew, or where a checkpoint stopped.
         step, best = 0, math.inf
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
         if state:
             step, best, extra, rank_extra = checkpoint.restore(rt, state, path, folder, model, optimizer)
             tracker.load_state_dict(extra["tracker"])
             batches.carried = rank_extra.get("carried")
-        trained = rt.wrap(model)
-        finite, watch, lap = FiniteCheck(rt.device), Stopwatch(), step
+        trained = rt.wrap(model)  # what steps go through: compiled and synchronised; `model` is the same weights
+        finite, watch = FiniteCheck(rt.device), Stopwatch()
         tokens_per_step = cfg.batch_size * cfg.n_ctx
+        lap = step  # where the stopwatch last started
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
+            # The first lines: the machine, what is trained on what, where it starts.
             log.say(rt.describe())
-            log.say(describe(process, model, floor, max(entropy.error for entropy in entropies), cfg))
-            if state:
+            log.say(describe(process, model, floor, error, cfg))
+            if state:  # with the settings that changed since, a line each
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
-            else:
-                tracker.record_initial_loss(evaluate(model, contexts, floor, rt)["loss"])
+            else:  # progress counts from here
+                untrained = evaluate(model, contexts, floor, rt)
+                tracker.record_initial_loss(untrained["loss"])
             watch.start()
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, T + 1]
                 lr = learning_rate(step, cfg)
                 loss = train_step(trained, tokens, rt, cfg)
-                norm = rt.step(optimizer, params, cfg.grad_clip, lr)
+                norm = rt.step(optimizer, params, cfg.grad_clip, lr)  # of the gradient, before it is clipped
                 step += 1
                 finite.add(step, loss)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
+                # Sums over all steps, on the device. Costly metrics are norms over all parameters.
                 metrics = tracker.update(step=step, loss=loss, tokens_in_batch=tokens_per_step, grad_norm=norm,
                                          log=due.logs, costly=due.evaluates)
                 if due.nothing:
@@ -518,24 +586,30 @@ def train(cfg: Config) -> dict:
                 if due.logs:
                     left = (cfg.max_steps - step) * tokens_per_step / speed
                     log.train(step, metrics, lr, norm, speed, left, loss=metrics["loss/ema"], floor=float(floor.mean()))
+                # Evaluation on the same contexts each time: its noise does not hide the progress.
                 improved = False
                 if due.evaluates:
                     result = evaluate(model, contexts, floor, rt)
-                    improved, best = result["loss"] < best, min(best, result["loss"])
+                    improved = result["loss"] < best
+                    best = min(best, result["loss"])
                     log.metrics(step, "eval", result)
                     log.say(f"step {step:>6} eval | {in_words(result)}{' *' if improved else ''}")
+                # All that it takes to go on to the bit. Collective, as each rank has random numbers and sequences.
                 if due.saves or improved:
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best,
-                                               {"tracker": tracker.state_dict()}, {"carried": batches.carried})
+                    extra, rank_extra = {"tracker": tracker.state_dict()}, {"carried": batches.carried}
+                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra,
+                                               rank_extra)
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
+                # A signal came, and the state is saved.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
                 lap = step
-                watch.start()
+                watch.start()  # what came between pause and here is no training time
 
-            result = finish(model, final, floor, cfg, rt, folder, f"{process.name}, {cfg.model}, {step} steps")
+            title = f"{process.name}, {cfg.model}, {step} steps"
+            result = finish(model, final, floor, cfg, rt, folder, title)
             summary = result | run_facts(rt, step, began, watch) | {"config_hash": config_hash(cfg)}
             log.summary(summary)
             log.say(verdict(summary, folder))
@@ -559,7 +633,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     """
     state = checkpoint.load(path, __file__)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)
-    cfg.device = device
+    cfg.device = device  # that of this machine, not of the one it was trained on
     process = build_process(cfg)
     model = build_model(cfg, process.vocab_size)
     checkpoint.load_weights(model, state["model"], path)
@@ -571,13 +645,14 @@ def analyze(cfg: Config) -> dict:
     path = Path(cfg.analyze)
     folder = path if path.is_dir() else path.parent
     run, process, model, step = load_run(path, cfg.device)
-    for name in ("precision", "max_words", "last_token_only"):  # what may differ from the run, if asked to
+    # The settings are the run's, but for what was asked for here and changes no weight.
+    for name in ("precision", "max_words", "last_token_only"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(run, name, getattr(cfg, name))
     with Runtime(run) as rt:
-        floor = torch.tensor(process.entropies(run.n_ctx)[1:], dtype=torch.float64)
+        floor, _ = entropy_floor(process, run.n_ctx)
         process.to(exact_device(rt))
-        contexts = make_contexts(process, run.n_ctx, run.max_words, run.max_words // 3 + 1, run.seed + 1)
+        contexts = final_contexts(process, run)
         title = f"{process.name}, {run.model}, {step} steps"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
     r2 = f" | r2_concat {result['r2_concat']:.4f}" if "r2_concat" in result else ""

@@ -50,6 +50,8 @@ def rehearsal(what: str = "what the end of the run asks of model and data", advi
     except InputError:
         raise
     except Exception as e:
-        line = traceback.extract_tb(e.__traceback__)[-1]
+        frames = traceback.extract_tb(e.__traceback__)
+        ours = [frame for frame in frames if "site-packages" not in frame.filename]
+        line = (ours or frames)[-1]  # the innermost of the repository, not of torch
         raise InputError(f"{what} does not work ({type(e).__name__}: {e}; {os.path.basename(line.filename)}, line "
                          f"{line.lineno}): {advice}") from e

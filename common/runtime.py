@@ -155,19 +155,21 @@ class Runtime:
             leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
         return batch_size // parts
 
-    def fitting_size(self, model: torch.nn.Module, loss_of, most: int = 4_096) -> int:
-        """The largest power of two that a GPU trains at with 15% of it free, given loss_of(size) -> loss.
+    def fitting_batch_size(self, model: torch.nn.Module, cfg, loss_of, most: int = 4_096) -> int:
+        """What batch_size=auto comes to: on a GPU the largest power of two a micro-step that leaves 15% of it free.
 
-        Probed with a forward and a backward pass at doubling sizes; every rank gets the smallest of all.
+        Probed with a forward and a backward pass of loss_of(size) at doubling sizes; every rank takes the smallest of
+        all. Without a GPU it is cpu_batch_size. Reads cpu_batch_size and grad_accum of cfg.
         """
+        parts = self.world_size * cfg.grad_accum
+        if self.device.type != "cuda":
+            return max(1, cfg.cpu_batch_size // parts) * parts
         size, total = 1, torch.cuda.get_device_properties(self.device).total_memory
         optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())
         while size < most:
             try:
                 torch.cuda.reset_peak_memory_stats(self.device)
-                with self.autocast():
-                    loss = loss_of(2 * size)
-                loss.backward()
+                loss_of(2 * size).backward()
                 peak = torch.cuda.max_memory_allocated(self.device) + optimizer_bytes
             except torch.cuda.OutOfMemoryError:
                 break
@@ -177,7 +179,7 @@ class Runtime:
             if peak > 0.85 * total:
                 break
             size *= 2
-        return min(self.gather(size))
+        return min(self.gather(size)) * parts
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a global batch: every world_size-th element, so any number of ranks trains the same."""

@@ -17,4 +17,3 @@ max_steps = 100_000
 warmup_steps = 1_000
 log_interval = 1_000
 eval_interval = 5_000
-save_interval = 5_000

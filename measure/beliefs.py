@@ -128,8 +128,8 @@ def belief_regression(features: torch.Tensor, beliefs: torch.Tensor, weights: to
     shuffled = beliefs[torch.randperm(len(beliefs), generator=generator).to(beliefs.device)]
     share = weights / weights.sum()
 
-    # Both problems at once: column 0 of the stack is the beliefs, column 1 the shuffled ones. Centred, with an
-    # intercept on top, since a fold's mean differs from the whole's.
+    # Both problems at once, the beliefs and the shuffled ones, stacked. Features are centred and have an intercept
+    # still, since a fold's mean is not the whole's.
     X = features - share @ features
     X = torch.cat([X, torch.ones_like(X[:, :1])], 1)  # [P, D + 1]
     Y = torch.stack([beliefs, shuffled])  # [2, P, S]
@@ -231,7 +231,8 @@ def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
     """The loss by position against its floor."""
     positions = range(1, len(result["loss_by_position"]) + 1)
     with figure(folder, "loss_by_position", 6, 4) as axes:
-        axes.plot(positions, result["optimal_loss_by_position"], "k--", label="floor: entropy given the context")
+        if any(result["optimal_loss_by_position"]):
+            axes.plot(positions, result["optimal_loss_by_position"], "k--", label="floor: entropy given the context")
         axes.plot(positions, result["loss_by_position"], "o-", markersize=4, label="model")
         axes.set(xlabel="tokens read", ylabel="loss of the next token (nats)")
         axes.set_title(title, fontsize=9, wrap=True)

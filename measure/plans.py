@@ -41,21 +41,28 @@ def compare_experts(model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
-def planner_report(model, tokens: torch.Tensor, spell: Callable[[int], str]) -> tuple[dict, dict]:
-    """(how far forced plans are apart, the tokens of each plan) over validation windows [B, L + 1].
+def planner_report(model, corpus, starts: np.ndarray, tokens: int = 2_048) -> dict:
+    """How far forced plans are apart, and the tokens of each plan, over about so many tokens of validation windows.
 
     Typical is what a plan predicts more than the plans do on average: the largest p_k(v) log(p_k(v) / mean p(v)).
-    spell: a token's text.
+    corpus: a Corpus. starts: of windows of the model's seq_len.
     """
+    ids = windows(model, corpus, starts[: max(1, tokens // model.cfg.seq_len)])
     model.eval()
-    h = model.read(tokens[:, :-1])[0].flatten(0, 1).float()
+    h = model.read(ids[:, :-1])[0].flatten(0, 1).float()
     divergence, mean = compare_experts(model, h)
     model.train()
     K = len(divergence)
-    distances = {"forced_state_divergence": float(divergence[0, min(1, K - 1)]),
-                 "forced_state_divergence_all_pairs": float(divergence.sum() / max(1, K * (K - 1)))}
     typical = mean * (mean / mean.mean(0)).clamp_min(torch.finfo(mean.dtype).tiny).log()
-    return distances, {"top_tokens": token_table(mean, mean, spell), "typical_tokens": token_table(typical, mean, spell)}
+    return {"forced_state_divergence": float(divergence[0, min(1, K - 1)]),
+            "forced_state_divergence_all_pairs": float(divergence.sum() / max(1, K * (K - 1))),
+            "top_tokens": token_table(mean, mean, corpus.spell),
+            "typical_tokens": token_table(typical, mean, corpus.spell)}
+
+
+def windows(model, corpus, starts: np.ndarray) -> torch.Tensor:
+    """Validation windows [B, L + 1] where the model is."""
+    return corpus.windows("val", starts, model.cfg.seq_len).to(model.token_emb.weight.device)
 
 
 def token_table(score: torch.Tensor, mean: torch.Tensor, spell: Callable[[int], str], top: int = 12) -> dict[str, list]:
@@ -74,18 +81,23 @@ def warn_of_idle_plans(metrics: dict, say: Callable[[str], None]) -> None:
             f"{metrics['plan_gain']:.4f}): lower loss_weights.plan_js_div")
 
 
-def plan_metrics(state: torch.Tensor, end: torch.Tensor, transition: torch.Tensor, true: np.ndarray | None) -> dict:
-    """How plans are used, and how they follow one another; where the true plans [B, N] are known, whether they are found.
+@torch.no_grad()
+def usage_metrics(state: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How often the likeliest plan stays, and how evenly plans are used (1: all alike), given log beliefs [B, N, K]."""
+    usage, chosen = state.exp().mean((0, 1)), state.argmax(2)
+    same = (chosen[:, 1:] == chosen[:, :-1]).to(usage)
+    return {"state_persistence": same.mean() if same.numel() else torch.ones_like(usage[0]),
+            "expert_utilization": entropy(usage.log()) / math.log(max(2, len(usage)))}
 
-    state: beliefs that chunks work with [B, N, K], probabilities. end: likeliest plan at their ends [B, N].
-    transition: logits [K, K].
+
+def plan_metrics(state: torch.Tensor, end: torch.Tensor, transition: torch.Tensor, true: np.ndarray | None) -> dict:
+    """How plans are used and follow one another, and where the true ones [B, N] are known, whether they are found.
+
+    state: log beliefs that chunks work with [B, N, K]. end: likeliest plan at their ends [B, N]. transition: logits.
     """
-    K, usage, chosen = state.shape[2], state.mean((0, 1)), state.argmax(2)
     P = transition.detach().cpu().double().softmax(1)
-    metrics = {
-        "state_persistence": float((chosen[:, 1:] == chosen[:, :-1]).double().mean()),
-        "usage": usage.tolist(),
-        "expert_utilization": float(entropy(usage.log())) / math.log(max(2, K)),
+    metrics = {name: float(value) for name, value in usage_metrics(state).items()} | {
+        "usage": state.exp().mean((0, 1)).tolist(),
         "transition_mean_diagonal": float(P.diagonal().mean()),
         "transition_row_entropy": float(entropy(P.log()).mean()),
     }
@@ -93,6 +105,19 @@ def plan_metrics(state: torch.Tensor, end: torch.Tensor, transition: torch.Tenso
         true = true[:, : end.shape[1]]
         metrics["plan_nmi"] = normalised_mutual_information(end.numpy().ravel(), true.ravel())
     return metrics
+
+
+def verdict(metrics: dict, folder: Path) -> str:
+    """The run in one line."""
+    line = f"done: validation nll {metrics['val_nll']:.4f} nats a token, perplexity {metrics['val_ppl']:.2f}"
+    if "oracle_nll" in metrics:
+        line += f"; exact optimum {metrics['oracle_nll']:.4f} ({100 * metrics['excess_over_oracle']:+.2f}%)"
+    if "plan_nmi" in metrics:
+        line += f"; plan recovered with nmi {metrics['plan_nmi']:.3f}"
+    if "plan_gain" in metrics:
+        line += (f"; without the plan {metrics['planner_mask_delta_loss']:+.4f}, with one plan alone "
+                 f"{metrics['plan_gain']:+.4f}")
+    return line + f"; files in {folder}, pictures in {folder / 'plots'}"
 
 
 def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
@@ -129,9 +154,9 @@ def draw_loss(folder: Path, title: str) -> None:
 
 
 @torch.no_grad()
-def draw_plans(folder: Path, model, tokens: torch.Tensor, usage: Sequence[float], spell: Callable[[int], str],
-               true: np.ndarray | None, most: int = 96) -> None:
-    """Usage of the plans, transitions, and the belief over the beginning of a validation window [1, L + 1]."""
+def draw_plans(folder: Path, model, corpus, starts: np.ndarray, usage: Sequence[float], most: int = 96) -> None:
+    """Usage of the plans, transitions, and the belief over the beginning of the first validation window."""
+    tokens, true = windows(model, corpus, starts[:1]), corpus.true_plans(starts[:1])
     draw_usage(folder, usage)
     draw_transition(folder, model.planner_transition_logits.softmax(1).float().cpu().numpy())
     model.eval()
@@ -141,7 +166,7 @@ def draw_plans(folder: Path, model, tokens: torch.Tensor, usage: Sequence[float]
     model.train()
     after = (beliefs.before + evidence).softmax(2)[0, :most].float().cpu().numpy()
     begins = [t for t in range(1, len(after)) if (t + model.offset) % model.cfg.chunk_size == 0]
-    labels = [spell(token) for token in tokens[0, 1 : len(after) + 1].tolist()]
+    labels = [corpus.spell(token) for token in tokens[0, 1 : len(after) + 1].tolist()]
     title = "belief after each token of a validation passage (blue: a chunk begins)"
     if true is not None:
         title += "; which of our plans stands for which true one is arbitrary"

@@ -220,9 +220,9 @@ def draw_against_k(folder: Path, by_k: dict[int, list[dict]], positions: list[in
             points = [spread(stack(runs, "xe_by_position", position)[:, -1].tolist()) for runs in by_k.values()]
             means, deviations = zip(*points, strict=True)
             axes.errorbar(list(by_k), means, deviations, fmt="o-", markersize=4, capsize=3,
-                          color=shade("plasma", i, len(positions), 0.85), label=f"after {position} tokens")
+                          color=shade("plasma", i, len(positions), 0.85), label=f"{position} read")
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=list(by_k))
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="tokens")
 
 
 def draw_categories(folder: Path, rows: list[dict], ks: list[int]) -> None:

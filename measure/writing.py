@@ -48,10 +48,13 @@ def predict(model, state: dict, planner_mode: str = "normal", forced_state: int 
     logs -= total.log()[:, :, None]
     if "belief" not in state:
         return logs[:, 0], logs
-    if planner_mode == "normal":
-        gate = model.gate(state["belief"], tau, feedback, horizon)
-    else:
-        gate = model.gate(believed(model, state, planner_mode, forced_state), tau, 0.0)
+    cfg = model.cfg
+    tau = cfg.planner_temperature if tau is None else tau
+    feedback = cfg.feedback() if feedback is None else feedback
+    if planner_mode != "normal":
+        feedback = 0.0
+    belief = believed(model, state, planner_mode, forced_state)
+    gate = model.gate(belief, tau, feedback, cfg.lookahead_horizon if horizon is None else horizon)
     mixture = ((gate.exp() / total)[:, None] @ probs)[:, 0]
     return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log(), logs
 

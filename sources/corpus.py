@@ -1,5 +1,6 @@
 """A corpus: token streams of a folder by `text` or `planted`, mapped into memory and checked once."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,12 @@ class Corpus:
         tokens = self.tokens(split)[starts[:, None] + np.arange(length + 1)]
         return torch.from_numpy(tokens.astype(np.int64))
 
-    def oracle(self, starts: np.ndarray, length: int) -> float:
-        """Exact -log p of the tokens that validation windows predict, a mean in nats."""
-        return float(self.oracle_nll[starts // self.document_length, :length].mean(dtype=np.float64))
+    def yardsticks(self, nll: float, starts: np.ndarray, length: int) -> dict[str, float]:
+        """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum."""
+        if self.oracle_nll is not None:
+            oracle = float(self.oracle_nll[starts // self.document_length, :length].mean(dtype=np.float64))
+            return {"oracle_nll": oracle, "excess_over_oracle": nll / oracle - 1}
+        return {"bits_per_byte": nll / math.log(2) / self.bytes_per_token} if self.bytes_per_token else {}
 
     def true_plans(self, starts: np.ndarray) -> np.ndarray | None:
         """Plans of the chunks of validation windows [B, N]; None where nobody knows them."""
@@ -75,6 +79,10 @@ class Corpus:
     def spell(self, token: int) -> str:
         """A token as text, or as a number."""
         return self.tokenizer.decode([token]) if self.tokenizer else str(token)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt; of none, or without a tokenizer, what a document begins with."""
+        return self.tokenizer.encode(prompt) if prompt and self.tokenizer else [self.first_id]
 
     def text(self, tokens: list[int]) -> str:
         return repr(self.tokenizer.decode(tokens)) if self.tokenizer else " ".join(map(str, tokens))
@@ -102,7 +110,8 @@ def read_corpus(folder: str) -> Corpus:
             raise DataError(f"{path / meta['tokenizer']} is not the tokenizer that the tokens beside it were made "
                             "with: prepare the folder again")
     if meta["kind"] == "planted":
-        corpus.document_length, corpus.version, corpus.first_id = meta["document_length"], meta["version"], meta["bos_id"]
+        corpus.document_length, corpus.version = meta["document_length"], meta["version"]
+        corpus.first_id = meta["bos_id"]
         corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
         corpus.plans = np.load(path / "val_plans.npy")
         return corpus

@@ -1,12 +1,20 @@
 """Generalized hidden Markov processes: the zoo, sampling, exact beliefs, likelihoods and entropies, mixtures, framing.
 
-Dimensions: B batch, L tokens, V tokens of the vocabulary, S states.
+A process is a stack T[x][i, j] = weight of "emit token x and go to state j, from state i". With v the row vector of
+where it starts and r the column of what all futures of a state weigh, the word w has the probability
+
+    p(w) = v T[w1] T[w2] ... T[wL] r
+
+and what matters of the past for the future is the belief v T[w1] ... T[wL], scaled to belief . r = 1.
+
+Dimensions: B batch, L tokens, V tokens of the vocabulary, S states, N words or beliefs.
 """
 
 import difflib
 import inspect
 import math
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +34,9 @@ def _probabilities(**values: float) -> None:
             raise ProcessError(f"{name} = {value:g} is no probability: use a value in [0, 1]")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The zoo. A function's name is the process's name, its parameters are the process's; it returns the stack [V, S, S].
+# ---------------------------------------------------------------------------------------------------------------
 def coin(p: float = 0.5) -> np.ndarray:
     """A biased coin: emits 0 with probability p. One state."""
     _probabilities(p=p)
@@ -33,31 +44,42 @@ def coin(p: float = 0.5) -> np.ndarray:
 
 
 def even_ones(p: float = 0.5) -> np.ndarray:
-    """The even process: runs of ones have even length. Two states."""
+    """The even process (Weiss 1973): runs of ones have even length. Two states: between runs, inside a pair."""
     _probabilities(p=p)
-    return np.array([[[1 - p, 0], [0, 0]], [[0, p], [1, 0]]])
+    zero = [[1 - p, 0], [0, 0]]
+    one = [[0, p], [1, 0]]
+    return np.array([zero, one])
 
 
 def no_consecutive_ones(p: float = 0.5) -> np.ndarray:
-    """The golden-mean process: a one is followed by a zero. Two states."""
+    """The golden-mean process: a one is followed by a zero. Two states: free, just after a one."""
     _probabilities(p=p)
-    return np.array([[[1 - p, 0], [1, 0]], [[0, p], [0, 0]]])
+    zero = [[1 - p, 0], [1, 0]]
+    one = [[0, p], [0, 0]]
+    return np.array([zero, one])
 
 
 def zero_one_random(p: float = 0.5) -> np.ndarray:
     """0, 1, then a random bit (1 with probability p), over and over; the phase is hidden. Three states."""
     _probabilities(p=p)
-    return np.array([[[0, 1, 0], [0, 0, 0], [1 - p, 0, 0]], [[0, 0, 0], [0, 0, 1], [p, 0, 0]]])
+    zero = [[0, 1, 0], [0, 0, 0], [1 - p, 0, 0]]
+    one = [[0, 0, 0], [0, 0, 1], [p, 0, 0]]
+    return np.array([zero, one])
 
 
 def sns(p: float = 0.5, q: float = 0.5) -> np.ndarray:
     """The simple nonunifilar source: two states, infinitely many beliefs (Crutchfield 1994)."""
     _probabilities(p=p, q=q)
-    return np.array([[[1 - p, p], [0, 1 - q]], [[0, 0], [q, 0]]])
+    zero = [[1 - p, p], [0, 1 - q]]
+    one = [[0, 0], [q, 0]]
+    return np.array([zero, one])
 
 
 def mess3(x: float = 0.05, a: float = 0.85) -> np.ndarray:
-    """Mess3 (Marzen and Crutchfield 2017): three states, and beliefs that form a fractal in the simplex."""
+    """Mess3 (Marzen and Crutchfield 2017): three states, and beliefs that form a fractal in the simplex.
+
+    T[k][i, j] = (probability x of moving to each other state, 1 - 2x of staying) * (a if j == k else (1 - a) / 2).
+    """
     _probabilities(a=a)
     if not 0 <= x <= 0.5:
         raise ProcessError(f"x = {x:g} leaves a negative probability of staying, 1 - 2x: use a value in [0, 0.5]")
@@ -67,18 +89,23 @@ def mess3(x: float = 0.05, a: float = 0.85) -> np.ndarray:
 
 
 def rrxor(p1: float = 0.5, p2: float = 0.5) -> np.ndarray:
-    """Two random bits, then their exclusive or. States S, 0, 1, T, F."""
+    """Two random bits, then their exclusive or (Crutchfield and Feldman 2003). States S, 0, 1, T, F."""
     _probabilities(p1=p1, p2=p2)
+    start, zero, one, true, false = range(5)
     T = np.zeros((2, 5, 5))
-    T[0, 0, 1], T[1, 0, 2] = p1, 1 - p1
-    T[0, 1, 4], T[1, 1, 3] = p2, 1 - p2
-    T[0, 2, 3], T[1, 2, 4] = p2, 1 - p2
-    T[1, 3, 0] = T[0, 4, 0] = 1
+    T[0, start, zero] = p1  # the first bit
+    T[1, start, one] = 1 - p1
+    T[0, zero, false] = p2  # the second bit
+    T[1, zero, true] = 1 - p2
+    T[0, one, true] = p2
+    T[1, one, false] = 1 - p2
+    T[1, true, start] = 1  # their exclusive or
+    T[0, false, start] = 1
     return T
 
 
 def leaky_rrxor(p1: float = 0.5, p2: float = 0.5, epsilon: float = 0.1) -> np.ndarray:
-    """rrxor that jumps, with probability epsilon, to any state under any token."""
+    """rrxor that jumps, with probability epsilon, to any of the 5 states under any of the 2 tokens."""
     _probabilities(epsilon=epsilon)
     return (1 - epsilon) * rrxor(p1, p2) + epsilon / 10
 
@@ -87,47 +114,66 @@ def matching_parens(open_probs: list = (1.0, 0.5, 0.4)) -> np.ndarray:
     """Nested parentheses: 0 opens with probability open_probs[depth], 1 closes. States are depths."""
     open_probs = [float(p) for p in open_probs]
     if open_probs and open_probs[-1] != 0:
-        open_probs = [*open_probs, 0.0]
+        open_probs = [*open_probs, 0.0]  # the deepest level only closes
     if len(open_probs) < 2 or open_probs[0] != 1:
         raise ProcessError(f"open_probs = {open_probs}: at depth 0 one can only open, so it must start with 1")
-    _probabilities(**{f"open_probs[{i}]": p for i, p in enumerate(open_probs)})
+    for depth, probability in enumerate(open_probs):
+        _probabilities(**{f"open_probs[{depth}]": probability})
     p = np.array(open_probs)
-    return np.stack([np.diag(p[:-1], 1), np.diag(1 - p[1:], -1)])
+    return np.stack([np.diag(p[:-1], 1), np.diag(1 - p[1:], -1)])  # one deeper, one less deep
 
 
 def mr_name(p: float = 0.4, q: float = 0.25) -> np.ndarray:
-    """Tokens Mr., Something, Blah, name; the state is the last token."""
+    """Tokens Mr., Something, Blah, name; the state is the last token, so T[k][i, j] = chain[i, j] if j == k."""
     _probabilities(p=p, q=q, **{"1 - p - q": 1 - p - q})
     s = 1 - p - q
-    chain = np.array([[0, 0, 0, 1], [q, s, p, 0], [q, p, s, 0], [0, 0.5, 0.5, 0]])  # [from, to]
+    chain = np.array([
+        [0, 0, 0, 1],  # Mr. -> name
+        [q, s, p, 0],  # Something -> Mr., Something, Blah
+        [q, p, s, 0],  # Blah
+        [0, 0.5, 0.5, 0],  # name -> Something, Blah
+    ])
     return np.eye(4)[:, None, :] * chain
 
 
 def days_of_week() -> np.ndarray:
     """Tokens M Tu W Th F Sa Su Tmrw Yest Wknd Wkdy; the state is the day the last token spoke of."""
+    tomorrow, yesterday, weekend, weekday = 7, 8, 9, 10
     T = np.zeros((11, 7, 7))
     for day in range(7):
         for named in range(7):
             T[named, day, named] = 5 if named == (day + 1) % 7 else 1
-        T[7, day, (day + 1) % 7] = T[8, day, (day - 1) % 7] = 1
-        T[9, day, 5:], T[10, day, :5] = 1 / 2, 1 / 5
+        T[tomorrow, day, (day + 1) % 7] = 1
+        T[yesterday, day, (day - 1) % 7] = 1
+        T[weekend, day, 5:] = 1 / 2
+        T[weekday, day, :5] = 1 / 5
     return T / T.sum((0, 2))[:, None]
 
 
 def tom_quantum(alpha: float = 1.0, beta: float = 7.14) -> np.ndarray:
-    """Tom's quantum process: a qubit seen through four outcomes; no finite hidden Markov model generates it."""
+    """Tom's quantum process: a qubit seen through four outcomes; no finite hidden Markov model generates it.
+
+    With g = 1 / 4(alpha^2 + beta^2), a token keeps d = 1/4 of the weight in one plane of the Bloch ball, turns o =
+    2 alpha beta g of it by the sign of the outcome, and shrinks the third axis by m = (alpha^2 - beta^2) g.
+    """
     if not alpha**2 + beta**2 > 0:
         raise ProcessError("alpha and beta are both 0: one of them must not be")
     g = 1 / (4 * (alpha**2 + beta**2))
     d, m, o = 1 / 4, (alpha**2 - beta**2) * g, 2 * alpha * beta * g
     return np.array([
-        [[d, 0, o], [0, m, 0], [o, 0, d]], [[d, 0, -o], [0, m, 0], [-o, 0, d]],
-        [[d, o, 0], [o, d, 0], [0, 0, m]], [[d, -o, 0], [-o, d, 0], [0, 0, m]],
-    ])  # fmt: skip
+        [[d, 0, o], [0, m, 0], [o, 0, d]],
+        [[d, 0, -o], [0, m, 0], [-o, 0, d]],
+        [[d, o, 0], [o, d, 0], [0, 0, m]],
+        [[d, -o, 0], [-o, d, 0], [0, 0, m]],
+    ])
 
 
 def fanizza(alpha: float = 2000.0, lamb: float = 0.49) -> np.ndarray:
-    """The process of Fanizza et al. (2024) that four real dimensions generate and no finite hidden Markov model."""
+    """The process of Fanizza et al. (2024) that four real dimensions generate and no finite hidden Markov model.
+
+    Token 1 turns a plane by the angle alpha and shrinks it by lamb: its probability oscillates with the number of ones
+    since the last token 0, which starts anew from pi0. w is what all futures of a dimension weigh.
+    """
     if not 0 < lamb < 1:
         raise ProcessError(f"lamb = {lamb:g}: use a value in (0, 1); up to 0.5 all words have non-negative weight")
     c, s = math.cos(alpha), math.sin(alpha)
@@ -136,28 +182,48 @@ def fanizza(alpha: float = 2000.0, lamb: float = 0.49) -> np.ndarray:
     pi0 = np.array([1 - (2 / (1 - lamb) - A - B) / 4, 1 / (2 * (1 - lamb)), -A / 4, -B / 4])
     w = np.array([1, 1 - lamb, 1 + lamb * (s - c), 1 - lamb * (s + c)])
     T1 = np.zeros((4, 4))
-    T1[1, 1], T1[2:, 2:] = 1, [[c, -s], [s, c]]
+    T1[1, 1] = 1
+    T1[2:, 2:] = [[c, -s], [s, c]]
     return np.stack([np.outer(w, pi0), lamb * T1])
 
 
 def post_quantum(log_alpha: float = 1.0, beta: float = 0.5) -> np.ndarray:
-    """A process beyond quantum theory: three real dimensions, no finite-dimensional quantum model (Fanizza 2024)."""
+    """A process beyond quantum theory: three real dimensions, no finite-dimensional quantum model (Fanizza 2024).
+
+    Tokens 1 and 2 act by M(v) = [[v, 0, 0], [0, 1, 0], [0, ln v, 1]], v = alpha > 1 > beta: logarithms count them.
+    """
     if not (log_alpha > 0 and 0 < beta < 1):
         raise ProcessError(f"log_alpha = {log_alpha:g}, beta = {beta:g}: needs log_alpha > 0 and 0 < beta < 1")
     alpha, ratio = math.exp(log_alpha), log_alpha / math.log(beta)
     if abs(alpha + beta - 2) < 1e-12 or abs(ratio - round(ratio)) < 1e-12:
         raise ProcessError(f"log_alpha = {log_alpha:g}, beta = {beta:g}: needs exp(log_alpha) + beta != 2 and "
                            "log_alpha / log(beta) no integer")
-    M = [np.array([[v, 0, 0], [0, 1, 0], [0, math.log(v), 1]]) for v in (alpha, beta)]
-    return np.stack([np.outer([1, 1, 0], [1, -1, -1]), *M])
+    grow = [[alpha, 0, 0], [0, 1, 0], [0, log_alpha, 1]]
+    shrink = [[beta, 0, 0], [0, 1, 0], [0, math.log(beta), 1]]
+    return np.stack([np.outer([1, 1, 0], [1, -1, -1]), grow, shrink])
 
 
-PROCESSES = {f.__name__: f for f in (
-    coin, even_ones, no_consecutive_ones, zero_one_random, sns, mess3, rrxor, leaky_rrxor, matching_parens, mr_name,
-    days_of_week, tom_quantum, fanizza, post_quantum,
-)}  # fmt: skip
+ZOO = (coin, even_ones, no_consecutive_ones, zero_one_random, sns, mess3, rrxor, leaky_rrxor, matching_parens, mr_name,
+       days_of_week, tom_quantum, fanizza, post_quantum)
+PROCESSES = {function.__name__: function for function in ZOO}
+COMPOSED = {"nonergodic": ("components",), "custom": ("matrices",)}  # built from other processes, or read
 
 
+def parameters(process: str) -> tuple[str, ...]:
+    """Names of the parameters of a process; of one in PROCESSES its signature says them."""
+    if process in PROCESSES:
+        return tuple(inspect.signature(PROCESSES[process]).parameters)
+    return COMPOSED.get(process, ())
+
+
+def all_parameters() -> set[str]:
+    """Names of the parameters of all processes."""
+    return {name for process in [*PROCESSES, *COMPOSED] for name in parameters(process)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A process
+# ---------------------------------------------------------------------------------------------------------------
 class Estimate(float):
     """A number with `error`: 0 where it is exact, else a standard error or (for brackets) a half width, in nats."""
 
@@ -178,6 +244,7 @@ class MixedState(NamedTuple):
 
 
 IMPOSSIBLE = 1e-13  # a conditional probability below this is rounding of an exact 0
+RESCALE = 16  # tokens between two rescalings of a belief: float64 holds the product of so many probabilities
 
 
 class Process:
@@ -207,35 +274,51 @@ class Process:
         start = None if initial_state is None else np.asarray(initial_state, dtype=np.float64)
         if start is not None and (start.shape != (self.num_states,) or not np.isfinite(start).all()):
             raise ProcessError(f"{name}: initial_state must be {self.num_states} numbers, finite and one a state")
-        T, r, pi = _normalize(T, name, start) if eigenvector is None else (T, eigenvector, stationary)
-        r, pi = np.asarray(r, dtype=np.float64), np.asarray(pi, dtype=np.float64)
-        start = pi if start is None else start
+        if eigenvector is None:
+            T, r, pi = _normalize(T, name, start)
+        else:
+            r, pi = np.asarray(eigenvector, dtype=np.float64), np.asarray(stationary, dtype=np.float64)
+        if start is None:
+            start = pi
         if not start @ r > 0:
             raise ProcessError(f"{name}: initial_state must have positive weight")
         self.is_hmm = bool((T >= 0).all() and np.allclose(r, 1, atol=1e-9))
         if self.is_hmm and (start < 0).any():
             raise ProcessError(f"{name}: initial_state holds a negative probability")
-        self.transition_matrices, self.normalizing_eigenvector = torch.from_numpy(T.copy()), torch.from_numpy(r.copy())
-        self.stationary_state, self.initial_state = torch.from_numpy(pi.copy()), torch.from_numpy(start / (start @ r))
-        self._tables()
-        if not self.is_hmm:
+        self.transition_matrices = torch.from_numpy(T.copy())
+        self.normalizing_eigenvector = torch.from_numpy(r.copy())
+        self.stationary_state = torch.from_numpy(pi.copy())
+        self.initial_state = torch.from_numpy(start / (start @ r))
+        self._build_tables()
+        if self.is_hmm:
+            self._build_edges()
+        else:
             self._check_words()
 
-    def _tables(self) -> None:
-        """What sampling and filtering look up, derived from the stack (see `generate` and `_filter`)."""
-        T, r, S = self.transition_matrices, self.normalizing_eigenvector, self.num_states
-        emit = T @ r  # [V, S] weight of a token from a state
-        self._step = torch.cat([emit.cumsum(0), T.transpose(1, 2).reshape(-1, S)])  # [V + V*S, S] acting on columns
-        if self.is_hmm:
-            joint = T.permute(1, 0, 2).reshape(S, -1)  # [S, V*S] probability of (token, next state)
-            state, outcome = joint.nonzero(as_tuple=True)
-            edges = (joint / joint.sum(1, keepdim=True)).cumsum(1)[state, outcome]
-            last = torch.cat([state[1:] != state[:-1], torch.ones(1, dtype=torch.bool, device=state.device)])
-            # State s owns [2s, 2s + 1.5): the slack keeps u + 2s, rounded up, out of the next state's interval.
-            self._edges = torch.where(last, 1.5, edges) + 2 * state
-            self._edge_token, self._edge_next = outcome // S, outcome % S
-            self._edge_offset = 2.0 * self._edge_next
-            self._start_edges = (self.initial_state.cumsum(0) / self.initial_state.sum())[:-1].contiguous()
+    def _build_tables(self) -> None:
+        """One matrix that, on a column of beliefs, gives all that a step of sampling or filtering looks up."""
+        T, r = self.transition_matrices, self.normalizing_eigenvector
+        emit = (T @ r).cumsum(0)  # [V, S] running sums over tokens of p(token | state)
+        successors = T.transpose(1, 2).reshape(-1, self.num_states)  # [V*S, S] belief after each token, not scaled
+        self._step = torch.cat([emit, successors])
+
+    def _build_edges(self) -> None:
+        """The interval [0, 1) of each state of a hidden Markov model, cut into its outcomes (token, next state).
+
+        The intervals of all states lie on one line, state s from 2s on: one search for u + 2s finds the outcome.
+        """
+        S = self.num_states
+        joint = self.transition_matrices.permute(1, 0, 2).reshape(S, -1)  # [S, V*S] p(token, next state | state)
+        state, outcome = joint.nonzero(as_tuple=True)
+        upper = (joint / joint.sum(1, keepdim=True)).cumsum(1)[state, outcome]
+        # The last outcome of state s ends at 2s + 1.5, not 2s + 1: slack that keeps u + 2s, rounded up, out of the next
+        # state's interval.
+        is_last = torch.ones_like(state, dtype=torch.bool)
+        is_last[:-1] = state[1:] != state[:-1]
+        self._edges = torch.where(is_last, 1.5, upper) + 2 * state
+        self._edge_token, self._edge_next = outcome // S, outcome % S
+        self._edge_offset = 2.0 * self._edge_next
+        self._start_edges = (self.initial_state.cumsum(0) / self.initial_state.sum())[:-1].contiguous()
 
     def to(self, device) -> "Process":
         """Move to a device, in place."""
@@ -258,7 +341,8 @@ class Process:
         if return_states and not self.is_hmm:
             raise ProcessError(f"{self.name} has no hidden path: its weights are no probabilities of states")
         uniforms = torch.rand(length + 1, batch, generator=generator, dtype=torch.float64, device=self.device)
-        return self.generate(uniforms, whole_path=True) if return_states else self.generate(uniforms)[0]
+        tokens, path = self.generate(uniforms, whole_path=return_states)
+        return (tokens, path) if return_states else tokens
 
     def generate(self, uniforms: torch.Tensor, start: torch.Tensor | None = None, whole_path: bool = False):
         """Turn uniforms [L + 1, B] into tokens [B, L], by inverting the distribution function at every step.
@@ -271,23 +355,29 @@ class Process:
             return self._generate_by_belief(uniforms[1:], start)
         if start is None:
             start = torch.searchsorted(self._start_edges, uniforms[0], right=True)
+        # The hot loop: one search among the outcomes of all states, three kernels a token.
         chosen = torch.empty(length, batch, dtype=torch.int64, device=self.device)
         offset = 2.0 * start
-        for t in range(length):  # one search among all (state, outcome) intervals: the hot loop, three kernels a token
+        for t in range(length):
             torch.searchsorted(self._edges, uniforms[t + 1] + offset, right=True, out=chosen[t])
             offset = self._edge_offset[chosen[t]]
-        path = torch.cat([start[None], self._edge_next[chosen]]).t() if whole_path else (0.5 * offset).long()
-        return self._edge_token[chosen].t().contiguous(), path
+        tokens = self._edge_token[chosen].t().contiguous()
+        if whole_path:
+            return tokens, torch.cat([start[None], self._edge_next[chosen]]).t()
+        return tokens, (0.5 * offset).long()
 
     def _generate_by_belief(self, uniforms: torch.Tensor, start: torch.Tensor | None):
-        """Sampling where only the belief is known: GHMM states are no random variables."""
+        """Sampling where only the belief is known: the states of a GHMM are no random variables."""
         (length, batch), V, S = uniforms.shape, self.vocab_size, self.num_states
-        belief = (self.initial_state[:, None].expand(S, batch) if start is None else start.t()).contiguous()  # [S, B]
+        belief = self.initial_state[:, None].expand(S, batch) if start is None else start.t()
+        belief = belief.contiguous()  # [S, B]
         tokens = torch.empty(length, batch, dtype=torch.int64, device=self.device)
         for t in range(length):
-            step = self._step @ belief  # [V + V*S, B]: running sums over tokens, then all successors
-            token = (uniforms[t] * step[V - 1] >= step[: V - 1]).sum(0)
-            belief = step[V:].view(V, S, batch).gather(0, token.expand(1, S, batch))[0] / step[V - 1]
+            step = self._step @ belief  # [V + V*S, B]
+            sums, successors = step[:V], step[V:].view(V, S, batch)
+            # The token whose interval of the running sums holds u times their total.
+            token = (uniforms[t] * sums[-1] >= sums[:-1]).sum(0)
+            belief = successors.gather(0, token.expand(1, S, batch))[0] / sums[-1]
             tokens[t] = token
         belief = belief / (self.normalizing_eigenvector @ belief)  # each division lagged a step; the last is still due
         return tokens.t().contiguous(), belief.t()
@@ -297,8 +387,7 @@ class Process:
     def _filter(self, tokens: torch.Tensor, start: torch.Tensor | None = None):
         """Beliefs [L + 1, S, B] and p(token | before) [L, B] of tokens [B, L], time first for contiguous rows.
 
-        After an impossible token both are meaningless. Beliefs are rescaled every 16 tokens only: float64 holds the
-        product of 16 conditional probabilities.
+        After an impossible token both are meaningless.
         """
         tokens = self._checked(tokens)
         (batch, length), V, S = tokens.shape, self.vocab_size, self.num_states
@@ -306,14 +395,17 @@ class Process:
         beliefs = torch.empty(length + 1, S, batch, dtype=torch.float64, device=self.device)
         beliefs[0] = self.initial_state[:, None] if start is None else start.t()
         probs = torch.empty(length, batch, dtype=torch.float64, device=self.device)
-        for begin in range(0, length, 16):
-            block = slice(begin, min(begin + 16, length))
-            for t in range(block.start, block.stop):
+        for begin in range(0, length, RESCALE):
+            end = min(begin + RESCALE, length)
+            # The update of a belief: b <- b T[x]. One product gives it for all V tokens, x picks its own.
+            for t in range(begin, end):
                 following = (successors @ beliefs[t]).view(V, S, batch)
                 torch.gather(following, 0, columns[t].expand(1, S, batch), out=beliefs[t + 1][None])
-            weights = self.normalizing_eigenvector @ beliefs[begin : block.stop + 1]  # [t, B]
-            torch.div(weights[1:], weights[:-1], out=probs[block])
-            beliefs[begin + 1 : block.stop + 1] /= weights[1:, None]
+            # The weight b . r is the probability of the tokens since the last rescaling; neighbours' ratio is that of
+            # one token given those before it.
+            weights = self.normalizing_eigenvector @ beliefs[begin : end + 1]  # [t, B]
+            torch.div(weights[1:], weights[:-1], out=probs[begin:end])
+            beliefs[begin + 1 : end + 1] /= weights[1:, None]
         return beliefs, probs
 
     def _checked(self, tokens) -> torch.Tensor:
@@ -331,8 +423,9 @@ class Process:
         Raises ProcessError for a word of probability 0, naming the first token that cannot be.
         """
         beliefs, probs = self._filter(tokens)
-        if not (probs > IMPOSSIBLE).all():
-            t, b = (~(probs > IMPOSSIBLE)).nonzero()[0].tolist()
+        impossible = ~(probs > IMPOSSIBLE)  # NaN too
+        if impossible.any():
+            t, b = impossible.nonzero()[0].tolist()
             word = self._checked(tokens)[b, : t + 1].tolist()
             raise ProcessError(f"token {word[-1]} at position {t} of sequence {b} is impossible under {self.name} "
                                f"after {word[max(0, t - 8):-1]}: no belief follows it")
@@ -340,22 +433,23 @@ class Process:
 
     def log_prob(self, tokens) -> torch.Tensor:
         """log p(token | tokens before it) in nats, [B, L]; -inf from the first impossible token on."""
-        possible = (probs := self._filter(tokens)[1]) > IMPOSSIBLE
+        _, probs = self._filter(tokens)
+        possible = probs > IMPOSSIBLE
         if not possible.all():  # nothing follows an impossible word, whatever 0/0 gave
             probs = torch.where(possible.long().cumprod(0).bool(), probs, 0)
         return probs.log().t()
 
     def word_probability(self, word) -> float:
         """Probability that a sequence from the initial state begins with the word."""
-        word = [int(x) for x in word]
+        word = [int(token) for token in word]
         return math.exp(self.log_prob([word]).sum()) if word else 1.0
 
     def next_token_probs(self, belief) -> torch.Tensor:
-        """p(next token | belief), [..., V] for beliefs [..., S]."""
+        """p(next token x | belief) = belief T[x] r, [..., V] for beliefs [..., S]."""
         belief = torch.as_tensor(belief, dtype=torch.float64, device=self.device)
         return (belief @ (self.transition_matrices @ self.normalizing_eigenvector).t()).clamp_min(0)
 
-    # Entropies -------------------------------------------------------------------------------------------------
+    # Words and entropies ---------------------------------------------------------------------------------------
 
     def children(self, belief: torch.Tensor, weight: torch.Tensor):
         """All possible one-token continuations of beliefs [N, S]: (parent, token, belief, weight), parent-major."""
@@ -367,7 +461,8 @@ class Process:
 
     def all_words(self, length: int, max_words: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(words [N, length] in lexicographic order, probabilities [N]) of all that can be; None beyond max_words."""
-        words, belief = torch.empty(1, 0, dtype=torch.int64, device=self.device), self.initial_state[None]
+        words = torch.empty(1, 0, dtype=torch.int64, device=self.device)
+        belief = self.initial_state[None]
         weight = torch.ones_like(belief[:, 0])
         for _ in range(length):
             parent, token, belief, weight = self.children(belief, weight)
@@ -376,18 +471,21 @@ class Process:
             words = torch.cat([words[parent], token[:, None]], 1)
         return words, weight
 
-    def _levels(self, depth: int, max_nodes: int, belief: torch.Tensor | None = None, weight=None):
+    def _levels(self, depth: int, max_nodes: int, belief: torch.Tensor | None = None, weight=None) -> Iterator:
         """Yield (beliefs [N, S], weights [N]) of all words of length 0, 1, ..., depth, equal beliefs merged.
 
         Starts from the initial state unless told otherwise; stops early where a level could exceed max_nodes.
         """
-        belief = self.initial_state[None] if belief is None else belief
-        weight = torch.ones_like(belief[:, 0]) if weight is None else weight
+        if belief is None:
+            belief = self.initial_state[None]
+        if weight is None:
+            weight = torch.ones_like(belief[:, 0])
         for length in range(depth + 1):
             yield belief, weight
             if length == depth or len(belief) * self.vocab_size > max_nodes:
                 return
-            belief, weight = _merge(*self.children(belief, weight)[2:])
+            _, _, belief, weight = self.children(belief, weight)
+            belief, weight = _merge(belief, weight)
 
     def _entropy(self, belief: torch.Tensor) -> torch.Tensor:
         """Entropy in nats of the next token, [...] for beliefs [..., S]."""
@@ -398,13 +496,17 @@ class Process:
 
         Beyond that, the mean over sampled words of the entropy of the exact prediction, with its standard error.
         """
-        found = [Estimate(float(w @ self._entropy(b))) for b, w in self._levels(length, max_nodes)]
-        if len(found) <= length:
+        # H = sum over words of p(word) H(next | belief after the word); words of one belief count as one.
+        estimates = []
+        for belief, weight in self._levels(length, max_nodes):
+            estimates.append(Estimate(float(weight @ self._entropy(belief))))
+        if len(estimates) <= length:
             generator = torch.Generator(self.device).manual_seed(seed)
             beliefs, _ = self._filter(self.sample(samples, length, generator))
-            entropy = self._entropy(beliefs[len(found) :].transpose(1, 2))  # [l, samples]
-            found += map(Estimate, entropy.mean(1).tolist(), (entropy.std(1) / samples**0.5).tolist())
-        return found
+            entropy = self._entropy(beliefs[len(estimates) :].transpose(1, 2))  # [l, samples]
+            errors = entropy.std(1) / samples**0.5
+            estimates += map(Estimate, entropy.mean(1).tolist(), errors.tolist())
+        return estimates
 
     def myopic_entropy(self, length: int, max_nodes: int = 300_000) -> Estimate:
         """H(next token | first `length` tokens) in nats; `.error` is 0 if exact, else a standard error."""
@@ -418,42 +520,59 @@ class Process:
         """Entropy per token in the limit, in nats, with an error.
 
         Finitely many beliefs: the average over the chain of beliefs, exact. A hidden Markov model otherwise: halfway
-        between H(next | L tokens), which bounds it from above, and H(next | first state, L tokens), from below (Cover
-        and Thomas, theorem 4.5.1), with half the gap as error. Failing both, Monte Carlo and its standard error.
+        between two bounds, with half the gap as error. Failing both, Monte Carlo and its standard error.
         """
         chain = self._belief_chain()
         if chain is not None:
             beliefs, transitions = chain
-            return Estimate(_limit(transitions)[0] @ self._entropy(beliefs))
+            visits = _limit(transitions)[0]  # [N] how often each belief is held, in the long run
+            return Estimate(visits @ self._entropy(beliefs))
         if self.is_hmm:
-            pi = self.initial_state @ _limit(self.transition_matrices.sum(0))  # a mixture keeps its start's weights
-            bounds = zip(self._levels(200, max_nodes, pi[None]),
-                         self._levels(200, max_nodes, torch.eye(self.num_states).to(pi), pi), strict=False)
-            for level in bounds:
-                upper, lower = (float(w @ self._entropy(b)) for b, w in level)
-                if upper - lower < 1e-12:
-                    break
+            lower, upper = self._entropy_rate_bounds(max_nodes)
             if upper - lower < 1e-3:
                 return Estimate((upper + lower) / 2, max(0.0, upper - lower) / 2)
         tokens = self.sample(samples, length, torch.Generator(self.device).manual_seed(0))
-        entropy = self._entropy(self._filter(tokens)[0][length // 2 :].transpose(1, 2)).mean(0)  # [samples]
+        beliefs, _ = self._filter(tokens)
+        late = beliefs[length // 2 :].transpose(1, 2)  # [length / 2, samples, S], when the start is forgotten
+        entropy = self._entropy(late).mean(0)  # [samples]
         return Estimate(entropy.mean(), entropy.std() / samples**0.5)
+
+    def _entropy_rate_bounds(self, max_nodes: int) -> tuple[float, float]:
+        """H(next | first state, L tokens) <= entropy rate <= H(next | L tokens), for the largest L that fits.
+
+        Cover and Thomas, theorem 4.5.1.
+        """
+        pi = self.initial_state @ _limit(self.transition_matrices.sum(0))  # a mixture keeps its start's weights
+        states = torch.eye(self.num_states).to(pi)
+        unknown, known = self._levels(200, max_nodes, pi[None]), self._levels(200, max_nodes, states, pi)
+        for (belief, weight), (belief_from_state, weight_from_state) in zip(unknown, known, strict=False):
+            upper = float(weight @ self._entropy(belief))
+            lower = float(weight_from_state @ self._entropy(belief_from_state))
+            if upper - lower < 1e-12:
+                break
+        return lower, upper
 
     def _belief_chain(self, max_beliefs: int = 1_000):
         """The Markov chain of beliefs, (beliefs [N, S], transitions [N, N]), from the initial one; None if large."""
-        beliefs, edges, new = self.initial_state[None], [], slice(0, 1)
-        while new.start < new.stop:
-            parent, _, child, prob = self.children(beliefs[new], torch.ones_like(beliefs[new, 0]))
-            keys, ids = torch.unique(_keys(torch.cat([beliefs, child])), return_inverse=True)
-            size = len(beliefs)
+        beliefs = self.initial_state[None]  # all that were met; the row is the number
+        begin = 0  # beliefs from this number on are not yet continued
+        edges = []
+        while begin < len(beliefs):
+            known = len(beliefs)
+            parent, _, child, prob = self.children(beliefs[begin:], torch.ones_like(beliefs[begin:, 0]))
+            # The number of a child: that of the known belief with its key, else the next free one.
+            keys, group = torch.unique(_keys(torch.cat([beliefs, child])), return_inverse=True)
             number = torch.full_like(keys, -1)
-            number[ids[:size]] = torch.arange(size, device=self.device)
-            unseen, where = torch.unique(ids[size:][number[ids[size:]] < 0], return_inverse=True)
-            number[unseen] = torch.arange(size, size + len(unseen), device=self.device)
-            edges.append((parent + new.start, number[ids[size:]], prob))
+            number[group[:known]] = torch.arange(known, device=self.device)
+            group = group[known:]
+            unseen = torch.unique(group[number[group] < 0])
+            number[unseen] = torch.arange(known, known + len(unseen), device=self.device)
+            target = number[group]
+            edges.append((parent + begin, target, prob))
+            is_new = target >= known
             fresh = torch.empty(len(unseen), self.num_states).to(beliefs)
-            fresh[where] = child[edges[-1][1] >= size]
-            beliefs, new = torch.cat([beliefs, fresh]), slice(size, size + len(fresh))
+            fresh[target[is_new] - known] = child[is_new]
+            beliefs, begin = torch.cat([beliefs, fresh]), known
             if len(beliefs) > max_beliefs:
                 return None
         source, target, prob = (torch.cat(column) for column in zip(*edges, strict=True))
@@ -468,14 +587,14 @@ class Process:
         if order not in ("breadth", "depth"):
             raise ProcessError(f"order = {order!r}: use 'breadth' or 'depth'")
         words, belief = [()], self.initial_state[None]
-        weight, nodes = torch.ones_like(belief[:, 0]), []
-        for length in range(depth + 1):
+        weight = torch.ones_like(belief[:, 0])
+        nodes = list(map(MixedState, words, weight.tolist(), belief))
+        for _ in range(depth):
+            parent, token, belief, weight = self.children(belief, weight)
+            keep = weight >= min_prob
+            belief, weight = belief[keep], weight[keep]
+            words = [(*words[p], x) for p, x in zip(parent[keep].tolist(), token[keep].tolist(), strict=True)]
             nodes += map(MixedState, words, weight.tolist(), belief)
-            if length < depth:
-                parent, token, belief, weight = self.children(belief, weight)
-                keep = weight >= min_prob
-                belief, weight = belief[keep], weight[keep]
-                words = [(*words[p], x) for p, x in zip(parent[keep].tolist(), token[keep].tolist(), strict=True)]
         return nodes if order == "breadth" else sorted(nodes, key=lambda node: node.word)
 
     def _check_words(self, depth: int = 24, beam: int = 4_000) -> None:
@@ -489,15 +608,16 @@ class Process:
                 raise ProcessError(f"{self.name} is no process: after {words[n].tolist()} the token {token} has the "
                                    f"negative weight {prob.min():.3g}")
             parent, token, belief, _ = self.children(belief, torch.ones_like(belief[:, 0]))
-            _, first = _unique(belief)
-            first = first[(belief[first] @ emit).min(1).values.argsort()[:beam]]
-            belief, words = belief[first], torch.cat([words[parent[first]], token[first, None]], 1)
+            _, member = _unique(belief)
+            least = (belief[member] @ emit).min(1).values
+            kept = member[least.argsort()[:beam]]
+            belief, words = belief[kept], torch.cat([words[parent[kept]], token[kept, None]], 1)
 
 
 def _keys(belief: torch.Tensor) -> torch.Tensor:
     """[N] int64 hashes of beliefs [N, S]; beliefs that agree to about 1e-10 have the same one."""
-    odd = torch.from_numpy(np.random.default_rng(0).integers(2**62, size=belief.shape[1]) * 2 + 1).to(belief.device)
-    return ((belief * 1e10).round().long() * odd).sum(1)
+    odd = np.random.default_rng(0).integers(2**62, size=belief.shape[1]) * 2 + 1
+    return ((belief * 1e10).round().long() * torch.from_numpy(odd).to(belief.device)).sum(1)
 
 
 def _unique(belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -513,7 +633,7 @@ def _merge(belief: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, to
     return belief[member], torch.zeros_like(weight[: len(member)]).index_add_(0, group, weight)
 
 
-def _limit(chain):
+def _limit(chain) -> torch.Tensor:
     """lim (I + P)^n / 2^n of a stochastic matrix P [N, N]: row i is where a chain from i is found in the long run."""
     P = torch.as_tensor(chain)
     P = (torch.eye(len(P)).to(P) + P) / 2  # lazy, hence aperiodic: the limit exists and is P's time average
@@ -547,15 +667,9 @@ def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.n
     return T, r * len(r) / r.sum(), pi / pi.sum()
 
 
-def parameters(process: str | None = None) -> list[str]:
-    """Names of the parameters of a process, or of all processes: the signatures of PROCESSES say them."""
-    special = {"nonergodic": ["components"], "custom": ["matrices"]}
-    if process is not None:
-        return special.get(process) or list(inspect.signature(PROCESSES[process]).parameters)
-    every = [name for function in PROCESSES.values() for name in inspect.signature(function).parameters]
-    return list(dict.fromkeys(["components", "matrices", *every]))
-
-
+# ---------------------------------------------------------------------------------------------------------------
+# Processes by name, mixtures, framing
+# ---------------------------------------------------------------------------------------------------------------
 def make_process(name: str = "mess3", *, initial_state=None, add_bos: bool = False, add_eos: bool = False,
                  eos_prob: float = 0.05, **params) -> Process:
     """Build a process by name.
@@ -567,98 +681,122 @@ def make_process(name: str = "mess3", *, initial_state=None, add_bos: bool = Fal
     add_bos: a further token that begins each sequence. Both are part of the stack, so everything stays exact.
     Raises ProcessError, naming the allowed range or the known processes.
     """
+    known = [*PROCESSES, *COMPOSED]
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise ProcessError(f"unknown process {name!r}{hint} Known: {', '.join(known)}")
+    for key in params:
+        if key not in parameters(name):
+            takes = ", ".join(parameters(name)) or "none"
+            raise ProcessError(f"process {name} has no parameter {key!r}: it takes {takes}")
     try:
         if name == "nonergodic":
-            process = _mixture(initial_state=initial_state, **_only(name, params, "components"))
+            process = _mixture(initial_state=initial_state, **params)
         elif name == "custom":
-            process = Process(_read_matrices(**_only(name, params, "matrices")), initial_state)
-        elif name in PROCESSES:
-            params = _only(name, params, *inspect.signature(PROCESSES[name]).parameters)
-            process = Process(PROCESSES[name](**params), initial_state, name=name)
+            process = Process(_read_matrices(**params), initial_state)
         else:
-            near = difflib.get_close_matches(str(name), [*PROCESSES, "nonergodic", "custom"], n=1)
-            raise ProcessError(f"unknown process {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-                               + f" Known: {', '.join(PROCESSES)}, nonergodic, custom")
+            process = Process(PROCESSES[name](**params), initial_state, name=name)
     except ProcessError:
         raise
     except (TypeError, ValueError, OverflowError) as e:  # a parameter of another type, or far out of range
-        given = {**params, "initial_state": initial_state} if initial_state is not None else params
-        raise ProcessError(f"process {name} cannot be built from {given}: {e}") from e
-    return _framed(process, add_bos, eos_prob if add_eos else 0.0) if add_bos or add_eos else process
-
-
-def _only(name: str, params: dict, *allowed: str) -> dict:
-    for key in params:
-        if key not in allowed:
-            raise ProcessError(f"process {name} has no parameter {key!r}: it takes {', '.join(allowed) or 'none'}")
-    return params
+        if initial_state is not None:
+            params["initial_state"] = initial_state
+        raise ProcessError(f"process {name} cannot be built from {params}: {e}") from e
+    if add_bos or add_eos:
+        process = _framed(process, add_bos, eos_prob if add_eos else 0.0)
+    return process
 
 
 def _read_matrices(matrices=None) -> np.ndarray:
     """A stack [V, S, S] from a nested list or from an .npy or .npz file (the only array in it, or `matrices`)."""
     if matrices is None or (isinstance(matrices, str) and not matrices):
         raise ProcessError("process custom needs matrices: a nested list [V, S, S] or the path of an .npy or .npz file")
+    is_file = isinstance(matrices, (str, Path))
     try:
-        if not isinstance(matrices, (str, Path)):
-            return np.asarray(matrices, dtype=np.float64)
-        data = np.load(matrices, allow_pickle=False)
+        data = np.load(matrices, allow_pickle=False) if is_file else matrices
         if isinstance(data, np.lib.npyio.NpzFile):
             names = data.files
             data = data["matrices" if "matrices" in names or len(names) != 1 else names[0]]
-        if not np.isrealobj(data):
+        if is_file and not np.isrealobj(data):
             raise ValueError("the numbers are complex")
         return np.asarray(data, dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        source = matrices if isinstance(matrices, (str, Path)) else "the nested list"
+        source = matrices if is_file else "the nested list"
         raise ProcessError(f"cannot read matrices from {source}: {e}; expected numbers of shape [V, S, S]") from e
+
+
+class Component(NamedTuple):
+    """A process of a mixture, what its tokens are called there, and its weight."""
+
+    process: Process
+    vocab_map: list
+    weight: float
+
+
+def _component(spec, where: str) -> Component:
+    """Of {"process": NAME, "weight": 1, "vocab_map": [...], ...params}; where: how messages call it."""
+    if not isinstance(spec, dict) or "process" not in spec:
+        raise ProcessError(f"{where} = {spec!r}: expected {{'process': NAME, ...}}")
+    params = {key: value for key, value in spec.items() if key not in ("process", "weight", "vocab_map")}
+    process = make_process(spec["process"], **params)
+    weight, vocab_map = spec.get("weight", 1.0), spec.get("vocab_map")
+    vocab_map = list(range(process.vocab_size)) if vocab_map is None else list(vocab_map)
+    are_tokens = all(isinstance(token, int) and token >= 0 for token in vocab_map)
+    if len(set(vocab_map)) != process.vocab_size or not are_tokens:
+        raise ProcessError(f"{where}: vocab_map = {vocab_map} needs {process.vocab_size} distinct tokens")
+    if not weight > 0:
+        raise ProcessError(f"{where}: weight = {weight} must be positive")
+    return Component(process, vocab_map, weight)
 
 
 def _mixture(components: list | None = None, initial_state=None) -> Process:
     """A process that draws one of its components once and stays in it: block-diagonal, not ergodic."""
     if not components:
         raise ProcessError("process nonergodic needs components: a list of {'process': NAME, 'weight': 1, ...}")
-    parts, maps, weights = [], [], []
-    for i, component in enumerate(components):
-        if not isinstance(component, dict) or "process" not in component:
-            raise ProcessError(f"components[{i}] = {component!r}: expected {{'process': NAME, ...}}")
-        spec = dict(component)
-        weights.append(spec.pop("weight", 1.0))
-        vocab_map = spec.pop("vocab_map", None)
-        parts.append(make_process(spec.pop("process"), **spec))
-        maps.append(list(range(parts[-1].vocab_size)) if vocab_map is None else list(vocab_map))
-        if len(set(maps[-1])) != parts[-1].vocab_size or not all(isinstance(x, int) and x >= 0 for x in maps[-1]):
-            raise ProcessError(f"components[{i}]: vocab_map = {maps[-1]} needs {parts[-1].vocab_size} distinct tokens")
-        if not weights[-1] > 0:
-            raise ProcessError(f"components[{i}]: weight = {weights[-1]} must be positive")
-    S, V = sum(p.num_states for p in parts), 1 + max(max(m) for m in maps)
-    T, start, pi, at = np.zeros((V, S, S)), np.zeros(S), np.zeros(S), 0
-    for part, vocab_map, weight in zip(parts, maps, np.array(weights) / sum(weights), strict=True):
-        block = slice(at, at := at + part.num_states)
-        T[vocab_map, block, block] = part.transition_matrices.numpy()
-        start[block] = weight * part.initial_state.numpy()
-        pi[block] = weight * (part.stationary_state / (part.stationary_state @ part.normalizing_eigenvector)).numpy()
-    r = np.concatenate([p.normalizing_eigenvector.numpy() for p in parts])
-    name = "nonergodic(" + " + ".join(p.name for p in parts) + ")"
+    parts = [_component(spec, f"components[{i}]") for i, spec in enumerate(components)]
+    S = sum(part.process.num_states for part in parts)
+    V = 1 + max(max(part.vocab_map) for part in parts)
+    total = sum(part.weight for part in parts)
+    T, start, pi, r = np.zeros((V, S, S)), np.zeros(S), np.zeros(S), np.zeros(S)
+    begin = 0
+    for process, vocab_map, weight in parts:
+        block = slice(begin, begin + process.num_states)
+        begin = block.stop
+        eigenvector, stationary = process.normalizing_eigenvector, process.stationary_state
+        T[vocab_map, block, block] = process.transition_matrices.numpy()
+        r[block] = eigenvector.numpy()
+        start[block] = weight / total * process.initial_state.numpy()
+        pi[block] = weight / total * (stationary / (stationary @ eigenvector)).numpy()  # a component's weight is p . r
+    name = "nonergodic(" + " + ".join(part.process.name for part in parts) + ")"
     return Process(T, start if initial_state is None else initial_state, r, pi / pi.sum(), name)
 
 
 def _framed(process: Process, add_bos: bool, eos_prob: float) -> Process:
-    """The process with tokens for the end (V) and the beginning (the last one) of a sequence.
+    """The process with tokens for the end (V, unless eos_prob is 0) and the beginning (the last one) of a sequence.
 
     EOS turns weight v T[x] into (1 - e) v T[x] and adds e (v . r) times the start, which leaves r the eigenvector.
+    BOS is emitted from one more state, the last, where every sequence then starts.
     """
     _probabilities(eos_prob=eos_prob)
     V, S = process.vocab_size, process.num_states
     r, start = process.normalizing_eigenvector.numpy(), process.initial_state.numpy()
-    T = np.zeros((V + (eos_prob > 0) + add_bos, S + add_bos, S + add_bos))
-    T[:V, :S, :S] = (1 - eos_prob) * process.transition_matrices.numpy()
-    begin = np.append(start, 0.0) if add_bos else start
+    pi = process.stationary_state.numpy()
+    begin = start  # where a sequence begins, before its BOS if there is one
+    tokens, states = V, S
+    if eos_prob > 0:
+        tokens += 1
     if add_bos:
-        T[-1, S, :S], begin, r = start, np.eye(S + 1)[S], np.append(r, 1.0)
+        tokens, states = tokens + 1, S + 1
+        begin, r, pi = np.eye(S + 1)[S], np.append(r, 1.0), np.append(pi, 0.0)
+    T = np.zeros((tokens, states, states))
+    T[:V, :S, :S] = (1 - eos_prob) * process.transition_matrices.numpy()
+    if add_bos:
+        T[-1, S, :S] = start
     if eos_prob > 0:
         T[V, :S] = eos_prob * np.outer(r[:S], begin)
+        # pi M = pi and pi . r = 1: least squares of a system with one equation more than unknowns, solved exactly.
         M = T.sum(0)
-        pi = np.linalg.lstsq(np.vstack([M.T - np.eye(len(M)), r]), np.eye(len(M) + 1)[-1], rcond=None)[0]
-    else:
-        pi = np.append(process.stationary_state.numpy(), 0.0)
+        equations = np.vstack([M.T - np.eye(states), r])
+        pi = np.linalg.lstsq(equations, np.eye(states + 1)[-1], rcond=None)[0]
     return Process(T, begin, r, pi / pi.sum(), process.name)

@@ -118,7 +118,7 @@ def write_arrays(folder: Path) -> None:
 def test_own_data_are_a_dozen_lines(monkeypatch):
     write_arrays(Path("arrays"))
     page = copied(monkeypatch, DATA)
-    summary = page.main([*TINY, "--data=arrays", "--max_steps=80"])
+    summary = page.main([*TINY, "--data=arrays", "--batch_size=32", "--max_steps=200", "--lr=2e-2"])
     assert (summary["categories"], len(summary["xe_by_position"])) == (["up", "down"], 9)
     assert "oracle_icl_gain" not in summary and summary["icl_gain"] > 0.1
     assert page.main(["--analyze=out/mine", "--device=cpu"])["val_xe"] == summary["val_xe"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.runtime import Runtime, learning_rate
+from common.runtime import FiniteCheck, Runtime, learning_rate
 from configurator import configure
 from measure import beliefs as measured
 from measure.beliefs import (
@@ -22,7 +22,7 @@ from measure.beliefs import (
 )
 from measure.tracker import MetricTracker
 from sources.processes import make_process
-from train_ghmm import Config, Contexts, build_model, evaluate, make_contexts, next_token_loss, rotate
+from train_ghmm import Config, Contexts, build_model, evaluate, make_contexts, next_token_loss, rotate, train_step
 
 V = 3
 CPU = torch.device("cpu")
@@ -206,6 +206,23 @@ def test_next_token_loss_is_the_mean_negative_log_probability():
     logits, targets = torch.randn(2, 4, V, generator=seeded(5)), torch.randint(V, (2, 4), generator=seeded(6))
     expected = -np.mean([math.log(logits[b, t].softmax(0)[targets[b, t]]) for b in range(2) for t in range(4)])
     assert float(next_token_loss(logits, targets)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"positional": "rope", "act": "gelu", "normalization": "RMS"}, *RECURRENT],
+                         ids=label)
+def test_a_step_that_logs_nothing_reads_nothing_from_the_device(settings):
+    """On the meta device there are no numbers to read, and no tensor of the CPU fits in."""
+    rt = runtime(**settings)
+    rt.device = torch.device("meta")
+    model = model_of(**settings).to("meta")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=False, foreach=False)
+    tracker, finite = MetricTracker(model, optimizer), FiniteCheck(rt.device)
+    tokens = torch.randint(V, (4, 7), device="meta")
+    loss = train_step(model, tokens, rt, config(grad_accum=2, **settings))
+    norm = rt.step(optimizer, list(model.parameters()), 1.0, 1e-3)
+    finite.add(1, loss)
+    assert tracker.update(step=1, loss=loss, tokens_in_batch=24, grad_norm=norm, log=False) == {}
+    assert loss.device.type == norm.device.type == "meta"
 
 
 # Metrics -----------------------------------------------------------------------------------------------------------
@@ -666,6 +683,12 @@ def test_pictures_are_drawn_for_any_number_of_states(name, states, tmp_path):
     for picture in pictures:
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert imread(picture)[..., :3].std() > 0.01, f"{picture.name} is blank"
+
+
+def test_without_an_analysis_there_are_pictures_of_the_loss_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "eval", "excess_loss": 2.0}\n')
+    plot_run(tmp_path, "title", {"loss_by_position": [2.0, 1.0], "optimal_loss_by_position": [0.0, 0.0]}, None, None)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss_by_position.png", "excess_loss.png"}
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from common.runtime import Runtime
-from sources.processes import PROCESSES, Process, ProcessError, make_process
+from sources.processes import PROCESSES, Process, ProcessError, all_parameters, make_process, parameters
 from train_ghmm import Batches, Config, build_process
 
 GHMMS = ("tom_quantum", "fanizza", "post_quantum")
@@ -690,6 +690,12 @@ def test_an_unknown_process_is_answered_with_the_nearest_and_the_list():
 def test_a_parameter_the_process_does_not_have_is_refused(name, params, message):
     with pytest.raises(ProcessError, match=message):
         make_process(name, **params)
+
+
+def test_every_parameter_of_every_process_is_a_setting_without_a_default():
+    assert {"x", "p1", "open_probs", "matrices", "components"} <= all_parameters()
+    assert {getattr(Config, name) for name in all_parameters()} == {None}
+    assert parameters("mess3") == ("x", "a") and parameters("nowhere") == ()
 
 
 def test_a_config_builds_the_process_it_names():

@@ -25,23 +25,26 @@ import train_apelr
 from common import checkpoint
 from common.runtime import Runtime
 from configurator import configure
-from train_apelr import ALIASES, Batches, Config, Corpus, validation_windows
+from measure import plans
+from sources.corpus import read_corpus
+from train_apelr import ALIASES, Batches, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
-TINY = ("--num_plan_states=3", "--chunk_size=4", "--seq_len=15", "--token_dim=8", "--hidden_dim=16", "--fusion_dim=12",
-        "--num_layers=1", "--batch_size=8", "--lr=1e-2", "--warmup_steps=2", "--log_interval=2", "--eval_batches=1",
+TINY = ("--num_plan_states=3", "--chunk_size=4", "--seq_len=15", "--token_dim=8", "--d_model=16", "--fusion_dim=12",
+        "--n_layers=1", "--batch_size=8", "--lr=1e-2", "--warmup_steps=2", "--log_interval=2", "--eval_batches=1",
         "--final_eval_batches=2", "--preview_tokens=0", "--device=cpu", "--precision=fp32", "--out_dir=run")
 RUN = (*TINY, "--max_steps=8", "--eval_interval=4", "--save_interval=3", "--dropout=0.2", "--keep_last=-1",
        "--loss_weights={'usage_balance': 0.1, 'plan_js_div': 0.1}", "--plan_commitment=gumbel_st")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
-draw_picture = train_apelr.plot
+PICTURES = ("draw_loss", "draw_plans")
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
-    monkeypatch.setattr(train_apelr, "plot", lambda *args, **options: None)
+    for name in PICTURES:
+        monkeypatch.setattr(plans, name, lambda *args, **options: None)
     monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
 
 
@@ -83,7 +86,8 @@ def writers(text, tmp_path_factory) -> dict[str, Path]:
     """A short run of every version on text."""
     folder, found = tmp_path_factory.mktemp("writers"), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_apelr, "plot", lambda *args, **options: None)
+        for name in PICTURES:
+            patch.setattr(plans, name, lambda *args, **options: None)
         patch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
         for version in (V1, V2, "baseline"):
             found[version] = folder / version
@@ -128,7 +132,7 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step_and_ranks_share_it(text):
-    cfg, corpus = Config(seq_len=15, chunk_size=4), Corpus(str(text))
+    cfg, corpus = Config(seq_len=15, chunk_size=4), read_corpus(str(text))
     batches = Batches(runtime(), corpus, cfg, 8)
     assert torch.equal(batches(3), Batches(runtime(), corpus, cfg, 8)(3)) and not torch.equal(batches(3), batches(4))
     halves = [Batches(runtime(rank, 2), corpus, cfg, 8)(3) for rank in range(2)]
@@ -138,19 +142,19 @@ def test_a_batch_is_a_pure_function_of_seed_and_step_and_ranks_share_it(text):
 
 
 def test_windows_of_planted_documents_begin_with_them_and_validation_windows_do_not_overlap(planted, text):
-    cfg, corpus = Config(seq_len=15, chunk_size=4), Corpus(str(planted[V2]))
-    assert (Batches(runtime(), corpus, cfg, 8)(0)[:, 0] == corpus.meta["bos_id"]).all()
-    assert np.array_equal(validation_windows(corpus, cfg, 99), np.arange(20) * 16)
-    starts = validation_windows(Corpus(str(text)), cfg, 1000)
-    assert (np.diff(starts) == 15).all() and starts[-1] + 16 <= len(Corpus(str(text)).val)
-    few = validation_windows(Corpus(str(text)), cfg, 5)
+    cfg, corpus = Config(seq_len=15, chunk_size=4), read_corpus(str(planted[V2]))
+    assert (Batches(runtime(), corpus, cfg, 8)(0)[:, 0] == corpus.first_id).all()
+    assert np.array_equal(corpus.spread(99, cfg.seq_len, cfg.version), np.arange(20) * 16)
+    starts = read_corpus(str(text)).spread(1000, cfg.seq_len, cfg.version)
+    assert (np.diff(starts) == 15).all() and starts[-1] + 16 <= len(read_corpus(str(text)).val)
+    few = read_corpus(str(text)).spread(5, cfg.seq_len, cfg.version)
     assert len(few) == 5 and few[0] == 0 and few[-1] == starts[-1] and set(few) <= set(starts)
 
 
 def test_evaluation_agrees_with_the_losses_and_with_the_planted_truth(planted):
-    cfg, corpus = configure(Config, [*TINY, f"--data={planted[V2]}"]), Corpus(str(planted[V2]))
+    cfg, corpus = configure(Config, [*TINY, f"--data={planted[V2]}"]), read_corpus(str(planted[V2]))
     torch.manual_seed(0)
-    model, starts = train_apelr.build_model(cfg, corpus.vocab_size), validation_windows(corpus, cfg, 99)
+    model, starts = train_apelr.build_model(cfg, corpus.vocab_size), corpus.spread(99, cfg.seq_len, cfg.version)
     found = train_apelr.evaluate(model, corpus, starts, runtime(), cfg, batch=7)
     tokens = corpus.windows("val", starts, 15)
     model.eval()
@@ -162,11 +166,11 @@ def test_evaluation_agrees_with_the_losses_and_with_the_planted_truth(planted):
     assert found["val_nll"] == pytest.approx(nll(), rel=1e-5) and found["forced_nll"] == pytest.approx(forced, rel=1e-5)
     assert found["planner_mask_delta_loss"] == pytest.approx(nll("uniform_mask") - nll(), abs=1e-5)
     assert found["plan_gain"] == pytest.approx(min(forced) - nll(), abs=1e-5)
-    assert found["oracle_nll"] == pytest.approx(corpus.meta["oracle_nll"], rel=1e-5)
+    assert found["oracle_nll"] == pytest.approx(read(planted[V2] / "meta.json")["oracle_nll"], rel=1e-5)
     beliefs = model.filter(*(lambda h: (model.look_up(h, tokens[:, 1:, None])[..., 0], model.contexts(h)))(
         model.read(tokens[:, :-1])[0]))
-    plans = np.load(planted[V2] / "val_plans.npy")
-    nmi = train_apelr.normalised_mutual_information(beliefs.end.argmax(2).numpy().ravel(), plans.ravel())
+    true = np.load(planted[V2] / "val_plans.npy")
+    nmi = plans.normalised_mutual_information(beliefs.end.argmax(2).numpy().ravel(), true.ravel())
     assert found["plan_nmi"] == pytest.approx(nmi)
     P = model.planner_transition_logits.detach().softmax(1)
     assert found["transition_mean_diagonal"] == pytest.approx(float(P.diagonal().mean()), rel=1e-6)
@@ -184,7 +188,7 @@ def test_a_planted_plan_is_found_and_the_loss_comes_near_its_optimum(version, pl
                        "--num_states=1", "--plan_sharpness=2.5", "--train_documents=4000", "--validation_documents=200",
                        f"--version={version}", f"--out_dir={folder}"])
     length = read(folder / "meta.json")["document_length"] - 1
-    result = run(folder, f"--version={version}", "--chunk_size=8", f"--seq_len={length}", "--hidden_dim=24",
+    result = run(folder, f"--version={version}", "--chunk_size=8", f"--seq_len={length}", "--d_model=24",
                  "--batch_size=64", "--max_steps=250", "--eval_interval=250", "--final_eval_batches=64", "--lr=2e-2",
                  "--loss_weights={'usage_balance': 0.1}", "--usage_balance_weight=0.1")
     truth = read(folder / "meta.json")
@@ -259,7 +263,7 @@ def test_a_killed_run_started_again_ends_with_the_same_bits(planted):
 def test_two_ranks_train_like_one(version, planted):
     """Terms that are means over tokens average over ranks exactly; the gradients are synchronised."""
     weights = "{'boundary_entropy': 0.1, 'plan_js_div': 0.05}"
-    settings = [*TINY, "--max_steps=6", f"--data={planted[version]}", f"--version={version}", "--grad_accum_steps=2",
+    settings = [*TINY, "--max_steps=6", f"--data={planted[version]}", f"--version={version}", "--grad_accum=2",
                 f"--loss_weights={weights}", "--aux_token_fraction=1", "--plan_mi_weight=0.1", "--chunk_bow_weight=0.1",
                 "--chunk_post_kl_weight=0.1", "--entropy_reg_weight=0.1"]
     done = python(*TORCHRUN, ROOT / "train_apelr.py", *settings, "--out_dir=two", folder=Path.cwd())
@@ -277,7 +281,7 @@ def test_two_ranks_train_like_one(version, planted):
     (f"--version={V2}", "--experts=bias"), (f"--version={V2}", "--backbone=transformer", "--dropout=0.1"),
     ("--version=baseline",), ("--version=baseline", "--backbone=transformer"), ("--num_plan_states=1",),
     ("--compat=source",), ("--precision=bf16",), ("--num_plan_states=1", f"--version={V1}"), ("--chunk_size=1",),
-    ("--batch_size=auto", "--cpu_batch_size=6", "--grad_accum_steps=2"), ("--lr_schedule=constant",),
+    ("--batch_size=auto", "--cpu_batch_size=6", "--grad_accum=2"), ("--schedule=constant",),
     ("--plan_commitment=gumbel_st", "--commitment_warmup_steps=1", "--commitment_ramp_steps=2",
      "--plan_temperature_start=2", "--plan_temperature_end=0.5"),
     ("--loss_weights={'rep_unlikelihood': 0.1, 'rep_window': 4, 'future_contrastive': 0.1}",),
@@ -319,16 +323,17 @@ def source_checkpoint(folder: Path) -> dict:
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("experts.")}
     for part in ("weight", "bias"):
         weights |= {f"expert_heads.{k}.{part}": v for k, v in enumerate(getattr(model.experts, part).detach())}
-    names = ("num_plan_states", "chunk_size", "token_dim", "hidden_dim", "num_layers", "lookahead_horizon")
+    names = {"num_plan_states": "num_plan_states", "chunk_size": "chunk_size", "token_dim": "token_dim",
+             "hidden_dim": "d_model", "num_layers": "n_layers", "lookahead_horizon": "lookahead_horizon"}
     return {"model_state_dict": weights, "model_version": V2, "global_step": 7, "tokenizer_path": "tokenizer.json",
-            "model_config": {k: getattr(cfg, k) for k in names} | {"vocab_size": extra["vocab_size"], "dropout": 0.1}}
+            "model_config": {theirs: getattr(cfg, ours) for theirs, ours in names.items()} | {"vocab_size": extra["vocab_size"], "dropout": 0.1}}
 
 
 def test_idle_plans_are_warned_of(capsys):
     told = []
-    train_apelr.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.5}, told.append)
-    train_apelr.warn_of_idle_plans({"plan_gain": 0.1, "forced_state_divergence_all_pairs": 0.5}, told.append)
-    train_apelr.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.01}, told.append)
+    plans.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.5}, told.append)
+    plans.warn_of_idle_plans({"plan_gain": 0.1, "forced_state_divergence_all_pairs": 0.5}, told.append)
+    plans.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.01}, told.append)
     assert len(told) == 1 and "one of them does as well alone" in told[0]
 
 
@@ -342,7 +347,7 @@ def test_the_whole_default_run_needs_no_download_and_no_data(monkeypatch):
 
     Path("corpus.txt").write_text("".join(f"some words {i} of text<|endoftext|>\n" for i in range(200)))
     monkeypatch.setattr(train_apelr, "prepare_text", text)
-    result = train_apelr.main(["--max_steps=2", "--final_eval_batches=1", "--hidden_dim=8", "--token_dim=8",
+    result = train_apelr.main(["--max_steps=2", "--final_eval_batches=1", "--d_model=8", "--token_dim=8",
                                "--device=cpu"])
     assert made[0]["out_dir"] == "data/text" and Path("out/apelr/summary.json").exists()
     assert np.isfinite(result["val_nll"])
@@ -389,12 +394,12 @@ train: {out_dir: runs/x, seq_len: 64, batch_size: auto, cpu_batch_size: 4, grad_
     (["--chunk_size=15"], "chunk_size = 15 must be smaller than seq_len = 15"),
     (["--loss_weights={'plan_jsd': 1}"], "loss_weights has no 'plan_jsd'"),
     (["--loss_weights={'rep_unlikelihood': 1}"], "needs rep_window"),
-    (["--planner_temperature=0"], "planner_temperature = 0.0: must be above 0"),
-    (["--version=v3"], "version"), (["--batch_size=some"], "batch_size"), (["--batch_size=0"], "at least 1, or auto"),
+    (["--planner_temperature=0"], "must be finite and above 0"),
+    (["--version=v3"], "version"), (["--batch_size=some"], "batch_size"), (["--batch_size=0"], "must be at least 1"),
     (["--aux_token_fraction=0"], "must be in (0, 1]"), (["--num_plan_state=3"], "did you mean num_plan_states?"),
-    (["--backbone=transformer", "--num_heads=3"], "no multiple of 2 * num_heads"),
+    (["--backbone=transformer", "--n_heads=3"], "no multiple of 2 * n_heads"),
     ([f"--version={V1}", "--experts=bias"], "settings of v2_planner_required"),
-    (["--batch_size=7", "--grad_accum_steps=2"], "must be a multiple of grad_accum_steps * ranks = 2"),
+    (["--batch_size=7", "--grad_accum=2"], "must be a multiple of grad_accum * ranks = 2"),
     (["--seq_len=16"], "the planted documents predict only 15 tokens: use seq_len=15"),
     ([f"--version={V1}"], "prepare_data.py planted --version=v1_filtered_mixture"),
     (["--vocab_size=50"], "has 10: leave it out"), (["--data=nowhere"], "nowhere/meta.json"),
@@ -473,8 +478,7 @@ def test_every_plan_in_turn_makes_a_table(writers, capsys):
             assert np.array(s["beliefs"]).tolist() == [[float(k == s["state"]) for k in range(3)]] * len(s["beliefs"])
 
 
-def test_the_plan_is_shown_as_a_strip_and_a_picture(writers, capsys, monkeypatch):
-    monkeypatch.setattr(train_apelr, "plot", draw_picture)
+def test_the_plan_is_shown_as_a_strip_and_a_picture(writers, capsys):
     written = sampled(writers[V2], "--show_plan", "--num_samples=1", "--seed=1")["samples"][0]
     count = len(written["beliefs"])
     begins = sum((9 + t) % 4 == 0 for t in range(1, count))  # v2: the 9 characters of the prompt fill two chunks
@@ -489,7 +493,7 @@ def test_the_plan_is_shown_as_a_strip_and_a_picture(writers, capsys, monkeypatch
 def test_tokens_of_any_script_are_drawn_without_a_warning():
     labels = ["\x15", "\n", "$x$", "\u4e2d\u6587", "\u0627", "\U0001f600", "\ufffd", "", "a"]
     beliefs = np.full((len(labels), 2), 0.5)
-    draw_picture(Path("here"), "strip", lambda axes: train_apelr.draw_strip(axes, beliefs, labels, [4], "title"))
+    plans.draw_beliefs(Path("here"), "strip", beliefs, labels, [4], "title")
     assert matplotlib.image.imread("here/plots/strip.png")[..., :3].std() > 0.01
 
 

@@ -20,6 +20,7 @@ import h5py
 import matplotlib.image
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from commands import python, refusal
@@ -33,7 +34,7 @@ from configurator import configure
 from measure.curves import Curves, fit_power_law, gains, measure, probe
 from measure.report import plan_study, run_name
 from sources import chunks as chunks_source
-from sources.corpus import read_corpus
+from sources.chunks import read_chunks
 from sources.processes import make_process
 from train_arxiv import ALIASES, Batches, Chunks, Config
 
@@ -87,8 +88,8 @@ def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
     return rt
 
 
-def read(path: Path | str) -> Chunks:
-    return Chunks(**read_corpus(Path(path)))
+def chunks_of(path: Path | str) -> Chunks:
+    return Chunks(**read_chunks(Path(path)))
 
 
 def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chunks:
@@ -99,7 +100,7 @@ def corpus(documents: dict[str, list], vocab_size: int, chunk_size: int) -> Chun
         spool.add(name, ids)
     spool.write(Path("corpus.h5"))
     spool.close()
-    return read("corpus.h5")
+    return chunks_of("corpus.h5")
 
 
 def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2, vocab_size: int = 60_000) -> Chunks:
@@ -111,7 +112,7 @@ def some_corpus(sizes: tuple = (40, 30, 33), chunk_size: int = 5, each: int = 2,
     return corpus(documents, vocab_size, chunk_size)
 
 
-def read_json(path: Path | str):
+def read(path: Path | str):
     return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
@@ -136,7 +137,7 @@ def assert_as_if_uninterrupted(folder: Path, whole: Path) -> None:
     keys = ("step", "best", "model", "optimizer", "ranks", "extra")
     assert unequal({k: found[k] for k in keys}, {k: expected[k] for k in keys}) == []
     assert evals(folder) == evals(whole) and len(evals(whole)) > 1
-    results, wanted = read_json(folder / "results.json"), read_json(whole / "results.json")
+    results, wanted = read(folder / "results.json"), read(whole / "results.json")
     assert results == wanted
 
 
@@ -363,6 +364,15 @@ def test_a_power_law_is_recovered_whatever_the_shape_of_the_stack():
     assert fit_power_law(xe[5]) == pytest.approx(wanted[5], rel=1e-3) and fit_power_law(xe[5]).shape == (3,)
 
 
+def test_a_power_law_fits_as_well_as_scipy_does_from_the_true_start():
+    draw, t = np.random.default_rng(7), np.arange(1, 100)
+    wanted = np.array([(0.8, 0.3, 0.9), (2.0, 1.5, 0.4), (0.5, 0.2, 2.0)])
+    noisy = wanted[:, :1] + wanted[:, 1:2] * t ** -wanted[:, 2:] + 0.01 * draw.standard_normal((3, 99))
+    for xe, ours, start in zip(noisy, fit_power_law(noisy), wanted, strict=True):
+        theirs, _ = scipy.optimize.curve_fit(lambda t, infinity, c, alpha: infinity + c * t**-alpha, t, xe, start)
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
+
+
 def test_gains_are_first_less_last_and_the_sum_over_the_last():
     gain, total = gains(np.array([[5.0, 3.0, 2.0], [1.0, 1.0, 4.0]]))
     assert gain.tolist() == [3.0, -3.0] and total.tolist() == [4.0, -6.0]
@@ -370,7 +380,7 @@ def test_gains_are_first_less_last_and_the_sum_over_the_last():
 
 @pytest.mark.parametrize("active", [["a", "b", "c"], ["c", "a"], ["b"]])
 def test_oracle_curves_are_those_of_the_nonergodic_process_of_the_active_components(data, active):
-    chunks = read(data / "validation.h5")
+    chunks = chunks_of(data / "validation.h5")
     rows = np.flatnonzero(np.isin(chunks.codes, [chunks.code(name) for name in active]))[1:]
     parts = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in PARTS}
     mixture, known = train_arxiv.exact_curves(chunks, rows, active)
@@ -397,6 +407,18 @@ def test_the_probe_reads_a_category_that_is_there_and_none_that_is_not():
     assert np.array(lost["cross_entropy"]) == pytest.approx(np.full((1, 5), math.log(4)), abs=0.1)
 
 
+@pytest.mark.parametrize("train_top, validation_top", [(9, 5), (5, 9), (7, 7)])
+def test_files_of_the_source_that_do_not_say_their_vocabulary_share_the_larger(train_top, validation_top):
+    for name, top in (("train", train_top), ("validation", validation_top)):
+        with h5py.File(f"{name}.h5", "w") as file:
+            file["token_chunks"] = np.array([[0, 1, 2, top], [top, 2, 1, 0]])
+            file["category_for_chunk"] = ["x", "y"]
+            file["doc_idx_for_chunk"] = [3, 3]  # numbers begin anew in every category
+    train, validation = train_arxiv.open_data(Config(data="."))
+    assert train.vocab_size == validation.vocab_size == max(train_top, validation_top) + 1
+    assert (train.names, train.documents.tolist(), train.budget, train.oracle) == (["x", "y"], [0, 1], 1, None)
+
+
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -413,7 +435,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "xe_by_position.csv", "plots",
         "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
     assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
-    summary, results = read_json(whole / "summary.json"), read_json(whole / "results.json")
+    summary, results = read(whole / "summary.json"), read(whole / "results.json")
     seen, groups = results["groups"]["seen"], results["groups"]
     assert groups.keys() == {"a", "b", "c", "seen", "unseen"} and groups["unseen"] == groups["c"]
     assert summary["val_xe"] == pytest.approx(np.mean(summary["xe_by_position"])) and summary["K"] == 2
@@ -437,9 +459,24 @@ def test_the_final_numbers_are_those_of_the_best_weights(data):
     best = checkpoint.load(Path("run/best.pt"))
     assert best["step"] == 2 + 2 * int(np.argmin(history)) and best["best"] == min(history)
     cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
-    chunks = read(data / "validation.h5")
+    chunks = chunks_of(data / "validation.h5")
     curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
     assert np.mean([curves.mean(k) for k in range(3)]) == pytest.approx(result["val_xe"], rel=1e-6)
+
+
+def test_a_checkpoint_with_the_older_names_of_settings_loads_and_goes_on(data, whole):
+    shutil.copytree(whole, "run")
+    for path in (Path("run/last.pt"), Path("run/best.pt")):
+        state = torch.load(path, weights_only=True)
+        config = state["config"]
+        state["experiment"] = "arxiv"
+        config |= {"adam_beta1": config.pop("beta1"), "adam_beta2": config.pop("beta2"), "min_lr_ratio": 0.1}
+        del config["min_lr"], config["schedule"]
+        torch.save(state, path)
+    cfg, model, step, extra = train_arxiv.load_run(Path("run"), "cpu")
+    assert (cfg.beta2, cfg.min_lr, cfg.schedule, extra["categories"]) == (0.95, 1e-3, "cosine", ["a", "b"])
+    shutil.rmtree("run/plots")
+    assert run(data, *RUN)["val_xe"] == read(whole / "summary.json")["val_xe"]  # no setting counts as changed
 
 
 def test_early_stopping_stops_and_stays_stopped(data):
@@ -481,7 +518,7 @@ def test_two_ranks_train_like_one(data):
                 "--rdzv_endpoint=localhost:0")
     done = python(*torchrun, ROOT / "train_arxiv.py", *settings, folder=Path.cwd())
     assert done.returncode == 0 and done.stdout.count("done: validation XE") == 1, done.stderr[-2000:]
-    alone, two = run(data), read_json("two/summary.json")
+    alone, two = run(data), read("two/summary.json")
     assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-4)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
 
@@ -501,18 +538,18 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, w
     shutil.copytree(whole, "run")
     told = refused(capsys, *RUN, f"--data={data}", "--lr=2e-2")
     assert "finished run with other settings" in told and "resume=never" in told
-    assert read_json("run/summary.json") == read_json(whole / "summary.json")
+    assert read("run/summary.json") == read(whole / "summary.json")
 
 
 def test_analyze_repeats_the_numbers(whole, monkeypatch):
     shutil.copytree(whole, "run")
-    expected, table = read_json("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
+    expected, table = read("run/results.json"), Path("run/xe_by_position.csv").read_bytes()
     for name in ("results.json", "xe_by_position.csv"):
         Path("run", name).unlink()
     result = train_arxiv.main(["--analyze=run", "--device=cpu"])
-    found = read_json("run/results.json")
+    found = read("run/results.json")
     assert found == expected and Path("run/xe_by_position.csv").read_bytes() == table
-    assert result["val_xe"] == read_json("run/summary.json")["val_xe"]
+    assert result["val_xe"] == read("run/summary.json")["val_xe"]
 
 
 # -------------------------------------------------------------------------------------------------- studies, reports
@@ -541,7 +578,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
     assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
     for folder in ("run/K1_a", "run/K2_a_b"):
-        assert found[read_json(f"{folder}/summary.json")["K"]] == read_json(f"{folder}/summary.json")["val_xe"]
+        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
     capsys.readouterr()
     assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
     assert capsys.readouterr().out.count("finished before") == 2
@@ -550,13 +587,36 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
         by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
     assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
     assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
-    groups = read_json("run/K2_a_b/results.json")["groups"]
+    groups = read("run/K2_a_b/results.json")["groups"]
     assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
     page = Path("run/report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == page.count("<img") == 3 and "http" not in re.sub(r'"data:[^"]+"', "", page)
     assert {base64.b64decode(p) for p in pictures} == {p.read_bytes() for p in Path("run/plots").iterdir()}
     assert_drawn(Path("run"), "xe_by_position", "xe_against_k", "xe_by_category")
+
+
+def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
+    folder = Path("run/K1_a")
+    settings = ("--study=K1_a", "--epochs=1", "--probe=false")
+    run(data, *settings)
+    saved = read(folder / "config.json")
+    for ours, older in (("beta1", "adam_beta1"), ("beta2", "adam_beta2")):
+        saved[older] = saved.pop(ours)
+    saved["min_lr_ratio"] = saved.pop("min_lr") / saved["lr"]
+    del saved["schedule"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    before = (folder / "last.pt").stat().st_mtime_ns
+    assert run(data, *settings).keys() == {1} and (folder / "last.pt").stat().st_mtime_ns == before
+    run(data, *settings, "--bootstrap=41", "--resume=never")
+    assert (folder / "last.pt").stat().st_mtime_ns > before
+
+
+def test_a_report_escapes_what_folders_are_called(whole):
+    shutil.copytree(whole, "runs/<b>&one")
+    train_arxiv.main(["--report=runs"])
+    page = Path("runs/report.html").read_text()
+    assert "&lt;b&gt;&amp;one" in page and "<b>" not in page and page.startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("text, words", [(None, "no run"), ("{", "damaged"), ("[]", "damaged"), ('{"K": 1}', "damaged"),

@@ -844,7 +844,8 @@ def spoil(name: str) -> None:
     ("checkpoint", "--resume=torn.pt", "torn.pt"), ("checkpoint", "--resume=gone.pt", "gone.pt"),
     ("", "--load_checkpoint_step=3", "step_3.pt"), ("", "--analyze=nowhere", "nowhere"),
     ("", "--batch_size=6 --grad_accum=4", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
-    ("", "--lr=-1", "lr: expected float >= 0"), ("", "--max_steps=0", "max_steps: expected int >= 1"), ("", "--dropout=1", "dropout: expected float in [0, 1)"),
+    ("", "--lr=-1", "lr: expected float >= 0"), ("", "--max_steps=0", "max_steps: expected int >= 1"),
+    ("", "--dropout=1", "dropout: expected float in [0, 1)"),
     ("", "--cell_set_len=-4", "cell_set_len: expected int >= 1"), ("", "--d_modl=4", "did you mean"),
     ("", "--loss=enery", "energy"), ("", "--ram_budget_gb=0", "ram_budget_gb"),
     ("", "model=state_s", "state_s"), ("", "--toml=", "empty")])
