@@ -50,6 +50,7 @@ from common.runtime import Runtime
 from configurator import fail
 from sources.cells import open_cells
 from sources.chunks import ChunkSpool, chunk_arrays
+from sources.foreign_state import source_settings, source_state_dict
 from sources.h5ad import write_h5ad
 from sources.tokenizer import train_bpe
 
@@ -575,8 +576,8 @@ def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tup
 # ---------------------------------------------------------------------------------------------------------------
 STATE_GENES = 2_000
 STATE_SIZES = {  # sets of cells a step, and settings; the second: arc-state's state_sm, fewer sets
-    "hidden 128": (8, {"cell_set_len": 64, "hidden_dim": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512}),
-    "state_sm": (4, {"cell_set_len": 128, "hidden_dim": 672, "n_layers": 4, "n_heads": 8, "head_dim": 84,
+    "hidden 128": (8, {"cell_set_len": 64, "d_model": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512}),
+    "state_sm": (4, {"cell_set_len": 128, "d_model": 672, "n_layers": 4, "n_heads": 8, "head_dim": 84,
                      "d_ff": 2_688, "n_encoder_layers": 4, "n_decoder_layers": 4})}
 STATE_LOSSES = ((8, 64, 2_000), (4, 512, 2_000))  # sets, cells, genes
 STATE_LARGE = (1_024, 20_000)  # cells, genes of the sets that memory is measured with
@@ -604,7 +605,7 @@ def bench_state(peer_path: str | None, full: bool = False) -> None:
         for size, (batch, settings) in STATE_SIZES.items():
             for loads in (False, True)[: 1 + (full or size == "hidden 128")]:
                 sides = {"ours": ""}
-                if settings["hidden_dim"] >= 256 and not loads:
+                if settings["d_model"] >= 256 and not loads:
                     sides["bf16"] = "the same in bf16"
                 if not lacking or lacking == ["cell-load"] and not loads:
                     sides["arc-state"] = "arc-state" + " fed by cell-load" * loads
@@ -710,11 +711,11 @@ def arc_state(cfg: train_state.Config, dims: dict, model=None):
     with quiet():
         from state.tx.models.state_transition import StateTransitionPerturbationModel
 
-        settings = copy.deepcopy(train_state.model_settings(cfg, dims))
+        settings = copy.deepcopy(source_settings(cfg, dims))
         peer = StateTransitionPerturbationModel(**settings, lr=cfg.lr)
     peer.log = lambda *arguments, **options: None  # its trainer's
     if model is not None:
-        peer.load_state_dict(train_state.source_state_dict(model))
+        peer.load_state_dict(source_state_dict(model))
     return peer
 
 
@@ -791,7 +792,7 @@ class StateTrainer(SlowTrainer):
         weights = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
                    for name, part in model.named_children()}
         dense = 6 * sum(weights.values()) - 2 * weights["basal_encoder"] - 6 * weights["pert_encoder"] * (1 - 1 / S)
-        width = cfg.n_heads * (cfg.head_dim or cfg.hidden_dim // cfg.n_heads)
+        width = cfg.n_heads * (cfg.head_dim or cfg.d_model // cfg.n_heads)
         return dense + 12 * cfg.n_layers * S * width + 10 * S * model.output_dim
 
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from geomloss import SamplesLoss
 
 from common import checkpoint
-from common.errors import CheckpointError, DataError, InputError, clear_errors, rehearsal
+from common.errors import CheckpointError, DataError, clear_errors, rehearsal
 from common.runlog import RunLog, run_facts
 from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
 from configurator import (
@@ -202,8 +201,6 @@ class Config:
         if self.use_batch_token and (self.batch_encoder or self.basal_mapping_strategy != "batch"):
             wrong.append("use_batch_token needs basal_mapping_strategy = batch, and no batch_encoder: all cells of a "
                          "sentence are then of the batch that the token must name")
-        if self.confidence_token and self.d_model < 4:
-            wrong.append(f"d_model = {self.d_model}: a confidence token needs at least 4")
         widths = self.decoder_hidden_dims
         if self.residual_decoder and widths[: len(widths) // 2 * 2 : 2] != widths[1::2]:
             wrong.append(f"residual_decoder needs hidden layers of equal width in pairs, not {widths}")
@@ -222,6 +219,7 @@ OF_DATA = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key"
 def open_data(cfg: Config) -> Cells:
     """The cells that cfg.toml_config_path names; the synthetic default is made where it is missing."""
     path = Path(cfg.toml_config_path)
+    # 10,240 cells of 16 cell types under 12 perturbations; one type is never seen perturbed.
     if cfg.toml_config_path == SYNTHETIC:
         make_once(path, lambda: synthetic(out_dir=str(path.parent)))
     return open_cells(toml=path, **{name: getattr(cfg, name) for name in OF_DATA})
@@ -237,6 +235,7 @@ class Sentences:
     def __init__(self, cells: Cells, split: str, cfg: Config):
         self.cells, self.split, self.cfg = cells, SPLITS.index(split), cfg
         by_batch = cfg.basal_mapping_strategy == "batch"
+        # Groups never cross files: control cells of another experiment are no controls.
         keys = [cells.file, cells.cell_type, cells.perturbation]
         if by_batch:
             keys.append(cells.batch)
@@ -248,12 +247,15 @@ class Sentences:
         if cfg.downsample_cells:
             rng = counter_rng(cfg.seed, 2, self.split)
             rows, bounds = grouped(choose(rows, bounds, cfg.downsample_cells, rng), *keys)
-        self.rows, self.starts, self.sizes = rows, bounds[:-1], np.diff(bounds)
+        self.rows = rows
+        self.starts = bounds[:-1]
+        self.sizes = np.diff(bounds)
         # Sentence i is the stretch of its group from offset on; the last of a group may be short of cells.
         count = -(-self.sizes // cfg.cell_set_len)
         first = np.cumsum(count) - count
         self.group = np.repeat(np.arange(len(count)), count)
         self.offset = (np.arange(len(self.group)) - first[self.group]) * cfg.cell_set_len
+        # Control cells of a group: a stretch of the pool.
         self.pool, self.pool_start, self.pool_size = control_pools(cells, split, rows[self.starts], by_batch)
 
     def __len__(self) -> int:
@@ -266,6 +268,7 @@ class Sentences:
         group = np.repeat(np.arange(len(self.sizes)), self.sizes)
         shuffled = self.rows[np.argsort(group + rng.random(len(group)), kind="stable")]
         targets, controls, _ = self.fill(shuffled, rng)
+        # Groups mixed: a batch of one perturbation would pull the model its way.
         order = rng.permutation(len(targets))
         return targets[order], controls[order]
 
@@ -283,9 +286,11 @@ class Sentences:
         place[beyond] = draw(rng, size[beyond])
         targets = rows[self.starts[self.group, None] + place]
         # Controls: any of the pool. Which one is no matter, for what counts is the set.
-        start, size = self.pool_start[self.group, None, None], self.pool_size[self.group, None, None]
+        start = self.pool_start[self.group, None, None]
+        size = self.pool_size[self.group, None, None]
         drawn = draw(rng, np.broadcast_to(size, (*place.shape, self.cfg.n_basal_samples)))
-        controls = np.where(size > 0, np.append(self.pool, -1)[start + drawn], -1)
+        pool = np.append(self.pool, -1)  # an empty stretch may begin at its end
+        controls = np.where(size > 0, pool[start + drawn], -1)
         # A control cell as target is another control cell's neighbour, or itself (cell-load 0.10.4 ignores this).
         if not self.cfg.map_controls:
             controls = np.where(self.cells.is_control[targets][..., None], targets[..., None], controls)
@@ -315,10 +320,12 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     features = F.one_hot(pert, cells.pert_dim).float() if cells.features is None else cells.features[pert]
     batch = {
         "pert_emb": features.to(device),
-        "ctrl_cell_emb": basal.mean(2),
+        # Of n_basal_samples cells: less noise, and less of a cell. A mean of one would cost as much as reading it.
+        "ctrl_cell_emb": basal.mean(2) if controls.shape[2] > 1 else basal[:, :, 0],
         "pert_cell_emb": cells.read(targets.ravel(), "input", device).view(b, S, -1),
         "batch": torch.from_numpy(cells.batch[targets].astype(np.int64)).to(device),
     }
+    # What a decoder learns from, where the model's cells are embeddings.
     if cells.count_genes is not None:
         batch["pert_cell_counts"] = cells.read(targets.ravel(), "counts", device).view(b, S, -1)
     return batch
@@ -330,11 +337,13 @@ class Batches:
     def __init__(self, rt: Runtime, cells: Cells, cfg: Config):
         self.rt, self.cells, self.cfg = rt, cells, cfg
         self.sentences = Sentences(cells, "train", cfg)
-        self.plan = lru_cache(2)(self.sentences.plan)  # a batch may hold the end of one epoch and the next one's start
+        # Two epochs at a time: a batch may hold the end of one and the start of the next.
+        self.plan = lru_cache(2)(self.sentences.plan)
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Targets [B, S] and controls [B, S, n_basal_samples] of the whole batch of a step."""
         targets, controls = [], []
+        # Sentence number `place` of the run, whatever the number of ranks and wherever the run was resumed.
         for place in range(step * self.cfg.batch_size, (step + 1) * self.cfg.batch_size):
             epoch, sentence = divmod(place, len(self.sentences))
             plan = self.plan(epoch)
@@ -345,6 +354,7 @@ class Batches:
     def __call__(self, step: int) -> dict:
         """This rank's batch, as make_batch has it, of b = batch_size / world_size sentences."""
         targets, controls = self.rows(step)
+        # Rows are shared before cells are read: a rank reads its own only.
         return make_batch(self.cells, self.rt.share(targets), self.rt.share(controls), self.rt.device)
 
 
@@ -370,7 +380,9 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, H = cfg, cfg.d_model
         self.width = cfg.head_dim or H // cfg.n_heads
-        wide, narrow = cfg.n_heads * self.width, (cfg.n_kv_heads or cfg.n_heads) * self.width
+        # Heads need not add up to H, and keys and values may have fewer of them.
+        wide = cfg.n_heads * self.width
+        narrow = (cfg.n_kv_heads or cfg.n_heads) * self.width
         self.q_proj = nn.Linear(H, wide, bias=False)
         self.k_proj = nn.Linear(H, narrow, bias=False)
         self.v_proj = nn.Linear(H, narrow, bias=False)
@@ -382,15 +394,19 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]."""
         cfg = self.cfg
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q = self.heads(self.q_proj(x))
+        k = self.heads(self.k_proj(x))
+        v = self.heads(self.v_proj(x))
         # No positions: a set has no order, and without them what a cell becomes does not depend on where it stands.
         # Rotary ones, and causal attention, are for checkpoints that were trained so.
         if cfg.rotary:
-            q, k = rotate(q), rotate(k)
+            q = rotate(q)
+            k = rotate(k)
         # Grouped keys and values: each head of them serves a group of neighbouring queries.
         group = q.shape[1] // k.shape[1]
         if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            k = k.repeat_interleave(group, 1)
+            v = v.repeat_interleave(group, 1)
         # A masked cell sees only itself and has nothing to weigh: the softmax of one number is 1.
         if not cfg.mask_attn:
             dropout = cfg.attention_dropout if self.training else 0.0
@@ -427,8 +443,11 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.self_attn, self.mlp = Attention(cfg), GatedMLP(cfg)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(cfg.d_model), RMSNorm(cfg.d_model)
+        self.self_attn = Attention(cfg)
+        self.mlp = GatedMLP(cfg)
+        # Before each part, not after it: the stream from first to last block stays free of norms.
+        self.input_layernorm = RMSNorm(cfg.d_model)
+        self.post_attention_layernorm = RMSNorm(cfg.d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
@@ -488,6 +507,7 @@ class StateTransitionPerturbationModel(nn.Module):
         if cfg.use_batch_token:
             self.batch_token = nn.Parameter(torch.randn(1, 1, H))
             self.batch_classifier = mlp(H, H, dims["batch_dim"], 1, cfg)
+        # Confidence: what its own loss will be, where no measured cells tell.
         if cfg.confidence_token:
             self.confidence_token = ConfidenceToken(cfg)
         # Genes, where cells are embeddings.
@@ -497,6 +517,7 @@ class StateTransitionPerturbationModel(nn.Module):
             self.gene_decoder = LatentToGeneDecoder(D, genes, cfg)
         # Expression is never negative; embeddings may be, where the source clips them unless a decoder reads them.
         self.clips = cfg.embed_key in ("X_hvg", None) or (cfg.compat_relu and self.gene_decoder is None)
+        # Adapters last, so that a model with them starts from the weights of one without.
         if cfg.lora:
             add_lora(self.transformer_backbone, cfg)
         self.freeze()
@@ -509,6 +530,7 @@ class StateTransitionPerturbationModel(nn.Module):
             self.project_out.requires_grad_(False)
         if cfg.output_space == "all" and not cfg.predict_residual:
             self.final_down_then_up.requires_grad_(False)
+        # Adapters train in a frozen backbone; queries and keys of masked cells are never asked.
         for name, weight in self.transformer_backbone.named_parameters():
             frozen = cfg.freeze_pert_backbone and "lora_" not in name
             unused = cfg.mask_attn and re.search(r"\.[qk]_proj\.", name)
@@ -535,22 +557,26 @@ class StateTransitionPerturbationModel(nn.Module):
         """Predicted cells of sentences, and what else the model's tokens say.
 
         batch: ctrl_cell_emb [B, S, D]; pert_emb [B, S or 1, P] or [B, P]; batch, codes [B, S or 1], if it is used.
-        Returns: cells [B, S, output_dim]; of tokens, where there are such, confidence [B, 1], batch_logits [B, batch_dim].
+        Returns: cells [B, S, output_dim]; of the tokens there are, confidence [B, 1] and batch_logits [B, batch_dim].
         """
         cfg, S = self.cfg, batch["ctrl_cell_emb"].shape[1]
         pert = batch["pert_emb"]
-        pert = pert[:, None] if pert.ndim == 2 else pert
+        if pert.ndim == 2:  # one of the whole sentence
+            pert = pert[:, None]
         # Every cell starts as the sum of what it is and of what befalls it.
+        pert = self.pert_norm(self.pert_encoder(pert))  # [B, S or 1, H], the same for all cells of a sentence
         control = self.basal_encoder(batch["ctrl_cell_emb"])  # [B, S, H]
-        x = self.pert_norm(self.pert_encoder(pert)) + control
+        x = pert + control
         if cfg.batch_encoder:
             x = x + self.batch_encoder(batch["batch"])
 
         # Tokens that are no cells: the batch before them, the confidence after them.
         if cfg.use_batch_token:
+            # One learned token, so that nothing but the cells can tell it the batch.
             x = torch.cat([self.batch_token.expand(len(x), -1, -1), x], 1)
         if cfg.confidence_token:
             x = torch.cat([x, self.confidence_token.confidence_token.expand(len(x), -1, -1)], 1)
+        # The transformer: a cell answers as its population does, which is told by the other cells alone.
         x = self.transformer_backbone(x)
         out = {}
         if cfg.confidence_token:
@@ -558,7 +584,7 @@ class StateTransitionPerturbationModel(nn.Module):
         if cfg.use_batch_token:
             out["batch_logits"] = self.batch_classifier(x[:, 0])
             x = x[:, 1:]
-        x = x[:, :S]
+        x = x[:, :S]  # the cells
 
         # Residual prediction: the transformer says how a control cell changes, which is little, and not what it is. In
         # the space of all genes the change is added to the cell itself, else to its encoding.
@@ -568,23 +594,29 @@ class StateTransitionPerturbationModel(nn.Module):
             cells = self.final_down_then_up(self.project_out(x) + batch["ctrl_cell_emb"])
         else:
             cells = self.project_out(x + control)
-        return out | {"cells": cells.relu() if self.clips else cells}
+        out["cells"] = cells.relu() if self.clips else cells
+        return out
 
     # Loss ------------------------------------------------------------------------------------------------------
     def set_loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The configured distance of every sentence: pred and target [B, S, D] or [B * S, D] -> [B]."""
         cfg, D = self.cfg, pred.shape[-1]
-        pred, target = (x.unflatten(0, (-1, cfg.cell_set_len)) if x.ndim == 2 else x for x in (pred, target))
+        if pred.ndim == 2:
+            pred = pred.unflatten(0, (-1, cfg.cell_set_len))
+            target = target.unflatten(0, (-1, cfg.cell_set_len))
+        # The source has two settings for one thing.
         loss = cfg.distributional_loss if cfg.loss == "energy" else cfg.loss
         weights = cfg.blur, cfg.sinkhorn_weight, cfg.energy_weight
         if cfg.mmd_num_chunks == 1 or loss in ("se", "mse"):
             return set_loss(pred, target, loss, *weights)
-        # Groups of features: the mean of their distances hears a few genes that the distance of all of them drowns.
+        # Groups of features: the few genes that vary most rule a distance of all; a mean over groups hears the others.
         order = torch.arange(D, device=pred.device)
+        # Other groups each time, so that no two genes are held apart for ever; not where losses are compared.
         if cfg.randomize_mmd_chunks and self.training:
             order = torch.randperm(D, device=pred.device)
         groups = order.chunk(cfg.mmd_num_chunks)
-        return torch.stack([set_loss(pred[..., g], target[..., g], loss, *weights) for g in groups]).nanmean(0)
+        distances = [set_loss(pred[..., group], target[..., group], loss, *weights) for group in groups]
+        return torch.stack(distances).nanmean(0)
 
     def losses(self, batch: dict, out: dict) -> dict:
         """All terms of the loss, "loss" their sum and "per_set" [B] the distance of each sentence.
@@ -595,7 +627,7 @@ class StateTransitionPerturbationModel(nn.Module):
         # The distance between sets. A sentence that has none (nan) is left out of the mean.
         per_set = self.set_loss(pred, batch["pert_cell_emb"])
         terms = {"per_set": per_set.detach(), "distance": per_set.nanmean()}
-        total = terms["distance"]
+        total = terms["distance"]  # weighed terms are added to it
         # The batch: the token must name the one that all cells of its sentence are of.
         if "batch_logits" in out:
             terms["batch_token"] = F.cross_entropy(out["batch_logits"].float(), batch["batch"][:, 0])
@@ -607,6 +639,7 @@ class StateTransitionPerturbationModel(nn.Module):
             total = total + cfg.decoder_weight * terms["decoder"]
         # Confidence: the loss of the sentence is foretold, and not changed by that.
         if "confidence" in out:
+            # Detached, else the cells would be made worse where that is easier to foretell.
             wanted = per_set if cfg.confidence_per_set else total.expand(len(pred))
             scaled = cfg.confidence_target_scale * wanted.detach()
             terms["confidence"] = F.mse_loss(out["confidence"][:, 0].float(), scaled)
@@ -633,6 +666,7 @@ def build_model(cfg, dims: dict | None = None) -> StateTransitionPerturbationMod
         dims: sizes of the data, as Cells.dims has them; default those of the data that cfg names.
     Raises DataError if a decoder is asked for where there is nothing to learn it from.
     """
+    # The keywords hold the sizes of the data too.
     if isinstance(cfg, dict):
         settings, dims = translate(cfg)
         cfg = Config(**settings)
@@ -658,8 +692,10 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
     Two sets [S, D] give a number. Gradients are for pred; the energy gives target none. Raises ValueError for an
     unknown loss and for sets that cannot be compared.
     """
+    # Two sets alone: a batch of one sentence.
     if pred.ndim == 2:
         return set_loss(pred[None], target[None], loss, blur, sinkhorn_weight, energy_weight)[0]
+    # Sets may have different numbers of cells, but not of features.
     comparable = pred.shape == target.shape if loss == "mse" else pred.shape[::2] == target.shape[::2]
     if not comparable or not pred.numel() * target.numel():
         raise ValueError(f"sets of cells {list(pred.shape)} and {list(target.shape)} cannot be compared by {loss}")
@@ -675,10 +711,11 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         # predicted cell to the measured ones, |x - x'| pushes it off its like: without it all would be the mean.
         if loss == "energy":
             return energy_distance(pred, target)
-        # Optimal transport, blurred: of every cell to where the plan sends it.
+        # Optimal transport, blurred by the entropy of its plan; by default a hundredth of it beside the energy.
         if loss == "se":
             sinkhorn = geomloss_distance(pred, target, "sinkhorn", blur)
             return sinkhorn_weight * sinkhorn + energy_weight * energy_distance(pred, target)
+        # Maximum mean discrepancies, and sinkhorn alone.
         if loss in ("sinkhorn", "gaussian", "laplacian"):
             return geomloss_distance(pred, target, loss, blur)
     raise ValueError(f"loss = {loss!r}: use energy, sinkhorn, se, mse, gaussian or laplacian")
@@ -698,6 +735,7 @@ def geomloss_distance(pred: torch.Tensor, target: torch.Tensor, loss: str, blur:
 # ---------------------------------------------------------------------------------------------------------------
 def held_out(cells: Cells) -> str:
     """The split that a run is measured on: test, or validation where there is none. Raises DataError without both."""
+    # Perturbed cells only: the controls of a split serve as its inputs.
     for split in ("test", "val"):
         if len(cells.rows(split, controls=False)):
             return split
@@ -711,19 +749,26 @@ def expressed(model: StateTransitionPerturbationModel, cells: torch.Tensor) -> t
 
 
 @torch.no_grad()
-def validate(model: StateTransitionPerturbationModel, sentences: tuple, cells: Cells, rt: Runtime, cfg: Config) -> dict:
+def validate(
+    model: StateTransitionPerturbationModel,
+    sentences: tuple,
+    cells: Cells,
+    rt: Runtime,
+    cfg: Config,
+) -> dict:
     """Mean loss terms over sentences, rows of targets [n, S] and of controls [n, S, k]. Collective."""
     model.eval()
-    targets, controls = sentences
+    targets, controls = map(rt.share, sentences)
     sums, count = {}, 0
     at_once = rt.divide(cfg.batch_size, cfg.grad_accum)  # what fits in training
-    for i in range(rt.rank * at_once, len(targets), rt.world_size * at_once):
+    for i in range(0, len(targets), at_once):
         batch = make_batch(cells, targets[i : i + at_once], controls[i : i + at_once], rt.device)
         with rt.autocast():
             terms = model(batch, losses=True)
         n = len(terms.pop("per_set"))
         count += n
-        sums = {name: sums.get(name, 0.0) + float(value) * n for name, value in terms.items()}
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * n
     model.train()
     # Ranks have different numbers of sentences, perhaps none: sums travel, not means.
     shares = [share for share in rt.gather((sums, count)) if share[1]]
@@ -733,31 +778,38 @@ def validate(model: StateTransitionPerturbationModel, sentences: tuple, cells: C
 
 def same_lengths(sentences: list, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Targets [b, s] and controls [b, s, k] of sentences that have one length, of at most so many cells."""
-    def length_of(sentence: tuple) -> int:
-        return len(sentence[0])
-
-    for length, members in groupby(sorted(sentences, key=length_of), key=length_of):
-        targets, controls = (np.stack(rows) for rows in zip(*members, strict=True))
+    for length in sorted({len(targets) for targets, _ in sentences}):
+        members = [sentence for sentence in sentences if len(sentence[0]) == length]
         at_once = max(1, most // length)
-        for i in range(0, len(targets), at_once):
-            yield targets[i : i + at_once], controls[i : i + at_once]
+        for i in range(0, len(members), at_once):
+            targets, controls = zip(*members[i : i + at_once], strict=True)
+            yield np.stack(targets), np.stack(controls)
 
 
 @torch.no_grad()
-def predict_sentences(model: StateTransitionPerturbationModel, sentences: list, cells: Cells, rt: Runtime, cfg: Config
-                      ) -> tuple[np.ndarray, np.ndarray]:
+def predict_sentences(
+    model: StateTransitionPerturbationModel,
+    sentences: list,
+    cells: Cells,
+    rt: Runtime,
+    cfg: Config,
+) -> tuple[np.ndarray, np.ndarray]:
     """Predicted cells of sentences of any lengths: rows of the targets [N], ascending, cells [N, G]. Collective."""
     model.eval()
     parts = []
     # Short sentences are not filled up, so that no cell is counted twice.
     for targets, controls in same_lengths(rt.share(sentences), cfg.batch_size * cfg.cell_set_len):
+        batch = make_batch(cells, targets, controls, rt.device)
         with rt.autocast():
-            predicted = expressed(model, model.predict(make_batch(cells, targets, controls, rt.device))["cells"])
-        parts.append((targets.ravel(), predicted.flatten(0, 1).float().cpu().numpy()))
+            predicted = expressed(model, model.predict(batch)["cells"])  # [b, s, G]
+        predicted = predicted.flatten(0, 1).float().cpu().numpy()
+        parts.append((targets.ravel(), predicted))
     model.train()
-    rows, predicted = zip(*[part for share in rt.gather(parts) for part in share], strict=True)
-    order = np.argsort(np.concatenate(rows), kind="stable")
-    return np.concatenate(rows)[order], np.concatenate(predicted)[order]
+    # Of all ranks, in the order of the cells.
+    parts = sum(rt.gather(parts), [])
+    rows, predicted = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], predicted[order]
 
 
 def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
@@ -767,8 +819,13 @@ def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
     return "input", model.cfg.embed_key in (None, "X", "X_hvg")
 
 
-def predictions(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime,
-                most: int | None = None) -> Iterator[dict]:
+def predictions(
+    model: StateTransitionPerturbationModel,
+    cells: Cells,
+    cfg: Config,
+    rt: Runtime,
+    most: int | None = None,
+) -> Iterator[dict]:
     """One held-out cell type after the other: {cell_type, rows, pred [N, G], real [N, G], controls, control [C, G]}.
 
     rows and controls are rows of the cells: the perturbed ones predicted, once each, and all control cells of the type;
@@ -777,15 +834,20 @@ def predictions(model: StateTransitionPerturbationModel, cells: Cells, cfg: Conf
     """
     which, _ = measured_as(model)
     sentences = Sentences(cells, held_out(cells), cfg).whole()
-    sentences = [s for s in sentences if not cells.is_control[s[0][0]]]
-    for code in np.unique([cells.cell_type[s[0][0]] for s in sentences]):
-        of_type = [s for s in sentences if cells.cell_type[s[0][0]] == code]
-        rows, predicted = predict_sentences(model, of_type[:most], cells, rt, cfg)
-        part = {"cell_type": int(code), "rows": rows, "pred": predicted}
+    by_type = {}
+    for targets, controls in sentences:
+        # A control cell as target has no effect to measure.
+        if not cells.is_control[targets[0]]:
+            by_type.setdefault(int(cells.cell_type[targets[0]]), []).append((targets, controls))
+    for cell_type, sentences in sorted(by_type.items()):
+        rows, predicted = predict_sentences(model, sentences[:most], cells, rt, cfg)
+        part = {"cell_type": cell_type, "rows": rows, "pred": predicted}
+        # Measured cells are read where they are compared.
         if rt.is_main:
-            controls = np.flatnonzero(cells.is_control & (cells.cell_type == code) & (cells.member > 0))[:most]
+            of_type = cells.is_control & (cells.cell_type == cell_type) & (cells.member > 0)
+            part["controls"] = np.flatnonzero(of_type)[:most]
             part["real"] = cells.read(rows, which).numpy()
-            part |= {"controls": controls, "control": cells.read(controls, which).numpy()}
+            part["control"] = cells.read(part["controls"], which).numpy()
         yield part
 
 
@@ -795,6 +857,7 @@ def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config,
     keep: called with what `predictions` yields.
     """
     which, expression = measured_as(model)
+    # Means of the cells trained on: all that the baselines know.
     known = effects.training_means(cells, which) if rt.is_main else None
     results = []
     for part in predictions(model, cells, cfg, rt):
@@ -805,8 +868,14 @@ def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config,
     return effects.join(results) if rt.is_main else {}
 
 
-def finish(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config, rt: Runtime, folder: Path, keep=None
-           ) -> dict:
+def finish(
+    model: StateTransitionPerturbationModel,
+    cells: Cells,
+    cfg: Config,
+    rt: Runtime,
+    folder: Path,
+    keep=None,
+) -> dict:
     """Measure on what was held out: metrics.csv, results.json, pictures; returns the summary. Collective."""
     results = evaluate(model, cells, cfg, rt, keep)
     summary = {}
@@ -821,6 +890,7 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
     """What validation and the end of the run ask of model and data, on a few sentences. Collective."""
     cells = batches.cells
     with rehearsal():
+        # The loss of one sentence, then its cells against measured ones, as after training.
         validate(model, [part[:1] for part in batches.rows(0)], cells, rt, cfg)
         part = next(predictions(model, cells, cfg, rt, most=4))
         if rt.is_main:
@@ -836,6 +906,7 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     path = path / "best.pt" if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"init_from = {cfg.init_from}: there is no checkpoint {path}")
+    # Ours, of this page or of a copy, or the source's. Only what decides the shape is taken over from its settings.
     if checkpoint.experiment_of(path):
         state = checkpoint.load(path)
         weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
@@ -867,11 +938,12 @@ def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: i
     """
     rows = cells.rows("train", controls=True)
     rows = rows[cells.is_control[rows]]
-    rows = rows[:: -(-len(rows) // most)]
+    rows = rows[:: -(-len(rows) // most)]  # evenly spaced, for the mean of some thousands is that of all
     output = model.project_out
     if model.cfg.output_space == "all" and model.cfg.predict_residual:
         output = model.final_down_then_up
     output[-1].bias.copy_(cells.read(rows).mean(0))
+    # The decoder ends in a ReLU too.
     if model.gene_decoder is not None:
         model.gene_decoder.last.bias.copy_(cells.read(rows, "counts").mean(0))
 
@@ -879,8 +951,7 @@ def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: i
 def make_optimizer(model: nn.Module, cfg: Config, rt: Runtime) -> torch.optim.Optimizer:
     """Of what is not frozen: AdamW as SmolState has it, or Adam as State has."""
     params = [weight for weight in model.parameters() if weight.requires_grad]
-    if not params:
-        raise InputError("nothing is left to train: freeze_pert_backbone froze everything")
+    # Fused: one kernel for all tensors, 2-4 times faster than a loop over them.
     betas = cfg.beta1, cfg.beta2
     if cfg.optimizer == "adam":
         return torch.optim.Adam(params, lr=cfg.lr, betas=betas, fused=rt.device.type in ("cuda", "cpu"))
@@ -890,6 +961,7 @@ def make_optimizer(model: nn.Module, cfg: Config, rt: Runtime) -> torch.optim.Op
 def train_step(model: nn.Module, batch: dict, rt: Runtime, cfg: Config) -> dict:
     """Forward and backward over the micro-batches of a batch; returns the loss terms, means over all ranks."""
     sums = {}
+    # Micro-batches: gradients add up, and travel between ranks with the last one only.
     for i in range(cfg.grad_accum):
         micro_batch = {name: value.chunk(cfg.grad_accum)[i] for name, value in batch.items()}
         with rt.sync(model, last=i == cfg.grad_accum - 1):
@@ -898,7 +970,7 @@ def train_step(model: nn.Module, batch: dict, rt: Runtime, cfg: Config) -> dict:
             rt.backward(terms["loss"] / cfg.grad_accum)
         del terms["per_set"]
         add_to(sums, terms, cfg.grad_accum)
-    means = rt.mean(torch.stack(list(sums.values())))
+    means = rt.mean(torch.stack(list(sums.values())))  # one exchange for all terms
     return dict(zip(sums, means, strict=True))
 
 
@@ -914,7 +986,7 @@ def prepare(cfg: Config, rt: Runtime) -> tuple[Config, Cells, StateTransitionPer
     if cfg.init_from:
         cfg, weights = start_from_checkpoint(cfg)
     cells = open_data(cfg)
-    held_out(cells)
+    held_out(cells)  # a run that could not be measured ends here
     model = build_model(cfg, cells.dims())
     if weights:
         fresh = initialise(model, weights, cfg)
@@ -934,7 +1006,7 @@ def train(cfg: Config) -> dict:
         cfg, cells, model, fresh = prepare(cfg, rt)
         rt.reseed(rt.rank)  # ranks draw other masks of dropout
         optimizer = make_optimizer(model, cfg, rt)
-        params = optimizer.param_groups[0]["params"]
+        params = optimizer.param_groups[0]["params"]  # those that are not frozen
         batches, finite, watch = Batches(rt, cells, cfg), FiniteCheck(rt.device), Stopwatch()
         cells_per_step = cfg.batch_size * cfg.cell_set_len
         validation = None  # without it the last step is the best
@@ -942,10 +1014,12 @@ def train(cfg: Config) -> dict:
             validation = [rows[: cfg.eval_sentences] for rows in Sentences(cells, "val", cfg).plan(0)]
         rehearse(model, batches, rt, cfg)
 
+        # A fresh run, or one that goes on; a finished run of other settings is refused.
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
         step, best, sums = 0, math.inf, {}
         known = {"dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
+            # Resume: with other perturbations or genes the same numbers would mean others.
             other = [name for name in known if state["extra"].get(name) != known[name]]
             if other:
                 raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
@@ -958,13 +1032,14 @@ def train(cfg: Config) -> dict:
                 checkpoint.clear(folder, after=step)
                 write_maps(folder, cells)
             log.say(rt.describe())
-            log.say(f"{cfg.toml_config_path}: {summary_of(cells)}")
-            log.say(describe(model, cfg))
+            log.say(summary_of(cells))
+            log.say(describe(model, params, cfg))
             if fresh:
                 log.say(f"from {cfg.init_from}; these start anew: {', '.join(fresh)}")
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             watch.start()
+
             while step < cfg.max_steps:
                 batch = batches(step)  # sentences of this rank, [B, S, D]
                 lr = learning_rate(step, cfg)
@@ -984,23 +1059,44 @@ def train(cfg: Config) -> dict:
                 speed = watch.pause((step - lap) * cells_per_step)
                 improved = False
                 if due.logs:
+                    # Terms are means over the steps since the last line; an epoch is once through all sentences.
                     values = {name: float(value) / (step - logged) for name, value in sums.items()}
                     values |= {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
                     values["epoch"] = step * cfg.batch_size / len(batches.sentences)
-                    left = (cfg.max_steps - step) * cells_per_step / speed
-                    log.train(step, values, lr, norm, speed, left, "cells", loss=values["loss"])
+                    log.train(
+                        step,
+                        values,
+                        lr,
+                        norm,
+                        speed,
+                        left=(cfg.max_steps - step) * cells_per_step / speed,
+                        unit="cells",
+                        loss=values["loss"],
+                    )
                     sums, logged = {}, step
+                # Validation: held-out conditions as sentences; its loss, not the metrics, chooses the best weights.
                 if due.evaluates and validation:
-                    values = validate(model, validation, cells, rt, cfg)
+                    values = validate(model, validation, cells, rt, cfg)  # the same sentences each time
                     improved = values["loss"] < best
                     best = min(best, values["loss"])
                     log.metrics(step, "eval", {f"val_{name}": value for name, value in values.items()})
                     log.say(f"step {step:>6} eval | val_loss {values['loss']:.5f}{' *' if improved else ''}")
+                # Every rank has its own random state, so all take part.
                 if due.saves or improved:
-                    extra = known | {"ended": step == cfg.max_steps}
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
+                    saved = checkpoint.capture(
+                        rt,
+                        __file__,
+                        config_dict(cfg),
+                        step,
+                        model,
+                        optimizer,
+                        best,
+                        extra=known | {"ended": step == cfg.max_steps},
+                        rank_extra={},
+                    )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
+                # A signal: saved above, so that the same command goes on to the bit.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
@@ -1022,9 +1118,9 @@ def train(cfg: Config) -> dict:
             return summary
 
 
-def describe(model: nn.Module, cfg: Config) -> str:
+def describe(model: nn.Module, params: list, cfg: Config) -> str:
     size = sum(weight.numel() for weight in model.parameters())
-    moving = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    moving = sum(weight.numel() for weight in params)
     trained = f", {moving:,} trained" if moving != size else ""
     return (f"State: {size:,} parameters{trained} | {cfg.max_steps:,} steps of {cfg.batch_size} sentences of "
             f"{cfg.cell_set_len} cells | {cfg.out_dir}")
@@ -1041,14 +1137,16 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     path = Path(path)
     if path.is_file() and not checkpoint.experiment_of(path):
         return load_source_run(path, device, attention)
-    path = path / "best.pt" if (path / "best.pt").exists() else path
+    # What a run was measured with: its best weights, or the last where nothing validated.
+    if path.is_dir():
+        path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
     state = checkpoint.load(path, __file__)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     # The features of its perturbations are in the run folder too, should their file be gone.
-    if cfg.perturbation_features_file and not Path(cfg.perturbation_features_file).exists():
-        folder = path if path.is_dir() else path.parent
-        cfg.perturbation_features_file = str(folder / "pert_onehot_map.pt")
+    features = cfg.perturbation_features_file
+    if features and not Path(features).exists():
+        cfg.perturbation_features_file = str(path.with_name("pert_onehot_map.pt"))
     model = build_model(cfg, extra["dims"])
     checkpoint.load_weights(model, state["model"], path)
     return cfg, model, state["step"], extra
@@ -1063,7 +1161,7 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
     except (TypeError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path}: its settings make no model ({type(e).__name__}: {e})") from e
     load_source_state_dict(model, weights)
-    return cfg, model, step, {"dims": dims}
+    return cfg, model, step, {"dims": dims}  # no names: its folder's pert_onehot_map.pt has those of perturbations
 
 
 def open_run_data(cfg: Config, extra: dict) -> Cells:
@@ -1076,11 +1174,13 @@ def analyze(cfg: Config) -> dict:
     path = Path(cfg.analyze)
     folder = path if path.is_dir() else path.parent
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
-    for name in ("precision", "toml_config_path", "ram_budget_gb"):  # what may differ from the run, if asked to
+    # On another machine, or of the same cells elsewhere.
+    for name in ("precision", "toml_config_path", "ram_budget_gb"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
-        result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
+        cells = open_run_data(saved, extra)
+        result = finish(model.to(rt.device), cells, saved, rt, folder)
     print(f"step {step}: " + effects.verdict(result, folder).removeprefix("done: "))
     return result
 

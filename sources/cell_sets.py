@@ -95,6 +95,6 @@ def summary_of(cells: Cells) -> str:
     """How many cells of what there are, in words."""
     control = cells.perturbations[cells.control]
     counts = ", ".join(f"{split} {len(cells.rows(split, controls=False)):,}" for split in SPLITS)
-    return (f"{len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, {len(cells.perturbations) - 1} "
-            f"perturbations and {control}; perturbed cells: {counts} | "
+    return (f"{cells.toml}: {len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, "
+            f"{len(cells.perturbations) - 1} perturbations and {control}; perturbed cells: {counts} | "
             f"{'read from disk' if cells.streamed else 'held in memory'}")

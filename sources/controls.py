@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import DataError
-from sources.cells import align, column_names, read_rows
+from sources.cell_store import read_rows
 from sources.h5ad import H5ad
 from sources.shared import suggest
+from sources.survey import align, column_names
 
 
 @dataclass

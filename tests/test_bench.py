@@ -9,7 +9,7 @@ import torch
 import bench
 import train_state
 
-TINY = {"tiny": (2, {"cell_set_len": 4, "hidden_dim": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16})}
+TINY = {"tiny": (2, {"cell_set_len": 4, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16})}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_step_of_the_benchmark_is_a_step_of_training(toml, tiny, loads):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.step()
     batches = bench.cell_batches(toml, "cpu", batch_size=2, **TINY["tiny"][1])
-    model = train_state.build_model(batches.cfg, batches.experiment.dims())
+    model = train_state.build_model(batches.cfg, batches.cells.dims())
     model.load_state_dict(before)
     optimizer = torch.optim.Adam(model.parameters(), lr=batches.cfg.lr)
     model(batches(0), losses=True)["loss"].backward()

@@ -1,4 +1,4 @@
-"""measure/effects.py: its metrics against hand computation, scipy and cell-eval; its baselines against their formulas."""
+"""measure/effects.py: metrics against hand computation, scipy and cell-eval; baselines against their formulas."""
 
 import contextlib
 import csv

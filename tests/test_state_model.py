@@ -18,6 +18,7 @@ from geomloss import SamplesLoss
 
 import train_state as ts
 from common.errors import CheckpointError
+from common.runtime import Runtime
 from sources.foreign_blocks import in_sentences
 from sources.foreign_state import plain_name, read_source_checkpoint, source_settings, source_state_dict, translate
 
@@ -1006,6 +1007,21 @@ def test_half_precision_is_within_a_few_percent(options):
     exact = model.double()({k: v.double() if v.is_floating_point() else v for k, v in batch.items()}, losses=True)
     assert exact["loss"].dtype == torch.float64
     close(wanted["loss"].double(), exact["loss"], 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, AS_GPT2, TOKENS, DECODER, {**DECODER, "detach_decoder": True}, LORA,
+                                     dict(mmd_num_chunks=3, randomize_mmd_chunks=True), dict(output_space="all")],
+                         ids=["llama", "gpt2", "tokens", "decoder", "detached", "lora", "chunks", "all"])
+def test_a_training_step_needs_no_device_but_its_own(options, monkeypatch):
+    """On torch's meta device a tensor left on the CPU fails, and so does a value that is waited for."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # which it has not
+    rt = Runtime(ts.Config(device="cpu", precision="fp32"))
+    model = make(dtype=torch.float32, **options).to("meta").train()
+    batch = {name: value.to("meta") for name, value in cells(dtype=torch.float32).items()}
+    batch = {name: value.unflatten(0, (B, S)) for name, value in batch.items()}
+    terms = ts.train_step(model, batch, rt, model.cfg)
+    assert terms["loss"].device.type == "meta"
+    assert all(w.grad.shape == w.shape for w in model.parameters() if w.requires_grad)
 
 
 # Against arc-state itself ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 import yaml
 from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
 from comparison import apart, unequal
+from scipy.sparse import csr_array
 
 import prepare_data
 import sample
@@ -845,7 +846,8 @@ def spoil(name: str) -> None:
     ("checkpoint", "--resume=torn.pt", "torn.pt"), ("checkpoint", "--resume=gone.pt", "gone.pt"),
     ("", "--load_checkpoint_step=3", "step_3.pt"), ("", "--analyze=nowhere", "nowhere"),
     ("", "--batch_size=6 --grad_accum=4", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
-    ("", "--lr=-1", "lr: expected float >= 0"), ("", "--max_steps=0", "max_steps: expected int >= 1"), ("", "--dropout=1", "dropout: expected float in [0, 1)"),
+    ("", "--lr=-1", "lr: expected float >= 0"), ("", "--max_steps=0", "max_steps: expected int >= 1"),
+    ("", "--dropout=1", "dropout: expected float in [0, 1)"),
     ("", "--cell_set_len=-4", "cell_set_len: expected int >= 1"), ("", "--d_modl=4", "did you mean"),
     ("", "--loss=enery", "energy"), ("", "--ram_budget_gb=0", "ram_budget_gb"),
     ("", "model=state_s", "state_s"), ("", "--toml=", "empty")])
@@ -898,11 +900,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_the_step_and_keeps_the_la
 def test_cells_beyond_the_memory_budget_are_streamed_to_the_same_losses(data):
     rng, n = np.random.default_rng(0), 20_000
     X = np.where(rng.random((n, 40)) < 0.2, rng.uniform(0.1, 4, (n, 40)), 0).astype(np.float32)
-    rows, columns = X.nonzero()
     obs = {"cell_type": rng.choice(["a", "b", "c"], n), "gene": rng.choice(["non-targeting", "p", "q"], n),
            "gem_group": rng.choice(["x", "y"], n)}
-    packed = X[rows, columns], columns.astype(np.int32), np.append(0, (X != 0).sum(1).cumsum()), X.shape
-    h5ad_source.write_h5ad("s.h5ad", packed, obs, [f"g{i}" for i in range(40)])
+    h5ad_source.write_h5ad("s.h5ad", csr_array(X), obs, [f"g{i}" for i in range(40)])
     Path("s.toml").write_text('[datasets]\ns = "s.h5ad"\n[training]\ns = "train"\n[fewshot."s.c"]\ntest = ["q"]\n')
     settings = ("--embed_key=none", "--output_space=all", "--max_steps=4", "--log_interval=1", "--eval_interval=2")
     for folder, budget in (("memory", 8), ("disk", 0.001)):
