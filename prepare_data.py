@@ -29,7 +29,7 @@ from typing import Annotated, Literal
 from common import checkpoint
 from common.errors import DataError, clear_errors
 from common.runlog import write_json
-from configurator import Count, NonNegative, Positive, Range, Share, Whole, config_dict, configure, fail
+from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
 from sources import foreign
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
@@ -50,7 +50,6 @@ def at_least(least: int):
 
 
 Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lambda value: 0 < value < 1)]
-Probability = Annotated[float, Range("float in [0, 1]", "must lie between 0 and 1", lambda value: 0 <= value <= 1)]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings of the jobs

@@ -32,7 +32,7 @@ from common import checkpoint
 from common.errors import CheckpointError, DataError, InputError, clear_errors, rehearsal
 from common.runlog import write_json
 from common.runtime import Runtime
-from configurator import Count, Fraction, Positive, Range, Whole, configure, fail
+from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
 from measure.effects import verdict
 from measure.plans import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
@@ -46,7 +46,6 @@ from sources.tokenizer import Tokenizer, load_tokenizer
 HERE = Path(__file__).resolve().parent  # where pages are imported from, and only here: no code of a run folder runs
 
 Temperature = Annotated[float, Range("float >= 1e-6", "must be at least 1e-6", lambda value: value >= 1e-6)]
-Portion = Annotated[float, Range("float in [0, 1]", "must be in [0, 1]", lambda value: 0 <= value <= 1)]
 Penalty = Annotated[float, Range("float >= 1", "must be at least 1", lambda value: value >= 1)]
 Seed = Annotated[int, Range("int >= 0", "must be in [0, 2**63)", lambda value: 0 <= value < 2**63)]
 COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key")  # of an h5ad, that may have others
@@ -67,7 +66,7 @@ class Config:
     no_repeat_ngram_size: Whole = 0  # never write n tokens a second time; 0: do
     # planner, of apelr
     lookahead_steps: Whole | None = None  # print forecasts of the plan this many chunks ahead; v2 also looks that far
-    lookahead_feedback_scale: Portion | None = None  # v2: share of the forecast in the gate; default as trained
+    lookahead_feedback_scale: Probability | None = None  # v2: share of the forecast in the gate; default as trained
     force_state: int | None = None  # write by this plan alone
     freeze_planner: bool = False  # v2: the belief stays what the prompt made it
     planner_temperature: Positive | None = None  # v2: sharpness of the gate; default as trained

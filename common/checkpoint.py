@@ -211,13 +211,13 @@ def best_of(path: str | Path) -> Path:
 
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
-    return _read(path / "last.pt" if path.is_dir() else path)[0].get("experiment", "")
+    return _read(path / "last.pt" if path.is_dir() else path, mmap=True)[0].get("experiment", "")
 
 
-def _read(path: Path) -> tuple[dict, str]:
-    """(state, "") or ({}, what is wrong with the file)."""
+def _read(path: Path, mmap: bool = False) -> tuple[dict, str]:
+    """(state, "") or ({}, what is wrong with the file); mmap: without reading its tensors."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         return {}, f"is damaged or no checkpoint ({type(e).__name__})"
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
