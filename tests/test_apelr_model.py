@@ -1107,7 +1107,8 @@ def test_tokens_are_drawn_by_their_probabilities():
                        draw(torch.tensor(p).log()[None], None, 1.0, torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.99, 4)])
+@pytest.mark.parametrize("top_p, kept", [
+    (0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.99, 4)])
 def test_top_p_keeps_the_token_that_crosses_it(top_p, kept):
     p = [0.125, 0.5, 0.125, 0.25]  # in order of probability: tokens 1, 3, then 0 and 2
     found = drawn(p, top_p=top_p)
