@@ -664,7 +664,7 @@ class Planner(Baseline):
 
     def chunk_means(self, h: Tensor) -> Tensor:
         """Means of h [B, L, H] over chunks of the tokens read, [B, ceil(L / C), H], the last one maybe partial."""
-        # A sum of C states in half precision would lose what tells chunks apart.
+        # In full precision: a sum of C states in bfloat16 has two digits.
         chunks = h.to(self.planner_init_logits).split(self.cfg.chunk_size, 1)
         return torch.stack([chunk.mean(1) for chunk in chunks], 1)
 

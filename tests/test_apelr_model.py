@@ -917,7 +917,7 @@ def test_under_autocast_beliefs_stay_float32_and_the_loss_hardly_changes(setting
     assert total.dtype == torch.float32
     for name in ("nll", *terms):
         assert values[name].dtype == torch.float32
-        assert number(values[name]) == pytest.approx(number(exact[name]), abs=2e-2 if name == "nll" else 5e-2), name
+        assert number(values[name]) == pytest.approx(number(exact[name]), abs=1e-2 if name == "nll" else 5e-2), name
     total.backward()
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -1107,8 +1107,8 @@ def test_tokens_are_drawn_by_their_probabilities():
                        draw(torch.tensor(p).log()[None], None, 1.0, torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3),
-                                         (0.99, 4)])
+@pytest.mark.parametrize("top_p, kept", [
+    (0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.99, 4)])
 def test_top_p_keeps_the_token_that_crosses_it(top_p, kept):
     p = [0.125, 0.5, 0.125, 0.25]  # in order of probability: tokens 1, 3, then 0 and 2
     found = drawn(p, top_p=top_p)

@@ -1,5 +1,6 @@
 """train_apelr.py and sample.py on it: data, batches, runs that stop and go on, ranks, pictures, and what is refused."""
 
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import sample
 import train_apelr
 from common import checkpoint
 from common.runtime import Runtime
-from configurator import configure
+from configurator import configure, from_dict
 from measure import plans
 from sources.corpus import read_corpus
 from train_apelr import ALIASES, Batches, Config
@@ -327,8 +328,44 @@ def source_checkpoint(folder: Path) -> dict:
         weights |= {f"expert_heads.{k}.{part}": v for k, v in enumerate(getattr(model.experts, part).detach())}
     names = {"num_plan_states": "num_plan_states", "chunk_size": "chunk_size", "token_dim": "token_dim",
              "hidden_dim": "d_model", "num_layers": "n_layers", "lookahead_horizon": "lookahead_horizon"}
+    settings = {theirs: getattr(cfg, ours) for theirs, ours in names.items()}
+    settings |= {"vocab_size": extra["vocab_size"], "dropout": 0.1}
     return {"model_state_dict": weights, "model_version": V2, "global_step": 7, "tokenizer_path": "tokenizer.json",
-            "model_config": {theirs: getattr(cfg, ours) for theirs, ours in names.items()} | {"vocab_size": extra["vocab_size"], "dropout": 0.1}}
+            "model_config": settings}
+
+
+ON_META = {
+    "v1": {"version": V1, "entropy_reg_weight": 0.1, "usage_balance_weight": 0.1, "chunk_bow_weight": 0.1,
+           "plan_mi_weight": 0.1, "chunk_post_kl_weight": 0.1},
+    "v2": {"plan_commitment": "gumbel_st", "loss_weights": dict.fromkeys(train_apelr.V2_TERMS, 0.1), "rep_window": 3},
+    "v2-bias": {"experts": "bias"}, "v2-source": {"compat": "source", "planner_temperature": 0.8},
+    "transformer": {"backbone": "transformer"}, "baseline": {"version": "baseline"},
+}
+
+
+@pytest.mark.parametrize("settings", ON_META.values(), ids=ON_META)
+def test_a_training_step_stays_on_its_device(settings, monkeypatch):
+    """On meta no tensor has values: one left on the CPU, or a number read from the device, fails here."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    cfg = Config(**{"vocab_size": 11, "num_plan_states": 3, "chunk_size": 4, "seq_len": 14, "dropout": 0.1,
+                    "grad_accum": 2, **settings})
+    model = train_apelr.build_model(cfg).to("meta").train()
+    tokens = torch.zeros(8, 15, dtype=torch.int64, device="meta")
+    values = train_apelr.train_step(model, tokens, 5, runtime(), cfg)
+    assert values["loss"].device.type == "meta" and all(value.ndim == 0 for value in values.values())
+    assert set(cfg.weights()) < values.keys()
+    assert all(p.grad.device.type == "meta" for p in model.parameters() if p.grad is not None)
+
+
+def test_the_settings_of_older_runs_are_understood():
+    """Names that have changed since, and a rate at the end that was told as a share of the first one."""
+    old = {"hidden_dim": 24, "num_layers": 3, "num_heads": 2, "grad_accum_steps": 4, "lr": 2e-3, "min_lr_ratio": 0.5,
+           "lr_schedule": "constant", "adam_beta1": 0.8, "adam_beta2": 0.9}
+    cfg = from_dict(Config, old, "old", ALIASES)
+    assert (cfg.d_model, cfg.n_layers, cfg.n_heads, cfg.grad_accum, cfg.schedule) == (24, 3, 2, 4, "constant")
+    assert (cfg.min_lr, cfg.beta1, cfg.beta2) == (1e-3, 0.8, 0.9)
+    assert Config(lr=3e-3).min_lr == pytest.approx(3e-4) and Config(lr=3e-3, min_lr=0.0).min_lr == 0
 
 
 def test_idle_plans_are_warned_of(capsys):
