@@ -793,7 +793,7 @@ class StateTrainer(SlowTrainer):
                    for name, part in model.named_children()}
         dense = 6 * sum(weights.values()) - 2 * weights["basal_encoder"] - 6 * weights["pert_encoder"] * (1 - 1 / S)
         width = cfg.n_heads * (cfg.head_dim or cfg.d_model // cfg.n_heads)
-        return dense + 12 * cfg.n_layers * S * width + 10 * S * model.output_dim
+        return dense + 12 * cfg.n_layers * S * width + 10 * S * model.dims["output_dim"]
 
 
 def measure_large(lacking: list[str]) -> None:
