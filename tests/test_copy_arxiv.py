@@ -24,7 +24,7 @@ PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
          {"name": "b", "process": "mess3", "vocab_map": [0, 1, 2]}]
 
 # Documents that are rows of an integer array, with a label each, in place of HDF5 files.
-DATA = ("""    train, validation = open_corpus(folder)
+DATA = ("""    train, validation = train_and_validation(folder)
     return Chunks(**train), Chunks(**validation)
 """, """    splits = []
     for split in ("train", "validation"):
