@@ -223,11 +223,11 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
         model.to(rt.device).eval()
         for ids in prompts_of(cfg, tokenizer, extra["vocab_size"]):
             for state in states:
-                written = write(model, run, ids, tokenizer, state, cfg, rt)
+                written = write_texts(model, run, ids, tokenizer, state, cfg, rt)
                 entries = [entry_of(written, row, ids, tokenizer, state) for row in range(cfg.num_samples)]
                 result["samples"] += entries
                 for entry in entries:
-                    show(entry, model, run, len(ids), tokenizer, cfg)
+                    show_text(entry, model, run, len(ids), tokenizer, cfg)
                 if cfg.show_plan and not cfg.sweep_states:
                     name = f"sampled_belief_{cfg.seed}"
                     draw_plan(run_folder(path), name, *strip_of(entries[0], len(ids), model, run, tokenizer))
@@ -259,7 +259,7 @@ def check_planner(run, cfg: Config) -> None:
         fail(f"force_state = {cfg.force_state}: this model has the plans 0 to {run.plans() - 1}")
 
 
-def write(model, run, ids: list[int], tokenizer: Tokenizer | None, state: int | None, cfg: Config, rt: Runtime):
+def write_texts(model, run, ids: list[int], tokenizer: Tokenizer | None, state: int | None, cfg: Config, rt: Runtime):
     """num_samples texts that go on from one prompt, by one plan if there is a state."""
     tokens = cfg.max_new_tokens
     if tokens is None:
@@ -301,7 +301,7 @@ def entry_of(written, row: int, ids: list[int], tokenizer: Tokenizer | None, sta
     return entry
 
 
-def show(entry: dict, model, run, prompt_length: int, tokenizer: Tokenizer | None, cfg: Config) -> None:
+def show_text(entry: dict, model, run, prompt_length: int, tokenizer: Tokenizer | None, cfg: Config) -> None:
     """Print a text, as a line of a table where all plans write, and what is asked for of its plan."""
     if cfg.sweep_states:
         label = "belief" if entry["state"] is None else f"plan {entry['state']}"

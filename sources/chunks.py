@@ -104,7 +104,8 @@ def category_of(label) -> str:
 
 def gather(source: Source, categories: list[str], max_documents: int | None, shares: Shares, spool: Spool) -> None:
     """Sort all documents of the wanted categories into the spool; each text once, in the first split it has."""
-    others, seen, dropped = Counter(), set(), 0
+    others, dropped = Counter(), 0
+    seen = set()  # 8 bytes a text, where the texts themselves may not fit in memory
     with contextlib.closing(read_records(source)) as records:
         for where, record in progress(records, "documents read", "doc"):
             split, category, text = document(where, record, source, shares)
@@ -193,6 +194,7 @@ class ChunkSpool:
 
 def balanced_sample(spool: Spool, categories: list[str], most: int) -> Iterator[str]:
     """Training texts, as many characters of each category as the smallest has (and at most most / K)."""
+    # Merges go to what is frequent: a large category would get most of the vocabulary.
     smallest = min(spool.chars["train", category] for category in categories)
     share = max(1, min(smallest, most // len(categories)))
     for category in categories:
@@ -374,7 +376,7 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
     file, names, codes = open_chunks(path)
     with file:
         chunks, documents = file["token_chunks"], file["doc_idx_for_chunk"][:]
-        N, n = chunks.shape
+        N, n = chunks.shape  # read block by block: the file may be larger than memory
         vocab_size = int(file.attrs.get("vocab_size", 0))  # 0: the file does not say
         counts, negative = count_tokens(chunks, vocab_size)
         problems = range_problems(counts, negative, vocab_size)
@@ -437,7 +439,7 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
 
 def hashes(chunks: h5py.Dataset) -> np.ndarray:
     """A 64-bit hash of every chunk [N]."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(0)  # the same odd factors for every file; one for each place in a chunk
     odd = draw.integers(2**63, size=chunks.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     parts = []
     for begin in range(0, len(chunks), BLOCK):

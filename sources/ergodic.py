@@ -68,6 +68,7 @@ def draw(process: Process, documents: int, length: int, seed: int, counter: tupl
 def mixture_log_prob(log_prob: np.ndarray) -> np.ndarray:
     """log p(x_t | x_<t) under the uniform mixture, [N, n], from log p_k(x_t | x_<t) [N, K, n]."""
     total = np.logaddexp.reduce(np.cumsum(log_prob, -1, dtype=np.float64), axis=1)  # log sum_k p_k(x_1 .. x_t)
+    # log p(x_t | x_<t) = log p(x_1 .. x_t) - log p(x_1 .. x_{t-1}); before the first token the sum over k is K.
     return np.diff(total, axis=-1, prepend=np.log(log_prob.shape[1]))
 
 
@@ -131,7 +132,7 @@ def ergodic(
                             chunks.add(name, ids)
                         if split == "train":
                             continue
-                        cut = documents.reshape(-1, chunk_size)
+                        cut = documents.reshape(-1, chunk_size)  # each chunk is read without what is before it
                         log_prob.append(torch.stack([p.log_prob(cut) for p in processes], 1).numpy())  # [N, K, n]
                         owner += [k] * len(cut)
                 chunks.write(path, tokenizer="", source="ergodic", seed=seed, components=json.dumps(components))

@@ -112,7 +112,7 @@ def make_plans(
     emission /= emission.sum(-1, keepdims=True)
     others = generator.dirichlet([1.0] * S, (K, S))  # where a state goes that does not stay
     switch = state_persistence * np.eye(S) + (1 - state_persistence) * others
-    stationary = np.linalg.matrix_power(switch, 1 << 20).mean(1)
+    stationary = np.linalg.matrix_power(switch, 1 << 20).mean(1)  # every row of a high power is it
     stationary /= stationary.sum(-1, keepdims=True)
     return Plans(transition, stationary, switch, emission, lengths)
 
@@ -201,7 +201,7 @@ def planted(
     with Workshop(out_dir) as shop:
         nll = new_array(shop.folder / "val_oracle_nll.npy", np.float32, validation_documents, length - 1)
         for s, (split, count) in enumerate(counts.items(), 1):
-            generator = np.random.default_rng([seed, s])
+            generator = np.random.default_rng([seed, s])  # of the split: 0 made the plans
             plans = new_array(shop.folder / f"{split}_plans.npy", np.int64, count, document_chunks)
             with open(shop.folder / f"{split}.bin", "wb") as file:
                 for begin in progress(range(0, count, BLOCK), f"{split} documents", "kdoc"):

@@ -43,6 +43,7 @@ def make_populations(num_cell_types: int, num_perturbations: int, num_genes: int
     K, P, G = num_cell_types, num_perturbations, num_genes
     draw = counter_rng(seed, 0)
     angle = 2 * np.pi * np.append(np.arange(K - 1), 0.5) / (K - 1)
+    # The chord between two neighbours on the circle is cos(pi / (K - 1)) away from the centre: the last type is inside.
     radius = np.append(np.ones(K - 1), 0.9 * np.cos(np.pi / (K - 1)))
     touched = draw.random((P + 1, 1, G)) < 0.3  # of the genes; row 0 is the control
     touched[0] = False
@@ -72,9 +73,9 @@ def simulate(populations: Populations, cell_type: np.ndarray, pert: np.ndarray, 
     log_rate = log_rate + activity @ populations.pathways + populations.batch[batch]
     log_rate = log_rate + draw.normal(size=(n, 3)) @ populations.variation + populations.shared[pert]
     log_rate = log_rate + np.einsum("nm,nmg->ng", activity, populations.modulated[pert])
-    rate = np.exp(log_rate)
+    rate = np.exp(log_rate)  # expected counts, after the depth of a cell, which is log-normal
     rate *= depth * np.exp(draw.normal(0, 0.3, (n, 1))) / rate.sum(1, keepdims=True)
-    kept = draw.random(rate.shape) >= dropout**rate
+    kept = draw.random(rate.shape) >= dropout**rate  # the rarer a gene, the easier it is lost
     return draw.poisson(rate) * kept, batch
 
 

@@ -315,7 +315,7 @@ def documents_of(source: str, split: str, reading: Reading) -> Iterator[str]:
         documents_left *= reading.val_fraction
     with contextlib.closing(source_records(source, column, split)) as records:
         for where, record in progress(records, f"{split} documents read", "doc"):
-            if column in record and record[column] is None:
+            if column in record and record[column] is None:  # an empty cell of a table is no document
                 continue
             text = text_of(where, record, column)
             if not text.strip():
@@ -375,6 +375,8 @@ def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool
     """Sort all documents into the spool; those that repeat, in whatever case, are all of one split."""
     if not val_source and source in HUB and HUB[source].has_validation:
         val_source = source
+    # A document's place is that of its text without case and margins: its copies share it, so that none is trained on
+    # where another is held out.
     held, left_out = set(), 0  # places of the documents of val_source; training documents that are among them
     if val_source:
         for text in documents_of(val_source, "validation", reading):
@@ -403,7 +405,7 @@ def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool
 
 def sampled(spool: Spool, most: int) -> Iterator[str]:
     """Training texts from all over the corpus, at most `most` characters, without bytes that are no UTF-8."""
-    stride = math.ceil(spool.chars["train", ""] / most)
+    stride = math.ceil(spool.chars["train", ""] / most)  # not the first documents alone: a corpus may be sorted
     left = most
     with contextlib.closing(spool.texts("train", "")) as texts:
         for text in islice(texts, 0, None, stride):
@@ -461,6 +463,7 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
                 flat += row
                 flat.append(eos)
             ids = np.array(flat, np.int64)
+            # A tokenizer.json of others may claim fewer tokens than it gives.
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
             ids.astype(dtype).tofile(file)
@@ -550,7 +553,7 @@ def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     folder, maker = Path(folder), "make it with python prepare_data.py text or planted"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")  # on every machine
         streams = {}
         for split in ("train", "val"):
             path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
