@@ -22,6 +22,7 @@ import train_apelr
 from common.errors import CheckpointError
 from measure import plans
 from measure.writing import advance, draw, generate, look_ahead, predict, prefill
+from sources.foreign_apelr import convert, is_source_checkpoint
 from train_apelr import (
     ALIASES,
     V1_TERMS,
@@ -1012,6 +1013,25 @@ def test_weights_saved_under_the_names_of_the_source_come_back_to_the_bit(settin
     bare = load_source_checkpoint(saved["model_state_dict"], model.cfg).eval()
     assert capsys.readouterr().out == ""
     close(filtered(bare, ids).nll, filtered(model, ids).nll)
+
+
+@every(SOURCES)
+def test_a_checkpoint_of_the_source_becomes_settings_and_weights_of_ours(settings):
+    model = tiny(**settings)
+    ours, weights, step = convert(as_source(model))
+    other = build_model(Config(**ours)).double()
+    other.load_state_dict(weights)  # strictly
+    assert step == 7 and ours["version"] == model.cfg.version and ours["compat"] == "source"
+    close(filtered(other.eval(), text()).nll, filtered(model, text()).nll)
+
+
+def test_telling_a_checkpoint_of_the_source_reads_no_tensor(monkeypatch):
+    torch.save(as_source(tiny(**SOURCES["v1"])), "source.pt")
+    torch.save({"model": {}, "step": 3}, "ours.pt")
+    Path("text.pt").write_text("no checkpoint at all", encoding="utf-8")
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("it was read"))
+    assert is_source_checkpoint("source.pt")
+    assert not any(map(is_source_checkpoint, ("ours.pt", "text.pt", "absent.pt", ".", "")))
 
 
 def test_a_checkpoint_without_a_version_is_version_one():

@@ -52,7 +52,8 @@ BACKBONES = {"gru": GRU, "transformer": Transformer, "window": Window}
 OWN_TERM = [
     ('"rep_unlikelihood")', '"rep_unlikelihood", "leaving")'),
     ('lambda: {"usage_balance": 0.02,', 'lambda: {"leaving": 0.1, "usage_balance": 0.02,'),
-    ('''        # rep_unlikelihood = mean_t mean''', '''        # leaving = mean_k -log P[k, k]: small where a plan stays
+    ('''        # rep_unlikelihood = mean_t mean''',
+     '''        # leaving = mean_k -log P[k, k]: small where a plan stays
         if "leaving" in terms:
             values["leaving"] = -self.planner_transition_logits.log_softmax(1).diagonal().mean()
         # rep_unlikelihood = mean_t mean''')]
