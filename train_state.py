@@ -320,7 +320,8 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     features = F.one_hot(pert, cells.pert_dim).float() if cells.features is None else cells.features[pert]
     batch = {
         "pert_emb": features.to(device),
-        "ctrl_cell_emb": basal.mean(2),  # of n_basal_samples cells: less noise, and less of a cell
+        # Of n_basal_samples cells: less noise, and less of a cell. A mean of one would cost as much as reading it.
+        "ctrl_cell_emb": basal.mean(2) if controls.shape[2] > 1 else basal[:, :, 0],
         "pert_cell_emb": cells.read(targets.ravel(), "input", device).view(b, S, -1),
         "batch": torch.from_numpy(cells.batch[targets].astype(np.int64)).to(device),
     }

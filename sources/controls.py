@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import DataError
-from sources.cells import align, column_names, read_rows
+from sources.cell_store import read_rows
 from sources.h5ad import H5ad
 from sources.shared import suggest
+from sources.survey import align, column_names
 
 
 @dataclass
@@ -21,6 +22,11 @@ class Controls:
     batch: np.ndarray | None  # codes [n], if a batch column was asked for
     batches: list[str]
     perturbed: Counter  # {(cell type, perturbation): cells}, names
+
+    @property
+    def perturbations(self) -> list[str]:
+        """Those that cells of the file have, but for the control."""
+        return sorted({name for _, name in self.perturbed})
 
     def of_type(self, name: str) -> np.ndarray:
         """Places among the control cells."""
@@ -63,11 +69,3 @@ def control_expression(file: H5ad, controls: Controls, embed_key: str | None, co
                        ) -> np.ndarray:
     """[n, D] float32, checked."""
     return read_rows(file, embed_key, counts, controls.rows)[:, order]
-
-
-def draw_controls(count: int, cells: int, each: int, rng: np.random.Generator) -> np.ndarray:
-    """Places [cells, each] among `count` control cells: each once as far as they go, in a random order."""
-    needed, places = cells * each, []
-    while len(places) * count < needed:
-        places.append(rng.permutation(count))
-    return np.concatenate(places)[:needed].reshape(cells, each)

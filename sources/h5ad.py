@@ -21,7 +21,10 @@ def as_text(value) -> str:
 
 def attribute(node, *names: str) -> str:
     """The first of these attributes that there is, as text."""
-    return next((as_text(node.attrs[name]) for name in names if name in node.attrs), "")
+    for name in names:
+        if name in node.attrs:
+            return as_text(node.attrs[name])
+    return ""
 
 
 def plain(values) -> np.ndarray:
@@ -34,10 +37,21 @@ def plain(values) -> np.ndarray:
 
 def factor(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """(codes int32, the values that occur as sorted text)."""
-    distinct, codes = np.unique(values.astype(str) if values.dtype.kind == "O" else values, return_inverse=True)
-    texts = list(map(str, distinct.tolist()))
-    names = sorted(set(texts))
+    if values.dtype.kind == "O":
+        values = values.astype(str)
+    distinct, codes = np.unique(values, return_inverse=True)
+    texts = [str(value) for value in distinct.tolist()]
+    names = sorted(set(texts))  # numbers sort otherwise than their text, and two may have the same
     return np.searchsorted(names, texts).astype(np.int32)[codes.reshape(-1)], names
+
+
+def missing_file(path: Path) -> str:
+    """Why HDF5 does not open a file."""
+    if not path.exists():
+        return "no such file"
+    if path.is_dir():
+        return "it is a folder"
+    return "cut short, damaged or no HDF5 file: copy or make it again"
 
 
 class H5ad:
@@ -51,13 +65,12 @@ class H5ad:
         try:
             self.file = h5py.File(path, "r")
         except OSError as e:
-            reason = ("no such file" if not self.path.exists() else "it is a folder" if self.path.is_dir() else
-                      "cut short, damaged or no HDF5 file: copy or make it again")
-            raise DataError(f"{path}: {reason}") from e
+            raise DataError(f"{path}: {missing_file(self.path)}") from e
         with self.guard("the list of its parts"):
-            if missing := [part for part in ("X", "obs", "var") if part not in self.file]:
-                raise DataError(f"{path} has no {missing[0]}, so it is no h5ad file of cells; it has "
-                                f"{', '.join(self.file) or 'nothing'}")
+            for part in ("X", "obs", "var"):
+                if part not in self.file:
+                    raise DataError(f"{path} has no {part}, so it is no h5ad file of cells; it has "
+                                    f"{', '.join(self.file) or 'nothing'}")
         self.rows = {}
         self.obs_names, self.var_names = self._text("obs", None), self._text("var", None)
         self.n_obs, self.n_vars = len(self.obs_names), len(self.var_names)
@@ -83,24 +96,37 @@ class H5ad:
             raise DataError(f"{self.path}: {what} cannot be read ({type(e).__name__}: {e}): the file is damaged or of "
                             "an unknown layout") from e
 
-    def _index(self, part: str) -> str:
+    # A frame, obs or var, is one compound data set in files of anndata before 0.7, and since then a group of columns.
+
+    def _names(self, part: str) -> list[str]:
+        """Everything in a frame: its columns, its index, and what older files keep beside them."""
         frame = self.file[part]
-        names = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
-        return attribute(frame, "_index") or next(name for name in ("_index", "index", *names) if name in names)
+        return list(frame) if isinstance(frame, h5py.Group) else list(frame.dtype.names)
+
+    def _index(self, part: str) -> str:
+        """The column that names the rows."""
+        names = self._names(part)
+        told = attribute(self.file[part], "_index")
+        if told:
+            return told
+        return next(name for name in ("_index", "index", *names) if name in names)
 
     def _columns(self, part: str) -> list[str]:
         with self.guard(part):
-            frame, index = self.file[part], self._index(part)
-            there = list(frame) if isinstance(frame, h5py.Group) else frame.dtype.names
-            order = map(as_text, frame.attrs.get("column-order", there))
-            return [name for name in order if name not in (index, "__categories") and (name in there or name in frame)]
+            frame, names = self.file[part], self._names(part)
+            order = [as_text(name) for name in frame.attrs.get("column-order", names)]
+            hidden = (self._index(part), "__categories")
+            # A name of column-order may have slashes: then it is in the group, but not in its list.
+            return [name for name in order if name not in hidden and (name in names or name in frame)]
 
     def _parts(self, part: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(values, None), or (codes, categories) with code -1 for a missing value."""
         frame = self.file[part]
-        if isinstance(frame, h5py.Dataset):  # one compound data set: anndata before 0.7
-            values, where = frame.fields(name)[:], f"uns/{name}_categories"
-            return (plain(values), plain(self.file[where][()])) if where in self.file else (plain(values), None)
+        if isinstance(frame, h5py.Dataset):
+            values, categories = frame.fields(name)[:], f"uns/{name}_categories"
+            if categories in self.file:
+                return plain(values), plain(self.file[categories][()])
+            return plain(values), None
         node = frame[name]
         if isinstance(node, h5py.Dataset):
             if isinstance(node.attrs.get("categories"), h5py.Reference):  # anndata 0.7
@@ -108,9 +134,10 @@ class H5ad:
             return plain(node[()]), None
         if "codes" in node:
             categories = node["categories"]
-            return node["codes"][:], plain((categories["values"] if isinstance(categories, h5py.Group) else
-                                            categories)[()])
-        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)  # nullable
+            if isinstance(categories, h5py.Group):  # of nullable text
+                categories = categories["values"]
+            return node["codes"][:], plain(categories[()])
+        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)  # nullable, with a mask
         return np.where(node["mask"][:], -1, codes.reshape(-1)), values
 
     def _coded(self, part: str, name: str | None, missing: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -118,12 +145,13 @@ class H5ad:
         where = f"{part} column {name!r}" if name else f"the names of {part}"
         with self.guard(where):
             values, categories = self._parts(part, name or self._index(part))
-            if values.shape != (rows := self.rows.get(part, len(values)),):
+            rows = self.rows.get(part, len(values))
+            if values.shape != (rows,):
                 raise DataError(f"{self.path}: {where} has shape {values.shape} for {rows:,} rows")
             if categories is not None and rows and (values.max() >= len(categories) or values.min() < -1):
                 raise DataError(f"{self.path}: {where} has codes {values.min()} to {values.max()} for "
                                 f"{len(categories)} categories")
-            lost = values != values if categories is None else values < 0
+            lost = values != values if categories is None else values < 0  # NaN differs from itself
             if lost.any() and not missing:
                 raise DataError(f"{self.path}: {where} has no value for {lost.sum():,} of {rows:,} rows, first for row "
                                 f"{lost.argmax()}: fill these in or leave them out")
@@ -135,14 +163,19 @@ class H5ad:
 
     def frame(self, part: str) -> dict[str, np.ndarray]:
         """The columns of obs or var as write_h5ad takes them: numbers, or text with None for a missing value."""
-        found = {}
+        columns = {}
         for name in self._columns(part):
             values, categories = self._coded(part, name, missing=True)
-            if categories is not None and (values < 0).any():
-                missing = np.nan if categories.dtype.kind in "iuf" else None
-                categories = np.append(categories.astype(float if missing else object), missing)
-            found[name] = values if categories is None else categories[values]
-        return found
+            if categories is None:
+                columns[name] = values
+                continue
+            if (values < 0).any():  # code -1 finds what is appended
+                if categories.dtype.kind in "iuf":
+                    categories = np.append(categories.astype(float), np.nan)
+                else:
+                    categories = np.append(categories.astype(object), None)
+            columns[name] = categories[values]
+        return columns
 
     @property
     def columns(self) -> list[str]:
@@ -170,32 +203,39 @@ class H5ad:
     @property
     def keys(self) -> list[str]:
         """"X", "obsm/NAME", "layers/NAME": what matrix takes."""
-        found = ["X"]
+        keys = ["X"]
         for part in ("obsm", "layers"):
             with self.guard(part):
                 node = self.file.get(part, ())
-                if isinstance(node, h5py.Dataset):
-                    found += [f"{part}/{name}" for name in node.dtype.names or () if node.dtype[name].ndim == 1]
-                    continue
-                found += [f"{part}/{name}" for name in node if getattr(node[name], "ndim", 0) == 2 or
-                          attribute(node[name], "encoding-type", "h5sparse_format")[:3] in ("csr", "csc")]
-        return found
+                if isinstance(node, h5py.Dataset):  # anndata before 0.7
+                    names = [name for name in node.dtype.names or () if node.dtype[name].ndim == 1]
+                else:
+                    names = [name for name in node if is_matrix(node[name])]
+                keys += [f"{part}/{name}" for name in names]
+        return keys
 
     def matrix(self, key: str | None) -> "Matrix":
         """The matrix of a key; a bare name is sought in obsm, then in layers. None is X."""
-        found = next((k for k in (key or "X", f"obsm/{key}", f"layers/{key}") if k in self.keys), None)
-        if found is None and f"obsm/{key}" in self.file:
+        keys = self.keys
+        place = next((k for k in (key or "X", f"obsm/{key}", f"layers/{key}") if k in keys), None)
+        if place is None and f"obsm/{key}" in self.file:
             raise DataError(f"{self.path}: obsm/{key} is no matrix but a table or something else: write it as an array")
-        if found is None:
-            raise DataError(f"{self.path} has no matrix {key!r}"
-                            + suggest(key, [k.rpartition("/")[2] for k in self.keys]))
-        with self.guard(found):
-            matrix = Matrix(self, found)
-        columns = matrix.shape[1] if found.startswith("obsm/") else self.n_vars
+        if place is None:
+            names = [k.rpartition("/")[2] for k in keys]
+            raise DataError(f"{self.path} has no matrix {key!r}{suggest(key, names)}")
+        with self.guard(place):
+            matrix = Matrix(self, place)
+        columns = matrix.shape[1] if place.startswith("obsm/") else self.n_vars
         if matrix.shape != (self.n_obs, columns):
-            raise DataError(f"{self.path}: {found} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
+            raise DataError(f"{self.path}: {place} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
                             f"{self.n_obs:,} cells and {self.n_vars:,} genes: the file does not fit together")
         return matrix
+
+
+def is_matrix(node: h5py.Dataset | h5py.Group) -> bool:
+    if isinstance(node, h5py.Dataset):
+        return node.ndim == 2
+    return attribute(node, "encoding-type", "h5sparse_format")[:3] in ("csr", "csc")
 
 
 class Matrix:
@@ -414,16 +454,21 @@ def write_values(group: h5py.Group, name: str, value, categorical: bool = False)
         encoded(group.create_dataset(name, data=value), "string" if values.dtype.kind == "U" else "numeric-scalar")
     elif values.dtype.kind not in "UO":
         encoded(group.create_dataset(name, data=values), "array")
-    elif not categorical and not any(v is None for v in values.ravel().tolist()):
-        encoded(group.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype()), "string-array")
+    elif categorical or any(text is None for text in values.ravel().tolist()):
+        write_categorical(group, name, values)
     else:
-        known = np.array([v is not None for v in values.tolist()], bool)
-        codes, (found, names) = np.full(len(values), -1, np.int32), factor(values[known].astype(object))
-        codes[known] = found
-        kind = np.int8 if len(names) < 128 else np.int16 if len(names) < 32_768 else np.int32
-        inner = encoded(group.create_group(name), "categorical", ordered=False)
-        encoded(inner.create_dataset("codes", data=codes.astype(kind)), "array")
-        write_values(inner, "categories", np.array(names, object))
+        encoded(group.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype()), "string-array")
+
+
+def write_categorical(group: h5py.Group, name: str, values: np.ndarray) -> None:
+    known = np.array([text is not None for text in values.tolist()], bool)
+    codes = np.full(len(values), -1, np.int32)  # -1 is missing
+    codes[known], names = factor(values[known].astype(object))
+    # anndata takes the smallest type that holds the codes
+    kind = next(kind for kind in (np.int8, np.int16, np.int32) if len(names) <= np.iinfo(kind).max)
+    inner = encoded(group.create_group(name), "categorical", ordered=False)
+    encoded(inner.create_dataset("codes", data=codes.astype(kind)), "array")
+    write_values(inner, "categories", np.array(names, object))
 
 
 def write_frame(file: h5py.File, part: str, names: np.ndarray, columns: dict[str, np.ndarray]) -> None:
@@ -497,6 +542,15 @@ def write_matrix(group: h5py.Group, name: str, matrix: np.ndarray | csr_array) -
         node[part][...] = getattr(matrix, part)
 
 
+def kind_of_values(found: dict) -> str:
+    """What the check of a matrix says it holds."""
+    if looks_log1p(found):
+        return "log1p"
+    if found["min"] < 0:
+        return "negative values"
+    return "counts" if found["integer"] else "neither counts nor log1p"
+
+
 def inspect_cells(path: str) -> dict:
     """Print what an h5ad file holds; returns it with the list of problems found."""
     problems, columns, matrices = [], {}, {}
@@ -508,10 +562,11 @@ def inspect_cells(path: str) -> dict:
             except DataError as e:
                 problems.append(str(e))
                 continue
-            shown = ", ".join(columns[name][:6]) + ", ..." * (len(columns[name]) > 6)
-            print(f"  obs {name:<20} {len(columns[name]):>8,} values: {shown}")
+            more = ", ..." if len(columns[name]) > 6 else ""
+            print(f"  obs {name:<20} {len(columns[name]):>8,} values: {', '.join(columns[name][:6])}{more}")
         for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
-            if repeated := len(names) - len(set(names.tolist())):
+            repeated = len(names) - len(set(names.tolist()))
+            if repeated:
                 problems.append(f"{repeated:,} {kind} have the name of an earlier one")
         for key in cells.keys:
             try:
@@ -520,11 +575,11 @@ def inspect_cells(path: str) -> dict:
             except DataError as e:
                 problems.append(str(e))
                 continue
-            kind = ("log1p" if looks_log1p(found) else "negative values" if found["min"] < 0 else
-                    "counts" if found["integer"] else "neither counts nor log1p")
-            if key == "X" and not (found["min"] >= 0 and kind in ("log1p", "counts")):
+            kind = kind_of_values(found)
+            if key == "X" and kind not in ("log1p", "counts"):
                 problems.append(f"X holds {kind}")
-            if kind == "counts" and (empty := int((found["row_sums"] == 0).sum())):
+            empty = int((found["row_sums"] == 0).sum())
+            if kind == "counts" and empty:
                 problems.append(f"{key}: {empty:,} cells have no count")
             matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
             print(f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 
 import prepare_data
 from common.errors import DataError
-from sources import cells as cells_source
+from sources import cell_store
 from sources.cells import open_cells
 from sources.h5ad import H5ad, write_h5ad
 
@@ -39,7 +39,8 @@ def write_cells(path: str = "one.h5ad", seed: int = 0, n: int = 200, sparse: boo
 
 
 def write_toml(test: str = "c", path: str = "e.toml", files: str = "one.h5ad") -> None:
-    Path(path).write_text(f'[datasets]\none = "{files}"\n[training]\none = "train"\n[zeroshot]\n"one.{test}" = "test"\n')
+    Path(path).write_text(f'[datasets]\none = "{files}"\n[training]\none = "train"\n'
+                          f'[zeroshot]\n"one.{test}" = "test"\n')
 
 
 def stores() -> list[str]:
@@ -51,8 +52,8 @@ def test_a_folder_is_made_once_and_said_to_be_then_mapped(capsys):
     write_toml()
     first = open_cells(**KEYS)
     told = capsys.readouterr().out
-    assert re.fullmatch(r"preparing 200 cells x 6 columns of X of e.toml \(1 files\), once: 0.00 GB in data/cells/e-\w+\n",
-                        told)
+    said = r"preparing 200 cells x 6 columns of X of e.toml \(1 file\), once: 0.00 GB in data/cells/e-\w+\n"
+    assert re.fullmatch(said, told)
     before = {file: file.stat().st_mtime_ns for file in first.store.iterdir()}
     again = open_cells(**KEYS)
     assert stores() == [first.store.name] and capsys.readouterr().out == ""
@@ -70,8 +71,8 @@ def test_rows_lie_sorted_and_the_order_of_cells_is_that_of_the_files():
     cells = open_cells(**KEYS)
     assert np.array_equal(cells.row, np.tile(np.arange(200), 2)) and np.array_equal(cells.file, np.repeat([0, 1], 200))
     stored = np.argsort(cells.place)
-    kinds = list(zip(*(code[stored].tolist() for code in (cells.file, cells.cell_type, cells.perturbation, cells.batch)),
-                     strict=True))
+    codes = np.stack([cells.file, cells.cell_type, cells.perturbation, cells.batch], 1)
+    kinds = codes[stored].tolist()
     assert kinds == sorted(kinds) and np.array_equal(np.sort(cells.place), np.arange(400))
     for split in ("train", "test"):
         assert np.array_equal(cells.rows(split, True), np.sort(cells.rows(split, True)))
@@ -128,7 +129,7 @@ def test_a_damaged_folder_is_refused_in_a_sentence_and_made_anew_once_deleted(da
     write_toml()
     store = open_cells(**KEYS).store
     DAMAGE[damage](store)
-    with pytest.raises(DataError, match=f"{store} is damaged, .*: delete this folder, and the next start makes it anew"):
+    with pytest.raises(DataError, match=f"{store} is damaged, .*: delete this folder, and the next start makes it"):
         open_cells(**KEYS)
     shutil.rmtree(store)
     cells = open_cells(**KEYS)
@@ -173,7 +174,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 def open_slowly(argv: list[str]) -> None:
     """Open e.toml; the writer waits in the middle until there is a file "go"."""
-    write = cells_source.Draft.write
+    write = cell_store.Draft.write
 
     def slow(draft, bar):
         Path(f"writing.{os.getpid()}").touch()
@@ -181,7 +182,7 @@ def open_slowly(argv: list[str]) -> None:
             pass
         write(draft, bar)
 
-    cells_source.Draft.write = slow
+    cell_store.Draft.write = slow
     cells = open_cells(**KEYS)
     print("read", float(cells.read(np.arange(len(cells.file))).double().sum()))
 
@@ -258,6 +259,16 @@ def test_of_more_than_two_billion_values_nothing_is_copied(monkeypatch):
     assert not cells.streamed and not cells.matrices["input"].held
     rows = np.random.default_rng(1).permutation(200)
     assert np.array_equal(cells.read(rows), X[rows])
+
+
+def test_an_accelerator_fills_in_the_zeros_of_sparse_rows_itself():
+    X = write_cells(sparse=True)
+    X[[3, 4, 199]] = 0
+    rows = csr_array(X)
+    assert np.array_equal(cell_store.unpack(rows, torch.device("cpu")), X)
+    assert cell_store.unpack(rows[:0], torch.device("cpu")).shape == (0, 6)
+    on_meta = cell_store.unpack(rows, torch.device("meta"))
+    assert on_meta.shape == X.shape and on_meta.device.type == "meta"  # nothing is left on the CPU, nothing waits
 
 
 @pytest.mark.parametrize("many", ["dense", "sparse"])

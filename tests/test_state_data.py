@@ -15,8 +15,7 @@ from scipy.sparse import csr_array
 
 from common.errors import DataError
 from common.runtime import Runtime
-from sources import cells as cells_source
-from sources.cells import Cells, inspect, open_cells, prepare_cells, survey_toml
+from sources.cells import Cells, inspect, open_cells, survey_toml
 from sources.h5ad import H5ad, write_h5ad
 from sources.splits import SPLITS, expand_braces, read_toml
 from train_state import OF_DATA, Batches, Sentences, make_batch
