@@ -49,7 +49,7 @@ import train_state
 from common.runtime import Runtime
 from configurator import fail
 from sources.cells import open_cells
-from sources.chunks import ChunkSpool, read_chunks
+from sources.chunks import ChunkSpool, chunk_arrays
 from sources.foreign_state import source_settings, source_state_dict
 from sources.h5ad import write_h5ad
 from sources.tokenizer import train_bpe
@@ -372,7 +372,7 @@ def measure_loader(chunks: int = 500_000) -> list[tuple]:
         spool.write(path, tokenizer="", source="bench", seed=0)
         spool.close()
         before, began = peak_memory(), time.perf_counter()
-        data = train_arxiv.Chunks(**read_chunks(path))
+        data = train_arxiv.Chunks(**chunk_arrays(path))
         opened = time.perf_counter() - began
         cfg = train_arxiv.Config(batch_size=512, device="cpu")
         batches = train_arxiv.Batches(Runtime(cfg), data, train_arxiv.training_rows(data, ["a", "b"], cfg), cfg)
@@ -541,7 +541,7 @@ class ApelrTrainer(SlowTrainer):
         return total
 
     def flops_per_token(self) -> float:
-        return train_apelr.flops_per_token(self.model, self.cfg.seq_len)
+        return train_apelr.flops_per_token(self.model)
 
 
 def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tuple]:

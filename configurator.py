@@ -66,6 +66,8 @@ Whole = Annotated[int, Range("int >= 0", "must not be negative", lambda value: v
 NonNegative = Annotated[float, Range("float >= 0", "must be finite, not negative", lambda value: 0 <= value < math.inf)]
 Positive = Annotated[float, Range("float > 0", "must be finite and above 0", lambda value: 0 < value < math.inf)]
 Share = Annotated[float, Range("float in [0, 1)", "must be in [0, 1)", lambda value: 0 <= value < 1)]
+Probability = Annotated[float, Range("float in [0, 1]", "must be in [0, 1]", lambda value: 0 <= value <= 1)]
+Fraction = Annotated[float, Range("float in (0, 1]", "must be in (0, 1]", lambda value: 0 < value <= 1)]
 
 # -------------------------------------------------------------------------------------------- for the scripts
 

@@ -29,7 +29,7 @@ from typing import Annotated, Literal
 from common import checkpoint
 from common.errors import DataError, clear_errors
 from common.runlog import write_json
-from configurator import Count, Positive, Range, Share, Whole, config_dict, configure, fail
+from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
 from sources import foreign
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
@@ -49,9 +49,7 @@ def at_least(least: int):
     return Annotated[int, Range(f"int >= {least}", f"must be at least {least}", lambda value: value >= least)]
 
 
-Fraction = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lambda value: 0 < value < 1)]
-Probability = Annotated[float, Range("float in [0, 1]", "must lie between 0 and 1", lambda value: 0 <= value <= 1)]
-Sharpness = Annotated[float, Range("float >= 0", "must be at least 0", lambda value: value >= 0)]
+Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lambda value: 0 < value < 1)]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings of the jobs
@@ -68,7 +66,7 @@ class ArxivConfig:
     split_column: str = "split"  # train, validation or test; where missing, documents are dealt by their text
     categories: list[str] = field(default_factory=lambda: list(CATEGORIES))
     max_documents: Count | None = None  # most documents of a category and split
-    validation_fraction: Fraction = 0.05  # of documents without a split
+    validation_fraction: Part = 0.05  # of documents without a split
     test_fraction: Share = 0.05
     # tokens
     tokenizer: str = "bpe"  # bpe: train one | gpt2 | path of a tokenizer.json
@@ -97,7 +95,7 @@ class TextConfig:
     text_column: str = "text"
     max_bytes: Count | None = None  # of text, UTF-8; default: 1e9 from the hub, else no limit
     max_documents: Count | None = None
-    val_fraction: Fraction = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
+    val_fraction: Part = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
     val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
     # tokens
     tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos
@@ -151,8 +149,8 @@ class PlantedConfig:
     vocab_size: at_least(2) = 32  # V; bos comes after them, with id V
     self_transition: Probability = 0.6  # probability that the next chunk keeps the plan; the others share the rest
     transition_matrix: list[list[float]] | None = None  # [K][K], in place of self_transition
-    plan_sharpness: Sharpness = 1.5  # logit by which a plan prefers its half of the tokens
-    state_sharpness: Sharpness = 2.0  # standard deviation of the logits by which a state differs from its plan
+    plan_sharpness: NonNegative = 1.5  # logit by which a plan prefers its half of the tokens
+    state_sharpness: NonNegative = 2.0  # standard deviation of the logits by which a state differs from its plan
     state_persistence: Probability = 0.8  # probability that a state stays
     # documents
     version: Literal["v2_planner_required", "v1_filtered_mixture"] = "v2_planner_required"  # v2: bos is in chunk 0
@@ -298,8 +296,10 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     write_json(folder / "config.json", config)
     checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {count:,} parameters after {step:,} steps, written to {folder}\n"
-          f"  python sample.py {folder}\n  python train_{system}.py --init_from={folder}")
+    print(f"{path}: {count:,} parameters after {step:,} steps, written to {folder}")
+    data = {"apelr": "--data=FOLDER", "state": "--toml=my.toml"}[system]
+    print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
+    print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 

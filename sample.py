@@ -32,21 +32,20 @@ from common import checkpoint
 from common.errors import CheckpointError, DataError, InputError, clear_errors, rehearsal
 from common.runlog import write_json
 from common.runtime import Runtime
-from configurator import Count, Positive, Range, Whole, configure, fail
+from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
 from measure.effects import verdict
 from measure.plans import draw_beliefs
-from measure.sequences import continue_sequences, sequence_xe
+from measure.predictions import draw_controls, predict_cells
+from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
 from sources import foreign
-from sources.controls import Controls, control_expression, draw_controls, find_controls, gene_order
+from sources.controls import control_expression, find_controls, gene_order
 from sources.h5ad import H5ad, write_h5ad
 from sources.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).resolve().parent  # where pages are imported from, and only here: no code of a run folder runs
 
 Temperature = Annotated[float, Range("float >= 1e-6", "must be at least 1e-6", lambda value: value >= 1e-6)]
-Mass = Annotated[float, Range("float in (0, 1]", "must be in (0, 1]", lambda value: 0 < value <= 1)]
-Portion = Annotated[float, Range("float in [0, 1]", "must be in [0, 1]", lambda value: 0 <= value <= 1)]
 Penalty = Annotated[float, Range("float >= 1", "must be at least 1", lambda value: value >= 1)]
 Seed = Annotated[int, Range("int >= 0", "must be in [0, 2**63)", lambda value: 0 <= value < 2**63)]
 COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key")  # of an h5ad, that may have others
@@ -62,27 +61,28 @@ class Config:
     top_k: Count | None = None  # sample from the k likeliest tokens only
     # sampling, of apelr
     max_new_tokens: Count | None = None  # tokens to write after the prompt; default length less the prompt, or 200
-    top_p: Mass = 1.0  # sample from the fewest tokens that have this share of the probability
+    top_p: Fraction = 1.0  # sample from the fewest tokens that have this share of the probability
     repetition_penalty: Penalty = 1.0  # its logarithm is taken off tokens that the text has already
     no_repeat_ngram_size: Whole = 0  # never write n tokens a second time; 0: do
     # planner, of apelr
     lookahead_steps: Whole | None = None  # print forecasts of the plan this many chunks ahead; v2 also looks that far
-    lookahead_feedback_scale: Portion | None = None  # v2: share of the forecast in the gate; default as trained
+    lookahead_feedback_scale: Probability | None = None  # v2: share of the forecast in the gate; default as trained
     force_state: int | None = None  # write by this plan alone
     freeze_planner: bool = False  # v2: the belief stays what the prompt made it
     planner_temperature: Positive | None = None  # v2: sharpness of the gate; default as trained
     async_planner: bool = False  # v2: forecasts are computed beside the writing, by a thread; the same text
     show_plan: bool = False  # print the belief under the text, and draw it
     sweep_states: bool = False  # write by each plan in turn and by the belief: a table
-    json: str = ""  # file to write the samples to as well
     # prediction, of state
     toml: str = ""  # predict what this TOML holds out; default the run's own
     adata: str = ""  # predict from the control cells of this h5ad instead
     perturbations: list[str] = field(default_factory=list)  # with adata; default those of its cells, or all
     cells: Count | None = None  # with adata: predicted cells of a condition; default as many as the file has
-    out: str = ""  # folder of what is written; default RUN/predictions
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a .ckpt of the source
     columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
+    # output
+    json: str = ""  # file to write the samples to as well
+    out: str = ""  # of state: folder of what is written; default RUN/predictions
     # system
     precision: Literal["fp32", "bf16"] = "fp32"  # apelr: of the heads, which every token reads whole
     seed: Seed = 0
@@ -115,6 +115,10 @@ def tokenizer_of(path: Path) -> Tokenizer | None:
     return load_tokenizer(file) if file.exists() else None
 
 
+def spell(tokens: list[int], tokenizer: Tokenizer | None) -> str:
+    return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # ghmm
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,42 +131,37 @@ def sample_ghmm(page: ModuleType, path: Path, cfg: Config) -> dict:
     if process.log_prob(prompt).isinf().any():
         fail(f"prompt = {cfg.prompt}: these tokens have probability 0 under {process.name}")
     with Runtime(run) as rt:
-        place = page.exact_device(rt)
+        place = page.exact_device(rt)  # float64, which not every accelerator has
         process.to(place)
         model.to(rt.device).eval()
-        start = prompt.to(place).expand(cfg.num_samples, -1)
-        true = process_sequences(process, start, length, rt)
+        start = prompt.to(place).expand(cfg.num_samples, -1)  # [B, T]
+        # Each draw has a generator of its own, so that longer sequences begin like shorter ones of the same seed.
+        true = process_sequences(process, start, length, rt.generator(0, device=place), rt.generator(3, device=place))
         # The model predicts from one token on; without a prompt the process gives the first.
         tokens = start if start.shape[1] else true[:, :1]
         tokens = continue_sequences(model, tokens, length, run.n_ctx, rt.generator(1, device=place), rt.device,
                                     cfg.temperature, cfg.top_k)
+        # Over all words of the length where they are few, else over sampled ones: what the run's own evaluation does.
         contexts = page.make_contexts(process, run.n_ctx, run.max_words, 4_096, cfg.seed)
         kl = page.evaluate(model, contexts, process.optimal_loss(run.n_ctx), rt)["kl_by_position"]
         result = {"experiment": "ghmm", "step": step, "kl_by_position": kl}
         for name, sequences in (("model", tokens), ("process", true)):
             result[name] = {"tokens": sequences.tolist(), "log_prob": process.log_prob(sequences).tolist()}
-    print(f"{process.name}, {run.model} after {step} steps. Log-probabilities in nats, under the true process.")
-    for name in ("model", "process"):
-        print(f"\nfrom the {name}:")
-        for row, log_probs in zip(result[name]["tokens"], result[name]["log_prob"], strict=True):
-            print("  token " + " ".join(f"{x:>6}" for x in row))
-            print("  log p " + " ".join(f"{x:6.2f}" for x in log_probs) + f"   sum {sum(log_probs):.2f}")
-    print("\nKL(optimal || model) in nats, after reading")
-    print("  tokens " + " ".join(f"{i:>8}" for i in range(1, len(kl) + 1)))
-    print("  KL     " + " ".join(f"{x:8.1e}" for x in kl))
+    show_ghmm(result, f"{process.name}, {run.model} after {step} steps")
     return result
 
 
-def process_sequences(process, start: torch.Tensor, length: int, rt: Runtime) -> torch.Tensor:
-    """Sequences [B, length] of the process that begin with `start` [B, T]."""
-    B, T = start.shape
-    uniforms = torch.rand((length + 1, B), generator=rt.generator(0, device=start.device), dtype=torch.float64,
-                          device=start.device)
-    belief = process.beliefs(start)[:, -1]
-    if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
-        belief = torch.multinomial(belief, 1, generator=rt.generator(3, device=start.device))[:, 0]
-    drawn, _ = process.generate(uniforms, belief)
-    return torch.cat([start, drawn], 1)[:, : max(length, T)]
+def show_ghmm(result: dict, title: str) -> None:
+    print(f"{title}. Log-probabilities in nats, under the true process.")
+    for name in ("model", "process"):
+        print(f"\nfrom the {name}:")
+        for tokens, log_probs in zip(result[name]["tokens"], result[name]["log_prob"], strict=True):
+            print("  token " + " ".join(f"{x:>6}" for x in tokens))
+            print("  log p " + " ".join(f"{x:6.2f}" for x in log_probs) + f"   sum {sum(log_probs):.2f}")
+    kl = result["kl_by_position"]
+    print("\nKL(optimal || model) in nats, after reading")
+    print("  tokens " + " ".join(f"{i:>8}" for i in range(1, len(kl) + 1)))
+    print("  KL     " + " ".join(f"{x:8.1e}" for x in kl))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -187,11 +186,14 @@ def sample_arxiv(page: ModuleType, path: Path, cfg: Config) -> dict:
     if tokenizer:
         result["text"] = [tokenizer.decode(row) for row in tokens]
     print(f"K = {len(extra['categories'])} ({', '.join(extra['categories'])}), {step} steps. Cross entropies in nats.")
-    for i, row in enumerate(result["tokens"]):
-        first, *words = [repr(tokenizer.decode([t]))[1:-1] if tokenizer else str(t) for t in row]
-        print("\n" + (result["text"][i] if tokenizer else " ".join([first, *words])))
-        print("  " + " ".join([first, *(f"{word}|{x:.2f}" for word, x in zip(words, xe[i], strict=True))]))
-        print(f"  mean {sum(xe[i]) / max(1, len(xe[i])):.3f}")
+    for row, values in zip(result["tokens"], xe, strict=True):
+        words = [str(token) for token in row]
+        if tokenizer:
+            words = [repr(tokenizer.decode([token]))[1:-1] for token in row]
+        judged = [f"{word}|{value:.2f}" for word, value in zip(words[1:], values, strict=True)]
+        print("\n" + spell(row, tokenizer))
+        print("  " + " ".join([words[0], *judged]))
+        print(f"  mean {sum(values) / max(1, len(values)):.3f}")
     return result
 
 
@@ -222,13 +224,13 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
         for ids in prompts_of(cfg, tokenizer, extra["vocab_size"]):
             for state in states:
                 written = write(model, run, ids, tokenizer, state, cfg, rt)
-                for row in range(cfg.num_samples):
-                    entry = entry_of(written, row, ids, tokenizer, state)
-                    result["samples"].append(entry)
-                    show(entry, len(ids), tokenizer, cfg)
-                    if cfg.show_plan and not cfg.sweep_states:
-                        folder = run_folder(path) if row == 0 else None
-                        show_plan(model, run, entry, len(ids), tokenizer, cfg.seed, folder)
+                entries = [entry_of(written, row, ids, tokenizer, state) for row in range(cfg.num_samples)]
+                result["samples"] += entries
+                for entry in entries:
+                    show(entry, model, run, len(ids), tokenizer, cfg)
+                if cfg.show_plan and not cfg.sweep_states:
+                    name = f"sampled_belief_{cfg.seed}"
+                    draw_plan(run_folder(path), name, *strip_of(entries[0], len(ids), model, run, tokenizer))
     return result
 
 
@@ -246,10 +248,11 @@ def prompts_of(cfg: Config, tokenizer: Tokenizer | None, vocab_size: int) -> lis
 
 def check_planner(run, cfg: Config) -> None:
     """Exits with code 2 where a flag asks for what this model has not."""
-    given = [name for name in OF_PLANNER if getattr(cfg, name) is not None and getattr(cfg, name) is not False]
-    of_v2 = [name for name in given if name in V2_ONLY]
-    if run.version == "baseline" and given:
-        fail(f"{given[0]} needs a planner, and this is a baseline model: use a run of v1 or v2")
+    # Plan 0, a temperature or a share of 0 are asked for: only None and False are not.
+    asked = [name for name in OF_PLANNER if getattr(cfg, name) is not None and getattr(cfg, name) is not False]
+    of_v2 = [name for name in asked if name in V2_ONLY]
+    if run.version == "baseline" and asked:
+        fail(f"{asked[0]} needs a planner, and this is a baseline model: use a run of v1 or v2")
     if run.version == "v1_filtered_mixture" and of_v2:
         fail(f"{of_v2[0]} is a flag of v2_planner_required, and this is a run of {run.version}: leave it out")
     if cfg.force_state is not None and not 0 <= cfg.force_state < run.plans():
@@ -287,10 +290,6 @@ def write(model, run, ids: list[int], tokenizer: Tokenizer | None, state: int | 
     )
 
 
-def spell(tokens: list[int], tokenizer: Tokenizer | None) -> str:
-    return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
-
-
 def entry_of(written, row: int, ids: list[int], tokenizer: Tokenizer | None, state: int | None) -> dict:
     """One text as plain data."""
     tokens = written.tokens[row].tolist()
@@ -302,8 +301,8 @@ def entry_of(written, row: int, ids: list[int], tokenizer: Tokenizer | None, sta
     return entry
 
 
-def show(entry: dict, prompt_length: int, tokenizer: Tokenizer | None, cfg: Config) -> None:
-    """Print a text, as a line of a table where all plans write."""
+def show(entry: dict, model, run, prompt_length: int, tokenizer: Tokenizer | None, cfg: Config) -> None:
+    """Print a text, as a line of a table where all plans write, and what is asked for of its plan."""
     if cfg.sweep_states:
         label = "belief" if entry["state"] is None else f"plan {entry['state']}"
         new = spell(entry["tokens"][prompt_length:], tokenizer)
@@ -313,15 +312,21 @@ def show(entry: dict, prompt_length: int, tokenizer: Tokenizer | None, cfg: Conf
     if "forecasts" in entry:
         ahead = ["[" + " ".join(f"{p:.2f}" for p in belief) + "]" for belief in entry["forecasts"][0]]
         print(f"  forecast at the first token, chunk by chunk: {' -> '.join(ahead)}")
+    if cfg.show_plan and not cfg.sweep_states:
+        print_strip(*strip_of(entry, prompt_length, model, run, tokenizer))
 
 
-def show_plan(model, run, entry: dict, prompt_length: int, tokenizer: Tokenizer | None, seed: int, folder: Path | None
-              ) -> None:
-    """The belief before each token written as a strip of shades, a line a plan, | where a chunk begins; and a picture
-    in the folder, if one is given."""
-    beliefs, new = entry["beliefs"], entry["tokens"][prompt_length:]
+def strip_of(entry: dict, prompt_length: int, model, run, tokenizer: Tokenizer | None
+             ) -> tuple[list[list[float]], list[str], list[int]]:
+    """(beliefs before each token written, the tokens as words, where a chunk begins) of a text."""
+    new = entry["tokens"][prompt_length:]
     words = [spell([token], tokenizer) if tokenizer else f"{token} " for token in new]
     begins = [t for t in range(1, len(new)) if (prompt_length - 1 + t + model.offset) % run.chunk_size == 0]
+    return entry["beliefs"], words, begins
+
+
+def print_strip(beliefs: list[list[float]], words: list[str], begins: list[int]) -> None:
+    """Beliefs as shades, a line a plan; | where a chunk begins."""
     for begin in range(0, len(beliefs), STRIP):
         part = range(begin, min(begin + STRIP, len(beliefs)))
         text = "".join(words[t] for t in part)[:STRIP].replace("\n", " ")
@@ -332,9 +337,9 @@ def show_plan(model, run, entry: dict, prompt_length: int, tokenizer: Tokenizer 
                 strip += "|" if t in begins else ""
                 strip += SHADES[min(9, int(10 * beliefs[t][k]))]
             print(f"  plan {k:>2} {strip}")
-    if folder is None:
-        return
-    name = f"sampled_belief_{seed}"
+
+
+def draw_plan(folder: Path, name: str, beliefs: list[list[float]], words: list[str], begins: list[int]) -> None:
     draw_beliefs(folder, name, np.array(beliefs[:DRAWN]), words[:DRAWN], [t for t in begins if t < DRAWN],
                  "belief before each token (blue: a chunk begins)")
     print(f"  picture: {folder / 'plots' / name}.png")
@@ -395,12 +400,17 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         controls = find_controls(file, run.cell_type_key, run.pert_col, run.batch_col if reads_batches else None,
                                  run.control_pert)
         genes, order = gene_order(file, run.embed_key, extra.get("genes"))
-        wanted = wanted_perturbations(cfg.perturbations, controls, known, run.control_pert)
+        wanted = cfg.perturbations or controls.perturbations
+        wanted = wanted or [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
         batches = None
         if reads_batches:
             batches = np.array(page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata))[controls.batch]
         expression = torch.from_numpy(control_expression(file, controls, run.embed_key, run.counts, order))
+
+    def express(batch: dict) -> torch.Tensor:
+        return page.expressed(model, model.predict(batch)["cells"])
+
     model.eval()
     predicted, types, perts = [], [], []
     for t, cell_type in enumerate(controls.cell_types):
@@ -408,7 +418,8 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         for p, name in enumerate(wanted):
             n = cfg.cells or controls.perturbed[cell_type, name] or len(places)
             chosen = draw_controls(len(places), n, run.n_basal_samples, np.random.default_rng([cfg.seed, t, p]))
-            predicted += predict(page, model, expression, batches, places[chosen], known[name], run.cell_set_len, rt)
+            predicted += predict_cells(express, expression, batches, places[chosen], known[name], run.cell_set_len,
+                                       rt.device)
             types += [cell_type] * n
             perts += [name] * n
     if model.gene_decoder is not None:
@@ -419,30 +430,6 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     print(f"{len(types):,} cells of {len(controls.cell_types)} cell types under {len(wanted)} perturbations written to "
           f"{folder / 'predicted.h5ad'}")
     return {"experiment": "state", "cells": len(types), "cell_types": controls.cell_types, "perturbations": wanted}
-
-
-def wanted_perturbations(asked: list[str], controls: Controls, known: dict, control_pert: str) -> list[str]:
-    """Those asked for, or those of the file's own perturbed cells, or all that the model knows."""
-    own = sorted({name for _, name in controls.perturbed})
-    return asked or own or [name for name in known if name != control_pert]
-
-
-@torch.no_grad()
-def predict(page: ModuleType, model, expression: torch.Tensor, batches: np.ndarray | None, chosen: np.ndarray,
-            perturbation: torch.Tensor, cell_set_len: int, rt: Runtime) -> list[np.ndarray]:
-    """Cells predicted from the means of the control cells chosen [n, k], a sentence at a time: arrays [S, G]."""
-    parts = []
-    for begin in range(0, len(chosen), cell_set_len):
-        some = chosen[begin : begin + cell_set_len]  # [S, k]
-        batch = {
-            "ctrl_cell_emb": expression[some].mean(1)[None].to(rt.device),  # [1, S, D]
-            "pert_emb": perturbation[None].float().to(rt.device),
-        }
-        if batches is not None:
-            batch["batch"] = torch.from_numpy(batches[some[:, 0]])[None].to(rt.device)
-        genes = page.expressed(model, model.predict(batch)["cells"])
-        parts.append(genes[0].float().cpu().numpy())
-    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ input-output HMM of Bengio & Frasconi (1995).
 """
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +32,13 @@ from torch import Tensor
 
 from common import checkpoint
 from common.errors import DataError, clear_errors, rehearsal
-from common.runlog import RunLog, run_facts, write_json
-from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, run_facts
+from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
 from configurator import (
     Count,
+    Fraction,
     NonNegative,
     Positive,
-    Range,
     Share,
     Whole,
     config_dict,
@@ -65,7 +64,6 @@ V1_TERMS = ("belief_entropy", "usage_kl", "chunk_bow", "plan_mi", "chunk_post_kl
 V2_TERMS = ("boundary_entropy", "usage_balance", "future_contrastive", "plan_js_div", "rep_unlikelihood")
 MAXIMISED = ("plan_mi", "plan_js_div")
 HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nats higher (lab book)
-Fraction = Annotated[float, Range("float in (0, 1]", "must be in (0, 1]", lambda value: 0 < value <= 1)]
 
 
 @dataclass
@@ -108,7 +106,7 @@ class Config:
     chunk_bow_weight: NonNegative = 0.0  # v1: bag of words of the chunk under the plan believed at its start
     chunk_bow_warmup_steps: Whole = 0  # linear warm-up of chunk_bow_weight
     plan_mi_weight: NonNegative = 0.0  # v1: mutual information of plan and next token, maximised
-    chunk_post_kl_weight: NonNegative = 0.0  # v1: symmetric KL of a recognizer of the chunk and the posterior at its end
+    chunk_post_kl_weight: NonNegative = 0.0  # v1: symmetric KL of a recognizer of the chunk and its last posterior
     loss_weights: dict[str, NonNegative] = field(
         default_factory=lambda: {"usage_balance": 0.02, "future_contrastive": 0.02})
     # ^ v2: future_contrastive, plan_js_div (maximised), boundary_entropy, usage_balance, rep_unlikelihood, rep_window
@@ -154,27 +152,28 @@ class Config:
     tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
-        self.min_lr = 0.1 * self.lr if self.min_lr is None else self.min_lr
+        if self.min_lr is None:
+            self.min_lr = 0.1 * self.lr
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
-        wrong = []
-        if self.num_experts not in (None, self.num_plan_states):
-            wrong.append(f"num_experts = {self.num_experts} must equal num_plan_states = {self.num_plan_states}")
-        if self.version != "baseline" and self.chunk_size >= self.seq_len:
-            wrong.append(f"chunk_size = {self.chunk_size} must be smaller than seq_len = {self.seq_len}")
-        if self.backbone == "transformer" and self.d_model % (2 * self.n_heads):
-            wrong.append(f"d_model = {self.d_model} is no multiple of 2 * n_heads = {2 * self.n_heads}")
-        if self.feedback() > 1:
-            wrong.append(f"lookahead_feedback_scale = {self.lookahead_feedback_scale}: must be in [0, 1]")
-        known = (*V2_TERMS, "rep_window")
-        for name in set(self.loss_weights) - set(known):
-            wrong.append(f"loss_weights has no {name!r}: it has {', '.join(known)}")
-        if "rep_unlikelihood" in self.weights() and not self.repetition_window():
-            wrong.append("loss_weights.rep_unlikelihood needs rep_window, the number of recent tokens")
-        if self.version != "v2_planner_required" and (self.experts, self.plan_commitment) != ("full", "soft"):
-            wrong.append(f"experts and plan_commitment are settings of v2_planner_required, not of {self.version}")
-        return wrong
+        version, known = self.version, (*V2_TERMS, "rep_window")
+        rules = [
+            (self.num_experts not in (None, self.num_plan_states),
+             f"num_experts = {self.num_experts} must equal num_plan_states = {self.num_plan_states}"),
+            (version != "baseline" and self.chunk_size >= self.seq_len,
+             f"chunk_size = {self.chunk_size} must be smaller than seq_len = {self.seq_len}"),
+            (self.backbone == "transformer" and self.d_model % (2 * self.n_heads),
+             f"d_model = {self.d_model} is no multiple of 2 * n_heads = {2 * self.n_heads}"),
+            (self.feedback() > 1, f"lookahead_feedback_scale = {self.feedback()}: must be in [0, 1]"),
+            ("rep_unlikelihood" in self.weights() and not self.repetition_window(),
+             "loss_weights.rep_unlikelihood needs rep_window, the number of recent tokens"),
+            (version != "v2_planner_required" and (self.experts, self.plan_commitment) != ("full", "soft"),
+             f"experts and plan_commitment are settings of v2_planner_required, not of {version}"),
+        ]
+        for name in self.loss_weights:
+            rules.append((name not in known, f"loss_weights has no {name!r}: it has {', '.join(known)}"))
+        return [sentence for broken, sentence in rules if broken]
 
     # What the settings that depend on others come to.
     def plans(self) -> int:
@@ -220,6 +219,7 @@ def open_data(cfg: Config) -> Corpus:
 
     For data of your own return Corpus(train, val, vocab_size) with two arrays of token ids.
     """
+    # The default: text that every Python carries, so that the first run needs no download.
     if cfg.data == OFFLINE:
         make_once(Path(OFFLINE) / "meta.json", lambda: prepare_text(out_dir=OFFLINE, vocab_size=1_024))
     corpus = read_corpus(cfg.data)
@@ -232,28 +232,34 @@ class Batches:
     """Windows of every step: a pure function of (seed, step), the same for any number of ranks."""
 
     def __init__(self, rt: Runtime, corpus: Corpus, cfg: Config, batch_size: int):
-        self.rt, self.corpus, self.cfg, self.batch_size = rt, corpus, cfg, batch_size
+        self.rt = rt
+        self.corpus = corpus
+        self.cfg = cfg
+        self.batch_size = batch_size
         self.count, self.distance = corpus.places("train", cfg.seq_len, cfg.version)
 
     def __call__(self, step: int) -> Tensor:
         """This rank's windows, [B / world_size, L + 1] int64, on the device."""
-        rng = np.random.default_rng(np.random.SeedSequence(self.cfg.seed, spawn_key=(1, step)))
+        # SeedSequence hashes (seed, step), so that neighbouring steps are unrelated and a resumed run needs no state.
+        seeds = np.random.SeedSequence(self.cfg.seed, spawn_key=(1, step))
+        rng = np.random.default_rng(seeds)
         starts = rng.integers(self.count, size=self.batch_size) * self.distance
-        tokens = self.corpus.windows("train", self.rt.share(starts), self.cfg.seq_len)
-        if self.rt.device.type == "cuda":
-            return tokens.pin_memory().to(self.rt.device, non_blocking=True)
-        return tokens.to(self.rt.device)
+        return self.corpus.windows("train", self.rt.share(starts), self.cfg.seq_len, self.rt.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Backbones: forward(x [B, L, D], state) -> (h [B, L, H], state) and step(x [B, D], state) -> (h [B, H], state)
+# Backbones
 # ---------------------------------------------------------------------------------------------------------------
+# A backbone of your own is one class, made from cfg, with its name in BACKBONES and in Config.backbone:
+#     forward(x [B, L, D]) -> (h [B, L, H], state)    a whole text: h_t has seen x_0 .. x_t and nothing after
+#     step(x [B, D], state) -> (h [B, H], state)      one token more, which is how it writes
 class GRU(nn.GRU):
     """The state is h of every layer, so a token costs the same anywhere in the text."""
 
     def __init__(self, cfg: Config):
-        between = cfg.dropout if cfg.n_layers > 1 else 0.0  # layers
-        super().__init__(cfg.token_dim, cfg.d_model, cfg.n_layers, batch_first=True, dropout=between)
+        # Dropout acts between layers; torch warns where there is but one.
+        dropout = cfg.dropout if cfg.n_layers > 1 else 0.0
+        super().__init__(cfg.token_dim, cfg.d_model, cfg.n_layers, batch_first=True, dropout=dropout)
 
     def step(self, x: Tensor, state):
         """By GRU cells: a call of nn.GRU costs more than a token."""
@@ -270,23 +276,32 @@ class Block(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         H = cfg.d_model
-        self.n_heads, self.drop = cfg.n_heads, nn.Dropout(cfg.dropout)
-        self.attention_norm, self.qkv, self.out = nn.LayerNorm(H), nn.Linear(H, 3 * H), nn.Linear(H, H)
-        self.mlp_norm, self.mlp_in, self.mlp_out = nn.LayerNorm(H), nn.Linear(H, 4 * H), nn.Linear(4 * H, H)
+        self.n_heads = cfg.n_heads
+        self.drop = nn.Dropout(cfg.dropout)
+        self.attention_norm = nn.LayerNorm(H)
+        self.qkv = nn.Linear(H, 3 * H)
+        self.out = nn.Linear(H, H)
+        self.mlp_norm = nn.LayerNorm(H)
+        self.mlp_in = nn.Linear(H, 4 * H)
+        self.mlp_out = nn.Linear(4 * H, H)
 
     def forward(self, x: Tensor, angle: Tensor, past: tuple | None):
-        """(x [B, L, H], (keys, values)); past: keys and values of the tokens before these."""
+        """(x [B, L, H], (keys, values)); past: keys and values of the tokens before, where L is 1."""
         B, L, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, L, 3, self.n_heads, -1).transpose(1, 3)
         q, k, v = qkv.unbind(2)  # [B, heads, L, 2 R]
-        q, k, mask = rotate(q, angle), rotate(k, angle), None
+        q = rotate(q, angle)
+        k = rotate(k, angle)
         if past:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-            # Each of the L new tokens sees all of the past, itself, and the new ones before it.
-            mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, L, -1)))
-        x = x + self.drop(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
+            k = torch.cat([past[0], k], 2)
+            v = torch.cat([past[1], v], 2)
+        # A single token sees all of its past; the tokens of a whole text see themselves and those before them.
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        attended = attended.transpose(1, 2).reshape(B, L, -1)
+        # Residual branches, each normalised before and thinned by dropout after.
+        x = x + self.drop(self.out(attended))
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(x)))
+        x = x + self.drop(self.mlp_out(hidden))
         return x, (k, v)
 
 
@@ -304,8 +319,11 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, state: list | None = None):
         state = state or [None] * len(self.layers)
         past = state[0][0].shape[2] if state[0] else 0
-        angle = torch.arange(past, past + x.shape[1], device=x.device)[:, None] * self.frequency  # [L, R]
-        x, states = self.embed(x), []
+        # Angles of the places past, past + 1, ...: attention then knows distances, not places.
+        places = torch.arange(past, past + x.shape[1], device=x.device)
+        angle = places[:, None] * self.frequency  # [L, R]
+        x = self.embed(x)
+        states = []
         for layer, before in zip(self.layers, state, strict=True):
             x, after = layer(x, angle, before)
             states.append(after)
@@ -319,7 +337,8 @@ class Transformer(nn.Module):
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """x [B, heads, L, 2 R] turned by angle [L, R]."""
     a, b = x.chunk(2, -1)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos = angle.cos().to(x)
+    sin = angle.sin().to(x)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
@@ -330,7 +349,7 @@ BACKBONES = {"gru": GRU, "transformer": Transformer}
 # Experts: what every plan predicts, log p_{t,k} = log_softmax(logits_{t,k})
 # ---------------------------------------------------------------------------------------------------------------
 # Logits [T, K, V] never exist as a whole. Experts say what the heads read (`inputs`, [T, P, H], one input a plan or one
-# for all) and the heads (`table`: a matrix of [V, H] or [K V, H], a bias [K, V]); kernels/log_probs.py streams the rest.
+# for all) and the heads (`table`: a matrix [V, H] or [K V, H], a bias [K, V]); kernels/log_probs.py streams the rest.
 # Dropout has one mask for all plans, which would otherwise differ by their masks alone.
 class LinearExperts(nn.Module):
     """logits_{t,k} = W_k h_t + c_k: a head for each plan and nothing shared (K = 1 is the baseline)."""
@@ -342,6 +361,7 @@ class LinearExperts(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.weight = nn.Parameter(torch.empty(cfg.plans(), vocab_size, cfg.d_model))
         self.bias = nn.Parameter(torch.zeros(cfg.plans(), vocab_size))
+        # Head by head: Xavier's bound depends on the shape, which is [V, H] and not [K, V, H].
         for head in self.weight:
             nn.init.xavier_uniform_(head.data, HEAD_GAIN)
 
@@ -361,11 +381,11 @@ class BiasExperts(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(cfg.dropout)
         self.head = nn.Linear(cfg.d_model, vocab_size)
-        self.plan_bias = nn.Parameter(0.1 * torch.randn(cfg.plans(), vocab_size))  # equal plans would stay equal
-        start(self.head, HEAD_GAIN)
+        # Noise, for plans that start equal get equal gradients and stay equal.
+        self.plan_bias = nn.Parameter(0.1 * torch.randn(cfg.num_plan_states, vocab_size))
+        xavier(self.head, HEAD_GAIN)
 
-    def inputs(self, h: Tensor) -> Tensor:
-        return self.drop(h)[:, None]
+    inputs = LinearExperts.inputs
 
     def table(self) -> tuple[Tensor, Tensor]:
         return self.head.weight, self.head.bias + self.plan_bias
@@ -379,18 +399,21 @@ class TanhExperts(nn.Module):
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
         self.drop = nn.Dropout(cfg.dropout)
-        self.plan_emb = nn.Embedding(cfg.plans(), cfg.fusion_dim)
+        self.plan_emb = nn.Embedding(cfg.num_plan_states, cfg.fusion_dim)
         self.state_proj = nn.Linear(cfg.d_model, cfg.fusion_dim)
         self.plan_proj = nn.Linear(cfg.fusion_dim, cfg.fusion_dim, bias=False)
         self.out_proj = nn.Linear(cfg.fusion_dim, vocab_size)
-        self.plan_vocab_bias = nn.Parameter(torch.zeros(cfg.plans(), vocab_size))
+        self.plan_vocab_bias = nn.Parameter(torch.zeros(cfg.num_plan_states, vocab_size))
+        # Small but not zero, which again tells plans apart.
         nn.init.normal_(self.plan_emb.weight, std=0.02)
-        start(self.state_proj)
-        start(self.plan_proj)
-        start(self.out_proj, HEAD_GAIN)
+        xavier(self.state_proj)
+        xavier(self.plan_proj)
+        xavier(self.out_proj, HEAD_GAIN)
 
     def inputs(self, h: Tensor) -> Tensor:
-        joint = torch.tanh(self.state_proj(h)[:, None] + self.plan_proj(self.plan_emb.weight))  # [T, K, F]
+        plans = self.plan_proj(self.plan_emb.weight)  # [K, F]
+        joint = torch.tanh(self.state_proj(h)[:, None] + plans)  # [T, K, F]
+        # One dropout mask [T, 1, F] for all plans.
         if self.training and self.drop.p:
             joint = joint * self.drop(torch.ones_like(joint[:, :1]))
         return joint
@@ -399,7 +422,7 @@ class TanhExperts(nn.Module):
         return self.out_proj.weight, self.out_proj.bias + self.plan_vocab_bias
 
 
-def start(layer: nn.Linear, gain: float = 1.0) -> None:
+def xavier(layer: nn.Linear, gain: float = 1.0) -> None:
     """Xavier's start; biases 0."""
     nn.init.xavier_uniform_(layer.weight, gain)
     if layer.bias is not None:
@@ -439,7 +462,7 @@ def cross_source(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
 # Model
 # ---------------------------------------------------------------------------------------------------------------
 class Baseline(nn.Module):
-    """The executor alone: token embedding, backbone and one softmax head. A planner adds to it, and is held against it."""
+    """The executor alone: token embedding, backbone, one softmax head. A planner adds to it and is held against it."""
 
     def __init__(self, cfg: Config, vocab_size: int, experts: type):
         super().__init__()
@@ -449,30 +472,48 @@ class Baseline(nn.Module):
         self.backbone = BACKBONES[cfg.backbone](cfg)
         self.experts = experts(cfg, vocab_size)
 
-    def read(self, input_ids: Tensor, state=None):
+    def read(self, input_ids: Tensor):
         """Tokens [B, L] -> (h [B, L, H] after reading each, backbone state)."""
-        return self.backbone(self.token_emb(input_ids), state)
+        return self.backbone(self.token_emb(input_ids))
 
     def look_up(self, h: Tensor, index: Tensor) -> Tensor:
         """log p_{t,k}(v) for v in index [B, L, J], h [B, L, H]: [B, L, K, J], float32 or float64."""
+        # T = B L rows: heads know no order, and a block of rows is what fits the memory.
         rows = self.experts.inputs(h.flatten(0, 1))
         logs = self.experts.log_probs(rows, *self.experts.table(), index.flatten(0, 1))  # [T, K, J]
-        return logs.view(*index.shape[:2], *logs.shape[1:])
+        return logs.unflatten(0, index.shape[:2])
 
-    def losses(self, input_ids: Tensor, target_ids: Tensor, terms: tuple = (), tau: float | None = None,
-               hard_fraction: float = 0.0) -> dict[str, Tensor]:
+    def losses(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        terms: tuple = (),
+        tau: float | None = None,
+        hard_fraction: float = 0.0,
+    ) -> dict[str, Tensor]:
         """{"nll"} in nats a token; input_ids, target_ids [B, L] with target y_t = x_{t+1}."""
         h, _ = self.read(input_ids)
+        # One expert: log p_{t,1}(y_t) is the log-softmax of its head.
         return {"nll": -self.look_up(h, target_ids[..., None]).mean()}
 
-    def forward(self, input_ids: Tensor, target_ids: Tensor, weights: dict[str, float] | None = None,
-                tau: float | None = None, hard_fraction: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total loss, its terms): nll + sum of weight * term, less for terms that are maximised."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        weights: dict[str, float] | None = None,
+        tau: float | None = None,
+        hard_fraction: float = 0.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(total loss, its terms): nll + sum of weight * term, less for terms that are maximised.
+
+        The losses are inside `forward` because DDP synchronises the gradients of what goes through it, and of no more.
+        """
         weights = self.cfg.weights() if weights is None else weights
         values = self.losses(input_ids, target_ids, terms=tuple(weights), tau=tau, hard_fraction=hard_fraction)
         total = values["nll"]
         for term, weight in weights.items():
-            total = total - weight * values[term] if term in MAXIMISED else total + weight * values[term]
+            sign = -1 if term in MAXIMISED else 1
+            total = total + sign * weight * values[term]
         return total, {name: value.detach() for name, value in values.items()}
 
 
@@ -489,13 +530,22 @@ class Planner(Baseline):
         super().__init__(cfg, vocab_size, experts)
         K = cfg.num_plan_states
         stay = self.SELF_BIAS if cfg.planner_self_bias is None else cfg.planner_self_bias
+        # pi_0 = softmax(0): at first no plan is likelier than another.
         self.planner_init_logits = nn.Parameter(torch.zeros(K))
-        self.planner_transition_logits = nn.Parameter(stay * torch.eye(K))  # A, from and to
+        # A [from, to]: with 1.8 on the diagonal and K = 8 a plan stays with probability 0.46.
+        self.planner_transition_logits = nn.Parameter(stay * torch.eye(K))
         self.rule = cross_iohmm if cfg.boundary_rule() == "iohmm" else cross_source
         self.offset = 0  # y_t is in chunk (t + offset) // C
 
-    def filter(self, evidence: Tensor, context: Tensor, planner_mode: str = "normal",
-               forced_state: int | None = None, tau: float | None = None, hard_fraction: float = 0.0) -> Beliefs:
+    def filter(
+        self,
+        evidence: Tensor,
+        context: Tensor,
+        planner_mode: str = "normal",
+        forced_state: int | None = None,
+        tau: float | None = None,
+        hard_fraction: float = 0.0,
+    ) -> Beliefs:
         """Run the belief over a text: sums within a chunk, a step of the chain between chunks.
 
         Args:
@@ -503,8 +553,9 @@ class Planner(Baseline):
             planner_mode: normal | uniform_mask | forced_state (the belief is replaced and does not learn from tokens).
             tau: temperature of the gate. hard_fraction: share of a straight-through sample at each chunk's start.
         """
-        cfg, C = self.cfg, self.cfg.chunk_size
-        tau = cfg.planner_temperature if tau is None else tau
+        cfg = self.cfg
+        C = cfg.chunk_size
+        tau = tau or cfg.planner_temperature
         fixed = self.fixed_belief(planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
@@ -520,7 +571,9 @@ class Planner(Baseline):
 
         # Prior: b = pi_0 = softmax(planner_init_logits), before any text.
         belief = F.log_softmax(self.planner_init_logits, 0).expand(B, K)
-        start, state, end = [], [], []
+        start = []
+        state = []
+        end = []
         for c in range(N):
             # Boundary: a step of the chain, b <- b P_c, from all that is known when the chunk before ends.
             if c:
@@ -532,10 +585,10 @@ class Planner(Baseline):
             # Bayes' rule for the whole chunk, b(k) <- b(k) prod_t p_{t,k}(y_t) / Z. The plan does not change within a
             # chunk, so its tokens may be taken together; this loop runs over N chunks and never over L tokens.
             end.append(F.log_softmax(state[-1] + total[:, c], 1))
-        start, state, end = torch.stack(start, 1), torch.stack(state, 1), torch.stack(end, 1)  # [B, N, K]
+        start, state, end = (torch.stack(beliefs, 1) for beliefs in (start, state, end))  # [B, N, K]
 
-        # Bayes' rule token by token: before y_t the belief has learned from the tokens of its chunk up to y_{t-1}, which
-        # is the cumulative sum less the token itself.
+        # Bayes' rule token by token: before y_t the belief has learned from the tokens of its chunk up to y_{t-1}, and
+        # their evidence is the cumulative sum less the token's own.
         before = F.log_softmax(state[:, :, None] + learned.cumsum(2) - learned, 3)
         before = before.reshape(B, N * C, K)[:, self.offset : self.offset + L]
         # Gate: the belief itself (a = 0, tau = 1: exact), or with the plans to come, or sharpened.
@@ -547,12 +600,16 @@ class Planner(Baseline):
     def hold(self, fixed: Tensor, evidence: Tensor, context: Tensor, tau: float) -> Beliefs:
         """The filter's place where the log belief [K] is fixed: no token and no boundary changes it."""
         beliefs = self.filter(evidence, context)
-        state, before = fixed.expand_as(beliefs.state), fixed.expand_as(beliefs.before)
+        state = fixed.expand_as(beliefs.state)
+        before = fixed.expand_as(beliefs.before)
         start = beliefs.start
         if self.cfg.carry_posterior:
-            start = torch.cat([start[:, :1], state[:, 1:]], 1)  # the prior, then what the chunk before ended with
+            # The prior, then what the chunk before ended with.
+            start = torch.cat([start[:, :1], state[:, 1:]], 1)
+        # No lookahead: it would mix other plans into a forced one.
         gate = self.gate(before, tau, 0.0, 0)
-        return Beliefs(-torch.logsumexp(gate + evidence, 2), before, gate, start, state, state)
+        nll = -torch.logsumexp(gate + evidence, 2)
+        return Beliefs(nll, before, gate, start, state, state)
 
     def fixed_belief(self, planner_mode: str, forced_state: int | None) -> Tensor | None:
         """The log belief [K] that a planner mode puts in the belief's place; None in normal mode."""
@@ -563,25 +620,29 @@ class Planner(Baseline):
         if planner_mode == "uniform_mask":
             return torch.full_like(logits, -math.log(K))
         if planner_mode == "forced_state" and forced_state in range(K):
-            return F.one_hot(torch.tensor(forced_state, device=logits.device), K).to(logits.dtype).log()
-        raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, uniform_mask, "
-                         f"or forced_state and a plan from 0 to {K - 1}")
+            chosen = torch.tensor(forced_state, device=logits.device)
+            return F.one_hot(chosen, K).to(logits).log()  # 0 for the plan, -inf for the others
+        raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, "
+                         f"uniform_mask, or forced_state and a plan from 0 to {K - 1}")
 
     def cross(self, belief: Tensor, context: Tensor) -> Tensor:
         return self.rule(belief, self.planner_transition_logits, context)
 
     def gate(self, belief: Tensor, tau: float, a: float, horizon: int) -> Tensor:
         """Log weights of the experts: softmax(log[(1 - a) b + a mean_{s=1..S} b P^s] / tau), [..., K]."""
+        # Lookahead: M = (1 - a) I + a mean_s P^s turns b into b M, in log space.
         if a and horizon:
             P = self.planner_transition_logits.softmax(1)
             powers = [P]
             with torch.autocast(belief.device.type, enabled=False):
                 while len(powers) < horizon:
                     powers.append(powers[-1] @ P)
-            mix = (1 - a) * torch.eye(len(P), dtype=P.dtype, device=P.device) + a * torch.stack(powers).mean(0)
-            # A chain that never takes a step has a 0 there, whose logarithm needs a floor: gradients pass through it.
+            ahead = torch.stack(powers).mean(0)
+            mix = (1 - a) * torch.eye(len(P)).to(P) + a * ahead
+            # Floor: a step that the chain never takes is a 0 in M, and gradients pass through its logarithm.
             log_mix = mix.clamp_min(torch.finfo(mix.dtype).tiny).log()
             belief = torch.logsumexp(belief[..., :, None] + log_mix, -2)
+        # Temperature: below 1 the likeliest plan gets more than its due, above 1 less.
         if tau == 1 or not self.cfg.carry_posterior:
             return belief
         return F.log_softmax(belief / tau, -1)
@@ -590,24 +651,29 @@ class Planner(Baseline):
         """What a chunk works with, given the log belief [B, K] at its start."""
         if not hard_fraction:
             return belief
-        sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief.dtype)
+        # Straight-through sample: one plan going forward, the softmax of (log b + Gumbel noise) / tau going back.
+        sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief)
         mixed = hard_fraction * sample + (1 - hard_fraction) * belief.exp()
-        return (mixed.clamp_min(0) + 1e-9).log()  # a sample's zeros need a floor: gradients pass through them
+        # Floor: the sample has zeros, and gradients pass through their logarithm.
+        return (mixed.clamp_min(0) + 1e-9).log()
 
     def project(self, layer: nn.Linear, h: Tensor) -> Tensor:
         """layer(h), never in half precision."""
         with torch.autocast(h.device.type, enabled=False):
-            return layer(h.to(layer.weight.dtype))
+            return layer(h.to(layer.weight))
 
     def chunk_means(self, h: Tensor) -> Tensor:
         """Means of h [B, L, H] over chunks of the tokens read, [B, ceil(L / C), H], the last one maybe partial."""
-        chunks = h.to(self.planner_init_logits.dtype).split(self.cfg.chunk_size, 1)
+        # In full precision: a sum of C states in bfloat16 has two digits.
+        chunks = h.to(self.planner_init_logits).split(self.cfg.chunk_size, 1)
         return torch.stack([chunk.mean(1) for chunk in chunks], 1)
 
     def aux_rows(self, h: Tensor):
         """Which of the B L tokens plan_mi and plan_js_div look at: in training a random share."""
+        # These two terms cost as much as the likelihood itself; a quarter of the tokens estimates them without bias.
         share = self.cfg.aux_token_fraction if self.training else 1
         return some_rows(h.shape[0] * h.shape[1], share, h.device)
+
 
 class FilteredMixture(Planner):
     """Version 1: plans speak through one shared head. Chunks begin with y_0; the state at a boundary moves the plan."""
@@ -618,13 +684,13 @@ class FilteredMixture(Planner):
         super().__init__(cfg, vocab_size, experts)
         self.planner_ctx_proj = nn.Linear(cfg.d_model, cfg.num_plan_states)
         self.chunk_post_proj = nn.Linear(cfg.d_model, cfg.num_plan_states)
-        start(self.planner_ctx_proj)
-        start(self.chunk_post_proj)
+        xavier(self.planner_ctx_proj)
+        xavier(self.chunk_post_proj)
 
     def contexts(self, h: Tensor) -> Tensor:
         """g [B, N - 1, K]: what the text adds to the transition logits at every boundary."""
-        C = self.cfg.chunk_size
-        return self.context(h[:, C::C])
+        # h_t has read x_t = y_{t-1}: all of the chunk before the boundary, nothing of y_t.
+        return self.context(h[:, self.cfg.chunk_size :: self.cfg.chunk_size])
 
     def context(self, h: Tensor) -> Tensor:
         """g = planner_context_scale * (W_c h_t + c_c), h_t the state at the boundary."""
@@ -634,20 +700,29 @@ class FilteredMixture(Planner):
         """What `context` reads when token by token a boundary comes: h is the newest state [B, H]."""
         return h
 
-    def losses(self, input_ids: Tensor, target_ids: Tensor, planner_mode: str = "normal",
-               forced_state: int | None = None, terms: tuple = V1_TERMS, tau: float | None = None,
-               hard_fraction: float = 0.0) -> dict[str, Tensor]:
+    def losses(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        planner_mode: str = "normal",
+        forced_state: int | None = None,
+        terms: tuple = V1_TERMS,
+        tau: float | None = None,
+        hard_fraction: float = 0.0,
+    ) -> dict[str, Tensor]:
         """nll and the auxiliary terms in nats, and metrics of the planner; scalars. See PlannerRequired.losses."""
         h, _ = self.read(input_ids)
+        # Look-up: log p_{t,k} of y_t, and for chunk_bow of all targets of its chunk. Nothing else is ever needed.
         index = target_ids[..., None]
         if "chunk_bow" in terms:
             index = torch.cat([index, chunk_targets(target_ids, self.cfg.chunk_size)], 2)
         logs = self.look_up(h, index)  # [B, L, K, J]
         evidence = logs[..., 0]
         beliefs = self.filter(evidence, self.contexts(h), planner_mode, forced_state, tau, hard_fraction)
+        # b after y_t, by Bayes' rule; a belief that is held in place does not learn.
         after = beliefs.before
         if planner_mode == "normal":
-            after = F.log_softmax(beliefs.before + evidence, 2)  # b after y_t
+            after = F.log_softmax(after + evidence, 2)
 
         # nll = -mean_t log sum_k b(k) p_{t,k}(y_t)
         values = {"nll": beliefs.nll.mean()}
@@ -660,16 +735,20 @@ class FilteredMixture(Planner):
         # chunk_bow = mean_c CE(histogram of the chunk's tokens, sum_k b_start(k) mean_{t in c} p_{t,k})
         if "chunk_bow" in terms:
             values["chunk_bow"] = chunk_bow(logs[..., 1:], beliefs.start)
-        # plan_mi = mean_t [H(sum_k b p_{t,k}) - sum_k b(k) H(p_{t,k})], b before y_t: large where plans predict otherwise
+        # plan_mi = mean_t [H(sum_k b(k) p_{t,k}) - sum_k b(k) H(p_{t,k})], b before y_t: large where plans disagree
         if "plan_mi" in terms:
             rows = self.aux_rows(h)
-            x, belief = self.experts.inputs(h.flatten(0, 1)[rows]), beliefs.before.flatten(0, 1)[rows]
+            x = self.experts.inputs(h.flatten(0, 1)[rows])
+            belief = beliefs.before.flatten(0, 1)[rows]
             values["plan_mi"] = plan_information(x, *self.experts.table(), belief)
         # chunk_post_kl = mean_c [KL(q || b_end) + KL(b_end || q)] / 2, q = softmax(W_q mean_{t in c} h_t + c_q)
         if "chunk_post_kl" in terms:
             q = F.log_softmax(self.project(self.chunk_post_proj, self.chunk_means(h)), 2)
-            values["chunk_post_kl"] = 0.5 * ((q.exp() - beliefs.end.exp()) * (q - beliefs.end)).sum(2).mean()
+            end = beliefs.end
+            both = (q.exp() - end.exp()) * (q - end)  # summed over plans the two KLs together
+            values["chunk_post_kl"] = 0.5 * both.sum(2).mean()
         return values | plans.usage_metrics(beliefs.state)
+
 
 class PlannerRequired(Planner):
     """Version 2: every logit comes from a plan's own head. The first token read counts as one of the first chunk."""
@@ -678,17 +757,22 @@ class PlannerRequired(Planner):
 
     def __init__(self, cfg: Config, vocab_size: int, experts: type):
         super().__init__(cfg, vocab_size, experts)
-        H, K = cfg.d_model, cfg.num_plan_states
+        H = cfg.d_model
+        K = cfg.num_plan_states
+        # A boundary comes before y_t with (t + 1) mod C = 0; the source's older v2 has it a token later.
         self.offset = int(cfg.carry_posterior)
-        self.planner_boundary_proj, self.planner_obs_proj = nn.Linear(H, K), nn.Linear(H, K)
-        self.plan_state_emb, self.future_chunk_proj = nn.Embedding(K, H), nn.Linear(H, H, bias=False)
+        self.planner_boundary_proj = nn.Linear(H, K)
+        self.planner_obs_proj = nn.Linear(H, K)
+        self.plan_state_emb = nn.Embedding(K, H)
+        self.future_chunk_proj = nn.Linear(H, H, bias=False)
         nn.init.normal_(self.plan_state_emb.weight, std=0.02)
         for layer in (self.planner_boundary_proj, self.planner_obs_proj, self.future_chunk_proj):
-            start(layer)
+            xavier(layer)
 
     def contexts(self, h: Tensor) -> Tensor:
         """g [B, N - 1, K]: what the text adds to the transition logits at every boundary."""
         N = -(-(h.shape[1] + self.offset) // self.cfg.chunk_size)
+        # The last chunk, maybe a partial one, ends without a boundary.
         return self.context(self.chunk_means(h)[:, : N - 1])
 
     def context(self, mean: Tensor) -> Tensor:
@@ -701,20 +785,28 @@ class PlannerRequired(Planner):
         before the newest token and with it."""
         return (total if self.offset else before) / self.cfg.chunk_size
 
-    def losses(self, input_ids: Tensor, target_ids: Tensor, planner_mode: str = "normal",
-               forced_state: int | None = None, terms: tuple = V2_TERMS, tau: float | None = None,
-               hard_fraction: float = 0.0, rep_window: int | None = None) -> dict[str, Tensor]:
+    def losses(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        planner_mode: str = "normal",
+        forced_state: int | None = None,
+        terms: tuple = V2_TERMS,
+        tau: float | None = None,
+        hard_fraction: float = 0.0,
+    ) -> dict[str, Tensor]:
         """nll and the auxiliary terms in nats, and metrics of the planner; scalars.
 
         Args:
             input_ids, target_ids: [B, L] with target y_t = x_{t+1}.
-            terms: which auxiliary terms to compute. rep_window: of rep_unlikelihood, default the config's.
+            terms: which auxiliary terms to compute.
             planner_mode, forced_state, tau, hard_fraction: see filter.
         """
         h, _ = self.read(input_ids)
+        # Look-up: log p_{t,k} of y_t, and for rep_unlikelihood of the tokens before it. Nothing else is ever needed.
         index = target_ids[..., None]
-        window = self.cfg.repetition_window() if rep_window is None else rep_window
-        if "rep_unlikelihood" in terms and window:
+        if "rep_unlikelihood" in terms:
+            window = self.cfg.repetition_window()
             recent, counts = recent_tokens(input_ids, target_ids, window, self.cfg.include_current())
             index = torch.cat([index, recent], 2)
         logs = self.look_up(h, index)  # [B, L, K, J]
@@ -738,9 +830,7 @@ class PlannerRequired(Planner):
             values["plan_js_div"] = plan_divergence(x, *self.experts.table())
         # rep_unlikelihood = mean_t mean over recent tokens v != y_t of -log(1 - p_t(v))
         if "rep_unlikelihood" in terms:
-            values["rep_unlikelihood"] = torch.zeros_like(values["nll"])
-            if window:
-                values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
+            values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
         return values | plans.usage_metrics(beliefs.state)
 
     def future_contrastive(self, h: Tensor, state: Tensor) -> Tensor:
@@ -748,12 +838,15 @@ class PlannerRequired(Planner):
         with torch.autocast(h.device.type, enabled=False):
             means = self.chunk_means(h)
             n = means.shape[1]
+            # Cosines: the plan a chunk works with, and what each chunk was about, as unit vectors.
             plan = F.normalize(state[:, :n].exp() @ self.plan_state_emb.weight, dim=2)
             future = F.normalize(self.future_chunk_proj(means), dim=2)
             terms = []
             for d in range(1, min(self.cfg.future_horizon_chunks, n - 1) + 1):
-                anchor, positive = plan[:, :-d].flatten(0, 1), future[:, d:].flatten(0, 1)
-                scores = anchor @ positive.t() / self.cfg.planner_temperature  # cosine / tau; its own is on the diagonal
+                anchor = plan[:, :-d].flatten(0, 1)
+                positive = future[:, d:].flatten(0, 1)
+                # Scores [B (n - d), B (n - d)]: a chunk's own future is on the diagonal, all others are negatives.
+                scores = anchor @ positive.t() / self.cfg.planner_temperature
                 terms.append(-scores.log_softmax(1).diagonal().mean())
         return torch.stack(terms).mean() if terms else h.new_zeros(())
 
@@ -763,6 +856,7 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
     V = vocab_size or cfg.vocab_size
     if not V:
         raise ValueError("build_model needs cfg.vocab_size, or the vocabulary of the data")
+    # The only place that asks which version it is: what a version does is in its class.
     if cfg.version == "baseline":
         return Baseline(cfg, V, LinearExperts)
     if cfg.version == "v1_filtered_mixture":
@@ -785,9 +879,11 @@ def kl_to_uniform(p: Tensor) -> Tensor:
 
 def commitment(step: int, cfg: Config) -> tuple[float, float]:
     """(tau, hard fraction) of a training step."""
-    first = cfg.planner_temperature if cfg.plan_temperature_start is None else cfg.plan_temperature_start
-    last = first if cfg.plan_temperature_end is None else cfg.plan_temperature_end
+    # Temperature: a straight line over the run.
+    first = cfg.plan_temperature_start or cfg.planner_temperature
+    last = cfg.plan_temperature_end or first
     tau = first + (last - first) * min(1.0, step / max(1, cfg.max_steps - 1))
+    # Hard fraction: 0 during the warm-up, then a ramp to 1.
     done = step - cfg.commitment_warmup_steps
     if cfg.plan_commitment == "soft" or done < 0:
         return tau, 0.0
@@ -796,25 +892,38 @@ def commitment(step: int, cfg: Config) -> tuple[float, float]:
 
 def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Config) -> dict[str, Tensor]:
     """Forward and backward over the micro-batches of tokens [B, L + 1]; returns loss and terms, the mean over ranks."""
-    weights, (tau, hard_fraction), values = cfg.weights(step), commitment(step, cfg), []
+    weights = cfg.weights(step)
+    tau, hard_fraction = commitment(step, cfg)
+    values = []
     for i, part in enumerate(tokens.chunk(cfg.grad_accum)):
+        # Gradients travel between ranks once, with the last micro-batch.
         with rt.sync(model, last=i == cfg.grad_accum - 1):
             with rt.autocast():
+                # Half precision where the device has it; beliefs stay in single (see Planner).
                 loss, terms = model(part[:, :-1], part[:, 1:], weights, tau, hard_fraction)
             rt.backward(loss / cfg.grad_accum)
         values.append(torch.stack([loss.detach(), *terms.values()]))
+    # One tensor for all terms, so that ranks exchange one message a step.
     means = rt.mean(torch.stack(values).mean(0))
     return dict(zip(("loss", *terms), means, strict=True))
 
 
 def parameter_groups(model: Baseline, cfg: Config) -> list[dict]:
     """Matrices decay; biases, norms and the planner's own logits do not."""
-    matrices, others = [], []
+    matrices = []
+    others = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(("bias", "_logits"))
-            (others if plain else matrices).append(parameter)
-    return [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        # Decay would pull transitions towards even ones and biases towards even words: a prior that nobody asked for.
+        if parameter.ndim < 2 or name.endswith(("bias", "_logits")):
+            others.append(parameter)
+        else:
+            matrices.append(parameter)
+    return [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def trial(model: Baseline, windows: int, rt: Runtime, cfg: Config) -> Tensor:
@@ -839,28 +948,28 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
     information of the likeliest plan at each chunk's end with the true one.
     """
     model.eval()
-    windows, own = [], rt.share(starts)
+    windows = []
+    own = rt.share(starts)
     for begin in range(0, len(own), batch):
-        tokens = corpus.windows("val", own[begin : begin + batch], cfg.seq_len).to(rt.device)
+        tokens = corpus.windows("val", own[begin : begin + batch], cfg.seq_len, rt.device)
         with rt.autocast():
             h, _ = model.read(tokens[:, :-1])
             evidence = model.look_up(h, tokens[:, 1:, None])[..., 0]  # [B, L, K]
         windows.append([part.cpu() for part in window_numbers(model, h, evidence)])
     model.train()
-    windows = sum(rt.gather(windows), [])  # those of rank 0, of rank 1, ...
+    # In order of rank: the windows of rank 0, of rank 1, ..., and their starts likewise.
+    windows = sum(rt.gather(windows), [])
     starts = np.concatenate([starts[rank :: rt.world_size] for rank in range(rt.world_size)])
     nll, *planned = [torch.cat(parts).double() for parts in zip(*windows, strict=True)]
-
     nll = float(nll.mean())
-    metrics = {"val_nll": nll, "val_ppl": math.exp(min(nll, 700.0))}
-    metrics |= corpus.yardsticks(nll, starts, cfg.seq_len)
+    metrics = {"val_nll": nll, "val_ppl": math.exp(min(nll, 700.0))} | corpus.yardsticks(nll, starts, cfg.seq_len)
     if planned:
         masked, forced, state, end = planned
+        # The plan's worth is what the same experts lose without it: mixed evenly, or the best of them alone.
         metrics["planner_mask_delta_loss"] = float(masked.mean()) - nll
         metrics["forced_nll"] = forced.mean(0).tolist()
         metrics["plan_gain"] = min(metrics["forced_nll"]) - nll
-        true = corpus.true_plans(starts)
-        metrics |= plans.plan_metrics(state, end.long(), model.planner_transition_logits, true)
+        metrics |= plans.plan_metrics(state, end, model.planner_transition_logits, corpus.true_plans(starts))
     return metrics
 
 
@@ -869,10 +978,16 @@ def window_numbers(model: Baseline, h: Tensor, evidence: Tensor) -> list[Tensor]
     if not isinstance(model, Planner):
         return [-evidence.mean((1, 2))]
     beliefs = model.filter(evidence, model.contexts(h))
-    K = evidence.shape[2]
-    masked = -torch.logsumexp(evidence - math.log(K), 2).mean(1)  # nll under the uniform belief [B]
-    forced = -evidence.mean(1)  # nll of each plan alone [B, K]
-    return [beliefs.nll.mean(1), masked, forced, beliefs.state.exp(), beliefs.end.argmax(2)]
+    # masked: nll under the uniform belief, -log mean_k p_{t,k}(y_t), [B]. forced: nll of each plan alone [B, K].
+    masked = math.log(evidence.shape[2]) - torch.logsumexp(evidence, 2).mean(1)
+    forced = -evidence.mean(1)
+    return [
+        beliefs.nll.mean(1),
+        masked,
+        forced,
+        beliefs.state,
+        beliefs.end.argmax(2),  # the likeliest plan at each chunk's end
+    ]
 
 
 def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Path, say=print) -> dict:
@@ -880,16 +995,8 @@ def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Pa
     starts = corpus.spread(cfg.final_eval_batches * 16, cfg.seq_len, cfg.version)
     metrics = evaluate(model, corpus, starts, rt, cfg)
     if rt.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        plans.draw_loss(folder, f"{cfg.version}, {cfg.backbone}")
-        if isinstance(model, Planner):
-            with rt.autocast():
-                tables = plans.planner_report(model, corpus, starts)
-                plans.draw_plans(folder, model, corpus, starts, metrics["usage"])
-            metrics |= {name: value for name, value in tables.items() if isinstance(value, float)}
-            write_json(folder / "planner_eval.json", metrics | tables)
-            plans.warn_of_idle_plans(metrics, say)
-        write_json(folder / "metrics.json", metrics)
+        with rt.autocast():
+            metrics = plans.write_report(folder, model, corpus, starts, metrics, say)
     rt.barrier()
     return metrics
 
@@ -903,14 +1010,15 @@ def preview(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config, tokens: i
 
 
 def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
-    """A step on one window, and all that the end of the run asks of model and data; draws no random number of the run.
+    """A step on one window, and all that the end of the run asks of model and data.
 
     Parameters that the loss does not reach, such as those of terms of weight 0, are left out of training.
     """
     starts = corpus.spread(rt.world_size, cfg.seq_len, cfg.version)
     with rehearsal():
-        model.eval()
+        # Masks of dropout may be drawn here: the run's own random numbers begin, or are restored, after this.
         trial(model, 1, rt, cfg).backward()
+        # DDP waits for the gradient of every parameter that asks for one.
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         model.zero_grad(set_to_none=True)
@@ -928,22 +1036,26 @@ def train(cfg: Config) -> dict:
 
     Raises InputError (bad input, before anything is written) and FloatingPointError (the loss).
     """
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
+    began = time.perf_counter()
+    folder = checkpoint.local_folder(cfg.out_dir)
+    # A checkpoint of the source has weights to start from, but no state of ours to go on with.
     if is_source_checkpoint(cfg.resume):
         cfg.init_from, cfg.resume = cfg.resume, "auto"
     with Runtime(cfg) as rt:
-        if cfg.batch_size != "auto":
-            rt.divide(cfg.batch_size, cfg.grad_accum)
+        rt.divide(cfg.batch_size, cfg.grad_accum)
         corpus = open_data(cfg)
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
         model = build_model(cfg, corpus.vocab_size)
         if cfg.init_from and not state:
             start_from_weights(model, cfg)
         model.to(rt.device)
+        # Before step 0: whatever the end of the run asks of an edited copy fails now.
         rehearse(model, corpus, rt, cfg)
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         params = [p for p in model.parameters() if p.requires_grad]
-        step, best, batch_size = 0, math.inf, cfg.batch_size
+        step = 0
+        best = math.inf
+        batch_size = cfg.batch_size
         if state:
             same_tokenizer(state["extra"], corpus, path)
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
@@ -952,31 +1064,39 @@ def train(cfg: Config) -> dict:
         else:
             if batch_size == "auto":
                 batch_size = rt.fitting_batch_size(model, cfg, lambda windows: trial(model, windows, rt, cfg))
-            rt.reseed(rt.rank)
+            rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
         batches = Batches(rt, corpus, cfg, batch_size)
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
-        extra = {"batch_size": batch_size, "vocab_size": corpus.vocab_size, "tokenizer_hash": corpus.tokenizer_hash}
-        tokens_per_step, totals, began_lap = batch_size * cfg.seq_len, [], step
-        trained, finite, watch = rt.wrap(model), FiniteCheck(rt.device), Stopwatch()
+        extra = {
+            "batch_size": batch_size,
+            "vocab_size": corpus.vocab_size,
+            "tokenizer_hash": corpus.tokenizer_hash,
+        }
+        tokens_per_step = batch_size * cfg.seq_len
+        trained = rt.wrap(model)
+        totals = Means()
+        finite = FiniteCheck(rt.device)
+        watch = Stopwatch()
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
-                if corpus.tokenizer:
-                    shutil.copyfile(corpus.folder / "tokenizer.json", folder / "tokenizer.json")
-            peak = rt.matmul_rate()
+                corpus.copy_tokenizer(folder)
+            peak = rt.matmul_rate()  # what this device reaches: the 1 of mfu
             log.say(rt.describe())
             log.say(describe(model, corpus, cfg, batch_size))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+            began_lap = step
             watch.start()
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
                 lr = learning_rate(step, cfg)
-                totals.append(train_step(trained, tokens, step, rt, cfg))
+                terms = train_step(trained, tokens, step, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, totals[-1]["loss"])
+                finite.add(step, terms["loss"])
+                totals.add(terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
@@ -988,11 +1108,17 @@ def train(cfg: Config) -> dict:
                 speed = watch.pause((step - began_lap) * tokens_per_step)
                 improved = False
                 if due.logs:
-                    means, totals = mean_terms(totals), []
-                    mfu = speed * flops_per_token(model, cfg.seq_len) / peak
-                    values = {"lr": lr, "grad_norm": float(norm), "tokens_per_s": speed, "mfu": mfu}
-                    left = (cfg.max_steps - step) * tokens_per_step / speed
+                    means = totals.read()
+                    mfu = speed * flops_per_token(model) / peak
+                    values = {
+                        "lr": lr,
+                        "grad_norm": float(norm),
+                        "tokens_per_s": speed,
+                        "mfu": mfu,
+                    }
+                    left = (cfg.max_steps - step) * tokens_per_step / speed  # seconds
                     log.train(step, means | values, lr, norm, speed, left, loss=means["loss"])
+                # The best weights are those of the lowest validation loss; the end of the run measures these.
                 if due.evaluates:
                     metrics = evaluate(model, corpus, starts, rt, cfg)
                     improved = metrics["val_nll"] < best
@@ -1003,42 +1129,33 @@ def train(cfg: Config) -> dict:
                     if cfg.preview_tokens and rt.is_main:
                         log.say("  " + preview(model, corpus, rt, cfg, cfg.preview_tokens))
                 if due.saves or improved:
-                    extra["ended"] = step == cfg.max_steps
+                    # Collective: every rank adds the state of its random numbers.
                     saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
+                # A signal: all is saved, so the run can leave.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
                 began_lap = step
                 watch.start()
 
+            # The result is that of the best weights; rank 0 has written them by now.
             rt.barrier()
             if (folder / "best.pt").exists():
                 model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
-            summary = metrics | {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
-            summary |= run_facts(rt, step, began, watch)
+            facts = {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
+            summary = metrics | facts | run_facts(rt, step, began, watch)
             log.summary(summary)
             log.say(plans.verdict(metrics, folder))
             return summary
 
 
-def mean_terms(totals: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means of loss and terms over the steps since the last line."""
-    return {name: float(torch.stack([terms[name] for terms in totals]).mean()) for name in totals[-1]}
-
-
 def describe(model: Baseline, corpus: Corpus, cfg: Config, batch_size: int) -> str:
-    lines = [
-        f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
-        f"{len(corpus.train):,} training tokens of {corpus.name}",
-        f"{batch_size} x {cfg.seq_len} = {batch_size * cfg.seq_len:,} tokens a step, {cfg.max_steps:,} steps",
-    ]
-    if isinstance(model, Planner):
-        lines.append(f"{cfg.num_plan_states} plans, chunks of {cfg.chunk_size}, boundary {cfg.boundary_rule()}, "
-                     f"lookahead {cfg.feedback():g} | auxiliary terms: {cfg.weights() or 'none'}")
-    return "\n".join(lines)
+    return (f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
+            f"{len(corpus.train):,} training tokens of {corpus.name} | {batch_size} x {cfg.seq_len} tokens a step | "
+            f"auxiliary terms: {cfg.weights()}")
 
 
 def size_of(model: nn.Module) -> int:
@@ -1053,17 +1170,14 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
 
     Raises CheckpointError.
     """
-    path = Path(path)
-    if path.is_file() and not checkpoint.experiment_of(path):
-        model, step = load_source_checkpoint(path), convert(path)[2]
-        model.cfg.device = device
-        return model.cfg, model, step, {"vocab_size": model.cfg.vocab_size}
-    state = checkpoint.load(best_of(path), __file__)
-    cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
-    cfg.device = device
-    model = build_model(cfg, extra["vocab_size"])
+    if is_source_checkpoint(path):
+        model = load_source_checkpoint(path, Config(device=device))
+        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size}
+    state = checkpoint.load(checkpoint.best_of(path), __file__)
+    cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
+    model = build_model(cfg, state["extra"]["vocab_size"])
     checkpoint.load_weights(model, state["model"], path)
-    return cfg, model, state["step"], extra
+    return cfg, model, state["step"], state["extra"]
 
 
 def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None) -> Baseline:
@@ -1079,18 +1193,13 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     return model.eval()
 
 
-def best_of(path: Path) -> Path:
-    """The best checkpoint of a run folder; a checkpoint itself."""
-    return path / "best.pt" if (path / "best.pt").exists() else path
-
-
 def start_from_weights(model: Baseline, cfg: Config) -> None:
     """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
-    path = Path(cfg.init_from)
+    path = cfg.init_from
     if is_source_checkpoint(path):
         weights = load_source_checkpoint(path).state_dict()
     else:
-        weights = checkpoint.load(best_of(path))["model"]
+        weights = checkpoint.load(checkpoint.best_of(path))["model"]
     checkpoint.load_weights(model, weights, path)
 
 
@@ -1101,11 +1210,14 @@ def same_tokenizer(extra: dict, corpus: Corpus, path: Path) -> None:
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path, default = Path(cfg.analyze), Config()
+    path = Path(cfg.analyze)
+    default = Config()
     saved, model, step, extra = load_run(path, cfg.device)
-    for name in ("precision", "data", "seq_len", "final_eval_batches"):  # what may differ from the run, if asked to
-        if getattr(cfg, name) != getattr(default, name):
-            setattr(saved, name, getattr(cfg, name))
+    # What may differ from the run, if asked to; all else is as it was trained.
+    for name in ("precision", "data", "seq_len", "final_eval_batches"):
+        asked = getattr(cfg, name)
+        if asked != getattr(default, name):
+            setattr(saved, name, asked)
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         same_tokenizer(extra, corpus, path)

@@ -12,7 +12,7 @@ component known is I(component; document) <= log K nats. On synthetic documents 
     torchrun --nproc_per_node=8 train_arxiv.py config/arxiv.py
 
 The default takes 70 seconds on two cores and ends within 1% of the optimum at every position. The model is GPT-2's
-(Radford et al. 2019), the budget and the subsets those of the study of in-context learning that this follows.
+(Radford et al. 2019); the budget and the subsets of categories are those of the source, ICL-non-ergodic-arxiv.
 
 Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is made after t tokens), V tokens of the
 vocabulary, D width, H heads, K components, R chunks, M documents.
@@ -64,7 +64,7 @@ from measure.curves import (
     write_curves,
 )
 from measure.report import make_report, plan_study, run_name
-from sources.chunks import open_corpus
+from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
 from sources.shared import counter_rng, make_once
 
@@ -188,7 +188,7 @@ def open_data(cfg: Config) -> tuple[Chunks, Chunks]:
     folder = Path(cfg.data)
     if cfg.data == SYNTHETIC:
         make_once(folder / "validation.h5", lambda: ergodic(out_dir=cfg.data))
-    train, validation = open_corpus(folder)
+    train, validation = train_and_validation(folder)
     return Chunks(**train), Chunks(**validation)
 
 

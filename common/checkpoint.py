@@ -203,15 +203,21 @@ def load(path: Path, script: str | None = None) -> dict:
     return state
 
 
+def best_of(path: str | Path) -> Path:
+    """The best checkpoint of a run folder, where there is one; any other path as it is."""
+    best = Path(path) / "best.pt"
+    return best if best.exists() else Path(path)
+
+
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
-    return _read(path / "last.pt" if path.is_dir() else path)[0].get("experiment", "")
+    return _read(path / "last.pt" if path.is_dir() else path, mmap=True)[0].get("experiment", "")
 
 
-def _read(path: Path) -> tuple[dict, str]:
-    """(state, "") or ({}, what is wrong with the file)."""
+def _read(path: Path, mmap: bool = False) -> tuple[dict, str]:
+    """(state, "") or ({}, what is wrong with the file); mmap: without reading its tensors."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         return {}, f"is damaged or no checkpoint ({type(e).__name__})"
     if not isinstance(state, dict) or any(key not in state for key in KEYS):

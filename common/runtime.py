@@ -4,6 +4,7 @@ One `Runtime` object holds it all. A script under `torchrun` becomes one rank of
 it, a job of one rank. Nothing here knows a model, a data set or a loss.
 """
 
+import atexit
 import contextlib
 import ctypes
 import math
@@ -71,8 +72,11 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                     store=dist.PrefixStore(f"group_{number}", _RENDEZVOUS["store"]), rank=self.rank,
                                     world_size=self.world_size)
-            # The last to let go of the group: DDP's own destructor would close it with the interpreter locked, while
-            # gloo's thread waits for that lock to free the tensors of the last barrier.
+            # Gloo's threads need the interpreter to free the tensors of the last exchange. So nobody may close the
+            # group with the interpreter locked, as DDP's destructor would (a hang), and Python must not end in the
+            # middle of it (an abort): the last reference is ours, and the threads get half a second before the end.
+            if "group" not in _RENDEZVOUS:
+                atexit.register(time.sleep, 0.5)
             _RENDEZVOUS["group"] = dist.group.WORLD
         self.reseed()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
@@ -148,9 +152,11 @@ class Runtime:
 
     # Ranks -----------------------------------------------------------------------------------------------------
 
-    def divide(self, batch_size: int, grad_accum: int) -> int:
-        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly."""
+    def divide(self, batch_size: int | str, grad_accum: int) -> int | str:
+        """Sequences of one rank's micro-step; exits where batch_size cannot be dealt evenly. "auto" stays "auto"."""
         parts = grad_accum * self.world_size
+        if batch_size == "auto":
+            return batch_size
         if batch_size % parts:
             leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
         return batch_size // parts
@@ -296,6 +302,20 @@ class FiniteCheck:
             f"the loss was not finite at step {int(self.first)}"
         raise FloatingPointError(f"{what} (now lr = {lr:.3g}; {cause}). Nothing was saved since. Try a lower lr, "
                                  "grad_clip=1 or precision=fp32")
+
+
+class Means:
+    """Means of named numbers over the steps since the last read, which waits for the device; adding does not."""
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        self.steps.append(values)
+
+    def read(self) -> dict[str, float]:
+        steps, self.steps = self.steps, []
+        return {name: float(torch.stack([values[name] for values in steps]).mean()) for name in steps[-1]}
 
 
 class Stopwatch:

@@ -11,9 +11,9 @@ The plain form, which gives the same numbers and gradients and may stand in for 
             parts.append(checkpoint(of_rows, x[rows], weight, bias, index[rows], use_reentrant=False))
         return torch.cat(parts)
 
-log_probs is three times faster on two cores: it keeps the normalisers alone, and its backward pass writes the softmax
-of a block, the gradient of its logits and both products without a copy. shared_log_probs does the same where all plans
-share one head, at about the cost of one softmax.
+log_probs keeps the normalisers alone, and its backward pass turns a block's logits into their gradient in place. It
+takes 0.85 of the plain form's time in blocks of 256 rows, half of it in blocks of 1,024 (one core, T 2,048, K 8,
+V 1,024, H 128). shared_log_probs does the same where all plans share one head, for about the cost of one softmax: 0.4.
 
 T rows, K plans, V tokens, J tokens looked up a row, H what a head reads. x [T, P, H], weight [N V, H], bias [K, V],
 where P N is K or 1: one head a plan (N = K), one input a plan (P = K), or neither, and plans differ by bias alone.

@@ -54,8 +54,9 @@ class Curves(NamedTuple):
 def curves_of(xe: np.ndarray, codes: np.ndarray, documents: np.ndarray) -> Curves:
     """Curves from the XE of chunks [R, T], the category [R] and the document [R] of each."""
     names, place = np.unique(documents, return_inverse=True)
-    sums, document_codes = np.zeros((len(names), xe.shape[1])), np.zeros(len(names), dtype=np.int64)
+    sums = np.zeros((len(names), xe.shape[1]))
     np.add.at(sums, place, xe)
+    document_codes = np.zeros(len(names), dtype=np.int64)
     document_codes[place] = codes
     return Curves(sums, np.bincount(place), document_codes)
 
@@ -107,18 +108,23 @@ def fit_power_law(xe: np.ndarray) -> np.ndarray:
     longer than the evaluation) and needs a start that is near: from far, it ends in a local minimum.
     """
     xe = np.asarray(xe, dtype=np.float64)
-    t, flat = np.arange(1, xe.shape[-1] + 1), xe.reshape(-1, xe.shape[-1])
-    y = (flat - flat.mean(-1, keepdims=True))[:, None]
+    T = xe.shape[-1]
+    t, flat = np.arange(1, T + 1), xe.reshape(-1, T)
+    y = (flat - flat.mean(-1, keepdims=True))[:, None]  # [curves, 1, T]
     low, high = np.full(len(flat), 0.01), np.full(len(flat), 8.0)
     for _ in range(5):
         alphas = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 41)  # [curves, 41]
-        x = t ** -alphas[..., None]
+        # Regression of the curve on t^-alpha, for every alpha of the grid: the slope is c, XE_inf drops out.
+        x = t ** -alphas[..., None]  # [curves, 41, T]
         x -= x.mean(-1, keepdims=True)
         slopes = (x * y).sum(-1) / (x**2).sum(-1)
         error = ((y - slopes[..., None] * x) ** 2).sum(-1)
         best = np.arange(len(flat)), error.argmin(-1)
-        alpha, c, step = alphas[best], slopes[best], (high - low) / 40
-        low, high = np.maximum(0.01, alpha - step), np.minimum(8.0, alpha + step)
+        alpha, c = alphas[best], slopes[best]
+        # The next grid is between the neighbours of the best, 20 times finer.
+        step = (high - low) / 40
+        low = np.maximum(0.01, alpha - step)
+        high = np.minimum(8.0, alpha + step)
     infinity = flat.mean(-1) - c * (t ** -alpha[:, None]).mean(-1)
     return np.stack([infinity, c, alpha], -1).reshape(*xe.shape[:-1], 3)
 
@@ -224,13 +230,14 @@ def probe(model: torch.nn.Module, chunks, rows: np.ndarray, device: torch.device
     """
     rng = counter_rng(seed, 5)
     rows = np.sort(rng.permutation(rows)[:most])
+    # Halves by document: chunks of one document in both would let the classifier know it again.
     names, codes = np.unique(chunks.codes[rows], return_inverse=True)
     target = torch.from_numpy(codes).to(device)
     documents, place = np.unique(chunks.documents[rows], return_inverse=True)
     trains = torch.from_numpy((rng.permutation(len(documents)) % 2 == 0)[place]).to(device)
     positions = probed_positions(chunks.tokens.shape[1] - 1)
     result = {"positions": positions, "log_K": math.log(len(names)), "accuracy": [], "cross_entropy": []}
-    for x in residual_stream(model, chunks.tokens[rows], positions, device):
+    for x in residual_stream(model, chunks.tokens[rows], positions, device):  # [R, P, D]
         x = (x - x[trains].mean(0)) / x[trains].std(0).clamp_min(1e-6)
         logits = logistic_regression(x[trains], target[trains], x[~trains], len(names))
         held = target[~trains, None].expand(-1, len(positions))
@@ -325,26 +332,28 @@ def colours(groups: dict) -> dict[str, str]:
 def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
     with figure(folder, "xe_by_position", title=title) as axes:
         for name, colour in colours(groups).items():
-            group, known = groups[name], name in seen
+            group = groups[name]
+            label, style = (name, "-") if name in seen else (f"{name} (unseen)", ":")
             positions, xe = binned(np.array(group["xe_by_position"]))
-            axes.plot(positions, xe, color=colour, label=name if known else f"{name} (unseen)", linewidth=1.3,
-                      linestyle="-" if known else ":")
-            axes.fill_between(positions, *group["binned_interval"], color=colour, alpha=0.2, linewidth=0)
+            low, high = group["binned_interval"]
+            axes.plot(positions, xe, color=colour, label=label, linewidth=1.3, linestyle=style)
+            axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
             if "oracle_xe_by_position" in group:
                 positions, xe = binned(np.array(group["oracle_xe_by_position"]))
-                axes.plot(positions, xe, color="k", linewidth=0.8, linestyle="--",
-                          label="exact optimum" if name == seen[-1] else None)
+                label = "exact optimum" if name == seen[-1] else None  # once in the legend
+                axes.plot(positions, xe, color="k", linewidth=0.8, linestyle="--", label=label)
         axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
         axes.legend(fontsize=8)
 
 
 def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
+    shades = colours(groups)
     with figure(folder, "excess_by_position", title=title) as axes:
-        for name, colour in colours(groups).items():
-            if name in seen:
-                positions, excess = binned(np.array(groups[name]["excess_by_position"]))
-                optimum = binned(np.array(groups[name]["oracle_xe_by_position"]))[1]
-                axes.plot(positions, 100 * excess / optimum, color=colour, label=name, linewidth=1)
+        for name in seen:
+            positions, excess = binned(np.array(groups[name]["excess_by_position"]))
+            _, optimum = binned(np.array(groups[name]["oracle_xe_by_position"]))
+            percent = 100 * excess / optimum
+            axes.plot(positions, percent, color=shades[name], label=name, linewidth=1)
         axes.axhline(0, color="k", linewidth=0.8)
         axes.set(xscale="log", xlabel="tokens read", ylabel="excess over the exact optimum (%)")
         axes.legend(fontsize=8)
@@ -352,12 +361,14 @@ def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None
 
 def draw_probe(folder: Path, title: str, probed: dict) -> None:
     layers = probed["accuracy"]
+    chance = math.exp(-probed["log_K"])
     with figure(folder, "component_probe", title=title) as axes:
         for layer, accuracy in enumerate(layers):
-            shade = (0.1, 0.3, 0.7, 0.25 + 0.75 * layer / max(1, len(layers) - 1))
-            axes.plot(probed["positions"], accuracy, "o-", markersize=3, color=shade,
-                      label=f"layer {layer}" if layer else "embed")
-        axes.axhline(math.exp(-probed["log_K"]), color="k", linestyle=":", linewidth=0.8, label="chance")
+            depth = layer / max(1, len(layers) - 1)
+            shade = (0.1, 0.3, 0.7, 0.25 + 0.75 * depth)  # deeper layers are darker
+            label = f"layer {layer}" if layer else "embed"
+            axes.plot(probed["positions"], accuracy, "o-", markersize=3, color=shade, label=label)
+        axes.axhline(chance, color="k", linestyle=":", linewidth=0.8, label="chance")
         axes.set(xscale="log", xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02))
         axes.legend(fontsize=8)
 
@@ -366,7 +377,9 @@ def draw_history(folder: Path, title: str, history: list[dict]) -> None:
     with figure(folder, "loss", title=title) as axes:
         for split, key, label in (("train", "loss", "training"), ("eval", "val_xe", "validation")):
             records = [record for record in history if record["split"] == split]
+            steps = [record["step"] for record in records]
+            values = [record[key] for record in records]
             if records:
-                axes.plot([record["step"] for record in records], [record[key] for record in records], label=label)
+                axes.plot(steps, values, label=label)
         axes.set(xlabel="step", ylabel="cross entropy (nats)")
         axes.legend(fontsize=8)

@@ -1,7 +1,7 @@
 """Floating-point operations of a model of train_apelr.py, which MFU counts."""
 
 
-def flops_per_token(model, seq_len: int) -> float:
+def flops_per_token(model) -> float:
     """6 x weights of matrix products + full attention, the convention of PaLM (Chowdhery et al. 2022).
 
     The head of every plan counts: experts that read an input a plan (version 1) use theirs once a plan.
@@ -13,4 +13,4 @@ def flops_per_token(model, seq_len: int) -> float:
     else:
         products += heads.numel()
     layers = len(getattr(model.backbone, "layers", ()))  # of attention
-    return 6.0 * (products + 2 * layers * seq_len * model.cfg.d_model)
+    return 6.0 * (products + 2 * layers * model.cfg.seq_len * model.cfg.d_model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.runlog import read_metrics
+from common.runlog import read_metrics, write_json
 from kernels.log_probs import block_logits, block_rows, blocks
 from measure.figures import figure
 
@@ -60,9 +60,23 @@ def planner_report(model, corpus, starts: np.ndarray, tokens: int = 2_048) -> di
             "typical_tokens": token_table(typical, mean, corpus.spell)}
 
 
+def write_report(folder: Path, model, corpus, starts: np.ndarray, metrics: dict, say: Callable[[str], None]) -> dict:
+    """metrics.json, planner_eval.json and pictures of a run, given what evaluate measured; all metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_loss(folder, f"{model.cfg.version}, {model.cfg.backbone}")
+    if hasattr(model, "filter"):
+        report = planner_report(model, corpus, starts)
+        metrics = metrics | {name: value for name, value in report.items() if isinstance(value, float)}
+        write_json(folder / "planner_eval.json", metrics | report)
+        warn_of_idle_plans(metrics, say)
+        draw_plans(folder, model, corpus, starts, metrics["usage"])
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
 def windows(model, corpus, starts: np.ndarray) -> torch.Tensor:
     """Validation windows [B, L + 1] where the model is."""
-    return corpus.windows("val", starts, model.cfg.seq_len).to(model.token_emb.weight.device)
+    return corpus.windows("val", starts, model.cfg.seq_len, model.token_emb.weight.device)
 
 
 def token_table(score: torch.Tensor, mean: torch.Tensor, spell: Callable[[int], str], top: int = 12) -> dict[str, list]:
@@ -103,7 +117,7 @@ def plan_metrics(state: torch.Tensor, end: torch.Tensor, transition: torch.Tenso
     }
     if true is not None:
         true = true[:, : end.shape[1]]
-        metrics["plan_nmi"] = normalised_mutual_information(end.numpy().ravel(), true.ravel())
+        metrics["plan_nmi"] = normalised_mutual_information(end.long().numpy().ravel(), true.ravel())
     return metrics
 
 

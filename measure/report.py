@@ -121,21 +121,35 @@ def spread(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), deviation
 
 
+def mean_of(values: list[float]) -> float | str:
+    """The mean, an empty cell of nothing."""
+    return float(np.mean(values)) if values else ""
+
+
 def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     """A row of xe_by_k.csv: the runs of one K."""
     seen = [run["groups"]["seen"] for run in runs]
     xe, xe_sd = spread([group["xe"] for group in seen])
     gain, gain_sd = spread([group["icl_gain"] for group in seen])
-    row = {"K": K, "runs": len(runs), "xe": xe, "xe_sd": xe_sd, "perplexity": math.exp(xe), "icl_gain": gain,
-           "icl_gain_sd": gain_sd, "total_gain": spread([group["total_gain"] for group in seen])[0]}
-    for name in ("alpha", "xe_inf"):
-        row[name] = spread([group["fit"][name]["value"] for group in seen])[0]
+    row = {
+        "K": K,
+        "runs": len(runs),
+        "xe": xe,
+        "xe_sd": xe_sd,
+        "perplexity": math.exp(xe),
+        "icl_gain": gain,
+        "icl_gain_sd": gain_sd,
+        "total_gain": mean_of([group["total_gain"] for group in seen]),
+        "alpha": mean_of([group["fit"]["alpha"]["value"] for group in seen]),
+        "xe_inf": mean_of([group["fit"]["xe_inf"]["value"] for group in seen]),
+    }
     for position in positions:
-        row[f"xe_at_{position}"] = spread([group["xe_by_position"][position - 1] for group in seen])[0]
+        row[f"xe_at_{position}"] = mean_of([group["xe_by_position"][position - 1] for group in seen])
+    # Real documents have no oracle, and a run on all categories has seen them all.
     oracle = [np.mean(group["oracle_xe_by_position"]) for group in seen if "oracle_xe_by_position" in group]
     unseen = [run["groups"]["unseen"]["xe"] for run in runs if "unseen" in run["groups"]]
-    row["oracle_xe"] = spread(oracle)[0] if oracle else ""
-    row["unseen_xe"] = spread(unseen)[0] if unseen else ""
+    row["oracle_xe"] = mean_of(oracle)
+    row["unseen_xe"] = mean_of(unseen)
     return row
 
 
@@ -181,6 +195,9 @@ def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: li
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
+BARS = {"fmt": "o-", "markersize": 4, "capsize": 3}  # of error bars
+
+
 def stack(runs: list[dict], key: str, T: int) -> np.ndarray:
     """Curves of the runs that have them, to T positions, [runs, T]."""
     return np.array([run["groups"]["seen"][key][:T] for run in runs if key in run["groups"]["seen"]])
@@ -199,15 +216,18 @@ def draw_curves(folder: Path, by_k: dict[int, list[dict]], T: int) -> None:
         for i, (K, runs) in enumerate(by_k.items()):
             colour = shade("viridis", i, len(by_k), 0.9)
             positions, xe = binned(stack(runs, "xe_by_position", T))
-            label = f"K = {K} ({len(runs)} runs)" if len(runs) > 1 else f"K = {K}"
-            axes.plot(positions, xe.mean(0), color=colour, label=label)
+            mean = xe.mean(0)
+            label = f"K = {K}"
             if len(runs) > 1:
-                mean, sd = xe.mean(0), xe.std(0, ddof=1)
+                label += f" ({len(runs)} runs)"
+                sd = xe.std(0, ddof=1)
                 axes.fill_between(positions, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(positions, mean, color=colour, label=label)
             oracle = stack(runs, "oracle_xe_by_position", T)
             if len(oracle):
-                axes.plot(positions, binned(oracle)[1].mean(0), color="k", linestyle="--", linewidth=0.8,
-                          label="exact optimum" if K == max(by_k) else None)
+                _, optimum = binned(oracle)
+                label = "exact optimum" if K == max(by_k) else None  # once in the legend
+                axes.plot(positions, optimum.mean(0), color="k", linestyle="--", linewidth=0.8, label=label)
         axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
         axes.legend(fontsize=8)
 
@@ -217,10 +237,13 @@ def draw_against_k(folder: Path, by_k: dict[int, list[dict]], positions: list[in
     title = "cross entropy against K (bars: s.d. over subsets and seeds)"
     with figure(folder, "xe_against_k", title=title) as axes:
         for i, position in enumerate(positions):
-            points = [spread(stack(runs, "xe_by_position", position)[:, -1].tolist()) for runs in by_k.values()]
-            means, deviations = zip(*points, strict=True)
-            axes.errorbar(list(by_k), means, deviations, fmt="o-", markersize=4, capsize=3,
-                          color=shade("plasma", i, len(positions), 0.85), label=f"{position} read")
+            means, deviations = [], []
+            for runs in by_k.values():
+                mean, sd = spread([run["groups"]["seen"]["xe_by_position"][position - 1] for run in runs])
+                means.append(mean)
+                deviations.append(sd)
+            colour = shade("plasma", i, len(positions), 0.85)
+            axes.errorbar(list(by_k), means, deviations, color=colour, label=f"{position} read", **BARS)
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=list(by_k))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="tokens")
 
@@ -230,7 +253,8 @@ def draw_categories(folder: Path, rows: list[dict], ks: list[int]) -> None:
     with figure(folder, "xe_by_category", title="cross entropy of each category against K") as axes:
         for category in dict.fromkeys(row["category"] for row in rows):
             points = [row for row in rows if row["category"] == category]
-            axes.errorbar([row["K"] for row in points], [row["xe"] for row in points],
-                          [row["xe_sd"] for row in points], fmt="o-", markersize=4, capsize=3, label=category)
+            means = [row["xe"] for row in points]
+            deviations = [row["xe_sd"] for row in points]
+            axes.errorbar([row["K"] for row in points], means, deviations, label=category, **BARS)
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=ks)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,8 +1,20 @@
-"""Token sequences of a model: drawn from it, and what it says of each token."""
+"""Token sequences: drawn from a process or a model, and what the model says of each token."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def process_sequences(process, start: torch.Tensor, length: int, tokens: torch.Generator, states: torch.Generator
+                      ) -> torch.Tensor:
+    """Sequences [B, length] of a process that begin with `start` [B, T]; the generators are on the process's device."""
+    B, T = start.shape
+    uniforms = torch.rand((length + 1, B), generator=tokens, dtype=torch.float64, device=tokens.device)
+    belief = process.beliefs(start)[:, -1]
+    if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
+        belief = torch.multinomial(belief, 1, generator=states)[:, 0]
+    drawn, _ = process.generate(uniforms, belief)
+    return torch.cat([start, drawn], 1)[:, : max(length, T)]
 
 
 @torch.no_grad()

@@ -313,7 +313,7 @@ def map_tokens(file: h5py.File) -> np.ndarray:
         return mapped
 
 
-def read_chunks(path: Path, vocab_size: int = 0) -> dict:
+def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
     """The arrays of an HDF5 file of prepare_data.py, or of the source, which does not say its vocabulary.
 
     Returns: tokens [R, n] (a memory map), codes [R] (the category of each chunk, a number of names), documents [R],
@@ -343,12 +343,12 @@ def read_chunks(path: Path, vocab_size: int = 0) -> dict:
         }
 
 
-def open_corpus(folder: Path) -> tuple[dict, dict]:
+def train_and_validation(folder: Path) -> tuple[dict, dict]:
     """(train, validation) of a folder with train.h5 and validation.h5, over one vocabulary and size of chunks."""
-    validation = read_chunks(folder / "validation.h5")
-    train = read_chunks(folder / "train.h5", validation["vocab_size"])
+    validation = chunk_arrays(folder / "validation.h5")
+    train = chunk_arrays(folder / "train.h5", validation["vocab_size"])
     if train["vocab_size"] > validation["vocab_size"]:
-        validation = read_chunks(folder / "validation.h5", train["vocab_size"])
+        validation = chunk_arrays(folder / "validation.h5", train["vocab_size"])
     if (train["tokens"].shape[1], train["vocab_size"]) != (validation["tokens"].shape[1], validation["vocab_size"]):
         raise DataError(f"train.h5 and validation.h5 of {folder} differ in chunk size or vocabulary: they are not of "
                         "one preparation")

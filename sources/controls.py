@@ -23,6 +23,11 @@ class Controls:
     batches: list[str]
     perturbed: Counter  # {(cell type, perturbation): cells}, names
 
+    @property
+    def perturbations(self) -> list[str]:
+        """Those that cells of the file have, but for the control."""
+        return sorted({name for _, name in self.perturbed})
+
     def of_type(self, name: str) -> np.ndarray:
         """Places among the control cells."""
         return np.flatnonzero(self.cell_type == self.cell_types.index(name))
@@ -64,11 +69,3 @@ def control_expression(file: H5ad, controls: Controls, embed_key: str | None, co
                        ) -> np.ndarray:
     """[n, D] float32, checked."""
     return read_rows(file, embed_key, counts, controls.rows)[:, order]
-
-
-def draw_controls(count: int, cells: int, each: int, rng: np.random.Generator) -> np.ndarray:
-    """Places [cells, each] among `count` control cells: each once as far as they go, in a random order."""
-    needed, places = cells * each, []
-    while len(places) * count < needed:
-        places.append(rng.permutation(count))
-    return np.concatenate(places)[:needed].reshape(cells, each)

@@ -1,6 +1,7 @@
 """A corpus: token streams of a folder by `text` or `planted`, mapped into memory and checked once."""
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +61,12 @@ class Corpus:
     def tokens(self, split: str) -> np.ndarray:
         return {"train": self.train, "val": self.val}[split]
 
-    def windows(self, split: str, starts: np.ndarray, length: int) -> torch.Tensor:
+    def windows(self, split: str, starts: np.ndarray, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Tokens [B, length + 1] int64 from the places `starts` [B] of train or val."""
-        tokens = self.tokens(split)[starts[:, None] + np.arange(length + 1)]
-        return torch.from_numpy(tokens.astype(np.int64))
+        tokens = torch.from_numpy(self.tokens(split)[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+        if torch.device(device).type == "cuda":
+            return tokens.pin_memory().to(device, non_blocking=True)
+        return tokens.to(device)
 
     def yardsticks(self, nll: float, starts: np.ndarray, length: int) -> dict[str, float]:
         """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum."""
@@ -83,6 +86,13 @@ class Corpus:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt; of none, or without a tokenizer, what a document begins with."""
         return self.tokenizer.encode(prompt) if prompt and self.tokenizer else [self.first_id]
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer beside a run, so that its checkpoints can be sampled anywhere."""
+        if self.tokenizer and self.folder:
+            shutil.copyfile(self.folder / "tokenizer.json", folder / "tokenizer.json")
+        elif self.tokenizer:
+            self.tokenizer.save(folder / "tokenizer.json")
 
     def text(self, tokens: list[int]) -> str:
         return repr(self.tokenizer.decode(tokens)) if self.tokenizer else " ".join(map(str, tokens))

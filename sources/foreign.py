@@ -60,9 +60,10 @@ def stand_ins(path: Path) -> list[tuple]:
     return dtypes + [(known.get(name) or structure.named[name].kind or Inert, name) for name in names]
 
 
-def read_checkpoint(path: str | Path) -> object:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     """What torch.save wrote, on the CPU: plain data and tensors as they are, anything else as an empty Inert.
 
+    mmap: tensors are read when they are used.
     Raises CheckpointError if the file is missing or damaged. No code of it runs.
     """
     path = Path(path)
@@ -70,7 +71,7 @@ def read_checkpoint(path: str | Path) -> object:
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with torch.serialization.safe_globals(stand_ins(path)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
 
@@ -82,7 +83,7 @@ SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
 def system_of(path: Path) -> str:
     """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
     try:
-        contents = read_checkpoint(path)
+        contents = read_checkpoint(path, mmap=True)
     except CheckpointError:
         return ""
     if not isinstance(contents, dict):
@@ -106,7 +107,7 @@ def importable(path: Path) -> str:
     page = checkpoint.experiment_of(path)
     if page:
         raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
-    read_checkpoint(path)  # which says what is wrong with a file that cannot be read
+    read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
         raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "

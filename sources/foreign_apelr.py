@@ -43,7 +43,7 @@ ALIASES = {  # names of the source, and of older versions of train_apelr.py, and
 MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
     "vocab_size", "num_plan_states", "num_experts", "chunk_size", "token_dim", "d_model", "fusion_dim", "n_layers",
     "dropout", "planner_context_scale", "planner_self_bias", "planner_temperature", "token_filtering",
-    "future_horizon_chunks", "lookahead_horizon", "lookahead_feedback_scale")  # fmt: skip
+    "future_horizon_chunks", "lookahead_horizon", "lookahead_feedback_scale", "rep_window")  # fmt: skip
 V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bias")  # ours are in model.experts
 
 
@@ -52,7 +52,9 @@ def is_source_checkpoint(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             index = next(name for name in file.namelist() if name.endswith("data.pkl"))
-            return b"model_state_dict" in file.read(index)
+            names = file.read(index)
+            bare = b"token_emb.weight" in names and b"format_version" not in names  # a state dict and nothing else
+            return bare or b"model_state_dict" in names
     except (OSError, zipfile.BadZipFile, StopIteration):  # what is wrong with it is told by whoever reads it
         return False
 
@@ -76,7 +78,8 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
         if name in MODEL_SETTINGS:
             settings[name] = value
     if settings["version"] == V1:  # has neither lookahead nor a temperature
-        return settings | {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}, v1_names(weights), steps(source)
+        settings |= {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}
+        return settings, v1_names(weights), steps(source)
     if settings["version"] != V2:
         raise CheckpointError(f"a source checkpoint of model version {settings['version']!r} cannot be read")
     if saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +34,12 @@ def refusal(capsys, main, *argv: str, code: int = 2) -> str:
     told = capsys.readouterr().err.splitlines()
     assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
     return told[0]
+
+
+def colours(image) -> int:
+    """How many colours a picture [height, width, 3 or 4] in 0..1 has."""
+    packed = (255 * image[..., :3]).astype(np.int64) @ [1 << 16, 1 << 8, 1]
+    return len(np.unique(packed))
 
 
 # Processes to kill and ranks to join: forked from a server that has imported the scripts and computed nothing yet,
@@ -91,6 +99,27 @@ def work(module: str, function: str, argv: list, folder: str, console: str, envi
     os.fsync = lambda descriptor: None  # as in conftest.py
     torch.set_num_threads(1)
     getattr(importlib.import_module(module), function)(argv)
+
+
+def brought_in_by(*scripts: str) -> set[str]:
+    """Import these where nothing of this repository is imported yet: the modules that come with them, beside those
+    that any script needs. They print nothing and write nothing."""
+    job = Job("commands", *scripts, function="import_anew", console="../imported")
+    assert job.wait() == 0 and list(Path.cwd().iterdir()) == [], job.console.read_text()
+    line, = job.console.read_text().splitlines()
+    return set(json.loads(line))
+
+
+def import_anew(scripts: list[str]) -> None:
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        theirs = file.is_relative_to(ROOT / "tests") or "site-packages" in file.parts
+        if file.is_relative_to(ROOT) and not theirs or name.split(".")[0] in ("matplotlib", "mpl_toolkits"):
+            del sys.modules[name]
+    before = set(sys.modules)
+    for script in scripts:
+        importlib.import_module(script)
+    print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60) -> None:

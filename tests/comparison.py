@@ -1,4 +1,6 @@
-"""Comparing checkpoints to the bit."""
+"""Comparing checkpoints to the bit, and results to rounding."""
+
+import math
 
 import torch
 
@@ -16,4 +18,17 @@ def unequal(a, b, where: str = "") -> list[str]:
         if len(a) != len(b):
             return [f"{where}: length"]
         return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in unequal(*pair, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a} != {b}"]
+
+
+def apart(a, b, rel: float = 1e-5, tiny: float = 1e-7, where: str = "") -> list[str]:
+    """The places at which two nested results differ by more than rounding."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [place for key in a for place in apart(a[key], b[key], rel, tiny, f"{where}/{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in
+                apart(*pair, rel, tiny, f"{where}/{i}")]
+    if isinstance(a, float) and isinstance(b, float):
+        same = math.isclose(a, b, rel_tol=rel, abs_tol=tiny) or math.isnan(a) and math.isnan(b)
+        return [] if same else [f"{where}: {a} and {b}"]
     return [] if a == b else [f"{where}: {a} != {b}"]

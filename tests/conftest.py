@@ -16,6 +16,15 @@ def without_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For runs that several tests share: fixtures of a module are made before those of a test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """Stand in an empty folder and compute on one thread, as the subprocesses of the tests do."""

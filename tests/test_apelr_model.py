@@ -282,7 +282,7 @@ def how(run: str) -> tuple[dict, dict]:
     if run.startswith("forced_state_"):
         return {}, {"planner_mode": "forced_state", "forced_state": int(run.rsplit("_", 1)[1])}
     if re.fullmatch(r"rep\d+", run):
-        return {}, {"rep_window": int(run[3:])}
+        return {"rep_window": int(run[3:])}, {}
     return {"normal": ({}, {}), "uniform_mask": ({}, {"planner_mode": "uniform_mask"}),
             "no_feedback": ({"lookahead_feedback_scale": 0.0}, {}),
             "no_token_filtering": ({"token_filtering": False}, {})}[run]
@@ -740,16 +740,15 @@ def test_losses_of_version_two_are_those_of_slow_loops(L, C, settings):
     close(values["expert_utilization"], H_of(s.start.mean((0, 1))) / math.log(K))
 
 
-def test_the_repetition_window_is_that_of_the_settings_unless_asked_otherwise():
+def test_the_repetition_window_is_that_of_the_settings():
     ids = text()
     x, y = ids[:, :-1], ids[:, 1:]
     by_setting = tiny(rep_window=5).losses(x, y)["rep_unlikelihood"]
     by_weight = tiny(rep_window=0, loss_weights={"rep_window": 5}).losses(x, y)["rep_unlikelihood"]
     model = tiny(rep_window=2)
     close(by_setting, by_weight)
-    close(by_setting, model.losses(x, y, rep_window=5)["rep_unlikelihood"])
     assert abs(number(model.losses(x, y)["rep_unlikelihood"]) - number(by_setting)) > 1e-6
-    assert abs(number(model.losses(x, y, rep_window=0)["rep_unlikelihood"])) < 1e-12
+    assert abs(number(tiny(rep_window=0).losses(x, y)["rep_unlikelihood"])) < 1e-12
 
 
 @pytest.fixture
@@ -982,11 +981,12 @@ def source_names(model) -> dict[str, torch.Tensor]:
 SETTINGS = {"num_plan_states": "num_plan_states", "chunk_size": "chunk_size", "token_dim": "token_dim",
             "hidden_dim": "d_model", "fusion_dim": "fusion_dim", "num_layers": "n_layers",
             "planner_context_scale": "planner_context_scale", "future_horizon_chunks": "future_horizon_chunks",
-            "lookahead_horizon": "lookahead_horizon", "planner_temperature": "planner_temperature"}  # theirs: ours
+            "lookahead_horizon": "lookahead_horizon", "planner_temperature": "planner_temperature",
+            "rep_window": "rep_window", "vocab_size": "vocab_size"}  # theirs: ours
 
 
 def as_source(model, version: str | None = None) -> dict:
-    settings = {theirs: getattr(model.cfg, ours) for theirs, ours in SETTINGS.items()} | {"dropout": 0.0, "vocab_size": V}
+    settings = {theirs: getattr(model.cfg, ours) for theirs, ours in SETTINGS.items()} | {"dropout": 0.0}
     return {"model_state_dict": source_names(model), "model_config": settings, "global_step": 7,
             "model_version": version or model.cfg.version}
 
@@ -1001,12 +1001,11 @@ def test_weights_saved_under_the_names_of_the_source_come_back_to_the_bit(settin
     saved = as_source(model)
     saved["model_state_dict"] = {prefix + k: v for k, v in saved["model_state_dict"].items()}
     torch.save(saved, "source.pt")
-    window = {} if model.cfg.version == V1 else {"rep_window": 3}
-    expected = model.losses(ids[:, :-1], ids[:, 1:], **window)
+    expected = model.losses(ids[:, :-1], ids[:, 1:])
     for source in (saved, "source.pt", Path("source.pt")):
         loaded = load_source_checkpoint(source).eval()
         assert capsys.readouterr().out == ""
-        found = loaded.losses(ids[:, :-1], ids[:, 1:], **window)
+        found = loaded.losses(ids[:, :-1], ids[:, 1:])
         assert set(found) == set(expected)
         for k, value in expected.items():
             close(found[k], value, msg=k)
@@ -1108,7 +1107,8 @@ def test_tokens_are_drawn_by_their_probabilities():
                        draw(torch.tensor(p).log()[None], None, 1.0, torch.Generator().manual_seed(4)))
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.99, 4)])
+@pytest.mark.parametrize("top_p, kept", [
+    (0.01, 1), (0.3, 1), (0.499, 1), (0.501, 2), (0.749, 2), (0.751, 3), (0.99, 4)])
 def test_top_p_keeps_the_token_that_crosses_it(top_p, kept):
     p = [0.125, 0.5, 0.125, 0.25]  # in order of probability: tokens 1, 3, then 0 and 2
     found = drawn(p, top_p=top_p)
@@ -1218,14 +1218,16 @@ def test_a_complete_text_is_filled_with_its_end():
 # ---------------------------------------------------------------------------------------------------------------
 # Transformer and measures
 # ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cuts", [(1,) * 9, (4, 1, 1, 3), (8, 1), (2, 7)])
-def test_a_transformer_reads_in_pieces_as_at_once(cuts):
-    model, ids = tiny(backbone="transformer", n_layers=2), text(2, 8)
+@every({name: {"backbone": name, "n_layers": 2} for name in BACKBONES})
+@pytest.mark.parametrize("first", [1, 4, 8])
+def test_a_backbone_reads_token_by_token_as_at_once(settings, first):
+    model, ids = tiny(**settings), text(2, 8)
     whole, _ = model.read(ids)
-    state, found = None, []
-    for part in ids.split(cuts, 1):
-        h, state = model.read(part, state)
-        found.append(h)
+    h, state = model.read(ids[:, :first])
+    found = [h]
+    for token in ids[:, first:].unbind(1):
+        h, state = model.backbone.step(model.token_emb(token), state)
+        found.append(h[:, None])
     close(torch.cat(found, 1), whole)
 
 

@@ -25,6 +25,7 @@ import prepare_data
 from common.errors import DataError
 from sources import chunks as chunks_source
 from sources import ergodic as ergodic_source
+from sources import shared
 from sources.cells import open_cells
 from sources.chunks import ChunkSpool, Shares, Source, document, prepare_chunks
 from sources.ergodic import mixture_log_prob
@@ -615,3 +616,21 @@ def test_settings_of_a_job_have_the_defaults_of_the_function_that_does_it(job, f
     defaults = {name: p.default for name, p in signature(function).parameters.items() if p.default is not p.empty}
     assert {name: settings[name] for name in defaults if name not in left_out} == {
         name: value for name, value in defaults.items() if name not in left_out}
+
+
+def test_data_are_made_by_the_first_rank_and_awaited_by_the_others(monkeypatch):
+    path, made = Path("data"), []
+
+    def make():
+        made.append(path.write_text("done"))
+
+    monkeypatch.setattr(shared, "WAIT_S", 0.01)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(DataError, match="make it first, with one process"):
+        shared.make_once(path, make)
+    monkeypatch.setenv("RANK", "0")
+    shared.make_once(path, make)
+    shared.make_once(path, make)
+    monkeypatch.setenv("RANK", "1")
+    shared.make_once(path, make)
+    assert len(made) == 1

