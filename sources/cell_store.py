@@ -10,11 +10,12 @@
 
 HASH is of what the arrays are made from: the files of the TOML (path, size, time of change), the columns, the keys and
 `counts`. All cells are stored, and who trains is worked out at every start (0.1 s a million cells): a change of
-[zeroshot], of the seed or of val_fraction makes no second copy, and several TOMLs of the same files share one.
+[zeroshot], of the seed or of val_fraction makes no second copy, and several TOMLs of the same files share one. A folder
+that no TOML needs any more may be deleted; nothing here does it.
 
-Reading, measured on 200,000 x 2,000: a map of the file is as fast as the matrix in memory, and ranks share its pages.
-But a mapped page counts as resident, with up to 2 MB around it. So what exceeds ram_budget_gb is read instead, row by
-row: a third of the speed, and no memory beyond the rows of a batch.
+Reading, measured on 200,000 x 2,000: a map of the file is as fast as the matrix in memory (640,000 cells a second and
+core dense, 960,000 sparse), and ranks share its pages. But a mapped page counts as resident, with up to 2 MB around it.
+So what exceeds ram_budget_gb is read instead, row by row: 240,000 and 200,000 cells, and no memory but for a batch.
 """
 
 import fcntl
@@ -70,11 +71,12 @@ class Stretches:
             return
         buffer, size = memoryview(array).cast("B"), self.dtype.itemsize
         ends = np.cumsum(lengths)
-        order = np.argsort(starts)  # as they lie in the file
-        places = zip((size * (ends - lengths))[order].tolist(), (size * ends)[order].tolist(),
-                     (self.offset + size * starts)[order].tolist(), strict=True)
-        for start, end, at in places:
-            if call(self.file, [buffer[start:end]], at) != end - start:
+        order = np.argsort(starts)  # as they lie in the file: neighbours share its pages
+        first = (size * (ends - lengths))[order].tolist()  # bytes in the array ...
+        last = (size * ends)[order].tolist()
+        at = (self.offset + size * starts)[order].tolist()  # ... and in the file
+        for i in range(len(order)):
+            if call(self.file, [buffer[first[i] : last[i]]], at[i]) != last[i] - first[i]:
                 raise DataError(f"{self.path} was changed, or its disk is full: delete {self.path.parent} to make it "
                                 "anew")
 
@@ -91,7 +93,8 @@ class Dense:
     def read(self, places: np.ndarray, device: torch.device) -> torch.Tensor:
         rows = torch.empty(len(places), self.columns, pin_memory=device.type == "cuda")
         if self.values is not None:
-            # one thread copies as fast as memory gives; clip: without a check the rows need no second copy
+            # One thread copies nearly as fast as memory gives, and two lose all where they must wait for a core.
+            # clip: numpy copies the result once more if it may have to take it back.
             np.take(self.values, places, 0, out=rows.numpy(), mode="clip")
         else:
             lengths = np.full(len(places), self.columns)
@@ -218,6 +221,7 @@ def write_store(work: Path, plan: Plan, survey: Survey, keys: dict[str, str], co
                 ) -> None:
     """Fill a folder: two passes over the matrices, one that checks their values and one that writes them in order."""
     codes, total = survey.codes, len(survey.codes["file"])
+    # A sentence has cells of one file, type and perturbation, perhaps one batch: in this order they are neighbours.
     order, _ = grouped(np.arange(total), codes["file"], codes["cell_type"], codes["perturbation"], codes["batch"])
     place = np.empty(total, np.int64)
     place[order] = np.arange(total)
@@ -229,7 +233,7 @@ def write_store(work: Path, plan: Plan, survey: Survey, keys: dict[str, str], co
         drafts = {}
         for which, key in keys.items():
             matrices = [file.matrix(key) for file in files]
-            for matrix in matrices:  # a block, and work on it
+            for matrix in matrices:  # memory holds a block and a few copies of it
                 matrix.entries = min(matrix.entries, max(1 << 16, int(ram_budget_gb * 1e9) // 256))
             genes = survey.genes if which == "input" else survey.count_genes
             drafts[which] = Draft(work, which, key, matrices, survey.orders[which], len(genes), place)
@@ -285,6 +289,7 @@ class Draft:
                  columns: int, place: np.ndarray):
         self.work, self.which, self.key, self.columns, self.place = work, which, key, columns, place
         self.matrices, self.orders = matrices, orders
+        self.converts = [False] * len(matrices)  # of each file: whether counts become log1p
         self.first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])  # cell where each file begins
         # Sparse if most cells are: a CSR matrix with more than half of its values is larger than a dense one.
         sparse = [m.shape[0] for m in matrices if m.format != "dense" and m.nnz <= 0.5 * m.shape[0] * m.shape[1]]
@@ -315,40 +320,49 @@ class Draft:
             yield self.place[self.first[f] + start : self.first[f] + stop], block
 
     def check(self, counts: str, bar: tqdm) -> None:
-        self.converts = []
-        for matrix in self.matrices:
+        """The first pass: raises DataError for values that cannot serve, and finds what is to be converted."""
+        for f, matrix in enumerate(self.matrices):
             expression = self.key in ("X", "X_hvg") or matrix.key.startswith("layers/")
-            self.converts.append(check_values(matrix, expression, counts, bar.update))
+            self.converts[f] = check_values(matrix, expression, counts, bar.update)
 
     def write(self, bar: tqdm) -> None:
-        parts = self._open_sparse() if self.sparse else self._open_dense()
+        """The second pass: every block to the rows of its cells."""
+        if self.sparse:
+            self.write_sparse(bar)
+        else:
+            self.write_dense(bar)
+
+    def write_dense(self, bar: tqdm) -> None:
+        values = empty_array(self.work / f"{self.which}.npy", np.float32, (len(self.place), self.columns))
         for f in range(len(self.matrices)):
             for place, block in self.blocks(f):
-                if self.sparse:
-                    starts, lengths = self.indptr[place], np.diff(block.indptr)
-                    parts[0].write(starts, lengths, block.data)
-                    parts[1].write(starts, lengths, block.indices)
-                else:
-                    parts[0].write(place * self.columns, np.full(len(place), self.columns), block)
+                values.write(place * self.columns, np.full(len(place), self.columns), block)
                 bar.update(len(place))
 
-    def _open_dense(self) -> list[Stretches]:
-        return [empty_array(self.work / f"{self.which}.npy", np.float32, (len(self.place), self.columns))]
+    def write_sparse(self, bar: tqdm) -> None:
+        indptr = np.concatenate(([0], self.row_lengths().cumsum()))
+        total = int(indptr[-1])
+        kind = np.int32 if total < 2**31 else np.int64
+        np.save(self.work / f"{self.which}_indptr.npy", indptr.astype(kind))
+        data = empty_array(self.work / f"{self.which}_data.npy", np.float32, (total,))
+        indices = empty_array(self.work / f"{self.which}_indices.npy", np.int32, (total,))
+        for f in range(len(self.matrices)):
+            for place, block in self.blocks(f):
+                starts, lengths = indptr[place], np.diff(block.indptr)
+                data.write(starts, lengths, block.data)
+                indices.write(starts, lengths, block.indices)
+                bar.update(len(place))
 
-    def _open_sparse(self) -> list[Stretches]:
+    def row_lengths(self) -> np.ndarray:
+        """Values of every row in the folder, int64 [N]: where a row goes depends on all before it."""
         lengths = np.zeros(len(self.place), np.int64)
         for f, matrix in enumerate(self.matrices):
             if matrix.format == "csr" and self.orders[f] is None:
                 lengths[self.place[self.first[f] : self.first[f + 1]]] = np.diff(matrix.node["indptr"][:])
-            else:
-                for place, block in self.blocks(f):
-                    lengths[place] = np.diff(block.indptr)
-        self.indptr = np.concatenate(([0], lengths.cumsum()))
-        total = int(self.indptr[-1])
-        kind = np.int32 if total < 2**31 else np.int64
-        np.save(self.work / f"{self.which}_indptr.npy", self.indptr.astype(kind))
-        return [empty_array(self.work / f"{self.which}_data.npy", np.float32, (total,)),
-                empty_array(self.work / f"{self.which}_indices.npy", np.int32, (total,))]
+                continue
+            for place, block in self.blocks(f):  # not told by the file: dense, by columns, or genes are left out
+                lengths[place] = np.diff(block.indptr)
+        return lengths
 
 
 def empty_array(path: Path, kind: type, shape: tuple) -> Stretches:

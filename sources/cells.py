@@ -38,7 +38,7 @@ class Cells:
     control_pert. files, names (the data set of each file), cell_types, perturbations, batches, genes (columns of the
     input), count_genes (columns of the counts, or None): lists. features: [P, pert_dim], or None: one-hot.
     Dimensions as cell-load's var_dims: input_dim, output_dim, gene_dim, hvg_dim, pert_dim, batch_dim.
-    streamed: the matrices exceed ram_budget_gb and are read from disk. toml: path.
+    streamed: the matrices exceed ram_budget_gb and are read from disk. toml, store: paths.
 
     Raises DataError: no control cells in a file, cell types and perturbations of the TOML that are not there,
     perturbed cells without control cells of their type and file, files of different genes.
@@ -67,7 +67,7 @@ class Cells:
         self.member = assign_splits(plan, self, strict, zeroshot_controls, val_fraction, seed)
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
         check_controls(self, self.member, strict or embed_key is None, pert_col)
-        self.matrices, self.streamed = {}, False
+        self.store, self.matrices, self.streamed = None, {}, False  # until open_matrices
 
     def open_matrices(self, store: Path, meta: dict, ram_budget_gb: float) -> None:
         """Map the matrices of a prepared folder, or what exceeds the budget: find it in its files."""

@@ -150,7 +150,7 @@ def translate(keywords: dict, attention: str = "auto") -> tuple[dict, dict]:
         name = ALIASES.get(name) or name
         if name in settings and value is not None:
             settings[name] = value
-        if name in FIXED and value != FIXED[name]:
+        if name in FIXED and value not in (None, FIXED[name]):
             raise ValueError(f"{name} = {value}: only {FIXED[name]} is supported")
     settings["activation"] = settings["activation"].lower()
     if "embed_key" in keywords:

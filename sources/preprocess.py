@@ -26,6 +26,7 @@ def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int,
     Args:
         sums, squares: of expm1(X) over the cells, float64 [genes].
     """
+    # Mean and variance of a gene over the cells; the zeros of a sparse matrix are in `cells` alone.
     mean = sums / cells
     spread = squares / cells - mean**2
     spread[spread <= 1e-12 * mean**2] = 0  # it is rounding
@@ -33,6 +34,7 @@ def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int,
     mean[mean == 0] = 1e-12
     ratio = variance / mean
     dispersion, level = np.log(np.where(ratio > 0, ratio, np.nan)), np.log1p(mean)
+    # Dispersion falls with the mean, so a gene is compared with those of its own range of the mean.
     edges = np.linspace(level.min(), level.max(), bins + 1)
     group, score = np.searchsorted(edges[1:-1], level), np.full(len(mean), np.nan)
     for b in range(bins):
@@ -41,7 +43,8 @@ def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int,
             center, scale = dispersion[here].mean(), dispersion[here].std(ddof=1)
             score[here] = (dispersion[here] - center) / (scale or np.nan)
         else:
-            score[here] = 1
+            score[here] = 1  # alone in its range
+    # The score of the last gene to be taken; with it come all that have the same.
     known = np.sort(score[np.isfinite(score)])[::-1]
     chosen = score >= known[min(most, len(known)) - 1] if len(known) else np.zeros(len(mean), bool)
     return {"highly_variable": chosen, "means": level, "dispersions": dispersion, "dispersions_norm": score}
@@ -76,7 +79,7 @@ def expression(matrix: Matrix, totals: np.ndarray, target_sum: float | None, tex
     """
     written = 0
     for start, stop, block in progress(matrix.blocks(), text, "blocks"):
-        total = totals[start:stop]
+        total = totals[start:stop]  # 0: an empty cell, which is left out
         counts = csr_array(block)[total > 0]
         counts.eliminate_zeros()
         values = counts.data
@@ -99,6 +102,7 @@ def write_expression(file: h5py.File, blocks: Iterator[tuple], shape: tuple, nnz
             node["data"][part], node["indices"][part] = block.data, block.indices
         pointers[rows.start + 1 : rows.stop + 1] = filled + values.indptr[1:]
         filled = part.stop
+        # Variable genes are chosen on normalised counts, the logarithm taken back.
         rate = np.expm1(values.data.astype(np.float64))
         moments[0] += np.bincount(values.indices, rate, shape[1])
         moments[1] += np.bincount(values.indices, rate**2, shape[1])
