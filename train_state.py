@@ -308,11 +308,11 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     pert_cell_emb and ctrl_cell_emb [b, S, D] (the mean of its control cells), pert_emb [b, pert_dim], batch [b, S]
     (codes), pert_cell_counts [b, S, G] if a decoder learns.
     """
-    b, S = targets.shape
+    b, S, k = controls.shape
     # No control cell of this type: zeros, as cell-load takes them.
     lonely = controls < 0
     basal = cells.read(np.where(lonely, targets[..., None], controls).ravel(), "input", device)
-    basal = basal.view(b, S, controls.shape[2], -1)
+    basal = basal.view(b, S, k, -1)
     if lonely.any():
         basal[torch.from_numpy(lonely).to(device)] = 0
     # The perturbation: its number as a one-hot vector, or its features, which a new one may have too.
@@ -321,7 +321,7 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     batch = {
         "pert_emb": features.to(device),
         # Of n_basal_samples cells: less noise, and less of a cell. A mean of one would cost as much as reading it.
-        "ctrl_cell_emb": basal.mean(2) if controls.shape[2] > 1 else basal[:, :, 0],
+        "ctrl_cell_emb": basal.mean(2) if k > 1 else basal[:, :, 0],
         "pert_cell_emb": cells.read(targets.ravel(), "input", device).view(b, S, -1),
         "batch": torch.from_numpy(cells.batch[targets].astype(np.int64)).to(device),
     }
@@ -543,9 +543,9 @@ class StateTransitionPerturbationModel(nn.Module):
         batch: as make_batch has it, or with a row a cell; padded=False: these are one sentence.
         losses=True: the terms of the loss instead (see `losses`), in one call, as DistributedDataParallel needs it.
         """
-        cfg, rows = self.cfg, batch["ctrl_cell_emb"]
+        cfg = self.cfg
         knows_batches = cfg.batch_encoder or cfg.use_batch_token
-        S = cfg.cell_set_len if padded else len(rows)
+        S = cfg.cell_set_len if padded else len(batch["ctrl_cell_emb"])
         batch = in_sentences(batch, S, self.dims["batch_dim"] if knows_batches else None)
         out = self.predict(batch)
         if losses:
@@ -833,9 +833,8 @@ def predictions(
     that of one cell type.
     """
     which, _ = measured_as(model)
-    sentences = Sentences(cells, held_out(cells), cfg).whole()
     by_type = {}
-    for targets, controls in sentences:
+    for targets, controls in Sentences(cells, held_out(cells), cfg).whole():
         # A control cell as target has no effect to measure.
         if not cells.is_control[targets[0]]:
             by_type.setdefault(int(cells.cell_type[targets[0]]), []).append((targets, controls))
@@ -1179,8 +1178,7 @@ def analyze(cfg: Config) -> dict:
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
-        cells = open_run_data(saved, extra)
-        result = finish(model.to(rt.device), cells, saved, rt, folder)
+        result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
     print(f"step {step}: " + effects.verdict(result, folder).removeprefix("done: "))
     return result
 
