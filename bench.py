@@ -48,6 +48,7 @@ import train_ghmm
 import train_state
 from common.runtime import Runtime
 from configurator import fail
+from measure.speed import matmul_rate
 from sources.cells import open_cells
 from sources.chunks import ChunkSpool, chunk_arrays
 from sources.foreign_state import source_settings, source_state_dict
@@ -291,7 +292,7 @@ def bench_training(device: torch.device) -> None:
         report("ghmm HookedTransformer", 0.0, "tokens/s", 'missing: pip install "transformer-lens<4"')
     else:
         sides["peer"] = "HookedTransformer with torch's AdamW"
-    peak = Runtime(train_ghmm.Config(device=device.type)).matmul_rate()
+    peak = matmul_rate(Runtime(train_ghmm.Config(device=device.type)))
     report(f"ghmm matrix-multiply rate, {device.type}", peak / 1e9, "GFLOP/s")
     for batch, n_ctx, heads in TRAINING_SHAPES:
         race("GhmmTrainer", sides, (batch, n_ctx, heads, device.type), batch * n_ctx,
@@ -319,7 +320,7 @@ def bench_arxiv(peer_path: str | None) -> None:
         sides[peer_path] = "nanoGPT"
     else:
         report("arxiv nanoGPT", 0.0, "tokens/s", "missing: --peer=PATH of a checkout with model.py")
-    peak = Runtime(train_arxiv.Config(device=device.type)).matmul_rate()
+    peak = matmul_rate(Runtime(train_arxiv.Config(device=device.type)))
     for name, shape in ARXIV_SHAPES.items():
         for precision, dropout in (("fp32", 0.0), ("fp32", 0.1), ("bf16", 0.1)):
             against = {side: text + (f" in {precision}" if text else "") for side, text in sides.items()}
@@ -459,7 +460,7 @@ def bench_apelr(peer_path: str | None, full: bool = False) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         for line in pool.submit(measure_writing, peer, device).result():
             report(*line)
-    peak = Runtime(train_apelr.Config(device=device)).matmul_rate()
+    peak = matmul_rate(Runtime(train_apelr.Config(device=device)))
     report(f"apelr matrix-multiply rate, {device}", peak / 1e9, "GFLOP/s")
     for shape in itertools.product((128, 2_048, 8_192), (4, 8, 16), (128, 512), (256, 768)) if full else ONE_BY_ONE:
         where, tokens = "V {} K {} L {} H {}".format(*shape), APELR_BATCH * shape[2]
@@ -478,7 +479,7 @@ def bench_apelr(peer_path: str | None, full: bool = False) -> None:
 def against_source(peer: str | None, device: str) -> None:
     """Every auxiliary term on, the source's boundaries and lookahead; V = 2048, K = 8, L = 128, H = 256, batch 8."""
     for precision in ("fp32", "bf16"):
-        peak = Runtime(train_apelr.Config(device=device, precision=precision)).matmul_rate()
+        peak = matmul_rate(Runtime(train_apelr.Config(device=device, precision=precision)))
         sides = {"ours": "", "every token": "the same, plan_mi and plan_js_div on every token instead of a quarter"}
         if peer:
             sides[peer] = f"APEL-R source in {precision}"
@@ -600,7 +601,7 @@ def bench_state(peer_path: str | None, full: bool = False) -> None:
             for measure in (measure_cells, measure_distance, measure_agreement)[: 3 - ("arc-state" in lacking)]:
                 for line in pool.submit(measure, toml, device, lacking).result():
                     report(*line)
-        peak = Runtime(train_state.Config(device=device, precision="fp32")).matmul_rate()
+        peak = matmul_rate(Runtime(train_state.Config(device=device, precision="fp32")))
         report(f"state matrix-multiply rate, {device}", peak / 1e9, "GFLOP/s")
         for size, (batch, settings) in STATE_SIZES.items():
             for loads in (False, True)[: 1 + (full or size == "hidden 128")]:

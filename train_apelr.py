@@ -51,7 +51,7 @@ from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
 from kernels.token_terms import chunk_bow, chunk_targets, recent_tokens, repetition
 from measure import plans
-from measure.flops import flops_per_token
+from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import generate
 from sources.corpus import Corpus, read_corpus
 from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
@@ -1063,7 +1063,7 @@ def train(cfg: Config) -> dict:
                 batch_size = extra["batch_size"]
         else:
             if batch_size == "auto":
-                batch_size = rt.fitting_batch_size(model, cfg, lambda windows: trial(model, windows, rt, cfg))
+                batch_size = fitting_batch_size(rt, model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
         batches = Batches(rt, corpus, cfg, batch_size)
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
@@ -1082,7 +1082,7 @@ def train(cfg: Config) -> dict:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
                 corpus.copy_tokenizer(folder)
-            peak = rt.matmul_rate()  # what this device reaches: the 1 of mfu
+            peak = matmul_rate(rt) * rt.world_size  # what these devices reach: the 1 of mfu
             log.say(rt.describe())
             log.say(describe(model, corpus, cfg, batch_size))
             if state:

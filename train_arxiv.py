@@ -64,6 +64,7 @@ from measure.curves import (
     write_curves,
 )
 from measure.report import make_report, plan_study, run_name
+from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
 from sources.shared import counter_rng, make_once
@@ -624,7 +625,7 @@ def train(cfg: Config) -> dict:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             # Model FLOP/s utilisation is held against large matrix products on this machine, in this precision.
             flops = flops_per_token(model, cfg, chunks.size)
-            peak = rt.matmul_rate() * rt.world_size
+            peak = matmul_rate(rt) * rt.world_size
             losses = torch.zeros((), device=rt.device)  # summed on the device since step `logged`
             lap = logged = step
             watch.start()

@@ -161,32 +161,6 @@ class Runtime:
             leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
         return batch_size // parts
 
-    def fitting_batch_size(self, model: torch.nn.Module, cfg, loss_of, most: int = 4_096) -> int:
-        """What batch_size=auto comes to: on a GPU the largest power of two a micro-step that leaves 15% of it free.
-
-        Probed with a forward and a backward pass of loss_of(size) at doubling sizes; every rank takes the smallest of
-        all. Without a GPU it is cpu_batch_size. Reads cpu_batch_size and grad_accum of cfg.
-        """
-        parts = self.world_size * cfg.grad_accum
-        if self.device.type != "cuda":
-            return max(1, cfg.cpu_batch_size // parts) * parts
-        size, total = 1, torch.cuda.get_device_properties(self.device).total_memory
-        optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())
-        while size < most:
-            try:
-                torch.cuda.reset_peak_memory_stats(self.device)
-                loss_of(2 * size).backward()
-                peak = torch.cuda.max_memory_allocated(self.device) + optimizer_bytes
-            except torch.cuda.OutOfMemoryError:
-                break
-            finally:
-                model.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-            if peak > 0.85 * total:
-                break
-            size *= 2
-        return min(self.gather(size)) * parts
-
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a global batch: every world_size-th element, so any number of ranks trains the same."""
         return tensor[self.rank :: self.world_size]
@@ -242,20 +216,6 @@ class Runtime:
         """Wait for the accelerator, before reading a clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def matmul_rate(self, seconds: float = 0.2) -> float:
-        """FLOP/s that large matrix products reach on this device in this precision: what a model's are held against."""
-        size = 8192 if self.device.type == "cuda" else 1024
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
-        a, b = torch.ones(2, size, size, device=self.device, dtype=kind)
-        rates, end = [], time.perf_counter() + seconds
-        while len(rates) < 3 or time.perf_counter() < end:
-            self.synchronize()
-            began = time.perf_counter()
-            a @ b
-            self.synchronize()
-            rates.append(2 * size**3 / (time.perf_counter() - began))
-        return float(np.median(rates))
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()

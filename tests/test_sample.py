@@ -18,8 +18,7 @@ import train_apelr
 import train_state
 from common import checkpoint
 from common.errors import CheckpointError
-from common.runtime import Runtime
-from measure import effects, plans
+from measure import effects, plans, speed
 from sources import foreign
 from sources.h5ad import H5ad, as_dense
 from sources.tokenizer import train_char
@@ -31,7 +30,7 @@ PICTURES = {"ghmm": "plot_run", "arxiv": "draw_run"}  # functions of a page that
 
 @pytest.fixture(autouse=True)
 def quickly(in_a_folder_of_its_own, monkeypatch):
-    monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
     for name in ("draw_loss", "draw_plans"):
         monkeypatch.setattr(plans, name, lambda *args, **options: None)
     monkeypatch.setattr(effects, "plot_metrics", lambda *args, **options: None)

@@ -25,7 +25,7 @@ import train_apelr
 from common import checkpoint
 from common.runtime import Runtime
 from configurator import configure, from_dict
-from measure import plans
+from measure import plans, speed
 from sources.corpus import read_corpus
 from train_apelr import ALIASES, Batches, Config
 
@@ -44,7 +44,7 @@ def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
     for name in PICTURES:
         monkeypatch.setattr(plans, name, lambda *args, **options: None)
-    monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def writers(text, tmp_path_factory, one_thread) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in PICTURES:
             patch.setattr(plans, name, lambda *args, **options: None)
-        patch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+        patch.setattr(speed, "RATE_SECONDS", 0)
         for version in (V1, V2, "baseline"):
             found[version] = folder / version
             train_apelr.main([*TINY, f"--data={text}", f"--version={version}", f"--out_dir={found[version]}",
@@ -103,7 +103,7 @@ def quick(argv: list[str]) -> None:
     """main in another process, without pictures."""
     for name in PICTURES:
         setattr(plans, name, lambda *args, **options: None)
-    Runtime.matmul_rate = lambda self: 1e9
+    speed.RATE_SECONDS = 0
     train_apelr.main(argv)
 
 

@@ -28,6 +28,7 @@ from common import checkpoint
 from common.errors import DataError
 from common.runtime import Runtime
 from configurator import configure
+from measure import speed
 from measure.curves import Curves, fit_power_law, gains, measure, probe
 from measure.report import plan_study, run_name
 from sources import chunks as chunks_source
@@ -49,7 +50,7 @@ FIVE = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
     monkeypatch.setattr(train_arxiv, "draw_run", lambda *args: None)
-    monkeypatch.setattr(Runtime, "matmul_rate", lambda self: 1e9)
+    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def run(data: Path, *settings: str) -> dict:
 
 def quick(argv: list[str]) -> None:
     """main in another process, without pictures."""
-    train_arxiv.plot, Runtime.matmul_rate = lambda *args, **options: None, lambda self: 1e9
+    train_arxiv.draw_run, speed.RATE_SECONDS = lambda *args: None, 0
     train_arxiv.main(argv)
 
 
