@@ -53,7 +53,8 @@ def fitting_batch_size(rt, model: torch.nn.Module, cfg, loss_of, most: int = 4_0
 def flops_per_token(model) -> float:
     """6 x weights of matrix products + full attention, the convention of PaLM (Chowdhery et al. 2022).
 
-    Of a model of train_apelr.py.     The head of every plan counts: experts that read an input a plan (version 1) use theirs once a plan.
+    Of a model of train_apelr.py. The head of every plan counts: experts that read an input a plan (version 1) use
+    theirs once a plan.
     """
     heads, bias = model.experts.table()
     products = sum(weight.numel() for weight in model.backbone.parameters() if weight.ndim == 2)

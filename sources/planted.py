@@ -129,7 +129,7 @@ def mutual_information(counts: np.ndarray) -> float:
 
 def entropy(p: np.ndarray) -> float:
     p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
+    return max(0.0, float(-(p * np.log(p)).sum()))  # a share of all there is may round to more than 1
 
 
 class Oracle:

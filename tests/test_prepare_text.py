@@ -627,6 +627,8 @@ def test_mutual_information_is_that_of_the_counts():
     assert mutual_information(np.eye(3)) == pytest.approx(1) and mutual_information(np.ones((2, 2))) == pytest.approx(0)
     assert mutual_information(np.array([[3.0]])) == pytest.approx(1)
     assert mutual_information(np.array([[1.0, 1.0], [0, 0]])) == pytest.approx(0)
+    for counts in np.random.default_rng(0).integers(1, 60, (200, 1, 6)):  # shares that round to more than 1 among them
+        assert mutual_information(counts) == pytest.approx(0, abs=1e-6)
     joint = np.array([[0.4, 0.1], [0.2, 0.3]])
     rows, columns = joint.sum(1), joint.sum(0)
     information = sum(joint[a, b] * np.log(joint[a, b] / rows[a] / columns[b]) for a in range(2) for b in range(2))
