@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from common import checkpoint
-from common.errors import CheckpointError, DataError, InputError, clear_errors, rehearsal
+from common.errors import CheckpointError, DataError, InputError, clear_errors, reason, rehearsal
 from common.runlog import write_json
 from common.runtime import Runtime
 from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
@@ -464,7 +464,7 @@ def import_page(stem: str, path: Path) -> ModuleType:
     try:
         page = importlib.import_module(stem)
     except Exception as e:  # an edited page may do anything
-        raise InputError(f"{file}, the page of {path}, cannot be imported ({type(e).__name__}: {e}): mend it") from e
+        raise InputError(f"{file}, the page of {path}, cannot be imported ({reason(e)}): mend it") from e
     experiment = getattr(page, "EXPERIMENT", None)
     if experiment not in SAMPLERS:
         raise InputError(f"{stem}.py, the page of {path}, does not say how to sample it: it needs a line EXPERIMENT = "

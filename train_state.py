@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from geomloss import SamplesLoss
 
 from common import checkpoint
-from common.errors import CheckpointError, DataError, clear_errors, rehearsal
+from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
 from common.runlog import RunLog, run_facts
 from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
 from configurator import (
@@ -642,7 +642,7 @@ class StateTransitionPerturbationModel(nn.Module):
             # Detached, else the cells would be made worse where that is easier to foretell.
             wanted = per_set if cfg.confidence_per_set else total.expand(len(pred))
             scaled = cfg.confidence_target_scale * wanted.detach()
-            terms["confidence"] = F.mse_loss(out["confidence"][:, 0].float(), scaled)
+            terms["confidence"] = F.mse_loss(out["confidence"][:, 0].to(scaled), scaled)
             total = total + cfg.confidence_weight * terms["confidence"]
         # Sparse change: most genes do not answer to most perturbations.
         if cfg.regularization:
@@ -1158,7 +1158,7 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
         cfg = Config(device=device, **settings)
         model = build_model(cfg, dims)
     except (TypeError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{path}: its settings make no model ({type(e).__name__}: {e})") from e
+        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
     load_source_state_dict(model, weights)
     return cfg, model, step, {"dims": dims}  # no names: its folder's pert_onehot_map.pt has those of perturbations
 

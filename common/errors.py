@@ -9,7 +9,10 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was wrong, where, and what to do."""
+    """What the user gave cannot be used; the message says what was wrong, where, and what to do, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 class DataError(InputError):
@@ -18,6 +21,11 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint cannot be used."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as part of a sentence: its kind and first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def leave(message: str, code: int) -> NoReturn:
@@ -53,5 +61,5 @@ def rehearsal(what: str = "what the end of the run asks of model and data", advi
         frames = traceback.extract_tb(e.__traceback__)
         ours = [frame for frame in frames if "site-packages" not in frame.filename]
         line = (ours or frames)[-1]  # the innermost of the repository, not of torch
-        raise InputError(f"{what} does not work ({type(e).__name__}: {e}; {os.path.basename(line.filename)}, line "
+        raise InputError(f"{what} does not work ({reason(e)}; {os.path.basename(line.filename)}, line "
                          f"{line.lineno}): {advice}") from e

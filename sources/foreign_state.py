@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import CheckpointError, InputError
+from common.errors import CheckpointError, InputError, reason
 from sources.foreign import Inert, read_checkpoint
 from sources.shared import suggest
 
@@ -304,7 +304,7 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     try:
         settings, dims = translate(keywords, attention)
     except (TypeError, ValueError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{path}: its settings make no model ({type(e).__name__}: {e})") from e
+        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
     notes = []
     if not settings["bidirectional_attention"]:
         positions = " with rotary positions" if settings["rotary"] else ""

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from scipy.sparse import csc_array, csr_array
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from sources.shared import report, suggest
 
 
@@ -93,7 +93,7 @@ class H5ad:
         except DataError:
             raise
         except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
-            raise DataError(f"{self.path}: {what} cannot be read ({type(e).__name__}: {e}): the file is damaged or of "
+            raise DataError(f"{self.path}: {what} cannot be read ({reason(e)}): the file is damaged or of "
                             "an unknown layout") from e
 
     # A frame, obs or var, is one compound data set in files of anndata before 0.7, and since then a group of columns.
