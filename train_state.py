@@ -33,7 +33,7 @@ from geomloss import SamplesLoss
 from common import checkpoint
 from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
 from common.runlog import RunLog, run_facts
-from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
+from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
 from configurator import (
     Count,
     NonNegative,
@@ -119,6 +119,8 @@ class Config:
     transformer_backbone_key: Literal["llama", "GPT2"] = "llama"  # kind of the blocks; neither has positions
     bidirectional_attention: bool = True  # false: causal, as some checkpoints of the source are
     rotary: bool = False  # rotary positions, which a set does not have: for such checkpoints
+    rope_theta: Positive = 10_000.0  # their base
+    norm_eps: Positive | None = None  # of the norms of the transformer; default 1e-6 (llama), 1e-5 (GPT2)
     n_encoder_layers: Count = 2  # linear layers of the encoders of perturbation and control cells
     n_decoder_layers: Count = 2  # linear layers of project_out, from the transformer to a cell
     use_basal_projection: bool = True  # control cells through n_encoder_layers; false: one linear layer
@@ -400,8 +402,8 @@ class Attention(nn.Module):
         # No positions: a set has no order, and without them what a cell becomes does not depend on where it stands.
         # Rotary ones, and causal attention, are for checkpoints that were trained so.
         if cfg.rotary:
-            q = rotate(q)
-            k = rotate(k)
+            q = rotate(q, cfg.rope_theta)
+            k = rotate(k, cfg.rope_theta)
         # Grouped keys and values: each head of them serves a group of neighbouring queries.
         group = q.shape[1] // k.shape[1]
         if group > 1:
@@ -428,10 +430,10 @@ class GatedMLP(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + 1e-6) * weight (Zhang and Sennrich 2019), in the precision of x."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), in the precision of x."""
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-6)
+    def __init__(self, cfg: Config):
+        super().__init__(cfg.d_model, eps=cfg.norm_eps or 1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The weight is float32, which would make the whole stream so under autocast.
@@ -446,8 +448,8 @@ class LlamaBlock(nn.Module):
         self.self_attn = Attention(cfg)
         self.mlp = GatedMLP(cfg)
         # Before each part, not after it: the stream from first to last block stays free of norms.
-        self.input_layernorm = RMSNorm(cfg.d_model)
-        self.post_attention_layernorm = RMSNorm(cfg.d_model)
+        self.input_layernorm = RMSNorm(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
@@ -460,7 +462,7 @@ class Llama(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.layers = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.d_model)
+        self.norm = RMSNorm(cfg)
         for weight in self.parameters():
             if weight.ndim == 2:  # the norms start at 1
                 nn.init.normal_(weight, std=0.02)
@@ -968,15 +970,10 @@ def train_step(model: nn.Module, batch: dict, rt: Runtime, cfg: Config) -> dict:
                 terms = model(micro_batch, losses=True)
             rt.backward(terms["loss"] / cfg.grad_accum)
         del terms["per_set"]
-        add_to(sums, terms, cfg.grad_accum)
+        for name, value in terms.items():  # on the device: nothing waits for their values
+            sums[name] = sums.get(name, 0.0) + value.detach() / cfg.grad_accum
     means = rt.mean(torch.stack(list(sums.values())))  # one exchange for all terms
     return dict(zip(sums, means, strict=True))
-
-
-def add_to(sums: dict, terms: dict, parts: int = 1) -> None:
-    """Add a part of the loss terms to their sums, on the device: nothing waits for their values."""
-    for name, value in terms.items():
-        sums[name] = sums.get(name, 0.0) + value.detach() / parts
 
 
 def prepare(cfg: Config, rt: Runtime) -> tuple[Config, Cells, StateTransitionPerturbationModel, list[str]]:
@@ -1015,7 +1012,7 @@ def train(cfg: Config) -> dict:
 
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
-        step, best, sums = 0, math.inf, {}
+        step, best, means = 0, math.inf, Means()
         known = {"dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
             # Resume: with other perturbations or genes the same numbers would mean others.
@@ -1024,7 +1021,7 @@ def train(cfg: Config) -> dict:
                 raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
                                       "resume=never to train anew there, which replaces the checkpoints")
             step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-        trained, lap, logged = rt.wrap(model), step, step
+        trained, lap = rt.wrap(model), step
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
@@ -1046,7 +1043,7 @@ def train(cfg: Config) -> dict:
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
                 finite.add(step, terms["loss"])
-                add_to(sums, terms)
+                means.add(terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
@@ -1059,7 +1056,7 @@ def train(cfg: Config) -> dict:
                 improved = False
                 if due.logs:
                     # Terms are means over the steps since the last line; an epoch is once through all sentences.
-                    values = {name: float(value) / (step - logged) for name, value in sums.items()}
+                    values = means.read()
                     values |= {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
                     values["epoch"] = step * cfg.batch_size / len(batches.sentences)
                     log.train(
@@ -1072,7 +1069,6 @@ def train(cfg: Config) -> dict:
                         unit="cells",
                         loss=values["loss"],
                     )
-                    sums, logged = {}, step
                 # Validation: held-out conditions as sentences; its loss, not the metrics, chooses the best weights.
                 if due.evaluates and validation:
                     values = validate(model, validation, cells, rt, cfg)  # the same sentences each time
@@ -1137,15 +1133,14 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     if path.is_file() and not checkpoint.experiment_of(path):
         return load_source_run(path, device, attention)
     # What a run was measured with: its best weights, or the last where nothing validated.
-    if path.is_dir():
-        path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
-    state = checkpoint.load(path, __file__)
+    folder = path if path.is_dir() else path.parent
+    state = checkpoint.load(checkpoint.best_of(path), __file__)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     # The features of its perturbations are in the run folder too, should their file be gone.
     features = cfg.perturbation_features_file
     if features and not Path(features).exists():
-        cfg.perturbation_features_file = str(path.with_name("pert_onehot_map.pt"))
+        cfg.perturbation_features_file = str(folder / "pert_onehot_map.pt")
     model = build_model(cfg, extra["dims"])
     checkpoint.load_weights(model, state["model"], path)
     return cfg, model, state["step"], extra

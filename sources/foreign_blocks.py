@@ -12,10 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def rotate(x: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     """Rotary positions (Su et al. 2021), pairing feature i with i + C / 2 as Llama does. x [B, heads, T, C]."""
     T, C = x.shape[2:]
-    frequency = 10_000.0 ** (-torch.arange(0, C, 2, device=x.device) / C)
+    frequency = theta ** (-torch.arange(0, C, 2, device=x.device) / C)
     angle = torch.arange(T, device=x.device)[:, None] * torch.cat([frequency, frequency])  # [T, C]
     left, right = x.chunk(2, -1)
     return x * angle.cos().to(x.dtype) + torch.cat([-right, left], -1) * angle.sin().to(x.dtype)
@@ -43,7 +43,8 @@ class GPT2Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, H = cfg, cfg.d_model
-        self.ln_1, self.ln_2 = nn.LayerNorm(H), nn.LayerNorm(H)
+        self.ln_1 = nn.LayerNorm(H, cfg.norm_eps or 1e-5)
+        self.ln_2 = nn.LayerNorm(H, cfg.norm_eps or 1e-5)
         self.attn = nn.ModuleDict({"c_attn": Conv1D(H, 3 * H), "c_proj": Conv1D(H, H)})
         self.mlp = nn.ModuleDict({"c_fc": Conv1D(H, cfg.d_ff), "c_proj": Conv1D(cfg.d_ff, H)})
         self.drop = nn.Dropout(cfg.residual_dropout)  # on what a block adds to the stream
@@ -67,7 +68,8 @@ class GPT2(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.h = nn.ModuleList(GPT2Block(cfg) for _ in range(cfg.n_layers))
-        self.ln_f, self.drop = nn.LayerNorm(cfg.d_model), nn.Dropout(cfg.embedding_dropout)
+        self.ln_f = nn.LayerNorm(cfg.d_model, cfg.norm_eps or 1e-5)
+        self.drop = nn.Dropout(cfg.embedding_dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]."""

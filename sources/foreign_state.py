@@ -42,6 +42,8 @@ ALIASES: dict[str, str | None] = {  # names of the source's settings; None: with
     "random_seed": "seed",
     "wd": "weight_decay",
     "gradient_clip_val": "grad_clip",
+    "rms_norm_eps": "norm_eps",
+    "layer_norm_epsilon": "norm_eps",
     "gradient_accumulation_steps": "grad_accum",
     "val_freq": "eval_interval",
     "ckpt_every_n_steps": "save_interval",
@@ -87,6 +89,8 @@ DEFAULTS = {  # what the source has where a setting of its model is absent, unde
     "d_ff": 11_008,
     "transformer_backbone_key": "GPT2",
     "bidirectional_attention": False,
+    "rope_theta": 10_000.0,
+    "norm_eps": None,
     "rotary": None,  # as a causal Llama of transformers has, and a bidirectional one of State has not
     "n_encoder_layers": 2,
     "n_decoder_layers": 2,
@@ -124,9 +128,9 @@ DEFAULTS = {  # what the source has where a setting of its model is absent, unde
 }
 GPT2_DEFAULTS = {"n_layers": 12, "n_heads": 12, "d_ff": None, "bidirectional_attention": True, "rotary": False,
                  "attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
+# Not among the source's own keywords, but in transformer_backbone_kwargs.
 OF_BACKBONE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "bidirectional_attention", "rotary",
-               "attention_dropout", "residual_dropout", "embedding_dropout")  # not among the source's own keywords
-FIXED = {"rms_norm_eps": 1e-6, "layer_norm_epsilon": 1e-5, "rope_theta": 10_000.0}  # as our blocks have them
+               "rope_theta", "norm_eps", "attention_dropout", "residual_dropout", "embedding_dropout")
 UNUSED = ("embed_tokens.", ".wte.", ".wpe.", ".attn.bias", ".attn.masked_bias", "inv_freq")  # weights never read
 SIZES_OF_DATA = ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim")
 
@@ -150,8 +154,6 @@ def translate(keywords: dict, attention: str = "auto") -> tuple[dict, dict]:
         name = ALIASES.get(name) or name
         if name in settings and value is not None:
             settings[name] = value
-        if name in FIXED and value not in (None, FIXED[name]):
-            raise ValueError(f"{name} = {value}: only {FIXED[name]} is supported")
     settings["activation"] = settings["activation"].lower()
     if "embed_key" in keywords:
         settings["embed_key"] = keywords["embed_key"]
@@ -219,6 +221,10 @@ def source_settings(cfg, dims: dict) -> dict:
         }
         if cfg.rotary == cfg.bidirectional_attention:  # else it follows
             backbone["rotary"] = cfg.rotary
+        if cfg.rotary:
+            backbone["rope_theta"] = cfg.rope_theta
+    if cfg.norm_eps:
+        backbone["rms_norm_eps" if cfg.transformer_backbone_key == "llama" else "layer_norm_epsilon"] = cfg.norm_eps
     keywords = {name: getattr(cfg, name) for name in DEFAULTS if name not in OF_BACKBONE}
     keywords |= {name: dims[name] for name in SIZES_OF_DATA}
     keywords |= {

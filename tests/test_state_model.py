@@ -915,6 +915,19 @@ ROUND = {**SETS, **{name: options for name, (options, _) in OUTPUTS.items()}, "d
          "rotary": ROTARY, "old": AS_OLD, "residual": RESIDUAL, "frozen": dict(freeze_pert_backbone=True)}
 
 
+def test_norms_and_rotary_positions_are_those_of_the_checkpoint():
+    kwargs = {**SETTINGS["transformer_backbone_kwargs"], "rms_norm_eps": 1e-4, "rope_theta": 500.0}
+    settings, dims = translate({**SETTINGS, **ROTARY, "transformer_backbone_kwargs": kwargs})
+    cfg = ts.Config(**settings)
+    assert (cfg.norm_eps, cfg.rope_theta) == (1e-4, 500.0)
+    assert ts.build_model(cfg, dims).transformer_backbone.norm.eps == 1e-4
+    assert translate(source_settings(cfg, dims))[0]["norm_eps"] == 1e-4
+    gpt2, dims = translate({**SETTINGS, **AS_GPT2})
+    sizes = [ts.build_model(ts.Config(**gpt2 | {"norm_eps": eps}), dims).transformer_backbone.ln_f.eps
+             for eps in (None, 1e-3)]
+    assert sizes == [1e-5, 1e-3]
+
+
 @pytest.mark.parametrize("options", ROUND.values(), ids=ROUND)
 def test_settings_go_out_and_come_back(options):
     settings, dims = translate({**SETTINGS, **options})
