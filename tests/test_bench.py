@@ -84,6 +84,7 @@ def test_bench_state_says_which_peers_are_missing(monkeypatch, capsys):
     assert "arc-state missing: pip install arc-state" in printed and "cell-load missing" in printed
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages compared with
 @pytest.mark.skipif(lacks("state") or lacks("cell_load"), reason="needs arc-state and cell-load")
 def test_arc_state_has_the_same_loss_and_takes_the_same_step(toml, tiny):
     found = bench.measure_agreement(toml, "cpu", [])
