@@ -59,7 +59,9 @@ def rank_sum(
         genes = slice(start, start + step)
         cells = np.concatenate([y[:, genes], x[:, genes]])
         values = np.ascontiguousarray(cells.T, np.float32)  # [genes, m + n]
-        u[:, genes], ties[:, genes] = _count_pairs(values, code, size, shift)
+        pairs, tied = _count_pairs(values, code, size, shift)
+        u[:, genes] = pairs
+        ties[:, genes] = tied
 
     group_size = size[1:, None].astype(float)
     return _p_values(u, ties, group_size, m)
@@ -82,7 +84,8 @@ def _count_pairs(
     zeros = (of_y == 0).sum(1)  # y's, by gene
     negative = (of_y < 0).sum(1)
     gene, member, value, count = _runs(values, code, shift)
-    equal, below = _control_counts(gene, member, value, count, size[0] - zeros)
+    control_nonzero = size[0] - zeros
+    equal, below = _control_counts(gene, member, value, count, control_nonzero)
     positive = value >> np.uint64(31)
     below += np.where(positive, zeros[gene], 0)  # y's zeros lie below what is positive
     place = gene * n_codes + member
@@ -94,14 +97,16 @@ def _count_pairs(
 
     pairs = per_group(count * below)
     nonzero = per_group(count)
-    # Joining a group's run to y's makes one longer tie: t^3 - t of both less that of y's, which counts once below.
+    # t^3 - t of a run joined with the equal one of y, less that of y alone, which is added once, as group 0, below.
     tied = per_group(_ties(equal + count) - _ties(equal))
 
-    # The zeros of a group: above y's negative values, equal to its zeros.
+    # Zeros were left out: those of a group are above y's negative values and equal to y's zeros.
     zero = size - nonzero  # [genes, codes]
+    control_zero = zero[:, :1]
+    group_zero = zero[:, 1:]
     below_zero = negative + zeros / 2
-    u = pairs[:, 1:] + zero[:, 1:] * below_zero[:, None]
-    zero_ties = _ties(zero[:, :1] + zero[:, 1:])
+    u = pairs[:, 1:] + group_zero * below_zero[:, None]
+    zero_ties = _ties(control_zero + group_zero)
     ties = tied[:, 1:] + tied[:, :1] + zero_ties
     return u.T, ties.T
 
@@ -149,6 +154,7 @@ def _runs(values: np.ndarray, code: np.ndarray, shift: int) -> tuple[np.ndarray,
     key = (key << np.uint64(shift)) | code[cell]
     key.sort()
 
+    # A run begins where the key changes, and ends where the next begins.
     is_first = np.concatenate([[True], key[1:] != key[:-1]])
     first = np.flatnonzero(is_first[: len(key)])
     count = np.diff(first, append=len(key))
