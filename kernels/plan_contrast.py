@@ -41,7 +41,8 @@ def plain_divergence(x: Tensor, weight: Tensor, bias: Tensor):
     K = len(bias)
     logs = block_logits(x, weight, bias).log_softmax(2)
     i, j = torch.triu_indices(K, K, 1)
-    middle = torch.logaddexp(logs[:, i], logs[:, j]) - math.log(2)  # log of (p_i + p_j) / 2, [T, pairs, V]
+    # log of (p_i + p_j) / 2, [T, pairs, V]
+    middle = torch.logaddexp(logs[:, i], logs[:, j]) - math.log(2)
     from_i = logs[:, i].exp() * (logs[:, i] - middle)
     from_j = logs[:, j].exp() * (logs[:, j] - middle)
     return 0.5 * (from_i + from_j).sum((1, 2)).mean() / max(1, len(i))
@@ -63,7 +64,10 @@ class PlanContrast(torch.autograd.Function):
         tiny = torch.finfo(bias.dtype).tiny
         total = bias.new_zeros(())
         dbelief = None if log_belief is None else torch.empty_like(log_belief)
-        size = max(8, block_rows(K, V, x.device) // 4)  # four tensors of a block's size live at once
+        pair_share = 0.5 / max(1, K * (K - 1) // 2)
+        # Four tensors of a block's size live at once.
+        size = block_rows(K, V, x.device) // 4
+        size = max(8, size)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(half)
             weight = weight.to(half)
@@ -73,20 +77,21 @@ class PlanContrast(torch.autograd.Function):
                 logs.sub_(logs.logsumexp(2, keepdim=True))  # log p_k
                 probs = logs.exp()
                 if log_belief is None:
-                    n_pairs = max(1, K * (K - 1) // 2)
-                    share = torch.full_like(probs[:, :, :1], 0.5 / n_pairs)
+                    # Of every plan in a pair half of KL to the middle, of every pair an equal part.
+                    share = torch.full_like(probs[:, :, :1], pair_share)
                     slope = pairwise(logs, probs)
                 else:
                     share = log_belief[rows].exp()[:, :, None]
                     mixture = (share * probs).sum(1, keepdim=True)
-                    mixture.clamp_min_(tiny).log_()
+                    mixture.clamp_min_(tiny).log_()  # where all p_k round to 0, a number still
                     slope = logs.sub_(mixture)  # in place: the logs are needed no more
                 inner = (probs * slope).sum(2, keepdim=True)  # KL_k, or the sum of them over the other plans
                 value = share * inner
                 total += value.sum()
                 if log_belief is not None:
                     # d/d log b_k = b_k (KL_k - 1): the mixture, too, is a function of the belief
-                    dbelief[rows] = (value - share)[:, :, 0] / T
+                    delta_belief = value - share  # [R, K, 1]
+                    dbelief[rows] = delta_belief[:, :, 0] / T
                 delta = slope.sub_(inner).mul_(probs)  # in place of the slope
                 gradients.add(rows, delta.mul_(share / T))
         ctx.gradients = gradients.dx, gradients.dweight, gradients.dbias, dbelief
@@ -118,12 +123,12 @@ def pairwise(logs: Tensor, probs: Tensor) -> Tensor:
 _contrast = torch.compiler.disable(PlanContrast.apply)  # a loop over blocks, which tracing would unroll
 
 
-def plan_information(x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor):
+def plan_information(x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor) -> Tensor:
     """Mutual information of plan and token in nats, a mean over rows; log_belief [T, K]."""
     return _contrast(x, weight, bias, log_belief)
 
 
-def plan_divergence(x: Tensor, weight: Tensor, bias: Tensor):
+def plan_divergence(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats, a mean over rows and pairs of plans."""
     return _contrast(x, weight, bias, None)
 
