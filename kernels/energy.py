@@ -4,7 +4,8 @@ The plain form, which `energy_distance` equals (values and gradients of x, held 
 
     def plain_energy_distance(x, y):
         def mean_distance(a, b):
-            squared = (a[:, :, None] - b[:, None]).square().sum(-1)  # [B, n, m]
+            difference = a[:, :, None] - b[:, None]  # [B, n, m, D]
+            squared = difference.square().sum(-1)
             return squared.clamp_min(SMALLEST).sqrt().mean((1, 2))
         return mean_distance(x, y) - mean_distance(x, x) / 2 - mean_distance(y, y) / 2
 
@@ -26,10 +27,14 @@ def plain_energy_distance(x: Tensor, y: Tensor) -> Tensor:
     """E|x - y| - E|x - x'| / 2 - E|y - y'| / 2 (Szekely and Rizzo 2013): x [B, N, D], y [B, M, D] -> [B]."""
 
     def mean_distance(a: Tensor, b: Tensor) -> Tensor:
-        squared = (a[:, :, None] - b[:, None]).square().sum(-1)  # [B, n, m]
+        difference = a[:, :, None] - b[:, None]  # [B, n, m, D]
+        squared = difference.square().sum(-1)
         return squared.clamp_min(SMALLEST).sqrt().mean((1, 2))
 
-    return mean_distance(x, y) - mean_distance(x, x) / 2 - mean_distance(y, y) / 2
+    between = mean_distance(x, y)
+    within_x = mean_distance(x, x)
+    within_y = mean_distance(y, y)
+    return between - within_x / 2 - within_y / 2
 
 
 def energy_distance(x: Tensor, y: Tensor, pairs: int = 1 << 23) -> Tensor:
@@ -65,28 +70,35 @@ class EnergyDistance(torch.autograd.Function):
     def forward(ctx, x: Tensor, y: Tensor, pairs: int) -> Tensor:
         B, N, _ = x.shape
         M = y.shape[1]
-        xx = x.square().sum(-1)  # [B, N]
+        xx = x.square().sum(-1)  # squared norms, [B, N]
         yy = y.square().sum(-1)  # [B, M]
         total = x.new_zeros(B)
-        gradient = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        gradient = None  # an evaluation asks for none
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(x)
 
         # x with y and with itself, a block of rows of x at a time.
-        block = max(1, pairs // (B * max(N, M)))
+        row_pairs = B * max(N, M)
+        block = max(1, pairs // row_pairs)
         for start in range(0, N, block):
             rows = slice(start, start + block)
-            among = _distances(x[:, rows], x, xx[:, rows], xx)  # [B, rows, N]
-            across = _distances(x[:, rows], y, xx[:, rows], yy)  # [B, rows, M]
+            cells = x[:, rows]
+            norms = xx[:, rows]
+            among = _distances(cells, x, norms, xx)  # [B, rows, N]
+            across = _distances(cells, y, norms, yy)  # [B, rows, M]
             to_y = across.sum((1, 2)) / (N * M)
             to_x = among.sum((1, 2)) / (2 * N * N)
             total += to_y - to_x
             if gradient is not None:
+                # Weights of x_i - y_j and of x_i - x_j in the gradient, in place of the distances.
                 pull = _inverse(across, N * M)
                 push = _inverse(among, N * N)
                 # sum_j w_ij (x_i - x_j) = x_i sum_j w_ij - sum_j w_ij x_j, so x_i is multiplied by what stands on the
                 # diagonal. Of a cell with itself rounding may have left a little there: it is replaced.
                 diagonal = push.diagonal(start, 1, 2)
                 diagonal.zero_()
-                diagonal.copy_(pull.sum(-1) - push.sum(-1))
+                own = pull.sum(-1) - push.sum(-1)  # [B, rows]
+                diagonal.copy_(own)
                 part = gradient[:, rows]
                 torch.bmm(push, x, out=part)
                 part.baddbmm_(pull, y, alpha=-1)
@@ -96,10 +108,15 @@ class EnergyDistance(torch.autograd.Function):
         for start in range(0, M, block):
             rows = slice(start, start + block)
             later = slice(start, M)
-            apart = _distances(y[:, rows], y[:, later], yy[:, rows], yy[:, later])
+            apart = _distances(
+                y[:, rows],
+                y[:, later],
+                yy[:, rows],
+                yy[:, later],
+            )
+            once = apart.sum((1, 2))
             within = apart[:, :, :block].sum((1, 2))
-            both_orders = 2 * apart.sum((1, 2)) - within
-            total -= both_orders / (2 * M * M)
+            total -= (2 * once - within) / (2 * M * M)
 
         ctx.save_for_backward(gradient)
         return total
@@ -113,7 +130,10 @@ class EnergyDistance(torch.autograd.Function):
 def _distances(a: Tensor, b: Tensor, aa: Tensor, bb: Tensor) -> Tensor:
     """|a_i - b_j| [B, n, m] from squared norms aa [B, n] and bb [B, m]."""
     squared = torch.bmm(a, b.transpose(1, 2))
-    squared.mul_(-2).add_(aa[:, :, None]).add_(bb[:, None])
+    squared.mul_(-2)
+    squared.add_(aa[:, :, None])
+    squared.add_(bb[:, None])
+    # Rounding may leave less than nothing.
     return squared.clamp_min_(SMALLEST).sqrt_()
 
 
