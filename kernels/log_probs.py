@@ -135,20 +135,22 @@ class LogProbs(torch.autograd.Function):
         half = half_type(x)
         K, V = bias.shape
         T, J = index.shape
-        picked = bias.new_empty(T, K, J)
+        picked = bias.new_empty(T, K, J)  # logits of the tokens looked up
         normaliser = bias.new_empty(T, K)
-        ctx.blocks = blocks(T, block_rows(K, V, x.device))
+        size = block_rows(K, V, x.device)
+        ctx.blocks = blocks(T, size)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(half)
             weight = weight.to(half)
             for rows in ctx.blocks:
                 logits = block_logits(x[rows], weight, bias)
-                every_plan = index[rows, None].expand(-1, K, -1)
+                every_plan = index[rows, None].expand(-1, K, -1)  # the same tokens under each plan
                 torch.gather(logits, 2, every_plan, out=picked[rows])
                 # log sum exp, shifted by the largest logit, so that no exponential overflows; in place of the logits
                 top = logits.amax(2, keepdim=True)
                 total = logits.sub_(top).exp_().sum(2)
-                torch.add(total.log_(), top[:, :, 0], out=normaliser[rows])
+                total.log_()
+                torch.add(total, top[:, :, 0], out=normaliser[rows])
         ctx.save_for_backward(x, weight, bias, index, normaliser)
         return picked.sub_(normaliser[..., None])
 
@@ -162,9 +164,9 @@ class LogProbs(torch.autograd.Function):
                 delta = block_logits(x[rows], weight, bias)
                 delta.sub_(normaliser[rows, :, None]).exp_()  # softmax
                 total = upstream.sum(2, keepdim=True)
-                delta.mul_(total.neg_())
+                delta.mul_(total.neg_())  # each look-up takes softmax off all logits of its row ...
                 every_plan = index[rows, None].expand_as(upstream)
-                delta.scatter_add_(2, every_plan, upstream)
+                delta.scatter_add_(2, every_plan, upstream)  # ... and adds to its own
                 gradients.add(rows, delta)
         return gradients.dx, gradients.dweight, gradients.dbias, None
 
@@ -190,7 +192,8 @@ class SharedLogProbs(torch.autograd.Function):
         high = bias.amax(1, keepdim=True)  # n, [K, 1]
         table = (bias - high).exp()  # [K, V]
         tiny = torch.finfo(bias.dtype).tiny
-        ctx.blocks = blocks(T, block_rows(1, V, x.device))
+        size = block_rows(1, V, x.device)  # of one plan: nothing has the size K V
+        ctx.blocks = blocks(T, size)
         with torch.autocast(x.device.type, enabled=False):
             x = x[:, 0].to(half)
             weight = weight.to(half)
@@ -221,8 +224,8 @@ class SharedLogProbs(torch.autograd.Function):
                 z = z.to(table.dtype)
                 z.sub_(tops[rows]).exp_()
                 # p_{t,k}(v) = exp(z - m) exp(b - n) / total: one factor of size [R, V], one [K, V], one [R, K].
-                inverse = (tops[rows] + high.t() - normaliser[rows]).exp_()
-                share = upstream.sum(2) * inverse  # sum_j g / total, [R, K]
+                log_inverse = tops[rows] + high.t() - normaliser[rows]  # -log total
+                share = upstream.sum(2) * log_inverse.exp_()  # sum_j g / total, [R, K]
                 dbias -= table * (share.t() @ z)
                 # The gradient of z, in place of it: scatter(g) - exp(z - m) * sum_k share_k exp(b_k - n_k).
                 z.mul_(share @ table).neg_()
