@@ -19,7 +19,8 @@ rep_unlikelihood in its plain form, with the mixture p [B, L, V]:
         for b, t in itertools.product(range(B), range(L)):
             last = t + 1 if include_current else t
             first = max(0, last - window)
-            recent = set(x[b, first:last].tolist()) - {int(y[b, t])}
+            before = x[b, first:last].tolist()
+            recent = set(before) - {int(y[b, t])}
             if recent:
                 again = p[b, t, list(recent)]
                 losses.append(-torch.log(1 - again).mean())
@@ -61,7 +62,9 @@ def plain_repetition(p: Tensor, x: Tensor, y: Tensor, window: int, include_curre
     for b, t in itertools.product(range(B), range(L)):
         last = t + 1 if include_current else t
         first = max(0, last - window)
-        recent = set(x[b, first:last].tolist()) - {int(y[b, t])}
+        target = int(y[b, t])
+        before = x[b, first:last].tolist()
+        recent = set(before) - {target}  # each once
         if recent:
             again = p[b, t, list(recent)]
             losses.append(-torch.log(1 - again).mean())
