@@ -4,8 +4,9 @@ The plain form, which gives the same numbers and gradients and may stand in for 
 
     def plain_log_probs(x, weight, bias, index, block=256):
         def of_rows(x, weight, bias, index):
-            logs = block_logits(x, weight, bias).log_softmax(2)  # [R, K, V]
-            return logs.gather(2, index[:, None].expand(-1, len(bias), -1))
+            logits = block_logits(x, weight, bias)  # [R, K, V]
+            every_plan = index[:, None].expand(-1, len(bias), -1)
+            return logits.log_softmax(2).gather(2, every_plan)
         parts = []
         for rows in torch.arange(len(x)).split(block):
             parts.append(checkpoint(of_rows, x[rows], weight, bias, index[rows], use_reentrant=False))
@@ -20,17 +21,26 @@ where P N is K or 1: one head a plan (N = K), one input a plan (P = K), or neith
 """
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CPU_LOGITS, GPU_LOGITS = 1 << 24, 1 << 28  # of a block: 64 MB, one buffer used again (smaller is slower); 1 GB
+CPU_LOGITS = 1 << 24  # of a block: 64 MB, one buffer used again (smaller is slower)
+GPU_LOGITS = 1 << 28  # 1 GB
 
 
-def plain_log_probs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor,
-                    block: int = 256) -> torch.Tensor:
+def plain_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    index: Tensor,
+    block: int = 256,
+) -> Tensor:
     """log p_{t,k}(v) for v in index [T, J]: [T, K, J], by log_softmax and gather, a checkpointed block at a time."""
-    def of_rows(x, weight, bias, index):
-        logs = block_logits(x, weight, bias).log_softmax(2)  # [R, K, V]
-        return logs.gather(2, index[:, None].expand(-1, len(bias), -1))
+
+    def of_rows(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+        logits = block_logits(x, weight, bias)  # [R, K, V]
+        every_plan = index[:, None].expand(-1, len(bias), -1)
+        return logits.log_softmax(2).gather(2, every_plan)
 
     parts = []
     for rows in torch.arange(len(x)).split(block):
@@ -38,50 +48,81 @@ def plain_log_probs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, i
     return torch.cat(parts)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks of rows
+# ---------------------------------------------------------------------------------------------------------------
 def block_rows(K: int, V: int, device: torch.device) -> int:
     """Rows of a block."""
-    return max(16, (CPU_LOGITS if device.type == "cpu" else GPU_LOGITS) // (K * V))
+    logits = CPU_LOGITS if device.type == "cpu" else GPU_LOGITS
+    return max(16, logits // (K * V))
 
 
 def blocks(T: int, size: int) -> list[slice]:
-    return [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
+    """Slices of at most `size` rows that cover T rows."""
+    slices = []
+    for begin in range(0, T, size):
+        end = min(begin + size, T)
+        slices.append(slice(begin, end))
+    return slices
 
 
-def half_type(tensor: torch.Tensor) -> torch.dtype:
+def half_type(tensor: Tensor) -> torch.dtype:
     """What matrix products run in: autocast's type, or the tensor's own."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
 
 
-def block_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def block_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits [R, K, V] of a block of x [R, P, H], in one matrix product for all plans."""
-    product = (x.flatten(0, 1) @ weight.t()).to(bias.dtype).view(len(x), -1, bias.shape[1])  # [R, K or 1, V]
-    return product.add_(bias) if product.shape[1] == len(bias) else product + bias
+    K, V = bias.shape
+    product = x.flatten(0, 1) @ weight.t()
+    product = product.to(bias.dtype)
+    product = product.view(len(x), -1, V)  # [R, K or 1, V]
+    if product.shape[1] == K:
+        return product.add_(bias)  # in place: no second buffer of the block's size
+    return product + bias
 
 
 class Gradients:
-    """Gradients of heads, added up block by block: of x (whole), weight and bias."""
+    """Gradients of heads, added up block by block: of x (whole), weight and bias.
 
-    def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-        self.x, self.weight, self.half = x, weight, weight.dtype
+    Sums are in the type of the bias, products in that of the weight, which under autocast is half as wide.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor):
+        self.x = x
+        self.weight = weight
+        self.half = weight.dtype
         V = bias.shape[1]
         self.shared = x.shape[1] * len(weight) == V  # one product for all plans
         self.dx = torch.empty(x.shape, dtype=bias.dtype, device=x.device)
         self.dweight = torch.zeros(weight.shape, dtype=bias.dtype, device=x.device)
         self.dbias = torch.zeros_like(bias)
 
-    def add(self, rows: slice, delta: torch.Tensor) -> None:
+    def add(self, rows: slice, delta: Tensor) -> None:
         """delta [R, K, V]: the gradient of the block's logits."""
         self.dbias += delta.sum(0)
-        flat = delta.sum(1) if self.shared else delta.view(-1, len(self.weight))
-        flat, x = flat.to(self.half), self.x[rows].flatten(0, 1)
-        self.dx[rows] = (flat @ self.weight).view(self.dx[rows].shape)
+        # What a product of block_logits gave, row by row: the logits of all plans where they share it.
+        if self.shared:
+            flat = delta.sum(1)
+        else:
+            flat = delta.view(-1, len(self.weight))
+        flat = flat.to(self.half)
+        x = self.x[rows].flatten(0, 1)
+
+        dx = self.dx[rows]
+        dx.copy_((flat @ self.weight).view(dx.shape))
         if flat.dtype == self.dweight.dtype:
-            self.dweight.addmm_(flat.t(), x)
+            self.dweight.addmm_(flat.t(), x)  # without a buffer for the product
         else:
             self.dweight += flat.t() @ x
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# A head or an input of its own for each plan
+# ---------------------------------------------------------------------------------------------------------------
 class LogProbs(torch.autograd.Function):
     """log p_{t,k}(v) for v in index [T, J]: [T, K, J]. Memory grows with T K J and with the block.
 
@@ -90,33 +131,49 @@ class LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, index):
-        half, K, (T, J) = half_type(x), len(bias), index.shape
-        picked, normaliser = bias.new_empty(T, K, J), bias.new_empty(T, K)
-        ctx.blocks = blocks(T, block_rows(*bias.shape, x.device))
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+        half = half_type(x)
+        K, V = bias.shape
+        T, J = index.shape
+        picked = bias.new_empty(T, K, J)  # logits of the tokens looked up
+        normaliser = bias.new_empty(T, K)
+        size = block_rows(K, V, x.device)
+        ctx.blocks = blocks(T, size)
         with torch.autocast(x.device.type, enabled=False):
-            x, weight = x.to(half), weight.to(half)
+            x = x.to(half)
+            weight = weight.to(half)
             for rows in ctx.blocks:
                 logits = block_logits(x[rows], weight, bias)
-                torch.gather(logits, 2, index[rows, None].expand(-1, K, -1), out=picked[rows])
+                every_plan = index[rows, None].expand(-1, K, -1)  # the same tokens under each plan
+                torch.gather(logits, 2, every_plan, out=picked[rows])
+                # log sum exp, shifted by the largest logit, so that no exponential overflows; in place of the logits
                 top = logits.amax(2, keepdim=True)
-                torch.add(logits.sub_(top).exp_().sum(2).log_(), top[:, :, 0], out=normaliser[rows])
+                total = logits.sub_(top).exp_().sum(2)
+                total.log_()
+                torch.add(total, top[:, :, 0], out=normaliser[rows])
         ctx.save_for_backward(x, weight, bias, index, normaliser)
         return picked.sub_(normaliser[..., None])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor):
         x, weight, bias, index, normaliser = ctx.saved_tensors
         gradients = Gradients(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             for rows in ctx.blocks:
-                delta = block_logits(x[rows], weight, bias).sub_(normaliser[rows, :, None]).exp_()
-                delta.mul_(grad[rows].sum(2, keepdim=True).neg_())
-                delta.scatter_add_(2, index[rows, None].expand_as(grad[rows]), grad[rows])
+                upstream = grad[rows]  # [R, K, J]
+                delta = block_logits(x[rows], weight, bias)
+                delta.sub_(normaliser[rows, :, None]).exp_()  # softmax
+                total = upstream.sum(2, keepdim=True)
+                delta.mul_(total.neg_())  # each look-up takes softmax off all logits of its row ...
+                every_plan = index[rows, None].expand_as(upstream)
+                delta.scatter_add_(2, every_plan, upstream)  # ... and adds to its own
                 gradients.add(rows, delta)
         return gradients.dx, gradients.dweight, gradients.dbias, None
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# One head for all plans
+# ---------------------------------------------------------------------------------------------------------------
 class SharedLogProbs(torch.autograd.Function):
     """The same where plans differ by bias alone: log p_{t,k}(v) = z_t(v) + b_k(v) - Z_{t,k} with one z = W h.
 
@@ -125,40 +182,61 @@ class SharedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, index):
-        half, (K, V), (T, J) = half_type(x), bias.shape, index.shape
-        picked, normaliser, tops = bias.new_empty(T, K, J), bias.new_empty(T, K), bias.new_empty(T, 1)
-        high = bias.amax(1, keepdim=True)
-        table = (bias - high).exp()
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+        half = half_type(x)
+        K, V = bias.shape
+        T, J = index.shape
+        picked = bias.new_empty(T, K, J)
+        normaliser = bias.new_empty(T, K)
+        tops = bias.new_empty(T, 1)  # m
+        high = bias.amax(1, keepdim=True)  # n, [K, 1]
+        table = (bias - high).exp()  # [K, V]
         tiny = torch.finfo(bias.dtype).tiny
-        ctx.blocks = blocks(T, block_rows(1, V, x.device))
+        size = block_rows(1, V, x.device)  # of one plan: nothing has the size K V
+        ctx.blocks = blocks(T, size)
         with torch.autocast(x.device.type, enabled=False):
-            x, weight = x[:, 0].to(half), weight.to(half)
+            x = x[:, 0].to(half)
+            weight = weight.to(half)
             for rows in ctx.blocks:
-                z = (x[rows] @ weight.t()).to(bias.dtype)
+                z = x[rows] @ weight.t()
+                z = z.to(bias.dtype)  # [R, V]
                 picked[rows] = z.gather(1, index[rows])[:, None]
                 tops[rows] = z.amax(1, keepdim=True)
-                total = z.sub_(tops[rows]).exp_() @ table.t()
-                normaliser[rows] = total.clamp_min_(tiny).log_() + tops[rows] + high.t()
+                z.sub_(tops[rows]).exp_()
+                total = z @ table.t()  # [R, K]
+                # A plan whose bias is far below its maximum wherever z is large: the product may round to 0.
+                total.clamp_min_(tiny).log_()
+                normaliser[rows] = total + tops[rows] + high.t()
         ctx.save_for_backward(x, weight, table, index, normaliser, tops, high)
-        return picked + bias.t()[index].transpose(1, 2) - normaliser[..., None]
+        log_p = picked + bias.t()[index].transpose(1, 2)
+        return log_p - normaliser[..., None]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor):
         x, weight, table, index, normaliser, tops, high = ctx.saved_tensors
-        dx, dbias = torch.empty(x.shape, dtype=table.dtype, device=x.device), torch.zeros_like(table)
+        dx = torch.empty(x.shape, dtype=table.dtype, device=x.device)
         dweight = torch.zeros_like(weight, dtype=table.dtype)
+        dbias = torch.zeros_like(table)
         with torch.autocast(x.device.type, enabled=False):
             for rows in ctx.blocks:
-                z = (x[rows] @ weight.t()).to(table.dtype).sub_(tops[rows]).exp_()
-                share = grad[rows].sum(2) * (tops[rows] + high.t() - normaliser[rows]).exp_()  # G / total, [R, K]
+                upstream = grad[rows]  # [R, K, J]
+                z = x[rows] @ weight.t()
+                z = z.to(table.dtype)
+                z.sub_(tops[rows]).exp_()
+                # p_{t,k}(v) = exp(z - m) exp(b - n) / total: one factor of size [R, V], one [K, V], one [R, K].
+                log_inverse = tops[rows] + high.t() - normaliser[rows]  # -log total
+                share = upstream.sum(2) * log_inverse.exp_()  # sum_j g / total, [R, K]
                 dbias -= table * (share.t() @ z)
-                z.mul_(share @ table).neg_().scatter_add_(1, index[rows], grad[rows].sum(1))
+                # The gradient of z, in place of it: scatter(g) - exp(z - m) * sum_k share_k exp(b_k - n_k).
+                z.mul_(share @ table).neg_()
+                z.scatter_add_(1, index[rows], upstream.sum(1))
                 half = z.to(weight.dtype)
                 dx[rows] = half @ weight
                 dweight += half.t() @ x[rows]
+        # What the looked-up tokens give to the bias, for all rows at once.
         flat = grad.transpose(0, 1).reshape(len(table), -1)  # [K, T J]
-        dbias.scatter_add_(1, index.reshape(1, -1).expand_as(flat), flat)
+        every_plan = index.reshape(1, -1).expand_as(flat)
+        dbias.scatter_add_(1, every_plan, flat)
         return dx[:, None], dweight, dbias, None
 
 

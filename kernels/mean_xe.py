@@ -13,28 +13,35 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 BLOCK = {"cpu": 1 << 22}  # logits of a block, by kind of device
 LARGE_BLOCK = 1 << 26  # of any other: a GPU needs more to be busy
 
 
-def plain_mean_xe(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def plain_mean_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The plain form: what `mean_xe` equals, in value and gradients."""
     logits = F.linear(x, weight)
-    return F.cross_entropy(logits.to(_summing(logits.dtype)), targets)
+    logits = logits.to(_summing(logits.dtype))
+    return F.cross_entropy(logits, targets)
 
 
 @torch.compiler.disable  # a loop over blocks of rows, which tracing would unroll
-def mean_xe(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mean_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of targets [R] under logits x W^T, for x [R, D] and weight W [V, D]."""
     return MeanXE.apply(x, weight, targets)
 
 
 @torch.compiler.disable
-def row_xe(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def row_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of every row, [R]; without gradients."""
-    blocks = stream(x.detach(), weight.detach(), targets, _computing(x))
-    return torch.cat([xe for _, _, _, xe in blocks])
+    kind = _computing(x)
+    x = x.detach()
+    weight = weight.detach()
+    parts = []
+    for _, _, _, xe in stream(x, weight, targets, kind):
+        parts.append(xe)
+    return torch.cat(parts)
 
 
 class MeanXE(torch.autograd.Function):
@@ -45,47 +52,55 @@ class MeanXE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         kind = _computing(x)
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight)
         loss = torch.zeros((), device=x.device, dtype=_summing(kind))
         table = weight.to(kind)
         for rows, exps, total, xe in stream(x, table, targets, kind):
             loss += xe.sum()
             delta = exps.div_(total)  # softmax, in place
-            delta.scatter_add_(1, targets[rows, None], -torch.ones_like(total))  # less onehot
+            ones = torch.ones_like(total)
+            delta.scatter_add_(1, targets[rows, None], -ones)  # less onehot
             delta = delta.to(kind)
             dx[rows] = (delta @ table).to(dx.dtype)
             dw += delta.t() @ x[rows].to(kind)
+        # Of the sum over rows; backward divides by their number, as the loss is divided here.
         ctx.save_for_backward(dx, dw)
         return loss / len(x)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx, grad: Tensor):
         dx, dw = ctx.saved_tensors
         scale = grad / len(dx)
         return dx * scale, dw * scale, None
 
 
-def stream(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, kind: torch.dtype) -> Iterator[tuple]:
+def stream(x: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype) -> Iterator[tuple]:
     """(rows, exp of the shifted logits [r, V], their sums [r, 1], cross entropies [r]), a block of rows at a time.
 
     Products are of `kind`, as autocast would have them; everything after them is in single precision or better.
     """
-    size = max(64, BLOCK.get(x.device.type, LARGE_BLOCK) // len(weight))
+    V = len(weight)
+    R = len(x)
+    size = max(64, BLOCK.get(x.device.type, LARGE_BLOCK) // V)
     table = weight.to(kind)
-    for begin in range(0, len(x), size):
-        rows = slice(begin, min(begin + size, len(x)))
-        logits = (x[rows].to(kind) @ table.t()).to(_summing(kind))
-        target = logits.gather(1, targets[rows, None])
+    for begin in range(0, R, size):
+        end = min(begin + size, R)
+        rows = slice(begin, end)
+        logits = x[rows].to(kind) @ table.t()
+        logits = logits.to(_summing(kind))
+        target = logits.gather(1, targets[rows, None])  # z_y, before the logits are overwritten
         # log sum exp, shifted by the largest logit, so that no exponential overflows
         top = logits.amax(1, keepdim=True)
         exps = logits.sub_(top).exp_()
         total = exps.sum(1, keepdim=True)
-        yield rows, exps, total, (total.log() + top - target)[:, 0]
+        xe = total.log() + top - target  # log sum exp z - z_y
+        yield rows, exps, total, xe[:, 0]
 
 
-def _computing(x: torch.Tensor) -> torch.dtype:
+def _computing(x: Tensor) -> torch.dtype:
     """The type of the matrix products: that of autocast, where it is on."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -94,4 +109,5 @@ def _computing(x: torch.Tensor) -> torch.dtype:
 
 
 def _summing(kind: torch.dtype) -> torch.dtype:
+    """The type of sums and exponentials: single precision, or double where the products are."""
     return torch.promote_types(kind, torch.float32)

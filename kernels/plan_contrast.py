@@ -3,7 +3,8 @@
 The plain forms, which give the same numbers and gradients from logits [T, K, V] held whole:
 
     def plain_information(x, weight, bias, log_belief):  # sum_k b_k KL(p_k || sum_j b_j p_j)
-        logs, belief = block_logits(x, weight, bias).log_softmax(2), log_belief.exp()[:, :, None]
+        logs = block_logits(x, weight, bias).log_softmax(2)
+        belief = log_belief.exp()[:, :, None]
         mixture = (belief * logs.exp()).sum(1, keepdim=True)
         return (belief * logs.exp() * (logs - mixture.log())).sum((1, 2)).mean()
 
@@ -11,8 +12,9 @@ The plain forms, which give the same numbers and gradients from logits [T, K, V]
         logs = block_logits(x, weight, bias).log_softmax(2)
         i, j = torch.triu_indices(len(bias), len(bias), 1)
         middle = torch.logaddexp(logs[:, i], logs[:, j]) - math.log(2)
-        apart = logs[:, i].exp() * (logs[:, i] - middle) + logs[:, j].exp() * (logs[:, j] - middle)
-        return 0.5 * apart.sum((1, 2)).mean() / max(1, len(i))
+        from_i = logs[:, i].exp() * (logs[:, i] - middle)
+        from_j = logs[:, j].exp() * (logs[:, j] - middle)
+        return 0.5 * (from_i + from_j).sum((1, 2)).mean() / max(1, len(i))
 
 x, weight and bias are as in kernels/log_probs.py. The Jensen-Shannon divergence is Lin's (1991).
 """
@@ -20,24 +22,30 @@ x, weight and bias are as in kernels/log_probs.py. The Jensen-Shannon divergence
 import math
 
 import torch
+from torch import Tensor
 
 from kernels.log_probs import Gradients, block_logits, block_rows, blocks, half_type
 
 
-def plain_information(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, log_belief: torch.Tensor):
+def plain_information(x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor):
     """Mutual information of plan and token, a mean over rows; log_belief [T, K]."""
-    logs, belief = block_logits(x, weight, bias).log_softmax(2), log_belief.exp()[:, :, None]
-    mixture = (belief * logs.exp()).sum(1, keepdim=True)
-    return (belief * logs.exp() * (logs - mixture.log())).sum((1, 2)).mean()
-
-
-def plain_divergence(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-    """Jensen-Shannon divergence, a mean over rows and pairs of plans."""
     logs = block_logits(x, weight, bias).log_softmax(2)
-    i, j = torch.triu_indices(len(bias), len(bias), 1)
+    belief = log_belief.exp()[:, :, None]
+    mixture = (belief * logs.exp()).sum(1, keepdim=True)  # [T, 1, V]
+    slope = logs - mixture.log()
+    return (belief * logs.exp() * slope).sum((1, 2)).mean()
+
+
+def plain_divergence(x: Tensor, weight: Tensor, bias: Tensor):
+    """Jensen-Shannon divergence, a mean over rows and pairs of plans."""
+    K = len(bias)
+    logs = block_logits(x, weight, bias).log_softmax(2)
+    i, j = torch.triu_indices(K, K, 1)
+    # log of (p_i + p_j) / 2, [T, pairs, V]
     middle = torch.logaddexp(logs[:, i], logs[:, j]) - math.log(2)
-    apart = logs[:, i].exp() * (logs[:, i] - middle) + logs[:, j].exp() * (logs[:, j] - middle)
-    return 0.5 * apart.sum((1, 2)).mean() / max(1, len(i))
+    from_i = logs[:, i].exp() * (logs[:, i] - middle)
+    from_j = logs[:, j].exp() * (logs[:, j] - middle)
+    return 0.5 * (from_i + from_j).sum((1, 2)).mean() / max(1, len(i))
 
 
 class PlanContrast(torch.autograd.Function):
@@ -49,59 +57,78 @@ class PlanContrast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, log_belief):
-        half, K, T = half_type(x), len(bias), len(x)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor | None) -> Tensor:
+        half = half_type(x)
+        T = len(x)
+        K, V = bias.shape
+        tiny = torch.finfo(bias.dtype).tiny
         total = bias.new_zeros(())
         dbelief = None if log_belief is None else torch.empty_like(log_belief)
-        size = max(8, block_rows(*bias.shape, x.device) // 4)  # four tensors of a block's size live at once
+        pair_share = 0.5 / max(1, K * (K - 1) // 2)
+        # Four tensors of a block's size live at once.
+        size = block_rows(K, V, x.device) // 4
+        size = max(8, size)
         with torch.autocast(x.device.type, enabled=False):
-            x, weight = x.to(half), weight.to(half)
+            x = x.to(half)
+            weight = weight.to(half)
             gradients = Gradients(x, weight, bias)
             for rows in blocks(T, size):
                 logs = block_logits(x[rows], weight, bias)
-                logs = logs.sub_(logs.logsumexp(2, keepdim=True))
+                logs.sub_(logs.logsumexp(2, keepdim=True))  # log p_k
                 probs = logs.exp()
                 if log_belief is None:
-                    share = torch.full_like(probs[:, :, :1], 0.5 / max(1, K * (K - 1) // 2))
+                    # Of every plan in a pair half of KL to the middle, of every pair an equal part.
+                    share = torch.full_like(probs[:, :, :1], pair_share)
                     slope = pairwise(logs, probs)
                 else:
                     share = log_belief[rows].exp()[:, :, None]
-                    mixture = (share * probs).sum(1, keepdim=True).clamp_min_(torch.finfo(bias.dtype).tiny)
-                    slope = logs.sub_(mixture.log_())
+                    mixture = (share * probs).sum(1, keepdim=True)
+                    mixture.clamp_min_(tiny).log_()  # where all p_k round to 0, a number still
+                    slope = logs.sub_(mixture)  # in place: the logs are needed no more
                 inner = (probs * slope).sum(2, keepdim=True)  # KL_k, or the sum of them over the other plans
                 value = share * inner
                 total += value.sum()
                 if log_belief is not None:
-                    dbelief[rows] = (value - share)[:, :, 0] / T
-                gradients.add(rows, slope.sub_(inner).mul_(probs).mul_(share / T))
+                    # d/d log b_k = b_k (KL_k - 1): the mixture, too, is a function of the belief
+                    delta_belief = value - share  # [R, K, 1]
+                    dbelief[rows] = delta_belief[:, :, 0] / T
+                delta = slope.sub_(inner).mul_(probs)  # in place of the slope
+                gradients.add(rows, delta.mul_(share / T))
         ctx.gradients = gradients.dx, gradients.dweight, gradients.dbias, dbelief
         return total / T
 
     @staticmethod
-    def backward(ctx, grad):
-        return tuple(None if gradient is None else gradient * grad for gradient in ctx.gradients)
+    def backward(ctx, grad: Tensor):
+        scaled = []
+        for gradient in ctx.gradients:
+            scaled.append(None if gradient is None else gradient * grad)
+        return tuple(scaled)
 
 
-def pairwise(logs: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+def pairwise(logs: Tensor, probs: Tensor) -> Tensor:
     """sum_{j != i} log p_i - log m_ij for every plan i, with m_ij = (p_i + p_j) / 2: [R, K, V]."""
-    K, tiny = logs.shape[1], torch.finfo(logs.dtype).tiny
+    K = logs.shape[1]
+    tiny = torch.finfo(logs.dtype).tiny
     slope = logs * (K - 1)
+    # One plan against all later ones: each pair once, and K - 1 tensors of a block's size rather than K^2.
     for i in range(K - 1):
-        middle = (probs[:, i + 1 :] + probs[:, i : i + 1]).mul_(0.5).clamp_min_(tiny).log_()
+        later = slice(i + 1, K)
+        middle = probs[:, later] + probs[:, i : i + 1]
+        middle.mul_(0.5).clamp_min_(tiny).log_()
         slope[:, i] -= middle.sum(1)
-        slope[:, i + 1 :] -= middle
+        slope[:, later] -= middle
     return slope
 
 
 _contrast = torch.compiler.disable(PlanContrast.apply)  # a loop over blocks, which tracing would unroll
 
 
-def plan_information(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, log_belief: torch.Tensor):
+def plan_information(x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor) -> Tensor:
     """Mutual information of plan and token in nats, a mean over rows; log_belief [T, K]."""
     return _contrast(x, weight, bias, log_belief)
 
 
-def plan_divergence(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+def plan_divergence(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats, a mean over rows and pairs of plans."""
     return _contrast(x, weight, bias, None)
 
@@ -110,4 +137,5 @@ def some_rows(T: int, share: float, device: torch.device):
     """A random share of T rows, drawn anew each time, to index with: a mean over them is unbiased."""
     if share == 1:
         return slice(None)
-    return torch.randperm(T, device=device)[: max(1, round(share * T))]
+    count = max(1, round(share * T))
+    return torch.randperm(T, device=device)[:count]

@@ -21,90 +21,173 @@ def plain_rank_sum(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return mannwhitneyu(x, y, method="asymptotic", axis=0).pvalue
 
 
-def rank_sum(x: np.ndarray, y: np.ndarray, group: np.ndarray | None = None, n_groups: int = 1,
-             block: int = 1 << 18) -> np.ndarray:
+def rank_sum(
+    x: np.ndarray,
+    y: np.ndarray,
+    group: np.ndarray | None = None,
+    n_groups: int = 1,
+    block: int = 1 << 18,
+) -> np.ndarray:
     """Two-sided p-values [n_groups, G] of the Mann-Whitney test of every group of cells x [n, G] against y [m, G].
 
     Normal approximation with tie and continuity correction, of float32 values; 1 where all values are equal, nan for a
     group without cells. Without group, all of x is one.
 
     Args:
+        group: the group [n] of each cell of x, 0..n_groups - 1.
         block: values of a pass, which bound the memory.
     """
-    n, m, G = len(x), len(y), x.shape[1]
-    group = np.zeros(n, int) if group is None else group
-    code = np.concatenate([np.zeros(m, np.uint64), (group + 1).astype(np.uint64)])  # of a cell; 0: of y
-    size = np.bincount(code.astype(int), minlength=n_groups + 1)
-    u, ties = np.zeros((2, n_groups, G))
+    m = len(y)
+    n = len(x)
+    G = x.shape[1]
+    if group is None:
+        group = np.zeros(n, int)
+
+    # The code of a cell: 0 for y, 1 + its group for x.
+    of_y = np.zeros(m, np.uint64)
+    of_x = (group + 1).astype(np.uint64)
+    code = np.concatenate([of_y, of_x])
+    size = np.bincount(code.astype(int), minlength=n_groups + 1)  # cells of each code
+
+    # A key of 64 bits holds the code in `shift` bits, a value in 32 and the gene in what is left.
     shift = n_groups.bit_length()
-    step = min(max(1, block // (m + n)), 1 << (32 - shift))
+    step = max(1, block // (m + n))
+    step = min(step, 1 << (32 - shift))
+    u = np.zeros((n_groups, G))
+    ties = np.zeros((n_groups, G))
     for start in range(0, G, step):
         genes = slice(start, start + step)
-        values = np.concatenate([y[:, genes], x[:, genes]]).T
-        values = np.ascontiguousarray(values, np.float32)  # [genes, m + n]
-        u[:, genes], ties[:, genes] = _count_pairs(values, code, size, shift)
-    return _p_values(u, ties, size[1:, None].astype(float), m)
+        cells = np.concatenate([y[:, genes], x[:, genes]])
+        values = np.ascontiguousarray(cells.T, np.float32)  # [genes, m + n]
+        pairs, tied = _count_pairs(values, code, size, shift)
+        u[:, genes] = pairs
+        ties[:, genes] = tied
+
+    group_size = size[1:, None].astype(float)
+    return _p_values(u, ties, group_size, m)
 
 
-def _count_pairs(values: np.ndarray, code: np.ndarray, size: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+def _count_pairs(
+    values: np.ndarray,
+    code: np.ndarray,
+    size: np.ndarray,
+    shift: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """(U, sum of t^3 - t over ties) [n_groups, genes] of each group against y, for the values [genes, cells].
 
-    Zeros are counted and not sorted.
+    U counts the pairs in which the cell of the group is the larger, and half of those that are equal. Zeros are counted
+    and not sorted.
     """
-    gene, member, above, count = _runs(values, code, shift)
-    m, control = size[0], member == 0
-    # Of each run of equal values: how many of y are equal, and how many lie below.
-    head = np.concatenate([[True], (gene[1:] != gene[:-1]) | (above[1:] != above[:-1])])[: len(gene)]
-    head = np.maximum.accumulate(np.where(head, np.arange(len(head)), 0))  # y's run comes first among equal values
-    equal = np.where(control[head], count[head], 0)
-    of_y = values[:, :m]
-    zeros, negative = (of_y == 0).sum(1), (of_y < 0).sum(1)
-    earlier = np.cumsum(m - zeros) - (m - zeros)  # sorted values of y that belong to earlier genes
-    below = np.cumsum(np.where(control, count, 0)) - earlier[gene] - equal / 2
-    below += np.where(above >> np.uint64(31), zeros[gene], 0)  # y's zeros lie below what is positive
-    equal[control] = 0  # from here on: of another run than this
+    n_genes = len(values)
+    n_codes = len(size)
+    of_y = values[:, : size[0]]
+    zeros = (of_y == 0).sum(1)  # y's, by gene
+    negative = (of_y < 0).sum(1)
+    gene, member, value, count = _runs(values, code, shift)
+    control_nonzero = size[0] - zeros
+    equal, below = _control_counts(gene, member, value, count, control_nonzero)
+    positive = value >> np.uint64(31)
+    below += np.where(positive, zeros[gene], 0)  # y's zeros lie below what is positive
+    place = gene * n_codes + member
 
     def per_group(weight: np.ndarray) -> np.ndarray:
-        shape = len(values), len(size)
-        return np.bincount(gene * len(size) + member, weight, shape[0] * shape[1]).reshape(shape)
+        """Sums over the runs of every gene and code, [genes, codes]."""
+        sums = np.bincount(place, weight, n_genes * n_codes)
+        return sums.reshape(n_genes, n_codes)
 
-    pairs, nonzero = per_group(count * below), per_group(count)
+    pairs = per_group(count * below)
+    nonzero = per_group(count)
+    # t^3 - t of a run joined with the equal one of y, less that of y alone, which is added once, as group 0, below.
     tied = per_group(_ties(equal + count) - _ties(equal))
-    # The zeros of a group: above y's negative values, equal to its zeros.
-    zero = size - nonzero
-    u = pairs[:, 1:] + zero[:, 1:] * (negative + zeros / 2)[:, None]
-    ties = tied[:, 1:] + tied[:, :1] + _ties(zero[:, :1] + zero[:, 1:])
+
+    # Zeros were left out: those of a group are above y's negative values and equal to y's zeros.
+    zero = size - nonzero  # [genes, codes]
+    control_zero = zero[:, :1]
+    group_zero = zero[:, 1:]
+    below_zero = negative + zeros / 2
+    u = pairs[:, 1:] + group_zero * below_zero[:, None]
+    zero_ties = _ties(control_zero + group_zero)
+    ties = tied[:, 1:] + tied[:, :1] + zero_ties
     return u.T, ties.T
 
 
+def _control_counts(
+    gene: np.ndarray,
+    member: np.ndarray,
+    value: np.ndarray,
+    count: np.ndarray,
+    nonzero: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(how many of y are equal, how many lie below and half of the equal) for each run, zeros of y left out.
+
+    For a run of y itself, which is no tie with y, equal is 0. nonzero: y's values that are not 0, by gene.
+    """
+    # The first run of each value of a gene. That of y, whose code is 0, comes first among equal values.
+    new_gene = gene[1:] != gene[:-1]
+    new_value = value[1:] != value[:-1]
+    is_first = np.concatenate([[True], new_gene | new_value])
+    is_first = is_first[: len(gene)]  # where there is no run at all
+    places = np.arange(len(is_first))
+    first = np.maximum.accumulate(np.where(is_first, places, 0))
+
+    control = member == 0
+    equal = np.where(control[first], count[first], 0)
+    of_y = np.where(control, count, 0)
+    earlier = np.cumsum(nonzero) - nonzero  # sorted values of y that belong to earlier genes
+    below = np.cumsum(of_y) - earlier[gene] - equal / 2
+    equal[control] = 0
+    return equal, below
+
+
 def _runs(values: np.ndarray, code: np.ndarray, shift: int) -> tuple[np.ndarray, ...]:
-    """Runs of equal (gene, value, group) among the values that are not 0, ascending: gene, group, value as bits that
+    """Runs of equal (gene, value, code) among the values that are not 0, ascending: gene, code, value as bits that
     are ordered as the numbers are, and length. One sort of numbers of 64 bits does all genes and groups."""
     gene, cell = np.nonzero(values)
     bits = values[gene, cell].view(np.uint32)
-    bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # negative numbers count down
-    key = (gene.astype(np.uint64) << np.uint64(32)) | bits
+    # The sign bit is set for positive numbers, and negative ones, whose bits grow with the size, count down.
+    is_negative = bits >> 31
+    positive_bits = bits | np.uint32(1 << 31)
+    bits = np.where(is_negative, ~bits, positive_bits)
+
+    gene_bits = gene.astype(np.uint64) << np.uint64(32)
+    key = gene_bits | bits
     key = (key << np.uint64(shift)) | code[cell]
     key.sort()
-    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])[: len(key)])
-    count, key = np.diff(first, append=len(key)), key[first]
-    member = (key & np.uint64((1 << shift) - 1)).astype(int)
-    value = key >> np.uint64(shift)
-    return (value >> np.uint64(32)).astype(int), member, value & np.uint64(0xFFFFFFFF), count
+
+    # A run begins where the key changes, and ends where the next begins.
+    is_first = np.concatenate([[True], key[1:] != key[:-1]])
+    first = np.flatnonzero(is_first[: len(key)])
+    count = np.diff(first, append=len(key))
+    key = key[first]
+
+    code_mask = np.uint64((1 << shift) - 1)
+    member = (key & code_mask).astype(int)
+    key = key >> np.uint64(shift)
+    value = key & np.uint64(0xFFFFFFFF)
+    gene = (key >> np.uint64(32)).astype(int)
+    return gene, member, value, count
 
 
 def _p_values(u: np.ndarray, ties: np.ndarray, size: np.ndarray, m: int) -> np.ndarray:
-    """Two-sided, of U of groups of these sizes [n_groups, 1] against m cells."""
+    """Two-sided, of U of groups of these sizes [n_groups, 1] against m cells.
+
+    z = (max(U, n m - U) - n m / 2 - 1/2) / sd with sd^2 = n m / 12 (N + 1 - ties / (N (N - 1))) and N = n + m.
+    """
     total = size + m
+    pairs = size * m
     with np.errstate(divide="ignore", invalid="ignore"):  # all equal, or a group without cells
-        deviation = np.sqrt(size * m / 12 * (total + 1 - ties / (total * (total - 1))))
-        larger = np.maximum(u, size * m - u)
-        z = (larger - size * m / 2 - 0.5) / deviation
-    p = torch.special.erfc(torch.from_numpy(z / np.sqrt(2))).numpy().clip(0, 1)
+        correction = ties / (total * (total - 1))
+        deviation = np.sqrt(pairs / 12 * (total + 1 - correction))
+        larger = np.maximum(u, pairs - u)
+        z = (larger - pairs / 2 - 0.5) / deviation
+    tail = torch.from_numpy(z / np.sqrt(2))
+    p = torch.special.erfc(tail).numpy()
+    p = p.clip(0, 1)  # the continuity correction may take z below 0
     p = np.where(deviation > 0, p, 1.0)
     return np.where(size == 0, np.nan, p)
 
 
 def _ties(n: np.ndarray) -> np.ndarray:
+    """n^3 - n."""
     n = n.astype(float)
     return n * n * n - n  # several times faster than n**3

@@ -42,12 +42,16 @@ class Curves(NamedTuple):
     def resampled(self, code: int, resamples: int, seed: int) -> np.ndarray:
         """The mean of as many documents drawn with replacement, [resamples, T]: the bootstrap over documents."""
         chosen = np.flatnonzero(self.codes == code)
-        equal = np.full(len(chosen), 1 / len(chosen))
-        rng, means = counter_rng(seed, 4, code), np.empty((resamples, self.sums.shape[1]))
-        for begin in range(0, resamples, 100):  # a block of draws at a time: [100, M] counts
+        M = len(chosen)
+        equal = np.full(M, 1 / M)
+        rng = counter_rng(seed, 4, code)
+        means = np.empty((resamples, self.sums.shape[1]))
+        for begin in range(0, resamples, 100):
             block = means[begin : begin + 100]
-            draws = rng.multinomial(len(chosen), equal, len(block))
-            block[:] = draws @ self.sums[chosen] / (draws @ self.counts[chosen])[:, None]
+            draws = rng.multinomial(M, equal, len(block))  # how often each document is drawn, [100, M]
+            totals = draws @ self.sums[chosen]
+            chunks = draws @ self.counts[chosen]
+            block[:] = totals / chunks[:, None]
         return means
 
 
@@ -61,8 +65,12 @@ def curves_of(xe: np.ndarray, codes: np.ndarray, documents: np.ndarray) -> Curve
     return Curves(sums, np.bincount(place), document_codes)
 
 
-def oracle_curves(log_prob: np.ndarray, codes: np.ndarray, documents: np.ndarray, active: list[int]
-                  ) -> tuple[Curves, Curves]:
+def oracle_curves(
+    log_prob: np.ndarray,
+    codes: np.ndarray,
+    documents: np.ndarray,
+    active: list[int],
+) -> tuple[Curves, Curves]:
     """The exact predictors: of the uniform mixture of the active components, and of the known one.
 
     Args:
@@ -70,10 +78,13 @@ def oracle_curves(log_prob: np.ndarray, codes: np.ndarray, documents: np.ndarray
         codes: the true component of each chunk [R]. documents [R].
     """
     log_prob = log_prob.astype(np.float64)
-    mixture = mixture_log_prob(log_prob[:, active])
-    known = np.take_along_axis(log_prob, codes.astype(np.int64)[:, None, None], 1)[:, 0]
+    mixture = mixture_log_prob(log_prob[:, active])  # [R, n]
+    component = codes.astype(np.int64)[:, None, None]
+    known = np.take_along_axis(log_prob, component, 1)[:, 0]  # [R, n]
     # without the first token of a chunk: a model predicts from the second on
-    return curves_of(-mixture[:, 1:], codes, documents), curves_of(-known[:, 1:], codes, documents)
+    mixture_curves = curves_of(-mixture[:, 1:], codes, documents)
+    known_curves = curves_of(-known[:, 1:], codes, documents)
+    return mixture_curves, known_curves
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -81,7 +92,10 @@ def oracle_curves(log_prob: np.ndarray, codes: np.ndarray, documents: np.ndarray
 # ---------------------------------------------------------------------------------------------------------------
 def gains(xe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(XE(first) - XE(last), sum over t of XE(t) - XE(last)): what the context is worth, at its end and in total."""
-    return xe[..., 0] - xe[..., -1], (xe - xe[..., -1:]).sum(-1)
+    last = xe[..., -1:]
+    gain = xe[..., 0] - xe[..., -1]
+    total = (xe - last).sum(-1)
+    return gain, total
 
 
 def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +106,11 @@ def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def binned(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean positions, means) over bins that grow with the position: single late positions are noisy."""
-    edges = np.unique(np.geomspace(1, curves.shape[-1] + 1, 24).round().astype(int))
-    positions, means = [], []
+    T = curves.shape[-1]
+    edges = np.geomspace(1, T + 1, 24).round().astype(int)
+    edges = np.unique(edges)  # early bins are narrower than a position
+    positions = []
+    means = []
     for first, end in zip(edges[:-1], edges[1:], strict=True):
         positions.append((first + end - 1) / 2)
         means.append(curves[..., first - 1 : end - 1].mean(-1))
@@ -109,31 +126,46 @@ def fit_power_law(xe: np.ndarray) -> np.ndarray:
     """
     xe = np.asarray(xe, dtype=np.float64)
     T = xe.shape[-1]
-    t, flat = np.arange(1, T + 1), xe.reshape(-1, T)
-    y = (flat - flat.mean(-1, keepdims=True))[:, None]  # [curves, 1, T]
-    low, high = np.full(len(flat), 0.01), np.full(len(flat), 8.0)
+    t = np.arange(1, T + 1)
+    flat = xe.reshape(-1, T)
+    n_curves = len(flat)
+    y = flat - flat.mean(-1, keepdims=True)
+    y = y[:, None]  # [curves, 1, T]
+    grid = np.linspace(0, 1, 41)
+    low = np.full(n_curves, 0.01)
+    high = np.full(n_curves, 8.0)
     for _ in range(5):
-        alphas = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 41)  # [curves, 41]
+        alphas = low[:, None] + (high - low)[:, None] * grid  # [curves, 41]
         # Regression of the curve on t^-alpha, for every alpha of the grid: the slope is c, XE_inf drops out.
         x = t ** -alphas[..., None]  # [curves, 41, T]
         x -= x.mean(-1, keepdims=True)
         slopes = (x * y).sum(-1) / (x**2).sum(-1)
-        error = ((y - slopes[..., None] * x) ** 2).sum(-1)
-        best = np.arange(len(flat)), error.argmin(-1)
-        alpha, c = alphas[best], slopes[best]
+        residual = y - slopes[..., None] * x
+        error = (residual**2).sum(-1)  # [curves, 41]
+        best = np.arange(n_curves), error.argmin(-1)
+        alpha = alphas[best]
+        c = slopes[best]
         # The next grid is between the neighbours of the best, 20 times finer.
         step = (high - low) / 40
         low = np.maximum(0.01, alpha - step)
         high = np.minimum(8.0, alpha + step)
-    infinity = flat.mean(-1) - c * (t ** -alpha[:, None]).mean(-1)
-    return np.stack([infinity, c, alpha], -1).reshape(*xe.shape[:-1], 3)
+    powers = t ** -alpha[:, None]
+    infinity = flat.mean(-1) - c * powers.mean(-1)
+    fits = np.stack([infinity, c, alpha], -1)
+    return fits.reshape(*xe.shape[:-1], 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What results.json says
 # ---------------------------------------------------------------------------------------------------------------
-def measure(curves: Curves, names: list[str], active: list[str], oracle: tuple[Curves, Curves] | None, resamples: int,
-            seed: int) -> dict:
+def measure(
+    curves: Curves,
+    names: list[str],
+    active: list[str],
+    oracle: tuple[Curves, Curves] | None,
+    resamples: int,
+    seed: int,
+) -> dict:
     """The XE by position of each category, of the active ones together ("seen") and of the others ("unseen").
 
     Categories count alike where they are together. Intervals are 95%, by the bootstrap over documents.
@@ -142,18 +174,23 @@ def measure(curves: Curves, names: list[str], active: list[str], oracle: tuple[C
         names: of all categories, in the order of their numbers. oracle: what oracle_curves gave, where it is known.
     """
     present = [name for code, name in enumerate(names) if (curves.codes == code).any()]
-    samples = {name: curves.resampled(names.index(name), resamples, seed) for name in present}
-    groups = {name: [name] for name in present}
+    samples = {}
+    groups = {}
+    for name in present:
+        samples[name] = curves.resampled(names.index(name), resamples, seed)
+        groups[name] = [name]
     groups["seen"] = active
     unseen = [name for name in present if name not in active]
     if unseen:
         groups["unseen"] = unseen
+
     results = {}
     for group, members in groups.items():
         codes = [names.index(name) for name in members]
         mean = curves.mean_of(codes)
-        results[group] = describe_curve(mean, np.mean([samples[name] for name in members], 0))
-        if oracle and set(members) <= set(active):
+        group_samples = np.mean([samples[name] for name in members], 0)
+        results[group] = describe_curve(mean, group_samples)
+        if oracle and set(members) <= set(active):  # the exact predictor of a mixture of other components is another
             mixture, known = oracle
             results[group] |= describe_excess(mean, mixture.mean_of(codes), known.mean_of(codes))
     return results
@@ -162,11 +199,14 @@ def measure(curves: Curves, names: list[str], active: list[str], oracle: tuple[C
 def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
     """Mean, perplexity, gains and fit of a curve [T], with intervals from its resamples [resamples, T]."""
     low, high = interval(samples)
-    (gain, total), (gain_samples, total_samples) = gains(mean), gains(samples)
-    fit, fits = fit_power_law(mean), fit_power_law(samples[:200])  # 200 are enough for an interval
-    described = {}
+    gain, total = gains(mean)
+    gain_samples, total_samples = gains(samples)
+    _, binned_samples = binned(samples)
+    fit = fit_power_law(mean)
+    fits = fit_power_law(samples[:200])  # 200 are enough for an interval
+    parameters = {}
     for i, name in enumerate(("xe_inf", "c", "alpha")):
-        described[name] = {"value": float(fit[i]), "interval": listed(interval(fits[:, i]))}
+        parameters[name] = {"value": float(fit[i]), "interval": listed(interval(fits[:, i]))}
     return {
         "xe": float(mean.mean()),
         "xe_interval": listed(interval(samples.mean(1))),
@@ -174,12 +214,12 @@ def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
         "xe_by_position": mean.tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
-        "binned_interval": listed(interval(binned(samples)[1])),
+        "binned_interval": listed(interval(binned_samples)),
         "icl_gain": float(gain),
         "icl_gain_interval": listed(interval(gain_samples)),
         "total_gain": float(total),
         "total_gain_interval": listed(interval(total_samples)),
-        "fit": described,
+        "fit": parameters,
     }
 
 
@@ -187,11 +227,12 @@ def describe_excess(mean: np.ndarray, mixture: np.ndarray, known: np.ndarray) ->
     """A curve [T] beside those of the exact predictors, [T] each."""
     uncertain = mixture > 0  # elsewhere no token could surprise, and no ratio says anything
     relative = mean[uncertain] / mixture[uncertain] - 1
+    gain, _ = gains(mixture)
     return {
         "oracle_xe_by_position": mixture.tolist(),
         "known_xe_by_position": known.tolist(),
         "excess_by_position": (mean - mixture).tolist(),
-        "oracle_icl_gain": float(gains(mixture)[0]),
+        "oracle_icl_gain": float(gain),
         "largest_relative_excess": float(np.abs(relative).max(initial=0.0)),
     }
 
@@ -199,9 +240,14 @@ def describe_excess(mean: np.ndarray, mixture: np.ndarray, known: np.ndarray) ->
 def summarize(groups: dict) -> dict:
     """What summary.json takes over of `measure`: of the categories trained on, and the XE of the others."""
     seen = groups["seen"]
-    summary = {"val_xe": seen["xe"], "perplexity": seen["perplexity"], "icl_gain": seen["icl_gain"],
-               "total_gain": seen["total_gain"], "xe_by_position": seen["xe_by_position"],
-               "fit": {name: part["value"] for name, part in seen["fit"].items()}}
+    summary = {
+        "val_xe": seen["xe"],
+        "perplexity": seen["perplexity"],
+        "icl_gain": seen["icl_gain"],
+        "total_gain": seen["total_gain"],
+        "xe_by_position": seen["xe_by_position"],
+        "fit": {name: parameter["value"] for name, parameter in seen["fit"].items()},
+    }
     for key in ("oracle_xe_by_position", "oracle_icl_gain", "largest_relative_excess"):
         if key in seen:
             summary[key] = seen[key]
@@ -218,7 +264,14 @@ def listed(pair: tuple[np.ndarray, np.ndarray]) -> list:
 # ---------------------------------------------------------------------------------------------------------------
 # The probe
 # ---------------------------------------------------------------------------------------------------------------
-def probe(model: torch.nn.Module, chunks, rows: np.ndarray, device: torch.device, seed: int, most: int = 2_000) -> dict:
+def probe(
+    model: torch.nn.Module,
+    chunks,
+    rows: np.ndarray,
+    device: torch.device,
+    seed: int,
+    most: int = 2_000,
+) -> dict:
     """Read the component out of the residual stream by a linear classifier, for every layer at some positions.
 
     Half of the documents train the classifier (multinomial logistic regression, L2 penalty, L-BFGS), the other half
@@ -230,47 +283,76 @@ def probe(model: torch.nn.Module, chunks, rows: np.ndarray, device: torch.device
     """
     rng = counter_rng(seed, 5)
     rows = np.sort(rng.permutation(rows)[:most])
-    # Halves by document: chunks of one document in both would let the classifier know it again.
     names, codes = np.unique(chunks.codes[rows], return_inverse=True)
     target = torch.from_numpy(codes).to(device)
+    # Halves by document: chunks of one document in both would let the classifier know it again.
     documents, place = np.unique(chunks.documents[rows], return_inverse=True)
-    trains = torch.from_numpy((rng.permutation(len(documents)) % 2 == 0)[place]).to(device)
-    positions = probed_positions(chunks.tokens.shape[1] - 1)
-    result = {"positions": positions, "log_K": math.log(len(names)), "accuracy": [], "cross_entropy": []}
+    document_trains = rng.permutation(len(documents)) % 2 == 0
+    trains = torch.from_numpy(document_trains[place]).to(device)  # [R]
+
+    T = chunks.tokens.shape[1] - 1
+    positions = probed_positions(T)
+    held_target = target[~trains, None].expand(-1, len(positions))  # [R', P]
+    accuracy = []
+    cross_entropy = []
     for x in residual_stream(model, chunks.tokens[rows], positions, device):  # [R, P, D]
-        x = (x - x[trains].mean(0)) / x[trains].std(0).clamp_min(1e-6)
-        logits = logistic_regression(x[trains], target[trains], x[~trains], len(names))
-        held = target[~trains, None].expand(-1, len(positions))
-        xe = F.cross_entropy(logits.transpose(1, 2), held, reduction="none")
-        result["accuracy"].append((logits.argmax(-1) == held).float().mean(0).tolist())
-        result["cross_entropy"].append(xe.mean(0).tolist())
-    return result
+        # Standardised by the training half alone.
+        mean = x[trains].mean(0)
+        deviation = x[trains].std(0).clamp_min(1e-6)
+        x = (x - mean) / deviation
+        logits = logistic_regression(x[trains], target[trains], x[~trains], len(names))  # [R', P, K]
+        xe = F.cross_entropy(logits.transpose(1, 2), held_target, reduction="none")
+        right = logits.argmax(-1) == held_target
+        accuracy.append(right.float().mean(0).tolist())
+        cross_entropy.append(xe.mean(0).tolist())
+    return {
+        "positions": positions,
+        "log_K": math.log(len(names)),
+        "accuracy": accuracy,
+        "cross_entropy": cross_entropy,
+    }
 
 
 def probed_positions(T: int) -> list[int]:
-    return sorted({min(T, position) for position in (*PROBED, T)})
+    """PROBED as far as a context of T tokens goes, and T."""
+    positions = {T}
+    for position in PROBED:
+        positions.add(min(T, position))
+    return sorted(positions)
 
 
 @torch.no_grad()
-def residual_stream(model: torch.nn.Module, tokens: np.ndarray, positions: list[int], device: torch.device
-                    ) -> list[torch.Tensor]:
+def residual_stream(
+    model: torch.nn.Module,
+    tokens: np.ndarray,
+    positions: list[int],
+    device: torch.device,
+) -> list[torch.Tensor]:
     """The stream after the embedding and every block at some positions, a [R, P, D] each, from chunks [R, n]."""
-    index, parts = [position - 1 for position in positions], []
+    index = [position - 1 for position in positions]
+    parts = []
     model.eval()
-    for part in torch.from_numpy(tokens.astype(np.int64)).split(256):
-        part = part[:, :-1].to(device)
-        stream = model(part)[1]
+    for chunk in torch.from_numpy(tokens.astype(np.int64)).split(256):
+        inputs = chunk[:, :-1].to(device)  # [B, T]
+        stream = model(inputs)[1]
         for x in stream:
-            if x.shape[:-1] != part.shape:
-                raise ValueError(f"the model's residual stream should hold a [B, T, D] = {[*part.shape, 'D']} a layer, "
-                                 f"and has one of shape {list(x.shape)}")
+            if x.shape[:-1] != inputs.shape:
+                raise ValueError(
+                    f"the model's residual stream should hold a [B, T, D] = {[*inputs.shape, 'D']} a layer, "
+                    f"and has one of shape {list(x.shape)}"
+                )
         parts.append([x[:, index].float() for x in stream])
     model.train()
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
-def logistic_regression(x: torch.Tensor, target: torch.Tensor, held: torch.Tensor, K: int, penalty: float = 1e-2
-                        ) -> torch.Tensor:
+def logistic_regression(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    held: torch.Tensor,
+    K: int,
+    penalty: float = 1e-2,
+) -> torch.Tensor:
     """Logits [R', P, K] of held [R', P, D] by one classifier a position, trained on x [R, P, D], target [R].
 
     All positions are one problem, which is separable: so they share the iterations, on the device where the stream is.
@@ -281,16 +363,21 @@ def logistic_regression(x: torch.Tensor, target: torch.Tensor, held: torch.Tenso
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
     target = target[:, None].expand(-1, P)
 
+    def logits_of(x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("rpd,pdk->rpk", x, weight) + bias
+
     def loss() -> torch.Tensor:
+        """The sum over positions of a mean cross entropy and a penalty: so each position has its own optimum."""
         optimizer.zero_grad()
-        logits = torch.einsum("rpd,pdk->rpk", x, weight) + bias
-        value = F.cross_entropy(logits.transpose(1, 2), target) * P + penalty * weight.square().sum()
+        logits = logits_of(x)
+        xe = F.cross_entropy(logits.transpose(1, 2), target)
+        value = xe * P + penalty * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     with torch.no_grad():
-        return torch.einsum("rpd,pdk->rpk", held, weight) + bias
+        return logits_of(held)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -302,8 +389,14 @@ def write_curves(path: Path, groups: dict) -> None:
         table = csv.writer(file)
         table.writerow(["group", "position", "xe", "low", "high", "oracle_xe"])
         for name, group in groups.items():
-            oracle = group.get("oracle_xe_by_position", [""] * len(group["low"]))
-            columns = zip(group["xe_by_position"], group["low"], group["high"], oracle, strict=True)
+            empty = [""] * len(group["low"])
+            columns = zip(
+                group["xe_by_position"],
+                group["low"],
+                group["high"],
+                group.get("oracle_xe_by_position", empty),
+                strict=True,
+            )
             for position, values in enumerate(columns, 1):
                 table.writerow([name, position, *values])
 
@@ -314,7 +407,8 @@ def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> No
     Args:
         results: of results.json: categories, groups and, where there was one, probe. history: of metrics.jsonl.
     """
-    groups, seen = results["groups"], results["categories"]
+    groups = results["groups"]
+    seen = results["categories"]
     draw_curves(folder, title, groups, seen)
     if "oracle_xe_by_position" in groups["seen"]:
         draw_excess(folder, title, groups, seen)
@@ -330,10 +424,12 @@ def colours(groups: dict) -> dict[str, str]:
 
 
 def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
+    """XE by position of every category with its interval, dotted where it was not trained on, and the exact optimum."""
     with figure(folder, "xe_by_position", title=title) as axes:
         for name, colour in colours(groups).items():
             group = groups[name]
-            label, style = (name, "-") if name in seen else (f"{name} (unseen)", ":")
+            label = name if name in seen else f"{name} (unseen)"
+            style = "-" if name in seen else ":"
             positions, xe = binned(np.array(group["xe_by_position"]))
             low, high = group["binned_interval"]
             axes.plot(positions, xe, color=colour, label=label, linewidth=1.3, linestyle=style)
@@ -347,11 +443,13 @@ def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None
 
 
 def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
+    """How far each category trained on is above the exact optimum, in percent of it, by position."""
     shades = colours(groups)
     with figure(folder, "excess_by_position", title=title) as axes:
         for name in seen:
-            positions, excess = binned(np.array(groups[name]["excess_by_position"]))
-            _, optimum = binned(np.array(groups[name]["oracle_xe_by_position"]))
+            group = groups[name]
+            positions, excess = binned(np.array(group["excess_by_position"]))
+            _, optimum = binned(np.array(group["oracle_xe_by_position"]))
             percent = 100 * excess / optimum
             axes.plot(positions, percent, color=shades[name], label=name, linewidth=1)
         axes.axhline(0, color="k", linewidth=0.8)
@@ -360,6 +458,7 @@ def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None
 
 
 def draw_probe(folder: Path, title: str, probed: dict) -> None:
+    """Accuracy of the probe of every layer by position."""
     layers = probed["accuracy"]
     chance = math.exp(-probed["log_K"])
     with figure(folder, "component_probe", title=title) as axes:
@@ -374,8 +473,10 @@ def draw_probe(folder: Path, title: str, probed: dict) -> None:
 
 
 def draw_history(folder: Path, title: str, history: list[dict]) -> None:
+    """Training and validation XE by step."""
+    curves = (("train", "loss", "training"), ("eval", "val_xe", "validation"))
     with figure(folder, "loss", title=title) as axes:
-        for split, key, label in (("train", "loss", "training"), ("eval", "val_xe", "validation")):
+        for split, key, label in curves:
             records = [record for record in history if record["split"] == split]
             steps = [record["step"] for record in records]
             values = [record[key] for record in records]

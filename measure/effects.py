@@ -4,6 +4,7 @@ only, tables and pictures. P conditions or groups of cells, N cells, G genes.
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,12 @@ ROUNDING = 1e-6  # effects below this are none: means of the same cells by anoth
 def rows_by_group(group: np.ndarray, n_groups: int) -> list[np.ndarray]:
     """The rows of every group 0..n_groups - 1, in order; codes outside that range belong to none."""
     order = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group[order], np.arange(n_groups + 1))
-    return [order[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    codes = np.arange(n_groups + 1)
+    bounds = np.searchsorted(group[order], codes)
+    rows = []
+    for g in range(n_groups):
+        rows.append(order[bounds[g] : bounds[g + 1]])
+    return rows
 
 
 def evenly(n: int, most: int) -> np.ndarray:
@@ -57,9 +62,12 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     x = a - a.mean(1, keepdims=True)
     y = b - b.mean(1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
-    constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
-    return np.where(constant, np.nan, r.clip(-1, 1))
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        r = (x * y).sum(1) / norms
+    # Asked of the values: rounding of the mean can leave a constant row a norm that is not 0.
+    a_constant = (a == a[:, :1]).all(1)
+    b_constant = (b == b[:, :1]).all(1)
+    return np.where(a_constant | b_constant, np.nan, r.clip(-1, 1))
 
 
 def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 1024) -> float:
@@ -68,10 +76,13 @@ def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 1024) -> float:
     itself = x is y
     centre = y.mean(0, keepdims=True)  # |x|^2 + |y|^2 - 2xy loses least near the origin
     a = torch.from_numpy(np.ascontiguousarray(x - centre))
-    b = a if itself else torch.from_numpy(np.ascontiguousarray(y - centre)).to(a.dtype)
+    b = a
+    if not itself:
+        b = torch.from_numpy(np.ascontiguousarray(y - centre)).to(a.dtype)
     total = 0.0
     for i in range(0, len(a), block):
-        for j in range(i if itself else 0, len(b), block):
+        first = i if itself else 0  # each pair of blocks of one set once
+        for j in range(first, len(b), block):
             distances = torch.cdist(a[i : i + block], b[j : j + block])
             if itself and i == j:
                 distances.fill_diagonal_(0)  # rounding, which is far from zero under the root
@@ -103,8 +114,12 @@ def discrimination(predicted: np.ndarray, real: np.ndarray, target: np.ndarray |
     return score
 
 
-def differential_expression(x: np.ndarray, control: np.ndarray, group: np.ndarray | None = None,
-                            n_groups: int = 1) -> dict[str, np.ndarray]:
+def differential_expression(
+    x: np.ndarray,
+    control: np.ndarray,
+    group: np.ndarray | None = None,
+    n_groups: int = 1,
+) -> dict[str, np.ndarray]:
     """Genes in which groups of cells x [n, G] (log1p) differ from the cells control [m, G].
 
     Returns arrays [n_groups, G]: p (rank-sum test), adjusted (Benjamini-Hochberg), log_fold_change (base 2, of expm1
@@ -113,16 +128,26 @@ def differential_expression(x: np.ndarray, control: np.ndarray, group: np.ndarra
     """
     from scipy.stats import false_discovery_control  # half a second to import, and only needed here
 
-    group = np.zeros(len(x), int) if group is None else group
+    if group is None:
+        group = np.zeros(len(x), int)
     p = rank_sum(x, control, group, n_groups)
     adjusted = false_discovery_control(p, axis=1)
-    means = pseudobulk(x, group, n_groups)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change = np.log2(np.expm1(means) / np.expm1(control.mean(0, dtype=np.float64)))
-    change[np.isnan(change)] = 0
     significant = adjusted < FALSE_DISCOVERY_RATE
-    order = np.argsort(np.where(significant, -np.abs(change), np.inf), axis=1, kind="stable")
-    return {"p": p, "adjusted": adjusted, "log_fold_change": change, "order": order, "significant": significant.sum(1)}
+
+    mean = np.expm1(pseudobulk(x, group, n_groups))
+    control_mean = np.expm1(control.mean(0, dtype=np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.log2(mean / control_mean)
+    change[np.isnan(change)] = 0
+
+    rank = np.where(significant, -np.abs(change), np.inf)
+    return {
+        "p": p,
+        "adjusted": adjusted,
+        "log_fold_change": change,
+        "order": np.argsort(rank, axis=1, kind="stable"),
+        "significant": significant.sum(1),
+    }
 
 
 def overlap_top(predicted: dict, real: dict, n: int | None = 50, kind: str = "overlap") -> np.ndarray:
@@ -135,9 +160,12 @@ def overlap_top(predicted: dict, real: dict, n: int | None = 50, kind: str = "ov
     share = np.zeros(len(available))
     for i, most in enumerate(available):
         k = most if n is None else min(n, most)
-        ours = predicted["order"][i, : min(k, predicted["significant"][i])]
-        theirs = real["order"][i, : min(k, real["significant"][i])]
-        share[i] = len(np.intersect1d(ours, theirs)) / max(1, k)
+        predicted_k = min(k, predicted["significant"][i])
+        real_k = min(k, real["significant"][i])
+        predicted_genes = predicted["order"][i, :predicted_k]
+        real_genes = real["order"][i, :real_k]
+        shared = np.intersect1d(predicted_genes, real_genes)
+        share[i] = len(shared) / max(1, k)
     return share
 
 
@@ -148,29 +176,44 @@ def training_means(cells, which: str, block: int = 8_192) -> tuple[np.ndarray, .
     """What `baselines` reads of the cells trained on (a Cells of sources.cells), in float64: means [types,
     perturbations, G] and numbers [types, perturbations] of perturbed cells, means [types, G] and numbers [types] of
     control cells."""
-    types, perturbations = len(cells.cell_types), len(cells.perturbations)
+    types = len(cells.cell_types)
+    perturbations = len(cells.perturbations)
     controls = np.flatnonzero(cells.is_control & (cells.member > 0))
-    rows = np.concatenate([cells.rows("train", controls=False), controls])
-    place = cells.cell_type[rows].astype(np.int64) * perturbations + cells.perturbation[rows]
-    order = np.argsort(place, kind="stable")
-    rows, place = rows[order], place[order]
-    counts = np.bincount(place, minlength=types * perturbations)
-    sums = None
+    perturbed = cells.rows("train", controls=False)
+    rows = np.concatenate([perturbed, controls])
+
+    # By condition, so that the cells of one follow one another and are added up a run at a time.
+    condition = cells.cell_type[rows].astype(np.int64) * perturbations + cells.perturbation[rows]
+    order = np.argsort(condition, kind="stable")
+    rows = rows[order]
+    condition = condition[order]
+    counts = np.bincount(condition, minlength=types * perturbations)
+    sums = None  # [conditions, G], once G is known
     for i in range(0, len(rows), block):
-        expression = cells.read(rows[i : i + block], which).double().cpu().numpy()
+        expression = cells.read(rows[i : i + block], which)
+        expression = expression.double().cpu().numpy()  # [block, G]
         if sums is None:
             sums = np.zeros((len(counts), expression.shape[1]))
-        first = np.flatnonzero(np.diff(place[i : i + block], prepend=-1))  # of each run of cells of one condition
-        sums[place[i : i + block][first]] += np.add.reduceat(expression, first)
-    means = (sums / np.maximum(counts, 1)[:, None]).reshape(types, perturbations, -1)
+        conditions = condition[i : i + block]
+        first = np.flatnonzero(np.diff(conditions, prepend=-1))  # of each run of cells of one condition
+        sums[conditions[first]] += np.add.reduceat(expression, first)
+
+    means = sums / np.maximum(counts, 1)[:, None]
+    means = means.reshape(types, perturbations, -1)
     counts = counts.reshape(types, perturbations)
-    control_means, control_counts = means[:, cells.control].copy(), counts[:, cells.control].copy()
-    counts[:, cells.control] = 0
+    control_means = means[:, cells.control].copy()
+    control_counts = counts[:, cells.control].copy()
+    counts[:, cells.control] = 0  # a control is no perturbation
     return means, counts, control_means, control_counts
 
 
-def baselines(means: np.ndarray, counts: np.ndarray, control_means: np.ndarray, control_counts: np.ndarray,
-              held_out: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+def baselines(
+    means: np.ndarray,
+    counts: np.ndarray,
+    control_means: np.ndarray,
+    control_counts: np.ndarray,
+    held_out: list[tuple[int, int]],
+) -> dict[str, np.ndarray]:
     """Predicted means [len(held_out), G] of every (cell type, perturbation), from the cells trained on alone.
 
     means [n_types, n_perts, G], counts [n_types, n_perts]: perturbed training cells, 0 where there are none (the
@@ -187,8 +230,11 @@ def baselines(means: np.ndarray, counts: np.ndarray, control_means: np.ndarray, 
     effects = {}
     for pert in np.flatnonzero(seen.any(0)):
         types = np.flatnonzero(seen[:, pert])
-        effects[pert] = (means[types, pert] - control_means[types]).mean(0, dtype=np.float64)
-    average = sum(effects.values()) / len(effects) if effects else np.zeros(means.shape[2])
+        effect = means[types, pert] - control_means[types]
+        effects[pert] = effect.mean(0, dtype=np.float64)
+    average = np.zeros(means.shape[2])
+    if effects:
+        average = sum(effects.values()) / len(effects)
 
     def context_mean(cell_type: int) -> np.ndarray:
         known = counts[cell_type] > 0
@@ -196,22 +242,41 @@ def baselines(means: np.ndarray, counts: np.ndarray, control_means: np.ndarray, 
             return control_means[cell_type] + average
         return np.average(means[cell_type][known], axis=0, weights=counts[cell_type][known])
 
-    base = np.array([control_means[cell_type] for cell_type, _ in held_out], np.float64)
-    context = {cell_type: context_mean(cell_type) for cell_type in {cell_type for cell_type, _ in held_out}}
+    base = []
+    shift = []
+    context = []
+    context_of = {}  # by cell type: many conditions share one
+    for cell_type, pert in held_out:
+        if cell_type not in context_of:
+            context_of[cell_type] = context_mean(cell_type)
+        base.append(control_means[cell_type])
+        shift.append(effects.get(pert, average))
+        context.append(context_of[cell_type])
+    control_mean = np.array(base, np.float64)
     return {
-        "control_mean": base,
-        "perturbation_mean": base + np.array([effects.get(pert, average) for _, pert in held_out]),
-        "context_mean": np.array([context[cell_type] for cell_type, _ in held_out]),
+        "control_mean": control_mean,
+        "perturbation_mean": control_mean + np.array(shift),
+        "context_mean": np.array(context),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # All metrics of all conditions
 # ---------------------------------------------------------------------------------------------------------------
-def evaluate_conditions(pred: np.ndarray, pred_condition: np.ndarray, real: np.ndarray, real_condition: np.ndarray,
-                        control: np.ndarray, control_type: np.ndarray, conditions: list[tuple[str, str]],
-                        cell_types: list[str], baseline_means: dict[str, np.ndarray] | None = None,
-                        genes: list[str] | None = None, expression: bool = True, energy_cells: int = 1000) -> dict:
+def evaluate_conditions(
+    pred: np.ndarray,
+    pred_condition: np.ndarray,
+    real: np.ndarray,
+    real_condition: np.ndarray,
+    control: np.ndarray,
+    control_type: np.ndarray,
+    conditions: list[tuple[str, str]],
+    cell_types: list[str],
+    baseline_means: dict[str, np.ndarray] | None = None,
+    genes: list[str] | None = None,
+    expression: bool = True,
+    energy_cells: int = 1000,
+) -> dict:
     """Every metric of every condition, for the model and each baseline against the same real cells.
 
     pred [N, G], real [M, G] float32 cells, pred_condition [N] and real_condition [M] codes into conditions, the names
@@ -229,55 +294,98 @@ def evaluate_conditions(pred: np.ndarray, pred_condition: np.ndarray, real: np.n
     "delta": predicted effects [P, G], "real_delta": real ones [P, G]}}; means weigh conditions the same.
     Raises DataError for a condition without predicted or real cells and a cell type without control cells.
     """
-    for what, codes in (("predicted", pred_condition), ("real", real_condition)):
-        absent = np.setdiff1d(np.arange(len(conditions)), codes)
-        if len(absent):
-            raise DataError(f"condition ({', '.join(conditions[absent[0]])}) has no {what} cells: leave it out")
+    _require_cells("predicted", pred_condition, conditions)
+    _require_cells("real", real_condition, conditions)
     if pred.shape[1] != real.shape[1]:
         raise DataError(f"predicted cells have {pred.shape[1]} values, measured ones {real.shape[1]}")
     column = {gene: g for g, gene in enumerate(genes or [])}
     target = np.array([column.get(perturbation, -1) for _, perturbation in conditions])
     type_of = np.array([cell_types.index(cell_type) for cell_type, _ in conditions])
-    parts = []
+
+    members_by_type = []
+    results = []
     for cell_type in np.unique(type_of):
-        members = np.flatnonzero(type_of == cell_type)
+        members = np.flatnonzero(type_of == cell_type)  # the conditions of this type
         base = control[control_type == cell_type]
         if not len(base):
-            raise DataError(f"cell type {cell_types[cell_type]} has no control cells: nothing to measure its effects "
-                            "against")
+            raise DataError(
+                f"cell type {cell_types[cell_type]} has no control cells: nothing to measure its effects against"
+            )
         code = np.full(len(conditions), -1)  # of a condition, among those of its type
         code[members] = np.arange(len(members))
-        means = {name: np.asarray(mean, np.float64)[members] for name, mean in (baseline_means or {}).items()}
+        means = {}
+        for name, mean in (baseline_means or {}).items():
+            means[name] = np.asarray(mean, np.float64)[members]
         truth = _describe(real, code[real_condition], base, expression, energy_cells)
         guess = _describe(pred, code[pred_condition], base, expression, energy_cells)
-        names = [conditions[c] for c in members]
-        parts.append((members, _evaluate_type(guess, truth, base, means, names, target[members], expression,
-                                              energy_cells)))
-    order = np.argsort(np.concatenate([members for members, _ in parts]))
-    joined = join([result for _, result in parts])
+        result = _evaluate_type(
+            guess,
+            truth,
+            base,
+            means,
+            conditions=[conditions[c] for c in members],
+            target=target[members],
+            expression=expression,
+            energy_cells=energy_cells,
+        )
+        members_by_type.append(members)
+        results.append(result)
+
+    # Back into the order of `conditions`.
+    order = np.argsort(np.concatenate(members_by_type))
+    joined = join(results)
     for result in joined.values():
-        result["per_condition"] = [result["per_condition"][i] for i in order]
-        result["delta"], result["real_delta"] = result["delta"][order], result["real_delta"][order]
+        records = result["per_condition"]
+        result["per_condition"] = [records[i] for i in order]
+        result["delta"] = result["delta"][order]
+        result["real_delta"] = result["real_delta"][order]
     return joined
 
 
-def _evaluate_type(guess: dict, truth: dict, base: np.ndarray, means: dict, conditions: list[tuple[str, str]],
-                   target: np.ndarray, expression: bool, energy_cells: int) -> dict:
+def _require_cells(what: str, codes: np.ndarray, conditions: list[tuple[str, str]]) -> None:
+    """Raises DataError for a condition that none of the codes names."""
+    absent = np.setdiff1d(np.arange(len(conditions)), codes)
+    if len(absent):
+        condition = ", ".join(conditions[absent[0]])
+        raise DataError(f"condition ({condition}) has no {what} cells: leave it out")
+
+
+def _evaluate_type(
+    guess: dict,
+    truth: dict,
+    base: np.ndarray,
+    means: dict,
+    conditions: list[tuple[str, str]],
+    target: np.ndarray,
+    expression: bool,
+    energy_cells: int,
+) -> dict:
     """The result of evaluate_conditions for the conditions of one cell type, base its control cells."""
     control_mean = base.mean(0, dtype=np.float64)
     guesses = {"model": guess}
     for name, mean in means.items():
+        # A baseline knows means only: its cells are control cells moved by its effect.
         cells = _shifted(base, mean - control_mean, truth["n"])
+        if expression:
+            cells = cells.clip(min=0)
         group = np.repeat(np.arange(len(conditions)), truth["n"])
-        cells = cells.clip(min=0) if expression else cells
-        guesses[name] = _describe(cells, group, base, expression, energy_cells) | {"mean": mean}
+        description = _describe(cells, group, base, expression, energy_cells)
+        description["mean"] = mean  # exact, where that of the cells is clipped and rounded
+        guesses[name] = description
+
     results = {}
     for name, guess in guesses.items():
         metrics = _compare(guess, truth, control_mean, target)
         records = []
         for i, (cell_type, perturbation) in enumerate(conditions):
-            record = {"cell_type": cell_type, "perturbation": perturbation, "n_cells": truth["n"][i]}
-            records.append(record | {metric: float(values[i]) for metric, values in metrics.items()})
+            record = {
+                "cell_type": cell_type,
+                "perturbation": perturbation,
+                "n_cells": truth["n"][i],
+            }
+            for metric, values in metrics.items():
+                record[metric] = float(values[i])
+            records.append(record)
         results[name] = {
             "per_condition": records,
             "mean": _means(records),
@@ -291,30 +399,53 @@ def _shifted(base: np.ndarray, shifts: np.ndarray, sizes: list[int]) -> np.ndarr
     """Control cells shifted by each of the effects [P, G], as many as sizes say."""
     shifts = shifts.astype(base.dtype)
     shifts[np.abs(shifts) < ROUNDING] = 0  # rounding would lift all zeros, which the ranks would see
-    sets = [base[np.arange(n) * len(base) // n] + shift for n, shift in zip(sizes, shifts, strict=True)]
+    sets = []
+    for n, shift in zip(sizes, shifts, strict=True):
+        rows = np.arange(n) * len(base) // n  # evenly spaced, and again where there are fewer than n
+        sets.append(base[rows] + shift)
     return np.concatenate(sets)
 
 
-def _describe(cells: np.ndarray, group: np.ndarray, control: np.ndarray, expression: bool, energy_cells: int) -> dict:
+def _describe(
+    cells: np.ndarray,
+    group: np.ndarray,
+    control: np.ndarray,
+    expression: bool,
+    energy_cells: int,
+) -> dict:
     """What the metrics need to know of the groups of cells 0..; a negative code is another cell type's."""
-    cells, group = cells[group >= 0], group[group >= 0]
+    ours = group >= 0
+    cells = cells[ours]
+    group = group[ours]
     rows = rows_by_group(group, group.max() + 1)
-    sets = [cells[members[evenly(len(members), energy_cells)]] for members in rows]
+    sets = []  # of the energy distance
+    for members in rows:
+        places = evenly(len(members), energy_cells)
+        sets.append(cells[members[places]])
+    genes = None
+    if expression:
+        genes = differential_expression(cells, control, group, len(rows))
     return {
         "n": [len(members) for members in rows],
         "sets": sets,
         "within": np.array([mean_distance(members, members) for members in sets]),
         "mean": pseudobulk(cells, group, len(rows)),
-        "genes": differential_expression(cells, control, group, len(rows)) if expression else None,
+        "genes": genes,
     }
 
 
 def _compare(guess: dict, truth: dict, control_mean: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
     """All metrics [P] of the conditions of a cell type; guess and truth by _describe."""
-    effect, real_effect = guess["mean"] - control_mean, truth["mean"] - control_mean
+    effect = guess["mean"] - control_mean
+    real_effect = truth["mean"] - control_mean
     error = guess["mean"] - truth["mean"]
+
+    # To predict no effect where there is one is worth nothing, and must not drop out of the mean as nan.
     r = pearson(effect, real_effect)
-    r[(np.ptp(effect, axis=1) < ROUNDING) & (np.ptp(real_effect, axis=1) > 0)] = 0
+    flat = np.ptp(effect, axis=1) < ROUNDING
+    real = np.ptp(real_effect, axis=1) > 0
+    r[flat & real] = 0
+
     metrics = {
         "pearson_delta": r,
         "mae": np.abs(error).mean(1),
@@ -324,8 +455,10 @@ def _compare(guess: dict, truth: dict, control_mean: np.ndarray, target: np.ndar
     if truth["genes"]:
         for kind in ("overlap", "precision"):
             for n in TOPS:
-                metrics[f"{kind}_at_{n or 'N'}"] = overlap_top(guess["genes"], truth["genes"], n, kind)
-    between = np.array([mean_distance(a, b) for a, b in zip(guess["sets"], truth["sets"], strict=True)])
+                name = f"{kind}_at_{n or 'N'}"
+                metrics[name] = overlap_top(guess["genes"], truth["genes"], n, kind)
+    pairs = zip(guess["sets"], truth["sets"], strict=True)
+    between = np.array([mean_distance(predicted, measured) for predicted, measured in pairs])
     metrics["energy_distance"] = between - (guess["within"] + truth["within"]) / 2
     return metrics
 
@@ -333,7 +466,9 @@ def _compare(guess: dict, truth: dict, control_mean: np.ndarray, target: np.ndar
 def _means(records: list[dict]) -> dict[str, float]:
     """The mean of every metric over conditions, without those that have none (nan)."""
     means = {}
-    for name in [k for k in records[0] if k not in ("cell_type", "perturbation", "n_cells")]:
+    for name in records[0]:
+        if name in ("cell_type", "perturbation", "n_cells"):
+            continue
         values = np.array([record[name] for record in records])
         values = values[~np.isnan(values)]
         means[name] = float(values.mean()) if len(values) else float("nan")
@@ -344,10 +479,16 @@ def join(results: list[dict]) -> dict:
     """One result of evaluate_conditions of those of several cell types."""
     joined = {}
     for name in results[0]:
-        records = [record for result in results for record in result[name]["per_condition"]]
-        joined[name] = {"per_condition": records, "mean": _means(records)}
-        for effect in ("delta", "real_delta"):
-            joined[name][effect] = np.concatenate([result[name][effect] for result in results])
+        parts = [result[name] for result in results]
+        records = []
+        for part in parts:
+            records.extend(part["per_condition"])
+        joined[name] = {
+            "per_condition": records,
+            "mean": _means(records),
+            "delta": np.concatenate([part["delta"] for part in parts]),
+            "real_delta": np.concatenate([part["real_delta"] for part in parts]),
+        }
     return joined
 
 
@@ -361,9 +502,15 @@ def evaluate_cell_type(part: dict, cells, known: tuple | None, which: str, expre
     cell_type = cells.cell_types[part["cell_type"]]
     means = {}
     if known:
-        means = baselines(*known, [(part["cell_type"], int(pert)) for pert in perturbations])
+        held_out = [(part["cell_type"], int(pert)) for pert in perturbations]
+        means = baselines(*known, held_out)
     return evaluate_conditions(
-        part["pred"], condition, part["real"], condition, part["control"], np.zeros(len(part["control"]), int),
+        pred=part["pred"],
+        pred_condition=condition,
+        real=part["real"],
+        real_condition=condition,
+        control=part["control"],
+        control_type=np.zeros(len(part["control"]), int),
         conditions=[(cell_type, cells.perturbations[pert]) for pert in perturbations],
         cell_types=[cell_type],
         baseline_means=means,
@@ -383,19 +530,27 @@ def best_of(metric: str, values: dict[str, float]) -> str:
 
 def best_baseline(results: dict, metric: str = "pearson_delta") -> str:
     """The baseline to beat: the name of the best of all but the model."""
-    return best_of(metric, {name: result["mean"][metric] for name, result in results.items() if name != "model"})
+    rivals = {name: result["mean"][metric] for name, result in results.items() if name != "model"}
+    return best_of(metric, rivals)
 
 
 def format_table(results: dict) -> str:
     """The means of evaluate_conditions as aligned text, a row the model and each baseline; * marks a column's best."""
     columns = [metric for metric in METRICS if metric in results["model"]["mean"]]
-    lines = [f"{'':<18}" + "".join(f"{metric:>17}" for metric in columns)]
+    best = {}
+    for metric in columns:
+        values = {name: result["mean"][metric] for name, result in results.items()}
+        best[metric] = values[best_of(metric, values)]
+
+    header = " " * 18
+    for metric in columns:
+        header += f"{metric:>17}"
+    lines = [header]
     for name, result in results.items():
         line = f"{name:<18}"
         for metric in columns:
             value = result["mean"][metric]
-            values = {other: means["mean"][metric] for other, means in results.items()}
-            mark = "*" if value == values[best_of(metric, values)] else " "
+            mark = "*" if value == best[metric] else " "
             line += f"{value:>16.4g}{mark}"
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
@@ -403,20 +558,30 @@ def format_table(results: dict) -> str:
 
 def verdict(means: dict, folder: Path) -> str:
     """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
-    rivals, pearson_delta, mae = means["baselines"], means["pearson_delta"], means["mae"]
-    name = best_of("pearson_delta", {rival: values["pearson_delta"] for rival, values in rivals.items()})
-    nearest = best_of("mae", {rival: values["mae"] for rival, values in rivals.items()})
-    best, least = rivals[name]["pearson_delta"], rivals[nearest]["mae"]
-    judged = "beats every baseline" if pearson_delta > best else f"DOES NOT BEAT the baseline {name}"
-    worse = " (worse)" if mae >= least else ""
-    return (f"done: the model {judged} on {means['conditions']} held-out conditions: Pearson delta {pearson_delta:.4f},"
-            f" best baseline {best:.4f} ({name}); MAE {mae:.4f}{worse}, best baseline {least:.4f} ({nearest}); "
-            f"pictures in {folder / 'plots'}")
+    rivals = means["baselines"]
+    correlations = {name: values["pearson_delta"] for name, values in rivals.items()}
+    errors = {name: values["mae"] for name, values in rivals.items()}
+    best = best_of("pearson_delta", correlations)
+    nearest = best_of("mae", errors)
+
+    judged = f"DOES NOT BEAT the baseline {best}"
+    if means["pearson_delta"] > correlations[best]:
+        judged = "beats every baseline"
+    worse = " (worse)" if means["mae"] >= errors[nearest] else ""
+    return (
+        f"done: the model {judged} on {means['conditions']} held-out conditions: "
+        f"Pearson delta {means['pearson_delta']:.4f}, best baseline {correlations[best]:.4f} ({best}); "
+        f"MAE {means['mae']:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest}); "
+        f"pictures in {folder / 'plots'}"
+    )
 
 
 def write_metrics(path: Path, results: dict) -> None:
     """A CSV of all metrics, a row for each condition under the model and under each baseline."""
-    rows = [{"model": name, **record} for name, result in results.items() for record in result["per_condition"]]
+    rows = []
+    for name, result in results.items():
+        for record in result["per_condition"]:
+            rows.append({"model": name, **record})
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -427,13 +592,17 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
     """metrics.csv, results.json and plots of what evaluate_conditions returns; returns the numbers of summary.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder / "metrics.csv", results)
-    saved = {rival: {"mean": result["mean"], "per_condition": result["per_condition"]}
-             for rival, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    saved = {}
+    means = {}
+    for rival, result in results.items():
+        saved[rival] = {"mean": result["mean"], "per_condition": result["per_condition"]}
+        means[rival] = result["mean"]
+    text = json.dumps(saved, indent=1) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
     conditions = len(results["model"]["per_condition"])
     plot_metrics(folder, f"{name}: {conditions} held-out conditions", results)
-    means = {rival: result["mean"] for rival, result in results.items()}
-    return means.pop("model") | {"baselines": means, "conditions": conditions}
+    model = means.pop("model")
+    return model | {"baselines": means, "conditions": conditions}
 
 
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:
@@ -451,8 +620,12 @@ def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> Non
 def _ranked(records: list[dict], metric: str, most: int) -> np.ndarray:
     """Places of at most so many conditions, from the best to the worst; nan comes last."""
     values = np.array([record[metric] for record in records])
-    order = np.argsort(-values if METRICS[metric] else values, kind="stable")
-    return order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]
+    if METRICS[metric]:
+        values = -values
+    order = np.argsort(values, kind="stable")
+    count = min(most, len(order))
+    places = np.linspace(0, len(order) - 1, count)
+    return order[places.round().astype(int)]
 
 
 def _label(record: dict) -> str:
@@ -464,17 +637,21 @@ def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
     records = model["per_condition"]
     shown = _ranked(records, "pearson_delta", most)
     columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
+    rows = math.ceil(len(shown) / columns)
     with figure(folder, "delta", 8, 1 + 2 * rows, rows, columns, title, squeeze=False) as axes:
         for panel, c in zip(axes.flat, shown, strict=False):
-            true, guess = model["real_delta"][c], model["delta"][c]
+            true = model["real_delta"][c]
+            predicted = model["delta"][c]
             panel.axline((0, 0), slope=1, color="k", linewidth=0.6)
-            panel.plot(true, guess, ".", markersize=2)
-            least, top = min(true.min(), guess.min()), max(true.max(), guess.max())
+            panel.plot(true, predicted, ".", markersize=2)
+            # One scale for both: on the diagonal the prediction is right.
+            least = min(true.min(), predicted.min())
+            top = max(true.max(), predicted.max())
             margin = 0.05 * (top - least)
             limits = (least - margin, top + margin)
             panel.set(xlim=limits, ylim=limits, aspect="equal")
-            panel.set_title(f"{_label(records[c])}\nr = {records[c]['pearson_delta']:.3f}", fontsize=7)
+            r = records[c]["pearson_delta"]
+            panel.set_title(f"{_label(records[c])}\nr = {r:.3f}", fontsize=7)
             panel.tick_params(labelsize=6)
         for panel in axes.flat[len(shown) :]:
             panel.set_axis_off()
@@ -485,21 +662,28 @@ def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
 
 def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, most: int) -> None:
     """plots/METRIC_by_perturbation.png: the model beside the best baseline, a line each condition."""
-    records, rival = results["model"]["per_condition"], best_baseline(results, metric)
+    records = results["model"]["per_condition"]
+    rival = best_baseline(results, metric)
     shown = _ranked(records, metric, most)
     lines = range(len(shown))
-    styles = {
-        rival: {"color": "k", "markersize": 8, "markerfacecolor": "none", "label": f"{rival} (best baseline)"},
-        "model": {"color": "C0", "markersize": 4, "label": "model"},
+    # Rings for the rival, drawn first, so that both are seen where they agree.
+    ring = {
+        "color": "k",
+        "markersize": 8,
+        "markerfacecolor": "none",
+        "label": f"{rival} (best baseline)",
     }
+    dot = {"color": "C0", "markersize": 4, "label": "model"}
     with figure(folder, f"{metric}_by_perturbation", 7, 1.5 + 0.14 * len(shown)) as axes:
-        for name, style in styles.items():
-            values = [results[name]["per_condition"][c][metric] for c in shown]
+        for name, style in ((rival, ring), ("model", dot)):
+            conditions = results[name]["per_condition"]
+            values = [conditions[c][metric] for c in shown]
             axes.plot(values, lines, "o", **style)
         axes.set_yticks(lines, [_label(records[c]) for c in shown], fontsize=7)
         axes.invert_yaxis()
         axes.grid(axis="y", linewidth=0.3)
-        axes.set_xlabel(f"{metric} ({'larger' if METRICS[metric] else 'smaller'} is better)")
+        better = "larger" if METRICS[metric] else "smaller"
+        axes.set_xlabel(f"{metric} ({better} is better)")
         axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(fontsize=8)
 
@@ -509,10 +693,13 @@ def plot_losses(folder: Path) -> None:
     history = read_metrics(folder)
     if not history:
         return
+    curves = (("train", "loss", "training"), ("eval", "val_loss", "validation"))
     with figure(folder, "loss") as axes:
-        for split, key, label in (("train", "loss", "training"), ("eval", "val_loss", "validation")):
-            line = [(record["step"], record[key]) for record in history if record["split"] == split and key in record]
-            if line:
-                axes.plot(*zip(*line, strict=True), marker=".", label=label)
+        for split, key, label in curves:
+            records = [record for record in history if record["split"] == split and key in record]
+            if records:
+                steps = [record["step"] for record in records]
+                losses = [record[key] for record in records]
+                axes.plot(steps, losses, marker=".", label=label)
                 axes.legend(fontsize=8)
         axes.set(xlabel="step", ylabel="loss")

@@ -1,4 +1,7 @@
-"""What the plans of train_apelr.py are: tables, agreement with the planted truth, pictures."""
+"""What the plans of train_apelr.py are: tables, agreement with the planted truth, pictures.
+
+Dimensions: B windows, L tokens of one, T tokens of all, N chunks of a window, K plans, V vocabulary, H width.
+"""
 
 import math
 import warnings
@@ -19,25 +22,36 @@ from measure.figures import figure
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
     """Entropy in nats over the last dimension; 0 log 0 = 0."""
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
+    least = torch.finfo(log_p.dtype).min  # a number, where -inf times 0 is none
+    return -(log_p.exp() * log_p.clamp_min(least)).sum(-1)
 
 
 @torch.no_grad()
 def compare_experts(model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Jensen-Shannon divergence of every pair of plans [K, K], mean probability of every token [K, V]), h [T, H]."""
     with torch.autocast(h.device.type, enabled=False):
-        x, (weight, bias) = model.experts.inputs(h), model.experts.table()
+        x = model.experts.inputs(h)
+        weight, bias = model.experts.table()
         K, V = bias.shape
-        divergence, mean, tiny = bias.new_zeros(K, K), bias.new_zeros(K, V), torch.finfo(bias.dtype).tiny
-        for rows in blocks(len(x), max(8, block_rows(K, V, x.device) // 4)):
-            probs = block_logits(x[rows].to(bias.dtype), weight, bias).softmax(2)
+        tiny = torch.finfo(bias.dtype).tiny
+        divergence = bias.new_zeros(K, K)
+        mean = bias.new_zeros(K, V)
+        size = max(8, block_rows(K, V, x.device) // 4)  # four tensors of a block's size live at once
+        for rows in blocks(len(x), size):
+            logits = block_logits(x[rows].to(bias.dtype), weight, bias)
+            probs = logits.softmax(2)  # [R, K, V]
             mean += probs.sum(0)
+            # JS(p_i, p_j) = H((p_i + p_j) / 2) - (H(p_i) + H(p_j)) / 2, plan i against all later ones
             own = entropy(probs.clamp_min(tiny).log())  # [R, K]
             for i in range(K - 1):
-                middle = ((probs[:, i + 1 :] + probs[:, i : i + 1]) / 2).clamp_min(tiny)
-                apart = entropy(middle.log()) - (own[:, i + 1 :] + own[:, i : i + 1]) / 2
-                divergence[i, i + 1 :] += apart.sum(0)
-    return (divergence + divergence.t()) / len(x), mean / len(x)
+                later = slice(i + 1, K)
+                middle = (probs[:, later] + probs[:, i : i + 1]) / 2
+                middle = middle.clamp_min(tiny)
+                both = own[:, later] + own[:, i : i + 1]
+                apart = entropy(middle.log()) - both / 2
+                divergence[i, later] += apart.sum(0)
+    symmetric = divergence + divergence.t()
+    return symmetric / len(x), mean / len(x)
 
 
 @torch.no_grad()
@@ -47,26 +61,42 @@ def planner_report(model, corpus, starts: np.ndarray, tokens: int = 2_048) -> di
     Typical is what a plan predicts more than the plans do on average: the largest p_k(v) log(p_k(v) / mean p(v)).
     corpus: a Corpus. starts: of windows of the model's seq_len.
     """
-    ids = windows(model, corpus, starts[: max(1, tokens // model.cfg.seq_len)])
+    count = max(1, tokens // model.cfg.seq_len)
+    ids = windows(model, corpus, starts[:count])
     model.eval()
-    h = model.read(ids[:, :-1])[0].flatten(0, 1).float()
+    h, _ = model.read(ids[:, :-1])
+    h = h.flatten(0, 1).float()  # [T, H]
     divergence, mean = compare_experts(model, h)
     model.train()
+
     K = len(divergence)
-    typical = mean * (mean / mean.mean(0)).clamp_min(torch.finfo(mean.dtype).tiny).log()
-    return {"forced_state_divergence": float(divergence[0, min(1, K - 1)]),
-            "forced_state_divergence_all_pairs": float(divergence.sum() / max(1, K * (K - 1))),
-            "top_tokens": token_table(mean, mean, corpus.spell),
-            "typical_tokens": token_table(typical, mean, corpus.spell)}
+    pairs = max(1, K * (K - 1))
+    tiny = torch.finfo(mean.dtype).tiny
+    ratio = mean / mean.mean(0)
+    typical = mean * ratio.clamp_min(tiny).log()
+    return {
+        "forced_state_divergence": float(divergence[0, min(1, K - 1)]),
+        "forced_state_divergence_all_pairs": float(divergence.sum() / pairs),
+        "top_tokens": token_table(mean, mean, corpus.spell),
+        "typical_tokens": token_table(typical, mean, corpus.spell),
+    }
 
 
-def write_report(folder: Path, model, corpus, starts: np.ndarray, metrics: dict, say: Callable[[str], None]) -> dict:
+def write_report(
+    folder: Path,
+    model,
+    corpus,
+    starts: np.ndarray,
+    metrics: dict,
+    say: Callable[[str], None],
+) -> dict:
     """metrics.json, planner_eval.json and pictures of a run, given what evaluate measured; all metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_loss(folder, f"{model.cfg.version}, {model.cfg.backbone}")
     if hasattr(model, "filter"):
         report = planner_report(model, corpus, starts)
-        metrics = metrics | {name: value for name, value in report.items() if isinstance(value, float)}
+        numbers = {name: value for name, value in report.items() if isinstance(value, float)}
+        metrics = metrics | numbers
         write_json(folder / "planner_eval.json", metrics | report)
         warn_of_idle_plans(metrics, say)
         draw_plans(folder, model, corpus, starts, metrics["usage"])
@@ -76,48 +106,76 @@ def write_report(folder: Path, model, corpus, starts: np.ndarray, metrics: dict,
 
 def windows(model, corpus, starts: np.ndarray) -> torch.Tensor:
     """Validation windows [B, L + 1] where the model is."""
-    return corpus.windows("val", starts, model.cfg.seq_len, model.token_emb.weight.device)
+    device = model.token_emb.weight.device
+    return corpus.windows("val", starts, model.cfg.seq_len, device)
 
 
-def token_table(score: torch.Tensor, mean: torch.Tensor, spell: Callable[[int], str], top: int = 12) -> dict[str, list]:
-    """The tokens of the highest score [K, V] of every plan, with their mean probability."""
+def token_table(
+    score: torch.Tensor,
+    mean: torch.Tensor,
+    spell: Callable[[int], str],
+    top: int = 12,
+) -> dict[str, list]:
+    """The tokens of the highest score [K, V] of every plan, with their mean probability [K, V]."""
     table = {}
     for k, row in enumerate(score):
-        ids = row.topk(min(top, len(row))).indices.tolist()
-        table[str(k)] = [{"token": spell(i), "id": i, "probability": float(mean[k, i])} for i in ids]
+        count = min(top, len(row))
+        ids = row.topk(count).indices.tolist()
+        tokens = []
+        for i in ids:
+            tokens.append({"token": spell(i), "id": i, "probability": float(mean[k, i])})
+        table[str(k)] = tokens
     return table
 
 
 def warn_of_idle_plans(metrics: dict, say: Callable[[str], None]) -> None:
+    """Say so where plans differ in what they predict, and the belief about them is worth nothing."""
     divergence = metrics["forced_state_divergence_all_pairs"]
-    if metrics["plan_gain"] < 0.01 and divergence > 0.1:
-        say(f"warning: the plans differ (divergence {divergence:.2f}) but one of them does as well alone (plan_gain "
-            f"{metrics['plan_gain']:.4f}): lower loss_weights.plan_js_div")
+    gain = metrics["plan_gain"]
+    if gain < 0.01 and divergence > 0.1:
+        say(
+            f"warning: the plans differ (divergence {divergence:.2f}) but one of them does as well alone "
+            f"(plan_gain {gain:.4f}): lower loss_weights.plan_js_div"
+        )
 
 
 @torch.no_grad()
 def usage_metrics(state: torch.Tensor) -> dict[str, torch.Tensor]:
     """How often the likeliest plan stays, and how evenly plans are used (1: all alike), given log beliefs [B, N, K]."""
-    usage, chosen = state.exp().mean((0, 1)), state.argmax(2)
+    usage = state.exp().mean((0, 1))  # [K]
+    chosen = state.argmax(2)  # [B, N]
     same = (chosen[:, 1:] == chosen[:, :-1]).to(usage)
-    return {"state_persistence": same.mean() if same.numel() else torch.ones_like(usage[0]),
-            "expert_utilization": entropy(usage.log()) / math.log(max(2, len(usage)))}
+    persistence = torch.ones_like(usage[0])  # of windows of one chunk, where nothing can change
+    if same.numel():
+        persistence = same.mean()
+    largest = math.log(max(2, len(usage)))
+    return {
+        "state_persistence": persistence,
+        "expert_utilization": entropy(usage.log()) / largest,
+    }
 
 
-def plan_metrics(state: torch.Tensor, end: torch.Tensor, transition: torch.Tensor, true: np.ndarray | None) -> dict:
-    """How plans are used and follow one another, and where the true ones [B, N] are known, whether they are found.
+def plan_metrics(
+    state: torch.Tensor,
+    end: torch.Tensor,
+    transition: torch.Tensor,
+    true: np.ndarray | None,
+) -> dict:
+    """How plans are used and follow one another, and where the true ones [B, N] are known, whether they are recovered.
 
     state: log beliefs that chunks work with [B, N, K]. end: likeliest plan at their ends [B, N]. transition: logits.
     """
-    P = transition.detach().cpu().double().softmax(1)
-    metrics = {name: float(value) for name, value in usage_metrics(state).items()} | {
-        "usage": state.exp().mean((0, 1)).tolist(),
-        "transition_mean_diagonal": float(P.diagonal().mean()),
-        "transition_row_entropy": float(entropy(P.log()).mean()),
-    }
+    P = transition.detach().cpu().double().softmax(1)  # [K, K]
+    metrics = {}
+    for name, value in usage_metrics(state).items():
+        metrics[name] = float(value)
+    metrics["usage"] = state.exp().mean((0, 1)).tolist()
+    metrics["transition_mean_diagonal"] = float(P.diagonal().mean())
+    metrics["transition_row_entropy"] = float(entropy(P.log()).mean())
     if true is not None:
         true = true[:, : end.shape[1]]
-        metrics["plan_nmi"] = normalised_mutual_information(end.long().numpy().ravel(), true.ravel())
+        ours = end.long().numpy()
+        metrics["plan_nmi"] = normalised_mutual_information(ours.ravel(), true.ravel())
     return metrics
 
 
@@ -125,12 +183,13 @@ def verdict(metrics: dict, folder: Path) -> str:
     """The run in one line."""
     line = f"done: validation nll {metrics['val_nll']:.4f} nats a token, perplexity {metrics['val_ppl']:.2f}"
     if "oracle_nll" in metrics:
-        line += f"; exact optimum {metrics['oracle_nll']:.4f} ({100 * metrics['excess_over_oracle']:+.2f}%)"
+        excess = 100 * metrics["excess_over_oracle"]
+        line += f"; exact optimum {metrics['oracle_nll']:.4f} ({excess:+.2f}%)"
     if "plan_nmi" in metrics:
         line += f"; plan recovered with nmi {metrics['plan_nmi']:.3f}"
     if "plan_gain" in metrics:
-        line += (f"; without the plan {metrics['planner_mask_delta_loss']:+.4f}, with one plan alone "
-                 f"{metrics['plan_gain']:+.4f}")
+        line += f"; without the plan {metrics['planner_mask_delta_loss']:+.4f}"
+        line += f", with one plan alone {metrics['plan_gain']:+.4f}"
     return line + f"; files in {folder}, pictures in {folder / 'plots'}"
 
 
@@ -138,13 +197,17 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     """I(a; b) / sqrt(H(a) H(b)) of two labellings, in [0, 1]; 0 where one of them is constant."""
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
-    table /= len(a)
-    pa, pb = table.sum(1), table.sum(0)
+    table /= len(a)  # joint probabilities
 
-    def H(p):
-        return -(p[p > 0] * np.log(p[p > 0])).sum()
+    def H(p: np.ndarray) -> float:
+        p_used = p[p > 0]
+        return -(p_used * np.log(p_used)).sum()
 
-    return float((H(pa) + H(pb) - H(table)) / math.sqrt(H(pa) * H(pb))) if H(pa) * H(pb) > 0 else 0.0
+    H_a = H(table.sum(1))
+    H_b = H(table.sum(0))
+    if H_a * H_b > 0:
+        return float((H_a + H_b - H(table)) / math.sqrt(H_a * H_b))
+    return 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,47 +218,71 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 def draw_loss(folder: Path, title: str) -> None:
     """Loss over training, from the run's metrics.jsonl, and the exact optimum where there is one."""
     history = read_metrics(folder)
+    curves = (
+        ("train", "nll", "training", "-", 1.5),
+        ("eval", "val_nll", "validation", "-", 1.5),
+        ("eval", "oracle_nll", "exact optimum on the validation windows", "k--", 0.8),
+    )
     with figure(folder, "loss") as axes:
-        for split, key, label, style, width in (
-                ("train", "nll", "training", "-", 1.5), ("eval", "val_nll", "validation", "-", 1.5),
-                ("eval", "oracle_nll", "exact optimum on the validation windows", "k--", 0.8)):
+        for split, key, label, style, width in curves:
             records = [r for r in history if r["split"] == split and key in r]
             if records:
+                steps = [r["step"] for r in records]
                 values = [r[key] for r in records]
-                axes.plot([r["step"] for r in records], values, style, label=label, linewidth=width)
+                axes.plot(steps, values, style, label=label, linewidth=width)
         axes.set(xlabel="step", ylabel="nats a token", title=title)
         axes.legend(fontsize=8)
 
 
 @torch.no_grad()
-def draw_plans(folder: Path, model, corpus, starts: np.ndarray, usage: Sequence[float], most: int = 96) -> None:
-    """Usage of the plans, transitions, and the belief over the beginning of the first validation window."""
-    tokens, true = windows(model, corpus, starts[:1]), corpus.true_plans(starts[:1])
+def draw_plans(
+    folder: Path,
+    model,
+    corpus,
+    starts: np.ndarray,
+    usage: Sequence[float],
+    most: int = 96,
+) -> None:
+    """Usage of the plans, transitions, and the belief over the first `most` tokens of the first validation window."""
     draw_usage(folder, usage)
-    draw_transition(folder, model.planner_transition_logits.softmax(1).float().cpu().numpy())
+    P = model.planner_transition_logits.softmax(1)
+    draw_transition(folder, P.float().cpu().numpy())
+
+    tokens = windows(model, corpus, starts[:1])  # [1, L + 1]
     model.eval()
     h, _ = model.read(tokens[:, :-1])
-    evidence = model.look_up(h, tokens[:, 1:, None])[..., 0]
+    evidence = model.look_up(h, tokens[:, 1:, None])[..., 0]  # log p_k of each token [1, L, K]
     beliefs = model.filter(evidence, model.contexts(h))
     model.train()
-    after = (beliefs.before + evidence).softmax(2)[0, :most].float().cpu().numpy()
-    begins = [t for t in range(1, len(after)) if (t + model.offset) % model.cfg.chunk_size == 0]
-    labels = [corpus.spell(token) for token in tokens[0, 1 : len(after) + 1].tolist()]
+    # Bayes' rule: the belief after a token is what it was before times what each plan said of the token.
+    after = (beliefs.before + evidence).softmax(2)
+    shown = after[0, :most].float().cpu().numpy()
+
+    C = model.cfg.chunk_size
+    begins = [t for t in range(1, len(shown)) if (t + model.offset) % C == 0]
+    text = tokens[0, 1 : len(shown) + 1].tolist()
+    labels = [corpus.spell(token) for token in text]
     title = "belief after each token of a validation passage (blue: a chunk begins)"
+    true = corpus.true_plans(starts[:1])
+    true_plans = ()
     if true is not None:
+        true_plans = true[0]
         title += "; which of our plans stands for which true one is arbitrary"
-    draw_beliefs(folder, "belief", after, labels, begins, title, () if true is None else true[0])
+    draw_beliefs(folder, "belief", shown, labels, begins, title, true_plans)
 
 
 def draw_usage(folder: Path, usage: Sequence[float]) -> None:
     """Mean beliefs at chunk starts over training, or the last ones [K] where there was one evaluation."""
-    K, records = len(usage), [r for r in read_metrics(folder) if r["split"] == "eval" and "usage" in r]
+    K = len(usage)
+    records = [r for r in read_metrics(folder) if r["split"] == "eval" and "usage" in r]
     colours = [f"C{k % 10}" for k in range(K)]
     with figure(folder, "plan_usage") as axes:
         axes.set(ylabel="mean belief at chunk starts", title="usage of the plans")
         if len(records) > 1:
-            axes.stackplot([r["step"] for r in records], np.array([r["usage"] for r in records]).T, colors=colours,
-                           labels=[f"plan {k}" for k in range(K)], alpha=0.85)
+            steps = [r["step"] for r in records]
+            shares = np.array([r["usage"] for r in records])  # [evaluations, K]
+            names = [f"plan {k}" for k in range(K)]
+            axes.stackplot(steps, shares.T, colors=colours, labels=names, alpha=0.85)
             axes.set(xlabel="step", ylim=(0, 1))
             axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         else:
@@ -209,33 +296,70 @@ def draw_transition(folder: Path, P: np.ndarray) -> None:
     with figure(folder, "transition_matrix", 5.5, 4.5) as axes:
         image = axes.imshow(P, vmin=0, vmax=1, cmap="magma_r")
         axes.figure.colorbar(image, ax=axes, label="probability")
-        for i, j in np.ndindex(P.shape) if K <= 16 else ():
-            axes.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=7,
-                      color="white" if P[i, j] > 0.45 else "black")
-        axes.set(xlabel="to plan", ylabel="from plan", xticks=range(K), yticks=range(K),
-                 title="transition matrix, without what the text adds")
+        if K <= 16:
+            for i, j in np.ndindex(P.shape):
+                colour = "white" if P[i, j] > 0.45 else "black"  # on a dark square or a bright one
+                number = f"{P[i, j]:.2f}"
+                axes.text(j, i, number, ha="center", va="center", fontsize=7, color=colour)
+        axes.set(
+            xlabel="to plan",
+            ylabel="from plan",
+            xticks=range(K),
+            yticks=range(K),
+            title="transition matrix, without what the text adds",
+        )
 
 
-def draw_beliefs(folder: Path, name: str, beliefs: np.ndarray, labels: list[str], boundaries: list[int], title: str,
-                 true: Sequence[int] = ()) -> None:
-    """Beliefs [L, K] as a heat map over the text; boundaries: where a chunk begins; true: plans of the chunks."""
-    width, height = max(7.0, 0.13 * len(labels)), 1.7 + 0.18 * beliefs.shape[1]
+def draw_beliefs(
+    folder: Path,
+    name: str,
+    beliefs: np.ndarray,
+    labels: list[str],
+    boundaries: list[int],
+    title: str,
+    true: Sequence[int] = (),
+) -> None:
+    """Beliefs [L, K] as a heat map over the text.
+
+    Args:
+        labels: the tokens [L]. boundaries: where a chunk begins. true: plans of the chunks, where they are known.
+    """
+    L, K = beliefs.shape
+    width = max(7.0, 0.13 * len(labels))
+    height = 1.7 + 0.18 * K
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not: drawn as boxes
         with figure(folder, name, width, height) as axes:
-            image = axes.imshow(beliefs.T, aspect="auto", vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+            image = axes.imshow(
+                beliefs.T,
+                aspect="auto",
+                vmin=0,
+                vmax=1,
+                cmap="magma_r",
+                interpolation="nearest",
+            )
             axes.figure.colorbar(image, ax=axes, label="belief", pad=0.01)
             for column in boundaries:
                 axes.axvline(column - 0.5, color="tab:blue", linewidth=0.8)
-            places = [0, *(column for column in boundaries if column + 6 < len(beliefs))]
-            for column, plan in zip(places, true, strict=False):
+            # The name of a plan is as wide as 6 tokens: a chunk that begins nearer to the end goes without.
+            named = [0, *(column for column in boundaries if column + 6 < L)]
+            for column, plan in zip(named, true, strict=False):
                 axes.text(column, -0.55, f"true plan {plan}", fontsize=7, va="bottom")
-            axes.set_xticks(range(len(labels)), [drawable(text[:12]) for text in labels], rotation=90, fontsize=6)
-            axes.set(yticks=range(beliefs.shape[1]), ylabel="plan")
+            ticks = [drawable(text[:12]) for text in labels]
+            axes.set_xticks(range(len(labels)), ticks, rotation=90, fontsize=6)
+            axes.set(yticks=range(K), ylabel="plan")
             axes.set_title(title, fontsize=9, pad=14 if len(true) else 6)
 
 
 def drawable(text: str) -> str:
     """A token as a label: line ends as an arrow, what cannot be printed as a dot, dollars as dollars."""
-    shown = "".join(c if c.isprintable() else "\u21b5" if c == "\n" else "\u00b7" for c in text)
-    return shown.replace("$", "\\$") or "\u00b7"
+    shown = ""
+    for character in text:
+        if character.isprintable():
+            shown += character
+        elif character == "\n":
+            shown += "\u21b5"
+        else:
+            shown += "\u00b7"
+    shown = shown.replace("$", "\\$")  # a dollar alone would begin a formula
+    return shown or "\u00b7"

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,35 +35,48 @@ def plan_study(study: str, names: list[str]) -> list[list[str]]:
     """
     every = subsets(names, range(1, len(names) + 1))
     if study == "all31" and len(every) != 31:
-        raise DataError(f"study=all31 is about five categories, but there are {len(names)}: use study=all, or choose "
-                        "five with categories=a,b,c,d,e")
+        raise DataError(
+            f"study=all31 is about five categories, but there are {len(names)}: use study=all, or choose "
+            "five with categories=a,b,c,d,e"
+        )
     if study in ("all", "all31"):
         return every
     sizes = re.fullmatch(r"(k=|nested:)(\d+(?:,\d+)*)", study)
     if not sizes:
-        return named_runs(study, {run_name(subset): subset for subset in every}, names)
-    wanted = [int(K) for K in sizes[2].split(",")]
+        known = {run_name(subset): subset for subset in every}
+        return named_runs(study, known, names)
+    kind, numbers = sizes.groups()
+    wanted = [int(K) for K in numbers.split(",")]
     for K in wanted:
         if not 1 <= K <= len(names):
             raise DataError(f"study={study}: {K} is not between 1 and the {len(names)} categories")
-    if sizes[1] == "nested:":
+    if kind == "nested:":
         return [names[:K] for K in wanted]
     return subsets(names, wanted)
 
 
-def subsets(names: list[str], sizes) -> list[list[str]]:
-    return [list(subset) for K in sizes for subset in itertools.combinations(names, K)]
+def subsets(names: list[str], sizes: Iterable[int]) -> list[list[str]]:
+    """All subsets of these sizes, in that order."""
+    sets = []
+    for K in sizes:
+        for subset in itertools.combinations(names, K):
+            sets.append(list(subset))
+    return sets
 
 
 def named_runs(study: str, known: dict[str, list[str]], names: list[str]) -> list[list[str]]:
-    """The sets of runs that are called by their names, K1_a,K2_a_b."""
+    """The sets of runs that are called by their names, K1_a,K2_a_b. Raises DataError for a name that no run has."""
+    sets = []
     for name in study.split(","):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
-            raise DataError(f"study={study}: no run is called {name!r}{hint} Use all, all31, k=1,2, nested:1,2,4, or "
-                            f"names like {run_name(names[:2])}")
-    return [known[name] for name in study.split(",")]
+            raise DataError(
+                f"study={study}: no run is called {name!r}{hint} Use all, all31, k=1,2, nested:1,2,4, or "
+                f"names like {run_name(names[:2])}"
+            )
+        sets.append(known[name])
+    return sets
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,11 +88,13 @@ def make_report(folder: Path) -> list[dict]:
     Error bars are standard deviations over subsets and seeds of the same K. Returns the rows of xe_by_k.csv.
     """
     results = read_results(folder)
+    # Runs may differ in their context: curves are compared as far as all go.
     T = min(len(result["groups"]["seen"]["xe_by_position"]) for result in results)
     positions = sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
     by_k = {}
     for result in sorted(results, key=lambda result: result["K"]):
         by_k.setdefault(result["K"], []).append(result)
+
     table = [row_of(K, runs, positions) for K, runs in by_k.items()]
     categories = category_rows(by_k)
     write_csv(folder / "xe_by_k.csv", table)
@@ -97,8 +113,8 @@ def read_results(folder: Path) -> list[dict]:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             check_result(result)
-        except (ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{path} is damaged or foreign ({e}): --analyze that run again") from e
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged or foreign ({error}): --analyze that run again") from error
         result["run"] = str(path.parent.relative_to(folder))
         results.append(result)
     if not results:
@@ -108,16 +124,20 @@ def read_results(folder: Path) -> list[dict]:
 
 def check_result(result: dict) -> None:
     """Raises KeyError or TypeError where a result lacks what the report shows."""
-    _ = result["K"] + result["seed"]
+    _ = result["K"] + result["seed"]  # adding fails for what is no number
     for name in ("seen", *result["categories"]):
         group = result["groups"][name]
-        _ = group["xe_by_position"][0] + group["xe"] + group["icl_gain"] + group["total_gain"]
-        _ = group["fit"]["alpha"]["value"] + group["fit"]["xe_inf"]["value"]
+        losses = group["xe_by_position"][0] + group["xe"]
+        _ = losses + group["icl_gain"] + group["total_gain"]
+        fit = group["fit"]
+        _ = fit["alpha"]["value"] + fit["xe_inf"]["value"]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation, 0 of a single value."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    deviation = 0.0
+    if len(values) > 1:
+        deviation = float(np.std(values, ddof=1))
     return float(np.mean(values)), deviation
 
 
@@ -146,8 +166,14 @@ def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     for position in positions:
         row[f"xe_at_{position}"] = mean_of([group["xe_by_position"][position - 1] for group in seen])
     # Real documents have no oracle, and a run on all categories has seen them all.
-    oracle = [np.mean(group["oracle_xe_by_position"]) for group in seen if "oracle_xe_by_position" in group]
-    unseen = [run["groups"]["unseen"]["xe"] for run in runs if "unseen" in run["groups"]]
+    oracle = []
+    unseen = []
+    for run in runs:
+        groups = run["groups"]
+        if "oracle_xe_by_position" in groups["seen"]:
+            oracle.append(np.mean(groups["seen"]["oracle_xe_by_position"]))
+        if "unseen" in groups:
+            unseen.append(groups["unseen"]["xe"])
     row["oracle_xe"] = mean_of(oracle)
     row["unseen_xe"] = mean_of(unseen)
     return row
@@ -157,23 +183,41 @@ def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:
     """Rows of xe_by_category.csv: each category in the runs of each K that trained on it."""
     rows = []
     for K, runs in by_k.items():
-        for category in sorted({name for run in runs for name in run["categories"]}):
-            values = [run["groups"][category]["xe"] for run in runs if category in run["categories"]]
-            xe, xe_sd = spread(values)
-            rows.append({"K": K, "category": category, "runs": len(values), "xe": xe, "xe_sd": xe_sd})
+        values = {}  # XE by category
+        for run in runs:
+            for category in set(run["categories"]):
+                values.setdefault(category, []).append(run["groups"][category]["xe"])
+        for category in sorted(values):
+            xe, xe_sd = spread(values[category])
+            rows.append({
+                "K": K,
+                "category": category,
+                "runs": len(values[category]),
+                "xe": xe,
+                "xe_sd": xe_sd,
+            })
     return rows
 
 
 def run_row(result: dict) -> dict:
     """A row of the table of runs: the probe's best position in the last layer stands for the probe."""
     seen = result["groups"]["seen"]
-    row = {"run": result["run"], "K": result["K"], "seed": result["seed"]}
-    row |= {key: seen[key] for key in ("xe", "icl_gain", "total_gain")}
-    row["probe_accuracy"] = max(result["probe"]["accuracy"][-1]) if "probe" in result else ""
-    return row
+    probe_accuracy = ""
+    if "probe" in result:
+        probe_accuracy = max(result["probe"]["accuracy"][-1])
+    return {
+        "run": result["run"],
+        "K": result["K"],
+        "seed": result["seed"],
+        "xe": seen["xe"],
+        "icl_gain": seen["icl_gain"],
+        "total_gain": seen["total_gain"],
+        "probe_accuracy": probe_accuracy,
+    }
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """A table whose columns are the keys of the first row."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
@@ -184,9 +228,17 @@ def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: li
     """report.html by the template of that name beside this file: one file, with the pictures inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, and only needed here
 
-    pictures = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in (folder / "plots").glob("*.png")}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    pictures = {}
+    for path in (folder / "plots").glob("*.png"):
+        pictures[path.stem] = base64.b64encode(path.read_bytes()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
     page = environment.get_template("report.html")
     text = page.render(by_k=by_k, by_category=by_category, runs=runs, pictures=pictures)
     (folder / "report.html").write_text(text, encoding="utf-8")
@@ -200,7 +252,12 @@ BARS = {"fmt": "o-", "markersize": 4, "capsize": 3}  # of error bars
 
 def stack(runs: list[dict], key: str, T: int) -> np.ndarray:
     """Curves of the runs that have them, to T positions, [runs, T]."""
-    return np.array([run["groups"]["seen"][key][:T] for run in runs if key in run["groups"]["seen"]])
+    curves = []
+    for run in runs:
+        seen = run["groups"]["seen"]
+        if key in seen:
+            curves.append(seen[key][:T])
+    return np.array(curves)
 
 
 def shade(name: str, i: int, count: int, top: float):
@@ -237,9 +294,11 @@ def draw_against_k(folder: Path, by_k: dict[int, list[dict]], positions: list[in
     title = "cross entropy against K (bars: s.d. over subsets and seeds)"
     with figure(folder, "xe_against_k", title=title) as axes:
         for i, position in enumerate(positions):
-            means, deviations = [], []
+            means = []
+            deviations = []
             for runs in by_k.values():
-                mean, sd = spread([run["groups"]["seen"]["xe_by_position"][position - 1] for run in runs])
+                curves = [run["groups"]["seen"]["xe_by_position"] for run in runs]
+                mean, sd = spread([curve[position - 1] for curve in curves])
                 means.append(mean)
                 deviations.append(sd)
             colour = shade("plasma", i, len(positions), 0.85)
@@ -253,8 +312,9 @@ def draw_categories(folder: Path, rows: list[dict], ks: list[int]) -> None:
     with figure(folder, "xe_by_category", title="cross entropy of each category against K") as axes:
         for category in dict.fromkeys(row["category"] for row in rows):
             points = [row for row in rows if row["category"] == category]
+            K = [row["K"] for row in points]
             means = [row["xe"] for row in points]
             deviations = [row["xe_sd"] for row in points]
-            axes.errorbar([row["K"] for row in points], means, deviations, label=category, **BARS)
+            axes.errorbar(K, means, deviations, label=category, **BARS)
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=ks)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -2,31 +2,52 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
-def process_sequences(process, start: torch.Tensor, length: int, tokens: torch.Generator, states: torch.Generator
-                      ) -> torch.Tensor:
+def process_sequences(
+    process,
+    start: Tensor,
+    length: int,
+    tokens: torch.Generator,
+    states: torch.Generator,
+) -> Tensor:
     """Sequences [B, length] of a process that begin with `start` [B, T]; the generators are on the process's device."""
     B, T = start.shape
-    uniforms = torch.rand((length + 1, B), generator=tokens, dtype=torch.float64, device=tokens.device)
+    uniforms = torch.rand(
+        (length + 1, B),
+        generator=tokens,
+        dtype=torch.float64,
+        device=tokens.device,
+    )
     belief = process.beliefs(start)[:, -1]
     if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
         belief = torch.multinomial(belief, 1, generator=states)[:, 0]
-    drawn, _ = process.generate(uniforms, belief)
-    return torch.cat([start, drawn], 1)[:, : max(length, T)]
+    continuation, _ = process.generate(uniforms, belief)
+    sequences = torch.cat([start, continuation], 1)
+    return sequences[:, : max(length, T)]
 
 
 @torch.no_grad()
-def continue_sequences(model: nn.Module, tokens: torch.Tensor, length: int, n_ctx: int, generator: torch.Generator,
-                       device: torch.device, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
+def continue_sequences(
+    model: nn.Module,
+    tokens: Tensor,
+    length: int,
+    n_ctx: int,
+    generator: torch.Generator,
+    device: torch.device,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Tensor:
     """Draw from the model until the sequences [B, T] have the length; it reads the last n_ctx tokens of each.
 
     The draws are made where tokens and generator are, so that they are the same on every device.
     """
     while tokens.shape[1] < length:
-        logits, _ = model(tokens[:, -n_ctx:].to(device))
-        logits = logits[:, -1].to(tokens.device).double() / temperature  # of the next token [B, V]
+        context = tokens[:, -n_ctx:].to(device)
+        logits, _ = model(context)
+        logits = logits[:, -1].to(tokens.device)  # of the next token [B, V]
+        logits = logits.double() / temperature
         if top_k and top_k < logits.shape[1]:
             least = logits.topk(top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -36,19 +57,23 @@ def continue_sequences(model: nn.Module, tokens: torch.Tensor, length: int, n_ct
 
 
 @torch.no_grad()
-def sequence_xe(model: nn.Module, tokens: torch.Tensor, n_ctx: int) -> torch.Tensor:
+def sequence_xe(model: nn.Module, tokens: Tensor, n_ctx: int) -> Tensor:
     """Cross entropy in nats of every token but the first, [B, L - 1]; each is predicted from the n_ctx before it."""
     B, L = tokens.shape
     if L < 2:
         return torch.zeros(B, 0)
+    # One pass for what fits into the context, then one for each token: its context is another.
     head = tokens[:, : n_ctx + 1]
-    parts = [token_xe(model(head[:, :-1])[0], head[:, 1:])]  # one pass for what fits into the context
+    logits, _ = model(head[:, :-1])
+    parts = [token_xe(logits, head[:, 1:])]
     for t in range(n_ctx + 1, L):
         logits, _ = model(tokens[:, t - n_ctx : t])
-        parts.append(token_xe(logits[:, -1:], tokens[:, t : t + 1]))
+        target = tokens[:, t : t + 1]
+        parts.append(token_xe(logits[:, -1:], target))
     return torch.cat(parts, 1)
 
 
-def token_xe(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_xe(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of targets [B, T] under logits [B, T, V]."""
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    by_class = logits.float().transpose(1, 2)  # [B, V, T], as cross_entropy has them
+    return F.cross_entropy(by_class, targets, reduction="none")

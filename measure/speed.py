@@ -13,13 +13,15 @@ def matmul_rate(rt) -> float:
     size = 8192 if rt.device.type == "cuda" else 1024
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(rt.precision, torch.float32)
     a, b = torch.ones(2, size, size, device=rt.device, dtype=kind)
-    rates, end = [], time.perf_counter() + RATE_SECONDS
+    rates = []
+    end = time.perf_counter() + RATE_SECONDS
     while len(rates) < 3 or time.perf_counter() < end:
         rt.synchronize()
         began = time.perf_counter()
         a @ b
         rt.synchronize()
-        rates.append(2 * size**3 / (time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        rates.append(2 * size**3 / seconds)  # a multiplication and an addition each
     return float(np.median(rates))
 
 
@@ -32,8 +34,10 @@ def fitting_batch_size(rt, model: torch.nn.Module, cfg, loss_of, most: int = 4_0
     parts = rt.world_size * cfg.grad_accum
     if rt.device.type != "cuda":
         return max(1, cfg.cpu_batch_size // parts) * parts
-    size, total = 1, torch.cuda.get_device_properties(rt.device).total_memory
-    optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())
+    size = 1
+    total = torch.cuda.get_device_properties(rt.device).total_memory
+    weights = sum(p.numel() for p in model.parameters())
+    optimizer_bytes = 8 * weights  # AdamW's two moments in float32, which the first step makes
     while size < most:
         try:
             torch.cuda.reset_peak_memory_stats(rt.device)
@@ -63,4 +67,5 @@ def flops_per_token(model) -> float:
     else:
         products += heads.numel()
     layers = len(getattr(model.backbone, "layers", ()))  # of attention
-    return 6.0 * (products + 2 * layers * model.cfg.seq_len * model.cfg.d_model)
+    attention = 2 * layers * model.cfg.seq_len * model.cfg.d_model  # queries x keys, and weights x values
+    return 6.0 * (products + attention)  # 2 FLOPs forward, 4 backward

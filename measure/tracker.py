@@ -35,9 +35,13 @@ class MetricTracker:
             "cum/fisher_proxy": zero.clone(),
             "params/update_l2_norm/cum": zero.clone(),
         }
-        self.tokens, self.lr_weighted_tokens, self.steps = 0, 0.0, 0
+        self.tokens = 0
+        self.lr_weighted_tokens = 0.0
+        self.steps = 0
         self.initial_loss = None
-        self.window, self.ema, self.min = zero.repeat(self.WINDOW), zero.clone(), zero + math.inf
+        self.window = zero.repeat(self.WINDOW)  # the last losses, in a ring
+        self.ema = zero.clone()
+        self.min = zero + math.inf
         self.lap = (time.perf_counter(), 0)  # when metrics were last returned, and tokens by then
 
     def record_initial_loss(self, loss) -> None:
@@ -45,18 +49,33 @@ class MetricTracker:
         self.initial_loss = float(loss)
 
     @torch.no_grad()
-    def update(self, *, step: int, loss, tokens_in_batch: int, grad_norm=None, log: bool = True,
-               costly: bool = True) -> dict:
+    def update(
+        self,
+        *,
+        step: int,
+        loss,
+        tokens_in_batch: int,
+        grad_norm=None,
+        log: bool = True,
+        costly: bool = True,
+    ) -> dict:
         """Count a step (of the given loss, in nats); return the metrics if log, with the costly ones if costly too."""
-        lr = self.optimizer.param_groups[0]["lr"] if self.lr_schedule_fn is None else float(self.lr_schedule_fn(step))
+        if self.lr_schedule_fn is None:
+            lr = self.optimizer.param_groups[0]["lr"]
+        else:
+            lr = float(self.lr_schedule_fn(step))
         loss = torch.as_tensor(loss, dtype=self.ema.dtype, device=self.ema.device).detach()
         if grad_norm is None:
             grad_norm = l2_norm([p.grad for p in self.params if p.grad is not None])
         moved = l2_norm(torch._foreach_sub(self.params, self.previous))
         torch._foreach_copy_(self.previous, self.params)
+
         if self.initial_loss is None:
             self.initial_loss = loss.clone()
-        self.ema = loss.clone() if self.steps == 0 else self.DECAY * self.ema + (1 - self.DECAY) * loss
+        if self.steps == 0:
+            self.ema = loss.clone()
+        else:
+            self.ema = self.DECAY * self.ema + (1 - self.DECAY) * loss
         self.min = torch.minimum(self.min, loss)
         self.window[self.steps % self.WINDOW] = loss
         self.steps += 1
@@ -67,6 +86,7 @@ class MetricTracker:
         self.sums["params/update_l2_norm/cum"] += moved
         if not log:
             return {}
+
         on_device = {
             "loss/step": loss,
             "loss/ma": self.window[: self.steps].mean(),
@@ -79,7 +99,7 @@ class MetricTracker:
         if costly:
             on_device["params/l2_norm"] = l2_norm(self.params)
             on_device["params/distance_from_init"] = l2_norm(torch._foreach_sub(self.params, self.initial))
-        values = {key: float(value) for key, value in on_device.items()}
+        values = {key: float(value) for key, value in on_device.items()}  # here the device is waited for
         return values | self._counted(lr, values["loss/step"], tokens_in_batch)
 
     def _counted(self, lr: float, loss: float, tokens: int) -> dict:
@@ -89,13 +109,16 @@ class MetricTracker:
         self.lap = (now, self.tokens)
         initial = float(self.initial_loss)
         gap = initial - self.optimal_loss
+        progress = math.nan
+        if gap:
+            progress = (initial - loss) / gap
         return {
             "step/tokens": tokens,
             "step/tokens_per_second": (self.tokens - done) / max(now - began, 1e-9),
             "cum/tokens": self.tokens,
             "cum/lr_weighted_tokens": self.lr_weighted_tokens,
             "lr/step": lr,
-            "loss/progress_to_optimal": (initial - loss) / gap if gap else math.nan,
+            "loss/progress_to_optimal": progress,
         }
 
     def state_dict(self) -> dict:

@@ -2,6 +2,12 @@
 
 prefill reads a prompt, then predict and advance go on from a state that is carried along, so that a token costs the
 same anywhere in the text: the filter of the page, one token at a time (a test holds the two together).
+
+Dimensions: B texts, P tokens of a prompt, n tokens written, K plans, V vocabulary. A state is a dict:
+    memory   of the backbone; h [B, D], what it says after the last token; count, how many tokens it has read
+    head     the experts' matrix; bias [K, V]
+    belief   log belief about the plan of the next token [B, K]; start: at the start of its chunk; of models with plans
+    sum      of h over the tokens read of the last chunk [B, D], for the mean that a boundary may be crossed by
 """
 
 import math
@@ -22,57 +28,100 @@ def prefill(model, ids: torch.Tensor, head_type: torch.dtype | None = None) -> d
     B, P = ids.shape
     h, memory = model.read(ids)
     weight, bias = model.experts.table()
-    head = weight.t().to(head_type or weight.dtype).contiguous()  # transposed, a few rows times it are faster
-    state = {"memory": memory, "h": h[:, -1], "count": P, "head": head.t(), "bias": bias}
+    # Transposed in memory: a few rows times it are faster.
+    columns = weight.t().to(head_type or weight.dtype).contiguous()
+    state = {
+        "memory": memory,
+        "h": h[:, -1],
+        "count": P,
+        "head": columns.t(),
+        "bias": bias,
+    }
     if not hasattr(model, "filter"):
         return state
+
     evidence = h.new_zeros(B, 0, len(bias))
     if P > 1:
-        evidence = model.look_up(h[:, :-1], ids[:, 1:, None])[..., 0]
+        evidence = model.look_up(h[:, :-1], ids[:, 1:, None])[..., 0]  # [B, P - 1, K]
     # A last step without evidence: the belief before the token to come, its boundary crossed if it is due.
-    beliefs = model.filter(F.pad(evidence, (0, 0, 0, 1)), model.contexts(h))
+    evidence = F.pad(evidence, (0, 0, 0, 1))
+    beliefs = model.filter(evidence, model.contexts(h))
+    state["belief"] = beliefs.before[:, -1]
+    state["start"] = beliefs.start[:, -1]
+
     C = model.cfg.chunk_size
-    chunk = h[:, (P - 1) // C * C :]  # of the tokens read, the last chunk
+    chunk_start = (P - 1) // C * C
+    chunk = h[:, chunk_start:]  # of the tokens read, the last chunk
     state["sum"] = chunk.to(beliefs.before.dtype).sum(1)
-    return state | {"belief": beliefs.before[:, -1], "start": beliefs.start[:, -1]}
+    return state
 
 
-def predict(model, state: dict, planner_mode: str = "normal", forced_state: int | None = None,
-            tau: float | None = None, feedback: float | None = None, horizon: int | None = None):
+def predict(
+    model,
+    state: dict,
+    planner_mode: str = "normal",
+    forced_state: int | None = None,
+    tau: float | None = None,
+    feedback: float | None = None,
+    horizon: int | None = None,
+):
     """(log p of the next token [B, V], log p_k [B, K, V]) of a state; what is None is the model's."""
-    x = model.experts.inputs(state["h"]).to(state["head"].dtype)
-    logs = block_logits(x, state["head"], state["bias"])
+    x = model.experts.inputs(state["h"])
+    x = x.to(state["head"].dtype)
+    # log softmax in place; what the mixture needs, exp of the shifted logits and their sums, is kept on the way.
+    logs = block_logits(x, state["head"], state["bias"])  # [B, K, V]
     logs -= logs.amax(2, keepdim=True)
     probs = logs.exp()
     total = probs.sum(2)  # [B, K]
     logs -= total.log()[:, :, None]
     if "belief" not in state:
         return logs[:, 0], logs
+
     cfg = model.cfg
-    tau = cfg.planner_temperature if tau is None else tau
-    feedback = cfg.feedback() if feedback is None else feedback
+    if tau is None:
+        tau = cfg.planner_temperature
+    if horizon is None:
+        horizon = cfg.lookahead_horizon
+    if feedback is None:
+        feedback = cfg.feedback()
     if planner_mode != "normal":
-        feedback = 0.0
+        feedback = 0.0  # a belief that is fixed is not looked ahead from
     belief = believed(model, state, planner_mode, forced_state)
-    gate = model.gate(belief, tau, feedback, cfg.lookahead_horizon if horizon is None else horizon)
-    mixture = ((gate.exp() / total)[:, None] @ probs)[:, 0]
-    return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log(), logs
+    gate = model.gate(belief, tau, feedback, horizon)
+    # p = sum_k gate_k p_k, as one small matrix product a text
+    weights = gate.exp() / total  # [B, K]
+    mixture = (weights[:, None] @ probs)[:, 0]
+    tiny = torch.finfo(mixture.dtype).tiny
+    return mixture.clamp_min(tiny).log(), logs
 
 
 def believed(model, state: dict, planner_mode: str = "normal", forced_state: int | None = None) -> torch.Tensor:
     """The log belief [B, K] that a mode writes by."""
+    belief = state["belief"]
     fixed = model.fixed_belief(planner_mode, forced_state)
-    return state["belief"] if fixed is None else fixed.expand_as(state["belief"])
+    if fixed is None:
+        return belief
+    return fixed.expand_as(belief)
 
 
-def advance(model, state: dict, token: torch.Tensor, logs: torch.Tensor, planner_mode: str = "normal",
-            forced_state: int | None = None, frozen: bool = False) -> dict:
+def advance(
+    model,
+    state: dict,
+    token: torch.Tensor,
+    logs: torch.Tensor,
+    planner_mode: str = "normal",
+    forced_state: int | None = None,
+    frozen: bool = False,
+) -> dict:
     """The state after one more token [B]; logs [B, K, V] is what predict said of it. frozen: the belief stays."""
-    cfg, last = model.cfg, state["count"]  # the index of the token being read
+    cfg = model.cfg
+    last = state["count"]  # the index of the token being read
     h, memory = model.backbone.step(model.token_emb(token), state["memory"])
     state = state | {"memory": memory, "h": h, "count": last + 1}
     if "belief" not in state:
         return state
+
+    # The sum over the chunk begins anew with the chunk.
     before = state["sum"]
     state["sum"] = h.to(before.dtype)
     if last % cfg.chunk_size:
@@ -82,19 +131,27 @@ def advance(model, state: dict, token: torch.Tensor, logs: torch.Tensor, planner
     state["belief"] = believed(model, state, planner_mode, forced_state)
     if planner_mode != "normal":
         return state
+
+    # Bayes' rule: the belief times what each plan said of the token.
     if cfg.token_filtering:
-        evidence = logs.gather(2, token[:, None, None].expand(-1, logs.shape[1], 1))[..., 0]
+        K = logs.shape[1]
+        every_plan = token[:, None, None].expand(-1, K, 1)
+        evidence = logs.gather(2, every_plan)[..., 0]  # [B, K]
         state["belief"] = F.log_softmax(state["belief"] + evidence, 1)
+    # A boundary: through the transition into the next chunk.
     if (last + model.offset) % cfg.chunk_size == 0:
         context = model.context(model.boundary_state(h, before, state["sum"]))
-        state["start"] = model.cross(state["belief"] if cfg.carry_posterior else state["start"], context)
+        source = state["belief"] if cfg.carry_posterior else state["start"]
+        state["start"] = model.cross(source, context)
         state["belief"] = state["start"]
     return state
 
 
 def look_ahead(belief: torch.Tensor, transition: torch.Tensor, steps: int) -> torch.Tensor:
     """Probabilities [..., steps, K] of the plans 1..steps chunks ahead, by the chain alone."""
-    P, forecast, forecasts = transition.softmax(1), belief.exp(), []
+    P = transition.softmax(1)
+    forecast = belief.exp()
+    forecasts = []
     with torch.autocast(belief.device.type, enabled=False):
         for _ in range(steps):
             forecast = forecast @ P
@@ -109,11 +166,25 @@ class Written(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model, prompt: torch.Tensor, tokens: int, generator: torch.Generator, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float = 1.0, repetition_penalty: float = 1.0,
-             no_repeat_ngram_size: int = 0, eos_id: int | None = None, forecast_steps: int = 0,
-             background: bool = False, frozen: bool = False, head_type: torch.dtype | None = None,
-             planner_mode: str = "normal", forced_state: int | None = None, **gate) -> Written:
+def generate(
+    model,
+    prompt: torch.Tensor,
+    tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    eos_id: int | None = None,
+    forecast_steps: int = 0,
+    background: bool = False,
+    frozen: bool = False,
+    head_type: torch.dtype | None = None,
+    planner_mode: str = "normal",
+    forced_state: int | None = None,
+    **gate,
+) -> Written:
     """Go on from prompts [B, P] for at most `tokens` tokens.
 
     Args:
@@ -122,30 +193,42 @@ def generate(model, prompt: torch.Tensor, tokens: int, generator: torch.Generato
         frozen: the belief stays what the prompt made it. gate: tau, feedback, horizon of predict.
         forecast_steps: chunks ahead to forecast the plan; background: by a thread, while the next token is written.
     """
+    B = len(prompt)
+    device = prompt.device
     forecaster = ThreadPoolExecutor(1) if background else None
     model.eval()
-    state, mode = prefill(model, prompt, head_type), (planner_mode, forced_state)
-    done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    seen = torch.zeros(len(prompt), len(state["bias"][0]), dtype=torch.bool, device=prompt.device)
+    state = prefill(model, prompt, head_type)
+    mode = planner_mode, forced_state
+    V = state["bias"].shape[1]
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    seen = torch.zeros(B, V, dtype=torch.bool, device=device)
     seen.scatter_(1, prompt, True)
-    text, history, beliefs, forecasts = [prompt], prompt.tolist(), [], []
+    history = prompt.tolist()
+    text = [prompt]
+    beliefs = []
+    forecasts = []
     for _ in range(tokens):
         log_p, logs = predict(model, state, *mode, **gate)
         if "belief" in state:
-            beliefs.append(believed(model, state, *mode))
+            belief = believed(model, state, *mode)
+            beliefs.append(belief)
             if forecast_steps:
-                task = beliefs[-1], model.planner_transition_logits.detach(), forecast_steps
+                task = belief, model.planner_transition_logits.detach(), forecast_steps
                 forecasts.append(forecaster.submit(look_ahead, *task) if forecaster else look_ahead(*task))
+
+        # What may come next, and how likely.
         if repetition_penalty != 1:
             log_p = log_p - seen * math.log(repetition_penalty)
         if temperature != 1:
             log_p = log_p / temperature
         if no_repeat_ngram_size:
             log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
-        chosen = draw(log_p, top_k, top_p, generator)
+        chosen = draw(log_p, top_k, top_p, generator)  # [B]
         if eos_id is not None:
             chosen = torch.where(done, eos_id, chosen)
             done |= chosen == eos_id
+
+        # The text and what is remembered of it; on the host only where asked for, since that waits for the device.
         text.append(chosen[:, None])
         if repetition_penalty != 1:
             seen.scatter_(1, chosen[:, None], True)
@@ -158,19 +241,25 @@ def generate(model, prompt: torch.Tensor, tokens: int, generator: torch.Generato
     if forecaster:
         forecasts = [task.result() for task in forecasts]
         forecaster.shutdown()
-    nothing = torch.zeros(len(prompt), 0)
-    return Written(torch.cat(text, 1), torch.stack(beliefs, 1) if beliefs else nothing,
-                   torch.stack(forecasts, 1) if forecasts else nothing)
+
+    nothing = torch.zeros(B, 0)
+    return Written(
+        tokens=torch.cat(text, 1),
+        beliefs=torch.stack(beliefs, 1) if beliefs else nothing,
+        forecasts=torch.stack(forecasts, 1) if forecasts else nothing,
+    )
 
 
 def ban_ngrams(log_p: torch.Tensor, history: list[list[int]], n: int) -> torch.Tensor:
     """-inf for tokens that would repeat n tokens of the text [B, V]; a row with no other choice is left as it is."""
     banned = torch.zeros_like(log_p, dtype=torch.bool)
     for i, row in enumerate(history):
-        end = row[len(row) - n + 1 :]
-        for j in range(len(row) - n + 1):
-            if row[j : j + n - 1] == end:
-                banned[i, row[j + n - 1]] = True
+        places = len(row) - n + 1  # where n tokens of the text begin
+        end = row[places:]  # the last n - 1 tokens, which the next one would complete
+        for j in range(places):
+            last = j + n - 1
+            if row[j:last] == end:
+                banned[i, row[last]] = True
     banned &= ~banned.all(1, keepdim=True)
     return log_p.masked_fill(banned, -torch.inf)
 
@@ -181,11 +270,17 @@ def draw(log_p: torch.Tensor, top_k: int | None, top_p: float, generator: torch.
     The token that crosses top_p is kept. The draw is an exponential race: the largest p over Exp(1) noise.
     """
     if top_k and top_k < log_p.shape[1]:
-        log_p = log_p.masked_fill(log_p < log_p.topk(top_k).values[:, -1:], -torch.inf)
+        least = log_p.topk(top_k).values[:, -1:]
+        log_p = log_p.masked_fill(log_p < least, -torch.inf)
     if top_p < 1:
         ordered, order = log_p.softmax(1).sort(1, descending=True)
-        drop = ordered.cumsum(1) - ordered >= top_p
-        drop[:, 0] = False
-        log_p = log_p.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
-    noise = torch.empty(log_p.shape, device=generator.device).exponential_(generator=generator).to(log_p.device)
+        likelier = ordered.cumsum(1) - ordered  # the share of those before it
+        drop = likelier >= top_p
+        drop[:, 0] = False  # the likeliest always stays
+        dropped = torch.zeros_like(drop).scatter(1, order, drop)  # in the order of the vocabulary
+        log_p = log_p.masked_fill(dropped, -torch.inf)
+    # Drawn where the generator is, so that a seed gives the same text on every device.
+    noise = torch.empty(log_p.shape, device=generator.device)
+    noise.exponential_(generator=generator)
+    noise = noise.to(log_p.device)
     return (log_p - noise.log_()).argmax(1)
