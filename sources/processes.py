@@ -471,7 +471,7 @@ class Process:
 
     # Filtering -------------------------------------------------------------------------------------------------
 
-    def _filter(self, tokens: torch.Tensor, start: torch.Tensor | None = None):
+    def _filter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Beliefs [L + 1, S, B] and p(token | before) [L, B] of tokens [B, L], time first for contiguous rows.
 
         The belief is updated by b <- b T[x] / (b T[x] r), whose denominator is p(x | before); b . r = 1 then holds
@@ -485,10 +485,7 @@ class Process:
         columns = tokens.t().contiguous()  # [L, B]
         successors = self._step[V:]  # [V*S, S]
         beliefs = torch.empty(length + 1, S, batch, dtype=torch.float64, device=self.device)
-        if start is None:
-            beliefs[0] = self.initial_state[:, None]
-        else:
-            beliefs[0] = start.t()
+        beliefs[0] = self.initial_state[:, None]
         probs = torch.empty(length, batch, dtype=torch.float64, device=self.device)
         # Weighing and dividing after every token would add three kernels to the loop's two: RESCALE tokens share them.
         for begin in range(0, length, RESCALE):
