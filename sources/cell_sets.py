@@ -9,7 +9,12 @@ from sources.shared import suggest
 from sources.splits import SPLITS, grouped, objection
 
 
-def choose(rows: np.ndarray, bounds: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+def choose(
+    rows: np.ndarray,
+    bounds: np.ndarray,
+    most: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """A random choice of at most `most` rows of each group, ascending.
 
     Args:
@@ -18,12 +23,18 @@ def choose(rows: np.ndarray, bounds: np.ndarray, most: int, rng: np.random.Gener
     sizes = np.diff(bounds)
     group = np.repeat(np.arange(len(bounds) - 1), sizes)
     # A random number below 1 added to a group's number shuffles the cells within their group.
-    shuffled = rows[np.argsort(group + rng.random(len(rows)), kind="stable")]
+    order = np.argsort(group + rng.random(len(rows)), kind="stable")
+    shuffled = rows[order]
     rank = np.arange(len(rows)) - bounds[group]  # place of a cell in its shuffled group
     return np.sort(shuffled[rank < most])
 
 
-def control_pools(cells: Cells, split: str, first: np.ndarray, by_batch: bool) -> tuple[np.ndarray, ...]:
+def control_pools(
+    cells: Cells,
+    split: str,
+    first: np.ndarray,
+    by_batch: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(pool, start, size): the control cells that serve a group are pool[start : start + size].
 
     Those of the same file and cell type, by_batch also of the same batch; where the batch has none, all of the type.

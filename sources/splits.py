@@ -97,7 +97,14 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
     return Plan(path, datasets, trained, zeroshot, fewshot)
 
 
-def read_pairs(path: Path, tables: dict, title: str, kind: type, what: str, strict: bool) -> dict:
+def read_pairs(
+    path: Path,
+    tables: dict,
+    title: str,
+    kind: type,
+    what: str,
+    strict: bool,
+) -> dict:
     """[zeroshot] or [fewshot], its keys "NAME.CELL TYPE" taken apart at the first dot: cell types may have others."""
     pairs = {}
     for key, value in tables.get(title, {}).items():
@@ -279,7 +286,13 @@ def assign_splits(
     return member
 
 
-def assign_zeroshot(member: np.ndarray, cells, rows: np.ndarray, split: str, controls_train: bool) -> None:
+def assign_zeroshot(
+    member: np.ndarray,
+    cells,
+    rows: np.ndarray,
+    split: str,
+    controls_train: bool,
+) -> None:
     """All cells of a type to one split, its controls to train as well if they may."""
     member[rows] |= 1 << SPLITS.index(split)
     if controls_train or split == "train":
