@@ -99,10 +99,15 @@ class Config:
 
 def token_ids(prompt: str, vocab_size: int) -> list[int]:
     """The prompt as token ids; exits with code 2 where it is something else."""
-    parts = [part.strip() for part in prompt.split(",")] if prompt.strip() else []
-    if not all(part.isdigit() and int(part) < vocab_size for part in parts):
-        fail(f"prompt = {prompt!r}: expected token ids from 0 to {vocab_size - 1}, like 0,1")
-    return [int(part) for part in parts]
+    if not prompt.strip():
+        return []
+    ids = []
+    for part in prompt.split(","):
+        part = part.strip()
+        if not part.isdigit() or int(part) >= vocab_size:
+            fail(f"prompt = {prompt!r}: expected token ids from 0 to {vocab_size - 1}, like 0,1")
+        ids.append(int(part))
+    return ids
 
 
 def run_folder(path: Path) -> Path:
@@ -116,7 +121,10 @@ def tokenizer_of(path: Path) -> Tokenizer | None:
 
 
 def spell(tokens: list[int], tokenizer: Tokenizer | None) -> str:
-    return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+    """Tokens as text, or as their ids where there is no tokenizer."""
+    if tokenizer:
+        return tokenizer.decode(tokens)
+    return " ".join(str(token) for token in tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -125,7 +133,8 @@ def spell(tokens: list[int], tokenizer: Tokenizer | None) -> str:
 def sample_ghmm(page: ModuleType, path: Path, cfg: Config) -> dict:
     """Sequences from the model and from the process, each token's true log-probability, and the KL by position."""
     run, process, model, step = page.load_run(path, cfg.device)
-    run.seed, run.precision = cfg.seed, "fp32"
+    run.seed = cfg.seed
+    run.precision = "fp32"
     length = cfg.length or run.n_ctx
     prompt = torch.tensor([token_ids(cfg.prompt, process.vocab_size)], dtype=torch.int64)
     if process.log_prob(prompt).isinf().any():
@@ -136,17 +145,35 @@ def sample_ghmm(page: ModuleType, path: Path, cfg: Config) -> dict:
         model.to(rt.device).eval()
         start = prompt.to(place).expand(cfg.num_samples, -1)  # [B, T]
         # Each draw has a generator of its own, so that longer sequences begin like shorter ones of the same seed.
-        true = process_sequences(process, start, length, rt.generator(0, device=place), rt.generator(3, device=place))
+        token_draws = rt.generator(0, device=place)
+        state_draws = rt.generator(3, device=place)
+        true = process_sequences(process, start, length, token_draws, state_draws)
         # The model predicts from one token on; without a prompt the process gives the first.
-        tokens = start if start.shape[1] else true[:, :1]
-        tokens = continue_sequences(model, tokens, length, run.n_ctx, rt.generator(1, device=place), rt.device,
-                                    cfg.temperature, cfg.top_k)
+        if not start.shape[1]:
+            start = true[:, :1]
+        model_draws = rt.generator(1, device=place)
+        tokens = continue_sequences(
+            model,
+            start,
+            length,
+            run.n_ctx,
+            model_draws,
+            rt.device,
+            cfg.temperature,
+            cfg.top_k,
+        )
         # Over all words of the length where they are few, else over sampled ones: what the run's own evaluation does.
         contexts = page.make_contexts(process, run.n_ctx, run.max_words, 4_096, cfg.seed)
-        kl = page.evaluate(model, contexts, process.optimal_loss(run.n_ctx), rt)["kl_by_position"]
-        result = {"experiment": "ghmm", "step": step, "kl_by_position": kl}
+        optimal = process.optimal_loss(run.n_ctx)
+        evaluation = page.evaluate(model, contexts, optimal, rt)
+        result = {
+            "experiment": "ghmm",
+            "step": step,
+            "kl_by_position": evaluation["kl_by_position"],
+        }
         for name, sequences in (("model", tokens), ("process", true)):
-            result[name] = {"tokens": sequences.tolist(), "log_prob": process.log_prob(sequences).tolist()}
+            log_prob = process.log_prob(sequences)
+            result[name] = {"tokens": sequences.tolist(), "log_prob": log_prob.tolist()}
     show_ghmm(result, f"{process.name}, {run.model} after {step} steps")
     return result
 
@@ -170,31 +197,51 @@ def show_ghmm(result: dict, title: str) -> None:
 def sample_arxiv(page: ModuleType, path: Path, cfg: Config) -> dict:
     """Texts that go on from the prompt, with the model's cross entropy of every token, prompt included."""
     run, model, step, extra = page.load_run(path, cfg.device)
-    run.seed, run.precision = cfg.seed, "fp32"
-    tokenizer, n_ctx, vocab_size = tokenizer_of(path), extra["n_ctx"], extra["vocab_size"]
+    run.seed = cfg.seed
+    run.precision = "fp32"
+    tokenizer = tokenizer_of(path)
+    n_ctx = extra["n_ctx"]
+    vocab_size = extra["vocab_size"]
     ids = tokenizer.encode(cfg.prompt) if tokenizer else token_ids(cfg.prompt, vocab_size)
     with Runtime(run) as rt:
         model.to(rt.device).eval()
         generator = rt.generator(0, device="cpu")
         if not ids:  # the model predicts from one token on
             ids = torch.randint(vocab_size, (1,), generator=generator).tolist()
-        tokens = torch.tensor([ids]).expand(cfg.num_samples, -1)
-        tokens = continue_sequences(model, tokens, cfg.length or n_ctx, n_ctx, generator, rt.device, cfg.temperature,
-                                    cfg.top_k)
+        start = torch.tensor([ids]).expand(cfg.num_samples, -1)
+        tokens = continue_sequences(
+            model,
+            start,
+            cfg.length or n_ctx,
+            n_ctx,
+            generator,
+            rt.device,
+            cfg.temperature,
+            cfg.top_k,
+        )
         xe = sequence_xe(model, tokens.to(rt.device), n_ctx).tolist()
     result = {"experiment": "arxiv", "step": step, "tokens": tokens.tolist(), "xe": xe}
     if tokenizer:
         result["text"] = [tokenizer.decode(row) for row in tokens]
-    print(f"K = {len(extra['categories'])} ({', '.join(extra['categories'])}), {step} steps. Cross entropies in nats.")
+    categories = extra["categories"]
+    print(f"K = {len(categories)} ({', '.join(categories)}), {step} steps. Cross entropies in nats.")
     for row, values in zip(result["tokens"], xe, strict=True):
-        words = [str(token) for token in row]
-        if tokenizer:
-            words = [repr(tokenizer.decode([token]))[1:-1] for token in row]
-        judged = [f"{word}|{value:.2f}" for word, value in zip(words[1:], values, strict=True)]
-        print("\n" + spell(row, tokenizer))
-        print("  " + " ".join([words[0], *judged]))
-        print(f"  mean {sum(values) / max(1, len(values)):.3f}")
+        show_judged(row, values, tokenizer)
     return result
+
+
+def show_judged(tokens: list[int], xe: list[float], tokenizer: Tokenizer | None) -> None:
+    """Print a text, and each token after the first with its cross entropy."""
+    words = []
+    for token in tokens:
+        # repr shows line ends and the like; its quotes are left out.
+        words.append(repr(tokenizer.decode([token]))[1:-1] if tokenizer else str(token))
+    judged = [words[0]]
+    for word, value in zip(words[1:], xe, strict=True):
+        judged.append(f"{word}|{value:.2f}")
+    print("\n" + spell(tokens, tokenizer))
+    print("  " + " ".join(judged))
+    print(f"  mean {sum(xe) / max(1, len(xe)):.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,15 +257,19 @@ DRAWN = 96  # tokens of a drawn belief
 def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
     """Texts that go on from the prompts, by the belief over plans or by one plan, with beliefs and forecasts."""
     run, model, step, extra = page.load_run(path, cfg.device)
-    run.seed, run.precision = cfg.seed, "fp32"
+    run.seed = cfg.seed
+    run.precision = "fp32"
     tokenizer = tokenizer_of(path)
     if tokenizer and extra.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
         raise DataError(f"{run_folder(path) / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
     check_planner(run, cfg)
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
     plans = run.plans()
-    print(f"{run.version} after {step} steps" + (f", {plans} plans" if plans > 1 else ""))
-    states = [None, *range(plans)] if cfg.sweep_states else [cfg.force_state]
+    note = f", {plans} plans" if plans > 1 else ""
+    print(f"{run.version} after {step} steps{note}")
+    states = [cfg.force_state]
+    if cfg.sweep_states:
+        states = [None, *range(plans)]  # None: by the belief
     with Runtime(run) as rt:
         model.to(rt.device).eval()
         for ids in prompts_of(cfg, tokenizer, extra["vocab_size"]):
@@ -230,26 +281,38 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
                     show_text(entry, model, run, len(ids), tokenizer, cfg)
                 if cfg.show_plan and not cfg.sweep_states:
                     name = f"sampled_belief_{cfg.seed}"
-                    draw_plan(run_folder(path), name, *strip_of(entries[0], len(ids), model, run, tokenizer))
+                    strip = strip_of(entries[0], len(ids), model, run, tokenizer)
+                    draw_plan(run_folder(path), name, *strip)
     return result
 
 
 def prompts_of(cfg: Config, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
     """Token ids of the prompt, or of every line of stdin where that is a pipe and there is no prompt."""
-    piped = sys.stdin is not None and not sys.stdin.isatty()
-    lines = sys.stdin.read().splitlines() if piped and not cfg.prompt else [cfg.prompt]
+    lines = [cfg.prompt]
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    if is_piped and not cfg.prompt:
+        lines = sys.stdin.read().splitlines()
     lines = [line for line in lines if line.strip()] or [""]
     start = [vocab_size - 1]  # planted documents begin with their last token
     if tokenizer:
-        ends = [tokenizer.special[name] for name in ("eos", "bos") if name in tokenizer.special]
-        start = ends[:1] or start
-    return [(tokenizer.encode(line) if tokenizer else token_ids(line, vocab_size)) or start for line in lines]
+        for name in ("bos", "eos"):  # eos where it has both
+            if name in tokenizer.special:
+                start = [tokenizer.special[name]]
+    prompts = []
+    for line in lines:
+        ids = tokenizer.encode(line) if tokenizer else token_ids(line, vocab_size)
+        prompts.append(ids or start)
+    return prompts
 
 
 def check_planner(run, cfg: Config) -> None:
     """Exits with code 2 where a flag asks for what this model has not."""
-    # Plan 0, a temperature or a share of 0 are asked for: only None and False are not.
-    asked = [name for name in OF_PLANNER if getattr(cfg, name) is not None and getattr(cfg, name) is not False]
+    asked = []
+    for name in OF_PLANNER:
+        value = getattr(cfg, name)
+        # Plan 0, a temperature or a share of 0 are asked for: only None and False are not.
+        if value is not None and value is not False:
+            asked.append(name)
     of_v2 = [name for name in asked if name in V2_ONLY]
     if run.version == "baseline" and asked:
         fail(f"{asked[0]} needs a planner, and this is a baseline model: use a run of v1 or v2")
@@ -259,18 +322,28 @@ def check_planner(run, cfg: Config) -> None:
         fail(f"force_state = {cfg.force_state}: this model has the plans 0 to {run.plans() - 1}")
 
 
-def write_texts(model, run, ids: list[int], tokenizer: Tokenizer | None, state: int | None, cfg: Config, rt: Runtime):
+def write_texts(
+    model,
+    run,
+    ids: list[int],
+    tokenizer: Tokenizer | None,
+    state: int | None,
+    cfg: Config,
+    rt: Runtime,
+):
     """num_samples texts that go on from one prompt, by one plan if there is a state."""
     tokens = cfg.max_new_tokens
     if tokens is None:
         tokens = max(1, cfg.length - len(ids)) if cfg.length else 200
     planner = {}
     if run.version != "baseline":
-        planner |= {"tau": cfg.planner_temperature, "feedback": cfg.lookahead_feedback_scale}
+        planner["tau"] = cfg.planner_temperature
+        planner["feedback"] = cfg.lookahead_feedback_scale
     if run.version == "v2_planner_required" and cfg.lookahead_steps:
         planner["horizon"] = cfg.lookahead_steps
     if state is not None:
-        planner |= {"planner_mode": "forced_state", "forced_state": state}
+        planner["planner_mode"] = "forced_state"
+        planner["forced_state"] = state
     return generate(
         model,
         torch.tensor([ids], device=rt.device).expand(cfg.num_samples, -1),
@@ -293,7 +366,12 @@ def write_texts(model, run, ids: list[int], tokenizer: Tokenizer | None, state: 
 def entry_of(written, row: int, ids: list[int], tokenizer: Tokenizer | None, state: int | None) -> dict:
     """One text as plain data."""
     tokens = written.tokens[row].tolist()
-    entry = {"prompt": spell(ids, tokenizer), "state": state, "tokens": tokens, "text": spell(tokens, tokenizer)}
+    entry = {
+        "prompt": spell(ids, tokenizer),
+        "state": state,
+        "tokens": tokens,
+        "text": spell(tokens, tokenizer),
+    }
     if written.beliefs.numel():
         entry["beliefs"] = written.beliefs[row].exp().tolist()
     if written.forecasts.numel():
@@ -306,42 +384,62 @@ def show_text(entry: dict, model, run, prompt_length: int, tokenizer: Tokenizer 
     if cfg.sweep_states:
         label = "belief" if entry["state"] is None else f"plan {entry['state']}"
         new = spell(entry["tokens"][prompt_length:], tokenizer)
-        print(f"{label:<7}| " + new.replace("\n", " ")[:160])
+        line = new.replace("\n", " ")[:160]
+        print(f"{label:<7}| {line}")
     else:
         print("\n" + entry["text"])
     if "forecasts" in entry:
-        ahead = ["[" + " ".join(f"{p:.2f}" for p in belief) + "]" for belief in entry["forecasts"][0]]
+        ahead = []
+        for belief in entry["forecasts"][0]:
+            numbers = " ".join(f"{probability:.2f}" for probability in belief)
+            ahead.append(f"[{numbers}]")
         print(f"  forecast at the first token, chunk by chunk: {' -> '.join(ahead)}")
     if cfg.show_plan and not cfg.sweep_states:
-        print_strip(*strip_of(entry, prompt_length, model, run, tokenizer))
+        strip = strip_of(entry, prompt_length, model, run, tokenizer)
+        print_strip(*strip)
 
 
 def strip_of(entry: dict, prompt_length: int, model, run, tokenizer: Tokenizer | None
              ) -> tuple[list[list[float]], list[str], list[int]]:
     """(beliefs before each token written, the tokens as words, where a chunk begins) of a text."""
     new = entry["tokens"][prompt_length:]
-    words = [spell([token], tokenizer) if tokenizer else f"{token} " for token in new]
-    begins = [t for t in range(1, len(new)) if (prompt_length - 1 + t + model.offset) % run.chunk_size == 0]
+    words = []
+    for token in new:
+        words.append(spell([token], tokenizer) if tokenizer else f"{token} ")
+    begins = []
+    for t in range(1, len(new)):
+        place = prompt_length - 1 + t + model.offset  # in the text, as the model cuts it into chunks
+        if place % run.chunk_size == 0:
+            begins.append(t)
     return entry["beliefs"], words, begins
 
 
 def print_strip(beliefs: list[list[float]], words: list[str], begins: list[int]) -> None:
     """Beliefs as shades, a line a plan; | where a chunk begins."""
     for begin in range(0, len(beliefs), STRIP):
-        part = range(begin, min(begin + STRIP, len(beliefs)))
-        text = "".join(words[t] for t in part)[:STRIP].replace("\n", " ")
-        print(f"  tokens {begin}-{part[-1]}: {text}")
+        end = min(begin + STRIP, len(beliefs))
+        text = "".join(words[begin:end])[:STRIP].replace("\n", " ")
+        print(f"  tokens {begin}-{end - 1}: {text}")
         for k in range(len(beliefs[0])):
             strip = ""
-            for t in part:
-                strip += "|" if t in begins else ""
-                strip += SHADES[min(9, int(10 * beliefs[t][k]))]
+            for t in range(begin, end):
+                if t in begins:
+                    strip += "|"
+                shade = min(9, int(10 * beliefs[t][k]))
+                strip += SHADES[shade]
             print(f"  plan {k:>2} {strip}")
 
 
 def draw_plan(folder: Path, name: str, beliefs: list[list[float]], words: list[str], begins: list[int]) -> None:
-    draw_beliefs(folder, name, np.array(beliefs[:DRAWN]), words[:DRAWN], [t for t in begins if t < DRAWN],
-                 "belief before each token (blue: a chunk begins)")
+    """Draw the first beliefs of a text into plots/ of the run folder."""
+    draw_beliefs(
+        folder,
+        name,
+        np.array(beliefs[:DRAWN]),
+        words[:DRAWN],
+        [t for t in begins if t < DRAWN],
+        "belief before each token (blue: a chunk begins)",
+    )
     print(f"  picture: {folder / 'plots' / name}.png")
 
 
@@ -360,20 +458,31 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
         model.to(rt.device)
         if cfg.adata:
             return predict_adata(page, run, model, extra, folder, cfg, rt)
-        cells, parts = page.open_run_data(run, extra), []
-        result = page.finish(model, cells, run, rt, folder, parts.append)
-    rows = np.concatenate([np.concatenate([part["rows"], part["controls"]]) for part in parts])
-    columns = {run.cell_type_key: np.array(cells.cell_types)[cells.cell_type[rows]],
-               run.pert_col: np.array(cells.perturbations)[cells.perturbation[rows]]}
+        cells = page.open_run_data(run, extra)
+        conditions = []  # what was predicted and measured of each
+        result = page.finish(model, cells, run, rt, folder, conditions.append)
+    rows = joined(conditions, "rows", "controls")
+    columns = {
+        run.cell_type_key: np.array(cells.cell_types)[cells.cell_type[rows]],
+        run.pert_col: np.array(cells.perturbations)[cells.perturbation[rows]],
+    }
     if run.batch_col:
         columns[run.batch_col] = np.array(cells.batches)[cells.batch[rows]]
     genes = cells.genes if model.gene_decoder is None else cells.count_genes
     for name in ("pred", "real"):  # control cells are as measured in both
-        expression = np.concatenate([np.concatenate([part[name], part["control"]]) for part in parts])
+        expression = joined(conditions, name, "control")
         write_h5ad(folder / f"{name}.h5ad", expression, columns, genes, obs_names=names_of(cells, rows))
     print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
     print(f"after {step} steps: " + verdict(result, folder).removeprefix("done: "))
     return {"experiment": "state", "step": step, **result}
+
+
+def joined(conditions: list[dict], cells: str, controls: str) -> np.ndarray:
+    """Of each condition these arrays of its perturbed and of its control cells, one after another."""
+    arrays = []
+    for condition in conditions:
+        arrays += [condition[cells], condition[controls]]
+    return np.concatenate(arrays)
 
 
 def names_of(cells, rows: np.ndarray) -> np.ndarray:
@@ -383,7 +492,8 @@ def names_of(cells, rows: np.ndarray) -> np.ndarray:
         here = cells.file[rows] == f
         with H5ad(path) as file:
             known = file.obs_names[cells.row[rows[here]]]
-        names[here] = [f"{name}-{f}" if f else str(name) for name in known]
+        ending = f"-{f}" if f else ""
+        names[here] = [f"{name}{ending}" for name in known]
     return names.astype(str)
 
 
@@ -396,40 +506,64 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     """
     known = page.known_perturbations(run, extra)
     reads_batches = hasattr(model, "batch_encoder")
+    batch_col = run.batch_col if reads_batches else None
     with H5ad(cfg.adata) as file:
-        controls = find_controls(file, run.cell_type_key, run.pert_col, run.batch_col if reads_batches else None,
-                                 run.control_pert)
+        controls = find_controls(file, run.cell_type_key, run.pert_col, batch_col, run.control_pert)
         genes, order = gene_order(file, run.embed_key, extra.get("genes"))
         wanted = cfg.perturbations or controls.perturbations
-        wanted = wanted or [name for name in known if name != run.control_pert]
+        if not wanted:
+            wanted = [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
         batches = None
         if reads_batches:
-            batches = np.array(page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata))[controls.batch]
+            codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
+            batches = np.array(codes)[controls.batch]
         expression = torch.from_numpy(control_expression(file, controls, run.embed_key, run.counts, order))
 
     def express(batch: dict) -> torch.Tensor:
         return page.expressed(model, model.predict(batch)["cells"])
 
     model.eval()
-    predicted, types, perts = [], [], []
+    predicted = []
+    types = []
+    perturbations = []
     for t, cell_type in enumerate(controls.cell_types):
         places = controls.of_type(cell_type)
         for p, name in enumerate(wanted):
             n = cfg.cells or controls.perturbed[cell_type, name] or len(places)
-            chosen = draw_controls(len(places), n, run.n_basal_samples, np.random.default_rng([cfg.seed, t, p]))
-            predicted += predict_cells(express, expression, batches, places[chosen], known[name], run.cell_set_len,
-                                       rt.device)
+            draws = np.random.default_rng([cfg.seed, t, p])  # of this condition alone
+            chosen = draw_controls(len(places), n, run.n_basal_samples, draws)
+            predicted += predict_cells(
+                express,
+                expression,
+                batches,
+                places[chosen],
+                known[name],
+                run.cell_set_len,
+                rt.device,
+            )
             types += [cell_type] * n
-            perts += [name] * n
+            perturbations += [name] * n
     if model.gene_decoder is not None:
-        genes = extra.get("count_genes") or [f"feature_{i}" for i in range(predicted[0].shape[1])]
+        width = predicted[0].shape[1]
+        genes = extra.get("count_genes") or [f"feature_{i}" for i in range(width)]
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {run.cell_type_key: np.array(types), run.pert_col: np.array(perts)}
-    write_h5ad(folder / "predicted.h5ad", np.concatenate(predicted), columns, np.array(genes))
-    print(f"{len(types):,} cells of {len(controls.cell_types)} cell types under {len(wanted)} perturbations written to "
-          f"{folder / 'predicted.h5ad'}")
-    return {"experiment": "state", "cells": len(types), "cell_types": controls.cell_types, "perturbations": wanted}
+    target = folder / "predicted.h5ad"
+    columns = {
+        run.cell_type_key: np.array(types),
+        run.pert_col: np.array(perturbations),
+    }
+    write_h5ad(target, np.concatenate(predicted), columns, np.array(genes))
+    print(
+        f"{len(types):,} cells of {len(controls.cell_types)} cell types under {len(wanted)} perturbations "
+        f"written to {target}"
+    )
+    return {
+        "experiment": "state",
+        "cells": len(types),
+        "cell_types": controls.cell_types,
+        "perturbations": wanted,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -463,16 +597,20 @@ def import_page(stem: str, path: Path) -> ModuleType:
         raise CheckpointError(f"{path} is a run of {file}, but Python finds another module {stem}: use another name")
     try:
         page = importlib.import_module(stem)
-    except Exception as e:  # an edited page may do anything
-        raise InputError(f"{file}, the page of {path}, cannot be imported ({reason(e)}): mend it") from e
+    except Exception as error:  # an edited page may do anything
+        raise InputError(f"{file}, the page of {path}, cannot be imported ({reason(error)}): mend it") from error
     experiment = getattr(page, "EXPERIMENT", None)
     if experiment not in SAMPLERS:
-        raise InputError(f"{stem}.py, the page of {path}, does not say how to sample it: it needs a line EXPERIMENT = "
-                         f"\"NAME\", one of {', '.join(SAMPLERS)}")
+        raise InputError(
+            f"{stem}.py, the page of {path}, does not say how to sample it: "
+            f"it needs a line EXPERIMENT = \"NAME\", one of {', '.join(SAMPLERS)}"
+        )
     missing = [name for name in NEEDS[experiment] if not hasattr(page, name)]
     if missing:
-        raise InputError(f"{stem}.py, the page of {path}, has no {', '.join(missing)}, which sample.py asks of a page "
-                         f"with EXPERIMENT = \"{experiment}\"")
+        raise InputError(
+            f"{stem}.py, the page of {path}, has no {', '.join(missing)}, "
+            f"which sample.py asks of a page with EXPERIMENT = \"{experiment}\""
+        )
     return page
 
 
@@ -483,14 +621,17 @@ def main(argv: list[str] | None = None) -> dict:
     if argv[0].startswith("-"):
         fail(f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}")
     cfg = configure(Config, argv[1:])
-    if cfg.json and (Path(cfg.json).is_dir() or not Path(cfg.json).resolve().parent.is_dir()):
-        fail(f"json = {cfg.json}: not a file in a folder that exists")
+    if cfg.json:
+        target = Path(cfg.json)
+        if target.is_dir() or not target.resolve().parent.is_dir():
+            fail(f"json = {cfg.json}: not a file in a folder that exists")
     path = Path(argv[0])
     with clear_errors():
         stem = page_stem(path)
         page = import_page(stem, path)
+        sampler = SAMPLERS[page.EXPERIMENT]
         with rehearsal(f"sampling {path} by {stem}.py", "is the page still as the run was trained?"):
-            result = SAMPLERS[page.EXPERIMENT](page, path, cfg)
+            result = sampler(page, path, cfg)
     if cfg.json:
         write_json(Path(cfg.json), result)  # -inf of impossible tokens becomes null
         print(f"\nwritten to {cfg.json}")

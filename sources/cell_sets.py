@@ -9,50 +9,79 @@ from sources.shared import suggest
 from sources.splits import SPLITS, grouped, objection
 
 
-def choose(rows: np.ndarray, bounds: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """At most so many rows of each group bounds[i] : bounds[i + 1], drawn; ascending."""
-    group = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    shuffled = rows[np.argsort(group + rng.random(len(rows)), kind="stable")]
-    rank = np.arange(len(rows)) - bounds[group]
+def choose(
+    rows: np.ndarray,
+    bounds: np.ndarray,
+    most: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """A random choice of at most `most` rows of each group, ascending.
+
+    Args:
+        rows: cells [n], group after group. bounds: [groups + 1]; group i is rows[bounds[i] : bounds[i + 1]].
+    """
+    sizes = np.diff(bounds)
+    group = np.repeat(np.arange(len(bounds) - 1), sizes)
+    # A random number below 1 added to a group's number shuffles the cells within their group.
+    order = np.argsort(group + rng.random(len(rows)), kind="stable")
+    shuffled = rows[order]
+    rank = np.arange(len(rows)) - bounds[group]  # place of a cell in its shuffled group
     return np.sort(shuffled[rank < most])
 
 
-def control_pools(cells: Cells, split: str, first: np.ndarray, by_batch: bool) -> tuple[np.ndarray, ...]:
+def control_pools(
+    cells: Cells,
+    split: str,
+    first: np.ndarray,
+    by_batch: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(pool, start, size): the control cells that serve a group are pool[start : start + size].
 
     Those of the same file and cell type, by_batch also of the same batch; where the batch has none, all of the type.
 
     Args:
-        first: a cell of each group.
+        first: a cell of each group, [groups].
     """
-    controls = cells.rows(split, True)
-    pool, _ = grouped(controls[cells.is_control[controls]], cells.file, cells.cell_type, cells.batch)
+    served = cells.rows(split, controls=True)
+    controls = served[cells.is_control[served]]
+    # Sorted by file, type and batch, the controls of a type are one stretch, and those of a batch a part of it.
+    pool, _ = grouped(controls, cells.file, cells.cell_type, cells.batch)
     kind = cells.file.astype(np.int64) * len(cells.cell_types) + cells.cell_type
     start, stop = _stretches(kind[pool], kind[first])
     if by_batch:
         kind = kind * len(cells.batches) + cells.batch
-        left, right = _stretches(kind[pool], kind[first])
-        lonely = first[(left == right) & (start < stop)]
+        batch_start, batch_stop = _stretches(kind[pool], kind[first])
+        has_batch = batch_start < batch_stop
+        lonely = first[~has_batch & (start < stop)]
         if len(lonely):
-            objection(False, f"batch {cells.batches[cells.batch[lonely[0]]]!r} has no "
-                             f"{cells.cell_types[cells.cell_type[lonely[0]]]} control cells, perhaps others too: "
-                             "those of the cell type in any batch take their place")
-        start, stop = np.where(left < right, (left, right), (start, stop))
+            batch = cells.batches[cells.batch[lonely[0]]]
+            cell_type = cells.cell_types[cells.cell_type[lonely[0]]]
+            objection(
+                False,
+                f"batch {batch!r} has no {cell_type} control cells, perhaps others too: "
+                "those of the cell type in any batch take their place",
+            )
+        start = np.where(has_batch, batch_start, start)
+        stop = np.where(has_batch, batch_stop, stop)
     return pool, start, stop - start
 
 
 def _stretches(ascending: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the stretch of each code begins and ends."""
-    return np.searchsorted(ascending, codes, "left"), np.searchsorted(ascending, codes, "right")
+    begin = np.searchsorted(ascending, codes, "left")
+    end = np.searchsorted(ascending, codes, "right")
+    return begin, end
 
 
 def codes_of(names: list[str], known: list[str], what: str, where: str) -> list[int]:
     """Places of names in `known`. Raises DataError for one that is not there."""
     places = {name: i for i, name in enumerate(known)}
+    codes = []
     for name in names:
         if name not in places:
             raise DataError(f"{where}: the {what} {name!r} is not of this model's training{suggest(name, known)}")
-    return [places[name] for name in names]
+        codes.append(places[name])
+    return codes
 
 
 def known_perturbations(cfg, extra: dict) -> dict[str, torch.Tensor]:
@@ -60,41 +89,65 @@ def known_perturbations(cfg, extra: dict) -> dict[str, torch.Tensor]:
     if cfg.perturbation_features_file:
         return load_features(cfg.perturbation_features_file)
     names = extra.get("perturbations") or []
-    return dict(zip(names, torch.eye(len(names)), strict=True))
+    one_hot = torch.eye(len(names))
+    return dict(zip(names, one_hot, strict=True))
+
+
+def check_genes(toml: str, name: str, genes: list[str] | None, extra: dict) -> None:
+    """Raise DataError unless the cells have the genes of a run, in the same order; where it names none, all serve."""
+    trained = extra.get(name)
+    if trained is None:
+        return
+    genes = list(genes or [])
+    if genes != list(trained):
+        raise DataError(
+            f"{toml} has other {name} than this run, or in another order: {len(genes)} against {len(trained)}"
+        )
 
 
 def renumber(cells: Cells, extra: dict, one_hot: bool, batch_encoder: bool) -> Cells:
     """Give cells the numbers for perturbations and batches that a run has, from the extra state of its checkpoint.
 
+    Changes `cells` in place and returns them.
+
     Args:
         one_hot: its perturbations are numbers. batch_encoder: its model knows batches by number.
     Raises DataError for other genes, and for perturbations or batches that the model has no number for.
     """
+    toml = str(cells.toml)
     dims = extra["dims"]
-    for name, genes in (("genes", cells.genes), ("count_genes", cells.count_genes)):
-        if extra.get(name) is not None and list(genes or []) != list(extra[name]):
-            raise DataError(f"{cells.toml} has other {name} than this run, or in another order: "
-                            f"{len(genes or [])} against {len(extra[name])}")
+    check_genes(toml, "genes", cells.genes, extra)
+    check_genes(toml, "count_genes", cells.count_genes, extra)
     if one_hot and "perturbations" in extra:
-        places = codes_of(cells.perturbations, extra["perturbations"], "perturbation", str(cells.toml))
+        places = codes_of(cells.perturbations, extra["perturbations"], "perturbation", toml)
         cells.pert_dim = len(extra["perturbations"])
         cells.features = torch.eye(cells.pert_dim)[places]
     if batch_encoder and "batches" in extra:
-        places = codes_of(cells.batches, extra["batches"], "batch", str(cells.toml))
-        cells.batch, cells.batches = np.array(places, np.int32)[cells.batch], extra["batches"]
+        places = codes_of(cells.batches, extra["batches"], "batch", toml)
+        cells.batch = np.array(places, np.int32)[cells.batch]
+        cells.batches = extra["batches"]
     elif batch_encoder and cells.batch_dim > (dims["batch_dim"] or 0):
-        raise DataError(f"{cells.toml} has {cells.batch_dim} batches, more than the model's {dims['batch_dim']}")
+        # The checkpoint does not name its batches: those of the data may be others, but not more.
+        raise DataError(f"{toml} has {cells.batch_dim} batches, more than the model's {dims['batch_dim']}")
     cells.batch_dim = dims["batch_dim"]
     if (cells.input_dim, cells.pert_dim) != (dims["input_dim"], dims["pert_dim"]):
-        raise DataError(f"{cells.toml} is not the data of this run: cells have {cells.input_dim} and perturbations "
-                        f"{cells.pert_dim} features, the model's {dims['input_dim']} and {dims['pert_dim']}")
+        raise DataError(
+            f"{toml} is not the data of this run: cells have {cells.input_dim} and perturbations "
+            f"{cells.pert_dim} features, the model's {dims['input_dim']} and {dims['pert_dim']}"
+        )
     return cells
 
 
 def summary_of(cells: Cells) -> str:
     """How many cells of what there are, in words."""
     control = cells.perturbations[cells.control]
-    counts = ", ".join(f"{split} {len(cells.rows(split, controls=False)):,}" for split in SPLITS)
-    return (f"{cells.toml}: {len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, "
-            f"{len(cells.perturbations) - 1} perturbations and {control}; perturbed cells: {counts} | "
-            f"{'read from disk' if cells.streamed else 'held in memory'}")
+    counts = []
+    for split in SPLITS:
+        perturbed = cells.rows(split, controls=False)
+        counts.append(f"{split} {len(perturbed):,}")
+    where = "read from disk" if cells.streamed else "held in memory"
+    return (
+        f"{cells.toml}: {len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, "
+        f"{len(cells.perturbations) - 1} perturbations and {control}; "
+        f"perturbed cells: {', '.join(counts)} | {where}"
+    )

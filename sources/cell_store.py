@@ -42,6 +42,16 @@ from sources.survey import CODES, Survey
 
 VERSION = 1  # of the folder's layout
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
+STORED_NAMES = (  # of a survey, in meta.json
+    "cell_types",
+    "perturbations",
+    "batches",
+    "genes",
+    "count_genes",
+    "gene_dim",
+    "hvg_dim",
+    "differences",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -51,14 +61,17 @@ class Stretches:
     """A .npy file that is read or written in stretches of elements: memory holds what is asked for, and no more."""
 
     def __init__(self, path: Path, mode: int = os.O_RDONLY):
-        array = np.load(path, mmap_mode="r")
-        self.path, self.dtype, self.offset = path, array.dtype, array.offset
+        array = np.load(path, mmap_mode="r")  # which reads the header
+        self.path = path
+        self.dtype = array.dtype
+        self.offset = array.offset
         self.file = os.open(path, mode)
         weakref.finalize(self, os.close, self.file)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """The elements start ... start + length - 1 of every pair, one pair after another."""
-        out = np.empty(int(lengths.sum()), self.dtype) if out is None else out
+        if out is None:
+            out = np.empty(int(lengths.sum()), self.dtype)
         self._transfer(os.preadv, starts, lengths, out)
         return out
 
@@ -67,18 +80,23 @@ class Stretches:
         self._transfer(os.pwritev, starts, lengths, np.ascontiguousarray(values, self.dtype))
 
     def _transfer(self, call: Callable, starts: np.ndarray, lengths: np.ndarray, array: np.ndarray) -> None:
+        """Read or write (preadv or pwritev) the stretches of the file from or to the array, where they are in a row."""
         if not array.size:
             return
-        buffer, size = memoryview(array).cast("B"), self.dtype.itemsize
+        buffer = memoryview(array).cast("B")
+        size = self.dtype.itemsize
         ends = np.cumsum(lengths)
         order = np.argsort(starts)  # as they lie in the file: neighbours share its pages
         first = (size * (ends - lengths))[order].tolist()  # bytes in the array ...
         last = (size * ends)[order].tolist()
         at = (self.offset + size * starts)[order].tolist()  # ... and in the file
         for i in range(len(order)):
-            if call(self.file, [buffer[first[i] : last[i]]], at[i]) != last[i] - first[i]:
-                raise DataError(f"{self.path} was changed, or its disk is full: delete {self.path.parent} to make it "
-                                "anew")
+            stretch = buffer[first[i] : last[i]]
+            moved = call(self.file, [stretch], at[i])
+            if moved != len(stretch):
+                raise DataError(
+                    f"{self.path} was changed, or its disk is full: delete {self.path.parent} to make it anew"
+                )
 
 
 class Dense:
@@ -91,6 +109,7 @@ class Dense:
         self.stretches = None if held else Stretches(path)
 
     def read(self, places: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Rows [n] of the matrix as float32 [n, D] on the device."""
         rows = torch.empty(len(places), self.columns, pin_memory=device.type == "cuda")
         if self.values is not None:
             # One thread copies nearly as fast as memory gives, and two lose all where they must wait for a core.
@@ -107,34 +126,45 @@ class Sparse:
 
     def __init__(self, store: Path, which: str, columns: int, held: bool):
         self.columns = columns
-        parts = [store / f"{which}_{part}.npy" for part in ("data", "indices", "indptr")]
-        self.indptr = np.load(parts[2], mmap_mode="r")
+        data_file = store / f"{which}_data.npy"
+        indices_file = store / f"{which}_indices.npy"
+        self.indptr = np.load(store / f"{which}_indptr.npy", mmap_mode="r")
         # With more than 2^31 values indptr is of 64 bits, and scipy would copy indices to 64 bits too.
         self.held = held and self.indptr.dtype == np.int32
         if self.held:
-            data, indices = (np.load(part, mmap_mode="r") for part in parts[:2])
-            self.matrix = csr_array((data, indices, self.indptr), shape=(len(self.indptr) - 1, columns))
+            data = np.load(data_file, mmap_mode="r")
+            indices = np.load(indices_file, mmap_mode="r")
+            shape = (len(self.indptr) - 1, columns)
+            self.matrix = csr_array((data, indices, self.indptr), shape=shape)
         else:
-            self.data, self.indices = Stretches(parts[0]), Stretches(parts[1])
+            self.data = Stretches(data_file)
+            self.indices = Stretches(indices_file)
 
     def read(self, places: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Rows [n] of the matrix as float32 [n, D] on the device, dense."""
         rows = self.matrix[places] if self.held else self._stream(places)
-        return torch.from_numpy(rows.toarray()) if device.type == "cpu" else unpack(rows, device)
+        if device.type == "cpu":
+            return torch.from_numpy(rows.toarray())
+        return unpack(rows, device)
 
     def _stream(self, places: np.ndarray) -> csr_array:
         starts = self.indptr[places].astype(np.int64)
         lengths = self.indptr[places + 1] - starts
         pointers = np.append(0, lengths.cumsum()).astype(np.int32)
-        data, indices = self.data.read(starts, lengths), self.indices.read(starts, lengths)
+        data = self.data.read(starts, lengths)
+        indices = self.indices.read(starts, lengths)
         return csr_array((data, indices, pointers), shape=(len(places), self.columns))
 
 
 def unpack(rows: csr_array, device: torch.device) -> torch.Tensor:
     """Sparse rows as dense ones on a device that fills in the zeros itself: a tenth of the bytes travel."""
-    values, columns, pointers = (torch.from_numpy(part).to(device) for part in (rows.data, rows.indices, rows.indptr))
-    first = torch.arange(rows.shape[0], device=device) * rows.shape[1]
+    values = torch.from_numpy(rows.data).to(device)
+    columns = torch.from_numpy(rows.indices).to(device)
+    pointers = torch.from_numpy(rows.indptr).to(device)
+    n, D = rows.shape
+    first = torch.arange(n, device=device) * D  # place of each row's first column in the flat result
     place = torch.repeat_interleave(first, pointers.diff(), output_size=len(values)) + columns
-    dense = torch.zeros(rows.shape[0] * rows.shape[1], device=device)
+    dense = torch.zeros(n * D, device=device)
     return dense.scatter_(0, place, values).view(rows.shape)
 
 
@@ -143,7 +173,10 @@ def unpack(rows: csr_array, device: torch.device) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 def fingerprint(files: list[Path], columns: dict, keys: dict, counts: str) -> str:
     """Twelve digits that change with all that the arrays are made from."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = []
+    for file in files:
+        stat = file.stat()
+        stats.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
     text = json.dumps([VERSION, stats, columns, keys, counts])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -155,8 +188,10 @@ def find_store(folder: str | Path, name: str) -> Path | None:
 
 def wait_for_store(folder: str | Path, name: str) -> Path:
     """The folder, once the first rank of the machine has made it; where that one fails, torchrun ends all."""
-    while not (store := find_store(folder, name)):
+    store = find_store(folder, name)
+    while not store:
         time.sleep(0.1)
+        store = find_store(folder, name)
     return store
 
 
@@ -164,8 +199,10 @@ def make_store(target: Path, write: Callable[[Path], None]) -> None:
     """write(work) fills a folder beside `target`, which takes that name at the end: it is complete or not there.
 
     Of several processes one writes, and the others wait. What a killed one left is cleared away by the next.
+    Raises DataError where it cannot be written.
     """
-    work, lock = target.with_name(f"{target.name}.making"), target.with_name(f"{target.name}.lock")
+    work = target.with_name(f"{target.name}.making")
+    lock = target.with_name(f"{target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "w") as handle:
@@ -173,9 +210,11 @@ def make_store(target: Path, write: Callable[[Path], None]) -> None:
             if not target.exists():
                 fill_and_rename(work, target, write)
             lock.unlink(missing_ok=True)  # who still waits for this one finds the folder
-    except OSError as e:
-        raise DataError(f"the prepared cells cannot be written to {target} ({e.strerror or e}): free some space, or "
-                        "start where data/ can be written") from e
+    except OSError as error:
+        raise DataError(
+            f"the prepared cells cannot be written to {target} ({error.strerror or error}): "
+            "free some space, or start where data/ can be written"
+        ) from error
 
 
 def fill_and_rename(work: Path, target: Path, write: Callable[[Path], None]) -> None:
@@ -194,13 +233,13 @@ def read_meta(store: Path) -> dict:
     try:
         meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
         sizes = meta["sizes"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{store} is damaged, its meta.json cannot be read ({e}): {remedy}") from e
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{store} is damaged, its meta.json cannot be read ({error}): {remedy}") from error
     for name, size in sizes.items():
         file = store / name
-        found = file.stat().st_size if file.exists() else 0
-        if found != size:
-            raise DataError(f"{store} is damaged, {name} has {found:,} bytes instead of {size:,}: {remedy}")
+        actual = file.stat().st_size if file.exists() else 0
+        if actual != size:
+            raise DataError(f"{store} is damaged, {name} has {actual:,} bytes instead of {size:,}: {remedy}")
     return meta
 
 
@@ -210,6 +249,7 @@ def load_codes(store: Path, name: str) -> np.ndarray:
 
 
 def stored_survey(store: Path, meta: dict) -> Survey:
+    """The survey that a folder was made from; its orders were applied when the matrices were written."""
     codes = {name: load_codes(store, name) for name in CODES}
     return Survey(codes=codes, orders={}, **meta["survey"])
 
@@ -217,47 +257,62 @@ def stored_survey(store: Path, meta: dict) -> Survey:
 # ---------------------------------------------------------------------------------------------------------------
 # Writing the folder
 # ---------------------------------------------------------------------------------------------------------------
-def write_store(work: Path, plan: Plan, survey: Survey, keys: dict[str, str], counts: str, ram_budget_gb: float
-                ) -> None:
+def write_store(
+    work: Path,
+    plan: Plan,
+    survey: Survey,
+    keys: dict[str, str],
+    counts: str,
+    ram_budget_gb: float,
+) -> None:
     """Fill a folder: two passes over the matrices, one that checks their values and one that writes them in order."""
-    codes, total = survey.codes, len(survey.codes["file"])
+    codes = survey.codes
+    total = len(codes["file"])
     # A sentence has cells of one file, type and perturbation, perhaps one batch: in this order they are neighbours.
-    order, _ = grouped(np.arange(total), codes["file"], codes["cell_type"], codes["perturbation"], codes["batch"])
+    sorted_by = [codes[name] for name in ("file", "cell_type", "perturbation", "batch")]
+    order, _ = grouped(np.arange(total), *sorted_by)
     place = np.empty(total, np.int64)
     place[order] = np.arange(total)
-    for name, values in {**codes, "place": place}.items():
+    for name, values in codes.items():
         np.save(work / f"{name}.npy", values)
+    np.save(work / "place.npy", place)
 
+    most_values = max(1 << 16, int(ram_budget_gb * 1e9) // 256)  # memory holds a block and a few copies of it
     with ExitStack() as stack:
         files = [stack.enter_context(H5ad(path)) for path in plan.files]
         drafts = {}
         for which, key in keys.items():
             matrices = [file.matrix(key) for file in files]
-            for matrix in matrices:  # memory holds a block and a few copies of it
-                matrix.entries = min(matrix.entries, max(1 << 16, int(ram_budget_gb * 1e9) // 256))
+            for matrix in matrices:
+                matrix.entries = min(matrix.entries, most_values)
             genes = survey.genes if which == "input" else survey.count_genes
             drafts[which] = Draft(work, which, key, matrices, survey.orders[which], len(genes), place)
         announce(work, plan, total, drafts)
-        with tqdm(total=2 * total * len(drafts), desc="cells", unit=" cells", unit_scale=True, leave=False,
-                  disable=not sys.stderr.isatty()) as bar:
+        bar = tqdm(
+            total=2 * total * len(drafts),
+            desc="cells",
+            unit=" cells",
+            unit_scale=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+        with bar:
             for draft in drafts.values():
                 draft.check(counts, bar)
             for draft in drafts.values():
                 draft.write(bar)
 
-    known = {name: getattr(survey, name) for name in (
-        "cell_types", "perturbations", "batches", "genes", "count_genes", "gene_dim", "hvg_dim", "differences")}
-    files = sorted(file.name for file in work.iterdir())
+    written = sorted(file.name for file in work.iterdir())
     meta = {
         "version": VERSION,
         "made_for": str(plan.path),
-        "files": list(map(str, plan.files)),
+        "files": [str(file) for file in plan.files],
         "matrices": {which: draft.entry() for which, draft in drafts.items()},
-        "survey": known,
-        "sizes": {name: (work / name).stat().st_size for name in files},
+        "survey": {name: getattr(survey, name) for name in STORED_NAMES},
+        "sizes": {name: (work / name).stat().st_size for name in written},
     }
     (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    for name in [*files, "meta.json"]:
+    for name in [*written, "meta.json"]:
         settle(work / name)
 
 
@@ -271,32 +326,56 @@ def settle(path: Path) -> None:
 
 def announce(work: Path, plan: Plan, total: int, drafts: dict) -> None:
     """Say what is made, from what and where; DataError if it does not fit on the disk."""
-    size, free = sum(draft.bytes for draft in drafts.values()), shutil.disk_usage(work).free
+    size = sum(draft.bytes for draft in drafts.values())
+    free = shutil.disk_usage(work).free
     target = work.with_suffix("")
     if size > free:
-        raise DataError(f"the prepared cells take {size / 1e9:.1f} GB in {target}, where {free / 1e9:.1f} GB are free: "
-                        "free some, or start where data/ has room")
+        raise DataError(
+            f"the prepared cells take {size / 1e9:.1f} GB in {target}, where {free / 1e9:.1f} GB are free: "
+            "free some, or start where data/ has room"
+        )
     widths = " and ".join(f"{draft.columns:,} columns of {draft.key}" for draft in drafts.values())
     files = "1 file" if len(plan.files) == 1 else f"{len(plan.files)} files"
-    print(f"preparing {total:,} cells x {widths} of {plan.path} ({files}), once: {size / 1e9:.2f} GB in {target}",
-          flush=True)
+    print(
+        f"preparing {total:,} cells x {widths} of {plan.path} ({files}), once: {size / 1e9:.2f} GB in {target}",
+        flush=True,
+    )
 
 
 class Draft:
     """One matrix of the folder while it is made, from that of every file."""
 
-    def __init__(self, work: Path, which: str, key: str, matrices: list[Matrix], orders: list[np.ndarray | None],
-                 columns: int, place: np.ndarray):
-        self.work, self.which, self.key, self.columns, self.place = work, which, key, columns, place
-        self.matrices, self.orders = matrices, orders
+    def __init__(
+        self,
+        work: Path,
+        which: str,
+        key: str,
+        matrices: list[Matrix],
+        orders: list[np.ndarray | None],
+        columns: int,
+        place: np.ndarray,
+    ):
+        self.work = work
+        self.which = which
+        self.key = key
+        self.matrices = matrices
+        self.orders = orders
+        self.columns = columns
+        self.place = place
         self.converts = [False] * len(matrices)  # of each file: whether counts become log1p
         self.first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])  # cell where each file begins
         # Sparse if most cells are: a CSR matrix with more than half of its values is larger than a dense one.
-        sparse = [m.shape[0] for m in matrices if m.format != "dense" and m.nnz <= 0.5 * m.shape[0] * m.shape[1]]
-        self.sparse = 2 * sum(sparse) > len(place)
-        self.bytes = 4 * len(place) * columns
+        sparse_cells = 0
+        for matrix in matrices:
+            rows, width = matrix.shape
+            if matrix.format != "dense" and matrix.nnz <= 0.5 * rows * width:
+                sparse_cells += rows
+        self.sparse = 2 * sparse_cells > len(place)
         if self.sparse:
-            self.bytes = 8 * sum(matrix.nnz for matrix in matrices) + 8 * len(place)
+            values = sum(matrix.nnz for matrix in matrices)
+            self.bytes = 8 * values + 8 * len(place)  # data and indices of 4 bytes each; indptr of at most 8
+        else:
+            self.bytes = 4 * len(place) * columns
 
     def entry(self) -> dict:
         """What meta.json says of it."""
@@ -311,13 +390,14 @@ class Draft:
 
     def blocks(self, f: int) -> Iterator[tuple[np.ndarray, np.ndarray | csr_array]]:
         """(rows in the folder, expression) of the blocks of a file: converted, in the order of the genes."""
+        place = self.place[self.first[f] : self.first[f + 1]]  # of the cells of the file
         for start, stop, block in self.matrices[f].blocks():
             if self.converts[f]:
                 block = normalized(block)
             if self.orders[f] is not None:
                 block = block[:, self.orders[f]]
             block = csr_array(block) if self.sparse else as_dense(block)
-            yield self.place[self.first[f] + start : self.first[f] + stop], block
+            yield place[start:stop], block
 
     def check(self, counts: str, bar: tqdm) -> None:
         """The first pass: raises DataError for values that cannot serve, and finds what is to be converted."""
@@ -333,10 +413,13 @@ class Draft:
             self.write_dense(bar)
 
     def write_dense(self, bar: tqdm) -> None:
-        values = empty_array(self.work / f"{self.which}.npy", np.float32, (len(self.place), self.columns))
+        shape = (len(self.place), self.columns)
+        values = empty_array(self.work / f"{self.which}.npy", np.float32, shape)
         for f in range(len(self.matrices)):
             for place, block in self.blocks(f):
-                values.write(place * self.columns, np.full(len(place), self.columns), block)
+                starts = place * self.columns
+                lengths = np.full(len(place), self.columns)
+                values.write(starts, lengths, block)
                 bar.update(len(place))
 
     def write_sparse(self, bar: tqdm) -> None:
@@ -348,7 +431,8 @@ class Draft:
         indices = empty_array(self.work / f"{self.which}_indices.npy", np.int32, (total,))
         for f in range(len(self.matrices)):
             for place, block in self.blocks(f):
-                starts, lengths = indptr[place], np.diff(block.indptr)
+                starts = indptr[place]
+                lengths = np.diff(block.indptr)
                 data.write(starts, lengths, block.data)
                 indices.write(starts, lengths, block.indices)
                 bar.update(len(place))
@@ -358,7 +442,8 @@ class Draft:
         lengths = np.zeros(len(self.place), np.int64)
         for f, matrix in enumerate(self.matrices):
             if matrix.format == "csr" and self.orders[f] is None:
-                lengths[self.place[self.first[f] : self.first[f + 1]]] = np.diff(matrix.node["indptr"][:])
+                rows = self.place[self.first[f] : self.first[f + 1]]
+                lengths[rows] = np.diff(matrix.node["indptr"][:])
                 continue
             for place, block in self.blocks(f):  # not told by the file: dense, by columns, or genes are left out
                 lengths[place] = np.diff(block.indptr)
@@ -367,49 +452,69 @@ class Draft:
 
 def empty_array(path: Path, kind: type, shape: tuple) -> Stretches:
     """A new .npy file of this size, to be written in stretches."""
+    dtype = np.dtype(kind)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))  # bytes
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(kind).str, "fortran_order": False,
-                                                    "shape": shape})
-        file.truncate(file.tell() + np.dtype(kind).itemsize * int(np.prod(shape, dtype=np.int64)))
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size)
     return Stretches(path, os.O_RDWR)
 
 
 def normalized(block: np.ndarray | csr_array) -> np.ndarray | csr_array:
     """Counts -> log(1 + TARGET_SUM x / total of the cell), float32."""
-    scale = TARGET_SUM / np.maximum(row_sums(block), 1e-30)
+    scale = TARGET_SUM / np.maximum(row_sums(block), 1e-30)  # [rows]; a cell without counts stays without
     if isinstance(block, csr_array):
-        values = np.log1p((block.data * np.repeat(scale, np.diff(block.indptr))).astype(np.float32))
-        return csr_array((values, block.indices, block.indptr), shape=block.shape)
-    return np.log1p((block * scale[:, None]).astype(np.float32))
+        scale_of_value = np.repeat(scale, np.diff(block.indptr))
+        scaled = (block.data * scale_of_value).astype(np.float32)
+        return csr_array((np.log1p(scaled), block.indices, block.indptr), shape=block.shape)
+    scaled = (block * scale[:, None]).astype(np.float32)
+    return np.log1p(scaled)
 
 
 def check_values(matrix: Matrix, expression: bool, counts: str, done: Callable | None = None) -> bool:
-    """Read a matrix once; whether it is to be normalised and logged. DataError: not finite, negative, raw counts."""
-    found = matrix.check(done)
+    """Read a matrix once; whether it is to be normalised and logged. DataError: not finite, negative, raw counts.
+
+    Args:
+        expression: it holds that, not an embedding. counts: the setting of train_state.py. done: as of Matrix.check.
+    """
+    values = matrix.check(done)
     if not expression:
         return False
-    if found["min"] < 0:
-        for start, _, block in matrix.blocks():
-            negative = stored(block) < 0
-            if negative.any():
-                raise DataError(f"{matrix.where} holds {matrix.first_row(start, block, negative)}: expression is never "
-                                "negative; an embedding belongs in obsm under another name")
-    raw = found["max"] > 0 and not looks_log1p(found)
+    if values["min"] < 0:
+        refuse_negative(matrix)
+    raw = values["max"] > 0 and not looks_log1p(values)
     if not raw or counts in ("log1p", "counts"):
         return False
     if counts == "convert" and not matrix.key.startswith("obsm/"):
         return True
-    what = "raw counts" if found["integer"] else "values"
+    what = "raw counts" if values["integer"] else "values"
     remedy = ", or counts=convert to normalise while reading" if matrix.key == "X" else ""
-    raise DataError(f"{matrix.where} holds {what} up to {found['max']:g}, not log1p: python prepare_data.py state "
-                    f"--action=preprocess --input={matrix.source.path}{remedy}")
+    raise DataError(
+        f"{matrix.where} holds {what} up to {values['max']:g}, not log1p: python prepare_data.py state "
+        f"--action=preprocess --input={matrix.source.path}{remedy}"
+    )
+
+
+def refuse_negative(matrix: Matrix) -> None:
+    """Raise DataError that names the first cell with a negative value."""
+    for start, _, block in matrix.blocks():
+        negative = stored(block) < 0
+        if negative.any():
+            raise DataError(
+                f"{matrix.where} holds {matrix.first_row(start, block, negative)}: "
+                "expression is never negative; an embedding belongs in obsm under another name"
+            )
 
 
 def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray) -> np.ndarray:
     """The input of these (ascending) rows of a file of no TOML, [n, D] float32, checked. Raises DataError."""
-    matrix, parts = file.matrix(embed_key), []
+    matrix = file.matrix(embed_key)
     converts = check_values(matrix, embed_key in (None, "X", "X_hvg"), counts)
+    parts = []
     for start, stop, block in matrix.blocks():
-        block = normalized(block) if converts else block
-        parts.append(as_dense(block)[rows[(rows >= start) & (rows < stop)] - start])
+        if converts:
+            block = normalized(block)
+        inside = rows[(rows >= start) & (rows < stop)]
+        parts.append(as_dense(block)[inside - start])
     return np.concatenate(parts)

@@ -44,14 +44,30 @@ class Cells:
     perturbed cells without control cells of their type and file, files of different genes.
     """
 
-    def __init__(self, plan: Plan, survey: Survey, *, pert_col: str, control_pert: str, embed_key: str | None,
-                 strict: bool, zeroshot_controls: bool, val_fraction: float, seed: int,
-                 perturbation_features_file: str | None):
-        self.toml, self.files, self.names = plan.path, plan.files, plan.names
+    def __init__(
+        self,
+        plan: Plan,
+        survey: Survey,
+        *,
+        pert_col: str,
+        control_pert: str,
+        embed_key: str | None,
+        strict: bool,
+        zeroshot_controls: bool,
+        val_fraction: float,
+        seed: int,
+        perturbation_features_file: str | None,
+    ):
+        self.toml = plan.path
+        self.files = plan.files
+        self.names = plan.names
         for name in CODES:
             setattr(self, name, survey.codes[name])
-        self.cell_types, self.perturbations, self.batches = survey.cell_types, survey.perturbations, survey.batches
-        self.genes, self.count_genes = survey.genes, survey.count_genes
+        self.cell_types = survey.cell_types
+        self.perturbations = survey.perturbations
+        self.batches = survey.batches
+        self.genes = survey.genes
+        self.count_genes = survey.count_genes
         self._find_controls(pert_col, control_pert)
         for difference in survey.differences:
             objection(strict, difference)
@@ -59,26 +75,35 @@ class Cells:
         self.features = None
         if perturbation_features_file:
             self.features = read_features(perturbation_features_file, self.perturbations, control_pert, strict)
-        self.input_dim = self.output_dim = len(self.genes)
-        self.gene_dim, self.hvg_dim = survey.gene_dim, survey.hvg_dim
+        self.input_dim = len(self.genes)
+        self.output_dim = self.input_dim
+        self.gene_dim = survey.gene_dim
+        self.hvg_dim = survey.hvg_dim
         self.pert_dim = len(self.perturbations) if self.features is None else self.features.shape[1]
         self.batch_dim = len(self.batches)
 
         self.member = assign_splits(plan, self, strict, zeroshot_controls, val_fraction, seed)
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
         check_controls(self, self.member, strict or embed_key is None, pert_col)
-        self.store, self.matrices, self.streamed = None, {}, False  # until open_matrices
+        # Until open_matrices.
+        self.store = None
+        self.matrices = {}
+        self.streamed = False
 
     def open_matrices(self, store: Path, meta: dict, ram_budget_gb: float) -> None:
         """Map the matrices of a prepared folder, or what exceeds the budget: find it in its files."""
-        self.store, self.place = store, load_codes(store, "place")
-        files = [file for entry in meta["matrices"].values() for file in entry["files"]]
-        self.streamed = sum(meta["sizes"][file] for file in files) > ram_budget_gb * 1e9
+        self.store = store
+        self.place = load_codes(store, "place")
+        size = 0  # bytes
+        for entry in meta["matrices"].values():
+            size += sum(meta["sizes"][file] for file in entry["files"])
+        self.streamed = size > ram_budget_gb * 1e9
         for which, entry in meta["matrices"].items():
             kind = Sparse if entry["format"] == "csr" else Dense
             self.matrices[which] = kind(store, which, entry["columns"], held=not self.streamed)
 
     def _find_controls(self, pert_col: str, control_pert: str) -> None:
+        """control and is_control; DataError for a file without control cells."""
         self.control = -1
         if control_pert in self.perturbations:
             self.control = self.perturbations.index(control_pert)
@@ -86,9 +111,12 @@ class Cells:
         controls = np.bincount(self.file[self.is_control], minlength=len(self.files))
         for f, path in enumerate(self.files):
             if not controls[f]:
-                known = [self.perturbations[p] for p in np.unique(self.perturbation[self.file == f])]
-                raise DataError(f"{path} has no control cells: no cell has {pert_col} = {control_pert!r}"
-                                f"{suggest(control_pert, known)}; set control_pert")
+                codes = np.unique(self.perturbation[self.file == f])
+                known = [self.perturbations[code] for code in codes]
+                raise DataError(
+                    f"{path} has no control cells: no cell has {pert_col} = {control_pert!r}"
+                    f"{suggest(control_pert, known)}; set control_pert"
+                )
 
     @property
     def needs_counts(self) -> bool:
@@ -98,12 +126,15 @@ class Cells:
     @property
     def perturbation_features(self) -> torch.Tensor:
         """[P, pert_dim] float32; one-hot without a perturbation_features_file."""
-        return torch.eye(self.pert_dim) if self.features is None else self.features
+        if self.features is None:
+            return torch.eye(self.pert_dim)
+        return self.features
 
     def dims(self) -> dict:
         """Sizes for a model, as cell-load's var_dims; decodes: a decoder has counts of genes to learn."""
         names = ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim")
-        return {name: int(getattr(self, name)) for name in names} | {"decodes": self.needs_counts}
+        sizes = {name: int(getattr(self, name)) for name in names}
+        return {**sizes, "decodes": self.needs_counts}
 
     def maps(self) -> dict:
         """What the codes, and the columns of cells, mean: lists of names."""
@@ -118,19 +149,33 @@ class Cells:
     def rows(self, split: str, controls: bool) -> np.ndarray:
         """Cells of a split, ascending: the perturbed ones, and the controls that serve them if `controls`."""
         chosen = in_split(self.member, split)
-        return np.flatnonzero(chosen if controls else chosen & ~self.is_control)
+        if not controls:
+            chosen = chosen & ~self.is_control
+        return np.flatnonzero(chosen)
 
     def read(self, rows: np.ndarray, which: str = "input", device: torch.device | str = "cpu") -> torch.Tensor:
         """Expression of these cells, [n] -> [n, D] float32 on the device; which: "input" or "counts"."""
         return self.matrices[which].read(self.place[rows], torch.device(device))
 
 
-def open_cells(*, toml: str | Path, pert_col: str = "gene", cell_type_key: str = "cell_type",
-               batch_col: str | None = "gem_group", control_pert: str = "non-targeting",
-               embed_key: str | None = "X_hvg", output_space: str = "gene", counts: str = "auto", strict: bool = True,
-               zeroshot_controls: bool = True, val_fraction: float = 0.1, seed: int = 42,
-               perturbation_features_file: str | None = None, ram_budget_gb: float = 8.0,
-               folder: str | Path = "data/cells") -> Cells:
+def open_cells(
+    *,
+    toml: str | Path,
+    pert_col: str = "gene",
+    cell_type_key: str = "cell_type",
+    batch_col: str | None = "gem_group",
+    control_pert: str = "non-targeting",
+    embed_key: str | None = "X_hvg",
+    output_space: str = "gene",
+    counts: str = "auto",
+    strict: bool = True,
+    zeroshot_controls: bool = True,
+    val_fraction: float = 0.1,
+    seed: int = 42,
+    perturbation_features_file: str | None = None,
+    ram_budget_gb: float = 8.0,
+    folder: str | Path = "data/cells",
+) -> Cells:
     """The cells that a TOML names; the settings are train_state.py's. Raises DataError.
 
     Where they are not prepared yet, or the files have changed since, this makes a folder of arrays in `folder`: the
@@ -150,12 +195,16 @@ def open_cells(*, toml: str | Path, pert_col: str = "gene", cell_type_key: str =
         "perturbation_features_file": perturbation_features_file,
     }
     name = fingerprint(plan.files, columns, keys, counts)
+    is_first_rank = int(os.environ.get("LOCAL_RANK", 0)) == 0
     cells = None
-    if not find_store(folder, name) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if is_first_rank and not find_store(folder, name):
         survey = survey_files(plan.files, columns, keys)
         cells = Cells(plan, survey, **settings)  # what is wrong with the TOML is said before anything is written
-        make_store(Path(folder) / f"{plan.path.stem}-{name}",
-                   lambda work: write_store(work, plan, survey, keys, counts, ram_budget_gb))
+
+        def write(work: Path) -> None:
+            write_store(work, plan, survey, keys, counts, ram_budget_gb)
+
+        make_store(Path(folder) / f"{plan.path.stem}-{name}", write)
     store = wait_for_store(folder, name)
     meta = read_meta(store)
     if cells is None:
@@ -168,26 +217,52 @@ def prepare_cells(*, toml: str = "", **settings) -> dict:
     """Make the cells of a TOML ready, as open_cells does at the first start; returns what they are and where."""
     cells = open_cells(toml=toml, **settings)
     size = sum(file.stat().st_size for file in cells.store.iterdir())
-    print(f"{toml}: {len(cells.file):,} cells x {cells.input_dim:,} columns, {size / 1e9:.2f} GB, are ready in "
-          f"{cells.store}")
-    return {"folder": str(cells.store), "cells": len(cells.file), "columns": cells.input_dim, "bytes": size}
+    print(
+        f"{toml}: {len(cells.file):,} cells x {cells.input_dim:,} columns, {size / 1e9:.2f} GB, "
+        f"are ready in {cells.store}"
+    )
+    return {
+        "folder": str(cells.store),
+        "cells": len(cells.file),
+        "columns": cells.input_dim,
+        "bytes": size,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Without expression
 # ---------------------------------------------------------------------------------------------------------------
-def survey_toml(toml: str | Path, *, pert_col: str = "gene", cell_type_key: str = "cell_type",
-                batch_col: str | None = "gem_group", control_pert: str = "non-targeting",
-                embed_key: str | None = "X_hvg", output_space: str = "gene", strict: bool = True,
-                zeroshot_controls: bool = True, val_fraction: float = 0.1, seed: int = 42,
-                perturbation_features_file: str | None = None) -> Cells:
+def survey_toml(
+    toml: str | Path,
+    *,
+    pert_col: str = "gene",
+    cell_type_key: str = "cell_type",
+    batch_col: str | None = "gem_group",
+    control_pert: str = "non-targeting",
+    embed_key: str | None = "X_hvg",
+    output_space: str = "gene",
+    strict: bool = True,
+    zeroshot_controls: bool = True,
+    val_fraction: float = 0.1,
+    seed: int = 42,
+    perturbation_features_file: str | None = None,
+) -> Cells:
     """The cells that a TOML names without their expression, read from its files: nothing is prepared."""
     plan = read_toml(toml, strict)
     columns = {"cell_type": cell_type_key, "perturbation": pert_col, "batch": batch_col}
     survey = survey_files(plan.files, columns, matrix_keys(embed_key, output_space))
-    return Cells(plan, survey, pert_col=pert_col, control_pert=control_pert, embed_key=embed_key, strict=strict,
-                 zeroshot_controls=zeroshot_controls, val_fraction=val_fraction, seed=seed,
-                 perturbation_features_file=perturbation_features_file)
+    return Cells(
+        plan,
+        survey,
+        pert_col=pert_col,
+        control_pert=control_pert,
+        embed_key=embed_key,
+        strict=strict,
+        zeroshot_controls=zeroshot_controls,
+        val_fraction=val_fraction,
+        seed=seed,
+        perturbation_features_file=perturbation_features_file,
+    )
 
 
 def has_hvg(path: Path) -> bool:
@@ -203,32 +278,54 @@ def inspect(path: str | Path, **settings) -> dict:
     if "embed_key" not in settings:
         files = read_toml(path, settings.get("strict", True)).files
         if not all(has_hvg(file) for file in files):  # then X is what there is to train on
-            settings |= {"embed_key": None, "output_space": "all"}
+            settings["embed_key"] = None
+            settings["output_space"] = "all"
     cells = survey_toml(path, **settings)
-    tables = {"cell_type": (cells.cell_type, cells.cell_types),
-              "perturbation": (cells.perturbation, cells.perturbations)}
-    splits, lines = {}, {}
-    for split in SPLITS:
-        rows = cells.rows(split, controls=True)
-        controls = int(cells.is_control[rows].sum())
-        splits[split] = {"perturbed": len(rows) - controls, "control": controls}
-        lines.setdefault("perturbed cells", []).append(len(rows) - controls)
-        lines.setdefault("control cells", []).append(controls)
-        for title, (codes, names) in tables.items():
-            counts = np.bincount(codes[rows], minlength=len(names)).tolist()
-            splits[split][title] = {name: n for name, n in zip(names, counts, strict=True) if n}
-            for name, n in zip(names, counts, strict=True):
-                lines.setdefault(f"{title} {name}", []).append(n)
+    splits = {split: count_cells(cells, split) for split in SPLITS}
 
     skipped = int((cells.member == 0).sum())
-    print(f"{path}: {len(cells.file):,} cells in {len(cells.files)} files, {cells.input_dim:,} columns, "
-          f"{len(cells.cell_types)} cell types, {len(cells.perturbations) - 1} perturbations, {cells.batch_dim} batches"
-          + (f"; {skipped:,} cells are in no split" if skipped else ""))
-    print(f"{'':32}" + "".join(f"{split:>12}" for split in SPLITS))
-    for title, counts in lines.items():
-        note = "  (the control cells of a type serve each of its splits)" if title == "control cells" else ""
-        print(f"{title:32}" + "".join(f"{n or '-':>12}" for n in counts) + note)
-    return {"toml": str(path), "files": list(map(str, cells.files)), "genes": cells.input_dim, "splits": splits}
+    note = f"; {skipped:,} cells are in no split" if skipped else ""
+    print(
+        f"{path}: {len(cells.file):,} cells in {len(cells.files)} files, {cells.input_dim:,} columns, "
+        f"{len(cells.cell_types)} cell types, {len(cells.perturbations) - 1} perturbations, "
+        f"{cells.batch_dim} batches{note}"
+    )
+    print_line("", SPLITS)
+    print_line("perturbed cells", [splits[split]["perturbed"] for split in SPLITS])
+    serves = "  (the control cells of a type serve each of its splits)"
+    print_line("control cells", [splits[split]["control"] for split in SPLITS], serves)
+    for title, names in (("cell_type", cells.cell_types), ("perturbation", cells.perturbations)):
+        for name in names:
+            print_line(f"{title} {name}", [splits[split][title].get(name, 0) for split in SPLITS])
+    return {
+        "toml": str(path),
+        "files": [str(file) for file in cells.files],
+        "genes": cells.input_dim,
+        "splits": splits,
+    }
+
+
+def count_cells(cells: Cells, split: str) -> dict:
+    """Cells of a split: perturbed, control, and of each cell_type and perturbation that it has."""
+    rows = cells.rows(split, controls=True)
+    controls = int(cells.is_control[rows].sum())
+    return {
+        "perturbed": len(rows) - controls,
+        "control": controls,
+        "cell_type": count_names(cells.cell_type[rows], cells.cell_types),
+        "perturbation": count_names(cells.perturbation[rows], cells.perturbations),
+    }
+
+
+def count_names(codes: np.ndarray, names: list[str]) -> dict[str, int]:
+    """How often each name occurs, of those that do."""
+    counts = np.bincount(codes, minlength=len(names)).tolist()
+    return {name: count for name, count in zip(names, counts, strict=True) if count}
+
+
+def print_line(title: str, values, note: str = "") -> None:
+    """A title and a value of each split in columns; - for none."""
+    print(f"{title:32}" + "".join(f"{value or '-':>12}" for value in values) + note)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,16 +337,28 @@ def load_features(path: str | Path) -> dict[str, torch.Tensor]:
         raise DataError(f"{path} cannot be read: there is no such file (perturbation_features_file)")
     try:
         with open(path, "rb") as file:
-            table = dict(np.load(file)) if str(path).endswith(".npz") else torch.load(file, "cpu", weights_only=True)
+            if str(path).endswith(".npz"):
+                table = dict(np.load(file))
+            else:
+                table = torch.load(file, "cpu", weights_only=True)
         vectors = {str(name): torch.as_tensor(vector, dtype=torch.float32) for name, vector in table.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as e:
-        reason = (str(e).splitlines() or ["it is damaged"])[0]
-        if isinstance(e, pickle.UnpicklingError):  # torch's own text is advice to run what is in there
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = (str(error).splitlines() or ["it is damaged"])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run what is in there
             reason = "it is damaged, or holds other things than tensors (.npz takes arrays)"
-        raise DataError(f"{path} cannot be read as a .pt or .npz dict name -> vector: {reason}") from e
+        raise DataError(f"{path} cannot be read as a .pt or .npz dict name -> vector: {reason}") from error
     shapes = sorted({tuple(vector.shape) for vector in vectors.values()})
-    if len(shapes) != 1 or len(shapes[0]) != 1 or not all(v.isfinite().all() for v in vectors.values()):
+    of_one_length = len(shapes) == 1 and len(shapes[0]) == 1
+    if not of_one_length or not all(vector.isfinite().all() for vector in vectors.values()):
         raise DataError(f"{path} should hold finite vectors of one length; their shapes are {shapes}")
     return vectors
 
@@ -259,7 +368,10 @@ def read_features(path: str | Path, perturbations: list[str], control_pert: str,
     vectors = load_features(path)
     missing = [name for name in perturbations if name not in vectors and name != control_pert]
     if missing:
-        objection(strict, f"{path} has no vector for {len(missing)} perturbations, such as {missing[0]!r}"
-                          f"{suggest(missing[0], vectors)}; with strict=False they are zeros, as the control")
+        objection(
+            strict,
+            f"{path} has no vector for {len(missing)} perturbations, such as {missing[0]!r}"
+            f"{suggest(missing[0], vectors)}; with strict=False they are zeros, as the control",
+        )
     zero = torch.zeros_like(next(iter(vectors.values())))
     return torch.stack([vectors.get(name, zero) for name in perturbations])

@@ -47,10 +47,12 @@ class Shares(NamedTuple):
 
     def split(self, text: str) -> str:
         """That of a document, which only its text and the seed decide."""
-        place = place_of(text, self.seed)
+        place = place_of(text, self.seed)  # in [0, 1)
         if place < self.test:
             return "test"
-        return "validation" if place < self.test + self.validation else "train"
+        if place < self.test + self.validation:
+            return "validation"
+        return "train"
 
 
 def read_records(source: Source) -> Iterator[tuple[str, dict]]:
@@ -74,7 +76,8 @@ def hub_records(source: Source) -> Iterator[tuple[str, dict]]:
     """Records of a hub data set with their split and the names of integer labels."""
     column = source.label_column or "label"
     for split, rows in open_hub(source.input, source.hub_config).items():
-        names = getattr((rows.features or {}).get(column), "names", None) or []
+        features = rows.features or {}
+        names = getattr(features.get(column), "names", None) or []
         with hub_errors(source.input):
             for number, record in enumerate(rows):
                 label = record.get(column)
@@ -98,13 +101,20 @@ def document(where: str, record: dict, source: Source, shares: Shares) -> tuple[
 
 def category_of(label) -> str:
     """The name of a label; the ccdv data set has numbers."""
-    number = int(label) if isinstance(label, int) or str(label).isdigit() else -1
-    return CCDV_LABELS[number] if 0 <= number < len(CCDV_LABELS) else str(label)
+    is_number = isinstance(label, int) or str(label).isdigit()
+    number = int(label) if is_number else -1
+    if 0 <= number < len(CCDV_LABELS):
+        return CCDV_LABELS[number]
+    return str(label)
 
 
 def gather(source: Source, categories: list[str], max_documents: int | None, shares: Shares, spool: Spool) -> None:
-    """Sort all documents of the wanted categories into the spool; each text once, in the first split it has."""
-    others, dropped = Counter(), 0
+    """Sort all documents of the wanted categories into the spool; each text once, in the first split it has.
+
+    Raises DataError for a record that cannot serve and a category without training documents.
+    """
+    others = Counter()  # documents of other categories
+    dropped = 0
     seen = set()  # 8 bytes a text, where the texts themselves may not fit in memory
     with contextlib.closing(read_records(source)) as records:
         for where, record in progress(records, "documents read", "doc"):
@@ -120,11 +130,16 @@ def gather(source: Source, categories: list[str], max_documents: int | None, sha
                 spool.add(split, category, text)
     for category in categories:
         if not spool.counts["train", category]:
-            known = sorted(others) + sorted({c for _, c in spool.counts})
-            raise DataError(f"{source.input} has no training document of category {category!r}"
-                            f"{closest(category, known)} It has: {', '.join(known) or 'none'}")
-    print(f"documents: {sum(spool.counts.values()):,} of {len(categories)} categories; dropped {dropped:,} empty or "
-          f"repeated, {sum(others.values()):,} of other categories")
+            spooled = {name for _, name in spool.counts}
+            known = sorted(others) + sorted(spooled)
+            raise DataError(
+                f"{source.input} has no training document of category {category!r}"
+                f"{closest(category, known)} It has: {', '.join(known) or 'none'}"
+            )
+    print(
+        f"documents: {sum(spool.counts.values()):,} of {len(categories)} categories; "
+        f"dropped {dropped:,} empty or repeated, {sum(others.values()):,} of other categories"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- chunks
@@ -138,8 +153,9 @@ class ChunkSpool:
     """
 
     def __init__(self, folder: Path, name: str, chunk_size: int, vocab_size: int):
-        self.chunk_size, self.vocab_size = chunk_size, vocab_size
-        self.dtype = np.min_scalar_type(vocab_size - 1)
+        self.chunk_size = chunk_size
+        self.vocab_size = vocab_size
+        self.dtype = np.min_scalar_type(vocab_size - 1)  # the smallest that holds all tokens
         self.tokens = open(folder / f"{name}.tokens", "w+b")
         self.documents = open(folder / f"{name}.documents", "w+b")
         self.document = 0  # the number of the next
@@ -162,9 +178,12 @@ class ChunkSpool:
         """The HDF5 file; raises DataError if a category has no chunk."""
         for category, count in self.sizes.items():
             if not count:
-                raise DataError(f"category {category!r} has no document of {self.chunk_size} tokens for {path.name}: "
-                                "use a smaller chunk_size, more documents or fewer categories")
-        names, N = list(self.sizes), self.sizes.total()
+                raise DataError(
+                    f"category {category!r} has no document of {self.chunk_size} tokens for {path.name}: "
+                    "use a smaller chunk_size, more documents or fewer categories"
+                )
+        names = list(self.sizes)
+        N = self.sizes.total()
         codes = np.repeat(np.arange(len(names)), list(self.sizes.values())).astype(np.uint16)
         encoded = np.array([name.encode() for name in names])  # of fixed length: a row costs no pointer
         with h5py.File(path, "w") as file:
@@ -176,7 +195,8 @@ class ChunkSpool:
             for begin in range(0, N, BLOCK):
                 rows = slice(begin, min(begin + BLOCK, N))
                 size = rows.stop - rows.start
-                tokens[rows] = np.fromfile(self.tokens, self.dtype, size * self.chunk_size).reshape(size, -1)
+                block = np.fromfile(self.tokens, self.dtype, size * self.chunk_size)
+                tokens[rows] = block.reshape(size, -1)
                 documents[rows] = np.fromfile(self.documents, np.int64, size)
                 labels[rows] = encoded[codes[rows]]
             file["category_code"] = codes
@@ -211,7 +231,10 @@ def encode(spool: Spool, split: str, category: str, tokenizer: Tokenizer, thread
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(None, f"{split} {category}", "doc", spool.counts[split, category]))
         rest = stack.enter_context(contextlib.closing(spool.texts(split, category)))
-        while texts := list(islice(rest, BATCH_DOCUMENTS)):
+        while True:
+            texts = list(islice(rest, BATCH_DOCUMENTS))
+            if not texts:
+                break
             for ids in tokenizer.encode_batch(texts, threads):
                 chunks.add(category, ids)
             bar.update(len(texts))
@@ -242,7 +265,8 @@ def prepare_chunks(
     encoder = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     with Workshop(out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
         source = Source(input, hub_config, text_column, label_column, split_column)
-        gather(source, categories, max_documents, Shares(validation_fraction, test_fraction, seed), spool)
+        shares = Shares(validation_fraction, test_fraction, seed)
+        gather(source, categories, max_documents, shares, spool)
         if encoder is None:
             texts = balanced_sample(spool, categories, tokenizer_chars)
             encoder = train_bpe(progress(texts, "training the tokenizer", "doc"), vocab_size)
@@ -260,8 +284,10 @@ def prepare_chunks(
                 chunks.write(shop.folder / f"{split}.h5", tokenizer="tokenizer.json", source=input, seed=seed)
             sizes[split] = dict(chunks.sizes)
             listed = ", ".join(f"{category} {count:,}" for category, count in chunks.sizes.items())
-            print(f"{split}: {chunks.sizes.total():,} chunks of {chunk_size} tokens ({listed}); "
-                  f"{chunks.dropped:,} tail tokens dropped")
+            print(
+                f"{split}: {chunks.sizes.total():,} chunks of {chunk_size} tokens ({listed}); "
+                f"{chunks.dropped:,} tail tokens dropped"
+            )
         if "train" not in sizes or "validation" not in sizes:
             raise DataError(f"{input} leaves no validation documents: raise validation_fraction or add documents")
         shop.finish("tokenizer.json", *(f"{split}.h5" for split in sizes))
@@ -279,24 +305,30 @@ def open_chunks(path: str | Path) -> tuple[h5py.File, list[str], np.ndarray]:
     """
     try:
         file = h5py.File(path, "r")
-    except OSError as e:
+    except OSError as error:
         reason = "damaged or no HDF5 file" if Path(path).exists() else "no such file"
-        raise DataError(f"{path}: {reason}; make it with python prepare_data.py arxiv or ergodic") from e
+        raise DataError(f"{path}: {reason}; make it with python prepare_data.py arxiv or ergodic") from error
     for name, ndim in (("token_chunks", 2), ("category_for_chunk", 1), ("doc_idx_for_chunk", 1)):
         if name not in file or file[name].ndim != ndim:
             raise DataError(f"{path} has no dataset {name!r} of {ndim} dimensions; it has {', '.join(file) or 'none'}")
-    tokens, labels = file["token_chunks"], file["category_for_chunk"]
-    if not len(tokens) or not len(tokens) == len(labels) == len(file["doc_idx_for_chunk"]):
+    tokens = file["token_chunks"]
+    labels = file["category_for_chunk"]
+    documents = file["doc_idx_for_chunk"]
+    if not len(tokens) or not len(tokens) == len(labels) == len(documents):
         raise DataError(f"{path}: token_chunks, category_for_chunk and doc_idx_for_chunk must have one length, above 0")
     if tokens.dtype.kind not in "ui":
         raise DataError(f"{path}: token_chunks holds {tokens.dtype}, not whole numbers")
     if "category_code" in file and "names" in file["category_code"].attrs:
-        return file, [str(name) for name in file["category_code"].attrs["names"]], file["category_code"][:]
+        codes = file["category_code"]
+        names = [str(name) for name in codes.attrs["names"]]
+        return file, names, codes[:]
     if h5py.check_string_dtype(labels.dtype) is None:
         raise DataError(f"{path}: category_for_chunk holds {labels.dtype}, not names")
-    names, first, codes = np.unique(labels.asstr("utf-8")[:].astype(str), return_index=True, return_inverse=True)
+    label_names = labels.asstr("utf-8")[:].astype(str)
+    names, first, codes = np.unique(label_names, return_index=True, return_inverse=True)
     order = first.argsort()  # as they come in the file
-    return file, names[order].tolist(), order.argsort()[codes].astype(np.uint16)
+    place = order.argsort()  # of each name in that order
+    return file, names[order].tolist(), place[codes].astype(np.uint16)
 
 
 def map_tokens(file: h5py.File) -> np.ndarray:
@@ -329,31 +361,40 @@ def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
         low, top = token_range(tokens)
         size = int(file.attrs.get("vocab_size", max(vocab_size, top + 1)))
         if low < 0 or top >= size:
-            raise DataError(f"{path} has the token {low if low < 0 else top}, but vocab_size = {size}: see python "
-                            f"prepare_data.py inspect {path}")
+            wrong = low if low < 0 else top
+            raise DataError(
+                f"{path} has the token {wrong}, but vocab_size = {size}: see python prepare_data.py inspect {path}"
+            )
         # Numbers of documents may begin anew in each category: the pair is what tells them apart.
-        pairs = np.stack([codes.astype(np.int64), file["doc_idx_for_chunk"][:].astype(np.int64)], 1)
+        numbers = file["doc_idx_for_chunk"][:].astype(np.int64)
+        pairs = np.stack([codes.astype(np.int64), numbers], 1)
+        _, documents = np.unique(pairs, axis=0, return_inverse=True)
         smallest = np.bincount(codes, minlength=len(names)).min()
+        budget = file.attrs.get("reference_chunk_budget_smallest_top_category", smallest)
         return {
             "tokens": tokens,
             "codes": codes,
-            "documents": np.unique(pairs, axis=0, return_inverse=True)[1].ravel(),
+            "documents": documents.ravel(),
             "names": names,
             "vocab_size": size,
-            "budget": int(file.attrs.get("reference_chunk_budget_smallest_top_category", smallest)),
+            "budget": int(budget),
             "oracle": file["oracle_log_prob"][:] if "oracle_log_prob" in file else None,
         }
 
 
 def train_and_validation(folder: Path) -> tuple[dict, dict]:
     """(train, validation) of a folder with train.h5 and validation.h5, over one vocabulary and size of chunks."""
+    # A file of the source does not say its vocabulary: what the tokens of both need counts.
     validation = chunk_arrays(folder / "validation.h5")
     train = chunk_arrays(folder / "train.h5", validation["vocab_size"])
     if train["vocab_size"] > validation["vocab_size"]:
         validation = chunk_arrays(folder / "validation.h5", train["vocab_size"])
-    if (train["tokens"].shape[1], train["vocab_size"]) != (validation["tokens"].shape[1], validation["vocab_size"]):
-        raise DataError(f"train.h5 and validation.h5 of {folder} differ in chunk size or vocabulary: they are not of "
-                        "one preparation")
+    same_size = train["tokens"].shape[1] == validation["tokens"].shape[1]
+    if not same_size or train["vocab_size"] != validation["vocab_size"]:
+        raise DataError(
+            f"train.h5 and validation.h5 of {folder} differ in chunk size or vocabulary: "
+            "they are not of one preparation"
+        )
     return train, validation
 
 
@@ -375,21 +416,27 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
     path = Path(path)
     file, names, codes = open_chunks(path)
     with file:
-        chunks, documents = file["token_chunks"], file["doc_idx_for_chunk"][:]
+        chunks = file["token_chunks"]
+        documents = file["doc_idx_for_chunk"][:]
         N, n = chunks.shape  # read block by block: the file may be larger than memory
         vocab_size = int(file.attrs.get("vocab_size", 0))  # 0: the file does not say
         counts, negative = count_tokens(chunks, vocab_size)
         problems = range_problems(counts, negative, vocab_size)
         problems += repeats(path, chunks)
         print(f"{path}: {N:,} chunks of {n} tokens, {N * n:,} tokens, vocabulary {vocab_size or 'unknown'}")
-        sizes, owners = {}, {}
+        sizes = {}
+        owners = {}  # documents of each category
         for k, name in enumerate(names):
             here = codes == k
-            sizes[name], owners[name] = int(here.sum()), len(np.unique(documents[here]))
-            print(f"  {name:<16} {sizes[name]:>10,} chunks {sizes[name] * n:>12,} tokens {owners[name]:>9,} documents")
+            size = int(here.sum())
+            owner = len(np.unique(documents[here]))
+            print(f"  {name:<16} {size:>10,} chunks {size * n:>12,} tokens {owner:>9,} documents")
+            sizes[name] = size
+            owners[name] = owner
         tokenizer_file = str(file.attrs.get("tokenizer", ""))
-    top = [t for t in counts.argsort()[::-1][:tokens].tolist() if counts[t]]
-    words = spelled(top, path.parent / tokenizer_file if tokenizer_file else None)
+    most_frequent = counts.argsort()[::-1][:tokens].tolist()
+    most_frequent = [token for token in most_frequent if counts[token]]
+    words = spelled(most_frequent, path.parent / tokenizer_file if tokenizer_file else None)
     print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
     report(problems)
     return {"chunks": sizes, "documents": owners, "problems": problems}
@@ -397,22 +444,25 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
 
 def count_tokens(chunks: h5py.Dataset, vocab_size: int) -> tuple[np.ndarray, int]:
     """(how often each token occurs, at least vocab_size of them; how many are negative)."""
-    counts, negative = np.zeros(max(vocab_size, 1), dtype=np.int64), 0
+    counts = np.zeros(max(vocab_size, 1), dtype=np.int64)
+    negative = 0
     for begin in range(0, len(chunks), BLOCK):
         block = chunks[begin : begin + BLOCK].ravel().astype(np.int64)
         negative += int((block < 0).sum())
         here = np.bincount(block[block >= 0], minlength=len(counts))
-        here[: len(counts)] += counts
+        here[: len(counts)] += counts  # a larger token has made it longer
         counts = here
     return counts, negative
 
 
 def range_problems(counts: np.ndarray, negative: int, vocab_size: int) -> list[str]:
+    """Problems: tokens out of range."""
     problems = []
     if not vocab_size:
         problems.append("no attribute vocab_size: ranges cannot be checked")
     elif len(counts) > vocab_size:
-        problems.append(f"{counts[vocab_size:].sum():,} tokens are beyond vocab_size = {vocab_size}")
+        beyond = counts[vocab_size:].sum()
+        problems.append(f"{beyond:,} tokens are beyond vocab_size = {vocab_size}")
     if negative:
         problems.append(f"{negative:,} tokens are negative")
     return problems
@@ -420,7 +470,8 @@ def range_problems(counts: np.ndarray, negative: int, vocab_size: int) -> list[s
 
 def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
     """Problems: chunks that come twice in this file, or in another split beside it."""
-    problems, digests = [], hashes(chunks)
+    problems = []
+    digests = hashes(chunks)
     repeated = len(digests) - len(np.unique(digests))
     if repeated:
         problems.append(f"{repeated:,} chunks repeat an earlier one")
@@ -429,9 +480,10 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
             continue
         file, _, _ = open_chunks(other)
         with file:
-            if file["token_chunks"].shape[1] != chunks.shape[1]:
+            other_chunks = file["token_chunks"]
+            if other_chunks.shape[1] != chunks.shape[1]:
                 continue
-            shared = int(np.isin(digests, hashes(file["token_chunks"])).sum())
+            shared = int(np.isin(digests, hashes(other_chunks)).sum())
         if shared:
             problems.append(f"{shared:,} chunks are in {other.name} too: the splits leak")
     return problems
@@ -439,13 +491,16 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
 
 def hashes(chunks: h5py.Dataset) -> np.ndarray:
     """A 64-bit hash of every chunk [N]."""
-    draw = np.random.default_rng(0)  # the same odd factors for every file; one for each place in a chunk
-    odd = draw.integers(2**63, size=chunks.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    one = np.uint64(1)
+    draws = np.random.default_rng(0)  # the same odd factors for every file; one for each place in a chunk
+    odd = draws.integers(2**63, size=chunks.shape[1], dtype=np.uint64) * np.uint64(2) + one
     parts = []
     for begin in range(0, len(chunks), BLOCK):
-        rows = (chunks[begin : begin + BLOCK].astype(np.uint64) + np.uint64(1)) * odd
+        tokens = chunks[begin : begin + BLOCK].astype(np.uint64)
+        rows = (tokens + one) * odd
         mixed = rows ^ (rows >> np.uint64(29))
-        parts.append((mixed * odd[::-1]).sum(1, dtype=np.uint64))
+        digest = (mixed * odd[::-1]).sum(1, dtype=np.uint64)
+        parts.append(digest)
     return np.concatenate(parts)
 
 
@@ -454,4 +509,8 @@ def spelled(tokens: list[int], path: Path | None) -> list[str]:
     if path is None or not path.exists():
         return [str(token) for token in tokens]
     tokenizer = load_tokenizer(path)
-    return [repr(tokenizer.decode([token])) if token < tokenizer.vocab_size else str(token) for token in tokens]
+    words = []
+    for token in tokens:
+        is_known = token < tokenizer.vocab_size
+        words.append(repr(tokenizer.decode([token])) if is_known else str(token))
+    return words

@@ -38,20 +38,34 @@ def find_controls(file: H5ad, cell_type_key: str, pert_col: str, batch_col: str 
     types, cell_types = file.column(cell_type_key)
     perts, perturbations = file.column(pert_col)
     if control_pert not in perturbations:
-        raise DataError(f"{file.path} has no control cells: no cell has {pert_col} = {control_pert!r}; say "
-                        "--columns='{\"control_pert\": \"NAME\"}'")
+        raise DataError(
+            f"{file.path} has no control cells: no cell has {pert_col} = {control_pert!r}; "
+            "say --columns='{\"control_pert\": \"NAME\"}'"
+        )
     is_control = perts == perturbations.index(control_pert)
     for code, name in enumerate(cell_types):
-        if not (is_control & (types == code)).any():
+        of_type = types == code
+        if not (is_control & of_type).any():
             raise DataError(f"{file.path}: cell type {name} has no control cells to start from")
     perturbed = Counter()
     pairs, counts = np.unique(np.stack([types, perts]), axis=1, return_counts=True)
     for (t, p), count in zip(pairs.T, counts.tolist(), strict=True):
         if perturbations[p] != control_pert:
             perturbed[cell_types[t], perturbations[p]] = count
-    batch, batches = file.column(batch_col) if batch_col else (None, [])
     rows = np.flatnonzero(is_control)
-    return Controls(rows, types[rows], cell_types, None if batch is None else batch[rows], batches, perturbed)
+    batch = None
+    batches = []
+    if batch_col:
+        codes, batches = file.column(batch_col)
+        batch = codes[rows]
+    return Controls(
+        rows=rows,
+        cell_type=types[rows],
+        cell_types=cell_types,
+        batch=batch,
+        batches=batches,
+        perturbed=perturbed,
+    )
 
 
 def gene_order(file: H5ad, embed_key: str | None, genes: list[str] | None) -> tuple[list[str], np.ndarray]:

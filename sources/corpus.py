@@ -40,30 +40,40 @@ class Corpus:
         """
         distance = self.document_length or 1  # a window of a planted document begins where the document does
         if self.document_length and seq_len >= self.document_length:
-            raise DataError(f"seq_len = {seq_len}, but the planted documents predict only {distance - 1} tokens: use "
-                            f"seq_len={distance - 1}")
+            raise DataError(
+                f"seq_len = {seq_len}, but the planted documents predict only {distance - 1} tokens: "
+                f"use seq_len={distance - 1}"
+            )
         if self.version and version not in (self.version, "baseline"):
-            raise DataError(f"{self.name} has its chunks where {self.version} has them: make it anew by "
-                            f"prepare_data.py planted --version={version}")
-        count = (len(self.tokens(split)) - seq_len - 1) // distance + 1
+            raise DataError(
+                f"{self.name} has its chunks where {self.version} has them: make it anew by "
+                f"prepare_data.py planted --version={version}"
+            )
+        tokens = len(self.tokens(split))
+        count = (tokens - seq_len - 1) // distance + 1
         if count < 1:
-            raise DataError(f"{self.name} has {len(self.tokens(split)):,} {split} tokens, less than a window of "
-                            f"seq_len + 1 = {seq_len + 1}: use more text or a shorter seq_len")
+            raise DataError(
+                f"{self.name} has {tokens:,} {split} tokens, less than a window of "
+                f"seq_len + 1 = {seq_len + 1}: use more text or a shorter seq_len"
+            )
         return count, distance
 
     def spread(self, most: int, seq_len: int, version: str) -> np.ndarray:
         """Starts of at most `most` windows that do not overlap, spread evenly over the validation tokens."""
         count, distance = self.places("val", seq_len, version)
-        places = np.arange(0, count, 1 if self.document_length else seq_len)
+        stride = 1 if self.document_length else seq_len
+        places = np.arange(0, count, stride)
         chosen = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
         return places[np.unique(chosen)] * distance
 
     def tokens(self, split: str) -> np.ndarray:
+        """All tokens of train or val."""
         return {"train": self.train, "val": self.val}[split]
 
     def windows(self, split: str, starts: np.ndarray, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Tokens [B, length + 1] int64 from the places `starts` [B] of train or val."""
-        tokens = torch.from_numpy(self.tokens(split)[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+        places = starts[:, None] + np.arange(length + 1)  # [B, length + 1]
+        tokens = torch.from_numpy(self.tokens(split)[places].astype(np.int64))
         if torch.device(device).type == "cuda":
             return tokens.pin_memory().to(device, non_blocking=True)
         return tokens.to(device)
@@ -71,21 +81,30 @@ class Corpus:
     def yardsticks(self, nll: float, starts: np.ndarray, length: int) -> dict[str, float]:
         """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum."""
         if self.oracle_nll is not None:
-            oracle = float(self.oracle_nll[starts // self.document_length, :length].mean(dtype=np.float64))
+            documents = starts // self.document_length
+            oracle = float(self.oracle_nll[documents, :length].mean(dtype=np.float64))
             return {"oracle_nll": oracle, "excess_over_oracle": nll / oracle - 1}
-        return {"bits_per_byte": nll / math.log(2) / self.bytes_per_token} if self.bytes_per_token else {}
+        if not self.bytes_per_token:
+            return {}
+        return {"bits_per_byte": nll / math.log(2) / self.bytes_per_token}
 
     def true_plans(self, starts: np.ndarray) -> np.ndarray | None:
         """Plans of the chunks of validation windows [B, N]; None where nobody knows them."""
-        return None if self.plans is None else self.plans[starts // self.document_length]
+        if self.plans is None:
+            return None
+        return self.plans[starts // self.document_length]
 
     def spell(self, token: int) -> str:
         """A token as text, or as a number."""
-        return self.tokenizer.decode([token]) if self.tokenizer else str(token)
+        if self.tokenizer:
+            return self.tokenizer.decode([token])
+        return str(token)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt; of none, or without a tokenizer, what a document begins with."""
-        return self.tokenizer.encode(prompt) if prompt and self.tokenizer else [self.first_id]
+        if prompt and self.tokenizer:
+            return self.tokenizer.encode(prompt)
+        return [self.first_id]
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Put the tokenizer beside a run, so that its checkpoints can be sampled anywhere."""
@@ -95,7 +114,10 @@ class Corpus:
             self.tokenizer.save(folder / "tokenizer.json")
 
     def text(self, tokens: list[int]) -> str:
-        return repr(self.tokenizer.decode(tokens)) if self.tokenizer else " ".join(map(str, tokens))
+        """Tokens as quoted text, or as numbers."""
+        if self.tokenizer:
+            return repr(self.tokenizer.decode(tokens))
+        return " ".join(str(token) for token in tokens)
 
 
 def read_corpus(folder: str) -> Corpus:
@@ -104,23 +126,36 @@ def read_corpus(folder: str) -> Corpus:
     Raises DataError for a folder that is missing, damaged, or whose tokenizer is not the one its tokens were made with.
     """
     path = Path(folder)
-    if not path.exists() and (Path("data") / folder).exists():
-        path = Path("data") / folder
+    below_data = Path("data") / folder
+    if not path.exists() and below_data.exists():
+        path = below_data
     meta, streams = read_stream(path)
+    vocab_size = meta["vocab_size"]
     for name, tokens in streams.items():
         top = max(int(tokens[i : i + PIECE].max()) for i in range(0, len(tokens), PIECE))
-        if top >= meta["vocab_size"]:
-            raise DataError(f"{path / name}.bin has the token {top}, beyond its vocabulary of {meta['vocab_size']}: "
-                            "prepare the folder again")
-    corpus = Corpus(streams["train"], streams["val"], meta["vocab_size"], tokenizer_hash=meta["tokenizer_hash"],
-                    name=str(path), folder=path)
+        if top >= vocab_size:
+            raise DataError(
+                f"{path / name}.bin has the token {top}, beyond its vocabulary of {vocab_size}: "
+                "prepare the folder again"
+            )
+    corpus = Corpus(
+        streams["train"],
+        streams["val"],
+        vocab_size,
+        tokenizer_hash=meta["tokenizer_hash"],
+        name=str(path),
+        folder=path,
+    )
     if meta["tokenizer"]:
-        corpus.tokenizer = load_tokenizer(path / meta["tokenizer"])
+        file = path / meta["tokenizer"]
+        corpus.tokenizer = load_tokenizer(file)
         if corpus.tokenizer.hash() != meta["tokenizer_hash"]:
-            raise DataError(f"{path / meta['tokenizer']} is not the tokenizer that the tokens beside it were made "
-                            "with: prepare the folder again")
+            raise DataError(
+                f"{file} is not the tokenizer that the tokens beside it were made with: prepare the folder again"
+            )
     if meta["kind"] == "planted":
-        corpus.document_length, corpus.version = meta["document_length"], meta["version"]
+        corpus.document_length = meta["document_length"]
+        corpus.version = meta["version"]
         corpus.first_id = meta["bos_id"]
         corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
         corpus.plans = np.load(path / "val_plans.npy")

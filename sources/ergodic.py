@@ -28,20 +28,23 @@ DRAWN_AT_ONCE = 1_000  # documents
 
 def ergodic_components(components: list[dict]) -> tuple[list[str], list[Process]]:
     """Names and processes of the zoo, all over the same vocabulary; raises DataError for what cannot be."""
-    names, processes = [], []
+    names = []
+    processes = []
     for i, component in enumerate(components):
         if not isinstance(component, dict):
             raise DataError(f"components[{i}] = {component!r}: expected {{'process': NAME, ...}}")
         for setting in ("initial_state", "add_bos"):
             if setting in component:
                 raise DataError(f"components[{i}]: chunks begin anywhere in a document, so {setting} cannot be set")
-        names.append(str(component.get("name", f"{component.get('process')}-{i}")))
-        part = {k: v for k, v in component.items() if k not in ("name", "weight")}
+        default_name = f"{component.get('process')}-{i}"
+        names.append(str(component.get("name", default_name)))
+        part = {key: value for key, value in component.items() if key not in ("name", "weight")}
         try:
             # A mixture of one applies its vocab_map.
-            processes.append(make_process("nonergodic", components=[part]))
-        except ProcessError as e:
-            raise DataError(str(e)) from e
+            process = make_process("nonergodic", components=[part])
+        except ProcessError as error:
+            raise DataError(str(error)) from error
+        processes.append(process)
     if len(set(names)) != len(names) or not names:
         raise DataError(f"components are named {names}: name at least one, and each differently")
     vocab_size = max(process.vocab_size for process in processes)
@@ -50,16 +53,25 @@ def ergodic_components(components: list[dict]) -> tuple[list[str], list[Process]
 
 def widened(process: Process, vocab_size: int) -> Process:
     """The same process over a larger vocabulary, whose further tokens it never emits."""
-    T = F.pad(process.transition_matrices, (0, 0, 0, 0, 0, vocab_size - process.vocab_size))  # [V, S, S]
-    return Process(T, process.initial_state, process.normalizing_eigenvector, process.stationary_state, process.name)
+    more = vocab_size - process.vocab_size
+    T = F.pad(process.transition_matrices, (0, 0, 0, 0, 0, more))  # [V, S, S]; pairs from the last dimension on
+    return Process(
+        T,
+        process.initial_state,
+        process.normalizing_eigenvector,
+        process.stationary_state,
+        process.name,
+    )
 
 
 def draw(process: Process, documents: int, length: int, seed: int, counter: tuple, text: str) -> Iterator[torch.Tensor]:
     """Documents of a component [up to 1000, length], a pure function of (seed, counter)."""
-    state = np.random.SeedSequence(seed, spawn_key=counter).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    sequence = np.random.SeedSequence(seed, spawn_key=counter)
+    state = sequence.generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes 63 bits
     for begin in progress(range(0, documents, DRAWN_AT_ONCE), text, "kdoc"):
-        yield process.sample(min(DRAWN_AT_ONCE, documents - begin), length, generator)
+        count = min(DRAWN_AT_ONCE, documents - begin)
+        yield process.sample(count, length, generator)
 
 
 # ------------------------------------------------------------------------------------------------------------- oracles
@@ -67,9 +79,11 @@ def draw(process: Process, documents: int, length: int, seed: int, counter: tupl
 
 def mixture_log_prob(log_prob: np.ndarray) -> np.ndarray:
     """log p(x_t | x_<t) under the uniform mixture, [N, n], from log p_k(x_t | x_<t) [N, K, n]."""
-    total = np.logaddexp.reduce(np.cumsum(log_prob, -1, dtype=np.float64), axis=1)  # log sum_k p_k(x_1 .. x_t)
+    of_prefix = np.cumsum(log_prob, -1, dtype=np.float64)  # [N, K, n] log p_k(x_1 .. x_t)
+    total = np.logaddexp.reduce(of_prefix, axis=1)  # [N, n] log sum_k p_k(x_1 .. x_t)
     # log p(x_t | x_<t) = log p(x_1 .. x_t) - log p(x_1 .. x_{t-1}); before the first token the sum over k is K.
-    return np.diff(total, axis=-1, prepend=np.log(log_prob.shape[1]))
+    K = log_prob.shape[1]
+    return np.diff(total, axis=-1, prepend=np.log(K))
 
 
 def oracle_xe(log_prob: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,14 +131,17 @@ def ergodic(
     oracle_xe_mixture and oracle_xe_component [K, n] are its averages for all components together.
     """
     names, processes = ergodic_components(components)
-    vocab_size, length = processes[0].vocab_size, chunks_per_document * chunk_size
+    vocab_size = processes[0].vocab_size
+    length = chunks_per_document * chunk_size
     sizes = {}
     with Workshop(out_dir) as shop:
         counts = (train_documents, validation_documents, test_documents)
         for s, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
             if not count:
                 continue
-            path, log_prob, owner = shop.folder / f"{split}.h5", [], []
+            path = shop.folder / f"{split}.h5"
+            log_prob = []  # [N, K, n] of each draw
+            owner = []  # the component of each chunk
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
                 for k, (name, process) in enumerate(zip(names, processes, strict=True)):
                     for documents in draw(process, count, length, seed, (s, k), f"{split} {name}"):
@@ -133,7 +150,8 @@ def ergodic(
                         if split == "train":
                             continue
                         cut = documents.reshape(-1, chunk_size)  # each chunk is read without what is before it
-                        log_prob.append(torch.stack([p.log_prob(cut) for p in processes], 1).numpy())  # [N, K, n]
+                        of_components = [other.log_prob(cut) for other in processes]
+                        log_prob.append(torch.stack(of_components, 1).numpy())
                         owner += [k] * len(cut)
                 chunks.write(path, tokenizer="", source="ergodic", seed=seed, components=json.dumps(components))
             if split != "train":

@@ -72,8 +72,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     try:
         with torch.serialization.safe_globals(stand_ins(path)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+    except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
 
 # What a system is known by: how the names of some of its weights begin.

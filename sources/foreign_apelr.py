@@ -90,8 +90,8 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
 def read(path: str | Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(e).__name__})") from e
+    except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
 
 def steps(source: dict) -> int:

@@ -5,7 +5,7 @@ the decoder from embeddings to genes, and batches with a row a cell. Parameters 
 cfg: settings of train_state.py.
 """
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn as nn
@@ -15,10 +15,13 @@ import torch.nn.functional as F
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     """Rotary positions (Su et al. 2021), pairing feature i with i + C / 2 as Llama does. x [B, heads, T, C]."""
     T, C = x.shape[2:]
-    frequency = theta ** (-torch.arange(0, C, 2, device=x.device) / C)
-    angle = torch.arange(T, device=x.device)[:, None] * torch.cat([frequency, frequency])  # [T, C]
+    feature = torch.arange(0, C, 2, device=x.device)
+    position = torch.arange(T, device=x.device)
+    frequency = theta ** (-feature / C)
+    angle = position[:, None] * torch.cat([frequency, frequency])  # [T, C]
     left, right = x.chunk(2, -1)
-    return x * angle.cos().to(x.dtype) + torch.cat([-right, left], -1) * angle.sin().to(x.dtype)
+    turned = torch.cat([-right, left], -1)  # each pair by a quarter turn
+    return x * angle.cos().to(x.dtype) + turned * angle.sin().to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -42,23 +45,38 @@ class GPT2Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, H = cfg, cfg.d_model
+        H = cfg.d_model
+        self.cfg = cfg
         self.ln_1 = nn.LayerNorm(H, cfg.norm_eps or 1e-5)
         self.ln_2 = nn.LayerNorm(H, cfg.norm_eps or 1e-5)
-        self.attn = nn.ModuleDict({"c_attn": Conv1D(H, 3 * H), "c_proj": Conv1D(H, H)})
-        self.mlp = nn.ModuleDict({"c_fc": Conv1D(H, cfg.d_ff), "c_proj": Conv1D(cfg.d_ff, H)})
-        self.drop = nn.Dropout(cfg.residual_dropout)  # on what a block adds to the stream
-        for part in (self.attn, self.mlp):  # what writes to the stream shrinks with depth
-            nn.init.normal_(part["c_proj"].weight, std=0.02 * (2 * cfg.n_layers) ** -0.5)
+        self.attn = nn.ModuleDict({
+            "c_attn": Conv1D(H, 3 * H),  # q, k, v
+            "c_proj": Conv1D(H, H),
+        })
+        self.mlp = nn.ModuleDict({
+            "c_fc": Conv1D(H, cfg.d_ff),
+            "c_proj": Conv1D(cfg.d_ff, H),
+        })
+        self.drop = nn.Dropout(cfg.residual_dropout)  # dropout on what a block adds to the stream
+        # What writes to the stream shrinks with depth, so that the sum of 2 n_layers of them does not grow.
+        std = 0.02 * (2 * cfg.n_layers) ** -0.5
+        nn.init.normal_(self.attn["c_proj"].weight, std=std)
+        nn.init.normal_(self.mlp["c_proj"].weight, std=std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).unflatten(-1, (3, self.cfg.n_heads, -1)).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, C]
+        """x [B, T, H] -> [B, T, H]."""
+        qkv = self.attn["c_attn"](self.ln_1(x))  # [B, T, 3 H]
+        q, k, v = qkv.unflatten(-1, (3, self.cfg.n_heads, -1)).unbind(2)  # [B, T, heads, C] each
+        q = q.transpose(1, 2)  # [B, heads, T, C]
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         if not self.cfg.mask_attn:  # masked, a cell sees only itself: the softmax of one number is 1
             dropout = self.cfg.attention_dropout if self.training else 0.0
             v = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        x = x + self.drop(self.attn["c_proj"](v.transpose(1, 2).flatten(2)))
-        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
+        attended = v.transpose(1, 2).flatten(2)  # [B, T, H]
+        x = x + self.drop(self.attn["c_proj"](attended))
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        hidden = F.gelu(hidden, approximate="tanh")  # as GPT-2 was trained
         return x + self.drop(self.mlp["c_proj"](hidden))
 
 
@@ -87,14 +105,19 @@ class LoRA(nn.Module):
 
     def __init__(self, base: nn.Module, cfg):
         super().__init__()
-        self.base_layer, self.scale, self.drop = base, cfg.lora_alpha / cfg.lora_r, nn.Dropout(cfg.lora_dropout)
-        out, width = reversed(base.weight.shape) if isinstance(base, Conv1D) else base.weight.shape
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(width, cfg.lora_r, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(cfg.lora_r, out, bias=False)})
+        self.base_layer = base
+        self.scale = cfg.lora_alpha / cfg.lora_r
+        self.drop = nn.Dropout(cfg.lora_dropout)
+        if isinstance(base, Conv1D):
+            width_in, width_out = base.weight.shape
+        else:
+            width_out, width_in = base.weight.shape
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(width_in, cfg.lora_r, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(cfg.lora_r, width_out, bias=False)})
         nn.init.zeros_(self.lora_B["default"].weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = self.lora_A["default"](self.drop(x))
+        low = self.lora_A["default"](self.drop(x))  # [..., r]
         return self.base_layer(x) + self.scale * self.lora_B["default"](low)
 
 
@@ -104,6 +127,7 @@ def add_lora(backbone: nn.Module, cfg) -> None:
     targets = {"q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj"}
     if cfg.lora_mlp:
         targets |= {"gate_proj", "up_proj", "down_proj", "c_fc"}
+    # Lists, because the modules change under the loop.
     for parent in list(backbone.modules()):
         for name, child in list(parent.named_children()):
             if name in targets and isinstance(child, (nn.Linear, Conv1D)):
@@ -122,8 +146,14 @@ class ConfidenceToken(nn.Module):
         self.confidence_token = nn.Parameter(torch.randn(1, 1, H))
         modules = []
         for width, half in ((H, H // 2), (H // 2, H // 4)):
-            modules += [nn.Linear(width, half), nn.LayerNorm(half), nn.GELU(), nn.Dropout(cfg.dropout)]
-        self.confidence_projection = nn.Sequential(*modules, nn.Linear(H // 4, 1), nn.ReLU())  # a loss is not negative
+            modules += [
+                nn.Linear(width, half),
+                nn.LayerNorm(half),
+                nn.GELU(),
+                nn.Dropout(cfg.dropout),
+            ]
+        modules += [nn.Linear(H // 4, 1), nn.ReLU()]  # a loss is not negative
+        self.confidence_projection = nn.Sequential(*modules)
 
 
 class LatentToGeneDecoder(nn.Module):
@@ -137,20 +167,27 @@ class LatentToGeneDecoder(nn.Module):
         self.residual = cfg.residual_decoder
         widths = [latent_dim, *cfg.decoder_hidden_dims]
         blocks = []
-        for a, b in pairwise(widths):
-            blocks.append([nn.Linear(a, b), nn.LayerNorm(b), nn.GELU(), nn.Dropout(cfg.decoder_dropout)])
+        for width_in, width_out in pairwise(widths):
+            block = [
+                nn.Linear(width_in, width_out),
+                nn.LayerNorm(width_out),
+                nn.GELU(),
+                nn.Dropout(cfg.decoder_dropout),
+            ]
+            blocks.append(block)
         last = [nn.Linear(widths[-1], gene_dim), nn.ReLU()]
         # The source names the layers of the two forms differently.
         if self.residual:
             self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
             self.final_layer = nn.Sequential(*last)
         else:
-            self.decoder = nn.Sequential(*sum(blocks, []), *last)
+            self.decoder = nn.Sequential(*chain.from_iterable(blocks), *last)
 
     @property
     def last(self) -> nn.Linear:
         """The layer that writes the genes."""
-        return (self.final_layer if self.residual else self.decoder)[-2]
+        layers = self.final_layer if self.residual else self.decoder
+        return layers[-2]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., latent_dim] -> [..., G], not negative."""
@@ -158,7 +195,9 @@ class LatentToGeneDecoder(nn.Module):
             return self.decoder(x)
         for i, block in enumerate(self.blocks):
             y = block(x)
-            x = y + x if i % 2 else y
+            if i % 2:
+                y = y + x
+            x = y
         return self.final_layer(x)
 
 
@@ -169,17 +208,25 @@ def in_sentences(batch: dict, S: int, batch_dim: int | None) -> dict:
     """A batch with a row a cell, as the source's loaders give it, as sentences of S cells; one of sentences stays.
 
     Cells become [B, S, D], the perturbation [B, S or 1, P], and batch, where it is there, codes [B, S or 1].
+
+    Args:
+        batch_dim: batches that the model knows; None or 0: it reads none, and batch stays as it is.
+    Raises ValueError where the rows are no whole sentences.
     """
-    batch, rows = dict(batch), batch["ctrl_cell_emb"]
+    batch = dict(batch)
+    rows = batch["ctrl_cell_emb"]
+    # One vector for each sentence is that of all its cells.
     if rows.ndim == 3 and batch["pert_emb"].ndim == 2:
         batch["pert_emb"] = batch["pert_emb"][:, None]
     for name in ("pert_emb", "ctrl_cell_emb", "pert_cell_emb", "pert_cell_counts"):
-        if name in batch and batch[name].ndim == 2:
-            if len(batch[name]) % S:
-                raise ValueError(f"{len(rows)} cells are no whole sentences of {S}")
-            batch[name] = batch[name].unflatten(0, (-1, S))
+        if name not in batch or batch[name].ndim != 2:
+            continue
+        if len(batch[name]) % S:
+            raise ValueError(f"{len(rows)} cells are no whole sentences of {S}")
+        batch[name] = batch[name].unflatten(0, (-1, S))
     if "batch" in batch and batch_dim:
-        batch["batch"] = batch_codes(batch["batch"], *batch["ctrl_cell_emb"].shape[:2], batch_dim)
+        B, cells = batch["ctrl_cell_emb"].shape[:2]
+        batch["batch"] = batch_codes(batch["batch"], B, cells, batch_dim)
     return batch
 
 
@@ -187,7 +234,8 @@ def batch_codes(codes: torch.Tensor, B: int, S: int, batch_dim: int) -> torch.Te
     """Batches as codes [B, S or 1], from codes or one-hot vectors of each cell or each sentence."""
     if batch_dim == 1:
         return torch.zeros(B, 1, dtype=torch.long, device=codes.device)
-    as_floats = codes.is_floating_point() and codes.numel() == B * batch_dim
-    if codes.numel() not in (B, B * S) or as_floats:
+    # With batch_dim = S, one-hot vectors of sentences are as many numbers as codes of cells: floats are vectors.
+    are_vectors = codes.is_floating_point() and codes.numel() == B * batch_dim
+    if are_vectors or codes.numel() not in (B, B * S):
         codes = codes.argmax(-1)
     return codes.reshape(B, -1).long()

@@ -309,8 +309,8 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
             keywords[name] = None
     try:
         settings, dims = translate(keywords, attention)
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its settings make no model ({reason(error)})") from error
     notes = []
     if not settings["bidirectional_attention"]:
         positions = " with rotary positions" if settings["rotary"] else ""

@@ -16,7 +16,10 @@ from sources.shared import report, suggest
 
 
 def as_text(value) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    """A value of HDF5 as text: bytes are UTF-8."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value)
 
 
 def attribute(node, *names: str) -> str:
@@ -42,7 +45,8 @@ def factor(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     distinct, codes = np.unique(values, return_inverse=True)
     texts = [str(value) for value in distinct.tolist()]
     names = sorted(set(texts))  # numbers sort otherwise than their text, and two may have the same
-    return np.searchsorted(names, texts).astype(np.int32)[codes.reshape(-1)], names
+    code_of_distinct = np.searchsorted(names, texts).astype(np.int32)
+    return code_of_distinct[codes.reshape(-1)], names
 
 
 def missing_file(path: Path) -> str:
@@ -64,20 +68,24 @@ class H5ad:
         self.path = Path(path)
         try:
             self.file = h5py.File(path, "r")
-        except OSError as e:
-            raise DataError(f"{path}: {missing_file(self.path)}") from e
+        except OSError as error:
+            raise DataError(f"{path}: {missing_file(self.path)}") from error
         with self.guard("the list of its parts"):
             for part in ("X", "obs", "var"):
                 if part not in self.file:
-                    raise DataError(f"{path} has no {part}, so it is no h5ad file of cells; it has "
-                                    f"{', '.join(self.file) or 'nothing'}")
-        self.rows = {}
-        self.obs_names, self.var_names = self._text("obs", None), self._text("var", None)
-        self.n_obs, self.n_vars = len(self.obs_names), len(self.var_names)
+                    raise DataError(
+                        f"{path} has no {part}, so it is no h5ad file of cells; "
+                        f"it has {', '.join(self.file) or 'nothing'}"
+                    )
+        self.rows = {}  # of obs and var, once their names are read
+        self.obs_names = self._text("obs", None)
+        self.var_names = self._text("var", None)
+        self.n_obs = len(self.obs_names)
+        self.n_vars = len(self.var_names)
         self.rows = {"obs": self.n_obs, "var": self.n_vars}
         if not self.n_obs or not self.n_vars:
             raise DataError(f"{path} has {self.n_obs} cells and {self.n_vars} genes: nothing to read")
-        self.matrix(None)
+        self.matrix(None)  # X must fit
 
     def __enter__(self) -> "H5ad":
         return self
@@ -92,9 +100,10 @@ class H5ad:
             yield
         except DataError:
             raise
-        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as e:
-            raise DataError(f"{self.path}: {what} cannot be read ({reason(e)}): the file is damaged or of "
-                            "an unknown layout") from e
+        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise DataError(
+                f"{self.path}: {what} cannot be read ({reason(error)}): the file is damaged or of an unknown layout"
+            ) from error
 
     # A frame, obs or var, is one compound data set in files of anndata before 0.7, and since then a group of columns.
 
@@ -112,33 +121,44 @@ class H5ad:
         return next(name for name in ("_index", "index", *names) if name in names)
 
     def _columns(self, part: str) -> list[str]:
+        """The columns of a frame in their order, without its index."""
         with self.guard(part):
-            frame, names = self.file[part], self._names(part)
+            frame = self.file[part]
+            names = self._names(part)
             order = [as_text(name) for name in frame.attrs.get("column-order", names)]
             hidden = (self._index(part), "__categories")
-            # A name of column-order may have slashes: then it is in the group, but not in its list.
-            return [name for name in order if name not in hidden and (name in names or name in frame)]
+            columns = []
+            for name in order:
+                # A name of column-order may have slashes: then it is in the group, but not in its list.
+                is_there = name in names or name in frame
+                if is_there and name not in hidden:
+                    columns.append(name)
+            return columns
 
     def _parts(self, part: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(values, None), or (codes, categories) with code -1 for a missing value."""
         frame = self.file[part]
-        if isinstance(frame, h5py.Dataset):
-            values, categories = frame.fields(name)[:], f"uns/{name}_categories"
+        if isinstance(frame, h5py.Dataset):  # anndata before 0.7
+            values = plain(frame.fields(name)[:])
+            categories = f"uns/{name}_categories"
             if categories in self.file:
-                return plain(values), plain(self.file[categories][()])
-            return plain(values), None
+                return values, plain(self.file[categories][()])
+            return values, None
         node = frame[name]
         if isinstance(node, h5py.Dataset):
-            if isinstance(node.attrs.get("categories"), h5py.Reference):  # anndata 0.7
-                return node[:], plain(self.file[node.attrs["categories"]][()])
+            reference = node.attrs.get("categories")
+            if isinstance(reference, h5py.Reference):  # anndata 0.7
+                return node[:], plain(self.file[reference][()])
             return plain(node[()]), None
         if "codes" in node:
             categories = node["categories"]
             if isinstance(categories, h5py.Group):  # of nullable text
                 categories = categories["values"]
             return node["codes"][:], plain(categories[()])
-        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)  # nullable, with a mask
-        return np.where(node["mask"][:], -1, codes.reshape(-1)), values
+        # Nullable, with a mask.
+        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)
+        codes = np.where(node["mask"][:], -1, codes.reshape(-1))
+        return codes, values
 
     def _coded(self, part: str, name: str | None, missing: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """As _parts, checked: a value for each row, unless some may be missing. None is the index."""
@@ -148,18 +168,28 @@ class H5ad:
             rows = self.rows.get(part, len(values))
             if values.shape != (rows,):
                 raise DataError(f"{self.path}: {where} has shape {values.shape} for {rows:,} rows")
-            if categories is not None and rows and (values.max() >= len(categories) or values.min() < -1):
-                raise DataError(f"{self.path}: {where} has codes {values.min()} to {values.max()} for "
-                                f"{len(categories)} categories")
-            lost = values != values if categories is None else values < 0  # NaN differs from itself
+            if categories is None:
+                lost = values != values  # NaN differs from itself
+            else:
+                if rows and (values.max() >= len(categories) or values.min() < -1):
+                    raise DataError(
+                        f"{self.path}: {where} has codes {values.min()} to {values.max()} "
+                        f"for {len(categories)} categories"
+                    )
+                lost = values < 0
             if lost.any() and not missing:
-                raise DataError(f"{self.path}: {where} has no value for {lost.sum():,} of {rows:,} rows, first for row "
-                                f"{lost.argmax()}: fill these in or leave them out")
+                raise DataError(
+                    f"{self.path}: {where} has no value for {lost.sum():,} of {rows:,} rows, "
+                    f"first for row {lost.argmax()}: fill these in or leave them out"
+                )
         return values, categories
 
     def _text(self, part: str, name: str | None) -> np.ndarray:
+        """A column as text [rows]; None is the index."""
         values, categories = self._coded(part, name)
-        return (values if categories is None else categories[values]).astype(str)
+        if categories is not None:
+            values = categories[values]
+        return values.astype(str)
 
     def frame(self, part: str) -> dict[str, np.ndarray]:
         """The columns of obs or var as write_h5ad takes them: numbers, or text with None for a missing value."""
@@ -179,6 +209,7 @@ class H5ad:
 
     @property
     def columns(self) -> list[str]:
+        """Names of the columns of obs."""
         return self._columns("obs")
 
     def column(self, name: str) -> tuple[np.ndarray, list[str]]:
@@ -198,7 +229,9 @@ class H5ad:
     @property
     def gene_names(self) -> np.ndarray:
         """var["gene_name"] where there is such a column, else the names of var, as they are, repeated or not."""
-        return self._text("var", "gene_name") if "gene_name" in self._columns("var") else self.var_names
+        if "gene_name" in self._columns("var"):
+            return self._text("var", "gene_name")
+        return self.var_names
 
     @property
     def keys(self) -> list[str]:
@@ -215,20 +248,26 @@ class H5ad:
         return keys
 
     def matrix(self, key: str | None) -> "Matrix":
-        """The matrix of a key; a bare name is sought in obsm, then in layers. None is X."""
+        """The matrix of a key; a bare name is sought in obsm, then in layers. None is X.
+
+        Raises DataError if there is none, if it is no table of numbers, and if its shape is not that of the file.
+        """
         keys = self.keys
-        place = next((k for k in (key or "X", f"obsm/{key}", f"layers/{key}") if k in keys), None)
+        candidates = (key or "X", f"obsm/{key}", f"layers/{key}")
+        place = next((candidate for candidate in candidates if candidate in keys), None)
         if place is None and f"obsm/{key}" in self.file:
             raise DataError(f"{self.path}: obsm/{key} is no matrix but a table or something else: write it as an array")
         if place is None:
-            names = [k.rpartition("/")[2] for k in keys]
+            names = [known.rpartition("/")[2] for known in keys]
             raise DataError(f"{self.path} has no matrix {key!r}{suggest(key, names)}")
         with self.guard(place):
             matrix = Matrix(self, place)
         columns = matrix.shape[1] if place.startswith("obsm/") else self.n_vars
         if matrix.shape != (self.n_obs, columns):
-            raise DataError(f"{self.path}: {place} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
-                            f"{self.n_obs:,} cells and {self.n_vars:,} genes: the file does not fit together")
+            raise DataError(
+                f"{self.path}: {place} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
+                f"{self.n_obs:,} cells and {self.n_vars:,} genes: the file does not fit together"
+            )
         return matrix
 
 
@@ -247,12 +286,15 @@ class Matrix:
     entries = 1 << 22  # most values of a block: 32 MB
 
     def __init__(self, source: H5ad, key: str):
-        self.source, self.key, self.where = source, key, f"{source.path}: {key}"
+        self.source = source
+        self.key = key
+        self.where = f"{source.path}: {key}"
         part, _, name = key.partition("/")
         parent = source.file[part]
         self.by_rows = None  # a CSC matrix once it is transposed
         if isinstance(parent, h5py.Dataset) and name:  # a field of a compound data set: anndata before 0.7
-            self.node, kind = parent.fields(name), parent.dtype[name]
+            self.node = parent.fields(name)
+            kind = parent.dtype[name]
         else:
             self.node = parent[name] if name else parent
             kind = getattr(self.node, "dtype", None)
@@ -260,29 +302,38 @@ class Matrix:
             kinds = self._open_sparse()
         else:
             self.format = "dense"
-            self.shape = (len(parent), *kind.shape) if kind.shape else tuple(self.node.shape)
+            if kind.shape:
+                self.shape = (len(parent), *kind.shape)
+            else:
+                self.shape = tuple(self.node.shape)
             self.nnz = math.prod(self.shape)
             kinds = [kind.base]
-        whole_numbers = all(kind.kind in "iu" for kind in kinds[1:])
-        if len(self.shape) != 2 or kinds[0].kind not in "iufb" or not whole_numbers:
+        are_numbers = kinds[0].kind in "iufb"
+        whole_numbers = all(kind.kind in "iu" for kind in kinds[1:])  # of indices and indptr
+        if len(self.shape) != 2 or not are_numbers or not whole_numbers:
             raise DataError(f"{self.where} holds {kinds[0]} of shape {self.shape}, not a table of numbers")
 
     def _open_sparse(self) -> list[np.dtype]:
         """Format, shape and number of values; the types of data, indices and indptr."""
-        self.format = attribute(self.node, "encoding-type", "h5sparse_format")[:3]
+        node = self.node
+        self.format = attribute(node, "encoding-type", "h5sparse_format")[:3]
         if self.format not in ("csr", "csc"):
             raise DataError(f"{self.where} is {self.format or 'of no known encoding'}, not dense, CSR or CSC")
-        shape = self.node.attrs["shape" if "shape" in self.node.attrs else "h5sparse_shape"]
-        self.shape, self.nnz = tuple(map(int, shape)), len(self.node["data"])
-        pointers, major = self.node["indptr"], self.shape[self.format == "csc"]
-        ends = (0, self.nnz)
-        if (len(pointers) != major + 1 or len(self.node["indices"]) != self.nnz
-                or (pointers[0], pointers[-1]) != ends):
-            raise DataError(f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
-                            f"{self.shape[0]:,} x {self.shape[1]:,}")
-        return [self.node[name].dtype for name in ("data", "indices", "indptr")]
+        name = "shape" if "shape" in node.attrs else "h5sparse_shape"
+        self.shape = tuple(map(int, node.attrs[name]))
+        self.nnz = len(node["data"])
+        pointers = node["indptr"]
+        major = self.shape[0] if self.format == "csr" else self.shape[1]
+        is_whole = len(pointers) == major + 1 and len(node["indices"]) == self.nnz
+        if not is_whole or pointers[0] != 0 or pointers[-1] != self.nnz:
+            raise DataError(
+                f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
+                f"{self.shape[0]:,} x {self.shape[1]:,}"
+            )
+        return [node[name].dtype for name in ("data", "indices", "indptr")]
 
     def _pointers(self) -> np.ndarray:
+        """indptr, int64, ascending."""
         pointers = self.node["indptr"][:].astype(np.int64)
         if (np.diff(pointers) < 0).any():
             raise DataError(f"{self.where}: indptr falls, so the matrix is damaged")
@@ -290,30 +341,42 @@ class Matrix:
 
     def _stretches(self, pointers: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of runs of rows (CSC: columns) of at most `most` rows and `entries` values, or of one row."""
-        start, end = 0, len(pointers) - 1
+        start = 0
+        end = len(pointers) - 1
         while start < end:
-            stop = int(np.searchsorted(pointers, pointers[start] + self.entries, "right")) - 1
-            stop = min(max(stop, start + 1), start + most, end)
+            last_value = pointers[start] + self.entries
+            stop = int(np.searchsorted(pointers, last_value, "right")) - 1
+            stop = max(stop, start + 1)  # a row of more values is read whole
+            stop = min(stop, start + most, end)
             yield start, stop
             start = stop
 
     def _read(self, start: int, stop: int, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(data, indices) of these rows (CSC: columns), indices in range."""
         part = slice(int(pointers[start]), int(pointers[stop]))
-        data, indices = single(self.node["data"][part]), self.node["indices"][part]
-        minor = self.shape[self.format == "csr"]
-        if len(indices) and (indices.min() < 0 or indices.max() >= minor):
-            raise DataError(f"{self.where} has indices {indices.min()} to {indices.max()} for {minor:,} "
-                            f"{'columns' if self.format == 'csr' else 'rows'}: the matrix is damaged")
+        data = single(self.node["data"][part])
+        indices = self.node["indices"][part]
+        rows, columns = self.shape
+        if self.format == "csr":
+            bound, names = columns, "columns"
+        else:
+            bound, names = rows, "rows"
+        if len(indices) and (indices.min() < 0 or indices.max() >= bound):
+            raise DataError(
+                f"{self.where} has indices {indices.min()} to {indices.max()} for {bound:,} {names}: "
+                "the matrix is damaged"
+            )
         return data, indices.astype(np.int32)
 
     def _block(self, start: int, data: np.ndarray, indices: np.ndarray, pointers: np.ndarray) -> csr_array:
         """A block of rows with its columns ascending; DataError for a value that is there twice."""
-        block = csr_array((data, indices, pointers.astype(np.int32)), shape=(len(pointers) - 1, self.shape[1]))
+        shape = (len(pointers) - 1, self.shape[1])
+        block = csr_array((data, indices, pointers.astype(np.int32)), shape=shape)
         block.sort_indices()
         if not block.has_canonical_format:
             twice = block.indices[1:] == block.indices[:-1]
-            twice[block.indptr[1:-1][block.indptr[1:-1] > 0] - 1] = False  # the last of a row and the first of the next
+            begins = block.indptr[1:-1]
+            twice[begins[begins > 0] - 1] = False  # the last of a row and the first of the next
             at = int(twice.argmax())
             row = int(np.searchsorted(block.indptr, at, "right")) - 1
             raise DataError(f"{self.where} has two values for row {start + row}, column {block.indices[at]}")
@@ -321,34 +384,44 @@ class Matrix:
 
     def _transposed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """CSC to CSR through unnamed files, in two passes over blocks of columns: count the rows, then fill them."""
-        by_column, counts = self._pointers(), np.zeros(self.shape[0], np.int64)
-        for start, stop in self._stretches(by_column, self.shape[1]):
-            _, rows = self._read(start, stop, by_column)
-            counts += np.bincount(rows, minlength=self.shape[0])
+        rows, columns = self.shape
+        by_column = self._pointers()
+        counts = np.zeros(rows, np.int64)
+        for start, stop in self._stretches(by_column, columns):
+            _, row_of_value = self._read(start, stop, by_column)
+            counts += np.bincount(row_of_value, minlength=rows)
         pointers = np.concatenate(([0], counts.cumsum()))
-        with tempfile.TemporaryFile() as one, tempfile.TemporaryFile() as two:
-            data = np.memmap(one, np.float32, "w+", shape=max(self.nnz, 1))
-            indices = np.memmap(two, np.int32, "w+", shape=max(self.nnz, 1))
+        size = max(self.nnz, 1)  # an empty file cannot be mapped
+        with tempfile.TemporaryFile() as data_file, tempfile.TemporaryFile() as indices_file:
+            data = np.memmap(data_file, np.float32, "w+", shape=size)
+            indices = np.memmap(indices_file, np.int32, "w+", shape=size)
         free = pointers[:-1].copy()  # where the next value of each row goes
-        for start, stop in self._stretches(by_column, self.shape[1]):
-            values, rows = self._read(start, stop, by_column)
-            block = csc_array((values, rows, by_column[start : stop + 1] - by_column[start]),
-                              shape=(self.shape[0], stop - start)).tocsr()
+        for start, stop in self._stretches(by_column, columns):
+            values, row_of_value = self._read(start, stop, by_column)
+            block_pointers = by_column[start : stop + 1] - by_column[start]
+            block = csc_array((values, row_of_value, block_pointers), shape=(rows, stop - start)).tocsr()
             lengths = np.diff(block.indptr)
+            # A value goes as far behind its row's free place as it is behind the row's begin in the block.
             place = np.repeat(free - block.indptr[:-1], lengths) + np.arange(block.nnz)
-            data[place], indices[place] = block.data, block.indices + start
+            data[place] = block.data
+            indices[place] = block.indices + start
             free += lengths
         return data, indices, pointers
 
     def blocks(self, rows: int = 8_192) -> Iterator[tuple[int, int, np.ndarray | csr_array]]:
         """(start, stop, block) of all rows in order, at most `rows` and `entries` values at once."""
         with self.source.guard(self.key):
-            yield from self._dense_blocks(rows) if self.format == "dense" else self._sparse_blocks(rows)
+            if self.format == "dense":
+                yield from self._dense_blocks(rows)
+            else:
+                yield from self._sparse_blocks(rows)
 
     def _dense_blocks(self, rows: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        most = min(rows, max(1, self.entries // max(self.shape[1], 1)))
-        chunk = (getattr(self.node, "chunks", None) or (1,))[0]
-        most = most // chunk * chunk or most  # whole chunks, so that each is unpacked once
+        width = max(self.shape[1], 1)
+        most = min(rows, max(1, self.entries // width))
+        chunks = getattr(self.node, "chunks", None) or (1,)
+        rows_of_chunk = chunks[0]
+        most = most // rows_of_chunk * rows_of_chunk or most  # whole chunks, so that each is unpacked once
         for start in range(0, self.shape[0], most):
             stop = min(start + most, self.shape[0])
             yield start, stop, single(np.asarray(self.node[start:stop]))
@@ -360,10 +433,12 @@ class Matrix:
         for start, stop in self._stretches(pointers, rows):
             if self.by_rows:
                 part = slice(int(pointers[start]), int(pointers[stop]))
-                data, indices = (np.array(array[part]) for array in self.by_rows[:2])
+                data = np.array(self.by_rows[0][part])
+                indices = np.array(self.by_rows[1][part])
             else:
                 data, indices = self._read(start, stop, pointers)
-            yield start, stop, self._block(start, data, indices, pointers[start : stop + 1] - pointers[start])
+            block_pointers = pointers[start : stop + 1] - pointers[start]
+            yield start, stop, self._block(start, data, indices, block_pointers)
 
     def first_row(self, start: int, block: np.ndarray | csr_array, wrong: np.ndarray) -> str:
         """Value, number and name of the first cell of a block of which a stored value is marked, for a message."""
@@ -373,7 +448,8 @@ class Matrix:
         else:
             row = place // self.shape[1]
         value = stored(block).ravel()[place]
-        return f"{value:g} for cell {start + row} ({self.source.obs_names[start + row]})"
+        name = self.source.obs_names[start + row]
+        return f"{value:g} for cell {start + row} ({name})"
 
     def check(self, done: Callable[[int], object] | None = None) -> dict:
         """{min, max, integer, nnz, row_sums [rows], largest_row_sum} of the values, in one pass.
@@ -381,24 +457,38 @@ class Matrix:
         done: called with the number of rows of each block, for a progress bar.
         Raises DataError for a value that is not finite and for a sparse matrix that is none.
         """
-        low, high, integer, nnz, sums = np.inf, -np.inf, True, 0, np.zeros(self.shape[0])
+        low = np.inf
+        high = -np.inf
+        integer = True
+        nnz = 0
+        sums = np.zeros(self.shape[0])
         for start, stop, block in self.blocks():
             data = stored(block)
             infinite = ~np.isfinite(data)
             if infinite.any():
-                raise DataError(f"{self.where} holds {self.first_row(start, block, infinite)}: every value must be a "
-                                "finite number")
+                raise DataError(
+                    f"{self.where} holds {self.first_row(start, block, infinite)}: "
+                    "every value must be a finite number"
+                )
             sums[start:stop] = row_sums(block)
             nnz += int(np.count_nonzero(data))
             if data.size:
-                low, high = min(low, float(data.min())), max(high, float(data.max()))
+                low = min(low, float(data.min()))
+                high = max(high, float(data.max()))
                 integer = integer and bool((data == np.rint(data)).all())
             if data.size < (stop - start) * self.shape[1]:  # the zeros that are not stored
-                low, high = min(low, 0.0), max(high, 0.0)
+                low = min(low, 0.0)
+                high = max(high, 0.0)
             if done:
                 done(stop - start)
-        return {"min": low, "max": high, "integer": integer, "nnz": nnz, "row_sums": sums,
-                "largest_row_sum": float(sums.max())}
+        return {
+            "min": low,
+            "max": high,
+            "integer": integer,
+            "nnz": nnz,
+            "row_sums": sums,
+            "largest_row_sum": float(sums.max()),
+        }
 
     def dense(self) -> np.ndarray:
         """The whole matrix in memory, float32."""
@@ -432,13 +522,20 @@ def looks_log1p(found: "Matrix | dict") -> bool:
 
     Fractions, none negative, none above 15: exp(15) is three million molecules of one gene in one cell.
     """
-    found = found.check() if isinstance(found, Matrix) else found
-    return not found["integer"] and found["min"] >= 0 and found["max"] < 15
+    if isinstance(found, Matrix):
+        found = found.check()
+    if found["integer"]:
+        return False
+    return found["min"] >= 0 and found["max"] < 15
 
 
 def encoded(node, kind: str, version: str = "0.2.0", **attributes):
-    """Mark a group or data set as anndata does."""
-    node.attrs.update({"encoding-type": kind, "encoding-version": version, **attributes})
+    """Mark a group or data set as anndata does; returns it."""
+    node.attrs.update({
+        "encoding-type": kind,
+        "encoding-version": version,
+        **attributes,
+    })
     return node
 
 
@@ -450,20 +547,24 @@ def write_values(group: h5py.Group, name: str, value, categorical: bool = False)
             write_values(inner, key, item)
         return
     values = np.asarray(value)
+    is_text = values.dtype.kind in "UO"
     if not values.ndim:
-        encoded(group.create_dataset(name, data=value), "string" if values.dtype.kind == "U" else "numeric-scalar")
-    elif values.dtype.kind not in "UO":
+        kind = "string" if values.dtype.kind == "U" else "numeric-scalar"
+        encoded(group.create_dataset(name, data=value), kind)
+    elif not is_text:
         encoded(group.create_dataset(name, data=values), "array")
     elif categorical or any(text is None for text in values.ravel().tolist()):
         write_categorical(group, name, values)
     else:
-        encoded(group.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype()), "string-array")
+        texts = values.astype(object)
+        encoded(group.create_dataset(name, data=texts, dtype=h5py.string_dtype()), "string-array")
 
 
 def write_categorical(group: h5py.Group, name: str, values: np.ndarray) -> None:
-    known = np.array([text is not None for text in values.tolist()], bool)
+    """Text, None for missing, as codes and the sorted texts that they mean."""
+    is_known = np.array([text is not None for text in values.tolist()], bool)
     codes = np.full(len(values), -1, np.int32)  # -1 is missing
-    codes[known], names = factor(values[known].astype(object))
+    codes[is_known], names = factor(values[is_known].astype(object))
     # anndata takes the smallest type that holds the codes
     kind = next(kind for kind in (np.int8, np.int16, np.int32) if len(names) <= np.iinfo(kind).max)
     inner = encoded(group.create_group(name), "categorical", ordered=False)
@@ -474,20 +575,28 @@ def write_categorical(group: h5py.Group, name: str, values: np.ndarray) -> None:
 def write_frame(file: h5py.File, part: str, names: np.ndarray, columns: dict[str, np.ndarray]) -> None:
     """obs (text as categoricals) or var (text as it is) with its index."""
     order = np.array(list(columns), dtype=h5py.string_dtype())
-    frame = encoded(file.create_group(part), "dataframe", _index="_index", **{"column-order": order})
+    attributes = {"_index": "_index", "column-order": order}
+    frame = encoded(file.create_group(part), "dataframe", **attributes)
     for name, values in {"_index": np.asarray(names), **columns}.items():
         if len(values) != len(names):
             raise DataError(f"{part} column {name!r} has {len(values):,} values for {len(names):,} rows")
-        write_values(frame, name, values, categorical=part == "obs" and name != "_index")
+        is_categorical = part == "obs" and name != "_index"
+        write_values(frame, name, values, categorical=is_categorical)
 
 
-def matrix_space(group: h5py.Group, name: str, shape: tuple[int, int], nnz: int | None = None) -> h5py.Group:
+def matrix_space(
+    group: h5py.Group,
+    name: str,
+    shape: tuple[int, int],
+    nnz: int | None = None,
+) -> h5py.Dataset | h5py.Group:
     """Room for a dense matrix, or for a CSR one of nnz values, in one piece each, so that it can be memory-mapped."""
     if nnz is None:
         return encoded(group.create_dataset(name, shape, np.float32), "array")
     node = encoded(group.create_group(name), "csr_matrix", "0.1.0", shape=np.array(shape))
-    for part, size, kind in (("data", nnz, np.float32), ("indices", nnz, np.int32), ("indptr", shape[0] + 1, np.int64)):
-        node.create_dataset(part, (size,), kind)
+    node.create_dataset("data", (nnz,), np.float32)
+    node.create_dataset("indices", (nnz,), np.int32)
+    node.create_dataset("indptr", (shape[0] + 1,), np.int64)
     return node
 
 
@@ -500,24 +609,34 @@ def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict) -> Iterator[h5py
     saving = path.with_name(f".saving-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise DataError(f"{path.parent} cannot be made ({e.strerror}): use another folder") from e
+    except OSError as error:
+        raise DataError(f"{path.parent} cannot be made ({error.strerror}): use another folder") from error
     try:
         with h5py.File(saving, "w") as file:
             encoded(file, "anndata", "0.1.0")
             write_frame(file, "obs", np.asarray(obs_names), obs)
-            for name, content in (("obsm", {}), ("layers", {}), ("varm", {}), ("obsp", {}), ("varp", {}), ("uns", uns)):
-                write_values(file, name, content)
+            for name in ("obsm", "layers", "varm", "obsp", "varp"):
+                write_values(file, name, {})
+            write_values(file, "uns", uns)
             yield file
         os.replace(saving, path)
-    except OSError as e:
-        raise DataError(f"{path} cannot be written ({e}): free some space or choose another place") from e
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error}): free some space or choose another place") from error
     finally:
         saving.unlink(missing_ok=True)
 
 
-def write_h5ad(path: str | Path, X, obs: dict, var_names, obsm: dict | None = None, obs_names=None,
-               var: dict | None = None, layers: dict | None = None, uns: dict | None = None) -> None:
+def write_h5ad(
+    path: str | Path,
+    X,
+    obs: dict,
+    var_names,
+    obsm: dict | None = None,
+    obs_names=None,
+    var: dict | None = None,
+    layers: dict | None = None,
+    uns: dict | None = None,
+) -> None:
     """Write an h5ad that anndata opens, whole or not at all.
 
     X and the matrices of obsm and layers are arrays [n, d] or csr_arrays; obs and var are {column: values}, text of obs
@@ -528,18 +647,22 @@ def write_h5ad(path: str | Path, X, obs: dict, var_names, obsm: dict | None = No
     with new_h5ad(path, obs_names, obs, uns or {}) as file:
         write_frame(file, "var", np.asarray(var_names), var or {})
         write_matrix(file, "X", X)
-        for part, matrices in (("obsm", obsm), ("layers", layers)):
-            for name, matrix in (matrices or {}).items():
-                write_matrix(file[part], name, matrix)
+        for name, matrix in (obsm or {}).items():
+            write_matrix(file["obsm"], name, matrix)
+        for name, matrix in (layers or {}).items():
+            write_matrix(file["layers"], name, matrix)
 
 
 def write_matrix(group: h5py.Group, name: str, matrix: np.ndarray | csr_array) -> None:
+    """A matrix into a group, dense or CSR as it is."""
     if not isinstance(matrix, csr_array):
-        matrix_space(group, name, matrix.shape)[...] = matrix
+        space = matrix_space(group, name, matrix.shape)
+        space[...] = matrix
         return
     node = matrix_space(group, name, matrix.shape, matrix.nnz)
-    for part in ("data", "indices", "indptr"):
-        node[part][...] = getattr(matrix, part)
+    node["data"][...] = matrix.data
+    node["indices"][...] = matrix.indices
+    node["indptr"][...] = matrix.indptr
 
 
 def kind_of_values(found: dict) -> str:
@@ -553,39 +676,57 @@ def kind_of_values(found: dict) -> str:
 
 def inspect_cells(path: str) -> dict:
     """Print what an h5ad file holds; returns it with the list of problems found."""
-    problems, columns, matrices = [], {}, {}
+    problems = []
     with H5ad(path) as cells:
         print(f"{path}: {cells.n_obs:,} cells, {cells.n_vars:,} genes")
-        for name in cells.columns:
-            try:
-                columns[name] = cells.column(name)[1]
-            except DataError as e:
-                problems.append(str(e))
-                continue
-            more = ", ..." if len(columns[name]) > 6 else ""
-            print(f"  obs {name:<20} {len(columns[name]):>8,} values: {', '.join(columns[name][:6])}{more}")
+        columns = inspect_columns(cells, problems)
         for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
             repeated = len(names) - len(set(names.tolist()))
             if repeated:
                 problems.append(f"{repeated:,} {kind} have the name of an earlier one")
-        for key in cells.keys:
-            try:
-                matrix = cells.matrix(key)
-                found = matrix.check()
-            except DataError as e:
-                problems.append(str(e))
-                continue
-            kind = kind_of_values(found)
-            if key == "X" and kind not in ("log1p", "counts"):
-                problems.append(f"X holds {kind}")
-            empty = int((found["row_sums"] == 0).sum())
-            if kind == "counts" and empty:
-                problems.append(f"{key}: {empty:,} cells have no count")
-            matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
-            print(f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
-                  f"{found['nnz'] / math.prod(matrix.shape):.1%} not 0, {found['min']:g} to {found['max']:g}")
+        matrices = inspect_matrices(cells, problems)
     report(problems)
     return {"columns": columns, "matrices": matrices, "problems": problems}
+
+
+def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
+    """Print the columns of obs; returns their values, and adds to the problems."""
+    columns = {}
+    for name in cells.columns:
+        try:
+            _, values = cells.column(name)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        columns[name] = values
+        more = ", ..." if len(values) > 6 else ""
+        print(f"  obs {name:<20} {len(values):>8,} values: {', '.join(values[:6])}{more}")
+    return columns
+
+
+def inspect_matrices(cells: H5ad, problems: list[str]) -> dict[str, dict]:
+    """Print what each matrix holds; returns shape, format and kind of each, and adds to the problems."""
+    matrices = {}
+    for key in cells.keys:
+        try:
+            matrix = cells.matrix(key)
+            values = matrix.check()
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        kind = kind_of_values(values)
+        if key == "X" and kind not in ("log1p", "counts"):
+            problems.append(f"X holds {kind}")
+        empty = int((values["row_sums"] == 0).sum())
+        if kind == "counts" and empty:
+            problems.append(f"{key}: {empty:,} cells have no count")
+        matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
+        filled = values["nnz"] / math.prod(matrix.shape)
+        print(
+            f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
+            f"{filled:.1%} not 0, {values['min']:g} to {values['max']:g}"
+        )
+    return matrices
 
 
 def holds_cells(path: str) -> bool:

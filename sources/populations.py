@@ -36,21 +36,31 @@ class Populations:
     variation: np.ndarray  # [3, G] directions in which cells of a condition differ
 
 
-def make_populations(num_cell_types: int, num_perturbations: int, num_genes: int, num_batches: int, effect: float,
-                     seed: int) -> Populations:
+def make_populations(
+    num_cell_types: int,
+    num_perturbations: int,
+    num_genes: int,
+    num_batches: int,
+    effect: float,
+    seed: int,
+) -> Populations:
     """The activities of the training types lie on a circle, so that their mean is no guide, and those of the last type
     inside the hull, between two of them."""
-    K, P, G = num_cell_types, num_perturbations, num_genes
+    K = num_cell_types
+    P = num_perturbations
+    G = num_genes
     draw = counter_rng(seed, 0)
     angle = 2 * np.pi * np.append(np.arange(K - 1), 0.5) / (K - 1)
     # The chord between two neighbours on the circle is cos(pi / (K - 1)) away from the centre: the last type is inside.
     radius = np.append(np.ones(K - 1), 0.9 * np.cos(np.pi / (K - 1)))
+    direction = np.stack((np.cos(angle), np.sin(angle)), 1)  # [K, M]
     touched = draw.random((P + 1, 1, G)) < 0.3  # of the genes; row 0 is the control
     touched[0] = False
     effects = effect * draw.normal(size=(P + 1, 3, G)) * touched
+    # In the order of the fields: what is drawn depends on what was drawn before.
     return Populations(
         base=draw.normal(0, 0.8, G),
-        activity=radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1),
+        activity=radius[:, None] * direction,
         program=draw.normal(0, 0.15, (K, G)),
         batch=draw.normal(0, 0.08, (num_batches, G)),
         pathways=draw.normal(0, 0.8, (2, G)) * (draw.random((2, G)) < 0.3),
@@ -60,8 +70,14 @@ def make_populations(num_cell_types: int, num_perturbations: int, num_genes: int
     )
 
 
-def simulate(populations: Populations, cell_type: np.ndarray, pert: np.ndarray, depth: float, dropout: float,
-             draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def simulate(
+    populations: Populations,
+    cell_type: np.ndarray,
+    pert: np.ndarray,
+    depth: float,
+    dropout: float,
+    draw: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """(counts [n, G], batch [n]) of cells of these types and perturbations (0 is the control).
 
     depth: median counts of a cell. dropout: probability that a gene is lost where its expected count is 1.
@@ -73,31 +89,42 @@ def simulate(populations: Populations, cell_type: np.ndarray, pert: np.ndarray, 
     log_rate = log_rate + activity @ populations.pathways + populations.batch[batch]
     log_rate = log_rate + draw.normal(size=(n, 3)) @ populations.variation + populations.shared[pert]
     log_rate = log_rate + np.einsum("nm,nmg->ng", activity, populations.modulated[pert])
-    rate = np.exp(log_rate)  # expected counts, after the depth of a cell, which is log-normal
-    rate *= depth * np.exp(draw.normal(0, 0.3, (n, 1))) / rate.sum(1, keepdims=True)
+    rate = np.exp(log_rate)
+    # Expected counts, after the depth of a cell, which is log-normal.
+    cell_depth = depth * np.exp(draw.normal(0, 0.3, (n, 1)))
+    rate *= cell_depth / rate.sum(1, keepdims=True)
     kept = draw.random(rate.shape) >= dropout**rate  # the rarer a gene, the easier it is lost
     return draw.poisson(rate) * kept, batch
 
 
-def true_deltas(populations: Populations, depth: float, dropout: float, target_sum: float, seed: int,
-                cells: int = 600) -> np.ndarray:
+def true_deltas(
+    populations: Populations,
+    depth: float,
+    dropout: float,
+    target_sum: float,
+    seed: int,
+    cells: int = 600,
+) -> np.ndarray:
     """Expected log1p expression of perturbed cells minus control cells [K, P, G], as a mean over simulated cells.
 
     Control and perturbed cells share their generator's draws, so that their difference has little noise.
     """
-    (K, G), conditions = populations.program.shape, len(populations.shared)
+    K, G = populations.program.shape
+    conditions = len(populations.shared)
     means = np.empty((K, conditions, G))
     for k in range(K):
+        cell_type = np.full(cells, k)
         for p in range(conditions):
             draw = counter_rng(seed, 2, k)
-            counts, _ = simulate(populations, np.full(cells, k), np.full(cells, p), depth, dropout, draw)
+            counts, _ = simulate(populations, cell_type, np.full(cells, p), depth, dropout, draw)
             means[k, p] = expression(counts, target_sum).mean(0)
     return means[:, 1:] - means[:, :1]
 
 
 def expression(counts: np.ndarray, target_sum: float) -> np.ndarray:
     """log(1 + x) of counts scaled to the same sum in every cell; a cell without counts stays without."""
-    return log_normalized(counts, np.maximum(counts.sum(1, keepdims=True), 1), target_sum)
+    totals = counts.sum(1, keepdims=True)
+    return log_normalized(counts, np.maximum(totals, 1), target_sum)
 
 
 def mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
@@ -105,7 +132,8 @@ def mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
     a = a - a.mean(1, keepdims=True)
     b = b - b.mean(1, keepdims=True)
     norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return float(((a * b).sum(1) / norms).mean())
+    products = (a * b).sum(1)
+    return float((products / norms).mean())
 
 
 def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -113,12 +141,20 @@ def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: 
     K, P, _ = truth.shape
 
     def deltas(k: int, part: slice) -> np.ndarray:
-        means = [X[(cell_type == k) & (pert == p)][part].mean(0) for p in range(P + 1)]
+        means = []
+        for p in range(P + 1):
+            cells = X[(cell_type == k) & (pert == p)]
+            means.append(cells[part].mean(0))
         return np.stack(means[1:]) - means[0]
 
-    others = np.mean([deltas(k, slice(None)) for k in range(K - 1)], axis=0)
-    halves = [mean_pearson(deltas(K - 1, slice(start, None, 2)), truth[-1]) for start in (0, 1)]
-    return {"noise_ceiling": sum(halves) / 2, "perturbation_mean": mean_pearson(others, truth[-1])}
+    last = K - 1
+    others = np.mean([deltas(k, slice(None)) for k in range(last)], axis=0)
+    even_cells = mean_pearson(deltas(last, slice(0, None, 2)), truth[last])
+    odd_cells = mean_pearson(deltas(last, slice(1, None, 2)), truth[last])
+    return {
+        "noise_ceiling": (even_cells + odd_cells) / 2,
+        "perturbation_mean": mean_pearson(others, truth[last]),
+    }
 
 
 def synthetic(

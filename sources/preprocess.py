@@ -24,7 +24,10 @@ def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int,
     mean; a gene alone in its range gets 1, one that never varies is not taken, and ties are all taken.
 
     Args:
-        sums, squares: of expm1(X) over the cells, float64 [genes].
+        sums, squares: sums over the cells of expm1(X) and of its square, float64 [genes].
+        cells: how many there are, those with a zero too. most: genes to take.
+    Returns:
+        highly_variable, bool, and means, dispersions, dispersions_norm, float64: [genes] each, named as by scanpy.
     """
     # Mean and variance of a gene over the cells; the zeros of a sparse matrix are in `cells` alone.
     mean = sums / cells
@@ -33,21 +36,33 @@ def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int,
     variance = spread * cells / max(cells - 1, 1)
     mean[mean == 0] = 1e-12
     ratio = variance / mean
-    dispersion, level = np.log(np.where(ratio > 0, ratio, np.nan)), np.log1p(mean)
+    dispersion = np.log(np.where(ratio > 0, ratio, np.nan))
+    level = np.log1p(mean)
     # Dispersion falls with the mean, so a gene is compared with those of its own range of the mean.
     edges = np.linspace(level.min(), level.max(), bins + 1)
-    group, score = np.searchsorted(edges[1:-1], level), np.full(len(mean), np.nan)
+    group = np.searchsorted(edges[1:-1], level)
+    score = np.full(len(mean), np.nan)
     for b in range(bins):
         here = (group == b) & np.isfinite(dispersion)
-        if here.sum() > 1:
-            center, scale = dispersion[here].mean(), dispersion[here].std(ddof=1)
-            score[here] = (dispersion[here] - center) / (scale or np.nan)
+        members = dispersion[here]
+        if len(members) > 1:
+            scale = members.std(ddof=1) or np.nan  # all alike: no score
+            score[here] = (members - members.mean()) / scale
         else:
             score[here] = 1  # alone in its range
     # The score of the last gene to be taken; with it come all that have the same.
     known = np.sort(score[np.isfinite(score)])[::-1]
-    chosen = score >= known[min(most, len(known)) - 1] if len(known) else np.zeros(len(mean), bool)
-    return {"highly_variable": chosen, "means": level, "dispersions": dispersion, "dispersions_norm": score}
+    if len(known):
+        least = known[min(most, len(known)) - 1]
+        chosen = score >= least
+    else:
+        chosen = np.zeros(len(mean), bool)
+    return {
+        "highly_variable": chosen,
+        "means": level,
+        "dispersions": dispersion,
+        "dispersions_norm": score,
+    }
 
 
 def checked_counts(cells: H5ad, layer: str, columns: dict[str, str], control_pert: str) -> tuple[Matrix, dict, bool]:
@@ -55,20 +70,26 @@ def checked_counts(cells: H5ad, layer: str, columns: dict[str, str], control_per
 
     columns: pert_col, cell_type_key, batch_col -> obs column, those that must be there.
     """
-    names = {key: cells.column(column)[1] for key, column in columns.items()}
+    names = {}
+    for key, column in columns.items():
+        _, names[key] = cells.column(column)
     if control_pert and control_pert not in names["pert_col"]:
-        raise DataError(f"{cells.path}: no cell has {columns['pert_col']} = {control_pert!r}"
-                        + suggest(control_pert, names["pert_col"]))
+        hint = suggest(control_pert, names["pert_col"])
+        raise DataError(f"{cells.path}: no cell has {columns['pert_col']} = {control_pert!r}{hint}")
     matrix = cells.matrix(layer or None)
     if matrix.shape[1] != cells.n_vars:
         raise DataError(f"{matrix.where} has {matrix.shape[1]} columns for {cells.n_vars} genes: choose X or a layer")
-    found = matrix.check()
-    log1p = looks_log1p(found)
-    if found["min"] < 0 or not (found["integer"] or log1p):
-        fractions = "" if found["integer"] else ", fractions among them"
-        raise DataError(f"{matrix.where} holds values from {found['min']:g} to {found['max']:g}{fractions}: neither "
-                        f"counts nor log1p; if the counts are elsewhere, use --layer= one of {', '.join(cells.keys)}")
-    return matrix, found, log1p
+    values = matrix.check()
+    log1p = looks_log1p(values)
+    usable = values["integer"] or log1p
+    if values["min"] < 0 or not usable:
+        fractions = "" if values["integer"] else ", fractions among them"
+        raise DataError(
+            f"{matrix.where} holds values from {values['min']:g} to {values['max']:g}{fractions}: "
+            "neither counts nor log1p; if the counts are elsewhere, "
+            f"use --layer= one of {', '.join(cells.keys)}"
+        )
+    return matrix, values, log1p
 
 
 def expression(matrix: Matrix, totals: np.ndarray, target_sum: float | None, text: str
@@ -76,64 +97,95 @@ def expression(matrix: Matrix, totals: np.ndarray, target_sum: float | None, tex
     """(rows of the new file, expression, counts) of every block; no stored zeros, no empty cells.
 
     Expression is log1p of the normalised counts; with target_sum None, what the matrix holds.
+
+    Args:
+        totals: counts of each cell, [cells]. text: what the progress bar says.
     """
     written = 0
     for start, stop, block in progress(matrix.blocks(), text, "blocks"):
-        total = totals[start:stop]  # 0: an empty cell, which is left out
-        counts = csr_array(block)[total > 0]
+        total = totals[start:stop]
+        filled = total > 0  # an empty cell is left out
+        counts = csr_array(block)[filled]
         counts.eliminate_zeros()
         values = counts.data
         if target_sum:
-            values = log_normalized(values, np.repeat(total[total > 0], np.diff(counts.indptr)), target_sum)
+            total_of_value = np.repeat(total[filled], np.diff(counts.indptr))
+            values = log_normalized(values, total_of_value, target_sum)
+        logged = csr_array((values, counts.indices, counts.indptr), shape=counts.shape)
         rows = slice(written, written + counts.shape[0])
-        yield rows, csr_array((values, counts.indices, counts.indptr), shape=counts.shape), counts
+        yield rows, logged, counts
         written = rows.stop
 
 
 def write_expression(file: h5py.File, blocks: Iterator[tuple], shape: tuple, nnz: int, keep_counts: bool) -> np.ndarray:
-    """X, and layers/counts if kept, of a new file; returns sums over cells of expm1(X) and its squares [2, genes]."""
-    nodes = [matrix_space(file, "X", shape, nnz)]
-    if keep_counts:
-        nodes.append(matrix_space(file["layers"], "counts", shape, nnz))
-    pointers, moments, filled = np.zeros(shape[0] + 1, np.int64), np.zeros((2, shape[1])), 0
+    """X, and layers/counts if kept, of a new file; returns sums over cells of expm1(X) and its squares [2, genes].
+
+    Args:
+        blocks: of expression(). shape: (cells, genes) of the new file. nnz: values other than 0.
+    """
+    expression_node = matrix_space(file, "X", shape, nnz)
+    counts_node = matrix_space(file["layers"], "counts", shape, nnz) if keep_counts else None
+    pointers = np.zeros(shape[0] + 1, np.int64)
+    moments = np.zeros((2, shape[1]))
+    filled = 0  # values written
     for rows, values, counts in blocks:
         part = slice(filled, filled + values.nnz)
-        for node, block in zip(nodes, (values, counts), strict=False):
-            node["data"][part], node["indices"][part] = block.data, block.indices
+        expression_node["data"][part] = values.data
+        expression_node["indices"][part] = values.indices
+        if keep_counts:
+            counts_node["data"][part] = counts.data
+            counts_node["indices"][part] = counts.indices
         pointers[rows.start + 1 : rows.stop + 1] = filled + values.indptr[1:]
         filled = part.stop
         # Variable genes are chosen on normalised counts, the logarithm taken back.
         rate = np.expm1(values.data.astype(np.float64))
         moments[0] += np.bincount(values.indices, rate, shape[1])
         moments[1] += np.bincount(values.indices, rate**2, shape[1])
-    for node in nodes:
-        node["indptr"][...] = pointers
+    expression_node["indptr"][...] = pointers
+    if keep_counts:
+        counts_node["indptr"][...] = pointers
     return moments
 
 
 def write_variable(file: h5py.File, blocks: Iterator[tuple], shape: tuple, chosen: np.ndarray) -> None:
     """obsm/X_hvg of a new file: the chosen genes [genes] of the blocks, dense."""
     space = matrix_space(file["obsm"], "X_hvg", shape)
+    columns = np.flatnonzero(chosen)
     for rows, values, _ in blocks:
-        space[rows] = values[:, np.flatnonzero(chosen)].toarray()
+        space[rows] = values[:, columns].toarray()
 
 
 def copy_obsm(file: h5py.File, cells: H5ad, keep: np.ndarray) -> None:
-    """The kept rows of the other matrices in obsm of the input."""
+    """The kept rows, bool [cells], of the other matrices in obsm of the input."""
     for key in cells.keys:
         if not key.startswith("obsm/") or key == "obsm/X_hvg":
             continue
-        matrix, written = cells.matrix(key), 0
-        space = matrix_space(file["obsm"], key.removeprefix("obsm/"), (int(keep.sum()), matrix.shape[1]))
+        matrix = cells.matrix(key)
+        name = key.removeprefix("obsm/")
+        shape = (int(keep.sum()), matrix.shape[1])
+        space = matrix_space(file["obsm"], name, shape)
+        written = 0
         for start, stop, block in matrix.blocks():
             rows = as_dense(block)[keep[start:stop]]
             space[written : written + len(rows)] = rows
             written += len(rows)
 
 
-def preprocess(*, input: str = "", layer: str = "", output: str = "", target_sum: float = 1e4, num_hvgs: int = 2_000,
-               drop_empty: bool = False, keep_counts: bool = False, pert_col: str = "", cell_type_key: str = "",
-               batch_col: str = "", control_pert: str = "", out_dir: str = "data/state") -> dict:
+def preprocess(
+    *,
+    input: str = "",
+    layer: str = "",
+    output: str = "",
+    target_sum: float = 1e4,
+    num_hvgs: int = 2_000,
+    drop_empty: bool = False,
+    keep_counts: bool = False,
+    pert_col: str = "",
+    cell_type_key: str = "",
+    batch_col: str = "",
+    control_pert: str = "",
+    out_dir: str = "data/state",
+) -> dict:
     """Counts of an h5ad -> X log1p CSR, obsm X_hvg; returns numbers of cells and genes.
 
     Three passes over blocks of rows: check, write X and sum up the genes, write X_hvg; memory does not grow with cells
@@ -142,27 +194,32 @@ def preprocess(*, input: str = "", layer: str = "", output: str = "", target_sum
     path = Path(output or Path(out_dir) / Path(input).name)
     if path.exists() and Path(input).exists() and path.samefile(input):
         raise DataError(f"{path} is the input: give another --output")
-    columns = {"pert_col": pert_col, "cell_type_key": cell_type_key, "batch_col": batch_col}
-    columns = {key: column for key, column in columns.items() if column}
+    columns = {}
+    for key, column in (("pert_col", pert_col), ("cell_type_key", cell_type_key), ("batch_col", batch_col)):
+        if column:
+            columns[key] = column
     if control_pert:
         columns.setdefault("pert_col", "gene")
 
     with H5ad(input) as cells:
-        matrix, found, log1p = checked_counts(cells, layer, columns, control_pert)
-        totals = found["row_sums"]
+        matrix, values, log1p = checked_counts(cells, layer, columns, control_pert)
+        totals = values["row_sums"]
         keep = totals > 0
         empty = int((~keep).sum())
         if empty and (not drop_empty or empty == cells.n_obs):
             first = int(keep.argmin())
-            raise DataError(f"{matrix.where} has {empty:,} cells without any count, first cell {first} "
-                            f"({cells.obs_names[first]}): leave them out with --drop_empty")
+            raise DataError(
+                f"{matrix.where} has {empty:,} cells without any count, first cell {first} "
+                f"({cells.obs_names[first]}): leave them out with --drop_empty"
+            )
         scale = None if log1p else target_sum
         shape = (int(keep.sum()), cells.n_vars)
-        obs = {name: values[keep] for name, values in cells.frame("obs").items()}
+        obs = {name: column[keep] for name, column in cells.frame("obs").items()}
         with new_h5ad(path, cells.obs_names[keep], obs, {"log1p": {}}) as file:
+            # Which genes vary is known only when all cells were written, so X_hvg takes another pass.
             blocks = expression(matrix, totals, scale, "expression")
-            moments = write_expression(file, blocks, shape, found["nnz"], keep_counts)
-            genes = variable_genes(*moments, shape[0], num_hvgs)
+            sums, squares = write_expression(file, blocks, shape, values["nnz"], keep_counts)
+            genes = variable_genes(sums, squares, shape[0], num_hvgs)
             chosen = genes["highly_variable"]
             width = int(chosen.sum())
             if not width:
@@ -174,6 +231,15 @@ def preprocess(*, input: str = "", layer: str = "", output: str = "", target_sum
 
     how = "log1p already, so kept as they are" if log1p else f"counts to {target_sum:g} a cell, log1p"
     limit = f", all that vary: num_hvgs is {num_hvgs:,}" if width < num_hvgs else ""
-    print(f"preprocess: {shape[0]:,} cells ({empty:,} empty ones left out), {shape[1]:,} genes; {how}; X_hvg has the "
-          f"{width:,} most variable genes{limit}; written to {path}")
-    return {"cells": shape[0], "genes": shape[1], "hvgs": width, "dropped": empty, "log1p": log1p, "path": str(path)}
+    print(
+        f"preprocess: {shape[0]:,} cells ({empty:,} empty ones left out), {shape[1]:,} genes; {how}; "
+        f"X_hvg has the {width:,} most variable genes{limit}; written to {path}"
+    )
+    return {
+        "cells": shape[0],
+        "genes": shape[1],
+        "hvgs": width,
+        "dropped": empty,
+        "log1p": log1p,
+        "path": str(path),
+    }

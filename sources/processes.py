@@ -83,8 +83,9 @@ def mess3(x: float = 0.05, a: float = 0.85) -> np.ndarray:
     _probabilities(a=a)
     if not 0 <= x <= 0.5:
         raise ProcessError(f"x = {x:g} leaves a negative probability of staying, 1 - 2x: use a value in [0, 0.5]")
-    move = np.where(np.eye(3), 1 - 2 * x, x)  # [from, to]
-    emit = np.where(np.eye(3), a, (1 - a) / 2)  # [token, to]
+    identity = np.eye(3)
+    move = np.where(identity, 1 - 2 * x, x)  # [from, to]
+    emit = np.where(identity, a, (1 - a) / 2)  # [token, to]
     return emit[:, None, :] * move
 
 
@@ -120,7 +121,9 @@ def matching_parens(open_probs: list = (1.0, 0.5, 0.4)) -> np.ndarray:
     for depth, probability in enumerate(open_probs):
         _probabilities(**{f"open_probs[{depth}]": probability})
     p = np.array(open_probs)
-    return np.stack([np.diag(p[:-1], 1), np.diag(1 - p[1:], -1)])  # one deeper, one less deep
+    deeper = np.diag(p[:-1], 1)
+    less_deep = np.diag(1 - p[1:], -1)
+    return np.stack([deeper, less_deep])
 
 
 def mr_name(p: float = 0.4, q: float = 0.25) -> np.ndarray:
@@ -142,12 +145,14 @@ def days_of_week() -> np.ndarray:
     T = np.zeros((11, 7, 7))
     for day in range(7):
         for named in range(7):
-            T[named, day, named] = 5 if named == (day + 1) % 7 else 1
+            is_next = named == (day + 1) % 7
+            T[named, day, named] = 5 if is_next else 1
         T[tomorrow, day, (day + 1) % 7] = 1
         T[yesterday, day, (day - 1) % 7] = 1
         T[weekend, day, 5:] = 1 / 2
         T[weekday, day, :5] = 1 / 5
-    return T / T.sum((0, 2))[:, None]
+    weight = T.sum((0, 2))  # [day] of all tokens
+    return T / weight[:, None]
 
 
 def tom_quantum(alpha: float = 1.0, beta: float = 7.14) -> np.ndarray:
@@ -159,7 +164,9 @@ def tom_quantum(alpha: float = 1.0, beta: float = 7.14) -> np.ndarray:
     if not alpha**2 + beta**2 > 0:
         raise ProcessError("alpha and beta are both 0: one of them must not be")
     g = 1 / (4 * (alpha**2 + beta**2))
-    d, m, o = 1 / 4, (alpha**2 - beta**2) * g, 2 * alpha * beta * g
+    d = 1 / 4
+    m = (alpha**2 - beta**2) * g
+    o = 2 * alpha * beta * g
     return np.array([
         [[d, 0, o], [0, m, 0], [o, 0, d]],
         [[d, 0, -o], [0, m, 0], [-o, 0, d]],
@@ -176,15 +183,28 @@ def fanizza(alpha: float = 2000.0, lamb: float = 0.49) -> np.ndarray:
     """
     if not 0 < lamb < 1:
         raise ProcessError(f"lamb = {lamb:g}: use a value in (0, 1); up to 0.5 all words have non-negative weight")
-    c, s = math.cos(alpha), math.sin(alpha)
+    c = math.cos(alpha)
+    s = math.sin(alpha)
     det = 1 - 2 * lamb * c + lamb**2
-    A, B = (1 - lamb * c + lamb * s) / det, (1 - lamb * c - lamb * s) / det
-    pi0 = np.array([1 - (2 / (1 - lamb) - A - B) / 4, 1 / (2 * (1 - lamb)), -A / 4, -B / 4])
-    w = np.array([1, 1 - lamb, 1 + lamb * (s - c), 1 - lamb * (s + c)])
+    A = (1 - lamb * c + lamb * s) / det
+    B = (1 - lamb * c - lamb * s) / det
+    pi0 = np.array([
+        1 - (2 / (1 - lamb) - A - B) / 4,
+        1 / (2 * (1 - lamb)),
+        -A / 4,
+        -B / 4,
+    ])
+    w = np.array([
+        1,
+        1 - lamb,
+        1 + lamb * (s - c),
+        1 - lamb * (s + c),
+    ])
+    T0 = np.outer(w, pi0)
     T1 = np.zeros((4, 4))
     T1[1, 1] = 1
     T1[2:, 2:] = [[c, -s], [s, c]]
-    return np.stack([np.outer(w, pi0), lamb * T1])
+    return np.stack([T0, lamb * T1])
 
 
 def post_quantum(log_alpha: float = 1.0, beta: float = 0.5) -> np.ndarray:
@@ -194,17 +214,35 @@ def post_quantum(log_alpha: float = 1.0, beta: float = 0.5) -> np.ndarray:
     """
     if not (log_alpha > 0 and 0 < beta < 1):
         raise ProcessError(f"log_alpha = {log_alpha:g}, beta = {beta:g}: needs log_alpha > 0 and 0 < beta < 1")
-    alpha, ratio = math.exp(log_alpha), log_alpha / math.log(beta)
+    alpha = math.exp(log_alpha)
+    ratio = log_alpha / math.log(beta)
     if abs(alpha + beta - 2) < 1e-12 or abs(ratio - round(ratio)) < 1e-12:
-        raise ProcessError(f"log_alpha = {log_alpha:g}, beta = {beta:g}: needs exp(log_alpha) + beta != 2 and "
-                           "log_alpha / log(beta) no integer")
+        raise ProcessError(
+            f"log_alpha = {log_alpha:g}, beta = {beta:g}: needs exp(log_alpha) + beta != 2 and "
+            "log_alpha / log(beta) no integer"
+        )
+    restart = np.outer([1, 1, 0], [1, -1, -1])
     grow = [[alpha, 0, 0], [0, 1, 0], [0, log_alpha, 1]]
     shrink = [[beta, 0, 0], [0, 1, 0], [0, math.log(beta), 1]]
-    return np.stack([np.outer([1, 1, 0], [1, -1, -1]), grow, shrink])
+    return np.stack([restart, grow, shrink])
 
 
-ZOO = (coin, even_ones, no_consecutive_ones, zero_one_random, sns, mess3, rrxor, leaky_rrxor, matching_parens, mr_name,
-       days_of_week, tom_quantum, fanizza, post_quantum)
+ZOO = (
+    coin,
+    even_ones,
+    no_consecutive_ones,
+    zero_one_random,
+    sns,
+    mess3,
+    rrxor,
+    leaky_rrxor,
+    matching_parens,
+    mr_name,
+    days_of_week,
+    tom_quantum,
+    fanizza,
+    post_quantum,
+)
 PROCESSES = {function.__name__: function for function in ZOO}
 COMPOSED = {"nonergodic": ("components",), "custom": ("matrices",)}  # built from other processes, or read
 
@@ -218,7 +256,10 @@ def parameters(process: str) -> tuple[str, ...]:
 
 def all_parameters() -> set[str]:
     """Names of the parameters of all processes."""
-    return {name for process in [*PROCESSES, *COMPOSED] for name in parameters(process)}
+    names = set()
+    for process in [*PROCESSES, *COMPOSED]:
+        names.update(parameters(process))
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,24 +305,37 @@ class Process:
             stationary states and no initial_state, or a word of negative weight.
     """
 
-    def __init__(self, matrices, initial_state=None, eigenvector=None, stationary=None, name: str = "custom"):
+    def __init__(
+        self,
+        matrices,
+        initial_state=None,
+        eigenvector=None,
+        stationary=None,
+        name: str = "custom",
+    ):
         T = np.asarray(matrices, dtype=np.float64)
         if T.ndim != 3 or T.shape[1] != T.shape[2] or 0 in T.shape:
             raise ProcessError(f"{name}: matrices have shape {list(T.shape)}; expected [V, S, S]")
         if not np.isfinite(T).all():
             raise ProcessError(f"{name}: matrices hold NaN or infinite weights")
-        self.name, self.vocab_size, self.num_states = name, T.shape[0], T.shape[1]
-        start = None if initial_state is None else np.asarray(initial_state, dtype=np.float64)
-        if start is not None and (start.shape != (self.num_states,) or not np.isfinite(start).all()):
-            raise ProcessError(f"{name}: initial_state must be {self.num_states} numbers, finite and one a state")
+        self.name = name
+        self.vocab_size = T.shape[0]
+        self.num_states = T.shape[1]
+        start = None
+        if initial_state is not None:
+            start = np.asarray(initial_state, dtype=np.float64)
+            if start.shape != (self.num_states,) or not np.isfinite(start).all():
+                raise ProcessError(f"{name}: initial_state must be {self.num_states} numbers, finite and one a state")
         if eigenvector is None:
             T, r, pi = _normalize(T, name, start)
         else:
-            r, pi = np.asarray(eigenvector, dtype=np.float64), np.asarray(stationary, dtype=np.float64)
+            r = np.asarray(eigenvector, dtype=np.float64)
+            pi = np.asarray(stationary, dtype=np.float64)
         if start is None:
             start = pi
         if not start @ r > 0:
             raise ProcessError(f"{name}: initial_state must have positive weight")
+        # No negative weight, and rows of M that sum to 1: weights are probabilities, and a belief is a posterior.
         self.is_hmm = bool((T >= 0).all() and np.allclose(r, 1, atol=1e-9))
         if self.is_hmm and (start < 0).any():
             raise ProcessError(f"{name}: initial_state holds a negative probability")
@@ -297,7 +351,8 @@ class Process:
 
     def _build_tables(self) -> None:
         """One matrix that, on a column of beliefs, gives all that a step of sampling or filtering looks up."""
-        T, r = self.transition_matrices, self.normalizing_eigenvector
+        T = self.transition_matrices
+        r = self.normalizing_eigenvector
         emit = (T @ r).cumsum(0)  # [V, S] running sums over tokens of p(token | state)
         successors = T.transpose(1, 2).reshape(-1, self.num_states)  # [V*S, S] belief after each token, not scaled
         self._step = torch.cat([emit, successors])
@@ -309,16 +364,21 @@ class Process:
         """
         S = self.num_states
         joint = self.transition_matrices.permute(1, 0, 2).reshape(S, -1)  # [S, V*S] p(token, next state | state)
+        joint_sums = joint.sum(1, keepdim=True)  # 1 but for rounding
+        # Only what can be has an interval: an outcome of probability 0 is never found.
         state, outcome = joint.nonzero(as_tuple=True)
-        upper = (joint / joint.sum(1, keepdim=True)).cumsum(1)[state, outcome]
+        upper = (joint / joint_sums).cumsum(1)[state, outcome]
         # The last outcome of state s ends at 2s + 1.5, not 2s + 1: slack that keeps u + 2s, rounded up, out of the next
         # state's interval.
         is_last = torch.ones_like(state, dtype=torch.bool)
         is_last[:-1] = state[1:] != state[:-1]
         self._edges = torch.where(is_last, 1.5, upper) + 2 * state
-        self._edge_token, self._edge_next = outcome // S, outcome % S
+        self._edge_token = outcome // S
+        self._edge_next = outcome % S
         self._edge_offset = 2.0 * self._edge_next
-        self._start_edges = (self.initial_state.cumsum(0) / self.initial_state.sum())[:-1].contiguous()
+        # The starting state is drawn likewise: the upper ends of all states but the last.
+        start_sums = self.initial_state.cumsum(0) / self.initial_state.sum()
+        self._start_edges = start_sums[:-1].contiguous()
 
     def to(self, device) -> "Process":
         """Move to a device, in place."""
@@ -333,16 +393,30 @@ class Process:
 
     # Sampling --------------------------------------------------------------------------------------------------
 
-    def sample(self, batch: int, length: int, generator: torch.Generator | None = None, return_states: bool = False):
+    def sample(
+        self,
+        batch: int,
+        length: int,
+        generator: torch.Generator | None = None,
+        return_states: bool = False,
+    ):
         """Draw tokens [batch, length] (int64); with return_states also the hidden path [batch, length + 1].
 
         Raises ProcessError if states are asked of a process that is no hidden Markov model.
         """
         if return_states and not self.is_hmm:
             raise ProcessError(f"{self.name} has no hidden path: its weights are no probabilities of states")
-        uniforms = torch.rand(length + 1, batch, generator=generator, dtype=torch.float64, device=self.device)
+        uniforms = torch.rand(
+            length + 1,  # one for the starting state
+            batch,
+            generator=generator,
+            dtype=torch.float64,
+            device=self.device,
+        )
         tokens, path = self.generate(uniforms, whole_path=return_states)
-        return (tokens, path) if return_states else tokens
+        if return_states:
+            return tokens, path
+        return tokens
 
     def generate(self, uniforms: torch.Tensor, start: torch.Tensor | None = None, whole_path: bool = False):
         """Turn uniforms [L + 1, B] into tokens [B, L], by inverting the distribution function at every step.
@@ -350,71 +424,96 @@ class Process:
         Row 0 draws the starting state, unless `start` continues an earlier call. Returns the tokens and what to
         continue from: a hidden Markov model's last states [B] (or whole path, [B, L + 1]), else the beliefs [B, S].
         """
-        length, batch = uniforms.shape[0] - 1, uniforms.shape[1]
+        length = uniforms.shape[0] - 1
+        batch = uniforms.shape[1]
         if not self.is_hmm:
             return self._generate_by_belief(uniforms[1:], start)
         if start is None:
             start = torch.searchsorted(self._start_edges, uniforms[0], right=True)
         # The hot loop: one search among the outcomes of all states, three kernels a token.
         chosen = torch.empty(length, batch, dtype=torch.int64, device=self.device)
-        offset = 2.0 * start
+        offset = 2.0 * start  # where the interval of the state begins
         for t in range(length):
             torch.searchsorted(self._edges, uniforms[t + 1] + offset, right=True, out=chosen[t])
             offset = self._edge_offset[chosen[t]]
+        # Tokens and states are looked up once, outside the loop.
         tokens = self._edge_token[chosen].t().contiguous()
         if whole_path:
-            return tokens, torch.cat([start[None], self._edge_next[chosen]]).t()
+            states = torch.cat([start[None], self._edge_next[chosen]])
+            return tokens, states.t()
         return tokens, (0.5 * offset).long()
 
     def _generate_by_belief(self, uniforms: torch.Tensor, start: torch.Tensor | None):
         """Sampling where only the belief is known: the states of a GHMM are no random variables."""
-        (length, batch), V, S = uniforms.shape, self.vocab_size, self.num_states
-        belief = self.initial_state[:, None].expand(S, batch) if start is None else start.t()
+        length, batch = uniforms.shape
+        V = self.vocab_size
+        S = self.num_states
+        if start is None:
+            belief = self.initial_state[:, None].expand(S, batch)
+        else:
+            belief = start.t()
         belief = belief.contiguous()  # [S, B]
         tokens = torch.empty(length, batch, dtype=torch.int64, device=self.device)
         for t in range(length):
+            # One product gives b T[x] for every token x, and the running sums over x of its weight b T[x] r.
             step = self._step @ belief  # [V + V*S, B]
-            sums, successors = step[:V], step[V:].view(V, S, batch)
+            sums = step[:V]
+            successors = step[V:].view(V, S, batch)
+            total = sums[-1]  # b . r; 1 if the belief were scaled
             # The token whose interval of the running sums holds u times their total.
-            token = (uniforms[t] * sums[-1] >= sums[:-1]).sum(0)
-            belief = successors.gather(0, token.expand(1, S, batch))[0] / sums[-1]
+            token = (uniforms[t] * total >= sums[:-1]).sum(0)
+            following = successors.gather(0, token.expand(1, S, batch))[0]
+            belief = following / total
             tokens[t] = token
-        belief = belief / (self.normalizing_eigenvector @ belief)  # each division lagged a step; the last is still due
+        # Each division scales the belief before the token, so it lags a step; the last is still due.
+        belief = belief / (self.normalizing_eigenvector @ belief)
         return tokens.t().contiguous(), belief.t()
 
     # Filtering -------------------------------------------------------------------------------------------------
 
-    def _filter(self, tokens: torch.Tensor, start: torch.Tensor | None = None):
+    def _filter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Beliefs [L + 1, S, B] and p(token | before) [L, B] of tokens [B, L], time first for contiguous rows.
 
-        After an impossible token both are meaningless.
+        The belief is updated by b <- b T[x] / (b T[x] r), whose denominator is p(x | before); b . r = 1 then holds
+        again. After an impossible token both are meaningless.
         """
         tokens = self._checked(tokens)
-        (batch, length), V, S = tokens.shape, self.vocab_size, self.num_states
-        columns, successors = tokens.t().contiguous(), self._step[V:]
+        batch, length = tokens.shape
+        V = self.vocab_size
+        S = self.num_states
+        r = self.normalizing_eigenvector
+        columns = tokens.t().contiguous()  # [L, B]
+        successors = self._step[V:]  # [V*S, S]
         beliefs = torch.empty(length + 1, S, batch, dtype=torch.float64, device=self.device)
-        beliefs[0] = self.initial_state[:, None] if start is None else start.t()
+        beliefs[0] = self.initial_state[:, None]
         probs = torch.empty(length, batch, dtype=torch.float64, device=self.device)
+        # Weighing and dividing after every token would add three kernels to the loop's two: RESCALE tokens share them.
         for begin in range(0, length, RESCALE):
             end = min(begin + RESCALE, length)
             # The update of a belief: b <- b T[x]. One product gives it for all V tokens, x picks its own.
             for t in range(begin, end):
                 following = (successors @ beliefs[t]).view(V, S, batch)
-                torch.gather(following, 0, columns[t].expand(1, S, batch), out=beliefs[t + 1][None])
+                token = columns[t].expand(1, S, batch)
+                torch.gather(following, 0, token, out=beliefs[t + 1][None])
             # The weight b . r is the probability of the tokens since the last rescaling; neighbours' ratio is that of
             # one token given those before it.
-            weights = self.normalizing_eigenvector @ beliefs[begin : end + 1]  # [t, B]
+            weights = r @ beliefs[begin : end + 1]  # [t, B]
             torch.div(weights[1:], weights[:-1], out=probs[begin:end])
+            # Now every belief of the stretch is scaled to b . r = 1.
             beliefs[begin + 1 : end + 1] /= weights[1:, None]
         return beliefs, probs
 
     def _checked(self, tokens) -> torch.Tensor:
+        """Tokens [B, L] as int64 on the process's device. Raises ProcessError for another shape or vocabulary."""
         tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
         if tokens.ndim != 2:
             raise ProcessError(f"tokens have shape {list(tokens.shape)}; expected [B, L]")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            raise ProcessError(f"tokens of {self.name} are 0..{self.vocab_size - 1}; "
-                               f"got {int(tokens.min())}..{int(tokens.max())}")
+        if not tokens.numel():
+            return tokens
+        least = int(tokens.min())
+        largest = int(tokens.max())
+        if least < 0 or largest >= self.vocab_size:
+            raise ProcessError(f"tokens of {self.name} are 0..{self.vocab_size - 1}; got {least}..{largest}")
         return tokens
 
     def beliefs(self, tokens) -> torch.Tensor:
@@ -427,8 +526,11 @@ class Process:
         if impossible.any():
             t, b = impossible.nonzero()[0].tolist()
             word = self._checked(tokens)[b, : t + 1].tolist()
-            raise ProcessError(f"token {word[-1]} at position {t} of sequence {b} is impossible under {self.name} "
-                               f"after {word[max(0, t - 8):-1]}: no belief follows it")
+            before = word[max(0, t - 8) : -1]
+            raise ProcessError(
+                f"token {word[-1]} at position {t} of sequence {b} is impossible under {self.name} "
+                f"after {before}: no belief follows it"
+            )
         return beliefs.permute(2, 0, 1)
 
     def log_prob(self, tokens) -> torch.Tensor:
@@ -436,28 +538,33 @@ class Process:
         _, probs = self._filter(tokens)
         possible = probs > IMPOSSIBLE
         if not possible.all():  # nothing follows an impossible word, whatever 0/0 gave
-            probs = torch.where(possible.long().cumprod(0).bool(), probs, 0)
+            still_possible = possible.long().cumprod(0).bool()
+            probs = torch.where(still_possible, probs, 0)
         return probs.log().t()
 
     def word_probability(self, word) -> float:
         """Probability that a sequence from the initial state begins with the word."""
         word = [int(token) for token in word]
-        return math.exp(self.log_prob([word]).sum()) if word else 1.0
+        if not word:
+            return 1.0
+        return math.exp(self.log_prob([word]).sum())
 
     def next_token_probs(self, belief) -> torch.Tensor:
         """p(next token x | belief) = belief T[x] r, [..., V] for beliefs [..., S]."""
         belief = torch.as_tensor(belief, dtype=torch.float64, device=self.device)
-        return (belief @ (self.transition_matrices @ self.normalizing_eigenvector).t()).clamp_min(0)
+        emit = (self.transition_matrices @ self.normalizing_eigenvector).t()  # [S, V]
+        return (belief @ emit).clamp_min(0)  # rounding may leave an exact 0 below 0
 
     # Words and entropies ---------------------------------------------------------------------------------------
 
     def children(self, belief: torch.Tensor, weight: torch.Tensor):
         """All possible one-token continuations of beliefs [N, S]: (parent, token, belief, weight), parent-major."""
-        joint = torch.einsum("ns,vsj->nvj", belief, self.transition_matrices)
-        prob = joint @ self.normalizing_eigenvector  # [N, V]
+        joint = torch.einsum("ns,vsj->nvj", belief, self.transition_matrices)  # b T[x]
+        prob = joint @ self.normalizing_eigenvector  # [N, V] p(x | b)
         parent, token = (prob > IMPOSSIBLE).nonzero(as_tuple=True)
         prob = prob[parent, token]
-        return parent, token, joint[parent, token] / prob[:, None], weight[parent] * prob
+        child = joint[parent, token] / prob[:, None]
+        return parent, token, child, weight[parent] * prob
 
     def all_words(self, length: int, max_words: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(words [N, length] in lexicographic order, probabilities [N]) of all that can be; None beyond max_words."""
@@ -471,7 +578,13 @@ class Process:
             words = torch.cat([words[parent], token[:, None]], 1)
         return words, weight
 
-    def _levels(self, depth: int, max_nodes: int, belief: torch.Tensor | None = None, weight=None) -> Iterator:
+    def _levels(
+        self,
+        depth: int,
+        max_nodes: int,
+        belief: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (beliefs [N, S], weights [N]) of all words of length 0, 1, ..., depth, equal beliefs merged.
 
         Starts from the initial state unless told otherwise; stops early where a level could exceed max_nodes.
@@ -489,21 +602,33 @@ class Process:
 
     def _entropy(self, belief: torch.Tensor) -> torch.Tensor:
         """Entropy in nats of the next token, [...] for beliefs [..., S]."""
-        return torch.special.entr(self.next_token_probs(belief)).sum(-1)
+        probs = self.next_token_probs(belief)
+        return torch.special.entr(probs).sum(-1)  # entr(p) = -p log p, and 0 where p is 0
 
-    def entropies(self, length: int, max_nodes: int = 300_000, samples: int = 20_000, seed: int = 0) -> list[Estimate]:
+    def entropies(
+        self,
+        length: int,
+        max_nodes: int = 300_000,
+        samples: int = 20_000,
+        seed: int = 0,
+    ) -> list[Estimate]:
         """H(next token | the first l tokens) for l = 0..length: exact while enumeration fits in max_nodes.
 
         Beyond that, the mean over sampled words of the entropy of the exact prediction, with its standard error.
         """
-        # H = sum over words of p(word) H(next | belief after the word); words of one belief count as one.
+        # H(next | l tokens) = sum over words w of length l of p(w) H(next | belief after w). What is to come depends
+        # on the word by its belief alone, so words of one belief count as one: V^l words become few, or stay few.
         estimates = []
         for belief, weight in self._levels(length, max_nodes):
-            estimates.append(Estimate(float(weight @ self._entropy(belief))))
+            mean = float(weight @ self._entropy(belief))
+            estimates.append(Estimate(mean))
         if len(estimates) <= length:
+            # The same sum by sampled words: each entropy is exact, only their mean is not.
             generator = torch.Generator(self.device).manual_seed(seed)
-            beliefs, _ = self._filter(self.sample(samples, length, generator))
-            entropy = self._entropy(beliefs[len(estimates) :].transpose(1, 2))  # [l, samples]
+            tokens = self.sample(samples, length, generator)
+            beliefs, _ = self._filter(tokens)
+            late = beliefs[len(estimates) :].transpose(1, 2)  # [l, samples, S] of the lengths that are left
+            entropy = self._entropy(late)  # [l, samples]
             errors = entropy.std(1) / samples**0.5
             estimates += map(Estimate, entropy.mean(1).tolist(), errors.tolist())
         return estimates
@@ -516,7 +641,12 @@ class Process:
         """[length]: the least loss a model can have at each position, having read 1, 2, ..., length tokens."""
         return torch.tensor(self.entropies(length, max_nodes)[1:], dtype=torch.float64)
 
-    def entropy_rate(self, max_nodes: int = 100_000, samples: int = 2_000, length: int = 1_000) -> Estimate:
+    def entropy_rate(
+        self,
+        max_nodes: int = 100_000,
+        samples: int = 2_000,
+        length: int = 1_000,
+    ) -> Estimate:
         """Entropy per token in the limit, in nats, with an error.
 
         Finitely many beliefs: the average over the chain of beliefs, exact. A hidden Markov model otherwise: halfway
@@ -530,10 +660,14 @@ class Process:
         if self.is_hmm:
             lower, upper = self._entropy_rate_bounds(max_nodes)
             if upper - lower < 1e-3:
-                return Estimate((upper + lower) / 2, max(0.0, upper - lower) / 2)
-        tokens = self.sample(samples, length, torch.Generator(self.device).manual_seed(0))
+                middle = (upper + lower) / 2
+                error = max(0.0, upper - lower) / 2
+                return Estimate(middle, error)
+        generator = torch.Generator(self.device).manual_seed(0)
+        tokens = self.sample(samples, length, generator)
         beliefs, _ = self._filter(tokens)
         late = beliefs[length // 2 :].transpose(1, 2)  # [length / 2, samples, S], when the start is forgotten
+        # Entropies along one sequence depend on each other, so the error is that of the means of whole sequences.
         entropy = self._entropy(late).mean(0)  # [samples]
         return Estimate(entropy.mean(), entropy.std() / samples**0.5)
 
@@ -544,7 +678,9 @@ class Process:
         """
         pi = self.initial_state @ _limit(self.transition_matrices.sum(0))  # a mixture keeps its start's weights
         states = torch.eye(self.num_states).to(pi)
-        unknown, known = self._levels(200, max_nodes, pi[None]), self._levels(200, max_nodes, states, pi)
+        # Both enumerate words: the upper bound from pi, the lower from every state with the weight that pi gives it.
+        unknown = self._levels(200, max_nodes, pi[None])
+        known = self._levels(200, max_nodes, states, pi)
         for (belief, weight), (belief_from_state, weight_from_state) in zip(unknown, known, strict=False):
             upper = float(weight @ self._entropy(belief))
             lower = float(weight_from_state @ self._entropy(belief_from_state))
@@ -556,10 +692,13 @@ class Process:
         """The Markov chain of beliefs, (beliefs [N, S], transitions [N, N]), from the initial one; None if large."""
         beliefs = self.initial_state[None]  # all that were met; the row is the number
         begin = 0  # beliefs from this number on are not yet continued
-        edges = []
+        sources = []
+        targets = []
+        probs = []
         while begin < len(beliefs):
             known = len(beliefs)
-            parent, _, child, prob = self.children(beliefs[begin:], torch.ones_like(beliefs[begin:, 0]))
+            newest = beliefs[begin:]
+            parent, _, child, prob = self.children(newest, torch.ones_like(newest[:, 0]))
             # The number of a child: that of the known belief with its key, else the next free one.
             keys, group = torch.unique(_keys(torch.cat([beliefs, child])), return_inverse=True)
             number = torch.full_like(keys, -1)
@@ -568,16 +707,21 @@ class Process:
             unseen = torch.unique(group[number[group] < 0])
             number[unseen] = torch.arange(known, known + len(unseen), device=self.device)
             target = number[group]
-            edges.append((parent + begin, target, prob))
+            sources.append(parent + begin)
+            targets.append(target)
+            probs.append(prob)
             is_new = target >= known
             fresh = torch.empty(len(unseen), self.num_states).to(beliefs)
             fresh[target[is_new] - known] = child[is_new]
-            beliefs, begin = torch.cat([beliefs, fresh]), known
+            beliefs = torch.cat([beliefs, fresh])
+            begin = known
             if len(beliefs) > max_beliefs:
                 return None
-        source, target, prob = (torch.cat(column) for column in zip(*edges, strict=True))
+        # Tokens that lead from one belief to the same other add up.
+        edges = (torch.cat(sources), torch.cat(targets))
         transitions = torch.zeros(len(beliefs), len(beliefs)).to(beliefs)
-        return beliefs, transitions.index_put_((source, target), prob, accumulate=True)
+        transitions.index_put_(edges, torch.cat(probs), accumulate=True)
+        return beliefs, transitions
 
     def mixed_state_tree(self, depth: int, min_prob: float = 0.0, order: str = "breadth") -> list[MixedState]:
         """Every word of up to `depth` tokens whose probability is at least min_prob (and not 0), with its belief.
@@ -586,82 +730,122 @@ class Process:
         """
         if order not in ("breadth", "depth"):
             raise ProcessError(f"order = {order!r}: use 'breadth' or 'depth'")
-        words, belief = [()], self.initial_state[None]
+        words = [()]
+        belief = self.initial_state[None]
         weight = torch.ones_like(belief[:, 0])
         nodes = list(map(MixedState, words, weight.tolist(), belief))
         for _ in range(depth):
             parent, token, belief, weight = self.children(belief, weight)
             keep = weight >= min_prob
-            belief, weight = belief[keep], weight[keep]
-            words = [(*words[p], x) for p, x in zip(parent[keep].tolist(), token[keep].tolist(), strict=True)]
+            belief = belief[keep]
+            weight = weight[keep]
+            parents = parent[keep].tolist()
+            tokens = token[keep].tolist()
+            words = [(*words[p], x) for p, x in zip(parents, tokens, strict=True)]
             nodes += map(MixedState, words, weight.tolist(), belief)
-        return nodes if order == "breadth" else sorted(nodes, key=lambda node: node.word)
+        if order == "breadth":
+            return nodes
+        return sorted(nodes, key=lambda node: node.word)
 
     def _check_words(self, depth: int = 24, beam: int = 4_000) -> None:
         """Look for a word of negative weight: all short words, then the beam of those nearest to having one."""
         emit = (self.transition_matrices @ self.normalizing_eigenvector).t()  # [S, V]
-        belief, words = self.initial_state[None], torch.empty(1, 0, dtype=torch.int64)
+        belief = self.initial_state[None]
+        words = torch.empty(1, 0, dtype=torch.int64)
         for _ in range(depth):
             prob = belief @ emit  # [N, V]
             if prob.min() < -1e-9:
                 n, token = divmod(int(prob.argmin()), self.vocab_size)
-                raise ProcessError(f"{self.name} is no process: after {words[n].tolist()} the token {token} has the "
-                                   f"negative weight {prob.min():.3g}")
+                raise ProcessError(
+                    f"{self.name} is no process: after {words[n].tolist()} the token {token} has the "
+                    f"negative weight {prob.min():.3g}"
+                )
             parent, token, belief, _ = self.children(belief, torch.ones_like(belief[:, 0]))
+            # One word of each belief goes on, and of these the ones with the least likely next token.
             _, member = _unique(belief)
             least = (belief[member] @ emit).min(1).values
             kept = member[least.argsort()[:beam]]
-            belief, words = belief[kept], torch.cat([words[parent[kept]], token[kept, None]], 1)
+            belief = belief[kept]
+            words = torch.cat([words[parent[kept]], token[kept, None]], 1)
 
 
 def _keys(belief: torch.Tensor) -> torch.Tensor:
-    """[N] int64 hashes of beliefs [N, S]; beliefs that agree to about 1e-10 have the same one."""
-    odd = np.random.default_rng(0).integers(2**62, size=belief.shape[1]) * 2 + 1
-    return ((belief * 1e10).round().long() * torch.from_numpy(odd).to(belief.device)).sum(1)
+    """[N] int64 hashes of beliefs [N, S]; beliefs that agree to about 1e-10 have the same one.
+
+    The sum of a random odd multiple of each state's weight, modulo 2^64: among a million beliefs, two that differ have
+    the same one by chance with a probability of about 3e-8.
+    """
+    rounded = (belief * 1e10).round().long()
+    factors = np.random.default_rng(0).integers(2**62, size=belief.shape[1]) * 2 + 1
+    factors = torch.from_numpy(factors).to(belief.device)
+    return (rounded * factors).sum(1)
 
 
 def _unique(belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(group of each belief [N], one member of each group [G])."""
     _, group = torch.unique(_keys(belief), return_inverse=True)
+    number = torch.arange(len(group), device=belief.device)
     member = torch.empty(int(group.max()) + 1, dtype=torch.int64, device=belief.device)
-    return group, member.scatter_(0, group, torch.arange(len(group), device=belief.device))
+    member.scatter_(0, group, number)
+    return group, member
 
 
 def _merge(belief: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Equal beliefs [N, S] become one, their weights [N] add up."""
     group, member = _unique(belief)
-    return belief[member], torch.zeros_like(weight[: len(member)]).index_add_(0, group, weight)
+    total = torch.zeros_like(weight[: len(member)])
+    total.index_add_(0, group, weight)
+    return belief[member], total
 
 
 def _limit(chain) -> torch.Tensor:
     """lim (I + P)^n / 2^n of a stochastic matrix P [N, N]: row i is where a chain from i is found in the long run."""
     P = torch.as_tensor(chain)
-    P = (torch.eye(len(P)).to(P) + P) / 2  # lazy, hence aperiodic: the limit exists and is P's time average
-    for _ in range(60):
+    identity = torch.eye(len(P)).to(P)
+    P = (identity + P) / 2  # lazy, hence aperiodic: the limit exists and is P's time average
+    for _ in range(60):  # squared 60 times: 10^18 steps
         P = P @ P
-        P = P / P.sum(1, keepdim=True)
+        P = P / P.sum(1, keepdim=True)  # rounding would grow with every square
     return P
 
 
 def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scale a stack to principal eigenvalue 1; return it with its right and left eigenvectors r and pi."""
+    """Scale a stack to principal eigenvalue 1; return it with its right and left eigenvectors r and pi.
+
+    Words of length L then have the total weight pi M^L r = pi r for every L, as probabilities must.
+
+    Raises:
+        ProcessError: if the eigenvalue of largest modulus is not real and positive, if there are several stationary
+            states and no start, or if the stationary state has no weight.
+    """
     M = T.sum(0)
     values, right = np.linalg.eig(M)
     real = np.where(np.abs(values.imag) < 1e-9, values.real, -np.inf)
     top = int(real.argmax())
-    if not real[top] > 1e-12 or np.abs(values).max() > real[top] * (1 + 1e-7):
-        raise ProcessError(f"{name} is no process: sum_x T[x] has the eigenvalues {np.round(values, 4).tolist()}; "
-                           "the one of largest modulus must be real and positive")
-    T, M = T / real[top], M / real[top]
-    if (np.abs(values / real[top] - 1) < 1e-8).sum() > 1:  # several ergodic components
-        if start is None or not ((T >= 0).all() and np.allclose(M.sum(1), 1)):
-            raise ProcessError(f"{name} has several stationary states: say where it starts with initial_state, "
-                               "or build it as process='nonergodic' from components")
+    is_positive = real[top] > 1e-12
+    is_exceeded = np.abs(values).max() > real[top] * (1 + 1e-7)
+    if not is_positive or is_exceeded:
+        raise ProcessError(
+            f"{name} is no process: sum_x T[x] has the eigenvalues {np.round(values, 4).tolist()}; "
+            "the one of largest modulus must be real and positive"
+        )
+    T = T / real[top]
+    M = M / real[top]
+    near_one = np.abs(values / real[top] - 1) < 1e-8
+    if near_one.sum() > 1:  # several ergodic components
+        is_stochastic = (T >= 0).all() and np.allclose(M.sum(1), 1)
+        if start is None or not is_stochastic:
+            raise ProcessError(
+                f"{name} has several stationary states: say where it starts with initial_state, "
+                "or build it as process='nonergodic' from components"
+            )
+        # Where it starts decides which component it stays in, and so the stationary state.
         pi = start @ _limit(M).numpy()
         return T, np.ones(len(M)), pi / pi.sum()
     r = right[:, top].real
     left_values, left = np.linalg.eig(M.T)
-    pi = left[:, int(np.abs(left_values - 1).argmin())].real
+    top_left = int(np.abs(left_values - 1).argmin())
+    pi = left[:, top_left].real
     if abs(r.sum()) < 1e-12 or abs(pi.sum()) < 1e-12 or abs(pi @ r) < 1e-12:
         raise ProcessError(f"{name} is no process: its stationary state has no weight")
     return T, r * len(r) / r.sum(), pi / pi.sum()
@@ -670,8 +854,15 @@ def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.n
 # ---------------------------------------------------------------------------------------------------------------
 # Processes by name, mixtures, framing
 # ---------------------------------------------------------------------------------------------------------------
-def make_process(name: str = "mess3", *, initial_state=None, add_bos: bool = False, add_eos: bool = False,
-                 eos_prob: float = 0.05, **params) -> Process:
+def make_process(
+    name: str = "mess3",
+    *,
+    initial_state=None,
+    add_bos: bool = False,
+    add_eos: bool = False,
+    eos_prob: float = 0.05,
+    **params,
+) -> Process:
     """Build a process by name.
 
     name: one of PROCESSES with its parameters; "custom" with matrices=PATH (.npy, .npz) or a nested list [V, S, S];
@@ -699,10 +890,10 @@ def make_process(name: str = "mess3", *, initial_state=None, add_bos: bool = Fal
             process = Process(PROCESSES[name](**params), initial_state, name=name)
     except ProcessError:
         raise
-    except (TypeError, ValueError, OverflowError) as e:  # a parameter of another type, or far out of range
+    except (TypeError, ValueError, OverflowError) as error:  # a parameter of another type, or far out of range
         if initial_state is not None:
             params["initial_state"] = initial_state
-        raise ProcessError(f"process {name} cannot be built from {params}: {e}") from e
+        raise ProcessError(f"process {name} cannot be built from {params}: {error}") from error
     if add_bos or add_eos:
         process = _framed(process, add_bos, eos_prob if add_eos else 0.0)
     return process
@@ -717,13 +908,16 @@ def _read_matrices(matrices=None) -> np.ndarray:
         data = np.load(matrices, allow_pickle=False) if is_file else matrices
         if isinstance(data, np.lib.npyio.NpzFile):
             names = data.files
-            data = data["matrices" if "matrices" in names or len(names) != 1 else names[0]]
+            is_named = "matrices" in names or len(names) != 1
+            data = data["matrices" if is_named else names[0]]
         if is_file and not np.isrealobj(data):
             raise ValueError("the numbers are complex")
         return np.asarray(data, dtype=np.float64)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         source = matrices if is_file else "the nested list"
-        raise ProcessError(f"cannot read matrices from {source}: {e}; expected numbers of shape [V, S, S]") from e
+        raise ProcessError(
+            f"cannot read matrices from {source}: {error}; expected numbers of shape [V, S, S]"
+        ) from error
 
 
 class Component(NamedTuple):
@@ -738,10 +932,14 @@ def _component(spec, where: str) -> Component:
     """Of {"process": NAME, "weight": 1, "vocab_map": [...], ...params}; where: how messages call it."""
     if not isinstance(spec, dict) or "process" not in spec:
         raise ProcessError(f"{where} = {spec!r}: expected {{'process': NAME, ...}}")
-    params = {key: value for key, value in spec.items() if key not in ("process", "weight", "vocab_map")}
-    process = make_process(spec["process"], **params)
-    weight, vocab_map = spec.get("weight", 1.0), spec.get("vocab_map")
-    vocab_map = list(range(process.vocab_size)) if vocab_map is None else list(vocab_map)
+    params = dict(spec)
+    name = params.pop("process")
+    weight = params.pop("weight", 1.0)
+    vocab_map = params.pop("vocab_map", None)
+    process = make_process(name, **params)
+    if vocab_map is None:
+        vocab_map = range(process.vocab_size)
+    vocab_map = list(vocab_map)
     are_tokens = all(isinstance(token, int) and token >= 0 for token in vocab_map)
     if len(set(vocab_map)) != process.vocab_size or not are_tokens:
         raise ProcessError(f"{where}: vocab_map = {vocab_map} needs {process.vocab_size} distinct tokens")
@@ -758,18 +956,26 @@ def _mixture(components: list | None = None, initial_state=None) -> Process:
     S = sum(part.process.num_states for part in parts)
     V = 1 + max(max(part.vocab_map) for part in parts)
     total = sum(part.weight for part in parts)
-    T, start, pi, r = np.zeros((V, S, S)), np.zeros(S), np.zeros(S), np.zeros(S)
-    begin = 0
+    T = np.zeros((V, S, S))
+    start = np.zeros(S)
+    pi = np.zeros(S)
+    r = np.zeros(S)
+    begin = 0  # the first state of a component
     for process, vocab_map, weight in parts:
         block = slice(begin, begin + process.num_states)
         begin = block.stop
-        eigenvector, stationary = process.normalizing_eigenvector, process.stationary_state
+        share = weight / total
+        eigenvector = process.normalizing_eigenvector
+        stationary = process.stationary_state
+        stationary = stationary / (stationary @ eigenvector)  # a component's weight is p . r, so this is scaled to 1
         T[vocab_map, block, block] = process.transition_matrices.numpy()
         r[block] = eigenvector.numpy()
-        start[block] = weight / total * process.initial_state.numpy()
-        pi[block] = weight / total * (stationary / (stationary @ eigenvector)).numpy()  # a component's weight is p . r
+        start[block] = share * process.initial_state.numpy()
+        pi[block] = share * stationary.numpy()
     name = "nonergodic(" + " + ".join(part.process.name for part in parts) + ")"
-    return Process(T, start if initial_state is None else initial_state, r, pi / pi.sum(), name)
+    if initial_state is not None:
+        start = initial_state
+    return Process(T, start, r, pi / pi.sum(), name)
 
 
 def _framed(process: Process, add_bos: bool, eos_prob: float) -> Process:
@@ -779,24 +985,33 @@ def _framed(process: Process, add_bos: bool, eos_prob: float) -> Process:
     BOS is emitted from one more state, the last, where every sequence then starts.
     """
     _probabilities(eos_prob=eos_prob)
-    V, S = process.vocab_size, process.num_states
-    r, start = process.normalizing_eigenvector.numpy(), process.initial_state.numpy()
+    V = process.vocab_size
+    S = process.num_states
+    r = process.normalizing_eigenvector.numpy()
+    start = process.initial_state.numpy()
     pi = process.stationary_state.numpy()
     begin = start  # where a sequence begins, before its BOS if there is one
-    tokens, states = V, S
+    tokens = V
+    states = S
     if eos_prob > 0:
         tokens += 1
     if add_bos:
-        tokens, states = tokens + 1, S + 1
-        begin, r, pi = np.eye(S + 1)[S], np.append(r, 1.0), np.append(pi, 0.0)
+        tokens += 1
+        states += 1
+        begin = np.eye(states)[S]
+        r = np.append(r, 1.0)
+        pi = np.append(pi, 0.0)
     T = np.zeros((tokens, states, states))
     T[:V, :S, :S] = (1 - eos_prob) * process.transition_matrices.numpy()
     if add_bos:
         T[-1, S, :S] = start
     if eos_prob > 0:
+        # T[EOS] r = e r, and the other tokens give (1 - e) r: their sum is r again.
         T[V, :S] = eos_prob * np.outer(r[:S], begin)
         # pi M = pi and pi . r = 1: least squares of a system with one equation more than unknowns, solved exactly.
         M = T.sum(0)
-        equations = np.vstack([M.T - np.eye(states), r])
-        pi = np.linalg.lstsq(equations, np.eye(states + 1)[-1], rcond=None)[0]
+        identity = np.eye(states)
+        equations = np.vstack([M.T - identity, r])
+        right_side = np.eye(states + 1)[-1]
+        pi = np.linalg.lstsq(equations, right_side, rcond=None)[0]
     return Process(T, begin, r, pi / pi.sum(), process.name)

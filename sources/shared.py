@@ -48,8 +48,8 @@ class Workshop:
     def __enter__(self) -> "Workshop":
         try:
             self.folder.mkdir(parents=True)
-        except OSError as e:
-            raise DataError(f"out_dir = {self.target} cannot be made ({e.strerror}): use another folder") from e
+        except OSError as error:
+            raise DataError(f"out_dir = {self.target} cannot be made ({error.strerror}): use another folder") from error
         return self
 
     def finish(self, *names: str) -> None:

@@ -27,6 +27,7 @@ from common.errors import DataError
 from sources.shared import counter_rng, suggest
 
 SPLITS = ("train", "val", "test")
+TRAIN, VAL, TEST = 1, 2, 4  # bit s of a cell for SPLITS[s]: a control cell is in several
 TABLES = ("datasets", "training", "zeroshot", "fewshot")
 
 
@@ -34,7 +35,8 @@ def objection(strict: bool, message: str) -> None:
     """What cell-load passes over in silence: refused, or with strict=False told and passed over."""
     if strict:
         raise DataError(message)
-    if int(os.environ.get("RANK", 0)) == 0:
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
         print(f"note: {message}")
 
 
@@ -53,6 +55,7 @@ class Plan:
 
     @property
     def files(self) -> list[Path]:
+        """All files, data set after data set."""
         return [file for files in self.datasets.values() for file in files]
 
     @property
@@ -72,8 +75,8 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
         raise DataError(f"there is no file {path}: give the TOML of your data, or leave --toml out for synthetic cells")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path} cannot be read as TOML: {e}") from e
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as TOML: {error}") from error
     for name, table in tables.items():
         if name not in TABLES:
             objection(strict, f"{path} has a table [{name}], which means nothing{suggest(name, TABLES)}")
@@ -82,19 +85,26 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
 
     zeroshot = read_pairs(path, tables, "zeroshot", str, 'with "train", "val" or "test"', strict)
     fewshot = read_pairs(path, tables, "fewshot", dict, "with lists val and test", strict)
-    training = tables.get("training", {})
-    for name, value in training.items():
-        if value != "train":
+    trained = set()
+    for name, value in tables.get("training", {}).items():
+        if value == "train":
+            trained.add(name)
+        else:
             objection(strict, f'{path}: [training] {name} = {value!r}: only "train" counts')
     check_zeroshot(path, zeroshot)
     check_fewshot(path, fewshot, strict)
-
     datasets = find_datasets(path, tables, strict)
-    trained = {name for name, value in training.items() if value == "train"}
     return Plan(path, datasets, trained, zeroshot, fewshot)
 
 
-def read_pairs(path: Path, tables: dict, title: str, kind: type, what: str, strict: bool) -> dict:
+def read_pairs(
+    path: Path,
+    tables: dict,
+    title: str,
+    kind: type,
+    what: str,
+    strict: bool,
+) -> dict:
     """[zeroshot] or [fewshot], its keys "NAME.CELL TYPE" taken apart at the first dot: cell types may have others."""
     pairs = {}
     for key, value in tables.get(title, {}).items():
@@ -108,21 +118,25 @@ def read_pairs(path: Path, tables: dict, title: str, kind: type, what: str, stri
 
 
 def check_zeroshot(path: Path, zeroshot: dict) -> None:
+    """Raise DataError for a split that is none."""
     for pair, split in zeroshot.items():
         if split not in SPLITS:
             raise DataError(f'{path}: [zeroshot] "{".".join(pair)}" = {split!r} is none of train, val, test')
 
 
 def check_fewshot(path: Path, fewshot: dict, strict: bool) -> None:
+    """Lists of perturbations for val and test, none in both: DataError, or a note where cell-load passes over it."""
     for pair, lists in fewshot.items():
         where = f'{path}: [fewshot."{".".join(pair)}"]'
         for split, names in lists.items():
             if split not in ("val", "test"):
-                objection(strict, f"{where} {split}: only val and test count, the rest trains"
-                                  f"{suggest(split, ('val', 'test'))}")
+                hint = suggest(split, ("val", "test"))
+                objection(strict, f"{where} {split}: only val and test count, the rest trains{hint}")
             elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise DataError(f"{where} {split} = {names!r} should be a list of perturbations")
-        both = sorted({*lists.get("val", ())} & {*lists.get("test", ())})
+        validates = set(lists.get("val", ()))
+        tests = set(lists.get("test", ()))
+        both = sorted(validates & tests)
         if both:
             objection(strict, f"{where} has {', '.join(both)} in val and in test: a cell belongs to one")
 
@@ -135,19 +149,23 @@ def find_datasets(path: Path, tables: dict, strict: bool) -> dict[str, list[Path
         used |= {key.partition(".")[0] for key in tables.get(title, {})}
     unknown = sorted(used - set(sources))
     if unknown:
-        raise DataError(f"{path} names the data set {unknown[0]!r}, which is none of [datasets]"
-                        f"{suggest(unknown[0], sources)}")
+        hint = suggest(unknown[0], sources)
+        raise DataError(f"{path} names the data set {unknown[0]!r}, which is none of [datasets]{hint}")
 
-    datasets, home = {}, {}
+    datasets = {}
+    dataset_of = {}  # of each file
     for name, text in sources.items():
         if name not in used:
             continue
         datasets[name] = find_files(path, name, text, strict)
         for file in datasets[name]:
-            first = home.setdefault(file.resolve(), name)
+            first = dataset_of.setdefault(file.resolve(), name)
             if first != name:
-                objection(strict, f"{path}: {file} is in the data sets {first} and {name}: test cells of the one may "
-                                  "train in the other")
+                objection(
+                    strict,
+                    f"{path}: {file} is in the data sets {first} and {name}: "
+                    "test cells of the one may train in the other",
+                )
     if not datasets:
         raise DataError(f"{path} names no cells: it needs [datasets] name = path, and name in [training] or [zeroshot]")
     return datasets
@@ -162,11 +180,15 @@ def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
         matches = match_files(pattern)
         if not matches:
             objection(strict, f"{toml}: [datasets] {name} = {text!r}: there is no h5 or h5ad file at {pattern}")
-        for file in map(Path, matches):
+        for match in matches:
+            file = Path(match)
             twin = by_stem.get(file.stem)
             if twin and twin.resolve() != file.resolve():
-                objection(strict, f"{toml}: data set {name} has two files called {file.stem}: {twin} and {file}; "
-                                  "cell-load reads the last only, so rename one")
+                objection(
+                    strict,
+                    f"{toml}: data set {name} has two files called {file.stem}: {twin} and {file}; "
+                    "cell-load reads the last only, so rename one",
+                )
             by_stem[file.stem] = file
     if not by_stem:
         raise DataError(f"{toml}: [datasets] {name} = {text!r} has no file")
@@ -183,8 +205,14 @@ def match_files(pattern: str) -> list[str]:
     inside = sorted(glob.glob(folder + "/*.h5")) + sorted(glob.glob(folder + "/*.h5ad"))
     if inside:
         return inside
-    named = sorted({*glob.glob(pattern), *glob.glob(pattern + ".h5"), *glob.glob(pattern + ".h5ad")})
-    return [file for file in named if file.endswith(".h5")] + [file for file in named if file.endswith(".h5ad")]
+    names = {
+        *glob.glob(pattern),
+        *glob.glob(pattern + ".h5"),
+        *glob.glob(pattern + ".h5ad"),
+    }
+    h5 = sorted(name for name in names if name.endswith(".h5"))
+    h5ad = sorted(name for name in names if name.endswith(".h5ad"))
+    return h5 + h5ad
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -192,9 +220,11 @@ def expand_braces(pattern: str) -> list[str]:
     group = re.search(r"\{([^{}]+)\}", pattern)
     if not group:
         return [pattern]
+    before = pattern[: group.start()]
+    after = pattern[group.end() :]
     texts = []
     for option in group[1].split(","):
-        texts += expand_braces(pattern[: group.start()] + option.strip() + pattern[group.end() :])
+        texts += expand_braces(before + option.strip() + after)
     return texts
 
 
@@ -202,22 +232,35 @@ def expand_braces(pattern: str) -> list[str]:
 # Splits
 # ---------------------------------------------------------------------------------------------------------------
 def grouped(rows: np.ndarray, *codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows sorted by these codes, the first one slowest, else as they were; where each group starts, and the end)."""
-    order = rows[np.lexsort([code[rows] for code in codes[::-1]])]
+    """(rows sorted by these codes, the first one slowest, else as they were; where each group starts, and the end).
+
+    Args:
+        rows: numbers of cells [n]. codes: of all cells, [N] each.
+    """
+    fastest_first = [code[rows] for code in codes[::-1]]  # as lexsort takes them
+    order = rows[np.lexsort(fastest_first)]
     change = np.zeros(len(order) + 1, bool)
     change[[0, -1]] = True
     for code in codes:
-        change[1:-1] |= code[order[1:]] != code[order[:-1]]
+        sorted_code = code[order]
+        change[1:-1] |= sorted_code[1:] != sorted_code[:-1]
     return order, np.flatnonzero(change)
 
 
 def in_split(member: np.ndarray, split: str) -> np.ndarray:
     """Whether each cell is in a split, bool [N], of its bits."""
-    return (member >> SPLITS.index(split) & 1).astype(bool)
+    bit = SPLITS.index(split)
+    return (member >> bit & 1).astype(bool)
 
 
-def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool, val_fraction: float, seed: int
-                  ) -> np.ndarray:
+def assign_splits(
+    plan: Plan,
+    cells,
+    strict: bool,
+    zeroshot_controls: bool,
+    val_fraction: float,
+    seed: int,
+) -> np.ndarray:
     """The splits of every cell, uint8 [N]: bit s for SPLITS[s], none for a cell that is left out.
 
     cells has file, cell_type, perturbation, is_control [N] and cell_types, perturbations, names. Without a validation
@@ -225,15 +268,17 @@ def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool, val_
     """
     member = np.zeros(len(cells.file), np.uint8)
     order, starts = grouped(np.arange(len(member)), cells.file, cells.cell_type)
-    for rows in np.split(order, starts[1:-1]):
-        pair = cells.names[cells.file[rows[0]]], cells.cell_types[cells.cell_type[rows[0]]]
+    for rows in np.split(order, starts[1:-1]):  # the cells of one type in one file
+        first = rows[0]
+        dataset = cells.names[cells.file[first]]
+        pair = (dataset, cells.cell_types[cells.cell_type[first]])
         # zeroshot comes before fewshot, and that before training
         if pair in plan.zeroshot:
             assign_zeroshot(member, cells, rows, plan.zeroshot[pair], zeroshot_controls)
         elif pair in plan.fewshot:
             assign_fewshot(member, cells, rows, plan.fewshot[pair])
-        elif pair[0] in plan.training:
-            member[rows] |= 1
+        elif dataset in plan.training:
+            member[rows] |= TRAIN
     check_named_cells(plan, cells, strict)
     validated = in_split(member, "val") & ~cells.is_control
     if not validated.any() and val_fraction > 0:
@@ -241,30 +286,42 @@ def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool, val_
     return member
 
 
-def assign_zeroshot(member: np.ndarray, cells, rows: np.ndarray, split: str, controls_train: bool) -> None:
+def assign_zeroshot(
+    member: np.ndarray,
+    cells,
+    rows: np.ndarray,
+    split: str,
+    controls_train: bool,
+) -> None:
+    """All cells of a type to one split, its controls to train as well if they may."""
     member[rows] |= 1 << SPLITS.index(split)
     if controls_train or split == "train":
-        member[rows[cells.is_control[rows]]] |= 1
+        controls = rows[cells.is_control[rows]]
+        member[controls] |= TRAIN
 
 
 def assign_fewshot(member: np.ndarray, cells, rows: np.ndarray, lists: dict[str, list[str]]) -> None:
     """The listed perturbations validate and test, the rest trains; controls go where their type is."""
-    controls, perturbed = rows[cells.is_control[rows]], rows[~cells.is_control[rows]]
+    is_control = cells.is_control[rows]
+    controls = rows[is_control]
+    perturbed = rows[~is_control]
     rest = np.ones(len(perturbed), bool)
-    for s, split in ((1, "val"), (2, "test")):
-        codes = [cells.perturbations.index(p) for p in lists.get(split, ()) if p in cells.perturbations]
+    for split, bit in (("val", VAL), ("test", TEST)):
+        known = [name for name in lists.get(split, ()) if name in cells.perturbations]
+        codes = [cells.perturbations.index(name) for name in known]
         chosen = np.isin(cells.perturbation[perturbed], codes)
-        member[perturbed[chosen]] |= 1 << s
+        member[perturbed[chosen]] |= bit
         if chosen.any():
-            member[controls] |= 1 << s
+            member[controls] |= bit
         rest &= ~chosen
-    member[perturbed[rest]] |= 1
+    member[perturbed[rest]] |= TRAIN
     if len(perturbed):  # a type of controls alone gives nothing, as in cell-load
-        member[controls] |= 1
+        member[controls] |= TRAIN
 
 
 def check_named_cells(plan: Plan, cells, strict: bool) -> None:
     """Whether there are cells of what the TOML names."""
+    control = cells.perturbations[cells.control]
     for name, cell_type in [*plan.zeroshot, *plan.fewshot]:
         files = [f for f, other in enumerate(cells.names) if other == name]
         of_set = np.isin(cells.file, files)
@@ -273,43 +330,56 @@ def check_named_cells(plan: Plan, cells, strict: bool) -> None:
             objection(strict, f"{plan.path}: data set {name} has no cell type {cell_type!r}{suggest(cell_type, types)}")
             continue
         of_type = of_set & (cells.cell_type == cells.cell_types.index(cell_type))
-        known = [cells.perturbations[p] for p in np.unique(cells.perturbation[of_type & ~cells.is_control])]
+        codes = np.unique(cells.perturbation[of_type & ~cells.is_control])
+        known = [cells.perturbations[code] for code in codes]
         where = f'{plan.path}: [fewshot."{name}.{cell_type}"]'
         lists = plan.fewshot.get((name, cell_type), {})
-        for p in [*lists.get("val", ()), *lists.get("test", ())]:
-            if p == cells.perturbations[cells.control]:
-                objection(strict, f"{where}: {p!r} is the control, which is never split")
-            elif p not in known:
-                objection(strict, f"{where}: {name} has no {cell_type} cells of {p!r}{suggest(p, known)}")
+        for perturbation in [*lists.get("val", ()), *lists.get("test", ())]:
+            if perturbation == control:
+                objection(strict, f"{where}: {perturbation!r} is the control, which is never split")
+            elif perturbation not in known:
+                hint = suggest(perturbation, known)
+                objection(strict, f"{where}: {name} has no {cell_type} cells of {perturbation!r}{hint}")
 
 
 def hold_out_conditions(member: np.ndarray, cells, fraction: float, seed: int) -> None:
     """A seeded fraction of the (cell type, perturbation) pairs of train becomes val: at least one, never all."""
     train = np.flatnonzero(in_split(member, "train") & ~cells.is_control)
-    pairs = cells.cell_type[train].astype(np.int64) * len(cells.perturbations) + cells.perturbation[train]
+    cell_type = cells.cell_type[train].astype(np.int64)
+    pairs = cell_type * len(cells.perturbations) + cells.perturbation[train]
     conditions = np.unique(pairs)
-    count = min(max(1, round(fraction * len(conditions))), len(conditions) - 1)
+    count = max(1, round(fraction * len(conditions)))
+    count = min(count, len(conditions) - 1)
     if count < 1:
         return
-    held = train[np.isin(pairs, counter_rng(seed, 1).permutation(conditions)[:count])]
-    member[held] = 2
-    for f, t in types_of(cells, member == 2):
-        member[(cells.file == f) & (cells.cell_type == t) & cells.is_control] |= 2
+    chosen = counter_rng(seed, 1).permutation(conditions)[:count]
+    held_out = train[np.isin(pairs, chosen)]
+    member[held_out] = VAL
+    # The controls of their types validate too, and go on to train.
+    for f, t in types_of(cells, member == VAL):
+        of_type = (cells.file == f) & (cells.cell_type == t)
+        member[of_type & cells.is_control] |= VAL
 
 
 def types_of(cells, which: np.ndarray) -> set[tuple[int, int]]:
     """(file, cell type) of the cells that `which`, bool [N], marks."""
-    kinds = np.unique(cells.file[which].astype(np.int64) * len(cells.cell_types) + cells.cell_type[which])
+    file = cells.file[which].astype(np.int64)
+    kinds = np.unique(file * len(cells.cell_types) + cells.cell_type[which])
     return {divmod(int(kind), len(cells.cell_types)) for kind in kinds}
 
 
 def check_controls(cells, member: np.ndarray, strict: bool, pert_col: str) -> None:
     """Perturbed cells need control cells of their file and type to start from."""
     used = member > 0
-    lonely = types_of(cells, used & ~cells.is_control) - types_of(cells, used & cells.is_control)
+    perturbed_types = types_of(cells, used & ~cells.is_control)
+    control_types = types_of(cells, used & cells.is_control)
+    lonely = perturbed_types - control_types
     if lonely:
         texts = sorted(f"{cells.cell_types[t]} in {cells.files[f]}" for f, t in lonely)
         others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
-        objection(strict, f"{texts[0]}{others} has perturbed cells but no control cells ({pert_col} = "
-                          f"{cells.perturbations[cells.control]}) to start from: leave the cell type out, or with "
-                          "strict=False its input is zero")
+        control = cells.perturbations[cells.control]
+        objection(
+            strict,
+            f"{texts[0]}{others} has perturbed cells but no control cells ({pert_col} = {control}) to start from: "
+            "leave the cell type out, or with strict=False its input is zero",
+        )

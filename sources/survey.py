@@ -37,83 +37,141 @@ def matrix_keys(embed_key: str | None, output_space: str) -> dict[str, str]:
 
 
 def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[str, str]) -> Survey:
-    """Read what the cells of h5ad files are. columns: cell_type, perturbation, batch -> name of the obs column."""
-    parts, tables, sizes = {name: [] for name in columns}, {which: [] for which in keys}, []
-    gene_dim = hvg_dim = 0
+    """Read what the cells of h5ad files are.
+
+    Args:
+        columns: cell_type, perturbation, batch -> name of the obs column; None: all cells are of one.
+        keys: of matrix_keys.
+    Raises DataError for a file, a column or a matrix that cannot be read, and for matrices that do not fit together.
+    """
+    columns_of_files = {name: [] for name in columns}  # (codes, values) of each file
+    names_of_files = {which: [] for which in keys}  # names of the columns of a matrix, of each file
+    sizes = []
+    gene_dim = 0
+    hvg_dim = 0
     for path in files:
         with H5ad(path) as file:
             for name, column in columns.items():
-                parts[name].append(file.column(column) if column else (np.zeros(file.n_obs, np.int32), ["all"]))
+                if column:
+                    codes_and_values = file.column(column)
+                else:
+                    codes_and_values = (np.zeros(file.n_obs, np.int32), ["all"])
+                columns_of_files[name].append(codes_and_values)
             for which, key in keys.items():
-                tables[which].append(column_names(file, key))
-            if not sizes:
+                names_of_files[which].append(column_names(file, key))
+            if not sizes:  # the first file
                 gene_dim = file.n_vars
-                hvg_dim = file.matrix("X_hvg").shape[1] if "obsm/X_hvg" in file.keys else 0
+                if "obsm/X_hvg" in file.keys:
+                    hvg_dim = file.matrix("X_hvg").shape[1]
             sizes.append(file.n_obs)
 
-    codes = {"file": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
-             "row": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])}
+    codes = {
+        "file": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+        "row": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+    }
     meanings = {}
-    for name, read in parts.items():
-        meanings[name] = sorted({value for _, values in read for value in values})
-        translated = [np.searchsorted(meanings[name], values).astype(np.int32)[own] for own, values in read]
-        codes[name] = np.concatenate(translated)
+    for name, of_files in columns_of_files.items():
+        meanings[name], codes[name] = joined(of_files)
 
-    genes, orders, differences = {"counts": None}, {}, []
+    genes = {"counts": None}
+    orders = {}
+    differences = []
     for which, key in keys.items():
-        genes[which], orders[which], notes = align(files, tables[which], key)
+        genes[which], orders[which], notes = align(files, names_of_files[which], key)
         differences += notes
     if keys["input"] == "X":
-        gene_dim = len(genes["input"])
-    return Survey(codes, meanings["cell_type"], meanings["perturbation"], meanings["batch"], genes["input"],
-                  genes["counts"], gene_dim, hvg_dim, differences, orders)
+        gene_dim = len(genes["input"])  # fewer, where files have different genes
+    return Survey(
+        codes=codes,
+        cell_types=meanings["cell_type"],
+        perturbations=meanings["perturbation"],
+        batches=meanings["batch"],
+        genes=genes["input"],
+        count_genes=genes["counts"],
+        gene_dim=gene_dim,
+        hvg_dim=hvg_dim,
+        differences=differences,
+        orders=orders,
+    )
+
+
+def joined(columns: list[tuple[np.ndarray, list[str]]]) -> tuple[list[str], np.ndarray]:
+    """(sorted values of all files, codes int32 [N] of all cells) from (codes, values) of a column of each file."""
+    values_of_all = set()
+    for _, values in columns:
+        values_of_all.update(values)
+    meaning = sorted(values_of_all)
+    codes_of_all = []
+    for codes, values in columns:
+        places = np.searchsorted(meaning, values).astype(np.int32)  # of a file's values among those of all
+        codes_of_all.append(places[codes])
+    return meaning, np.concatenate(codes_of_all)
 
 
 def column_names(file: H5ad, key: str | None) -> np.ndarray | int:
     """Genes of the columns of a matrix; their number where the file does not tell, as of an embedding."""
     matrix = file.matrix(key)
+    width = matrix.shape[1]
     if not matrix.key.startswith("obsm/"):
         return file.gene_names
     if matrix.key == "obsm/X_hvg":
-        chosen, names = file.frame("var").get("highly_variable"), file.file.get("uns/hvg_names")
-        if chosen is not None and chosen.dtype == bool and chosen.sum() == matrix.shape[1]:
+        chosen = file.frame("var").get("highly_variable")
+        if chosen is not None and chosen.dtype == bool and chosen.sum() == width:
             return file.gene_names[chosen]
-        if names is not None and len(names) == matrix.shape[1]:
+        names = file.file.get("uns/hvg_names")
+        if names is not None and len(names) == width:
             return np.array([name.decode() if isinstance(name, bytes) else str(name) for name in names[:]])
-    return matrix.shape[1]
+    return width
+
+
+def numbered_columns(files: list[Path], tables: list, key: str) -> list[str]:
+    """Names KEY_0, KEY_1, ... of columns that not all files name; DataError unless all are of one width."""
+    widths = [names if isinstance(names, int) else len(names) for names in tables]
+    for file, width in zip(files, widths, strict=True):
+        if width != widths[0]:
+            raise DataError(f"{key} has {widths[0]} columns in {files[0]} but {width} in {file}")
+    return [f"{key}_{i}" for i in range(widths[0])]
 
 
 def align(files: list[Path], tables: list, key: str) -> tuple[list[str], list[np.ndarray | None], list[str]]:
     """(names of the columns, for each file the order that brings its columns there, what differs); None: as they are.
 
     Where the files have different genes, those that all have are used. Embeddings must be of one width.
+
+    Args:
+        tables: for each file the names of its columns, or their number where it does not name them.
+    Raises DataError for embeddings of different widths, repeated names, and files without a common gene.
     """
     as_they_are = [None] * len(files)
     if any(isinstance(names, int) for names in tables):
-        widths = [names if isinstance(names, int) else len(names) for names in tables]
-        for file, width in zip(files, widths, strict=True):
-            if width != widths[0]:
-                raise DataError(f"{key} has {widths[0]} columns in {files[0]} but {width} in {file}")
-        return [f"{key}_{i}" for i in range(widths[0])], as_they_are, []
+        return numbered_columns(files, tables, key), as_they_are, []
     if all(np.array_equal(names, tables[0]) for names in tables):
-        return list(map(str, tables[0])), as_they_are, []
+        return [str(name) for name in tables[0]], as_they_are, []
 
-    places = [{str(name): i for i, name in enumerate(names)} for names in tables]
+    places = []  # for each file: name -> column
+    for names in tables:
+        places.append({str(name): i for i, name in enumerate(names)})
     differences = []
     for file, names, place in zip(files, tables, places, strict=True):
         if len(place) < len(names):
-            raise DataError(f"{file} has genes of the same name and another order than {files[0]}: make the names "
-                            "unique, so that the files can be aligned")
+            raise DataError(
+                f"{file} has genes of the same name and another order than {files[0]}: "
+                "make the names unique, so that the files can be aligned"
+            )
         odd = sorted(place.keys() ^ places[0].keys())
         if odd:
-            differences.append(f"{file} and {files[0]} have different genes in {key}: {len(odd):,} are in one only, "
-                               f"such as {odd[0]}; with strict=False those that all have are used")
+            differences.append(
+                f"{file} and {files[0]} have different genes in {key}: {len(odd):,} are in one only, "
+                f"such as {odd[0]}; with strict=False those that all have are used"
+            )
     genes = [gene for gene in places[0] if all(gene in place for place in places)]
     if not genes:
         raise DataError(f"{files[0]} and the other files have no gene in common")
     orders = []
     for place in places:
         order = np.array([place[gene] for gene in genes])
-        same = len(order) == len(place) and np.array_equal(order, np.arange(len(order)))
-        orders.append(None if same else order)
+        is_whole = len(order) == len(place)
+        if is_whole and np.array_equal(order, np.arange(len(order))):
+            order = None
+        orders.append(order)
     return genes, orders, differences

@@ -69,11 +69,11 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
             raise DataError(f"{path}: use {', '.join(TEXT_FILES)}, or a folder of such files")
     except DataError:
         raise
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"cannot read {path}: {e}") from e
-    except Exception as e:  # pyarrow's own errors for damaged files
-        if type(e).__module__.startswith("pyarrow"):
-            raise DataError(f"cannot read {path}: {e}") from e
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # pyarrow's own errors for damaged files
+        if type(error).__module__.startswith("pyarrow"):
+            raise DataError(f"cannot read {path}: {error}") from error
         raise
 
 
@@ -116,8 +116,8 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
 def parsed(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise DataError(f"{where}: not JSON ({e.msg})") from e
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg})") from error
 
 
 def record_of(value, where: str, column: str) -> dict:
@@ -207,9 +207,9 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as e:  # the library raises what its transports raise
-        raise DataError(f"cannot read {name} from the hub ({type(e).__name__}: {e}); local files work too: "
-                        "--input=FILE.jsonl") from e
+    except Exception as error:  # the library raises what its transports raise
+        raise DataError(f"cannot read {name} from the hub ({type(error).__name__}: {error}); local files work too: "
+                        "--input=FILE.jsonl") from error
 
 
 def open_hub(name: str, config: str) -> dict:
@@ -564,10 +564,11 @@ def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
             streams[split] = np.memmap(path, dtype, "r")
     except DataError:
         raise
-    except OSError as e:
-        raise DataError(f"{e.filename}: {e.strerror}; {maker}") from e
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{folder / 'meta.json'} is damaged or foreign ({type(e).__name__}: {e}); {maker}") from e
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; {maker}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise DataError(f"{folder / 'meta.json'} is damaged or foreign ({kind}: {error}); {maker}") from error
     return meta, streams
 
 

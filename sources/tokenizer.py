@@ -200,8 +200,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             return make_tokenizer(spec)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise DataError(f"cannot read the tokenizer {source}: {e}") from e
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"cannot read the tokenizer {source}: {error}") from error
     if "model" not in spec:
         raise DataError(f"{source} is no tokenizer.json of this repository or of Hugging Face tokenizers")
     return foreign_tokenizer(spec, source)
@@ -234,9 +234,9 @@ def gpt2_tokenizer(spec: dict) -> Tokenizer:
     """That of GPT-2, whose one special token is bos, eos and pad."""
     try:
         engine = tiktoken.get_encoding("gpt2")
-    except Exception as e:  # the library raises what its transport raises
-        raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(e).__name__}): go online once, or "
-                        "set TIKTOKEN_CACHE_DIR to a folder that has it") from e
+    except Exception as error:  # the library raises what its transport raises
+        raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(error).__name__}): go online once, or "
+                        "set TIKTOKEN_CACHE_DIR to a folder that has it") from error
     return Tokenizer("gpt2", engine, spec, dict.fromkeys(("bos", "eos", "pad"), engine.eot_token))
 
 
@@ -247,8 +247,8 @@ def foreign_tokenizer(spec: dict, source: str | Path) -> Tokenizer:
         engine = library.Tokenizer.from_str(json.dumps(spec))
         engine.encode_special_tokens = True  # those in a text are plain text
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
-    except Exception as e:  # the library raises a bare Exception
-        raise DataError(f"cannot read the tokenizer {source}: {e}") from e
+    except Exception as error:  # the library raises a bare Exception
+        raise DataError(f"cannot read the tokenizer {source}: {error}") from error
     special = {}
     for name, spellings in FOREIGN.items():
         ids = [added[spelling] for spelling in spellings if spelling in added]
