@@ -764,5 +764,8 @@ def _show(text: str) -> NoReturn:
     """Print and stop, whatever the terminal's encoding; of the processes torchrun starts, one prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding).removesuffix("\n"))
+        try:
+            print(text.encode(encoding, "backslashreplace").decode(encoding).removesuffix("\n"), flush=True)
+        except BrokenPipeError:  # who reads, as head does, has seen enough; nothing may be left to flush at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)

@@ -1010,14 +1010,14 @@ def preview(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config, tokens: i
 
 
 def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
-    """A step on one window, and all that the end of the run asks of model and data.
+    """A step on two windows, and all that the end of the run asks of model and data.
 
     Parameters that the loss does not reach, such as those of terms of weight 0, are left out of training.
     """
     starts = corpus.spread(rt.world_size, cfg.seq_len, cfg.version)
     with rehearsal():
         # Masks of dropout may be drawn here: the run's own random numbers begin, or are restored, after this.
-        trial(model, 1, rt, cfg).backward()
+        trial(model, 2, rt, cfg).backward()
         # DDP waits for the gradient of every parameter that asks for one.
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.grad is not None)

@@ -481,10 +481,13 @@ def exact_curves(chunks: Chunks, rows: np.ndarray, active: list[str]) -> tuple[C
 
 
 def rehearse(model: nn.Module, validation: Chunks, active: list[str], cfg: Config, rt: Runtime) -> None:
-    """Ask of model and data what the end of the run will, on three chunks of each category."""
+    """A training step, and what the end of the run asks of model and data, on three chunks of each category."""
     with rehearsal():
         # Three: a tensor of two rows would pass for the pair (cross entropy, stream) that a model should return.
         rows = np.concatenate([validation.rows(name)[:3] for name in active])
+        tokens = torch.from_numpy(validation.tokens[rows].astype(np.int64)).to(rt.device)
+        train_step(model, tokens, rt, replace(cfg, grad_accum=1))
+        model.zero_grad(set_to_none=True)
         curves = evaluate(model, validation, rows, rt)
         exact = exact_curves(validation, rows, active)
         measure(curves, validation.names, active, exact, resamples=2, seed=cfg.seed)
@@ -589,8 +592,8 @@ def train(cfg: Config) -> dict:
         rows = training_rows(chunks, active, cfg)
         # The weights are the same on every rank; random numbers of dropout afterwards are not.
         model = build_model(cfg, chunks.vocab_size, chunks.size).to(rt.device)
-        rt.reseed(rt.rank)
         rehearse(model, validation, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
+        rt.reseed(rt.rank)
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         batches = Batches(rt, chunks, rows, cfg)

@@ -888,10 +888,12 @@ def finish(
 
 
 def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runtime, cfg: Config) -> None:
-    """What validation and the end of the run ask of model and data, on a few sentences. Collective."""
+    """What training and its end ask of model and data, on a few sentences. Collective."""
     cells = batches.cells
     with rehearsal():
-        # The loss of one sentence, then its cells against measured ones, as after training.
+        # A step with its gradients, the loss of one sentence, and cells against measured ones, as after training.
+        train_step(model, {name: value[:2] for name, value in batches(0).items()}, rt, replace(cfg, grad_accum=1))
+        model.zero_grad(set_to_none=True)
         validate(model, [part[:1] for part in batches.rows(0)], cells, rt, cfg)
         part = next(predictions(model, cells, cfg, rt, most=4))
         if rt.is_main:
@@ -1000,7 +1002,6 @@ def train(cfg: Config) -> dict:
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         cfg, cells, model, fresh = prepare(cfg, rt)
-        rt.reseed(rt.rank)  # ranks draw other masks of dropout
         optimizer = make_optimizer(model, cfg, rt)
         params = optimizer.param_groups[0]["params"]  # those that are not frozen
         batches, finite, watch = Batches(rt, cells, cfg), FiniteCheck(rt.device), Stopwatch()
@@ -1009,6 +1010,7 @@ def train(cfg: Config) -> dict:
         if len(cells.rows("val", controls=False)):
             validation = [rows[: cfg.eval_sentences] for rows in Sentences(cells, "val", cfg).plan(0)]
         rehearse(model, batches, rt, cfg)
+        rt.reseed(rt.rank)  # ranks draw other masks of dropout
 
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from common.errors import CheckpointError
 from common.runtime import Runtime
 
 FORMAT_VERSION = 1
-NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "log_interval", "wandb", "tensorboard", "device",
-               "compile")  # they change how a run is started or watched, not what it finds
+# Settings that change how a run is started or watched, not what it finds.
+NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "log_interval", "save_interval", "keep_last",
+               "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
@@ -71,7 +73,10 @@ def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer
     best is infinite where the run goes on in a folder that the checkpoint is not from: its best.pt is not there.
     """
     asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    load_weights(model, state["model"], path)
+    try:
+        load_weights(model, state["model"], path)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}, or here with resume=never, which replaces the checkpoints that are there") from e
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as e:
@@ -105,10 +110,9 @@ def load_weights(model, weights: dict, path: Path) -> None:
     try:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, KeyError) as e:
-        reason = " ".join(str(e).split())[:300]
+        reason = textwrap.shorten(" ".join(str(e).split()), 300, placeholder=" ...")
         raise CheckpointError(f"{path} does not fit the model as its script builds it now: {reason}. Use the settings "
-                              "and the code it was trained with, or resume=never to start anew, which replaces the "
-                              "checkpoints that are there") from e
+                              "and the code it was trained with, or train anew in another out_dir") from e
 
 
 def _random_state(rt: Runtime) -> dict:
@@ -132,9 +136,10 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        names = ["best.pt"] * is_best + [f"step_{state['step']}.pt"] * keep_step
-        for name in names:
-            _link(fresh, folder / name)
+        if is_best:
+            _link(fresh, folder / "best.pt")
+        if keep_step:
+            _link(fresh, folder / f"step_{state['step']}.pt")
         os.replace(fresh, folder / "last.pt")
     finally:
         fresh.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ import shutil
 import sys
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,12 +36,12 @@ import torch
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from common.errors import DataError
+from common.errors import DataError, reason
 from sources.h5ad import H5ad, Matrix, as_dense, looks_log1p, row_sums, stored
 from sources.splits import Plan, grouped
 from sources.survey import CODES, Survey
 
-VERSION = 1  # of the folder's layout
+VERSION = 2  # of the folder's layout
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
 STORED_NAMES = (  # of a survey, in meta.json
     "cell_types",
@@ -227,19 +228,48 @@ def fill_and_rename(work: Path, target: Path, write: Callable[[Path], None]) -> 
         shutil.rmtree(work, ignore_errors=True)
 
 
+def holds_values(name: str) -> bool:
+    """Whether a file holds expression, which is too much to be read at every start: its size and header are checked."""
+    return name in ("input.npy", "counts.npy") or name.endswith(("_data.npy", "_indices.npy"))
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in blocks."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def write_meta(store: Path, meta: dict) -> None:
+    """meta.json, with a checksum of its own."""
+    sealed = meta | {"checksum": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+    (store / "meta.json").write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
+
+
 def read_meta(store: Path) -> dict:
-    """meta.json of a prepared folder whose files are all there and of their sizes. Raises DataError."""
+    """meta.json of a prepared folder whose files are all there and as they were written. Raises DataError."""
     remedy = "delete this folder, and the next start makes it anew"
     try:
         meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
-        sizes = meta["sizes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{store} is damaged, its meta.json cannot be read ({error}): {remedy}") from error
-    for name, size in sizes.items():
+    if not whole:
+        raise DataError(f"{store} is damaged, its meta.json was changed: {remedy}")
+    for name, size in meta["sizes"].items():
         file = store / name
         actual = file.stat().st_size if file.exists() else 0
         if actual != size:
             raise DataError(f"{store} is damaged, {name} has {actual:,} bytes instead of {size:,}: {remedy}")
+        # Codes and places of a million cells: some milliseconds. A wrong one would be another cell, without a word.
+        if name in meta["checksums"] and checksum(file) != meta["checksums"][name]:
+            raise DataError(f"{store} is damaged, {name} does not hold what was written: {remedy}")
+        try:
+            np.load(file, mmap_mode="r")  # the header
+        except (OSError, ValueError) as error:
+            raise DataError(f"{store} is damaged, {name} cannot be read ({reason(error)}): {remedy}") from error
     return meta
 
 
@@ -310,8 +340,9 @@ def write_store(
         "matrices": {which: draft.entry() for which, draft in drafts.items()},
         "survey": {name: getattr(survey, name) for name in STORED_NAMES},
         "sizes": {name: (work / name).stat().st_size for name in written},
+        "checksums": {name: checksum(work / name) for name in written if not holds_values(name)},
     }
-    (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    write_meta(work, meta)
     for name in [*written, "meta.json"]:
         settle(work / name)
 

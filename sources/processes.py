@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, reason
 
 
 class ProcessError(InputError):
@@ -890,10 +890,10 @@ def make_process(
             process = Process(PROCESSES[name](**params), initial_state, name=name)
     except ProcessError:
         raise
-    except (TypeError, ValueError, OverflowError) as error:  # a parameter of another type, or far out of range
+    except Exception as error:  # a parameter of another type or far out of range, or a function that is not right yet
         if initial_state is not None:
             params["initial_state"] = initial_state
-        raise ProcessError(f"process {name} cannot be built from {params}: {error}") from error
+        raise ProcessError(f"process {name} cannot be built from {params}: {reason(error)}") from error
     if add_bos or add_eos:
         process = _framed(process, add_bos, eos_prob if add_eos else 0.0)
     return process

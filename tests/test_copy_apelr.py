@@ -58,6 +58,7 @@ OWN_TERM = [
         # rep_unlikelihood = mean_t mean''')]
 EDITS = {"own data": (OWN_DATA, 6), "own backbone": (OWN_BACKBONE, 22), "own loss term": (OWN_TERM, 8)}
 ONLY_THE_LAST = [("padded.unfold(1, 4, 1).flatten(2))), padded[:, -3:]", "padded[:, -4:].flatten(1))), padded[:, -3:]")]
+NLL_A_WINDOW = [('{"nll": beliefs.nll.mean()}\n        # boundary', '{"nll": beliefs.nll.mean(1)}\n        # boundary')]
 A_VECTOR = [(".log_softmax(1).diagonal().mean()\n        # rep", ".log_softmax(1).diagonal()\n        # rep")]
 NO_STEP = [("    def step(self, x: Tensor, state: Tensor):", "    def one_more(self, x: Tensor, state: Tensor):")]
 
@@ -123,8 +124,10 @@ def test_a_copy_beside_a_finished_run_of_the_original_is_a_run_of_its_own(monkey
 
 @pytest.mark.parametrize("edits, words", [
     ([OWN_DATA, OWN_BACKBONE, ONLY_THE_LAST], "does not work"), ([OWN_DATA, OWN_TERM, A_VECTOR], "does not work"),
+    ([OWN_DATA, NLL_A_WINDOW], "does not work"),
     ([OWN_DATA, OWN_BACKBONE, NO_STEP], "step"),
-], ids=["a backbone that returns its last state alone", "a loss that is no number", "a backbone without step"])
+], ids=["a backbone that returns its last state alone", "a loss that is no number", "a loss a window",
+        "a backbone without step"])
 def test_a_broken_edit_fails_before_the_first_step(edits, words, monkeypatch, capsys):
     page = imported(monkeypatch, copied(*edits))
     monkeypatch.setattr(page, "train_step", lambda *args: pytest.fail("it trained"))

@@ -167,13 +167,15 @@ BROKEN = {
     "a stream of the last token": ("return xe, [x, states]", "return xe, [x, states[:, -1]]"),
     "a mean where rows are asked for": ("else token_xe(logits, targets)", "else token_xe(logits, targets).mean()"),
     "one position less": ("else token_xe(logits, targets)", "else token_xe(logits, targets)[:, 1:]"),
+    "a loss a chunk": ("loss = xe.mean() / cfg.grad_accum", "loss = xe.mean(1) / cfg.grad_accum"),
+    "a loss without gradient": ("loss = xe.mean() / cfg.grad_accum", "loss = xe.mean().detach() / cfg.grad_accum"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_model_is_one_line_before_the_first_step(name, monkeypatch, data, capsys):
     page = copied(monkeypatch, MODEL, BROKEN[name])
-    monkeypatch.setattr(page, "train_step", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr(page.Batches, "__call__", lambda *args: pytest.fail("it trained"))
     told = refusal(capsys, page.main, *TINY, f"--data={data}")
     assert "what the end of the run asks of model and data does not work" in told and not Path("out").exists()
 

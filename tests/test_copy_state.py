@@ -64,6 +64,8 @@ BROKEN = {
     "the last cell only": ("self.project_out(x + control)", "self.project_out((x + control)[:, -1:])"),
     "too few genes": ("cells.relu() if self.clips", "cells[..., :3].relu() if self.clips"),
     "no loss": ('return terms | {"loss": total}', "return {}"),
+    "a loss a sentence": ('return terms | {"loss": total}', 'return terms | {"loss": per_set}'),
+    "a loss without gradient": ('return terms | {"loss": total}', 'return terms | {"loss": total.detach()}'),
     "no cells": ('out["cells"] = cells.relu()', 'out["cell"] = cells.relu()'),
 }
 

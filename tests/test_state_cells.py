@@ -246,6 +246,23 @@ def test_what_is_held_is_a_map_and_what_is_streamed_is_not_in_memory():
     assert before == 0 and resident(path) > 90
 
 
+def overwrite(path: Path, begin: int, content: bytes) -> None:
+    """Change bytes of a file, but not its size."""
+    whole = bytearray(path.read_bytes())
+    whole[begin : begin + len(content)] = content
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name, begin", [("place.npy", -8), ("cell_type.npy", -4), ("input.npy", 0), ("meta.json", 40)])
+def test_a_changed_file_of_the_right_size_is_refused(name, begin):
+    write_cells()
+    write_toml()
+    store = open_cells(**KEYS).store
+    overwrite(store / name, begin if begin >= 0 else (store / name).stat().st_size + begin, b"\x7f\x7f\x7f\x7f")
+    with pytest.raises(DataError, match="is damaged.*delete this folder"):
+        open_cells(**KEYS)
+
+
 def test_of_more_than_two_billion_values_nothing_is_copied(monkeypatch):
     """indptr is of 64 bits then: rows are read from the files, to the same values."""
     X = write_cells(sparse=True)
@@ -254,7 +271,9 @@ def test_of_more_than_two_billion_values_nothing_is_copied(monkeypatch):
     path, meta = store / "input_indptr.npy", json.loads((store / "meta.json").read_text())
     np.save(path, np.load(path).astype(np.int64))
     meta["sizes"][path.name] = path.stat().st_size
-    (store / "meta.json").write_text(json.dumps(meta))
+    meta["checksums"][path.name] = cell_store.checksum(path)
+    del meta["checksum"]
+    cell_store.write_meta(store, meta)
     cells = open_cells(**KEYS)
     assert not cells.streamed and not cells.matrices["input"].held
     rows = np.random.default_rng(1).permutation(200)
