@@ -577,9 +577,9 @@ def measure_writing(peer: str | None, device: str, count: int = 128) -> list[tup
 # ---------------------------------------------------------------------------------------------------------------
 STATE_GENES = 2_000
 STATE_SIZES = {  # sets of cells a step, and settings; the second: arc-state's state_sm, fewer sets
-    "hidden 128": (8, {"cell_set_len": 64, "d_model": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512}),
-    "state_sm": (4, {"cell_set_len": 128, "d_model": 672, "n_layers": 4, "n_heads": 8, "head_dim": 84,
-                     "d_ff": 2_688, "n_encoder_layers": 4, "n_decoder_layers": 4})}
+    "hidden 128": (8, {"cell_set_len": 64, "d_model": 128, "n_layers": 4, "n_heads": 4, "d_mlp": 512}),
+    "state_sm": (4, {"cell_set_len": 128, "d_model": 672, "n_layers": 4, "n_heads": 8, "d_head": 84,
+                     "d_mlp": 2_688, "n_encoder_layers": 4, "n_decoder_layers": 4})}
 STATE_LOSSES = ((8, 64, 2_000), (4, 512, 2_000))  # sets, cells, genes
 STATE_LARGE = (1_024, 20_000)  # cells, genes of the sets that memory is measured with
 
@@ -793,7 +793,7 @@ class StateTrainer(SlowTrainer):
         weights = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
                    for name, part in model.named_children()}
         dense = 6 * sum(weights.values()) - 2 * weights["basal_encoder"] - 6 * weights["pert_encoder"] * (1 - 1 / S)
-        width = cfg.n_heads * (cfg.head_dim or cfg.d_model // cfg.n_heads)
+        width = cfg.n_heads * (cfg.d_head or cfg.d_model // cfg.n_heads)
         return dense + 12 * cfg.n_layers * S * width + 10 * S * model.dims["output_dim"]
 
 

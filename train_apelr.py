@@ -71,6 +71,7 @@ class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
+    load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     init_from: str = ""  # weights to start from: a checkpoint of this repository or of the source
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
     # data
@@ -147,7 +148,6 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
-    # logging
     wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
 

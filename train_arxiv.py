@@ -83,14 +83,6 @@ class Config:
     study: str = ""  # all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 (the first 1, 2, 4) | K2_a_b,...
     study_seeds: list[Whole] = field(default_factory=list)  # seeds of each run of a study; default seed alone
     report: str = ""  # folder of runs to report on instead of training
-    eval_interval: Count | None = None  # steps between evaluations; default an epoch
-    log_interval: Count = 50  # steps between log lines
-    save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
-    keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
-    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases; project and entity below or from .env
-    wandb_project: str = ""
-    wandb_entity: str = ""
-    tensorboard: bool = False  # log to TensorBoard
     # data
     data: str = SYNTHETIC  # folder of train.h5 and validation.h5, by prepare_data.py arxiv or ergodic
     categories: list[str] | None = None  # what to train on, K names; default all in the file. Others count as unseen
@@ -121,6 +113,10 @@ class Config:
     patience: Whole = 10  # evaluations without improvement before training stops; 0: never stop early
     min_delta: NonNegative = 1e-3  # improvement in nats that counts
     # evaluation
+    eval_interval: Count | None = None  # steps between evaluations; default an epoch
+    log_interval: Count = 50  # steps between log lines
+    save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
+    keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
     eval_chunks: Count = 1_000  # validation chunks of a category, during training; the final evaluation uses all
     bootstrap: Count = 1_000  # resamples of documents for 95% intervals
     probe: bool = True  # linear probe of the component by position and layer
@@ -129,6 +125,10 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
+    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases; project and entity below or from .env
+    wandb_project: str = ""
+    wandb_entity: str = ""
+    tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
         if self.min_lr is None:

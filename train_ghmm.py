@@ -112,7 +112,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
-    wandb: bool = False  # log to Weights & Biases
+    wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
 
     def head_width(self) -> int:

@@ -80,14 +80,6 @@ class Config:
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
     source_files: bool = False  # also write the file names of the source: final.ckpt, var_dims.pkl, *_onehot_map.torch
-    log_interval: Count = 50  # steps between log lines
-    eval_interval: Count = 200  # steps between evaluations
-    save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
-    keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
-    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases; project and entity below or from .env
-    wandb_project: str = ""
-    wandb_entity: str = ""
-    tensorboard: bool = False  # log to TensorBoard
     # data
     toml_config_path: str | None = SYNTHETIC  # or --toml: which cells train, validate and test
     strict: bool = True  # false: where the source has a trap, do as it does and warn
@@ -114,8 +106,8 @@ class Config:
     d_model: Count = 128  # H, width of the transformer and of the encoders
     n_heads: Count = 4  # of attention
     n_kv_heads: Count | None = None  # of keys and values; default n_heads
-    head_dim: Count | None = None  # default d_model / n_heads
-    d_ff: Count = 512  # width of the MLP of a block
+    d_head: Count | None = None  # default d_model / n_heads
+    d_mlp: Count = 512  # width of the MLP of a block
     transformer_backbone_key: Literal["llama", "GPT2"] = "llama"  # kind of the blocks; neither has positions
     bidirectional_attention: bool = True  # false: causal, as some checkpoints of the source are
     rotary: bool = False  # rotary positions, which a set does not have: for such checkpoints
@@ -179,12 +171,20 @@ class Config:
     beta2: Share = 0.999  # of their squares
     grad_clip: NonNegative = 10.0  # largest gradient norm; 0 does not clip
     # evaluation
+    eval_interval: Count = 200  # steps between evaluations
+    log_interval: Count = 50  # steps between log lines
+    save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
+    keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
     eval_sentences: Count = 256  # of validation, during training
     # system
     seed: Whole = 42  # of weights, sentences and held-out conditions
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
+    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases; project and entity below or from .env
+    wandb_project: str = ""
+    wandb_entity: str = ""
+    tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
         self.out_dir = self.out_dir or type(self).out_dir  # null in files of the source
@@ -192,12 +192,12 @@ class Config:
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
         wrong = []
-        if self.head_dim is None and self.d_model % self.n_heads:
-            wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set head_dim")
+        if self.d_head is None and self.d_model % self.n_heads:
+            wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}: set d_head")
         if self.n_heads % (self.n_kv_heads or 1):
             wrong.append(f"n_heads = {self.n_heads} is no multiple of n_kv_heads = {self.n_kv_heads}")
-        if self.rotary and (self.head_dim or self.d_model // self.n_heads) % 2:
-            wrong.append("rotary positions need an even head_dim")
+        if self.rotary and (self.d_head or self.d_model // self.n_heads) % 2:
+            wrong.append("rotary positions need an even d_head")
         if self.transformer_backbone_key == "GPT2" and (self.rotary or not self.bidirectional_attention):
             wrong.append("transformer_backbone_key = GPT2 is bidirectional and has no positions")
         if self.use_batch_token and (self.batch_encoder or self.basal_mapping_strategy != "batch"):
@@ -381,7 +381,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg, H = cfg, cfg.d_model
-        self.width = cfg.head_dim or H // cfg.n_heads
+        self.width = cfg.d_head or H // cfg.n_heads
         # Heads need not add up to H, and keys and values may have fewer of them.
         wide = cfg.n_heads * self.width
         narrow = (cfg.n_kv_heads or cfg.n_heads) * self.width
@@ -421,9 +421,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
+        self.up_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -54,8 +54,8 @@ class GPT2Block(nn.Module):
             "c_proj": Conv1D(H, H),
         })
         self.mlp = nn.ModuleDict({
-            "c_fc": Conv1D(H, cfg.d_ff),
-            "c_proj": Conv1D(cfg.d_ff, H),
+            "c_fc": Conv1D(H, cfg.d_mlp),
+            "c_proj": Conv1D(cfg.d_mlp, H),
         })
         self.drop = nn.Dropout(cfg.residual_dropout)  # dropout on what a block adds to the stream
         # What writes to the stream shrinks with depth, so that the sum of 2 n_layers of them does not grow.

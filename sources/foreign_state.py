@@ -25,8 +25,8 @@ ALIASES: dict[str, str | None] = {  # names of the source's settings; None: with
     "num_attention_heads": "n_heads",
     "n_head": "n_heads",
     "num_key_value_heads": "n_kv_heads",
-    "intermediate_size": "d_ff",
-    "n_inner": "d_ff",
+    "intermediate_size": "d_mlp",
+    "n_inner": "d_mlp",
     "attn_pdrop": "attention_dropout",
     "resid_pdrop": "residual_dropout",
     "embd_pdrop": "embedding_dropout",
@@ -42,6 +42,8 @@ ALIASES: dict[str, str | None] = {  # names of the source's settings; None: with
     "random_seed": "seed",
     "wd": "weight_decay",
     "gradient_clip_val": "grad_clip",
+    "head_dim": "d_head",
+    "d_ff": "d_mlp",
     "rms_norm_eps": "norm_eps",
     "layer_norm_epsilon": "norm_eps",
     "gradient_accumulation_steps": "grad_accum",
@@ -76,7 +78,7 @@ SIZES = {  # model=NAME of the source's command lines: a file of config/
     "smolstate": "state_smol",
 }
 SHAPE = (  # settings that decide what the weights of a checkpoint mean
-    "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "transformer_backbone_key",
+    "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "transformer_backbone_key",
     "bidirectional_attention", "rotary", "n_encoder_layers", "n_decoder_layers", "use_basal_projection", "activation",
     "predict_residual", "pert_norm",
 )  # fmt: skip
@@ -85,8 +87,8 @@ DEFAULTS = {  # what the source has where a setting of its model is absent, unde
     "n_layers": 32,
     "n_heads": 32,
     "n_kv_heads": None,
-    "head_dim": None,
-    "d_ff": 11_008,
+    "d_head": None,
+    "d_mlp": 11_008,
     "transformer_backbone_key": "GPT2",
     "bidirectional_attention": False,
     "rope_theta": 10_000.0,
@@ -126,10 +128,10 @@ DEFAULTS = {  # what the source has where a setting of its model is absent, unde
     "confidence_weight": 0.01,
     "confidence_per_set": True,
 }
-GPT2_DEFAULTS = {"n_layers": 12, "n_heads": 12, "d_ff": None, "bidirectional_attention": True, "rotary": False,
+GPT2_DEFAULTS = {"n_layers": 12, "n_heads": 12, "d_mlp": None, "bidirectional_attention": True, "rotary": False,
                  "attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
 # Not among the source's own keywords, but in transformer_backbone_kwargs.
-OF_BACKBONE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "bidirectional_attention", "rotary",
+OF_BACKBONE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "bidirectional_attention", "rotary",
                "rope_theta", "norm_eps", "attention_dropout", "residual_dropout", "embedding_dropout")
 UNUSED = ("embed_tokens.", ".wte.", ".wpe.", ".attn.bias", ".attn.masked_bias", "inv_freq")  # weights never read
 SIZES_OF_DATA = ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim")
@@ -160,8 +162,8 @@ def translate(keywords: dict, attention: str = "auto") -> tuple[dict, dict]:
     if keywords.get("control_pert"):
         settings["control_pert"] = keywords["control_pert"]
 
-    if gpt2 and settings["d_ff"] is None:
-        settings["d_ff"] = 4 * settings["d_model"]
+    if gpt2 and settings["d_mlp"] is None:
+        settings["d_mlp"] = 4 * settings["d_model"]
     if not gpt2 and attention != "auto":
         settings["bidirectional_attention"] = attention == "bidirectional"
         settings["rotary"] = attention == "rotary"
@@ -201,7 +203,7 @@ def source_settings(cfg, dims: dict) -> dict:
     backbone = {
         "n_layer": cfg.n_layers,
         "n_head": cfg.n_heads,
-        "n_inner": cfg.d_ff,
+        "n_inner": cfg.d_mlp,
         "n_embd": cfg.d_model,
         "attn_pdrop": cfg.attention_dropout,
         "resid_pdrop": cfg.residual_dropout,
@@ -213,8 +215,8 @@ def source_settings(cfg, dims: dict) -> dict:
             "num_attention_heads": cfg.n_heads,
             "num_key_value_heads": cfg.n_kv_heads or cfg.n_heads,
             "hidden_size": cfg.d_model,
-            "head_dim": cfg.head_dim or cfg.d_model // cfg.n_heads,
-            "intermediate_size": cfg.d_ff,
+            "head_dim": cfg.d_head or cfg.d_model // cfg.n_heads,
+            "intermediate_size": cfg.d_mlp,
             "attention_dropout": cfg.attention_dropout,
             "max_position_embeddings": cfg.cell_set_len,
             "bidirectional_attention": cfg.bidirectional_attention,

@@ -9,7 +9,7 @@ import torch
 import bench
 import train_state
 
-TINY = {"tiny": (2, {"cell_set_len": 4, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16})}
+TINY = {"tiny": (2, {"cell_set_len": 4, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 16})}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_a_step_of_the_benchmark_is_a_step_of_training(toml, tiny, loads):
 
 
 def test_operations_of_a_cell_are_those_counted_by_hand(toml, tiny):
-    G, H, S, d_ff, P = 30, 8, 4, 16, 17
-    basal, pert, layer, out = G * H, P * H + H * H, 4 * H * H + 3 * H * d_ff, H * H + H * G
+    G, H, S, d_mlp, P = 30, 8, 4, 16, 17
+    basal, pert, layer, out = G * H, P * H + H * H, 4 * H * H + 3 * H * d_mlp, H * H + H * G
     wanted = 4 * basal + 6 * (pert / S + layer + out) + 12 * S * H + 10 * S * G
     assert bench.StateTrainer("ours", "tiny", toml, False, "cpu").flops_per_token() == pytest.approx(wanted)
 

@@ -13,7 +13,7 @@ from commands import refusal
 import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["--d_model=16", "--n_layers=1", "--n_heads=2", "--d_ff=32", "--cell_set_len=8", "--batch_size=4",
+SHORT = ["--d_model=16", "--n_layers=1", "--n_heads=2", "--d_mlp=32", "--cell_set_len=8", "--batch_size=4",
          "--max_steps=4", "--warmup_steps=0", "--device=cpu", "--precision=fp32"]
 DATA = [
     ('SYNTHETIC = "data/state/synthetic.toml"', 'SYNTHETIC = "data/mine/mine.toml"'),

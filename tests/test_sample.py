@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> dict[str, list[str]]:
         "apelr": ["--num_plan_states=2", "--chunk_size=4", "--seq_len=15", "--token_dim=8", "--d_model=8",
                   "--n_layers=1", "--eval_batches=1", "--final_eval_batches=1", "--preview_tokens=0",
                   f"--data={folder / 'planted'}"],
-        "state": ["--n_layers=1", "--d_model=16", "--n_heads=2", "--d_ff=16", "--cell_set_len=4", "--eval_sentences=4",
+        "state": ["--n_layers=1", "--d_model=16", "--n_heads=2", "--d_mlp=16", "--cell_set_len=4", "--eval_sentences=4",
                   f"--toml={folder / 'synthetic.toml'}"],
     }
 

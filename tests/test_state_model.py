@@ -795,7 +795,7 @@ def test_numbers_of_numpy_and_settings_in_a_namespace_count(tmp_path):
     content["hyper_parameters"] = argparse.Namespace(**content["hyper_parameters"])
     assert ts.load_run(write(path, content))[0].d_model == H
     content = lightning(model, transformer_backbone_kwargs=Settings(LLAMA))
-    assert ts.load_run(write(path, content))[0].head_dim == 4
+    assert ts.load_run(write(path, content))[0].d_head == 4
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -869,7 +869,7 @@ def test_a_checkpoint_of_smolstate_is_read(tmp_path):
 def test_a_llama_is_causal_unless_it_says_otherwise(given, attention, seen, rotary, tmp_path):
     shape, _ = translate({**SETTINGS, "transformer_backbone_kwargs": given}, attention)
     assert (shape["bidirectional_attention"], shape["rotary"]) == (seen, rotary)
-    sizes = ("n_layers", "n_heads", "head_dim", "d_ff", "d_model")
+    sizes = ("n_layers", "n_heads", "d_head", "d_mlp", "d_model")
     assert [shape[name] for name in sizes] == [2, 4, 4, 32, H]
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32), transformer_backbone_kwargs=given))
     cfg = ts.load_run(path, "cpu", attention)[0]
@@ -878,8 +878,8 @@ def test_a_llama_is_causal_unless_it_says_otherwise(given, attention, seen, rota
 
 def test_a_gpt2_has_four_times_the_width_where_it_does_not_say():
     shape, _ = translate({**SETTINGS, **AS_GPT2})
-    assert (shape["d_ff"], shape["n_layers"], shape["n_heads"], shape["bidirectional_attention"]) == (4 * H, 2, 4, True)
-    assert shape["rotary"] is False
+    assert (shape["d_mlp"], shape["n_layers"], shape["n_heads"]) == (4 * H, 2, 4)
+    assert shape["bidirectional_attention"] is True and shape["rotary"] is False
 
 
 def test_a_checkpoint_of_embeddings_is_clipped_as_the_source_clips(tmp_path):
@@ -992,7 +992,7 @@ def test_a_transformer_that_does_not_fit_is_refused(options):
 def test_the_shape_of_a_checkpoint_is_taken_over(tmp_path, capsys):
     path = write(tmp_path / "last.ckpt", lightning(make(dtype=torch.float32), transformer_backbone_key="llama"))
     cfg, weights = ts.start_from_checkpoint(ts.Config(init_from=str(path), lr=3e-4))
-    sizes = ("d_model", "n_layers", "n_heads", "head_dim", "d_ff", "n_decoder_layers")
+    sizes = ("d_model", "n_layers", "n_heads", "d_head", "d_mlp", "n_decoder_layers")
     assert [getattr(cfg, name) for name in sizes] == [H, 2, 4, 4, 32, 3]
     assert (cfg.use_basal_projection, cfg.bidirectional_attention, cfg.rotary, cfg.lr) == (False, True, False, 3e-4)
     assert f"d_model = {H}" in capsys.readouterr().out and "project_out.0.weight" in weights

@@ -31,7 +31,7 @@ from sources.foreign_state import ALIASES, SIZES
 from train_state import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_ff=32", "--cell_set_len=4", "--batch_size=4",
+TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_mlp=32", "--cell_set_len=4", "--batch_size=4",
         "--decoder_hidden_dims=8,8", "--lr=1e-2", "--warmup_steps=0", "--eval_sentences=8", "--device=cpu",
         "--precision=fp32", "--out_dir=run")
 RUN = (*TINY, "--max_steps=12", "--log_interval=2", "--eval_interval=5", "--save_interval=4", "--keep_last=-1",
@@ -389,7 +389,7 @@ def test_accumulated_steps_are_one_step_of_the_whole_batch(data):
 
 # ------------------------------------------------------------------------------------------ settings of the source
 
-SPEC = {  # hidden, layers, d_ff, heads, head_dim, set, MLP layers
+SPEC = {  # hidden, layers, d_mlp, heads, head_dim, set, MLP layers
     "state": (768, 8, 3072, 12, 64, 512, 1), "tahoe_llama_62089464": (696, 8, 2784, 12, 58, 512, 4),
     "state_sm": (672, 4, 2688, 8, 84, 128, 4), "state_lg": (1488, 6, 5952, 12, 124, 512, 4),
     "tahoe_llama_212693232": (1488, 6, 5952, 12, 124, 512, 4), "tahoe_best": (1440, 4, 4416, 12, 120, 512, 4),
@@ -398,7 +398,7 @@ SPEC = {  # hidden, layers, d_ff, heads, head_dim, set, MLP layers
 
 
 def sizes(cfg: Config) -> tuple:
-    return (cfg.d_model, cfg.n_layers, cfg.d_ff, cfg.n_heads, cfg.head_dim, cfg.cell_set_len, cfg.n_encoder_layers)
+    return (cfg.d_model, cfg.n_layers, cfg.d_mlp, cfg.n_heads, cfg.d_head, cfg.cell_set_len, cfg.n_encoder_layers)
 
 
 def source_yaml(name: str) -> Path:
@@ -497,7 +497,7 @@ def test_a_command_line_of_the_source_means_ours(monkeypatch):
     monkeypatch.setattr(train_state, "train", lambda cfg: seen.append(cfg) or {})
     train_state.main(line.split())
     cfg = seen[0]
-    assert (cfg.d_model, cfg.n_layers, cfg.head_dim, cfg.cell_set_len, cfg.d_ff) == (504, 4, 84, 64, 2688)
+    assert (cfg.d_model, cfg.n_layers, cfg.d_head, cfg.cell_set_len, cfg.d_mlp) == (504, 4, 84, 64, 2688)
     assert (cfg.max_steps, cfg.eval_interval, cfg.save_interval, cfg.batch_size, cfg.lr) == (400, 100, 50, 8, 1e-4)
     assert (cfg.pert_col, cfg.cell_type_key, cfg.batch_col, cfg.control_pert, cfg.out_dir) == (
         "target_gene", "cell_line", "gem_group", "DMSO_TF", "out")
