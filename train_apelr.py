@@ -856,7 +856,7 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
     V = vocab_size or cfg.vocab_size
     if not V:
         raise ValueError("build_model needs cfg.vocab_size, or the vocabulary of the data")
-    # The only place that asks which version it is: what a version does is in its class.
+    # The one place where a model asks which version it is: what a version does is in its class.
     if cfg.version == "baseline":
         return Baseline(cfg, V, LinearExperts)
     if cfg.version == "v1_filtered_mixture":
