@@ -51,10 +51,9 @@ def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer,
         step: optimizer steps done. best: lowest evaluation loss so far.
         extra: further plain state, the same on all ranks; rank_extra: further plain state of each rank.
     """
-    return {
-        "format_version": FORMAT_VERSION, "experiment": identity(script), "config": config, "step": step, "best": best,
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": rt.scaler.state_dict(),
-        "ranks": rt.gather({**_random_state(rt), **rank_extra}), "extra": extra,
+    return weights_alone(script, config, step, model, extra) | {
+        "best": best, "optimizer": optimizer.state_dict(), "scaler": rt.scaler.state_dict(),
+        "ranks": rt.gather({**_random_state(rt), **rank_extra}),
     }  # fmt: skip
 
 
