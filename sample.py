@@ -55,7 +55,7 @@ COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key"
 class Config:
     # sampling
     num_samples: Count = 4  # sequences of the model, and as many of the process
-    length: Count | None = None  # tokens a sequence, prompt included; default the model's n_ctx, or 200 new ones of apelr
+    length: Count | None = None  # tokens a sequence, prompt included; default the model's n_ctx; apelr: 200 new ones
     max_new_tokens: Count | None = None  # instead of length: tokens to write after the prompt
     prompt: str = ""  # what every sequence begins with: token ids like 0,1,2, or text where the run has a tokenizer
     temperature: Temperature = 1.0  # divides the logits; 1 samples what the model believes, 0 takes the likeliest token

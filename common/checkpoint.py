@@ -253,9 +253,9 @@ def same_data(extra: dict, data: dict, path: Path) -> None:
     then = extra.get("data", {})
     for name, fingerprint in data.items():
         if fingerprint and then.get(name, fingerprint) != fingerprint:
-            raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {then[name]} in training and has "
-                                  f"{fingerprint} now. Bring those data back, or train in another out_dir (or with "
-                                  "resume=never, which replaces the checkpoints)")
+            raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {then[name]} in training and "
+                                  f"has {fingerprint} now. Bring those data back, or train in another out_dir (or "
+                                  "with resume=never, which replaces the checkpoints)")
 
 
 def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple[Path | None, dict | None, list]:

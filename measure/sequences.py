@@ -63,7 +63,7 @@ def continue_sequences(
 
 def best_only(logits: Tensor, k: int) -> Tensor:
     """Logits [B, V] with all but the k largest of a row at -inf; of equal ones the first stay."""
-    order = logits.argsort(1, descending=True, stable=True)
+    order = logits.argsort(dim=1, descending=True, stable=True)
     return logits.scatter(1, order[:, k:], -torch.inf)
 
 

@@ -160,3 +160,59 @@ def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, monkeypat
     with pytest.raises(ValueError):
         with figures.figure(tmp_path, "wrong") as axes:
             axes.plot([1, 2], [1, 2, 3])
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """experiment -> a short run, trained once; of apelr and arxiv the data have no tokenizer."""
+    folders = {}
+
+    def run(experiment: str) -> str:
+        if experiment not in folders:
+            settings = [*COMMON, *make_data(experiment)]
+            main(experiment)(settings)
+            folders[experiment] = tmp_path_factory.mktemp(experiment) / "here"
+            shutil.copytree(".", folders[experiment])
+        if not Path("run").exists():
+            shutil.copytree(folders[experiment], ".", dirs_exist_ok=True)
+        return "run"
+
+    return run
+
+
+def lengths(experiment: str, result: dict) -> set[int]:
+    rows = {"ghmm": lambda: result["model"]["tokens"], "arxiv": lambda: result["tokens"],
+            "apelr": lambda: [entry["tokens"] for entry in result["samples"]]}[experiment]()
+    return {len(row) for row in rows}
+
+
+@pytest.mark.parametrize("experiment", ["ghmm", "arxiv", "apelr"])
+def test_samples_have_the_length_that_was_asked_for_and_greedy_ones_are_the_likeliest(experiment, trained):
+    run, prompt = trained(experiment), ["--prompt=1,0,1", "--device=cpu"]
+    assert lengths(experiment, sample.main([run, *prompt, "--max_new_tokens=20"])) == {23}
+    assert lengths(experiment, sample.main([run, *prompt, "--length=20"])) == {20}
+    texts = [sample.main([run, *prompt, "--max_new_tokens=6", "--temperature=0", f"--seed={seed}"]) for seed in (1, 2)]
+    greedy = [text["samples"][0]["tokens"] if experiment == "apelr" else text["tokens"][0] if experiment == "arxiv"
+              else text["model"]["tokens"][0] for text in texts]
+    cold = sample.main([run, *prompt, "--max_new_tokens=6", "--top_k=1"])
+    assert greedy[0] == greedy[1]
+    assert greedy[0] in ([entry["tokens"] for entry in cold["samples"]] if experiment == "apelr"
+                         else cold["tokens"] if experiment == "arxiv" else cold["model"]["tokens"])
+
+
+@pytest.mark.parametrize("experiment, option, owner", [
+    ("ghmm", "--top_p=0.5", "apelr"), ("arxiv", "--show_plan", "apelr"), ("apelr", "--adata=x.h5ad", "state"),
+    ("state", "--prompt=0,1", "ghmm and arxiv and apelr"), ("state", "--temperature=0.5", "ghmm and arxiv and apelr"),
+    ("arxiv", "--precision=bf16", "apelr")])
+def test_an_option_of_another_experiment_is_refused(experiment, option, owner, trained, capsys):
+    told = refusal(capsys, sample.main, trained(experiment), option, "--device=cpu")
+    assert f"is an option of {owner}, not of {experiment}" in told
+
+
+def test_every_option_of_sample_py_is_of_some_experiment():
+    names = set(vars(sample.Config()))
+    owned = {name for options in sample.OPTIONS.values() for name in options} | set(sample.SHARED)
+    assert owned == names
