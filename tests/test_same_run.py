@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import python, refusal
 
@@ -36,9 +37,6 @@ def make_data(experiment: str, seed: int = 0) -> list[str]:
         p = 0.6 + seed / 10
         matrices = [[[p / 2, 0.5 - p / 2], [0.25, 0.25]], [[0.5 - p / 2, p / 2], [0.25, 0.25]]]
         Path("data").mkdir(exist_ok=True)
-        Path("data/matrices.json").write_text(json.dumps(matrices))
-        import numpy as np
-
         np.save("data/matrices.npy", np.array(matrices))
         return ["--process=custom", "--matrices=data/matrices.npy", "--n_layers=1", "--d_model=16", "--d_mlp=16",
                 "--n_ctx=5", "--max_words=300"]
@@ -74,7 +72,7 @@ def contents(folder: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_run_in_all_its_lives(experiment, capsys):
-    """One run a script, looked at in every way: trained, asked again, looked at, interrupted, and on other data."""
+    """One run a script: trained, asked again, looked at, killed at its end, and interrupted."""
     settings = [*COMMON, *make_data(experiment)]
     summary = main(experiment)(settings)
     whole, made = lines(), contents("run")
@@ -108,26 +106,6 @@ def test_a_run_in_all_its_lives(experiment, capsys):
     Path("run/summary.json").unlink()
     main(experiment)(settings)
     assert [(record["step"], record["split"]) for record in lines()] == [(r["step"], r["split"]) for r in whole]
-    assert lines() == whole
-
-    # Other data under the same name: refused by a finished run, by one that would go on, and by a look.
-    make_data(experiment, seed=1)
-    for unfinished in (False, True):
-        if unfinished:
-            shutil.copyfile("run/step_4.pt", "run/last.pt")
-        made = contents("run")
-        told = refusal(capsys, main(experiment), *settings)
-        name = next(setting for setting in settings if "data/" in setting).split("=", 1)[1]
-        assert f"{name} had the fingerprint" in told and "resume=never" in told
-        assert "had the fingerprint" in refusal(capsys, main(experiment), *settings, "--resume=run/step_8.pt")
-        assert "had the fingerprint" in refusal(capsys, main(experiment), "--analyze=run", "--device=cpu")
-        assert contents("run") == made
-    if experiment in ("ghmm", "state"):  # whose samples need the data
-        assert "had the fingerprint" in refusal(capsys, sample.main, "run", "--device=cpu")
-
-    # The first data again: what was refused goes on.
-    make_data(experiment)
-    main(experiment)(settings)
     assert lines() == whole
 
 
