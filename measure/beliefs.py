@@ -23,6 +23,7 @@ RCONDS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # 1 ke
 SLACK = 1.01  # of rconds that err as little as the best, to a hundredth, the largest is taken
 FLOAT32 = 6e-8  # relative rounding of activations
 TOKENS = 40_960  # tokens of a forward pass
+ROWS = 8_192  # prefixes of a block
 KEPT_BYTES = 2**28  # activations are kept for a second pass up to this size, and computed again beyond
 MOMENT_BYTES = 2**30  # moments of all hands; beyond, as of networks wider than 2,300 in all, there is one deal alone
 
@@ -93,10 +94,10 @@ class Activations:
             rows = slice(begin, begin + self.batch)
             # Where the beliefs are, in which place the regression is done.
             layers = [layer.to(self.words.device) for layer in self._layers(rows)]
-            block = torch.cat(layers, -1)[self.first[rows]]
+            blocks = torch.cat(layers, -1)[self.first[rows]].split(ROWS)
             if self.kept is not None:
-                self.kept.append(block)
-            yield block
+                self.kept += [block.clone() for block in blocks]
+            yield from blocks
 
 
 def collect_prefixes(

@@ -11,10 +11,11 @@ class MetricTracker:
 
     Sums live on the device, so that a step with log=False waits for nothing. With lr the learning rate, g the gradient
     norm and n the tokens of a step, step/* is the last one's and cum/* the sum of lr_weighted_tokens = lr n,
-    gradient_signal = lr g n, fisher_proxy = g^2 n (the squared gradients' sum times tokens). A norm that is not finite
-    is left out of the sums: it is that of a step that mixed precision skips. loss/ma is over 100 steps, loss/ema decays
-    by 0.9; loss/progress_to_optimal is (loss - optimal) / (initial - optimal), from 1 at the start to 0 at the optimum,
-    and NaN where there is nothing to gain. Losses in nats.
+    gradient_signal = lr g n, fisher_proxy = g^2 n (the sum of squared gradients times tokens). A norm that is not
+    finite is left out of the sums: it is that of a step that mixed precision skips. cum/tokens_per_second is since the
+    start or the last resumption. loss/ma is over 100 steps, loss/ema decays by 0.9; loss/progress_to_optimal is
+    (loss - optimal) / (initial - optimal), from 1 at the start to 0 at the optimum, and NaN where there is nothing to
+    gain. Losses in nats.
 
     Args:
         lr_schedule_fn: step -> lr, where the optimizer's first parameter group does not hold it.
@@ -45,9 +46,8 @@ class MetricTracker:
         self.ema = zero.clone()
         self.min = zero + math.inf
         self.max_distance = 0.0  # from the initial parameters, of the steps that were looked at
-        self.seconds = 0.0  # before a saved state was taken up
-        self.began = time.perf_counter()
-        self.lap = (self.began, 0)  # when metrics were last returned, and tokens by then
+        self.began = (time.perf_counter(), 0)  # the clock and the tokens at the start, or when a state was taken up
+        self.lap = self.began  # and when metrics were last returned
         # Gradients may be gone when update() is called, so their norm is taken when the optimizer steps.
         self.norm_at_step = None
         self.hook = None
@@ -140,19 +140,19 @@ class MetricTracker:
     def _counted(self, lr: float, loss: float, tokens: int) -> dict:
         """The metrics that are known without the device."""
         now = time.perf_counter()
-        began, done = self.lap
+        last, tokens_then = self.lap
+        began, tokens_before = self.began
         self.lap = (now, self.tokens)
-        seconds = self.seconds + now - self.began
         gap = float(self.initial_loss) - self.optimal_loss
         progress = math.nan
         if gap > 0:
             progress = (loss - self.optimal_loss) / gap
         return {
             "step/tokens": tokens,
-            "step/tokens_per_second": (self.tokens - done) / max(now - began, 1e-9),
+            "step/tokens_per_second": (self.tokens - tokens_then) / max(now - last, 1e-9),
             "step/lr_weighted_tokens": lr * tokens,
             "cum/tokens": self.tokens,
-            "cum/tokens_per_second": self.tokens / max(seconds, 1e-9),
+            "cum/tokens_per_second": (self.tokens - tokens_before) / max(now - began, 1e-9),
             "cum/lr_weighted_tokens": self.lr_weighted_tokens,
             "lr/step": lr,
             "loss/progress_to_optimal": progress,
@@ -162,8 +162,7 @@ class MetricTracker:
         """Plain state for a checkpoint; the initial parameters come again from the seed."""
         names = ("sums", "tokens", "lr_weighted_tokens", "steps", "initial_loss", "window", "ema", "min",
                  "max_distance")  # fmt: skip
-        state = {name: getattr(self, name) for name in names}
-        return state | {"seconds": self.seconds + time.perf_counter() - self.began}
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
@@ -173,8 +172,7 @@ class MetricTracker:
                 value = {key: self._own(number) for key, number in value.items()}
             setattr(self, name, self._own(value))
         torch._foreach_copy_(self.previous, self.params)
-        self.began = time.perf_counter()
-        self.lap = (self.began, self.tokens)
+        self.began = self.lap = (time.perf_counter(), self.tokens)
 
     def _own(self, value):
         """A copy of a tensor on the tracker's device; anything else as it is."""
