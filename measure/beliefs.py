@@ -210,7 +210,7 @@ def deal_folds(strata: int, generator: torch.Generator) -> torch.Tensor:
 
 
 class Moments(NamedTuple):
-    """hands [H, Q, Q]: sums of w z z' over the prefixes of a hand, z = (1, features - shift, beliefs, shuffled).
+    """hands [H, Q, Q]: sums of w z z' over the prefixes of a hand, z = (1, features - shift, beliefs - mean, shuffled).
 
     shift [W]: a typical activation, taken off so that squares do not lose the digits that differ. hand [P].
     """
@@ -236,7 +236,8 @@ def moments_of(prefixes: Prefixes, generator: torch.Generator) -> Moments:
     strata = STRATA if FOLDS * STRATA * Q**2 * 8 <= MOMENT_BYTES else 1
     hand = deal_hands(prefixes.weights.cpu(), generator, strata).to(beliefs.device)
     order = torch.randperm(P, generator=generator).to(beliefs.device)
-    targets = torch.cat([beliefs, beliefs[order]], 1)  # the true ones, and the control
+    centred = beliefs - prefixes.weights @ beliefs  # a constant belief has no variance then, not that of rounding
+    targets = torch.cat([centred, centred[order]], 1)  # the true ones, and the control
     root = prefixes.weights.sqrt()[:, None]
     hands = torch.zeros(FOLDS * strata, Q, Q).to(beliefs)
     shift = None
@@ -342,7 +343,8 @@ def regress(prefixes: Prefixes, seed: int = 0, deals: int = DEALS) -> dict[str, 
 
     Args:
         seed: of the deals.
-    Returns {layer: result}, with `maps` [deals, FOLDS, D + 1, S] and `map` [D + 1, S], fitted to all, for `predict`.
+    Returns {layer: result}, with `maps` [deals, FOLDS, D + 1, S] and `map` [D + 1, S], fitted to all, for `predict`;
+    they give the belief less its mean.
     Raises InputError for too few prefixes.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -407,11 +409,12 @@ def predict(prefixes: Prefixes, results: dict[str, dict]) -> torch.Tensor:
     of held-out predictions to the results of regress; returns what the map of "concat" says that saw all, [P, S]."""
     sums = {name: torch.zeros(2).to(prefixes.beliefs) for name in results}
     said = []
+    mean = prefixes.weights @ prefixes.beliefs
     begin = 0
     for block in prefixes.activations:
         rows = slice(begin, begin + len(block))
         begin = rows.stop
-        beliefs = prefixes.beliefs[rows]
+        beliefs = prefixes.beliefs[rows] - mean
         weights = prefixes.weights[rows]
         for name, result in results.items():
             features = block[:, prefixes.columns[name]].to(beliefs) - result["shift"]
@@ -422,7 +425,7 @@ def predict(prefixes: Prefixes, results: dict[str, dict]) -> torch.Tensor:
                 mae = weights @ residual.abs().mean(1)
                 dist = weights @ residual.norm(dim=1)
                 sums[name] += torch.stack([mae, dist]) / len(result["maps"])
-        said.append(inputs @ result["map"].to(beliefs))  # of the last layer, "concat"
+        said.append(mean + inputs @ result["map"].to(beliefs))  # of the last layer, "concat"
     for name, total in sums.items():
         results[name]["mae"], results[name]["dist"] = total.tolist()
     return torch.cat(said)
