@@ -48,8 +48,10 @@ class Prefixes(NamedTuple):
 
 def first_occurrences(words: torch.Tensor) -> torch.Tensor:
     """[N, T]: whether the prefix of sorted words [N, T] that ends there occurs for the first time."""
-    differs = (words[1:] != words[:-1]).int().cummax(1).values.bool()  # equal prefixes are neighbours
-    return torch.cat([torch.ones_like(words[:1]).bool(), differs])
+    differs = (words[1:] != words[:-1]).int()  # equal prefixes are neighbours
+    differs = differs.cummax(1).values.bool()
+    first = torch.ones_like(words[:1]).bool()
+    return torch.cat([first, differs])
 
 
 def words_at_once(length: int) -> int:
@@ -63,7 +65,14 @@ class Activations:
     Few are kept after the first pass. Many are computed again in each: memory does not grow with their number.
     """
 
-    def __init__(self, model: torch.nn.Module, words: torch.Tensor, first: torch.Tensor, device, batch: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        words: torch.Tensor,
+        first: torch.Tensor,
+        device,
+        batch: int,
+    ):
         self.model, self.words, self.first = model, words, first
         self.device, self.batch = device, batch
         begin = 0
@@ -127,7 +136,8 @@ def collect_prefixes(
     weights = sums.gather(0, group)
     if last_token_only:
         first[:, :-1] = False
-    activations = Activations(model, words, first, device, batch or words_at_once(T))
+    batch = batch or words_at_once(T)
+    activations = Activations(model, words, first, device, batch)
     positions = torch.arange(1, T + 1, device=words.device)
     weight = weights[first]
     return Prefixes(
@@ -206,7 +216,8 @@ def deal_hands(weights: torch.Tensor, generator: torch.Generator, strata: int = 
 
 def deal_folds(strata: int, generator: torch.Generator) -> torch.Tensor:
     """The fold of each hand [FOLDS * strata] in one deal: of every five like hands, each goes to another fold."""
-    return torch.cat([torch.randperm(FOLDS, generator=generator) for _ in range(strata)])
+    orders = [torch.randperm(FOLDS, generator=generator) for _ in range(strata)]
+    return torch.cat(orders)
 
 
 class Moments(NamedTuple):
@@ -233,8 +244,10 @@ def moments_of(prefixes: Prefixes, generator: torch.Generator) -> Moments:
             "or analyse prefixes too (last_token_only=false)"
         )
     Q = 1 + prefixes.columns["concat"].stop + 2 * S
-    strata = STRATA if FOLDS * STRATA * Q**2 * 8 <= MOMENT_BYTES else 1
-    hand = deal_hands(prefixes.weights.cpu(), generator, strata).to(beliefs.device)
+    size = FOLDS * STRATA * Q**2 * 8  # bytes
+    strata = STRATA if size <= MOMENT_BYTES else 1
+    hand = deal_hands(prefixes.weights.cpu(), generator, strata)
+    hand = hand.to(beliefs.device)
     order = torch.randperm(P, generator=generator).to(beliefs.device)
     centred = beliefs - prefixes.weights @ beliefs  # a constant belief has no variance then, not that of rounding
     targets = torch.cat([centred, centred[order]], 1)  # the true ones, and the control
@@ -249,7 +262,8 @@ def moments_of(prefixes: Prefixes, generator: torch.Generator) -> Moments:
         rows = slice(begin, begin + len(block))
         begin = rows.stop
         one = torch.ones_like(block[:, :1])
-        z = torch.cat([one, block - shift, targets[rows]], 1) * root[rows]
+        z = torch.cat([one, block - shift, targets[rows]], 1)
+        z *= root[rows]
         for h in range(len(hands)):
             part = z[hand[rows] == h]
             hands[h] += part.t() @ part
@@ -276,7 +290,8 @@ def least_squares(moments: torch.Tensor, D: int, floor: float) -> torch.Tensor:
     largest = values[-1]
     is_large = values[:, None] > largest * rcond.square()
     is_real = values > floor * moments[0, 0]
-    inverse = torch.where(is_large & is_real[:, None], 1 / values[:, None], 0)  # [D, rcond]
+    counts = is_large & is_real[:, None]  # [D, rcond]
+    inverse = torch.where(counts, 1 / values[:, None], 0)
     projected = vectors.t() @ shared
     scaled = inverse[:, :, None] * projected[:, None]  # [D, rcond, 2 S]
     slopes = vectors @ scaled.flatten(1)
@@ -294,7 +309,8 @@ def squared_errors(moments: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     shared = moments[:inputs, inputs:].reshape(inputs, 2, S)
     squares = moments[inputs:, inputs:].diagonal().view(2, S)
     flat = maps.flatten(1)
-    quadratic = (flat * (between @ flat)).sum(0).view(maps.shape[1:])
+    products = flat * (between @ flat)
+    quadratic = products.sum(0).view(maps.shape[1:])
     if maps.ndim == 4:  # one map for each rcond
         shared = shared[:, None]
     linear = (shared * maps).sum(0)
@@ -352,20 +368,30 @@ def regress(prefixes: Prefixes, seed: int = 0, deals: int = DEALS) -> dict[str, 
     strata = len(moments.hands) // FOLDS
     deals = deals if strata > 1 else 1
     fold_of_hand = torch.stack([deal_folds(strata, generator) for _ in range(deals)])  # [deals, H]
+    folds = fold_of_hand.to(moments.hand.device)[:, moments.hand]  # [deals, P]
+    numbers = torch.arange(moments.hands.shape[-1])
+    last = prefixes.columns["concat"].stop
     results = {}
     for name, columns in prefixes.columns.items():
         shift = moments.shift[columns]
         floor = float(FLOAT32**2 * shift.square().sum())
-        part = torch.arange(moments.hands.shape[-1])
-        last = prefixes.columns["concat"].stop
-        part = torch.cat([part[:1], part[1:][columns], part[1 + last :]])
+        # Of the columns of moments: the one, the features of this layer, the targets.
+        features = numbers[1:][columns]
+        part = torch.cat([numbers[:1], features, numbers[1 + last :]])
         hands = moments.hands[:, part][:, :, part]
-        results[name] = _regress_layer(hands, len(shift), floor, fold_of_hand)
-        results[name] |= {"shift": shift, "folds": fold_of_hand.to(moments.hand.device)[:, moments.hand]}
+        result = _regress_layer(hands, len(shift), floor, fold_of_hand)
+        result["shift"] = shift
+        result["folds"] = folds
+        results[name] = result
     return results
 
 
-def _regress_layer(hands: torch.Tensor, D: int, floor: float, fold_of_hand: torch.Tensor) -> dict:
+def _regress_layer(
+    hands: torch.Tensor,
+    D: int,
+    floor: float,
+    fold_of_hand: torch.Tensor,
+) -> dict:
     """The result of one layer; see regress."""
     total = hands.sum(0)
     S = (total.shape[-1] - 1 - D) // 2
@@ -374,7 +400,8 @@ def _regress_layer(hands: torch.Tensor, D: int, floor: float, fold_of_hand: torc
     variance = variance.view(2, S).sum(1)  # of the beliefs, and as shuffled
     r2, rmse, maps, chosen = [], [], [], []
     for fold in fold_of_hand:
-        folds = torch.stack([hands[fold == k].sum(0) for k in range(FOLDS)])
+        folds = [hands[fold == k].sum(0) for k in range(FOLDS)]
+        folds = torch.stack(folds)
         of_folds, numbers = held_out_maps(folds, D, floor)
         error = torch.zeros(2, S).to(hands)
         for moments, held_out in zip(folds, of_folds, strict=True):
@@ -394,8 +421,9 @@ def _regress_layer(hands: torch.Tensor, D: int, floor: float, fold_of_hand: torc
         varies = variance[i] > 1e-20
         has_spread = varies and len(r2) > 1
         fit = 1 - unexplained[typical[i], i] / variance[i]
-        result[f"{name}r2"] = float(r2[:, i].mean()) if varies else None
-        result[f"{name}r2_spread"] = float(r2[:, i].std()) if has_spread else None
+        of_deals = r2[:, i]
+        result[f"{name}r2"] = float(of_deals.mean()) if varies else None
+        result[f"{name}r2_spread"] = float(of_deals.std()) if has_spread else None
         result[f"{name}r2_fit"] = float(fit) if varies else None
         result[f"{name}rmse"] = float(rmse[i])
         result[f"{name}rcond"] = RCONDS[typical[i]]
@@ -407,9 +435,9 @@ def _regress_layer(hands: torch.Tensor, D: int, floor: float, fold_of_hand: torc
 def predict(prefixes: Prefixes, results: dict[str, dict]) -> torch.Tensor:
     """A second pass over the activations: adds mae (mean over coordinates and deals) and dist (mean Euclidean distance)
     of held-out predictions to the results of regress; returns what the map of "concat" says that saw all, [P, S]."""
-    sums = {name: torch.zeros(2).to(prefixes.beliefs) for name in results}
-    said = []
     mean = prefixes.weights @ prefixes.beliefs
+    sums = {name: torch.zeros(2).to(mean) for name in results}  # of mae and dist
+    said = []
     begin = 0
     for block in prefixes.activations:
         rows = slice(begin, begin + len(block))
@@ -419,15 +447,20 @@ def predict(prefixes: Prefixes, results: dict[str, dict]) -> torch.Tensor:
         for name, result in results.items():
             features = block[:, prefixes.columns[name]].to(beliefs) - result["shift"]
             inputs = F.pad(features, (1, 0), value=1.0)
-            for maps, fold in zip(result["maps"].to(beliefs), result["folds"][:, rows], strict=True):
-                every = torch.einsum("pd,kds->kps", inputs, maps)  # by all maps; each prefix takes that of its fold
-                residual = every[fold, torch.arange(len(fold), device=fold.device)] - beliefs
+            folds = result["folds"][:, rows]
+            of_deals = result["maps"].to(beliefs)
+            for fold, maps in zip(folds, of_deals, strict=True):
+                every = torch.einsum("pd,kds->pks", inputs, maps)  # by all maps; each prefix takes that of its fold
+                own = fold[:, None, None].expand(-1, 1, every.shape[2])
+                residual = every.gather(1, own)[:, 0] - beliefs
                 mae = weights @ residual.abs().mean(1)
                 dist = weights @ residual.norm(dim=1)
-                sums[name] += torch.stack([mae, dist]) / len(result["maps"])
+                sums[name] += torch.stack([mae, dist])
         said.append(mean + inputs @ result["map"].to(beliefs))  # of the last layer, "concat"
-    for name, total in sums.items():
-        results[name]["mae"], results[name]["dist"] = total.tolist()
+    for name, result in results.items():
+        means = sums[name] / len(result["maps"])
+        result["mae"] = float(means[0])
+        result["dist"] = float(means[1])
     return torch.cat(said)
 
 
@@ -449,9 +482,15 @@ def analyse(
     prefixes = collect_prefixes(model, contexts, device, last_token_only)
     results = regress(prefixes, seed, deals)
     predicted = predict(prefixes, results)
+    deals = len(results["concat"]["maps"])
     layers = {}
+    r2_by_layer = {}
     for name, result in results.items():
-        layers[name] = {key: value for key, value in result.items() if key not in ("maps", "map", "shift", "folds")}
+        for tensor in ("maps", "map", "shift", "folds"):
+            del result[tensor]
+        layers[name] = result
+        if name != "concat":
+            r2_by_layer[name] = result["r2"]
     concat = layers["concat"]
 
     control = collect_prefixes(untrained, contexts, device, last_token_only)
@@ -460,11 +499,11 @@ def analyse(
     result = {
         "prefixes": len(prefixes.weights),
         "all_prefixes": contexts.exact,
-        "deals": len(results["concat"]["maps"]),
+        "deals": deals,
         "layers": layers,
         "r2_concat": concat["r2"],
         "r2_concat_spread": concat["r2_spread"],
-        "r2_by_layer": {name: layer["r2"] for name, layer in layers.items() if name != "concat"},
+        "r2_by_layer": r2_by_layer,
         "shuffled_r2_concat": concat["shuffled_r2"],
         "untrained_r2_concat": untrained_fit["r2"],
         "untrained_r2_concat_spread": untrained_fit["r2_spread"],
@@ -480,8 +519,10 @@ def analyse(
 def has_gain(result: dict) -> bool:
     """Whether training put the belief there: r2 is above 0, and above the untrained network's by more than deals move
     either."""
-    spreads = [result[f"{name}r2_concat_spread"] or 0.0 for name in ("", "untrained_")]
-    return result["r2_concat"] > max(0.0, result["untrained_r2_concat"] + max(spreads))
+    spread = result["r2_concat_spread"] or 0.0
+    untrained_spread = result["untrained_r2_concat_spread"] or 0.0
+    reached = result["untrained_r2_concat"] + max(spread, untrained_spread)
+    return result["r2_concat"] > max(0.0, reached)
 
 
 def belief_in_words(result: dict) -> str:
@@ -501,7 +542,13 @@ def belief_in_words(result: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
-def plot_run(folder: Path, title: str, result: dict, analysis: dict | None, geometry: dict | None) -> None:
+def plot_run(
+    folder: Path,
+    title: str,
+    result: dict,
+    analysis: dict | None,
+    geometry: dict | None,
+) -> None:
     """All pictures of a run, in folder/plots; those of beliefs only where there is an analysis and beliefs vary."""
     plot_loss_by_position(folder, title, result)
     plot_excess_loss(folder, title)
@@ -526,12 +573,14 @@ def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
 
 def plot_excess_loss(folder: Path, title: str) -> None:
     """The excess loss over training, from metrics.jsonl; rounding below 0 has no place on a logarithmic axis."""
-    evaluations = [record for record in read_metrics(folder) if record["split"] == "eval"]
-    shown = [record for record in evaluations if record["excess_loss"] > 0]
-    if not shown:
+    steps = []
+    excess = []
+    for record in read_metrics(folder):
+        if record["split"] == "eval" and record["excess_loss"] > 0:
+            steps.append(record["step"])
+            excess.append(record["excess_loss"])
+    if not steps:
         return
-    steps = [record["step"] for record in shown]
-    excess = [record["excess_loss"] for record in shown]
     with figure(folder, "excess_loss", 6, 4) as axes:
         axes.semilogy(steps, excess, "o-", markersize=3)
         axes.set(xlabel="step", ylabel="excess over the floor (nats)")
@@ -548,18 +597,33 @@ def plot_r2_by_layer(folder: Path, title: str, analysis: dict) -> None:
     untrained = analysis["untrained_r2_concat"]
     shuffled = analysis["shuffled_r2_concat"]
     with figure(folder, "r2_by_layer", max(6, 1.2 * len(r2)), 4) as axes:
-        bars = axes.bar(list(layers), heights, yerr=spread, error_kw={"ecolor": "0.3", "capsize": 3})
+        bars = axes.bar(
+            list(layers),
+            heights,
+            yerr=spread,
+            error_kw={"ecolor": "0.3", "capsize": 3},
+        )
         axes.bar_label(bars, labels, fontsize=8, padding=3)
-        for value, style, name in ((untrained, "--", "untrained network"), (shuffled, ":", "shuffled beliefs")):
+        controls = (
+            (untrained, "--", "untrained network"),
+            (shuffled, ":", "shuffled beliefs"),
+        )
+        for value, style, name in controls:
             label = f"concat, {name} ({value:.4f})"
-            axes.axhline(max(0.0, value), color="0.4", linestyle=style, label=label)
+            height = max(0.0, value)
+            axes.axhline(height, color="0.4", linestyle=style, label=label)
         axes.set(ylabel="held-out r2 of the belief, mean and spread over deals", ylim=(0, 1.16))
         axes.yaxis.label.set_fontsize(8)
         axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(loc="lower right", fontsize=8)
 
 
-def plot_beliefs(folder: Path, title: str, geometry: dict, r2: float) -> None:
+def plot_beliefs(
+    folder: Path,
+    title: str,
+    geometry: dict,
+    r2: float,
+) -> None:
     """True beliefs beside what a linear map reads out of the activations."""
     beliefs = geometry["beliefs"]
     weights = geometry["weights"]
@@ -574,7 +638,14 @@ def plot_beliefs(folder: Path, title: str, geometry: dict, r2: float) -> None:
         plot_plane(folder, title, geometry, rows, sizes, r2)
 
 
-def plot_line(folder: Path, title: str, geometry: dict, rows: torch.Tensor, sizes: np.ndarray, r2: float) -> None:
+def plot_line(
+    folder: Path,
+    title: str,
+    geometry: dict,
+    rows: torch.Tensor,
+    sizes: np.ndarray,
+    r2: float,
+) -> None:
     """Predicted against true belief, along the one direction in which beliefs differ."""
     beliefs = geometry["beliefs"]
     weights = geometry["weights"]
@@ -591,13 +662,28 @@ def plot_line(folder: Path, title: str, geometry: dict, rows: torch.Tensor, size
     with figure(folder, "beliefs", 5.5, 5.5) as axes:
         ends = [true.min(), true.max()]
         axes.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
-        axes.scatter(true, said, s=2 * sizes, c=true, cmap="viridis", linewidths=0, label="a context")
+        axes.scatter(
+            true,
+            said,
+            s=2 * sizes,
+            c=true,
+            cmap="viridis",
+            linewidths=0,
+            label="a context",
+        )
         axes.set(xlabel=f"{name}: true", ylabel="linear image of the activations")
         axes.set_title(f"{title}\nheld-out r2 = {r2:.4f}", fontsize=9, wrap=True)
         axes.legend(loc="upper left", fontsize=8)
 
 
-def plot_plane(folder: Path, title: str, geometry: dict, rows: torch.Tensor, sizes: np.ndarray, r2: float) -> None:
+def plot_plane(
+    folder: Path,
+    title: str,
+    geometry: dict,
+    rows: torch.Tensor,
+    sizes: np.ndarray,
+    r2: float,
+) -> None:
     """The belief simplex, or a plane of principal components, and its image in the colours of the true beliefs."""
     beliefs = geometry["beliefs"]
     simplex = beliefs.shape[1] == 3 and is_distribution(beliefs)
@@ -623,12 +709,20 @@ def plot_plane(folder: Path, title: str, geometry: dict, rows: torch.Tensor, siz
 
 def is_distribution(beliefs: torch.Tensor) -> bool:
     """Whether these are distributions over states (those of a generalised process need not be any)."""
-    return bool(beliefs.min() > -1e-9 and (beliefs.sum(1) - 1).abs().max() < 1e-6)
+    if beliefs.min() <= -1e-9:
+        return False
+    error = (beliefs.sum(1) - 1).abs()
+    return bool(error.max() < 1e-6)
 
 
 def simplex_plane():
     """(map of beliefs [P, 3] to an equilateral triangle [P, 2], map to colours [P, 3]: the beliefs themselves)."""
-    corners = torch.tensor([[0, 0], [1, 0], [0.5, 0.75**0.5]], dtype=torch.float64)
+    corners = [
+        [0, 0],
+        [1, 0],
+        [0.5, 0.75**0.5],
+    ]
+    corners = torch.tensor(corners, dtype=torch.float64)
     return lambda points: points @ corners, lambda points: points
 
 
@@ -654,7 +748,11 @@ def draw_triangle(axes) -> None:
     """The simplex of three states, its corners named."""
     top = 0.75**0.5
     axes.plot([0, 1, 0.5, 0], [0, 0, top, 0], color="0.6", linewidth=0.8)
-    labels = ((-0.06, -0.04), (1.01, -0.04), (0.47, 0.89))  # a little outside of the corners
+    labels = (  # a little outside of the corners
+        (-0.06, -0.04),
+        (1.01, -0.04),
+        (0.47, 0.89),
+    )
     for state, (x, y) in enumerate(labels):
         axes.text(x, y, f"state {state}", fontsize=8)
     axes.set_aspect("equal")
