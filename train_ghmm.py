@@ -445,6 +445,7 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
     The loss is not measured on drawn targets but is floor + KL(optimal || model), its exact mean over the next token:
     an excess of 1e-4 nats shows on a few thousand contexts, where drawn targets would need some 10^8.
     """
+    # Each rank takes its share of the contexts; a context counts by its probability.
     words = rt.share(contexts.words)
     weights = rt.share(contexts.weights)
     optimal = rt.share(contexts.optimal)
@@ -519,6 +520,7 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
         if contexts.beliefs is not None:
             analysis, geometry = analyse_beliefs(model, contexts, cfg, rt)
             write_json(folder / "analysis.json", analysis | {"evaluation": result})
+            # What the summary says of the belief: r2 by layer and of all, its spread over deals, the controls.
             for name, value in analysis.items():
                 if "r2" in name:
                     result[name] = value
@@ -665,11 +667,13 @@ def train(cfg: Config) -> dict:
 
 def verdict(summary: dict, folder: Path) -> str:
     """The result in words."""
+    # The loss, in percent of its floor where that is above 0.
     text = f"done: loss {summary['loss']:.5f}"
     if summary["optimal_loss"] < NO_FLOOR:
         text += " nats"
     else:
         text += f" is {summary['excess_loss'] / summary['optimal_loss']:.3%} above the floor"
+    # The belief, beside what the network held of it before it was trained.
     if "r2_concat" in summary:
         text += f"; {belief_in_words(summary)}"
     return f"{text}; pictures in {folder / 'plots'}"
