@@ -526,8 +526,7 @@ def has_gain(result: dict) -> bool:
 
 
 def belief_in_words(result: dict) -> str:
-    """What the activations hold of the belief, beside the untrained network: part of a sentence; result: see analyse.
-    """
+    """What the activations hold of the belief, beside the untrained network, as part of a sentence; see analyse."""
     if result["r2_concat"] is None:
         return "the belief is the same after every context: there is nothing to hold"
     r2 = f"{result['r2_concat']:.4f}"
