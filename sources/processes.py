@@ -365,7 +365,7 @@ class Process:
             raise ProcessError(f"{name}: initial_state holds a negative probability")
         # Sums of products without a sign are 0 only where nothing can be: the rarest event keeps its probability.
         self.impossible = IMPOSSIBLE
-        if self.is_hmm:
+        if (T >= 0).all() and (start >= 0).all() and r.min() > 1e-9:
             self.impossible = 0.0
         # So many of the smallest weights have a product that float64 holds.
         digits = -np.log10(np.abs(T[T != 0]).min())
@@ -888,8 +888,8 @@ def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.n
         )
     T = T / real[top]
     M = M / real[top]
-    is_stochastic = (T >= 0).all() and np.abs(M.sum(1) - 1).max() < 1e-9
-    if is_stochastic:
+    is_stochastic = (T >= 0).all() and np.allclose(M.sum(1), 1)
+    if is_stochastic and np.abs(M.sum(1) - 1).max() < 1e-9:  # to more than the digits of a file
         recurrent = _reachable(M).all(0)
         if recurrent.any():  # one ergodic component, however rarely it changes between its parts
             return T, np.ones(len(M)), _stationary(M, recurrent)
@@ -909,7 +909,16 @@ def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.n
     pi = left[:, top_left].real
     if abs(r.sum()) < 1e-12 or abs(pi.sum()) < 1e-12 or abs(pi @ r) < 1e-12:
         raise ProcessError(f"{name} is no process: its stationary state has no weight")
-    return T, r * len(r) / r.sum(), pi / pi.sum()
+    r = r * len(r) / r.sum()
+    pi = pi / pi.sum()
+    if (T >= 0).all() and r.min() > 1e-9:
+        # Seen by what futures weigh this is a chain too, whose rare states keep their digits.
+        chain = M * r / r[:, None]
+        recurrent = _reachable(chain).all(0)
+        if recurrent.any():
+            pi = _stationary(chain, recurrent) / r
+            pi = pi / pi.sum()
+    return T, r, pi
 
 
 # ---------------------------------------------------------------------------------------------------------------

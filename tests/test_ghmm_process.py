@@ -1025,6 +1025,20 @@ def test_a_rare_change_of_state_keeps_its_probability_and_makes_no_second_compon
     assert slow.stationary_state.tolist() == pytest.approx([0.75, 0.25], rel=1e-6)
 
 
+def test_rare_events_and_states_left_for_good_of_weights_that_are_no_probabilities():
+    """Rows of other sums: positive weights still, so nothing is rounding."""
+    rare = 1e-16
+    process = make_process("custom", matrices=[[[0.3, 0, 0], [0, 0.5, 0.2], [0, 0.1, 0.7]],
+                                               [[0, rare, 0], [0, rare, 0], [0, 0, 2 * rare]],
+                                               [[0, 0.2, 0], [0, 0, 0], [0, 0, 0]]])
+    assert not process.is_hmm and process.stationary_state[0] == 0
+    r, pi = process.normalizing_eigenvector, process.stationary_state
+    expected = pi @ process.transition_matrices[1] @ r / (pi @ r)
+    assert float(expected) < 1e-14
+    assert process.word_probability([1]) == pytest.approx(float(expected), rel=1e-9)
+    assert torch.isinf(process.log_prob([[2]])).all()
+
+
 def test_what_is_left_for_good_stays_impossible():
     """A transient state has no stationary weight, not even that of rounding."""
     process = make_process("custom", matrices=[[[0.3, 0, 0], [0, 0.5, 0.2], [0, 0.1, 0.6]],
