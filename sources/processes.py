@@ -268,7 +268,8 @@ def listing() -> str:
     lines = ["processes, with the defaults of their parameters"]
     for name, function in PROCESSES.items():
         told = (inspect.getdoc(function) or "").splitlines() or [""]
-        defaults = [f"{key}={value.default}" for key, value in inspect.signature(function).parameters.items()]
+        takes = inspect.signature(function).parameters.values()
+        defaults = [str(each.replace(annotation=each.empty)) for each in takes]  # "x=0.05"
         lines.append(f"  {name}({', '.join(defaults)})  {told[0]}")
     lines.append("  nonergodic(components)  draws one of its components once and stays in it")
     lines.append("  custom(matrices)  matrices [V, S, S] of your own")

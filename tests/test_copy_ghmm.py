@@ -187,6 +187,7 @@ def test_a_process_of_ones_own_takes_its_parameters_from_its_signature(copy_of, 
     assert found["optimal_loss_by_position"] == pytest.approx(expected.optimal_loss(6).tolist())
     assert found["optimal_loss"] != pytest.approx(float(page.make_process("pairs").optimal_loss(6).mean()))
     assert "process mess3 has no parameter 'theta': it takes x, a" in refusal(capsys, page.main, *TINY, "--theta=0.2")
+    assert "  pairs(theta=0.5, phi=0.3)  Zeros and ones come in pairs." in page.Config.more_help()
     assert "pairs has no parameter 'p'" in refusal(capsys, page.main, *TINY, "--process=pairs", "--p=0.2")
 
 
