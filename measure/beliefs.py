@@ -240,7 +240,7 @@ def moments_of(prefixes: Prefixes, generator: torch.Generator) -> Moments:
     P, S = beliefs.shape
     if P < FOLDS:
         raise InputError(
-            f"{P} different contexts are too few to hold some out: raise n_ctx or max_words, "
+            f"there are too few different contexts to hold some out ({P}): raise n_ctx or max_words, "
             "or analyse prefixes too (last_token_only=false)"
         )
     Q = 1 + prefixes.columns["concat"].stop + 2 * S
