@@ -50,7 +50,7 @@ BACKBONES = {"gru": GRU, "transformer": Transformer, "window": Window}
 ''')]
 OWN_TERM = [
     ('"rep_unlikelihood")', '"rep_unlikelihood", "leaving")'),
-    ('lambda: {"usage_balance": 0.02,', 'lambda: {"leaving": 0.1, "usage_balance": 0.02,'),
+    ('DEMO_WEIGHTS = {"usage_balance": 0.02,', 'DEMO_WEIGHTS = {"leaving": 0.1, "usage_balance": 0.02,'),
     ('''        # rep_unlikelihood = mean_t mean''',
      '''        # leaving = mean_k -log P[k, k]: small where a plan stays
         if "leaving" in terms:
