@@ -32,8 +32,8 @@ from torch import Tensor
 
 from common import checkpoint
 from common.errors import DataError, clear_errors, rehearsal
-from common.runlog import RunLog, run_facts
-from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, ended_before, run_facts
+from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
     Fraction,
@@ -53,7 +53,7 @@ from kernels.token_terms import check_terms, chunk_bow, chunk_targets, recent_to
 from measure import plans, rival
 from measure.plans import entropy
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
-from measure.writing import generate
+from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
 from sources.shared import make_once
@@ -151,7 +151,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
-    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases
+    wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
@@ -982,8 +982,9 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
     nll = float(nll.mean())
     metrics = {"val_nll": nll, "val_ppl": plans.perplexity(nll)} | corpus.yardsticks(nll, starts, cfg.seq_len)
     if planned:
+        true = corpus.true_plans(starts, cfg.chunk_size)
         metrics |= plans.plan_worth(nll, *planned[:2])
-        metrics |= plans.plan_metrics(*planned[2:], model.planner_transition_logits, corpus.true_plans(starts))
+        metrics |= plans.plan_metrics(*planned[2:], model.planner_transition_logits, true)
     return metrics
 
 
@@ -996,14 +997,6 @@ def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Pa
             metrics = plans.write_report(folder, model, corpus, starts, metrics, say)
     rt.barrier()
     return metrics
-
-
-def preview(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config, tokens: int) -> str:
-    """One sample, the same random numbers every time."""
-    prompt = torch.tensor([corpus.prompt_ids(cfg.preview_prompt)], device=rt.device)
-    written = generate(model, prompt, tokens, rt.generator(7, device="cpu"), temperature=0.8, top_k=50)
-    model.train()
-    return corpus.text(written.tokens[0].tolist())
 
 
 def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
@@ -1022,7 +1015,7 @@ def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
         evaluate(model, corpus, starts, rt, cfg)
         if isinstance(model, Planner):
             plans.planner_report(model, corpus, starts)
-        preview(model, corpus, rt, cfg, tokens=2)
+        preview(model, corpus, rt, tokens=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1045,7 +1038,13 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         corpus = open_data(cfg)
-        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
+        data = {cfg.data: corpus.fingerprint}
+        path, state, changes = checkpoint.start_from(
+            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+        )
+        summary = None if beside else ended_before(rt, folder, path, state, changes)
+        if summary and (not rehearsal_only or "baseline_nll" in summary):
+            return summary
         model = build_model(cfg, corpus.vocab_size)
         if cfg.init_from and not state:
             start_from_weights(model, cfg)
@@ -1066,21 +1065,19 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             if batch_size == "auto":
                 batch_size = fitting_batch_size(rt, model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
+        meter = Meter(rt, batch_size * cfg.seq_len, began, state)
         batches = Batches(rt, corpus, cfg, batch_size)
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
         extra = {
             "batch_size": batch_size,
             "vocab_size": corpus.vocab_size,
             "tokenizer_hash": corpus.tokenizer_hash,
+            "data": data,
         }
         if rehearsal_only:
             stopped = {"stopped_at": step} if rt.stopping(0) else {}
             return stopped | extra | {"parameters": plans.size_of(model)}
-        tokens_per_step = batch_size * cfg.seq_len
         trained = rt.wrap(model)
-        totals = Means()
-        finite = FiniteCheck(rt.device)
-        watch = Stopwatch()
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
@@ -1091,28 +1088,25 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             log.say(plans.describe(model, corpus, batch_size, DEMO_WEIGHTS))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
-            began_lap = step
-            watch.start()
+            meter.start(step)
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
                 lr = learning_rate(step, cfg)
                 terms = train_step(trained, tokens, step, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, terms["loss"])
-                totals.add(terms)
+                meter.check(step, terms["loss"])
+                meter.add(terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
 
                 # Numbers are read from the device here and only here: a read waits for all queued work.
-                finite.verify(step, model, lr)
-                rt.synchronize()
-                speed = watch.pause((step - began_lap) * tokens_per_step)
+                speed = meter.pause(step, model, lr)
                 improved = False
                 if due.logs:
-                    means = totals.read()
+                    means = meter.read()
                     mfu = speed * flops_per_token(model) / peak
                     values = {
                         "lr": lr,
@@ -1120,7 +1114,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                         "tokens_per_s": speed,
                         "mfu": mfu,
                     }
-                    left = (cfg.max_steps - step) * tokens_per_step / speed  # seconds
+                    left = (cfg.max_steps - step) * meter.units_per_step / speed  # seconds
                     log.train(step, means | values, lr, norm, speed, left, loss=means["loss"])
                 # The best weights are those of the lowest validation loss; the end of the run measures these.
                 if due.evaluates:
@@ -1131,18 +1125,19 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                     shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
                     log.say(" | ".join([f"step {step:>6} eval", *shown]) + (" *" if improved else ""))
                     if cfg.preview_tokens and rt.is_main:
-                        log.say("  " + preview(model, corpus, rt, cfg, cfg.preview_tokens))
+                        log.say("  " + preview(model, corpus, rt, cfg.preview_tokens))
                 if due.saves or improved:
                     # Collective: every rank adds the state of its random numbers.
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
+                    saved = checkpoint.capture(
+                        rt, __file__, config_dict(cfg), step, model, optimizer, best, meter, extra, {}
+                    )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal: all is saved, so the run can leave.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
-                began_lap = step
-                watch.start()
+                meter.start(step)
 
             # The result is that of the best weights; rank 0 has written them by now.
             rt.barrier()
@@ -1150,7 +1145,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                 model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
             facts = {"version": cfg.version, "parameters": plans.size_of(model), "config_hash": config_hash(cfg)}
-            summary = metrics | facts | (beside or {}) | run_facts(rt, step, began, watch)
+            summary = metrics | facts | (beside or {}) | run_facts(rt, step, meter)
             log.summary(summary)
             log.say(plans.verdict(summary, folder))
             # A signal that came too late to stop anything here stops what would come next.
@@ -1216,7 +1211,8 @@ def analyze(cfg: Config) -> dict:
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         same_tokenizer(extra, corpus, path)
-        folder = path if path.is_dir() else path.parent
+        checkpoint.same_data(extra, {saved.data: corpus.fingerprint}, path)
+        folder = checkpoint.analysis_of(path)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
     print(f"step {step}: " + plans.verdict(metrics, folder).removeprefix("done: "))
     return metrics

@@ -333,6 +333,11 @@ def describe(model, corpus, batch_size: int, demo: dict[str, float]) -> str:
     unused = unused_weights(cfg, demo)
     if unused:
         text += f"\n  note: without effect on {cfg.version}: {', '.join(unused)}"
+    if corpus.chunk_size not in (0, cfg.chunk_size) and hasattr(model, "filter"):
+        text += (
+            f"\n  note: chunk_size = {cfg.chunk_size}, and the planted plans change every {corpus.chunk_size} tokens: "
+            "plan_nmi is not measured"
+        )
     return text
 
 
@@ -414,7 +419,7 @@ def draw_plans(
     text = tokens[0, 1 : len(shown) + 1].tolist()
     labels = [corpus.spell(token) for token in text]
     title = "belief after each token of a validation passage (blue: a chunk begins)"
-    true = corpus.true_plans(starts[:1])
+    true = corpus.true_plans(starts[:1], C)
     true_plans = ()
     if true is not None:
         true_plans = true[0]

@@ -219,11 +219,11 @@ def generate(
         # What may come next, and how likely.
         if repetition_penalty != 1:
             log_p = log_p - seen * math.log(repetition_penalty)
-        if temperature != 1:
+        if temperature not in (0, 1):
             log_p = log_p / temperature
         if no_repeat_ngram_size:
             log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
-        chosen = draw(log_p, top_k, top_p, generator)  # [B]
+        chosen = log_p.argmax(1) if temperature == 0 else draw(log_p, top_k, top_p, generator)  # [B]
         if eos_id is not None:
             chosen = torch.where(done, eos_id, chosen)
             done |= chosen == eos_id
@@ -248,6 +248,14 @@ def generate(
         beliefs=torch.stack(beliefs, 1) if beliefs else nothing,
         forecasts=torch.stack(forecasts, 1) if forecasts else nothing,
     )
+
+
+def preview(model, corpus, rt, tokens: int) -> str:
+    """A sample of a model in training, with the same random numbers every time; reads preview_prompt of its cfg."""
+    prompt = torch.tensor([corpus.prompt_ids(model.cfg.preview_prompt)], device=rt.device)
+    written = generate(model, prompt, tokens, rt.generator(7, device="cpu"), temperature=0.8, top_k=50)
+    model.train()
+    return corpus.text(written.tokens[0].tolist())
 
 
 def ban_ngrams(log_p: torch.Tensor, history: list[list[int]], n: int) -> torch.Tensor:
