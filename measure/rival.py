@@ -83,6 +83,8 @@ def train_beside(cfg, train: Callable, build: Callable) -> dict:
     """
     # The planner is only rehearsed for now: whatever is wrong with it is said before the baseline has trained.
     trains = train(cfg, rehearsal_only=True)
+    if "baseline_nll" in trains:  # all of it has been done before
+        return trains
     if cfg.init_from:  # also of resume=FILE, where that is a checkpoint of the source
         raise InputError(
             f"compare_baseline: the planner would start from {cfg.init_from} and the baseline from nothing, "
