@@ -235,10 +235,10 @@ def plan_metrics(
         metrics["transition_row_entropy"] = float(entropy(P.log()).mean())
     if true is not None:
         metrics["plan_nmi"] = None
-    if true is not None and K > 1:
         true = true[:, : end.shape[1]]
-        ours = end.long().numpy()
-        metrics["plan_nmi"] = normalised_mutual_information(ours.ravel(), true.ravel())
+        if K > 1 and np.ptp(true):  # there is something to find, and something to find it by
+            ours = end.long().numpy()
+            metrics["plan_nmi"] = normalised_mutual_information(ours.ravel(), true.ravel())
     return metrics
 
 

@@ -518,6 +518,15 @@ def test_plans_that_change_elsewhere_than_the_planted_ones_are_not_held_against_
     assert run(planted[V2])["plan_nmi"] is not None and "planted plans change" not in capsys.readouterr().out
 
 
+def test_one_planted_plan_cannot_be_found(capsys):
+    """Neither by the oracle, nor by a model of three plans."""
+    meta = prepare_data.planted(num_plans=1, vocab_size=9, chunk_size=4, document_chunks=4, train_documents=30,
+                                validation_documents=3, out_dir="one")
+    assert meta["oracle_nmi"] is None and read("one/meta.json")["oracle_nmi"] is None
+    assert "NMI" not in capsys.readouterr().out
+    assert run(Path("one"))["plan_nmi"] is None and read("run/summary.json")["plan_nmi"] is None
+
+
 def test_figures_beyond_what_a_number_holds_are_none():
     assert plans.perplexity(1.0) == pytest.approx(np.e) and plans.perplexity(710.0) is None
     nll, forced = 1.0, torch.tensor([[1.5, 2.0], [1.7, 1.0]])
