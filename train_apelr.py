@@ -6,6 +6,7 @@ another as a Markov chain whose steps may depend on the text so far. The model h
 the loss is a likelihood, and on planted data both loss and plan have a known optimum to be held against.
 
     python train_apelr.py                             # offline English text, v2, 3 minutes on two cores
+    python train_apelr.py --compare_baseline          # and first a baseline of equal size, on the same batches
     python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 2 minutes
     python train_apelr.py config/v2_fast.py           # TinyStories on one GPU, after prepare_data.py text
     torchrun --nproc_per_node=8 train_apelr.py config/v2_fast.py
@@ -106,14 +107,14 @@ class Config:
     lookahead_feedback_scale: NonNegative | None = None  # a, their share; default 0 (exact), 0.25 with compat=source
     # loss
     entropy_reg_weight: NonNegative = 0.0  # v1: entropy of the belief; v2: boundary_entropy, if loss_weights lacks it
-    usage_balance_weight: NonNegative | None = None  # KL(mean belief || uniform); v2: if loss_weights lacks it.
-    # ^ default 0, of v2 without loss_weights 0.02
+    usage_balance_weight: NonNegative | None = None  # KL(mean belief || uniform); v2: as entropy_reg_weight
     chunk_bow_weight: NonNegative = 0.0  # v1: bag of words of the chunk under the plan believed at its start
     chunk_bow_warmup_steps: Whole = 0  # linear warm-up of chunk_bow_weight
     plan_mi_weight: NonNegative = 0.0  # v1: mutual information of plan and next token, maximised
     chunk_post_kl_weight: NonNegative = 0.0  # v1: symmetric KL of a recognizer of the chunk and its last posterior
-    loss_weights: dict[str, NonNegative] | None = None  # of v2: future_contrastive, plan_js_div (maximised),
-    # ^ boundary_entropy, usage_balance, rep_unlikelihood, rep_window; default usage_balance and future_contrastive 0.02
+    loss_weights: dict[str, NonNegative] | None = None  # of v2, all there are if given: future_contrastive, plan_js_div
+    # ^ (maximised), boundary_entropy, usage_balance, rep_unlikelihood, rep_window; default 0.02 of the first and of
+    # usage_balance, for which usage_balance_weight is another name then
     rep_window: Whole = 0  # recent tokens that rep_unlikelihood looks at
     rep_include_current: bool | None = None  # whether x_t is among them; default true, false with compat=source
     aux_token_fraction: Fraction = 0.25  # share of the tokens, drawn anew each step, for plan_mi and plan_js_div

@@ -5,7 +5,7 @@ Dimensions: B windows, L tokens of one, T tokens of all, N chunks of a window, K
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,7 @@ def write_report(
         numbers.pop("typical_tokens", None)
         metrics = metrics | numbers
         write_json(folder / "planner_eval.json", metrics | report)
-        warn_of_idle_plans(metrics, say)
+        warn_of_idle_plans(metrics, say, model.cfg.weights())
         draw_plans(folder, model, corpus, starts, metrics["usage"])
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -138,17 +138,25 @@ def token_table(
     return table
 
 
-def warn_of_idle_plans(metrics: dict, say: Callable[[str], None]) -> None:
-    """Say so where plans differ in what they predict, and the belief about them is worth nothing."""
+def warn_of_idle_plans(metrics: dict, say: Callable[[str], None], terms: Collection[str] = ()) -> None:
+    """Say so where plans differ in what they predict, and the belief about them is worth nothing.
+
+    terms: auxiliary terms of the run; those that reward plans for being different are named as what to lower.
+    """
     divergence = metrics["forced_state_divergence_all_pairs"]
     gain = metrics["plan_gain"]
     if not is_number(divergence) or not is_number(gain):
         return
     if gain < USED and divergence > 0.1:
-        say(
+        line = (
             f"warning: the plans differ (divergence {divergence:.2f}) but one of them does as well alone "
-            f"(plan_gain {gain:.4f}): lower loss_weights.plan_js_div"
+            f"(plan_gain {gain:.4f})"
         )
+        if "plan_js_div" in terms:
+            line += ": lower loss_weights.plan_js_div"
+        if "plan_mi" in terms:
+            line += ": lower plan_mi_weight"
+        say(line)
 
 
 def is_number(value: object) -> bool:

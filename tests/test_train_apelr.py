@@ -373,7 +373,11 @@ def test_idle_plans_are_warned_of(capsys):
     plans.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.5}, told.append)
     plans.warn_of_idle_plans({"plan_gain": 0.1, "forced_state_divergence_all_pairs": 0.5}, told.append)
     plans.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.01}, told.append)
-    assert len(told) == 1 and "one of them does as well alone" in told[0]
+    plans.warn_of_idle_plans({"plan_gain": None, "forced_state_divergence_all_pairs": None}, told.append)
+    assert len(told) == 1 and "one of them does as well alone" in told[0] and "lower" not in told[0]
+    for term, advice in (("plan_js_div", "lower loss_weights.plan_js_div"), ("plan_mi", "lower plan_mi_weight")):
+        plans.warn_of_idle_plans({"plan_gain": -1.0, "forced_state_divergence_all_pairs": 0.5}, told.append, {term})
+        assert told[-1].endswith(advice)
 
 
 def test_the_whole_default_run_needs_no_download_and_no_data(monkeypatch):
