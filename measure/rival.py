@@ -53,7 +53,7 @@ def baseline_settings(cfg, build: Callable, trains: dict):
         experts="full",
         plan_commitment="soft",
         out_dir=str(Path(cfg.out_dir) / BESIDE),
-        resume=cfg.resume if cfg.resume in ("auto", "never") else "auto",
+        resume=resume_beside(cfg.resume),
         load_checkpoint_step=None,
         compare_baseline=False,
         batch_size=trains["batch_size"],  # the same batches, also where the planner's memory decides about them
@@ -70,6 +70,16 @@ def baseline_settings(cfg, build: Callable, trains: dict):
     say(f"compare_baseline: a baseline of {parameters:,} parameters (d_model={width}) for the planner of "
         f"{trains['parameters']:,}; it trains first, in {plain.out_dir}")  # fmt: skip
     return replace(plain, d_model=width)
+
+
+def resume_beside(resume: str) -> str:
+    """What a baseline goes on from where its planner does from `resume`: the baseline beside that, if there is one."""
+    if resume in ("auto", "never"):
+        return resume
+    path = Path(resume)
+    folder = path if path.is_dir() else path.parent
+    twin = folder / BESIDE / "last.pt"
+    return str(twin) if twin.exists() else "auto"
 
 
 def train_beside(cfg, train: Callable, build: Callable) -> dict:

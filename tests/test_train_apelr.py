@@ -638,6 +638,23 @@ def test_a_finished_comparison_is_not_repeated_and_a_finished_planner_gets_its_b
     assert Path("run/summary.json").read_bytes() == before
 
 
+def test_a_comparison_that_goes_on_for_longer_takes_both_along(text):
+    settings = ("--schedule=constant", "--warmup_steps=0")
+    run(text, *BESIDE, *settings)
+    longer = run(text, *BESIDE, *settings, "--max_steps=12", "--resume=run/last.pt")
+    whole = run(text, *BESIDE, *settings, "--max_steps=12", "--out_dir=whole")
+    assert longer["steps"] == longer["baseline_steps"] == 12
+    assert longer["baseline_nll"] == pytest.approx(whole["baseline_nll"], rel=1e-5)
+    resumed = [r["step"] for r in records("run/baseline") if r["split"] == "train"]
+    assert resumed == [2, 3, 4, 6, 8, 9, 10, 12]  # each once: it went on from 6
+
+
+def test_the_batch_size_of_a_baseline_is_that_which_its_planner_finds(text):
+    result = run(text, *BESIDE, "--batch_size=auto", "--cpu_batch_size=6")
+    assert read("run/config.json")["batch_size"] == "auto" and read("run/baseline/config.json")["batch_size"] == 6
+    assert checkpoint.load(Path("run"))["extra"]["batch_size"] == 6 and result["baseline_steps"] == 6
+
+
 def test_two_ranks_compare_like_one(text):
     settings = [*TINY, f"--data={text}", *BESIDE, "--dropout=0"]
     told = two_ranks("test_train_apelr", *settings, "--out_dir=two", function="quick")
