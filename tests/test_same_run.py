@@ -12,6 +12,7 @@ from commands import python, refusal
 import prepare_data
 import sample
 from common.runlog import read_metrics
+from configurator import config_dict, configure, from_dict
 from measure import effects, plans, speed
 
 EXPERIMENTS = ("ghmm", "arxiv", "apelr", "state")
@@ -107,6 +108,16 @@ def test_a_run_in_all_its_lives(experiment, capsys):
     main(experiment)(settings)
     assert [(record["step"], record["split"]) for record in lines()] == [(r["step"], r["split"]) for r in whole]
     assert lines() == whole
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("words, value", [([], False), (["--wandb"], True), (["--no-wandb"], False),
+                                          (["--wandb=offline"], "offline"), (["--wandb="], False)])
+def test_wandb_is_a_switch_and_a_mode_on_every_page(experiment, words, value):
+    page = importlib.import_module(f"train_{experiment}")
+    assert configure(page.Config, words, page.ALIASES).wandb == value
+    older = config_dict(page.Config()) | {"wandb": ""}  # as checkpoints of before have it
+    assert from_dict(page.Config, older, "last.pt", page.ALIASES).wandb is False
 
 
 def test_the_backend_of_a_notebook_costs_no_run_its_pictures(tmp_path):
