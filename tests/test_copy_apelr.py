@@ -112,6 +112,14 @@ def test_a_copy_trains_and_is_analysed(edits, monkeypatch):
     assert all(("leaving" in json.loads(line)) == (OWN_TERM in edits) for line in lines if '"split": "train"' in line)
 
 
+def test_a_copy_is_held_against_a_baseline_of_its_own(monkeypatch):
+    page = imported(monkeypatch, copied(OWN_DATA, OWN_BACKBONE, OWN_TERM))
+    result = page.main([*TINY, "--compare_baseline"])
+    assert checkpoint.load(Path("out/mine/baseline"))["experiment"] == "train_mine"
+    assert abs(result["baseline_parameters"] / result["parameters"] - 1) < 0.03
+    assert json.loads(Path("out/mine/baseline/config.json").read_text())["backbone"] == "window"
+
+
 def test_a_copy_beside_a_finished_run_of_the_original_is_a_run_of_its_own(monkeypatch):
     monkeypatch.setattr(train_apelr, "open_data", imported(monkeypatch, copied(OWN_DATA)).open_data)
     original = train_apelr.main([*TINY, "--out_dir=out/apelr"])
