@@ -31,6 +31,7 @@ class Corpus:
     name: str = "arrays"  # for messages
     folder: Path | None = None
     version: str = ""  # planted: the model version whose chunks the documents have
+    chunk_size: int = 0  # planted: tokens of a plan
     oracle_nll: np.ndarray | None = None  # planted: exact -log p of the validation tokens [documents, L]
     plans: np.ndarray | None = None  # planted: true plans of the validation chunks [documents, N]
 
@@ -84,14 +85,17 @@ class Corpus:
         if self.oracle_nll is not None:
             documents = starts // self.document_length
             oracle = float(self.oracle_nll[documents, :length].mean(dtype=np.float64))
-            return {"oracle_nll": oracle, "excess_over_oracle": nll / oracle - 1}
+            return {"oracle_nll": oracle, "excess_over_oracle": nll / oracle - 1 if oracle > 0 else None}
         if not self.bytes_per_token:
             return {}
         return {"bits_per_byte": nll / math.log(2) / self.bytes_per_token}
 
-    def true_plans(self, starts: np.ndarray) -> np.ndarray | None:
-        """Plans of the chunks of validation windows [B, N]; None where nobody knows them."""
-        if self.plans is None:
+    def true_plans(self, starts: np.ndarray, chunk_size: int) -> np.ndarray | None:
+        """Plans of the chunks of validation windows [B, N]; None where nobody knows them.
+
+        chunk_size: of the model; chunks that are not those of the documents have no true plan.
+        """
+        if self.plans is None or chunk_size != self.chunk_size:
             return None
         return self.plans[starts // self.document_length]
 
@@ -157,6 +161,7 @@ def read_corpus(folder: str) -> Corpus:
     if meta["kind"] == "planted":
         corpus.document_length = meta["document_length"]
         corpus.version = meta["version"]
+        corpus.chunk_size = meta["chunk_size"]
         corpus.first_id = meta["bos_id"]
         corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
         corpus.plans = np.load(path / "val_plans.npy")

@@ -153,14 +153,15 @@ class Oracle:
         self.tokens += np.bincount(tokens.ravel(), minlength=len(self.tokens))
         return nll
 
-    def results(self) -> dict[str, float]:
-        """Nats a token, and how well the filter finds the plan."""
+    def results(self) -> dict[str, float | None]:
+        """Nats a token, and how well the filter finds the plan; None where all chunks have the same."""
         count = self.tokens.sum()
+        occur = np.count_nonzero(self.table.sum(1))
         return {
             "oracle_nll": float(self.nll / count),
             "known_plan_nll": float(self.known_plan_nll / count),
             "unigram_entropy": entropy(self.tokens / count),
-            "oracle_nmi": mutual_information(self.table),
+            "oracle_nmi": mutual_information(self.table) if occur > 1 else None,
         }
 
 
@@ -230,10 +231,12 @@ def planted(
             transition_matrix=process.transition.tolist(),
         )
         shop.finish("train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy", "meta.json")
+    found = ""
+    if results["oracle_nmi"] is not None:
+        found = f"; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}"
     print(f"planted: {train_documents:,} and {validation_documents:,} documents of {length} tokens; nats a token: "
           f"unigram {results['unigram_entropy']:.4f}, oracle {results['oracle_nll']:.4f}, known plan "
-          f"{results['known_plan_nll']:.4f}; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}; written "
-          f"to {out_dir}")
+          f"{results['known_plan_nll']:.4f}{found}; written to {out_dir}")
     return meta
 
 
