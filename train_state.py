@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from geomloss import SamplesLoss
 
 from common import checkpoint
 from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
@@ -46,7 +45,8 @@ from configurator import (
     differences,
     from_dict,
 )
-from kernels.energy import energy_distance, full_float32
+from kernels.energy import energy_distance
+from kernels.geomloss_distance import geomloss_distance
 from measure import effects
 from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
 from sources.cells import Cells, open_cells
@@ -691,7 +691,7 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
     Args:
         loss: energy | sinkhorn | se, sinkhorn_weight * sinkhorn + energy_weight * energy | mse, cell by cell |
             gaussian | laplacian, kernels of geomloss with this blur.
-    Two sets [S, D] give a number. Gradients are for pred; the energy gives target none. Raises ValueError for an
+    Two sets [S, D] give a number. Gradients are for pred; target has none. Raises ValueError for an
     unknown loss and for sets that cannot be compared.
     """
     # Two sets alone: a batch of one sentence.
@@ -721,15 +721,6 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         if loss in ("sinkhorn", "gaussian", "laplacian"):
             return geomloss_distance(pred, target, loss, blur)
     raise ValueError(f"loss = {loss!r}: use energy, sinkhorn, se, mse, gaussian or laplacian")
-
-
-def geomloss_distance(pred: torch.Tensor, target: torch.Tensor, loss: str, blur: float) -> torch.Tensor:
-    """sinkhorn | gaussian | laplacian of geomloss (Feydy et al. 2019), [B]."""
-    distance = SamplesLoss(loss, blur=blur, backend="tensorized")
-    records = torch.is_grad_enabled()
-    with torch.set_grad_enabled(records), full_float32():  # geomloss switches gradients on and leaves them so
-        value = distance(pred.contiguous(), target.contiguous())
-    return value if records else value.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
