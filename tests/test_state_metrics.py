@@ -10,9 +10,9 @@ import pytest
 
 from common.errors import DataError
 from measure import effects
+from measure.baselines import Baselines
 from measure.effects import (
     METRICS,
-    baselines,
     best_baseline,
     differential_expression,
     discrimination,
@@ -36,7 +36,11 @@ def expression(rng: np.random.Generator, n: int, G: int, level=1.0) -> np.ndarra
 @pytest.fixture(scope="module")
 def screen() -> dict:
     """Two cell types, four perturbations of each, named after genes where they can be; the prediction errs."""
-    rng, G = np.random.default_rng(3), 160
+    return make_screen(160)
+
+
+def make_screen(G: int) -> dict:
+    rng = np.random.default_rng(3)
     base, effect = rng.gamma(1, 2, (2, G)), np.exp(rng.normal(0, 1, (4, G)))
     conditions = [(f"type{t}", p) for t in (0, 1) for p in ("g3", "g7", "drug", "g0")]
     size = [25, 40, 1, 33, 28, 30, 21, 50]
@@ -106,7 +110,7 @@ def test_discrimination_ranks_the_true_perturbation():
     real = np.array([[0.0, 0], [1, 0], [4, 0], [9, 0]])
     guess = np.array([[0.1, 0], [3, 0], [-5, 0], [6.5, 0]])  # nearest: 0 | 2, then 1 | 0, 1, then 2 | 2 and 3 tie
     np.testing.assert_allclose(discrimination(guess, real), [1, 3 / 4, 2 / 4, 1 - 0.5 / 4])
-    assert discrimination(guess[:1], real[:1]) == [1]
+    assert np.isnan(discrimination(guess[:1], real[:1])).all()  # one alone has no rank
     real, guess = np.array([[0.0, 5], [1, 0]]), np.array([[0.0, -9], [1, 0]])  # the second gene misleads the first row
     assert list(discrimination(guess, real)) == [0.5, 1]
     assert list(discrimination(guess, real, np.array([1, -1]))) == [1, 1]
@@ -139,14 +143,19 @@ def test_overlap_counts_shared_genes_among_as_many_as_there_are():
 
     real, guess = genes([4, 2, 0, 1, 3, 5], 4), genes([2, 5, 4, 0, 1, 3], 3)
     assert overlap_top(guess, real, 2) == [1 / 2]  # {4, 2} and {2, 5}
-    assert overlap_top(guess, real, 50) == [2 / 4]  # {4, 2, 0, 1} and {2, 5, 4}
+    assert overlap_top(guess, real, 6) == [2 / 4]  # {4, 2, 0, 1} and {2, 5, 4}
     assert overlap_top(guess, real, None, "precision") == [2 / 3]  # {2, 5, 4} among {4, 2, 0}
     nothing = genes([0, 1, 2, 3, 4, 5], 0)
-    assert overlap_top(guess, nothing) == [0] == overlap_top(nothing, real, 9, "precision")
+    assert overlap_top(nothing, real, 5) == overlap_top(nothing, real, 5, "precision") == [0]  # nothing found of four
+    assert overlap_top(guess, nothing, 5, "precision") == [0]  # nothing right of three
+    for undefined in ((guess, nothing, 5), (nothing, nothing, 5, "precision"), (guess, nothing, None),
+                      (guess, real, 7), (guess, real, 7, "precision")):  # nothing to find, or more than there are genes
+        assert np.isnan(overlap_top(*undefined)).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages compared with
-def test_evaluation_equals_cell_eval(screen, tmp_path):
+def test_evaluation_equals_cell_eval(tmp_path):
+    screen = make_screen(500)  # of fewer genes cell-eval gives overlap_at_500 what overlap_at_N is
     anndata = pytest.importorskip("anndata")
     cell_eval = pytest.importorskip("cell_eval")
     found, depth = evaluate_conditions(**screen)["model"]["per_condition"], set()
@@ -188,12 +197,18 @@ def test_evaluation_is_the_single_metrics_of_each_condition(screen):
         r = np.corrcoef(real.mean(0) - control, guess.mean(0) - control)[0, 1]
         assert record["pearson_delta"] == pytest.approx(r)
         both = [differential_expression(x.astype(np.float32), cells) for x in (guess, real)]
-        assert record["overlap_at_100"] == overlap_top(*both, 100)[0]
+        np.testing.assert_equal(record["overlap_at_100"], overlap_top(*both, 100)[0])
         np.testing.assert_allclose(result["delta"][c], guess.mean(0) - control, atol=1e-7)
         np.testing.assert_allclose(result["real_delta"][c], real.mean(0) - control, atol=1e-7)
     for metric, value in result["mean"].items():
-        assert value == pytest.approx(np.mean([r[metric] for r in result["per_condition"]]))
-    json.dumps([result["per_condition"], result["mean"]], allow_nan=False)
+        values = [r[metric] for r in result["per_condition"]]
+        assert np.isnan(values).all() or value == pytest.approx(np.nanmean(values))
+    beyond = {f"{kind}_at_{n}" for kind in ("overlap", "precision") for n in (200, 500)}  # of 160 genes
+    assert {name for name, value in result["mean"].items() if value != value} == beyond
+    for record in result["per_condition"]:
+        lacks = {name for name, value in record.items() if value != value}
+        assert lacks == beyond or record["n_cells"] == 1  # of one cell no gene is significant: there is none to find
+    assert np.isnan(result["per_condition"][2]["overlap_at_N"]) and result["per_condition"][2]["energy_distance"] > 0
 
 
 def test_a_perfect_prediction_is_perfect_and_no_effect_is_worth_nothing(screen):
@@ -249,8 +264,6 @@ def test_missing_cells_are_named(screen):
     with pytest.raises(DataError, match=r"condition \(type1, g0\) has no real cells"):
         keep = screen["real_condition"] != 7
         evaluate_conditions(**screen | {"real": screen["real"][keep], "real_condition": screen["real_condition"][keep]})
-    with pytest.raises(DataError, match="cell type type1 has no control cells"):
-        evaluate_conditions(**screen | {"control_type": np.zeros(105, int)})
 
 
 # Baselines: 3 types x 4 perturbations x 2 genes; type 2 has no perturbed cell, perturbation 3 never trains.
@@ -259,6 +272,15 @@ COUNTS = np.array([[10, 30, 0, 0], [50, 0, 20, 0], [0, 0, 0, 0]])
 MEANS = np.where(COUNTS[:, :, None] > 0, CONTROL[:, None] + np.array([[[1.0, 0], [0, 2], [9, 9], [9, 9]],
                                                                       [[3, 1], [9, 9], [-1, 0], [9, 9]],
                                                                       [[9, 9]] * 4]), np.nan)
+
+
+def baselines(means, counts, control_means, control_counts, held_out) -> dict[str, np.ndarray]:
+    """Of tables over types (of one file) and perturbations, with zeros in counts for what there is not."""
+    seen = {(0, int(t), int(p)): int(counts[t, p]) for t, p in zip(*np.nonzero(counts), strict=True)}
+    by_condition = {((f, t), p): n for (f, t, p), n in seen.items()}
+    controls = {(0, t): mean for t, mean in enumerate(control_means) if control_counts[t]}
+    known = Baselines({key: means[key[0][1], key[1]] for key in by_condition}, by_condition, controls)
+    return known.predict([((0, t), p) for t, p in held_out], means.shape[2])
 
 
 def test_baselines_are_their_formulas():
@@ -274,10 +296,23 @@ def test_baselines_are_their_formulas():
 
 
 def test_baselines_without_controls_or_training_cells():
-    found = baselines(MEANS, COUNTS, CONTROL, np.array([5, 0, 7]), [(2, 0), (2, 2)])  # type 1 has no control cells
-    np.testing.assert_allclose(found["perturbation_mean"], CONTROL[[2, 2]] + [[1, 0], [0.5, 1]])
+    found = baselines(MEANS, COUNTS, CONTROL, np.array([5, 0, 7]), [(2, 0), (2, 2), (1, 0)])  # type 1 has no controls
+    np.testing.assert_allclose(found["perturbation_mean"][:2], CONTROL[[2, 2]] + [[1, 0], [0.5, 1]])
+    assert np.isnan(found["control_mean"][2]).all() and np.isnan(found["perturbation_mean"][2]).all()
+    np.testing.assert_allclose(found["context_mean"][2], (50 * MEANS[1, 0] + 20 * MEANS[1, 2]) / 70)
     found = baselines(MEANS, COUNTS * 0, CONTROL, np.array([5, 1, 7]), [(1, 0)])
     assert all((mean == CONTROL[1]).all() for mean in found.values()) and len(found) == 3
+
+
+def test_a_type_of_another_file_is_another_context():
+    """Far from it and moved another way: neither its level nor its control cells reach the type of the same name."""
+    ours, theirs = (1, 0), (0, 0)
+    known = Baselines({(theirs, 1): np.array([100.0, 102]), (ours, 2): np.array([6.0, 5])}, {(theirs, 1): 9, (ours, 2): 4},
+                      {theirs: np.array([100.0, 100]), ours: np.array([5.0, 5])})
+    found = known.predict([(ours, 1), (theirs, 2)], 2)
+    np.testing.assert_array_equal(found["control_mean"], [[5, 5], [100, 100]])
+    np.testing.assert_array_equal(found["perturbation_mean"], [[5, 7], [101, 100]])
+    np.testing.assert_array_equal(found["context_mean"], [[6, 5], [100, 102]])
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +338,10 @@ def test_csv_holds_every_number(table, tmp_path):
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()))
     assert [r["model"] for r in rows] == ["model"] * 8 + ["control_mean"] * 8 + ["context_mean"] * 8
     for row, record in zip(rows[16:], table["context_mean"]["per_condition"], strict=True):
-        assert {k: type(record[k])(row[k]) for k in record} == record
+        blank = {k for k in record if row[k] == ""}
+        assert blank == {k for k, v in record.items() if v != v} >= {"overlap_at_200", "precision_at_500"}
+        assert {k: type(record[k])(row[k]) for k in record if k not in blank} == {
+            k: v for k, v in record.items() if v == v}
 
 
 def test_pictures(table, screen, tmp_path, monkeypatch):
