@@ -468,6 +468,8 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     }
     if run.batch_col:
         columns[run.batch_col] = np.array(cells.batches)[cells.batch[rows]]
+    if len(cells.files) > 1:  # a cell type of one file is no other's, and its control cells are not
+        columns = origins_of(cells, rows) | columns
     genes = cells.genes if model.gene_decoder is None else cells.count_genes
     for name in ("pred", "real"):  # control cells are as measured in both
         expression = joined(conditions, name, "control")
@@ -483,6 +485,13 @@ def joined(conditions: list[dict], cells: str, controls: str) -> np.ndarray:
     for condition in conditions:
         arrays += [condition[cells], condition[controls]]
     return np.concatenate(arrays)
+
+
+def origins_of(cells, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """obs columns dataset and file of these cells."""
+    file = cells.file[rows]
+    names = [path.name for path in cells.files]
+    return {"dataset": np.array(cells.names)[file], "file": np.array(names)[file]}
 
 
 def names_of(cells, rows: np.ndarray) -> np.ndarray:

@@ -1101,7 +1101,7 @@ def train(cfg: Config) -> dict:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
             facts = run_facts(rt, step, began, watch, "cells")
-            summary = result | {"val_loss": best, **facts, "config_hash": config_hash(cfg)}
+            summary = result | {"val_loss": best if validation else None, **facts, "config_hash": config_hash(cfg)}
             log.summary(summary)
             if rt.is_main:
                 log.say(effects.verdict(result, folder))

@@ -307,8 +307,8 @@ def test_baselines_without_controls_or_training_cells():
 def test_a_type_of_another_file_is_another_context():
     """Far from it and moved another way: neither its level nor its control cells reach the type of the same name."""
     ours, theirs = (1, 0), (0, 0)
-    known = Baselines({(theirs, 1): np.array([100.0, 102]), (ours, 2): np.array([6.0, 5])}, {(theirs, 1): 9, (ours, 2): 4},
-                      {theirs: np.array([100.0, 100]), ours: np.array([5.0, 5])})
+    means = {(theirs, 1): np.array([100.0, 102]), (ours, 2): np.array([6.0, 5])}
+    known = Baselines(means, dict.fromkeys(means, 4), {theirs: np.array([100.0, 100]), ours: np.array([5.0, 5])})
     found = known.predict([(ours, 1), (theirs, 2)], 2)
     np.testing.assert_array_equal(found["control_mean"], [[5, 5], [100, 100]])
     np.testing.assert_array_equal(found["perturbation_mean"], [[5, 7], [101, 100]])
@@ -368,3 +368,148 @@ def test_pictures(table, screen, tmp_path, monkeypatch):
     assert rival.get_label() == best_baseline(table, "mae") + " (best baseline)" and list(model.get_xdata()) == sorted(
         r["mae"] for r in table["model"]["per_condition"])
     assert [list(line.get_ydata()) for line in drawn["loss"].lines] == [[2.0, 1.5], [1.7]]
+
+
+# Figures that are not defined ----------------------------------------------------------------------------------------
+
+
+def part_of(screen: dict, conditions: list[int], genes=slice(None)) -> dict:
+    """The screen with these conditions and genes alone."""
+    code = np.full(8, -1)
+    code[conditions] = np.arange(len(conditions))
+    kept = {name: code[screen[f"{name}_condition"]] >= 0 for name in ("real", "pred")}
+    return screen | {"conditions": [screen["conditions"][c] for c in conditions], "genes": screen["genes"][genes],
+                     "control": screen["control"][:, genes]} | {
+        name: screen[name][kept[name]][:, genes] for name in kept} | {
+        f"{name}_condition": code[screen[f"{name}_condition"]][kept[name]] for name in kept}
+
+
+def controls_of(screen: dict) -> np.ndarray:
+    """The mean control cell of each condition's type [P, G]; nan where the type has none."""
+    means = pseudobulk(screen["control"], screen["control_type"], 2)
+    return np.array([means[screen["cell_types"].index(cell_type)] for cell_type, _ in screen["conditions"]])
+
+
+def everything_written(folder, results: dict) -> tuple[dict, list[dict], dict, str]:
+    """(summary, rows of the CSV, results.json, verdict) of results; nowhere a nan."""
+    summary = effects.write_results(folder, "a title", results)
+    said = effects.verdict(summary, folder)
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("metrics.csv", "results.json")]
+    for text in (*texts, said, format_table(results), json.dumps(summary, allow_nan=False)):
+        assert "nan" not in text.replace("perturbation_mean", "").lower()
+    return summary, list(csv.DictReader(texts[0].splitlines())), json.loads(texts[1]), said
+
+
+def test_one_perturbation_of_each_type_has_no_rank(screen, tmp_path):
+    one = part_of(screen, [1, 5])
+    results = evaluate_conditions(**one, baseline_means={"control_mean": controls_of(one)})
+    summary, rows, saved, said = everything_written(tmp_path, results)
+    assert summary["discrimination"] is None and saved["model"]["mean"]["discrimination"] is None
+    assert [row["discrimination"] for row in rows] == [""] * 4 and "discrimination" not in format_table(results)
+    assert best_baseline(results, "discrimination") is None and "beats every baseline on 2 held-out conditions" in said
+    made = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert "mae_by_perturbation" in made and "discrimination_by_perturbation" not in made
+    several = evaluate_conditions(**part_of(screen, [1, 3, 5]))["model"]  # of the other type there are two to rank
+    assert [np.isnan(r["discrimination"]) for r in several["per_condition"]] == [False, False, True]
+    assert several["mean"]["discrimination"] == np.mean([r["discrimination"] for r in several["per_condition"][:2]])
+
+
+def test_where_all_that_tells_perturbations_apart_is_the_target_there_is_no_rank():
+    real = np.array([[1.0], [2], [3]])
+    assert list(np.isnan(discrimination(real, real, np.array([0, -1, 0])))) == [True, False, True]
+
+
+@pytest.mark.parametrize("G", [49, 50])
+def test_an_overlap_of_more_genes_than_there_are_is_undefined(G, screen, tmp_path):
+    few = part_of(screen, [0, 1, 4], slice(G))
+    results = evaluate_conditions(**few, baseline_means={"control_mean": controls_of(few)})
+    summary, rows, _, _ = everything_written(tmp_path, results)
+    assert (summary["overlap_at_50"] is None) == (rows[0]["overlap_at_50"] == "") == (G == 49)
+    assert ("overlap_at_50" in format_table(results)) == (G == 50)
+    assert summary["overlap_at_100"] is None and summary["overlap_at_N"] > 0
+
+
+def test_one_gene_has_errors_and_no_correlation(screen, tmp_path):
+    one = part_of(screen, [0, 1, 2, 3], slice(1))
+    results = evaluate_conditions(**one, baseline_means={"b": controls_of(one) + 1})
+    summary, rows, _, said = everything_written(tmp_path, results)
+    assert summary["pearson_delta"] is None and {row["pearson_delta"] for row in rows} == {""}
+    assert "nothing to judge on 4 held-out conditions" in said and f"MAE {summary['mae']:.4f}" in said
+    assert "beat" not in said.lower() and not (tmp_path / "plots/delta.png").exists()
+
+
+def test_the_same_cells_in_another_order_have_no_effect_to_correlate_with(screen):
+    """The difference of their means is rounding, of which a correlation can be anything."""
+    control = screen["control"][screen["control_type"] == 0]
+    same = control[np.random.default_rng(0).permutation(len(control))] * np.float32(1 / 3)
+    result = evaluate_conditions(same + np.float32(0.1), np.zeros(len(same), int), same, np.zeros(len(same), int),
+                                 control * np.float32(1 / 3), np.zeros(len(control), int), [("t", "p")], ["t"])["model"]
+    assert np.isnan(result["mean"]["pearson_delta"]) and np.isnan(result["mean"]["overlap_at_N"])
+
+
+def test_a_type_without_control_cells_has_what_needs_none_and_means_are_of_common_conditions(screen, tmp_path):
+    alone = screen | {"control_type": np.zeros(105, int)}
+    means = {"control_mean": controls_of(alone), "context_mean": pseudobulk(alone["real"], alone["real_condition"], 8)}
+    results = evaluate_conditions(**alone, baseline_means=means)
+    summary, rows, _, said = everything_written(tmp_path, results)
+    needs_control = {"pearson_delta", "overlap_at_50", "overlap_at_N", "precision_at_N"}
+    lacking = {"model": needs_control, "context_mean": needs_control | {"energy_distance"},
+               "control_mean": needs_control | {"mae", "mse", "discrimination", "energy_distance"}}
+    for row in rows:
+        if row["cell_type"] == "type1":
+            assert {name for name in lacking["control_mean"] if not row[name]} == lacking[row["model"]]
+    for result in results.values():  # only of the first four conditions can all be compared
+        errors = [record["mae"] for record in result["per_condition"][:4]]
+        assert result["mean"]["mae"] == pytest.approx(np.mean(errors))
+    assert "best baseline" in said and summary["baselines"]["control_mean"]["mae"] > 0
+    means["control_mean"] = np.full_like(means["control_mean"], np.nan)
+    nothing = evaluate_conditions(**alone | {"control_type": np.full(105, 9)}, baseline_means=means)
+    assert nothing["model"]["mean"]["mae"] > 0 and np.isnan(nothing["control_mean"]["mean"]["mae"])
+    assert best_baseline(nothing, "mae") == "context_mean" and best_baseline(nothing) is None
+    everything_written(tmp_path / "nothing", nothing)
+
+
+def test_a_baseline_is_best_on_defined_figures_alone(table):
+    odd = {name: {"mean": dict(result["mean"])} for name, result in table.items()}
+    odd["context_mean"]["mean"] |= {"pearson_delta": math.nan, "mae": math.nan}
+    assert best_baseline(odd) == best_baseline(odd, "mae") == "control_mean"
+    assert [line.split()[1:3] for line in format_table(odd).splitlines()][3] == ["-", "-"]
+
+
+@pytest.mark.parametrize("model, rival, words, absent", [
+    ((None, 1.0), (0.5, 2.0), "nothing to judge on 1 held-out condition: ", "beat"),
+    ((0.5, 1.0), (None, 2.0), "no baseline to compare with on 1 held-out condition: Pearson delta 0.5000; MAE", "beat"),
+    ((0.5, None), (0.4, None), "beats every baseline on 1 held-out condition: Pearson delta 0.5000", "MAE"),
+    ((0.5, 1.0), (0.4, None), "MAE 1.0000; pictures", "worse")])
+def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent, tmp_path):
+    names = ("pearson_delta", "mae")
+    means = dict(zip(names, model, strict=True))
+    means |= {"conditions": 1, "baselines": {"b": dict(zip(names, rival, strict=True))}}
+    said = effects.verdict(means, tmp_path)
+    assert words in said and absent not in said and "None" not in said and "pictures in" in said
+
+
+def test_pictures_show_what_is_defined(screen, tmp_path, monkeypatch):
+    drawn, draw = {}, effects.figure
+
+    @contextlib.contextmanager
+    def kept(folder, name, *sizes, **options):
+        with draw(folder, name, *sizes, **options) as axes:
+            drawn[name] = axes
+            yield axes
+
+    monkeypatch.setattr(effects, "figure", kept)
+    alone = screen | {"control_type": np.zeros(105, int)}
+    plot_metrics(tmp_path, "a title", evaluate_conditions(**alone, baseline_means={"control_mean": controls_of(alone)}))
+    assert len(drawn["pearson_delta_by_perturbation"].get_yticks()) == 4 == len(drawn["delta"].flat)
+    assert len(drawn["mae_by_perturbation"].get_yticks()) == 8
+    nobody = evaluate_conditions(**screen | {"control_type": np.full(105, 9)})
+    plot_metrics(tmp_path, "a title", nobody)
+    (line,) = drawn["mae_by_perturbation"].lines
+    assert line.get_label() == "model"
+
+
+def test_conditions_of_one_name_in_two_files_are_told_apart_in_pictures():
+    record = {"cell_type": "c", "perturbation": "p", "dataset": "d", "file": "a.h5ad"}
+    assert effects._labels([record]) == ["c, p"]
+    assert effects._labels([record, record | {"dataset": "e"}]) == ["d a.h5ad: c, p", "e a.h5ad: c, p"]
