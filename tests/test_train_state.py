@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import h5py
 import matplotlib.image
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from common.runtime import Runtime
 from configurator import configure
 from sources import h5ad as h5ad_source
 from sources.cells import read_toml
+from sources.controls import names_in
 from sources.foreign_state import ALIASES, SIZES
 from train_state import Config
 
@@ -817,6 +819,83 @@ def test_what_is_wanted_is_read_from_the_labels_of_the_file_or_is_all(plain, dat
     found = by_condition("some/predicted.h5ad")
     assert {kind: len(cells) for kind, cells in found.items()} == {(f"c{t}", "p2"): 10 for t in range(5)}
     assert predict(plain, "--adata=controls.h5ad", "--cells=3", "--out=all")["cells"] == 5 * 4 * 3
+
+
+ODD = ["[('Drug, (R)-x', 5.0, 'uM')]", "[('8-Hydroxyquinoline', 0.05, 'uM')]", "p, q", '["p3"]']
+
+
+@pytest.fixture(scope="module")
+def odd(data, tmp_path_factory, one_thread) -> Path:
+    """A run on perturbations whose names look like lists, beside odd.h5ad."""
+    folder = tmp_path_factory.mktemp("odd")
+    names = labels(data / "synthetic.h5ad", "gene")
+    known = dict(zip(("non-targeting", "p0", "p1", "p2", "p3"), ("non-targeting", *ODD), strict=True))
+    rewrite(data / "synthetic.h5ad", folder / "odd.h5ad", obs={"gene": np.array([known[name] for name in names])})
+    (folder / "odd.toml").write_text(ONE_FILE.format("odd.h5ad"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state.effects, "plot_metrics", lambda *args, **options: None)
+        run(folder, "--max_steps=1", f"--out_dir={folder / 'run'}", toml="odd.toml")
+    return folder
+
+
+@pytest.mark.parametrize("words, wanted", [
+    *(([f"--perturbations={name}"], [name]) for name in ODD),
+    (["--perturbations", ODD[0]], [ODD[0]]), ([f"perturbations={ODD[0]}"], [ODD[0]]),
+    ([f"--perturbations={ODD[1]},{ODD[0]},p, q"], [ODD[1], ODD[0], "p, q"]),
+    ([f"--perturbations={json.dumps(ODD[:2])}"], ODD[:2]), ([f"--perturbations={ODD[2:]!r}"], ODD[2:]),
+    (["--perturbations="], sorted(ODD)), ([], sorted(ODD))])
+def test_a_perturbation_that_there_is_is_a_name_whatever_it_looks_like(words, wanted, odd):
+    found = predict(odd / "run", f"--adata={odd / 'odd.h5ad'}", "--cells=2", "--out=out", *words)["perturbations"]
+    assert found == wanted
+    assert {name for _, name in by_condition("out/predicted.h5ad")} == set(wanted)
+
+
+def test_a_name_of_a_list_in_a_file_of_settings_is_one_name(odd):
+    Path("s.json").write_text(json.dumps({"perturbations": [ODD[0], "p, q"]}))
+    found = predict(odd / "run", "s.json", f"--adata={odd / 'odd.h5ad'}", "--cells=2", "--out=out")
+    assert found["perturbations"] == [ODD[0], "p, q"]
+
+
+@pytest.mark.parametrize("text", ["[('Drug', 5.0, 'uM')]", "p,r", "[p3"])
+def test_a_name_that_nobody_knows_is_refused_with_how_to_quote(text, odd, capsys):
+    told = refusal(capsys, sample.main, str(odd / "run"), f"--adata={odd / 'odd.h5ad'}", f"--perturbations={text}",
+                   "--device=cpu", "--out=out")
+    assert """--perturbations='["NAME", "NAME"]'""" in told and text in told and not Path("out").exists()
+
+
+def test_names_in_plain_lists_are_read_as_ever():
+    known = ["a", "b", "c d", "e"]
+    for text, wanted in {"a,b": ["a", "b"], "[a, b]": ["a", "b"], "['a', 'b']": ["a", "b"], '"a", "b"': ["a", "b"],
+                         "c d,e": ["c d", "e"], "e,": ["e"], "": []}.items():
+        assert names_in([text], known, "w") == wanted, text
+
+
+@pytest.mark.parametrize("change", ["missing", "others", "unnamed"])
+def test_genes_that_x_has_are_read_by_name_where_x_hvg_has_not(change, data, capsys):
+    """The model reads the first eight of 24 genes; X of the other file has all of them, in another order."""
+    run(data, "--max_steps=2", "--mask_attn", toml="rich.toml")
+    names = labels(data / "rich.h5ad", "gene")
+    kept = np.flatnonzero(names == "non-targeting")
+    order = np.random.default_rng(1).permutation(24)
+    rewrite(data / "rich.h5ad", "given.h5ad", keep=kept, X_hvg=lambda X: X[:, :8])
+    rewrite(data / "rich.h5ad", "other.h5ad", keep=kept, order=order, X_hvg=lambda X: X[:, :8])
+    with h5py.File("other.h5ad", "a") as file:
+        if change != "others":
+            del file["var/highly_variable"]
+            file["var"].attrs["column-order"] = np.array([], dtype=h5py.string_dtype())
+        if change == "missing":
+            del file["obsm/X_hvg"]
+    capsys.readouterr()
+    for name in ("given", "other"):
+        predict("run", f"--adata={name}.h5ad", "--perturbations=p1", f"--out={name}")
+        assert ("read from X, by name" in capsys.readouterr().out) == (name == "other")
+    assert np.allclose(cells_of("given/predicted.h5ad"), cells_of("other/predicted.h5ad"), atol=1e-5)
+    with h5ad_source.H5ad("other/predicted.h5ad") as file:
+        assert list(file.gene_names) == [f"g{i:02}" for i in range(8)]
+    raw = np.round(10 * np.expm1(cells_of("other.h5ad"))).astype(np.float32)
+    rewrite("other.h5ad", "raw.h5ad", X=raw, X_hvg=lambda X: X[:, :3])
+    told = refusal(capsys, sample.main, "run", "--adata=raw.h5ad", "--device=cpu", "--out=raw")
+    assert "raw.h5ad: X holds raw counts" in told  # what is read is checked
 
 
 @pytest.mark.parametrize("argv, words", [
