@@ -666,13 +666,12 @@ def as_one_text(argv: list[str], setting: str) -> list[str]:
     words = []
     is_value = False
     for word in argv:
-        key, equals, value = word.partition("=")
-        named = key.lstrip("-+") == setting
-        if is_value:
+        key, _, value = word.partition("=")
+        if is_value and not word.startswith("--"):
             word = json.dumps([word])
-        elif named and value:
+        elif value and key.lstrip("-+") == setting:
             word = f"{key}={json.dumps([value])}"
-        is_value = named and not equals
+        is_value = word == f"--{setting}"
         words.append(word)
     return words
 

@@ -4,13 +4,15 @@ import contextlib
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import DataError
 from measure import effects
-from measure.baselines import Baselines
+from measure.baselines import Baselines, control_rows, train_baselines
 from measure.effects import (
     METRICS,
     best_baseline,
@@ -313,6 +315,28 @@ def test_a_type_of_another_file_is_another_context():
     np.testing.assert_array_equal(found["control_mean"], [[5, 5], [100, 100]])
     np.testing.assert_array_equal(found["perturbation_mean"], [[5, 7], [101, 100]])
     np.testing.assert_array_equal(found["context_mean"], [[6, 5], [100, 102]])
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_baselines_learn_the_means_of_each_file_and_type_from_the_cells_that_train(block):
+    rng, n = np.random.default_rng(4), 200
+    file, kind, pert = rng.integers(0, 2, n), rng.integers(0, 3, n), rng.integers(0, 4, n)
+    member = rng.choice([0, 1, 4], n)  # in no split, in training, in the test
+    X = rng.normal(size=(n, 3)).astype(np.float32)
+    cells = SimpleNamespace(
+        file=file, cell_type=kind, perturbation=pert, member=member, control=2, is_control=pert == 2,
+        cell_types=list("abc"), perturbations=list("pqcr"), read=lambda rows, which: torch.from_numpy(X[rows]),
+        rows=lambda split, controls: np.flatnonzero((member & 1 > 0) & (pert != 2)))
+    held_out = [((f, t), p) for f in range(2) for t in range(3) for p in (0, 1, 3)]
+    found = train_baselines(cells, "input", block).predict(held_out, 3)
+    for i, ((f, t), _) in enumerate(held_out):
+        of_context = (file == f) & (kind == t)
+        controls = of_context & (pert == 2) & (member > 0)
+        assert controls.any() and control_rows(cells, (f, t)).tolist() == np.flatnonzero(controls).tolist()
+        np.testing.assert_allclose(found["control_mean"][i], X[controls].mean(0, dtype=float), atol=1e-12)
+        trained = of_context & (pert != 2) & (member == 1)
+        if trained.any():
+            np.testing.assert_allclose(found["context_mean"][i], X[trained].mean(0, dtype=float), atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -848,6 +848,12 @@ def test_a_perturbation_that_there_is_is_a_name_whatever_it_looks_like(words, wa
     assert {name for _, name in by_condition("out/predicted.h5ad")} == set(wanted)
 
 
+def test_only_the_value_of_the_setting_becomes_one_text():
+    words = ["--out", "perturbations", "a=b", "--perturbations", "--cells=2", "--perturbations", "p,q",
+             "perturbations=[r"]
+    assert sample.as_one_text(words, "perturbations") == [*words[:6], '["p,q"]', 'perturbations=["[r"]']
+
+
 def test_a_name_of_a_list_in_a_file_of_settings_is_one_name(odd):
     Path("s.json").write_text(json.dumps({"perturbations": [ODD[0], "p, q"]}))
     found = predict(odd / "run", "s.json", f"--adata={odd / 'odd.h5ad'}", "--cells=2", "--out=out")
