@@ -538,7 +538,7 @@ def refuse_negative(matrix: Matrix) -> None:
             )
 
 
-def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray, columns=slice(None)) -> np.ndarray:
     """These columns of these (ascending) rows of a file of no TOML, [n, D] float32, checked. Raises DataError."""
     matrix = file.matrix(embed_key)
     converts = check_values(matrix, embed_key in (None, "X", "X_hvg"), counts)
