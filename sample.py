@@ -19,6 +19,7 @@ says; the page must still be in the folder of this script.
 
 import importlib
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ from measure.predictions import draw_controls, predict_cells
 from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
 from sources import foreign
-from sources.controls import control_expression, find_controls, gene_order
+from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
 from sources.h5ad import H5ad, write_h5ad
 from sources.tokenizer import Tokenizer, load_tokenizer
 
@@ -76,7 +77,7 @@ class Config:
     # prediction, of state
     toml: str = ""  # predict what this TOML holds out; default the run's own
     adata: str = ""  # predict from the control cells of this h5ad instead
-    perturbations: list[str] = field(default_factory=list)  # with adata; default those of its cells, or all
+    perturbations: list[str] = field(default_factory=list)  # with adata: NAME or NAME,NAME; default its cells', or all
     cells: Count | None = None  # with adata: predicted cells of a condition; default as many as the file has
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a .ckpt of the source
     columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
@@ -476,6 +477,8 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     }
     if run.batch_col:
         columns[run.batch_col] = np.array(cells.batches)[cells.batch[rows]]
+    if len(cells.files) > 1:  # a cell type of one file is no other's, and its control cells are not
+        columns = origins_of(cells, rows) | columns
     genes = cells.genes if model.gene_decoder is None else cells.count_genes
     for name in ("pred", "real"):  # control cells are as measured in both
         expression = joined(conditions, name, "control")
@@ -485,12 +488,24 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     return {"experiment": "state", "step": step, **result}
 
 
+def counted(number: int, noun: str) -> str:
+    """1 cell, 2 cells."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def joined(conditions: list[dict], cells: str, controls: str) -> np.ndarray:
     """Of each condition these arrays of its perturbed and of its control cells, one after another."""
     arrays = []
     for condition in conditions:
         arrays += [condition[cells], condition[controls]]
     return np.concatenate(arrays)
+
+
+def origins_of(cells, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """obs columns dataset and file of these cells."""
+    file = cells.file[rows]
+    names = [path.name for path in cells.files]
+    return {"dataset": np.array(cells.names)[file], "file": np.array(names)[file]}
 
 
 def names_of(cells, rows: np.ndarray) -> np.ndarray:
@@ -517,8 +532,12 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     batch_col = run.batch_col if reads_batches else None
     with H5ad(cfg.adata) as file:
         controls = find_controls(file, run.cell_type_key, run.pert_col, batch_col, run.control_pert)
-        genes, order = gene_order(file, run.embed_key, extra.get("genes"))
-        wanted = cfg.perturbations or controls.perturbations
+        key = matrix_to_read(file, run.embed_key, extra.get("genes"))
+        if key != run.embed_key:
+            print(f"note: {cfg.adata} has no X_hvg of this model's genes: they are read from X, by name")
+        genes, order = gene_order(file, key, extra.get("genes"))
+        everything = sorted({*known, *controls.perturbations})
+        wanted = names_in(cfg.perturbations, everything, f"the model or {cfg.adata}") or controls.perturbations
         if not wanted:
             wanted = [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
@@ -526,7 +545,7 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         if reads_batches:
             codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
             batches = np.array(codes)[controls.batch]
-        expression = torch.from_numpy(control_expression(file, controls, run.embed_key, run.counts, order))
+        expression = torch.from_numpy(control_expression(file, controls, key, run.counts, order))
 
     def express(batch: dict) -> torch.Tensor:
         return page.expressed(model, model.predict(batch)["cells"])
@@ -562,10 +581,9 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         run.pert_col: np.array(perturbations),
     }
     write_h5ad(target, np.concatenate(predicted), columns, np.array(genes))
-    print(
-        f"{len(types):,} cells of {len(controls.cell_types)} cell types under {len(wanted)} perturbations "
-        f"written to {target}"
-    )
+    cells = counted(len(types), "cell")
+    cell_types = counted(len(controls.cell_types), "cell type")
+    print(f"{cells} of {cell_types} under {counted(len(wanted), 'perturbation')} written to {target}")
     return {
         "experiment": "state",
         "cells": len(types),
@@ -642,13 +660,29 @@ def import_page(stem: str, path: Path) -> ModuleType:
     return page
 
 
+def as_one_text(argv: list[str], setting: str) -> list[str]:
+    """The words of a command line with the value of a setting as one text in a list, whatever is in it: whether it is
+    a name or a list of names is asked of the data."""
+    words = []
+    is_value = False
+    for word in argv:
+        key, _, value = word.partition("=")
+        if is_value and not word.startswith("--"):
+            word = json.dumps([word])
+        elif value and key.lstrip("-+") == setting:
+            word = f"{key}={json.dumps([value])}"
+        is_value = word == f"--{setting}"
+        words.append(word)
+    return words
+
+
 def main(argv: list[str] | None = None) -> dict:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         configure(Config, ["--help"])
     if argv[0].startswith("-"):
         fail(f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}")
-    cfg = configure(Config, argv[1:])
+    cfg = configure(Config, as_one_text(argv[1:], "perturbations"))
     if cfg.json:
         target = Path(cfg.json)
         if target.is_dir() or not target.resolve().parent.is_dir():

@@ -538,8 +538,8 @@ def refuse_negative(matrix: Matrix) -> None:
             )
 
 
-def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray) -> np.ndarray:
-    """The input of these (ascending) rows of a file of no TOML, [n, D] float32, checked. Raises DataError."""
+def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray, columns=slice(None)) -> np.ndarray:
+    """These columns of these (ascending) rows of a file of no TOML, [n, D] float32, checked. Raises DataError."""
     matrix = file.matrix(embed_key)
     converts = check_values(matrix, embed_key in (None, "X", "X_hvg"), counts)
     parts = []
@@ -547,5 +547,5 @@ def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray) 
         if converts:
             block = normalized(block)
         inside = rows[(rows >= start) & (rows < stop)]
-        parts.append(as_dense(block)[inside - start])
+        parts.append(as_dense(block[inside - start])[:, columns])
     return np.concatenate(parts)

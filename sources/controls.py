@@ -1,6 +1,10 @@
-"""The control cells of one h5ad file, to predict from, and which perturbed cells stand beside them."""
+"""The control cells of one h5ad file, to predict from, which perturbed cells stand beside them, and names as typed."""
 
+import ast
+import json
+import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +72,23 @@ def find_controls(file: H5ad, cell_type_key: str, pert_col: str, batch_col: str 
     )
 
 
+def matrix_to_read(file: H5ad, embed_key: str | None, genes: list[str] | None) -> str | None:
+    """The matrix of the file that has a model's genes: that of embed_key, or X where X_hvg is missing or has others.
+
+    genes: names of the columns that the model reads, None where its run does not say.
+    """
+    if embed_key != "X_hvg" or not genes:
+        return embed_key
+    if "obsm/X_hvg" in file.keys:
+        names = column_names(file, embed_key)
+        is_named = not isinstance(names, int)
+        if is_named and set(genes) <= set(names):
+            return embed_key
+    if "X" in file.keys and set(genes) <= set(file.gene_names):
+        return None
+    return embed_key
+
+
 def gene_order(file: H5ad, embed_key: str | None, genes: list[str] | None) -> tuple[list[str], np.ndarray]:
     """(names of the columns that a model reads, where they are in the file); without a list, all as they are."""
     names, _, _ = align([file.path], [column_names(file, embed_key)], embed_key or "X")
@@ -82,4 +103,61 @@ def gene_order(file: H5ad, embed_key: str | None, genes: list[str] | None) -> tu
 def control_expression(file: H5ad, controls: Controls, embed_key: str | None, counts: str, order: np.ndarray
                        ) -> np.ndarray:
     """[n, D] float32, checked."""
-    return read_rows(file, embed_key, counts, controls.rows)[:, order]
+    return read_rows(file, embed_key, counts, controls.rows, order)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names of perturbations as typed
+# ---------------------------------------------------------------------------------------------------------------
+def names_in(texts: list[str], known: Collection[str], where: str) -> list[str]:
+    """The names that texts hold: a text that is known is a name, whatever is in it; any other a list of them.
+
+    Args:
+        texts: such as STAT1, or [('Drug, (R)-x', 5.0, 'uM')]; lists such as a,b or ["a", "b"]. known: all names there
+            are. where: who knows them, for the message.
+    Raises DataError for a name that is not known.
+    """
+    names = []
+    for text in texts:
+        if text in known:
+            names.append(text)
+            continue
+        listed = quoted_names(text) or separated_names(text, known)
+        for name in listed:
+            if name not in known:
+                raise DataError(
+                    f"perturbations = {text}: {name!r} is not known to {where} (quote names that have commas or "
+                    f"brackets: --perturbations='[\"NAME\", \"NAME\"]'){suggest(name, known)}"
+                )
+        names += listed
+    return names
+
+
+def quoted_names(text: str) -> list[str] | None:
+    """The names of ["a", "b"] or 'a', 'b', in JSON or Python; None for anything else."""
+    for candidate in (text, f"[{text}]"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                names = parse(candidate)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return list(names)
+    return None
+
+
+def separated_names(text: str, known: Collection[str]) -> list[str]:
+    """The names of a,b or [a, b]; where a name that is known has commas, it stays whole."""
+    if re.fullmatch(r"\[[^\[\]()'\"]*\]", text):
+        text = text[1:-1]
+    parts = text.split(",")
+    names = []
+    while parts:
+        count = len(parts)  # the longest name first
+        while count > 1 and ",".join(parts[:count]).strip() not in known:
+            count -= 1
+        name = ",".join(parts[:count]).strip()
+        if name:
+            names.append(name)
+        parts = parts[count:]
+    return names
