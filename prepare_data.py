@@ -34,8 +34,8 @@ from sources import foreign
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
 from sources.chunks import CATEGORIES, inspect_chunks, prepare_chunks
+from sources.contents import holds_cells, inspect_cells
 from sources.ergodic import COMPONENTS, ergodic
-from sources.h5ad import holds_cells, inspect_cells
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
@@ -184,6 +184,7 @@ class StateConfig:
     target_sum: Positive = 1e4  # counts a cell after normalisation, before log(1 + x)
     num_hvgs: Count = 2_000  # most variable genes, for obsm X_hvg
     drop_empty: bool = False  # leave cells without any count out
+    drop_unlabelled: bool = False  # leave cells without a value in the columns below out
     keep_counts: bool = False  # as layers/counts
     pert_col: str = ""  # obs columns that must be there, with a value for every cell
     cell_type_key: str = ""

@@ -141,4 +141,7 @@ def report(problems: list[str]) -> None:
     """What an inspection ends with."""
     for problem in problems:
         print(f"  problem: {problem}")
-    print(f"  {len(problems)} problems" if problems else "  no problem found")
+    if problems:
+        print(f"  {len(problems)} problem{'s' if len(problems) > 1 else ''}")
+    else:
+        print("  no problem found")

@@ -1,0 +1,82 @@
+"""What an h5ad file or a folder of prepared cells holds and what is wrong with it, printed and returned."""
+
+import contextlib
+import math
+from pathlib import Path
+
+import h5py
+
+from common.errors import DataError
+from sources.h5ad import H5ad, kind_of_values
+from sources.shared import report
+
+
+def inspect_cells(path: str) -> dict:
+    """Print what an h5ad file holds; returns it with the list of problems found."""
+    problems = []
+    with H5ad(path) as cells:
+        print(f"{path}: {cells.n_obs:,} cells, {cells.n_vars:,} genes")
+        columns = inspect_columns(cells, problems)
+        for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
+            repeated = len(names) - len(set(names.tolist()))
+            if repeated:
+                problems.append(f"{repeated:,} {kind} have the name of an earlier one")
+        matrices = inspect_matrices(cells, problems)
+    report(problems)
+    return {"columns": columns, "matrices": matrices, "problems": problems}
+
+
+def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
+    """Print the columns of obs; returns their values, and adds to the problems."""
+    columns = {}
+    for name in cells.columns:
+        try:
+            _, values = cells.column(name)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        columns[name] = values
+        more = ", ..." if len(values) > 6 else ""
+        print(f"  obs {name:<20} {len(values):>8,} values: {', '.join(values[:6])}{more}")
+    return columns
+
+
+def inspect_matrices(cells: H5ad, problems: list[str]) -> dict[str, dict]:
+    """Print what each matrix holds; returns shape, format and kind of each, and adds to the problems."""
+    matrices = {}
+    for key in cells.keys:
+        try:
+            matrix = cells.matrix(key)
+            values = matrix.check()
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        kind = kind_of_values(values)
+        if key == "X" and kind == "normalised, not logged":
+            problems.append(
+                "X is normalised, not logged: every cell has the same sum. python prepare_data.py state preprocess, "
+                "or counts=convert of train_state.py, takes the logarithm"
+            )
+        elif key == "X" and kind not in ("log1p", "counts"):
+            problems.append(f"X holds {kind}")
+        empty = int((values["row_sums"] == 0).sum())
+        if kind == "counts" and empty:
+            problems.append(f"{key}: {empty:,} cells have no count")
+        matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
+        filled = values["nnz"] / math.prod(matrix.shape)
+        if kind == "log1p" and values["log_base"] != math.e:
+            kind += f" to base {values['log_base']:g}"
+        print(
+            f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
+            f"{filled:.1%} not 0, {values['min']:g} to {values['max']:g}"
+        )
+    return matrices
+
+
+def holds_cells(path: str) -> bool:
+    """Whether an HDF5 file of any name is one of cells."""
+    if not Path(path).is_file() or not h5py.is_hdf5(path):
+        return False
+    with contextlib.suppress(OSError), h5py.File(path) as file:
+        return "obs" in file
+    return False
