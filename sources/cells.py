@@ -1,8 +1,10 @@
 """Cells of an experiment: what each is, its splits, and its expression out of the prepared folder (cell_store.py)."""
 
+import hashlib
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,12 @@ from common.errors import DataError
 from sources.cell_store import (
     Dense,
     Sparse,
+    content_digest,
     find_store,
-    fingerprint,
     load_codes,
     make_store,
     read_meta,
+    store_hash,
     stored_survey,
     wait_for_store,
     write_store,
@@ -24,7 +27,7 @@ from sources.cell_store import (
 from sources.h5ad import H5ad
 from sources.shared import suggest
 from sources.splits import SPLITS, Plan, assign_splits, check_controls, in_split, objection, read_toml
-from sources.survey import CODES, Survey, matrix_keys, survey_files
+from sources.survey import CODES, Survey, labelled, matrix_keys, survey_files
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -33,15 +36,18 @@ from sources.survey import CODES, Survey, matrix_keys, survey_files
 class Cells:
     """The cells of a TOML: what each is, its splits, and its expression.
 
-    Attributes over the N cells, in the order of the files and of the rows in them: file, row, cell_type, perturbation,
-    batch: codes int32 [N]; member uint8 [N], bit s for SPLITS[s]; is_control bool [N]. control: the code of
-    control_pert. files, names (the data set of each file), cell_types, perturbations, batches, genes (columns of the
-    input), count_genes (columns of the counts, or None): lists. features: [P, pert_dim], or None: one-hot.
-    Dimensions as cell-load's var_dims: input_dim, output_dim, gene_dim, hvg_dim, pert_dim, batch_dim.
-    streamed: the matrices exceed ram_budget_gb and are read from disk. toml, store: paths.
+    Attributes over the N cells that have a value in every column, in the order of the files and of the rows in them:
+    file, row, cell_type, perturbation, batch: codes int32 [N]; member uint8 [N], bit s for SPLITS[s]; is_control
+    bool [N]. control: the code of control_pert. files, names (the data set of each file), cell_types, perturbations,
+    batches, genes (columns of the input), count_genes (columns of the counts, or None): lists. features:
+    [P, pert_dim], or None: one-hot. Dimensions as cell-load's var_dims: input_dim, output_dim, gene_dim, hvg_dim,
+    pert_dim, batch_dim. streamed: the matrices exceed ram_budget_gb and are read from disk. toml, store: paths.
+    fingerprint: 16 hex digits of all that a run sees: the cells and their expression, what the codes and columns mean,
+    which cells are in which split, the features of perturbations; not of paths and times. "" without expression.
 
-    Raises DataError: no control cells in a file, cell types and perturbations of the TOML that are not there,
-    perturbed cells without control cells of their type and file, files of different genes.
+    Raises DataError: cells without a value in a column, unless drop_unlabelled; no control cells in a file; cell types
+    and perturbations of the TOML that are not there; perturbed cells without control cells of their type and file;
+    files of different genes.
     """
 
     def __init__(
@@ -49,9 +55,10 @@ class Cells:
         plan: Plan,
         survey: Survey,
         *,
-        pert_col: str,
+        columns: dict[str, str | None],
         control_pert: str,
         embed_key: str | None,
+        drop_unlabelled: bool,
         strict: bool,
         zeroshot_controls: bool,
         val_fraction: float,
@@ -61,8 +68,14 @@ class Cells:
         self.toml = plan.path
         self.files = plan.files
         self.names = plan.names
+        pert_col = columns["perturbation"]
+        self.labelled = labelled(survey.codes, columns, self.files, drop_unlabelled)  # of all that were stored
+        lost = int((~self.labelled).sum())
+        if lost:
+            objection(False, f"{plan.path}: {lost:,} cells without a value in a column are left out (drop_unlabelled)")
         for name in CODES:
-            setattr(self, name, survey.codes[name])
+            codes = survey.codes[name]
+            setattr(self, name, codes[self.labelled] if lost else codes)  # what is whole stays mapped
         self.cell_types = survey.cell_types
         self.perturbations = survey.perturbations
         self.batches = survey.batches
@@ -86,6 +99,7 @@ class Cells:
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
         check_controls(self, self.member, strict or embed_key is None, pert_col)
         # Until open_matrices.
+        self.fingerprint = ""
         self.store = None
         self.matrices = {}
         self.streamed = False
@@ -93,7 +107,9 @@ class Cells:
     def open_matrices(self, store: Path, meta: dict, ram_budget_gb: float) -> None:
         """Map the matrices of a prepared folder, or what exceeds the budget: find it in its files."""
         self.store = store
-        self.place = load_codes(store, "place")
+        place = load_codes(store, "place")
+        self.place = place if self.labelled.all() else place[self.labelled]
+        self.fingerprint = self._identity(content_digest(meta))
         size = 0  # bytes
         for entry in meta["matrices"].values():
             size += sum(meta["sizes"][file] for file in entry["files"])
@@ -101,6 +117,14 @@ class Cells:
         for which, entry in meta["matrices"].items():
             kind = Sparse if entry["format"] == "csr" else Dense
             self.matrices[which] = kind(store, which, entry["columns"], held=not self.streamed)
+
+    def _identity(self, content: str) -> str:
+        """16 hex digits of what is stored, and of what this TOML and the settings make of it."""
+        arrays = [getattr(self, name) for name in CODES] + [self.member, self.is_control]
+        if self.features is not None:
+            arrays.append(self.features.numpy())
+        checksums = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]
+        return hashlib.sha256(f"{content} {checksums}".encode()).hexdigest()[:16]
 
     def _find_controls(self, pert_col: str, control_pert: str) -> None:
         """control and is_control; DataError for a file without control cells."""
@@ -168,6 +192,7 @@ def open_cells(
     embed_key: str | None = "X_hvg",
     output_space: str = "gene",
     counts: str = "auto",
+    drop_unlabelled: bool = False,
     strict: bool = True,
     zeroshot_controls: bool = True,
     val_fraction: float = 0.1,
@@ -185,16 +210,17 @@ def open_cells(
     columns = {"cell_type": cell_type_key, "perturbation": pert_col, "batch": batch_col}
     keys = matrix_keys(embed_key, output_space)
     settings = {
-        "pert_col": pert_col,
+        "columns": columns,
         "control_pert": control_pert,
         "embed_key": embed_key,
+        "drop_unlabelled": drop_unlabelled,
         "strict": strict,
         "zeroshot_controls": zeroshot_controls,
         "val_fraction": val_fraction,
         "seed": seed,
         "perturbation_features_file": perturbation_features_file,
     }
-    name = fingerprint(plan.files, columns, keys, counts)
+    name = store_hash(plan.files, columns, keys, counts)
     is_first_rank = int(os.environ.get("LOCAL_RANK", 0)) == 0
     cells = None
     if is_first_rank and not find_store(folder, name):
@@ -241,6 +267,7 @@ def survey_toml(
     control_pert: str = "non-targeting",
     embed_key: str | None = "X_hvg",
     output_space: str = "gene",
+    drop_unlabelled: bool = False,
     strict: bool = True,
     zeroshot_controls: bool = True,
     val_fraction: float = 0.1,
@@ -254,9 +281,10 @@ def survey_toml(
     return Cells(
         plan,
         survey,
-        pert_col=pert_col,
+        columns=columns,
         control_pert=control_pert,
         embed_key=embed_key,
+        drop_unlabelled=drop_unlabelled,
         strict=strict,
         zeroshot_controls=zeroshot_controls,
         val_fraction=val_fraction,

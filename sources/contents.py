@@ -7,8 +7,9 @@ from pathlib import Path
 import h5py
 
 from common.errors import DataError
+from sources.cell_store import content_digest, load_codes, read_meta, verify
 from sources.h5ad import H5ad, kind_of_values
-from sources.shared import report
+from sources.shared import progress, report
 
 
 def inspect_cells(path: str) -> dict:
@@ -80,3 +81,32 @@ def holds_cells(path: str) -> bool:
     with contextlib.suppress(OSError), h5py.File(path) as file:
         return "obs" in file
     return False
+
+
+def holds_store(folder: str | Path) -> bool:
+    """Whether a folder is one of prepared cells."""
+    return (Path(folder) / "place.npy").exists()
+
+
+def inspect_store(folder: str | Path) -> dict:
+    """Print what a folder of prepared cells holds, every byte of it read and compared with its checksum.
+
+    Raises DataError for a folder that does not hold what was written.
+    """
+    store = Path(folder)
+    meta = read_meta(store)  # which verifies all but the matrices
+    for name in progress(sorted(meta["sizes"]), "verifying", "files"):
+        verify(store, name, meta)
+    survey = meta["survey"]
+    cells = len(load_codes(store, "place"))
+    content = content_digest(meta)
+    print(
+        f"{store}: {cells:,} cells of {len(survey['cell_types']):,} cell types under {len(survey['perturbations']):,} "
+        f"perturbations, control included; {sum(meta['sizes'].values()) / 1e9:.2f} GB, whole; content {content}"
+    )
+    print(f"  made for {meta['made_for']} from {', '.join(meta['files'])}")
+    for which, entry in meta["matrices"].items():
+        converted = sorted(set(filter(None, entry["converted"])))
+        note = f", converted: {', '.join(converted)}" if converted else ""
+        print(f"  {which:<8} {entry['columns']:,} columns of {entry['key']}, {entry['format']}{note}")
+    return {"cells": cells, "content": content, "files": meta["files"], "matrices": meta["matrices"]}

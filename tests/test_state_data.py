@@ -28,7 +28,7 @@ DEFAULTS = {
     "embed_key": None, "output_space": "gene", "perturbation_features_file": None, "basal_mapping_strategy": "random",
     "n_basal_samples": 1, "should_yield_control_cells": True, "map_controls": True, "downsample_cells": None,
     "cell_set_len": 4, "batch_size": 6, "seed": 0, "strict": True, "zeroshot_controls": True, "val_fraction": 0.0,
-    "ram_budget_gb": 8.0, "counts": "auto"}  # fmt: skip
+    "ram_budget_gb": 8.0, "counts": "auto", "drop_unlabelled": False}  # fmt: skip
 TWO = '[datasets]\none = "one.h5ad"\ntwo = "sub/*.h5ad"\n'
 
 
