@@ -50,6 +50,8 @@ class Cells:
     files of different genes.
     """
 
+    fingerprint = ""  # of the content; a checkpoint keeps it
+
     def __init__(
         self,
         plan: Plan,
