@@ -519,7 +519,7 @@ class StateTransitionPerturbationModel(nn.Module):
             genes = dims["hvg_dim" if cfg.output_space == "gene" else "gene_dim"]
             self.gene_decoder = LatentToGeneDecoder(D, genes, cfg)
         # Expression is never negative; embeddings may be, where the source clips them unless a decoder reads them.
-        self.clips = cfg.embed_key in ("X_hvg", None) or (cfg.compat_relu and self.gene_decoder is None)
+        self.clips = cfg.embed_key in ("X_hvg", None, "") or (cfg.compat_relu and self.gene_decoder is None)
         # Adapters last, so that a model with them starts from the weights of one without.
         if cfg.lora:
             add_lora(self.transformer_backbone, cfg)
@@ -819,7 +819,7 @@ def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
     """(what predictions are compared with: "input" or "counts", whether that is expression)."""
     if model.gene_decoder is not None:
         return "counts", True
-    return "input", model.cfg.embed_key in (None, "X", "X_hvg")
+    return "input", model.cfg.embed_key in (None, "", "X", "X_hvg")
 
 
 def predictions(

@@ -568,7 +568,7 @@ def conversion(matrix: Matrix, counts: str, done: Callable | None = None, read: 
     values = matrix.check(done, read)
     kind = kind_of_values(values)
     if kind == "nothing but zeros":
-        raise DataError(f"{matrix.where} holds nothing but zeros, of which there is nothing to learn: write its values")
+        raise DataError(f"{matrix.where} holds nothing but zeros, nothing to learn from: is the file whole?")
     if not is_expression(matrix):
         return ""
     if kind == "negative values":

@@ -99,7 +99,7 @@ class Cells:
 
         self.member = assign_splits(plan, self, strict, zeroshot_controls, val_fraction, seed)
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
-        check_controls(self, self.member, strict or embed_key is None, pert_col)
+        check_controls(self, self.member, strict or not embed_key, pert_col)
         # Until open_matrices.
         self.fingerprint = ""
         self.store = None

@@ -32,7 +32,7 @@ def matrix_keys(embed_key: str | None, output_space: str) -> dict[str, str]:
     """Which matrices of an h5ad are read: "input", and "counts" where a decoder learns other genes than the input's."""
     keys = {"input": embed_key or "X"}
     learned = {"gene": "X_hvg", "all": "X"}.get(output_space)
-    if learned and embed_key not in (None, learned):
+    if learned and embed_key and embed_key != learned:
         keys["counts"] = learned
     return keys
 
