@@ -101,7 +101,6 @@ class Cells:
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
         check_controls(self, self.member, strict or not embed_key, pert_col)
         # Until open_matrices.
-        self.fingerprint = ""
         self.store = None
         self.matrices = {}
         self.streamed = False

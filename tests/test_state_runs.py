@@ -1,7 +1,9 @@
-"""Cells without a perturbation, through training and prediction as a user runs them."""
+"""Data that are not as they should be, or no longer as they were, in training and prediction as a user runs them."""
 
+import os
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from commands import refusal
@@ -60,3 +62,28 @@ def test_prediction_names_the_switch_where_the_run_was_trained_without_it(capsys
     assert "one.h5ad: obs column 'gene' has no value for 2 of 108 rows" in told and "--drop_unlabelled" in told
     found = sample.main([*command, "--drop_unlabelled"])
     assert found["cells"] == 72 - 1
+
+
+def write_toml(test: str) -> None:
+    Path("e.toml").write_text(f'[datasets]\nd = "one.h5ad"\n[training]\nd = "train"\n[zeroshot]\n"d.{test}" = "test"\n')
+
+
+@pytest.mark.parametrize("change", ["split", "values", "touched"])
+def test_a_run_goes_on_only_with_the_cells_and_the_splits_it_began_with(change, capsys):
+    write_cells("one.h5ad", [])
+    write_toml("C")
+    train_state.main(["--toml=e.toml", "--out_dir=run", *TINY])
+    if change == "split":
+        write_toml("A")  # whose cells have trained
+    elif change == "values":
+        with h5py.File("one.h5ad", "a") as file:
+            file["X"][5, 2] += 1
+    else:
+        os.utime("one.h5ad", (1, 1))
+    longer = ["--toml=e.toml", "--out_dir=run", *TINY, "--max_steps=4", "--resume=run/last.pt"]
+    if change == "touched":
+        train_state.main(longer)
+        assert "resumed from" in capsys.readouterr().out
+    else:
+        assert "is of other data" in refusal(capsys, train_state.main, *longer)
+        assert "is of other data" in refusal(capsys, train_state.main, "--analyze=run", "--device=cpu")
