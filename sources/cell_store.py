@@ -606,12 +606,16 @@ def convert(block: np.ndarray | csr_array, how: str, matrix: Matrix) -> np.ndarr
 
 def refuse_negative(matrix: Matrix) -> None:
     """Raise DataError that names the first cell with a negative value."""
+    remedy = ""
+    if "raw/X" in matrix.source.keys and matrix.key != "raw/X":
+        command = f"python prepare_data.py state preprocess --input={matrix.source.path} --layer=raw/X"
+        remedy = f"; what it was made from may be in raw/X: {command}"
     for start, _, block in matrix.blocks():
         negative = stored(block) < 0
         if negative.any():
             raise DataError(
                 f"{matrix.where} holds {matrix.first_row(start, block, negative)}: "
-                "expression is never negative; an embedding belongs in obsm under another name"
+                f"expression is never negative; an embedding belongs in obsm under another name{remedy}"
             )
 
 

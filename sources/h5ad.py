@@ -604,8 +604,9 @@ class Matrix:
     ) -> dict:
         """{min, max, integer, nnz, row_sums [rows], largest_row_sum, normalised, log_base} of the values, in one pass.
 
-        normalised: the values of each cell have the same sum, not those of expm1 of them, so that no logarithm was
-        taken (a second pass finds it, where the sums are equal). log_base: what the file says it is to, if one was.
+        normalised: no logarithm was taken, for the values of each cell have the same sum, and not those of expm1 of
+        them (a second pass finds it, where the sums are equal), or no cell more than 1, as shares of it have, which
+        the logarithm of a single molecule exceeds. log_base: what the file says it is to, if one was.
 
         done: called with the number of rows of each block, for a progress bar. read: called with each block.
         Raises DataError for a value that is not finite and for a sparse matrix that is none.
@@ -643,9 +644,13 @@ class Matrix:
             "nnz": nnz,
             "row_sums": sums,
             "largest_row_sum": float(sums.max()),
-            "normalised": not integer and low >= 0 and are_alike(sums) and not are_alike(self._rates()),
+            "normalised": not integer and low >= 0 and self._are_shares(sums),
             "log_base": self.source.log_base,
         }
+
+    def _are_shares(self, sums: np.ndarray) -> bool:
+        """Whether fractions of these sums over columns [rows] are parts of a cell, and no logarithms."""
+        return bool(sums.max() <= 1 + 1e-3) or are_alike(sums) and not are_alike(self._rates())
 
     def _rates(self) -> np.ndarray:
         """Sums over the columns of base^x - 1, the inverse of log(1 + x): float64 [rows]."""

@@ -60,7 +60,7 @@ ONE_EMPTY = np.where(np.arange(N)[:, None] == 3, 0, 1)
     (COUNTS, "counts"), (LOG1P, "log1p"), (LOG1P * ONE_EMPTY, "log1p"), (SHARES, "normalised, not logged"),
     (1e4 * SHARES, "normalised, not logged"), (SHARES * ONE_EMPTY, "normalised, not logged"), (0 * COUNTS,
     "nothing but zeros"), (COUNTS * 1.5, "neither counts nor log1p"), (LOG1P - 1, "negative values"),
-    (LOG1P[:, :9], "log1p"), (np.tile(LOG1P[:1], (N, 1)), "log1p")])
+    (LOG1P[:, :9], "log1p"), (SHARES[:, :9], "normalised, not logged"), (np.tile(LOG1P[:1], (N, 1)), "log1p")])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_what_values_are_is_told_by_sums_as_well_as_by_size(values, expected, sparse):
     values = values.astype(np.float32)

@@ -815,6 +815,20 @@ def test_normalised_values_without_logarithm_are_refused_or_converted(sparse):
     rows = np.arange(120)
     assert np.allclose(opened(settings(counts="convert")).read(rows), np.log1p(1e4 * SHARES), rtol=1e-5)
     assert np.array_equal(opened(settings(counts="log1p")).read(rows), SHARES)  # whoever says so may be right
+    simple(obsm={"X_hvg": SHARES[:, :3]})  # of some genes: other sums, but none above 1
+    assert "obsm/X_hvg holds normalised values up to" in refused(embed_key="X_hvg")
+
+
+def test_scaled_values_are_refused_and_raw_is_named_where_there_is_one():
+    X = np.random.default_rng(0).normal(size=(120, 5)).astype(np.float32)
+    simple(X=X)
+    assert "expression is never negative" in refused() and "raw" not in refused()
+    with h5py.File("one.h5ad", "a") as file:
+        raw = file.create_group("raw")
+        raw["X"] = np.random.default_rng(1).uniform(0.1, 9, (120, 5))
+        file.copy("var", raw, "var")
+    assert "--input=one.h5ad --layer=raw/X" in refused()
+    assert opened(settings(embed_key="raw/X", output_space="embedding")).genes == [f"g{i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -840,7 +854,7 @@ def test_zeros_are_refused_before_anything_is_written(key):
 
 
 def test_a_file_without_x_trains_on_what_it_has():
-    made = cells("one.h5ad", obsm={"X_hvg": np.full((120, 2), 0.5, np.float32)}, layers={"log": np.ones((120, 5)) / 2})
+    made = cells("one.h5ad", obsm={"X_hvg": np.full((120, 2), 1.5, np.float32)}, layers={"log": np.ones((120, 5)) / 2})
     with h5py.File("one.h5ad", "a") as file:
         del file["X"]
     e = opened(settings(ONE, embed_key="X_hvg"))
