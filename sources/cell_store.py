@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from common.errors import DataError, reason
 from sources.h5ad import H5ad, Matrix, as_dense, kind_of_values, row_sums, stored
+from sources.shared import counted
 from sources.splits import Plan, grouped
 from sources.survey import CODES, Survey
 
@@ -391,10 +392,11 @@ def announce(work: Path, plan: Plan, total: int, drafts: dict) -> None:
             f"the prepared cells take {size / 1e9:.1f} GB in {target}, where {free / 1e9:.1f} GB are free: "
             "free some, or start where data/ has room"
         )
-    widths = " and ".join(f"{draft.columns:,} columns of {draft.key}" for draft in drafts.values())
-    files = "1 file" if len(plan.files) == 1 else f"{len(plan.files)} files"
+    widths = " and ".join(f"{counted(draft.columns, 'column')} of {draft.key}" for draft in drafts.values())
+    files = counted(len(plan.files), "file")
     print(
-        f"preparing {total:,} cells x {widths} of {plan.path} ({files}), once: {size / 1e9:.2f} GB in {target}",
+        f"preparing {counted(total, 'cell')} x {widths} of {plan.path} ({files}), once: "
+        f"{size / 1e9:.2f} GB in {target}",
         flush=True,
     )
 

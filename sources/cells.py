@@ -25,7 +25,7 @@ from sources.cell_store import (
     write_store,
 )
 from sources.h5ad import H5ad
-from sources.shared import suggest
+from sources.shared import counted, suggest
 from sources.splits import SPLITS, Plan, assign_splits, check_controls, in_split, objection, read_toml
 from sources.survey import CODES, Survey, labelled, matrix_keys, survey_files
 
@@ -74,7 +74,7 @@ class Cells:
         self.labelled = labelled(survey.codes, columns, self.files, drop_unlabelled)  # of all that were stored
         lost = int((~self.labelled).sum())
         if lost:
-            objection(False, f"{plan.path}: {lost:,} cells without a value in a column are left out (drop_unlabelled)")
+            objection(False, f"{plan.path}: left out are {counted(lost, 'cell')} without a value in a column")
         for name in CODES:
             codes = survey.codes[name]
             setattr(self, name, codes[self.labelled] if lost else codes)  # what is whole stays mapped
@@ -245,7 +245,7 @@ def prepare_cells(*, toml: str = "", **settings) -> dict:
     cells = open_cells(toml=toml, **settings)
     size = sum(file.stat().st_size for file in cells.store.iterdir())
     print(
-        f"{toml}: {len(cells.file):,} cells x {cells.input_dim:,} columns, {size / 1e9:.2f} GB, "
+        f"{toml}: {counted(len(cells.file), 'cell')} x {counted(cells.input_dim, 'column')}, {size / 1e9:.2f} GB, "
         f"are ready in {cells.store}"
     )
     return {
@@ -313,11 +313,12 @@ def inspect(path: str | Path, **settings) -> dict:
     splits = {split: count_cells(cells, split) for split in SPLITS}
 
     skipped = int((cells.member == 0).sum())
-    note = f"; {skipped:,} cells are in no split" if skipped else ""
+    note = f"; in no split: {counted(skipped, 'cell')}" if skipped else ""
     print(
-        f"{path}: {len(cells.file):,} cells in {len(cells.files)} files, {cells.input_dim:,} columns, "
-        f"{len(cells.cell_types)} cell types, {len(cells.perturbations) - 1} perturbations, "
-        f"{cells.batch_dim} batches{note}"
+        f"{path}: {counted(len(cells.file), 'cell')} in {counted(len(cells.files), 'file')}, "
+        f"{counted(cells.input_dim, 'column')}, {counted(len(cells.cell_types), 'cell type')}, "
+        f"{counted(len(cells.perturbations) - 1, 'perturbation')}, {cells.batch_dim} "
+        f"{'batch' if cells.batch_dim == 1 else 'batches'}{note}"
     )
     print_line("", SPLITS)
     print_line("perturbed cells", [splits[split]["perturbed"] for split in SPLITS])
@@ -399,7 +400,7 @@ def read_features(path: str | Path, perturbations: list[str], control_pert: str,
     if missing:
         objection(
             strict,
-            f"{path} has no vector for {len(missing)} perturbations, such as {missing[0]!r}"
+            f"{path} has no vector for {counted(len(missing), 'perturbation')}, such as {missing[0]!r}"
             f"{suggest(missing[0], vectors)}; with strict=False they are zeros, as the control",
         )
     zero = torch.zeros_like(next(iter(vectors.values())))

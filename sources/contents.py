@@ -9,19 +9,19 @@ import h5py
 from common.errors import DataError
 from sources.cell_store import content_digest, load_codes, read_meta, verify
 from sources.h5ad import H5ad, kind_of_values
-from sources.shared import progress, report
+from sources.shared import counted, progress, report
 
 
 def inspect_cells(path: str) -> dict:
     """Print what an h5ad file holds; returns it with the list of problems found."""
     problems = []
     with H5ad(path) as cells:
-        print(f"{path}: {cells.n_obs:,} cells, {cells.n_vars:,} genes")
+        print(f"{path}: {counted(cells.n_obs, 'cell')}, {counted(cells.n_vars, 'gene')}")
         columns = inspect_columns(cells, problems)
         for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
             repeated = len(names) - len(set(names.tolist()))
             if repeated:
-                problems.append(f"{repeated:,} {kind} have the name of an earlier one")
+                problems.append(f"the names of {kind} are not unique: {repeated:,} repeat an earlier one")
         matrices = inspect_matrices(cells, problems)
     report(problems)
     return {"columns": columns, "matrices": matrices, "problems": problems}
@@ -38,7 +38,8 @@ def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
             continue
         columns[name] = values
         more = ", ..." if len(values) > 6 else ""
-        print(f"  obs {name:<20} {len(values):>8,} values: {', '.join(values[:6])}{more}")
+        noun = "value" if len(values) == 1 else "values"
+        print(f"  obs {name:<20} {len(values):>8,} {noun}: {', '.join(values[:6])}{more}")
     return columns
 
 
@@ -62,7 +63,7 @@ def inspect_matrices(cells: H5ad, problems: list[str]) -> dict[str, dict]:
             problems.append(f"X holds {kind}")
         empty = int((values["row_sums"] == 0).sum())
         if kind == "counts" and empty:
-            problems.append(f"{key}: {empty:,} cells have no count")
+            problems.append(f"{key}: no count in {counted(empty, 'cell')}")
         matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
         filled = values["nnz"] / math.prod(matrix.shape)
         if kind == "log1p" and values["log_base"] != math.e:
@@ -100,13 +101,15 @@ def inspect_store(folder: str | Path) -> dict:
     survey = meta["survey"]
     cells = len(load_codes(store, "place"))
     content = content_digest(meta)
+    types = counted(len(survey["cell_types"]), "cell type")
+    perturbations = counted(len(survey["perturbations"]), "perturbation")
     print(
-        f"{store}: {cells:,} cells of {len(survey['cell_types']):,} cell types under {len(survey['perturbations']):,} "
-        f"perturbations, control included; {sum(meta['sizes'].values()) / 1e9:.2f} GB, whole; content {content}"
+        f"{store}: {counted(cells, 'cell')} of {types} under {perturbations}, control included; "
+        f"{sum(meta['sizes'].values()) / 1e9:.2f} GB, whole; content {content}"
     )
     print(f"  made for {meta['made_for']} from {', '.join(meta['files'])}")
     for which, entry in meta["matrices"].items():
         converted = sorted(set(filter(None, entry["converted"])))
         note = f", converted: {', '.join(converted)}" if converted else ""
-        print(f"  {which:<8} {entry['columns']:,} columns of {entry['key']}, {entry['format']}{note}")
+        print(f"  {which:<8} {counted(entry['columns'], 'column')} of {entry['key']}, {entry['format']}{note}")
     return {"cells": cells, "content": content, "files": meta["files"], "matrices": meta["matrices"]}

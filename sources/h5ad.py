@@ -13,7 +13,7 @@ from scipy.sparse import csc_array, csr_array
 
 from common.errors import DataError, reason
 from sources.columns import Categorical, Column, Nullable
-from sources.shared import suggest
+from sources.shared import counted, suggest
 
 
 def as_text(value) -> str:
@@ -361,8 +361,8 @@ class H5ad:
 def no_value(lost: np.ndarray) -> str:
     """What is wrong with a column that lacks the values that are marked, bool [rows], and what to do."""
     return (
-        f"has no value for {lost.sum():,} of {len(lost):,} rows, first for row {lost.argmax()}: fill these in, "
-        "or leave such cells out with --drop_unlabelled"
+        f"has no value for {lost.sum():,} of {counted(len(lost), 'row')}, first for row {lost.argmax()}: fill these "
+        "in, or leave such cells out with --drop_unlabelled"
     )
 
 

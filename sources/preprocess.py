@@ -22,7 +22,7 @@ from sources.h5ad import (
     stored,
     write_frame,
 )
-from sources.shared import progress, suggest
+from sources.shared import counted, progress, suggest
 
 
 def log_normalized(data: np.ndarray, totals: np.ndarray, target_sum: float) -> np.ndarray:
@@ -130,7 +130,7 @@ def kept_cells(found: Found, drop_empty: bool) -> np.ndarray:
     if empty.any() and not drop_empty:
         first = int(empty.argmax())
         raise DataError(
-            f"{found.matrix.where} has {empty.sum():,} cells without any count, first cell {first} "
+            f"{found.matrix.where} has {counted(empty.sum(), 'cell')} without any count, first cell {first} "
             f"({found.matrix.source.obs_names[first]}): leave them out with --drop_empty"
         )
     keep = found.labelled & ~empty
@@ -340,13 +340,13 @@ def preprocess(
 
     empty = int((found.values["row_sums"] == 0).sum())
     unlabelled = len(keep) - shape[0] - empty
-    dropped = f"{empty:,} empty ones left out"
+    dropped = f"{empty:,} empty ones left out" if empty != 1 else "1 empty one left out"
     if unlabelled:
         dropped += f", {unlabelled:,} without a value in a column that was named"
     limit = f", all that vary: num_hvgs is {num_hvgs:,}" if width < num_hvgs else ""
     print(
-        f"preprocess: {shape[0]:,} cells ({dropped}), {shape[1]:,} genes; {what_was_done(found, target_sum)}; "
-        f"X_hvg has the {width:,} most variable genes{limit}; written to {path}"
+        f"preprocess: {counted(shape[0], 'cell')} ({dropped}), {counted(shape[1], 'gene')}; "
+        f"{what_was_done(found, target_sum)}; X_hvg has the {width:,} most variable of them{limit}; written to {path}"
     )
     if left_out:
         print(f"note: left out of {input}: {', '.join(left_out)}")

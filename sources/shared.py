@@ -137,11 +137,13 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near!r}? There are {quoted(names)}"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def report(problems: list[str]) -> None:
     """What an inspection ends with."""
     for problem in problems:
         print(f"  problem: {problem}")
-    if problems:
-        print(f"  {len(problems)} problem{'s' if len(problems) > 1 else ''}")
-    else:
-        print("  no problem found")
+    print(f"  {counted(len(problems), 'problem')}" if problems else "  no problem found")

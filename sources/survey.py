@@ -8,6 +8,7 @@ import numpy as np
 
 from common.errors import DataError
 from sources.h5ad import H5ad, as_text, no_value
+from sources.shared import counted
 
 CODES = ("file", "row", "cell_type", "perturbation", "batch")
 
@@ -154,7 +155,8 @@ def variable_names(file: H5ad, width: int) -> np.ndarray | int:
     if names is not None:
         if len(names) != width:
             raise DataError(
-                f"{file.path}: uns/X_hvg_var_names has {len(names)} names for the {width} columns of obsm/X_hvg: "
+                f"{file.path}: uns/X_hvg_var_names has {counted(len(names), 'name')}, and obsm/X_hvg "
+                f"{counted(width, 'column')}: "
                 "it is of another X_hvg, so write it anew or delete it"
             )
         return as_genes(file, names)
@@ -191,7 +193,7 @@ def numbered_columns(files: list[Path], tables: list, key: str) -> list[str]:
     widths = [names if isinstance(names, int) else len(names) for names in tables]
     for file, width in zip(files, widths, strict=True):
         if width != widths[0]:
-            raise DataError(f"{key} has {widths[0]} columns in {files[0]} but {width} in {file}")
+            raise DataError(f"{key} has {counted(widths[0], 'column')} in {files[0]} but {width} in {file}")
     return [f"{key}_{i}" for i in range(widths[0])]
 
 
@@ -231,7 +233,7 @@ def align(files: list[Path], tables: list, key: str) -> tuple[list[str], list[np
         odd = sorted(place.keys() ^ places[0].keys())
         if odd:
             differences.append(
-                f"{file} and {files[0]} have different genes in {key}: {len(odd):,} are in one only, "
+                f"{file} and {files[0]} have different genes in {key}: {counted(len(odd), 'gene')} in one only, "
                 f"such as {odd[0]}; with strict=False those that all have are used"
             )
     genes = [gene for gene in places[0] if all(gene in place for place in places)]

@@ -188,6 +188,14 @@ def test_a_gene_without_a_name_keeps_that_of_the_index(missing):
         assert file.gene_names.tolist() == expected
 
 
+def test_a_column_that_the_order_of_columns_leaves_out_is_none():
+    write_h5ad("a.h5ad", COUNTS, OBS, GENES)
+    with opened() as file:
+        file["obs"].attrs["column-order"] = ["cell_type", "gem_group"]  # gene is there all the same
+    with H5ad("a.h5ad") as file, pytest.raises(DataError, match="no obs column 'gene'; there are 'cell_type', 'gem_gr"):
+        file.column("gene")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What preprocess keeps
 # ---------------------------------------------------------------------------------------------------------------

@@ -456,7 +456,7 @@ def test_a_file_of_an_old_anndata_is_preprocessed(capsys):
 
 
 REFUSED = {
-    "empty": (["--input=counts.h5ad"], "1 cells without any count, first cell 4 (4): leave them out with --drop_empty"),
+    "empty": (["--input=counts.h5ad"], "1 cell without any count, first cell 4 (4): leave them out with --drop_empty"),
     "column": (["--input=counts.h5ad", "--pert_col=genes"], "no obs column 'genes'; did you mean 'gene'?"),
     "control": (["--input=counts.h5ad", "--control_pert=non_targeting"], "did you mean 'non-targeting'?"),
     "layer": (["--input=counts.h5ad", "--layer=count"], "no matrix 'count'"),

@@ -391,7 +391,7 @@ def test_genes_of_several_files_are_aligned_by_name(budget, capsys):
     assert e.genes == [f"g{i}" for i in range(5)]
     rows = np.random.default_rng(0).permutation(240)
     assert np.array_equal(e.read(rows), expected[rows])
-    with pytest.raises(DataError, match="different genes in X: 2 are in one only, such as g4"):
+    with pytest.raises(DataError, match="different genes in X: 2 genes in one only, such as g4"):
         aligned(["g3", "g1", "g0", "other", "g2"])
     e, one, two = aligned(["g3", "g1", "g0", "other", "g2", "more"], strict=False, ram_budget_gb=budget)
     assert e.genes == ["g0", "g1", "g2", "g3"] and e.input_dim == 4 and "note: " in capsys.readouterr().out
@@ -436,7 +436,7 @@ def test_features_of_perturbations_come_from_a_file(form):
     batch, pert = batches(0), e.perturbation[batches.rows(0)[0][:, 0]]
     assert torch.equal(batch["pert_emb"], e.perturbation_features[pert]) and batch["pert_emb"].shape == (6, 3)
     save({"p": table["p"], "q": table["q"]})
-    assert "no vector for 1 perturbations, such as 'r'" in refused(perturbation_features_file=path)
+    assert "no vector for 1 perturbation, such as 'r'" in refused(perturbation_features_file=path)
     assert (survey(settings(perturbation_features_file=path, strict=False)).perturbation_features[3] == 0).all()
     save({"p": table["p"], "q": np.ones(2, np.float32)})
     assert "vectors of one length" in refused(perturbation_features_file=path)
@@ -726,7 +726,7 @@ def test_inspect_counts_what_the_splits_hold(capsys):
                                      == e.cell_types.index(t)).sum()))}
     line = next(line for line in told.splitlines() if line.startswith("cell_type x.y"))
     assert line.split()[2:] == [str(found["splits"]["train"]["cell_type"]["x.y"]), "-", "-"]
-    assert f"{(e.member == 0).sum()} cells are in no split" in told
+    assert f"; in no split: {(e.member == 0).sum()} cells" in told
 
 
 # ------------------------------------------------------------------------------------------- files in other forms
@@ -788,13 +788,13 @@ def test_hvg_of_several_files_without_names_or_of_other_genes_are_refused(capsys
     assert "note: sub/two.h5ad does not say" in capsys.readouterr().out
     assert opened(settings(ONE, embed_key="X_hvg")).genes == HVG  # alone it may be as it is
     two = named_hvg("sub/two.h5ad", "uns", 2, ["g1", "g2", "g0"])
-    assert "2 are in one only, such as g1" in refused(text, embed_key="X_hvg")
+    assert "2 genes in one only, such as g1" in refused(text, embed_key="X_hvg")
     e = opened(settings(text, embed_key="X_hvg", strict=False))
     assert e.genes == ["g0", "g2"] and np.array_equal(e.read(np.arange(240)), np.concatenate([one, two])[:, :2])
     with h5py.File("one.h5ad", "a") as file:
         del file["uns/X_hvg_var_names"]
         file["uns/X_hvg_var_names"] = ["g0", "g1"]
-    assert "has 2 names for the 3 columns of obsm/X_hvg" in refused(ONE, embed_key="X_hvg")
+    assert "has 2 names, and obsm/X_hvg 3 columns" in refused(ONE, embed_key="X_hvg")
 
 
 def test_names_of_hvg_in_the_index_become_the_gene_names_that_the_other_matrices_have():
@@ -877,7 +877,7 @@ def test_cells_without_a_label_are_refused_by_name_of_the_switch_that_leaves_the
     kept = np.delete(np.arange(120), [3, 50, 51, 119])
     for _ in range(2):  # made, and found ready
         e = opened(settings(ONE, drop_unlabelled=True))
-        assert "note: e.toml: 4 cells without a value in a column are left out" in capsys.readouterr().out
+        assert "note: e.toml: left out are 4 cells without a value in a column" in capsys.readouterr().out
         assert np.array_equal(e.row, kept) and np.array_equal(e.read(np.arange(116)), made["X"][kept])
         for column, codes, names in (("gene", e.perturbation, e.perturbations), ("gem_group", e.batch, e.batches),
                                      ("cell_type", e.cell_type, e.cell_types)):

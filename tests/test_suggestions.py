@@ -1,4 +1,4 @@
-"""What is offered for a misspelt name: upper and lower case do not matter, and blanks can be seen."""
+"""Words of messages: what is offered for a misspelt name, whatever its case, blanks to be seen; numbers of things."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from commands import refusal
 from configurator import configure
 from measure.report import named_runs
 from sources.processes import ProcessError, make_process
-from sources.shared import closest, nearest, quoted, suggest
+from sources.shared import closest, counted, nearest, quoted, suggest
 
 
 @dataclass
@@ -36,3 +36,8 @@ def test_every_part_of_the_program_ignores_case(capsys):
     with pytest.raises(Exception, match="did you mean 'K1_csDS'"):
         named_runs("k1_CSds", {"K1_csDS": ["cs.DS"]}, ["cs.DS"])
     assert "did you mean max_steps?" in refusal(capsys, lambda argv: configure(Config, argv), "--MAX-STEP=3")
+
+
+def test_one_of_a_thing_is_not_called_many():
+    assert [counted(n, "cell type") for n in (0, 1, 2, 12_345)] == ["0 cell types", "1 cell type", "2 cell types",
+                                                                    "12,345 cell types"]
