@@ -259,7 +259,7 @@ class Settings:
 
     def suggest(self, key: str) -> str:
         names = [*self.kinds, *(alias for alias in self.aliases if "." not in alias)]
-        near = difflib.get_close_matches(key.replace("-", "_").removeprefix("no_"), names, 1)
+        near = _nearest(key.replace("-", "_").lower().removeprefix("no_"), names, 1)
         return f", did you mean {near[0]}?" if near else "; --help lists them all"
 
     # ------------------------------------------------------------------------------------------- command line
@@ -325,7 +325,7 @@ class Settings:
                 return path
         there = {file.name: file.relative_to(folder).as_posix()
                  for file in sorted((folder / "config").rglob("*")) if file.suffix in SUFFIXES}
-        near = difflib.get_close_matches(Path(name).name, there, 3) or list(there)[:8]
+        near = _nearest(Path(name).name, there, 3) or list(there)[:8]
         hint = f"; there is {', '.join(there[file] for file in near)}" if near else ""
         self.errors.append(f"command line: no config file {_short(name)}{hint}")
         return None
@@ -450,6 +450,13 @@ def _line_number(error: BaseException, path: Path) -> str:
                  if frame.f_code.co_filename == str(path)]
         number = lines[-1] if lines else None
     return f":{number}" if number else ""
+
+
+def _nearest(word: str, names: Iterable[str], most: int) -> list[str]:
+    """Those of names that are like the word, the likest first; upper and lower case are the same."""
+    spellings = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), spellings, most)
+    return [spellings[name] for name in near]
 
 
 def _reason(error: BaseException) -> str:

@@ -34,8 +34,8 @@ from sources import foreign
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
 from sources.chunks import CATEGORIES, inspect_chunks, prepare_chunks
+from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
-from sources.h5ad import holds_cells, inspect_cells
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
@@ -184,6 +184,7 @@ class StateConfig:
     target_sum: Positive = 1e4  # counts a cell after normalisation, before log(1 + x)
     num_hvgs: Count = 2_000  # most variable genes, for obsm X_hvg
     drop_empty: bool = False  # leave cells without any count out
+    drop_unlabelled: bool = False  # leave cells without a value in the columns below out
     keep_counts: bool = False  # as layers/counts
     pert_col: str = ""  # obs columns that must be there, with a value for every cell
     cell_type_key: str = ""
@@ -221,6 +222,7 @@ class CellsConfig:
     embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
     output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
     counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
+    drop_unlabelled: bool = False  # leave cells without cell type, perturbation or batch out
     strict: bool = True  # false: where the source has a trap, do as it does and warn
     ram_budget_gb: Positive = 8.0  # bounds the blocks that are read
     folder: str = "data/cells"  # where train_state.py looks
@@ -237,6 +239,7 @@ class InspectConfig:
     cell_type_key: str = "cell_type"
     batch_col: str | None = "gem_group"
     control_pert: str = "non-targeting"
+    drop_unlabelled: bool = False
     strict: bool = True
     zeroshot_controls: bool = True
     val_fraction: float = 0.1
@@ -261,12 +264,14 @@ def state(action: str, **settings) -> dict:
 
 
 def inspect(path: str, tokens: int = 20, **columns) -> dict:
-    """Print what an HDF5 file, a folder of train.bin or an experiment on cells holds, and what is wrong with it."""
+    """Print what an HDF5 file, a folder of train.bin or of cells, or an experiment on cells holds, and its faults."""
     file = Path(path)
     if file.suffix == ".toml":
         return inspect_experiment(path, **columns)
     if file.suffix == ".h5ad" or holds_cells(path):
         return inspect_cells(path)
+    if holds_store(file):
+        return inspect_store(file)
     if file.is_dir():
         return inspect_stream(file, tokens)
     if file.suffix in (".bin", ".json"):

@@ -79,6 +79,7 @@ class Config:
     adata: str = ""  # predict from the control cells of this h5ad instead
     perturbations: list[str] = field(default_factory=list)  # with adata: NAME or NAME,NAME; default its cells', or all
     cells: Count | None = None  # with adata: predicted cells of a condition; default as many as the file has
+    drop_unlabelled: bool = False  # leave cells without cell type, perturbation or batch out
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a .ckpt of the source
     columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
     # output
@@ -460,6 +461,7 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     run, model, step, extra = page.load_run(path, cfg.device, cfg.source_attention)
     for name, value in cfg.columns.items():
         setattr(run, name, value)
+    run.drop_unlabelled = run.drop_unlabelled or cfg.drop_unlabelled
     if cfg.toml:
         run.toml_config_path = cfg.toml
     folder = Path(cfg.out) if cfg.out else run_folder(path) / "predictions"
@@ -531,7 +533,8 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     reads_batches = hasattr(model, "batch_encoder")
     batch_col = run.batch_col if reads_batches else None
     with H5ad(cfg.adata) as file:
-        controls = find_controls(file, run.cell_type_key, run.pert_col, batch_col, run.control_pert)
+        columns = (run.cell_type_key, run.pert_col, batch_col, run.control_pert)
+        controls = find_controls(file, *columns, drop_unlabelled=run.drop_unlabelled)
         key = matrix_to_read(file, run.embed_key, extra.get("genes"))
         if key != run.embed_key:
             print(f"note: {cfg.adata} has no X_hvg of this model's genes: they are read from X, by name")
@@ -602,7 +605,7 @@ OPTIONS = {
     "ghmm": OF_TEXT,
     "arxiv": OF_TEXT,
     "apelr": (*OF_TEXT, "top_p", "repetition_penalty", "no_repeat_ngram_size", "precision", *OF_PLANNER),
-    "state": ("toml", "adata", "perturbations", "cells", "source_attention", "columns", "out"),
+    "state": ("toml", "adata", "perturbations", "cells", "drop_unlabelled", "source_attention", "columns", "out"),
 }
 NEEDS = {  # what sampling asks of a page
     "ghmm": ("load_run", "exact_device", "make_contexts", "evaluate"),

@@ -18,7 +18,6 @@ Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is m
 vocabulary, D width, H heads, K components, R chunks, M documents.
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -67,7 +66,7 @@ from measure.report import make_report, plan_study, run_name
 from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
-from sources.shared import counter_rng, make_once
+from sources.shared import closest, counter_rng, make_once, quoted
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/ergodic"  # made when it is missing
@@ -199,9 +198,8 @@ def active_categories(train: Chunks, validation: Chunks, cfg: Config) -> list[st
     active = train.names if cfg.categories is None else cfg.categories
     for name in active:
         if name not in train.names or name not in validation.names:
-            near = difflib.get_close_matches(name, train.names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
-            raise DataError(f"{cfg.data} has no category {name!r}{hint} It has: {', '.join(train.names)}")
+            hint = closest(name, train.names) or "."
+            raise DataError(f"{cfg.data} has no category {name!r}{hint} It has: {quoted(train.names)}")
     return list(active)
 
 

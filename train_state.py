@@ -90,6 +90,7 @@ class Config:
     embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
     output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
     counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
+    drop_unlabelled: bool = False  # leave cells without cell type, perturbation or batch out
     perturbation_features_file: str | None = None  # .pt or .npz, name -> vector; default one-hot
     zeroshot_controls: bool = True  # controls of cell types held out whole take part in training
     val_fraction: Share = 0.1  # of training conditions, where the TOML has no validation split
@@ -214,8 +215,8 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------
 # Batches: sentences of cells, and the control cells that each of them is predicted from
 # ---------------------------------------------------------------------------------------------------------------
-OF_DATA = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key", "output_space", "counts", "strict",
-           "zeroshot_controls", "val_fraction", "seed", "perturbation_features_file", "ram_budget_gb")
+OF_DATA = ("pert_col cell_type_key batch_col control_pert embed_key output_space counts drop_unlabelled strict "
+           "zeroshot_controls val_fraction seed perturbation_features_file ram_budget_gb").split()
 
 
 def open_data(cfg: Config) -> Cells:
@@ -518,7 +519,7 @@ class StateTransitionPerturbationModel(nn.Module):
             genes = dims["hvg_dim" if cfg.output_space == "gene" else "gene_dim"]
             self.gene_decoder = LatentToGeneDecoder(D, genes, cfg)
         # Expression is never negative; embeddings may be, where the source clips them unless a decoder reads them.
-        self.clips = cfg.embed_key in ("X_hvg", None) or (cfg.compat_relu and self.gene_decoder is None)
+        self.clips = cfg.embed_key in ("X_hvg", None, "") or (cfg.compat_relu and self.gene_decoder is None)
         # Adapters last, so that a model with them starts from the weights of one without.
         if cfg.lora:
             add_lora(self.transformer_backbone, cfg)
@@ -809,7 +810,7 @@ def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
     """(what predictions are compared with: "input" or "counts", whether that is expression)."""
     if model.gene_decoder is not None:
         return "counts", True
-    return "input", model.cfg.embed_key in (None, "X", "X_hvg")
+    return "input", model.cfg.embed_key in (None, "", "X", "X_hvg")
 
 
 def predictions(

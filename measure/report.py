@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import difflib
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ import numpy as np
 from common.errors import DataError
 from measure.curves import binned
 from measure.figures import figure
+from sources.shared import closest
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plan
@@ -69,8 +69,7 @@ def named_runs(study: str, known: dict[str, list[str]], names: list[str]) -> lis
     sets = []
     for name in study.split(","):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
+            hint = closest(name, known) or "."
             raise DataError(
                 f"study={study}: no run is called {name!r}{hint} Use all, all31, k=1,2, nested:1,2,4, or "
                 f"names like {run_name(names[:2])}"

@@ -5,7 +5,7 @@ import torch
 
 from common.errors import DataError
 from sources.cells import Cells, load_features
-from sources.shared import suggest
+from sources.shared import counted, suggest
 from sources.splits import SPLITS, grouped, objection
 
 
@@ -147,7 +147,7 @@ def summary_of(cells: Cells) -> str:
         counts.append(f"{split} {len(perturbed):,}")
     where = "read from disk" if cells.streamed else "held in memory"
     return (
-        f"{cells.toml}: {len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, "
-        f"{len(cells.perturbations) - 1} perturbations and {control}; "
+        f"{cells.toml}: {counted(len(cells.cell_type), 'cell')} of {counted(len(cells.cell_types), 'cell type')}, "
+        f"{counted(len(cells.perturbations) - 1, 'perturbation')} and {control}; "
         f"perturbed cells: {', '.join(counts)} | {where}"
     )

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from common.errors import DataError
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, progress, report
+from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, progress, quoted, report
 from sources.text import Spool, column_of, hub_errors, open_hub, place_of, read_file, text_of, whole
 from sources.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -134,7 +134,7 @@ def gather(source: Source, categories: list[str], max_documents: int | None, sha
             known = sorted(others) + sorted(spooled)
             raise DataError(
                 f"{source.input} has no training document of category {category!r}"
-                f"{closest(category, known)} It has: {', '.join(known) or 'none'}"
+                f"{closest(category, known)} It has: {quoted(known)}"
             )
     print(
         f"documents: {sum(spool.counts.values()):,} of {len(categories)} categories; "

@@ -37,36 +37,47 @@ class Controls:
         return np.flatnonzero(self.cell_type == self.cell_types.index(name))
 
 
-def find_controls(file: H5ad, cell_type_key: str, pert_col: str, batch_col: str | None, control_pert: str) -> Controls:
-    """Raises DataError for a column that is not there, and for a cell type without control cells."""
-    types, cell_types = file.column(cell_type_key)
-    perts, perturbations = file.column(pert_col)
+def find_controls(
+    file: H5ad,
+    cell_type_key: str,
+    pert_col: str,
+    batch_col: str | None,
+    control_pert: str,
+    drop_unlabelled: bool = False,
+) -> Controls:
+    """Raises DataError for a column that is not there, and for a cell type without control cells.
+
+    drop_unlabelled: leave cells without a value in a column out, which else is a DataError.
+    """
+    types, cell_types = file.column(cell_type_key, missing=drop_unlabelled)
+    perts, perturbations = file.column(pert_col, missing=drop_unlabelled)
+    batch, batches = None, []
+    if batch_col:
+        batch, batches = file.column(batch_col, missing=drop_unlabelled)
     if control_pert not in perturbations:
         raise DataError(
             f"{file.path} has no control cells: no cell has {pert_col} = {control_pert!r}; "
             "say --columns='{\"control_pert\": \"NAME\"}'"
         )
-    is_control = perts == perturbations.index(control_pert)
+    is_known = (types >= 0) & (perts >= 0)  # -1: without a value
+    if batch is not None:
+        is_known &= batch >= 0
+    is_control = is_known & (perts == perturbations.index(control_pert))
     for code, name in enumerate(cell_types):
         of_type = types == code
         if not (is_control & of_type).any():
             raise DataError(f"{file.path}: cell type {name} has no control cells to start from")
     perturbed = Counter()
-    pairs, counts = np.unique(np.stack([types, perts]), axis=1, return_counts=True)
+    pairs, counts = np.unique(np.stack([types, perts])[:, is_known], axis=1, return_counts=True)
     for (t, p), count in zip(pairs.T, counts.tolist(), strict=True):
         if perturbations[p] != control_pert:
             perturbed[cell_types[t], perturbations[p]] = count
     rows = np.flatnonzero(is_control)
-    batch = None
-    batches = []
-    if batch_col:
-        codes, batches = file.column(batch_col)
-        batch = codes[rows]
     return Controls(
         rows=rows,
         cell_type=types[rows],
         cell_types=cell_types,
-        batch=batch,
+        batch=None if batch is None else batch[rows],
         batches=batches,
         perturbed=perturbed,
     )

@@ -10,7 +10,6 @@ and what matters of the past for the future is the belief v T[w1] ... T[wL], sca
 Dimensions: B batch, L tokens, V tokens of the vocabulary, S states, N words or beliefs.
 """
 
-import difflib
 import inspect
 import math
 import zipfile
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, reason
+from sources.shared import closest
 
 
 class ProcessError(InputError):
@@ -876,8 +876,7 @@ def make_process(
     """
     known = [*PROCESSES, *COMPOSED]
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
+        hint = closest(name, known) or "."
         raise ProcessError(f"unknown process {name!r}{hint} Known: {', '.join(known)}")
     for key in params:
         if key not in parameters(name):

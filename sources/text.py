@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import DataError
-from sources.shared import Workshop, closest, optional, progress, report
+from sources.shared import Workshop, closest, optional, progress, quoted, report
 from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
 
 TEXT_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
@@ -129,7 +129,7 @@ def record_of(value, where: str, column: str) -> dict:
 
 def column_of(where: str, record: dict, column: str, setting: str):
     if record.get(column) is None:
-        raise DataError(f"{where}: no column {column!r}; there are {', '.join(map(str, record))}. Name it with "
+        raise DataError(f"{where}: no column {column!r}; there are {quoted(record)}. Name it with "
                         f"{setting}=NAME")
     return record[column]
 

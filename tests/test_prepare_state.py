@@ -139,7 +139,8 @@ def test_matrices_of_every_layout_read_the_same(layout, storage, monkeypatch):
             np.testing.assert_array_equal(np.concatenate([row[2] for row in rows]), values)
         found = cells.matrix("X").check()
         np.testing.assert_array_equal(found.pop("row_sums"), VALUES.sum(1))
-        assert found == {"min": 0, "max": 7, "integer": False, "nnz": 10, "largest_row_sum": 10}
+        assert found == {"min": 0, "max": 7, "integer": False, "nnz": 10, "largest_row_sum": 10, "normalised": False,
+                         "log_base": np.e}
         if layout != "dense":
             block = next(cells.matrix(None).blocks())[2]
             assert block.has_sorted_indices and block.dtype == np.float32 and block.indices.dtype == np.int32
@@ -280,7 +281,7 @@ def replace(file, key, values):
 
 
 BROKEN = {
-    "no X": (lambda f: f.pop("X"), "has no X"),
+    "no matrix": (lambda f: f.pop("X"), "has no X, and nothing in layers, obsm or raw"),
     "no obs": (lambda f: f.pop("obs"), "has no obs"),
     "indptr": (lambda f: replace(f, "X/indptr", [0, 10]), "not of one sparse matrix of 5 x 4"),
     "indices": (lambda f: replace(f, "X/indices", np.zeros(3, int)), "not of one sparse matrix"),
@@ -455,7 +456,7 @@ def test_a_file_of_an_old_anndata_is_preprocessed(capsys):
 
 
 REFUSED = {
-    "empty": (["--input=counts.h5ad"], "1 cells without any count, first cell 4 (4): leave them out with --drop_empty"),
+    "empty": (["--input=counts.h5ad"], "1 cell without any count, first cell 4 (4): leave them out with --drop_empty"),
     "column": (["--input=counts.h5ad", "--pert_col=genes"], "no obs column 'genes'; did you mean 'gene'?"),
     "control": (["--input=counts.h5ad", "--control_pert=non_targeting"], "did you mean 'non-targeting'?"),
     "layer": (["--input=counts.h5ad", "--layer=count"], "no matrix 'count'"),
