@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import DataError
+from sources.digests import fingerprint, sample
 from sources.text import read_stream
 from sources.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,6 +33,11 @@ class Corpus:
     version: str = ""  # planted: the model version whose chunks the documents have
     oracle_nll: np.ndarray | None = None  # planted: exact -log p of the validation tokens [documents, L]
     plans: np.ndarray | None = None  # planted: true plans of the validation chunks [documents, N]
+    fingerprint: str = ""  # 16 hex digits, the identity of these tokens; default: of a sample of them
+
+    def __post_init__(self):
+        if not self.fingerprint:
+            self.fingerprint = fingerprint(sample(self.train), sample(self.val), self.tokenizer_hash)
 
     def places(self, split: str, seq_len: int, version: str) -> tuple[int, int]:
         """(number of places where a window of a split may start, distance between them); raises DataError for none.
@@ -146,6 +152,8 @@ def read_corpus(folder: str) -> Corpus:
         name=str(path),
         folder=path,
     )
+    if "train_sha256" in meta and "val_sha256" in meta:  # of all tokens, where they were prepared with a digest
+        corpus.fingerprint = fingerprint(meta["train_sha256"], meta["val_sha256"], meta["tokenizer_hash"])
     if meta["tokenizer"]:
         file = path / meta["tokenizer"]
         corpus.tokenizer = load_tokenizer(file)
