@@ -170,6 +170,7 @@ class Chunks:
     vocab_size: int
     budget: int  # chunks to train on, whatever K: those of the smallest category
     oracle: np.ndarray | None = None  # [R, all components, n]: log p_k(x_t | x_<t), where the processes are known
+    fingerprint: str = ""  # identity of the content, which a checkpoint keeps
 
     @property
     def size(self) -> int:
