@@ -7,6 +7,7 @@ import numpy as np
 
 SAMPLES = 64  # blocks of an array that a sample reads
 SAMPLE_TOKENS = 1 << 15  # of each: 64 kB of the usual type
+PIECE = 1 << 20  # tokens that are copied at once
 
 
 def fingerprint(*parts: str) -> str:
@@ -51,7 +52,9 @@ class ChunkDigest:
 
     def add(self, tokens: np.ndarray, codes: np.ndarray) -> None:
         """Rows [B, n], and the numbers of their categories [B]."""
-        self.tokens.update(plain(tokens, "<u4"))
+        rows = max(1, PIECE // tokens.shape[1])
+        for begin in range(0, len(tokens), rows):  # copies of a few megabytes, however long the chunks are
+            self.tokens.update(plain(tokens[begin : begin + rows], "<u4"))
         self.codes.update(plain(codes, "<u2"))
 
     def hexdigest(self, size: int, names: list[str]) -> str:
