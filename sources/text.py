@@ -72,6 +72,10 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
             raise DataError(f"{path}: use {', '.join(KINDS)}, or a folder of such files")
     except DataError:
         raise
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"cannot read {path}: it is not {error.encoding} (byte {byte:#x}: {error.reason}); save it as "
+                        "UTF-8") from error
     except UNREADABLE as error:
         raise DataError(f"cannot read {path}: {error}") from error
     except Exception as error:  # pyarrow's own errors for damaged files
