@@ -248,11 +248,11 @@ class Rows(list):
     features = None
 
 
-def hub(monkeypatch, records: list[dict], features: dict | None) -> None:
+def hub(monkeypatch, records: list[dict], features: dict | None, name: str = "ccdv/arxiv-classification") -> None:
     """A stand-in for the package datasets that serves these records."""
 
-    def load_dataset(path, name, streaming):
-        assert (path, name, streaming) == ("ccdv/arxiv-classification", "no_ref", True)
+    def load_dataset(path, config, streaming):
+        assert (path, config, streaming) == (name, "no_ref", True)
         found = {split: Rows(without([r for r in records if r["split"] == split], "split"))
                  for split in ("train", "validation", "test")}
         for rows in found.values():
@@ -339,6 +339,13 @@ def test_without_categories_five_of_ccdvs_data_set_are_taken(monkeypatch):
     hub(monkeypatch, records, {"label": SimpleNamespace(names=None)})
     prepare_data.main(["arxiv", *LABELLED])
     assert documents_of("out")["train"] == dict.fromkeys(chunks_source.CATEGORIES, 4)
+
+
+def test_numbers_of_another_data_set_of_the_hub_are_its_own_labels(monkeypatch):
+    records = [{**record, "label": NAMES.index(record["category"])} for record in papers()]
+    hub(monkeypatch, without(records, "category"), {"label": SimpleNamespace(names=None)}, "other/papers")
+    prepare_data.main(["arxiv", "--input=other/papers", *LABELLED])
+    assert documents_of("out")["train"] == {"0": 12, "1": 12, "2": 12}
 
 
 SEVERAL = [["cs.DS", "math.CO"], ["math.CO", "cs.DS", "hep-th"], ["hep-th"]]
@@ -735,8 +742,11 @@ def test_chunks_prepared_without_a_digest_are_known_by_a_sample():
     assert identity("copy.h5") == one == identity("out/train.h5")
     change("out/train.h5", "token_chunks", spoil(3, 1))
     changed = identity("out/train.h5")
-    change("copy.h5", "category_for_chunk", lambda labels: labels[::-1])
-    assert len({one, changed, identity("copy.h5")}) == 3
+    found = [one, changed]
+    for edit in (lambda labels: labels[::-1], lambda labels: np.array([b"x" + label for label in labels], object)):
+        change("copy.h5", "category_for_chunk", edit)
+        found.append(identity("copy.h5"))
+    assert len(set(found)) == 4
 
 
 def spoil(row: int, value: int):
