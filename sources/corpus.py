@@ -25,6 +25,7 @@ class Corpus:
     vocab_size: int
     tokenizer: Tokenizer | None = None
     tokenizer_hash: str = ""  # of what made the tokens; a checkpoint keeps it
+    fingerprint: str = ""  # 16 hex digits of the content, which a checkpoint keeps; default: of a sample of it
     document_length: int = 0  # of documents that are all as long and begin with bos, such as planted ones; 0: one text
     bytes_per_token: float = 0.0  # of the validation text; 0 where that is unknown
     first_id: int = 0  # what a document begins with, or comes after
@@ -33,7 +34,6 @@ class Corpus:
     version: str = ""  # planted: the model version whose chunks the documents have
     oracle_nll: np.ndarray | None = None  # planted: exact -log p of the validation tokens [documents, L]
     plans: np.ndarray | None = None  # planted: true plans of the validation chunks [documents, N]
-    fingerprint: str = ""  # 16 hex digits, the identity of these tokens; default: of a sample of them
 
     def __post_init__(self):
         if not self.fingerprint:

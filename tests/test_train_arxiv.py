@@ -525,11 +525,9 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, w
 def test_analyze_repeats_the_numbers(whole, monkeypatch):
     shutil.copytree(whole, "run")
     expected, table = read("run/results.json"), numbers_in("run/xe_by_position.csv")
-    for name in ("results.json", "xe_by_position.csv"):
-        Path("run", name).unlink()
     result = train_arxiv.main(["--analyze=run", "--device=cpu"])
-    found = read("run/results.json")
-    assert apart(found, expected) == [] and apart(numbers_in("run/xe_by_position.csv"), table) == []
+    found = read("run/analysis/results.json")
+    assert apart(found, expected) == [] and apart(numbers_in("run/analysis/xe_by_position.csv"), table) == []
     assert result["val_xe"] == pytest.approx(read("run/summary.json")["val_xe"], rel=1e-5)
 
 
