@@ -14,6 +14,7 @@ from sources.text import read_stream
 from sources.tokenizer import Tokenizer, load_tokenizer
 
 PIECE = 1 << 24  # tokens looked at at once
+ROUNDING = 1e-6  # nats a token that are no optimum but single precision
 
 
 @dataclass
@@ -85,10 +86,13 @@ class Corpus:
         return tokens.to(device)
 
     def yardsticks(self, nll: float, starts: np.ndarray, length: int) -> dict[str, float]:
-        """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum."""
+        """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum,
+        and the excess as a share of it, where it is not 0."""
         if self.oracle_nll is not None:
             documents = starts // self.document_length
             oracle = float(self.oracle_nll[documents, :length].mean(dtype=np.float64))
+            if oracle < ROUNDING:  # documents without chance: no share of nothing
+                return {"oracle_nll": oracle}
             return {"oracle_nll": oracle, "excess_over_oracle": nll / oracle - 1}
         if not self.bytes_per_token:
             return {}

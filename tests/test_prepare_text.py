@@ -24,6 +24,7 @@ from commands import refusal
 
 import prepare_data
 from common.errors import DataError
+from measure.plans import verdict
 from prepare_data import PlantedConfig, TextConfig
 from sources import text as text_source
 from sources.corpus import Corpus, read_corpus
@@ -914,6 +915,19 @@ def test_by_default_the_plan_is_worth_knowing_and_can_be_known():
     meta = planted("--train_documents=10", "--validation_documents=400")
     assert meta["known_plan_nll"] * 1.025 < meta["oracle_nll"] < 0.85 * meta["unigram_entropy"]
     assert 0.96 < meta["oracle_nmi"] < 0.995
+
+
+def test_an_optimum_of_zero_has_no_excess_in_shares():
+    small_planted("out", "--num_plans=1", "--num_states=1", "--state_sharpness=5000", "--plan_sharpness=0")
+    corpus = read_corpus("out")
+    metrics = {"val_nll": 0.5, "val_ppl": 1.6, **corpus.yardsticks(0.5, corpus.spread(4, 127, corpus.version), 127)}
+    assert metrics["oracle_nll"] == 0 and "excess_over_oracle" not in metrics
+    assert "; exact optimum 0.0000; files in out" in verdict(metrics, Path("out"))
+    small_planted("out")
+    corpus = read_corpus("out")
+    metrics |= corpus.yardsticks(5.0, corpus.spread(4, 127, corpus.version), 127)
+    assert metrics["excess_over_oracle"] == pytest.approx(5 / metrics["oracle_nll"] - 1)
+    assert f"({100 * metrics['excess_over_oracle']:+.2f}%); files" in verdict(metrics, Path("out"))
 
 
 def test_planted_documents_follow_the_seed_and_splits_differ():
