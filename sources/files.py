@@ -59,7 +59,7 @@ def text_files(path: Path) -> list[Path]:
         raise DataError(f"{path} holds no {kinds} files; they may be packed as {', '.join(OPENERS)}")
     if skipped:
         more = f" and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else ""
-        print(f"{path}: {counted(len(files), 'file')} read, {len(skipped):,} skipped that are no {kinds} of text: "
+        print(f"{path}: {counted(len(files), 'file')} read, {len(skipped):,} skipped as no documents ({kinds} are): "
               f"{', '.join(skipped[:NAMED])}{more}")
     return files
 
