@@ -33,7 +33,7 @@ from configurator import Count, NonNegative, Positive, Probability, Range, Share
 from sources import foreign
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
-from sources.chunks import CATEGORIES, inspect_chunks, prepare_chunks
+from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
 from sources.planted import planted
@@ -59,12 +59,13 @@ Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lam
 @dataclass
 class ArxivConfig:
     # input
-    input: str = "ccdv/arxiv-classification"  # hub data set; .jsonl, .csv, .parquet; folder of these or CATEGORY/*.txt
+    input: str = "ccdv/arxiv-classification"  # hub data set; .jsonl .json .csv .parquet; folder, also of CATEGORY/*.txt
     hub_config: str = "no_ref"  # configuration of the hub data set
     text_column: str = "text"
     label_column: str = ""  # default: category if there is such a column, else label
+    several_labels: Literal["first", "any"] = "first"  # of a document: which counts; any: the first in categories
     split_column: str = "split"  # train, validation or test; where missing, documents are dealt by their text
-    categories: list[str] = field(default_factory=lambda: list(CATEGORIES))
+    categories: list[str] | None = None  # default: all there are; five of ccdv's
     max_documents: Count | None = None  # most documents of a category and split
     validation_fraction: Part = 0.05  # of documents without a split
     test_fraction: Share = 0.05
@@ -83,7 +84,7 @@ class ArxivConfig:
         wrong = []
         if self.validation_fraction + self.test_fraction >= 1:
             wrong.append("validation_fraction and test_fraction must leave something to train on")
-        if not self.categories or len(set(self.categories)) != len(self.categories):
+        if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):
             wrong.append(f"categories = {self.categories}: name at least one, and each once")
         return wrong
 
@@ -91,7 +92,7 @@ class ArxivConfig:
 @dataclass
 class TextConfig:
     # input
-    input: str = ""  # default: the documentation in Python itself; .txt .json .jsonl .parquet .csv; folder; hub name
+    input: str = ""  # default: the documentation in Python itself; .txt .json .jsonl .csv .parquet; folder; hub name
     text_column: str = "text"
     max_bytes: Count | None = None  # of text, UTF-8; default: 1e9 from the hub, else no limit
     max_documents: Count | None = None
@@ -264,7 +265,7 @@ def state(action: str, **settings) -> dict:
 
 
 def inspect(path: str, tokens: int = 20, **columns) -> dict:
-    """Print what an HDF5 file, a folder of train.bin or of cells, or an experiment on cells holds, and its faults."""
+    """Print what a file, folder or experiment on cells holds (HDF5 chunks, train.bin, cells), and its faults."""
     file = Path(path)
     if file.suffix == ".toml":
         return inspect_experiment(path, **columns)
@@ -272,6 +273,8 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
         return inspect_cells(path)
     if holds_store(file):
         return inspect_store(file)
+    if file.is_dir() and split_files(file):
+        return inspect_folder(file, tokens)
     if file.is_dir():
         return inspect_stream(file, tokens)
     if file.suffix in (".bin", ".json"):
