@@ -235,7 +235,7 @@ class Settings:
     def assign(self, parts: list[str], raw: Any, source: str) -> tuple[str, ...] | None:
         """Set what a dotted key means, and return its place (field, keys...); None after an error."""
         key = ".".join(parts)
-        where = f"{source}: {key if key.isprintable() and len(key) < 80 else _short(key)}"
+        where = f"{source}: {key if key.isprintable() and key == key.strip() and len(key) < 80 else _short(key)}"
         name, inside = self.resolve(parts)
         if name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")

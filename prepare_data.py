@@ -326,7 +326,7 @@ JOBS = {
 }
 ALIASES = {"state": {"adata": "input"}, "cells": {"toml_config_path": "toml"}}  # names of the sources
 EXAMPLES = {  # of the jobs whose first argument is a file
-    "inspect": "data/arxiv/train.h5, or FILE.h5ad, or FILE.toml",
+    "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",
     "import": "FILE.pt --out_dir=out/x",
 }
 

@@ -100,8 +100,10 @@ def check_genes(toml: str, name: str, genes: list[str] | None, extra: dict) -> N
         return
     genes = list(genes or [])
     if genes != list(trained):
+        odd = next(((gene, known) for gene, known in zip(genes, trained, strict=False) if gene != known), None)
+        first = f", the first that differ are {odd[0]!r} and {odd[1]!r}" if odd else ""
         raise DataError(
-            f"{toml} has other {name} than this run, or in another order: {len(genes)} against {len(trained)}"
+            f"{toml} has other {name} than this run, or in another order: {len(genes)} against {len(trained)}{first}"
         )
 
 

@@ -219,26 +219,44 @@ def write_variable(file: h5py.File, blocks: Iterator[tuple], shape: tuple, chose
         space[rows] = values[:, columns].toarray()
 
 
+def names_in(file: h5py.File, part: str) -> list[str]:
+    """What a part of a file holds: a group, or the fields of a compound data set before anndata 0.7."""
+    node = file.get(part, {})
+    return list(node.dtype.names or ()) if isinstance(node, h5py.Dataset) else list(node)
+
+
 def copy_obsm(file: h5py.File, cells: H5ad, keep: np.ndarray) -> list[str]:
     """The kept rows, bool [cells], of what obsm has but for X_hvg; returns the names of what cannot be copied."""
     left_out = []
-    source = cells.file.get("obsm", {})
-    names = source.dtype.names or () if isinstance(source, h5py.Dataset) else list(source)
-    for name in names:
+    source = cells.file.get("obsm")
+    for name in names_in(cells.file, "obsm"):
         if name == "X_hvg":
+            left_out.append("X_hvg (chosen anew)")
             continue
         with cells.guard(f"obsm/{name}"):
             node = source.fields(name)[:] if isinstance(source, h5py.Dataset) else source[name]
-            if not isinstance(node, h5py.Group) and node.shape[:1] == keep.shape and node.dtype.kind in "iufb":
-                copy_rows(file["obsm"], name, node, keep)
-            elif attribute(node, "encoding-type") == "dataframe":
-                columns = {column: values[keep] for column, values in cells.frame(f"obsm/{name}").items()}
-                write_frame(file["obsm"], name, cells.obs_names[keep], columns)
-            elif is_matrix(node):
-                copy_sparse(file["obsm"], name, cells.matrix(f"obsm/{name}"), keep)
+            if isinstance(node, h5py.Group):
+                is_copied = copy_group(file["obsm"], name, cells, keep)
             else:
-                left_out.append(name)
+                is_copied = node.shape[:1] == keep.shape and node.dtype.kind in "iufb"
+                if is_copied:
+                    copy_rows(file["obsm"], name, node, keep)
+        if not is_copied:
+            left_out.append(name)
     return left_out
+
+
+def copy_group(group: h5py.Group, name: str, cells: H5ad, keep: np.ndarray) -> bool:
+    """The kept rows of a table or a sparse matrix in obsm; False if it is neither."""
+    node = cells.file[f"obsm/{name}"]
+    if attribute(node, "encoding-type") == "dataframe":
+        columns = {column: values[keep] for column, values in cells.frame(f"obsm/{name}").items()}
+        write_frame(group, name, cells.obs_names[keep], columns, cells.index_name("obs"))
+        return True
+    if is_matrix(node):
+        copy_sparse(group, name, cells.matrix(f"obsm/{name}"), keep)
+        return True
+    return False
 
 
 def copy_rows(group: h5py.Group, name: str, values: np.ndarray | h5py.Dataset, keep: np.ndarray, most: int = 8_192
@@ -272,26 +290,33 @@ OF_X_HVG = ("log1p", "X_hvg_var_names", "hvg_names")  # in uns: what is said of 
 
 
 def copy_rest(file: h5py.File, cells: H5ad, key: str, keep: np.ndarray) -> list[str]:
-    """What else the input has and still fits: uns, varm, varp, obsp; returns a text for each part that is left out."""
+    """What else the input has and still fits: uns, varm, varp, obsp; returns a text for each part that is left out.
+
+    key: of the matrix that became X. keep: cells of the new file, bool [cells].
+    """
+    is_old = isinstance(cells.file["obs"], h5py.Dataset)  # anndata before 0.7
+    same_genes = key != "raw/X"
+    fits = {"uns": True, "varm": same_genes, "varp": same_genes, "obsp": keep.all()}
     left_out = []
-    for part in ("uns", "varm", "varp", "obsp"):
-        source = cells.file.get(part, {})
-        names = [name for name in source if part != "uns" or name not in OF_X_HVG] if len(source) else []
-        if isinstance(cells.file["obs"], h5py.Dataset):  # anndata before 0.7 keeps categories there
+    for part in cells.file:
+        if part in ("X", "obs", "var", "obsm"):
+            continue
+        names = [f"{part}/{name}" for name in names_in(cells.file, part)]
+        if part == "uns":
+            names = [name for name in names if name.removeprefix("uns/") not in OF_X_HVG]
+        if is_old:  # it keeps the categories of obs there
             names = [name for name in names if not name.endswith("_categories")]
-        # Of other genes than raw's, and of pairs of cells that are no longer all there.
-        fits = part == "uns" or part == "obsp" and keep.all() or part in ("varm", "varp") and key != "raw/X"
-        if names and fits and isinstance(source, h5py.Group):
+        if fits.get(part, False) and not isinstance(cells.file[part], h5py.Dataset):
             with cells.guard(part):
                 for name in names:
-                    source.copy(name, file[part])
-        elif names:
-            left_out.append(f"{part} ({', '.join(names)})")
-    others = [name.removeprefix("layers/") for name in cells.keys if name.startswith("layers/") and name != key]
-    if others:
-        left_out.append(f"layers ({', '.join(others)})")
-    if cells.raw and key != "raw/X":
-        left_out.append("raw")
+                    cells.file.copy(name, file[part])
+        elif part.startswith("raw"):  # "raw", or "raw.X" and "raw.var" of old files
+            if key != "raw/X" and part in ("raw", "raw.X"):
+                left_out.append("raw")
+        else:
+            others = [name.partition("/")[2] for name in names if name != key]
+            if others:
+                left_out.append(f"{part} ({', '.join(others)})")
     if key != "X" and "X" in cells.keys:
         left_out.append("X as it was")
     return left_out
@@ -402,8 +427,6 @@ def write_preprocessed(
         write_variable(file, blocks, (shape[0], width), chosen)
         left_out = copy_rest(file, cells, matrix.key, keep)
         tables = copy_obsm(file, cells, keep)
-        if "obsm/X_hvg" in cells.keys:
-            tables.append("X_hvg, which is chosen anew")
         if tables:
             left_out.append(f"obsm ({', '.join(tables)})")
     return width, left_out

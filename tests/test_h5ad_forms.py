@@ -223,7 +223,7 @@ def rich_file() -> None:
         table["_index"], table["a"], table["b"] = [str(i) for i in range(N)], np.arange(N), np.arange(N) / 4
         file["obsm/X_pca"] = np.arange(2.0 * N).reshape(N, 2) + 1e-9
         file["obsm/cube"] = np.arange(N * 4).reshape(N, 2, 2)
-        file["obsm/words"] = ["a"] * N
+        file["obsm/words"], file["obsm/letters"], file["mod/rna"] = ["a"] * N, [["a", "b"]] * N, 1
         file["varm/PCs"], file["obsp/near"] = np.ones((G, 2)), np.eye(N)
         file.copy("X", file.create_group("raw"), "X")
         file.copy("var", file["raw"], "var")
@@ -233,8 +233,9 @@ def test_preprocess_keeps_what_fits_and_says_what_does_not(capsys):
     rich_file()
     found = preprocess("--drop_empty")
     kept = np.flatnonzero(np.arange(N) != 3)
-    told = "obsp (near), layers (spliced), raw, obsm (words, X_hvg, which is chosen anew)"
-    assert f"note: left out of a.h5ad: {told}\n" in capsys.readouterr().out and ", ".join(found["left_out"]) == told
+    parts = ["layers (spliced)", "mod (rna)", "obsm (X_hvg (chosen anew), letters, words)", "obsp (near)", "raw"]
+    assert sorted(found["left_out"]) == parts
+    assert f"note: left out of a.h5ad: {', '.join(found['left_out'])}\n" in capsys.readouterr().out
     with h5py.File("out.h5ad") as file:
         obs = file["obs"]
         assert obs["level"].attrs["ordered"] and obs["level/categories"].asstr()[:].tolist() == LEVELS
@@ -259,7 +260,7 @@ def test_preprocess_keeps_what_fits_and_says_what_does_not(capsys):
 def test_pairs_of_cells_go_along_where_all_cells_do():
     rich_file()
     with opened() as file:
-        del file["X"], file["obsm/words"]
+        del file["X"]
     preprocess("--layer=spliced")
     with h5py.File("out.h5ad") as file:
         assert file["obsp/near"].shape == (N, N)

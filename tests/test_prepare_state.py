@@ -569,6 +569,21 @@ def test_dropout_loses_a_gene_with_its_probability():
         assert (counts == 0).mean() == pytest.approx(expected, abs=0.015)
 
 
+def test_a_correlation_that_is_not_defined_is_left_out():
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(3, 9)), draw.normal(size=(3, 9))
+    b[1] = 0
+    expected = np.mean([np.corrcoef(a[i], b[i])[0, 1] for i in (0, 2)])
+    assert populations_source.mean_pearson(a, b) == pytest.approx(expected)
+    assert populations_source.mean_pearson(a, 0 * b) is None
+    X, kinds = draw.normal(size=(96, 9)), np.indices((4, 2, 12)).reshape(3, -1)
+    report = populations_source.noise_report(X, kinds[0], kinds[1], np.zeros((4, 1, 9)))
+    assert report == {"noise_ceiling": None, "perturbation_mean": None}
+    assert populations_source.noise_in_words(report, "c3") == "no perturbation has an effect on c3"
+    told = populations_source.noise_in_words({"noise_ceiling": 0.5, "perturbation_mean": None}, "c3")
+    assert told == "Pearson delta with the truth on c3: 0.500 of half its own cells (noise ceiling)"
+
+
 def test_inspect_tells_what_an_h5ad_holds(populations, capsys):
     told = prepare_data.main(["state", "inspect", str(populations[0] / "synthetic.h5ad")])
     assert told["problems"] == [] and len(told["columns"]["gene"]) == 13

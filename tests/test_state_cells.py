@@ -440,3 +440,13 @@ def test_inspect_reads_a_folder_whole_and_finds_a_flipped_bit(sparse, name, caps
     open_cells(**KEYS)  # a start does not read it all
     told = refusal(capsys, prepare_data.main, "inspect", str(store))
     assert f"{name} does not hold what was written: delete this folder" in told
+
+
+def test_a_folder_of_an_earlier_version_is_named_so(capsys):
+    write_cells()
+    write_toml()
+    store = open_cells(**KEYS).store
+    meta = cell_store.read_meta(store)
+    del meta["checksums"]["input.npy"]
+    cell_store.write_meta(store, meta | {"version": 2})
+    assert "is of an earlier version" in refusal(capsys, prepare_data.main, "inspect", str(store))

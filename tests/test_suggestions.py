@@ -41,3 +41,9 @@ def test_every_part_of_the_program_ignores_case(capsys):
 def test_one_of_a_thing_is_not_called_many():
     assert [counted(n, "cell type") for n in (0, 1, 2, 12_345)] == ["0 cell types", "1 cell type", "2 cell types",
                                                                     "12,345 cell types"]
+
+
+def test_a_blank_in_the_name_of_a_setting_is_seen(capsys, tmp_path):
+    (tmp_path / "a.json").write_text('{"max_steps ": 3}')
+    told = refusal(capsys, lambda argv: configure(Config, argv), str(tmp_path / "a.json"))
+    assert "'max_steps ': no such setting, did you mean max_steps?" in told
