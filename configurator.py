@@ -133,6 +133,8 @@ def help_text(Config: type, prog: str) -> str:
         lines += ["", group] if group != last_group else []
         lines.append("  ".join(["", *map(str.ljust, cells, widths), comment]).rstrip())
         last_group = group
+    if callable(getattr(Config, "more_help", None)):
+        lines += ["", Config.more_help()]
     return "\n".join(lines)
 
 

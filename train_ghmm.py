@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint
-from common.errors import clear_errors, rehearsal
+from common.errors import InputError, clear_errors, rehearsal
 from common.runlog import RunLog, ended_before, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -40,9 +40,17 @@ from configurator import (
     differences,
     from_dict,
 )
-from measure.beliefs import analyse, plot_run
+from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
 from measure.tracker import MetricTracker
-from sources.processes import PROCESSES, Process, all_parameters, make_process, parameters  # noqa: F401
+from sources.processes import (  # noqa: F401
+    PROCESSES,
+    Process,
+    all_parameters,
+    counted,
+    listing,
+    make_process,
+    parameters,
+)
 
 EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps it
 
@@ -107,6 +115,7 @@ class Config:
     eval_sequences: Count = 2_048  # sampled contexts of an evaluation during training
     max_words: Count = 60_000  # final evaluation and analysis: all contexts if no more, else a third as many sampled
     last_token_only: bool = False  # analysis: full contexts only, not their prefixes
+    deal_seed: Whole = 0  # analysis: deals contexts into those that fit a map and those it is judged on
     # system
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
@@ -117,6 +126,10 @@ class Config:
 
     def head_width(self) -> int:
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
+
+    @staticmethod
+    def more_help() -> str:
+        return listing()
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -215,6 +228,24 @@ class Batches:
         if self.cfg.carry_state:
             self.carried = state  # hidden states, or beliefs of a process that has none: where the next batch goes on
         return tokens.to(self.rt.device)
+
+    def left(self) -> torch.Tensor | None:
+        """Where this rank's sequences stand, for a checkpoint: states [B] or beliefs [B, S], on the CPU."""
+        return None if self.carried is None else self.carried.cpu()
+
+    def take_up(self, left: list[torch.Tensor | None]) -> None:
+        """Go on where the ranks of a checkpoint, however many there were, left their sequences.
+
+        Raises InputError if there were more or fewer sequences than now.
+        """
+        if not self.cfg.carry_state or left[0] is None:
+            return
+        # Sequence b of rank r of R is number b R + r of the batch, whose new shares are taken from there.
+        state = torch.stack(left, 1).flatten(0, 1)  # [B] or [B, S]
+        if len(state) != self.cfg.batch_size:
+            raise InputError(f"carry_state goes on with {len(state)} sequences, but batch_size = "
+                             f"{self.cfg.batch_size}: use batch_size={len(state)}, or resume=never")
+        self.carried = self.rt.share(state).to(self.process.device)
 
 
 class Contexts(NamedTuple):
@@ -408,16 +439,18 @@ def train_step(model: nn.Module, tokens: torch.Tensor, rt: Runtime, cfg: Config)
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runtime, batch: int = 4_096) -> dict:
-    """Loss against the floor [T], by position. Collective: ranks share the contexts.
+def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runtime, batch: int | None = None) -> dict:
+    """Loss against the floor [T], by position. Collective: ranks share the contexts. batch: words at once.
 
     The loss is not measured on drawn targets but is floor + KL(optimal || model), its exact mean over the next token:
     an excess of 1e-4 nats shows on a few thousand contexts, where drawn targets would need some 10^8.
     """
+    # Each rank takes its share of the contexts; a context counts by its probability.
     words = rt.share(contexts.words)
     weights = rt.share(contexts.weights)
     optimal = rt.share(contexts.optimal)
     divergence = torch.zeros_like(floor, device=words.device)  # [T]
+    batch = batch or words_at_once(len(floor))  # fewer of longer words: memory stays the same
     model.eval()
     for begin in range(0, len(words), batch):
         rows = slice(begin, begin + batch)
@@ -445,12 +478,14 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
     }
 
 
-def analyse_beliefs(model: nn.Module, contexts: Contexts, cfg: Config, rt: Runtime) -> tuple[dict, dict]:
+def analyse_beliefs(model: nn.Module, contexts: Contexts, cfg: Config, rt: Runtime, deals: int = DEALS
+                    ) -> tuple[dict, dict]:
     """(analysis, what its pictures need): how much of the belief a linear map reads out of the activations."""
     # The control: this network as initialised. Random features of the context hold some of the belief too.
     rt.reseed()
     untrained = build_model(cfg, contexts.optimal.shape[-1]).to(rt.device)
-    return analyse(model, untrained, contexts, rt.device, cfg.last_token_only, cfg.seed)
+    # Its deals have a seed of their own: how they fall is no part of how the network was trained.
+    return analyse(model, untrained, contexts, rt.device, cfg.last_token_only, cfg.deal_seed, deals)
 
 
 def rehearse(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Config, rt: Runtime) -> None:
@@ -472,7 +507,7 @@ def rehearse(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Con
         # As at the end: loss by position, activations of every layer, regression.
         evaluate(model, few, floor, rt)
         if few.beliefs is not None:
-            analyse_beliefs(model, few, cfg, rt)
+            analyse_beliefs(model, few, cfg, rt, deals=1)
 
 
 def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Config, rt: Runtime, folder: Path,
@@ -485,8 +520,10 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
         if contexts.beliefs is not None:
             analysis, geometry = analyse_beliefs(model, contexts, cfg, rt)
             write_json(folder / "analysis.json", analysis | {"evaluation": result})
-            for name in ("r2_concat", "r2_by_layer", "shuffled_r2_concat", "untrained_r2_concat"):
-                result[name] = analysis[name]
+            # What the summary says of the belief: r2 by layer and of all, its spread over deals, the controls.
+            for name, value in analysis.items():
+                if "r2" in name:
+                    result[name] = value
         plot_run(folder, title, result, analysis, geometry)
         result["exact"] = contexts.exact
     rt.barrier()
@@ -496,23 +533,32 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------
+NO_FLOOR = 1e-9  # below, in nats, the floor is that of a process without chance, or is not known
+
+
 def describe(process: Process, model: nn.Module, floor: torch.Tensor, error: float, cfg: Config) -> str:
     """What is trained on what, in two lines."""
     size = sum(parameter.numel() for parameter in model.parameters())
+    tokens = counted(process.vocab_size, "token")
+    states = counted(process.num_states, "state")
     parts = [
-        f"process {process.name}: {process.vocab_size} tokens, {process.num_states} states",
+        f"process {process.name}: {tokens}, {states}",
         f"{cfg.model}: {size:,} parameters",
         f"{cfg.batch_size * cfg.n_ctx:,} tokens a step",
         cfg.out_dir,
     ]
     exact = f"+- {error:.1e}" if error else "(exact)"
-    return " | ".join(parts) + f"\nfloor {floor.mean():.6f} nats a token {exact}"
+    notes = getattr(process, "notes", [])
+    told = f"floor {floor.mean():.6f} nats a token {exact}"
+    if float(floor.mean()) < NO_FLOOR:
+        told = "floor 0, or not known"
+    return "\n".join([" | ".join(parts), *notes, told])
 
 
 def in_words(result: dict) -> str:
-    """The loss and, where there is a floor, how far it is above."""
-    if result["optimal_loss"] < 1e-9:  # not known, or a process without chance
-        return f"loss {result['loss']:.6f}"
+    """The loss and, where there is a floor, how far it is above. Of a floor of 0 there is no percent."""
+    if result["optimal_loss"] < NO_FLOOR:
+        return f"loss {result['loss']:.6f} nats"
     excess = result["excess_loss"]
     return f"loss {result['loss']:.6f} | excess {excess:.6f} nats ({excess / result['optimal_loss']:.3%})"
 
@@ -551,9 +597,9 @@ def train(cfg: Config) -> dict:
             return summary
         meter = Meter(rt, cfg.batch_size * cfg.n_ctx, began, state)
         if state:
-            step, best, extra, rank_extra = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             tracker.load_state_dict(extra["tracker"])
-            batches.carried = rank_extra.get("carried")
+            batches.take_up([rank.get("carried") for rank in state["ranks"]])
         trained = rt.wrap(model)  # what steps go through: compiled and synchronised; `model` is the same weights
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
@@ -599,7 +645,7 @@ def train(cfg: Config) -> dict:
                 # All that it takes to go on to the bit. Collective, as each rank has random numbers and sequences.
                 if due.saves or improved:
                     extra = {"data": data, "tracker": tracker.state_dict()}
-                    rank_extra = {"carried": batches.carried}
+                    rank_extra = {"carried": batches.left()}
                     saved = checkpoint.capture(
                         rt, __file__, config_dict(cfg), step, model, optimizer, best, meter, extra, rank_extra
                     )
@@ -621,11 +667,15 @@ def train(cfg: Config) -> dict:
 
 def verdict(summary: dict, folder: Path) -> str:
     """The result in words."""
+    # The loss, in percent of its floor where that is above 0.
     text = f"done: loss {summary['loss']:.5f}"
-    if summary["optimal_loss"] > 1e-9:
+    if summary["optimal_loss"] < NO_FLOOR:
+        text += " nats"
+    else:
         text += f" is {summary['excess_loss'] / summary['optimal_loss']:.3%} above the floor"
+    # The belief, beside what the network held of it before it was trained.
     if "r2_concat" in summary:
-        text += f", and the activations hold the belief with held-out r2 {summary['r2_concat']:.4f}"
+        text += f"; {belief_in_words(summary)}"
     return f"{text}; pictures in {folder / 'plots'}"
 
 
@@ -650,7 +700,7 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
-    for name in ("precision", "max_words", "last_token_only"):
+    for name in ("precision", "max_words", "last_token_only", "deal_seed"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(run, name, getattr(cfg, name))
     with Runtime(run) as rt:
@@ -659,8 +709,8 @@ def analyze(cfg: Config) -> dict:
         contexts = final_contexts(process, run)
         title = f"{process.name}, {run.model}, {step} steps"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
-    r2 = f" | r2_concat {result['r2_concat']:.4f}" if "r2_concat" in result else ""
-    print(f"step {step}: {in_words(result)}{r2}; see {folder / 'plots'}")
+    belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
+    print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")
     return result
 
 

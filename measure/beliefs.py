@@ -1,8 +1,10 @@
 """Is the belief in the activations, linearly? Regression on held-out prefixes, principal components, pictures.
 
-Dimensions: N words of T tokens, P prefixes, D width, S states.
+Dimensions: N words of T tokens, P prefixes, D width of a layer, W of all layers, S states, Q columns of moments.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +16,31 @@ from common.errors import InputError
 from common.runlog import read_metrics
 from measure.figures import figure
 
-FOLDS = 5
-RCONDS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # 1 keeps only the mean
+FOLDS = 5  # four fit, the fifth is predicted, in turn
+STRATA = 5  # prefixes are dealt into FOLDS * STRATA hands once, and hands into folds in every deal
+DEALS = 10  # deals that a result is averaged over
+RCONDS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # 1 keeps only the mean
+SLACK = 1.01  # of rconds that err as little as the best, to a hundredth, the largest is taken
+FLOAT32 = 6e-8  # relative rounding of activations
+TOKENS = 40_960  # tokens of a forward pass
+ROWS = 8_192  # prefixes of a block
+KEPT_BYTES = 2**28  # activations are kept for a second pass up to this size, and computed again beyond
+MOMENT_BYTES = 2**30  # moments of all hands; beyond, as of networks wider than 2,300 in all, there is one deal alone
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Prefixes
 # ---------------------------------------------------------------------------------------------------------------
 class Prefixes(NamedTuple):
-    """Distinct prefixes: activations by layer, each [P, D]; beliefs [P, S]; weights [P], summing to 1; lengths [P]."""
+    """Distinct prefixes of the words.
 
-    activations: dict
+    activations: blocks [p, W], one after another [P, W] in all; may be passed over several times.
+    columns: where the W columns hold "embed", "layer_1", ..., and "concat", which is all layers.
+    beliefs [P, S]; weights [P], summing to 1; lengths [P].
+    """
+
+    activations: Iterable[torch.Tensor]
+    columns: dict[str, slice]
     beliefs: torch.Tensor
     weights: torch.Tensor
     lengths: torch.Tensor
@@ -32,17 +48,73 @@ class Prefixes(NamedTuple):
 
 def first_occurrences(words: torch.Tensor) -> torch.Tensor:
     """[N, T]: whether the prefix of sorted words [N, T] that ends there occurs for the first time."""
-    differs = (words[1:] != words[:-1]).int().cummax(1).values.bool()  # equal prefixes are neighbours
-    return torch.cat([torch.ones_like(words[:1]).bool(), differs])
+    differs = (words[1:] != words[:-1]).int()  # equal prefixes are neighbours
+    differs = differs.cummax(1).values.bool()
+    first = torch.ones_like(words[:1]).bool()
+    return torch.cat([first, differs])
 
 
-@torch.no_grad()
+def words_at_once(length: int) -> int:
+    """How many words of a length go through a model together, so that its memory does not grow with the length."""
+    return max(1, TOKENS // length)
+
+
+class Activations:
+    """Blocks [p, W] of a model's activations at the prefixes, embedding and layers side by side; see Prefixes.
+
+    Few are kept after the first pass. Many are computed again in each: memory does not grow with their number.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        words: torch.Tensor,
+        first: torch.Tensor,
+        device,
+        batch: int,
+    ):
+        self.model, self.words, self.first = model, words, first
+        self.device, self.batch = device, batch
+        begin = 0
+        self.columns = {}
+        for i, layer in enumerate(self._layers(slice(0, 1))):
+            end = begin + layer.shape[-1]
+            self.columns[f"layer_{i}" if i else "embed"] = slice(begin, end)
+            begin = end
+        self.columns["concat"] = slice(self.columns["embed"].stop, end)
+        size = int(first.sum()) * end * layer.element_size()
+        self.kept = [] if size <= KEPT_BYTES else None
+
+    @torch.no_grad()
+    def _layers(self, rows: slice) -> list[torch.Tensor]:
+        """Checked activations [n, T, D] of these words, the embedding first."""
+        words = self.words[rows]
+        self.model.eval()
+        _, layers = self.model(words.to(self.device))
+        self.model.train()
+        _check_activations(layers, words.shape)
+        return layers
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        if self.kept:
+            yield from self.kept
+            return
+        for begin in range(0, len(self.words), self.batch):
+            rows = slice(begin, begin + self.batch)
+            # Where the beliefs are, in which place the regression is done.
+            layers = [layer.to(self.words.device) for layer in self._layers(rows)]
+            blocks = torch.cat(layers, -1)[self.first[rows]].split(ROWS)
+            if self.kept is not None:
+                self.kept += [block.clone() for block in blocks]
+            yield from blocks
+
+
 def collect_prefixes(
     model: torch.nn.Module,
     contexts,
     device: torch.device,
     last_token_only: bool = False,
-    batch: int = 4_096,
+    batch: int | None = None,
 ) -> Prefixes:
     """Activations and beliefs at every distinct prefix of the words, once each, weighted by probability.
 
@@ -50,6 +122,7 @@ def collect_prefixes(
         model: tokens [B, T] -> logits, activations [B, T, D] after the embedding and after every layer.
         contexts: has words [N, T] in lexicographic order, weights [N] and beliefs [N, T, S].
         last_token_only: whole words only.
+        batch: words of a forward pass; default as many as words_at_once says.
     Raises InputError where the activations are not what they should be.
     """
     words = contexts.words
@@ -63,26 +136,13 @@ def collect_prefixes(
     weights = sums.gather(0, group)
     if last_token_only:
         first[:, :-1] = False
-
-    model.eval()
-    parts = []
-    for begin in range(0, N, batch):
-        rows = slice(begin, begin + batch)
-        _, activations = model(words[rows].to(device))
-        _check_activations(activations, words[rows].shape)
-        # On the device and in the type of the beliefs, which regression is done in.
-        parts.append([layer.to(contexts.beliefs)[first[rows]] for layer in activations])
-    model.train()
-
-    layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]  # each [P, D]
-    activations = {"embed": layers[0]}
-    for i, layer in enumerate(layers[1:], 1):
-        activations[f"layer_{i}"] = layer
-    activations["concat"] = torch.cat(layers[1:], 1)
+    batch = batch or words_at_once(T)
+    activations = Activations(model, words, first, device, batch)
     positions = torch.arange(1, T + 1, device=words.device)
     weight = weights[first]
     return Prefixes(
         activations=activations,
+        columns=activations.columns,
         beliefs=contexts.beliefs[first],
         weights=weight / weight.sum(),
         lengths=positions.expand(N, T)[first],
@@ -103,30 +163,46 @@ def _check_activations(activations, shape: torch.Size) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Regression and principal components
+# Principal components
 # ---------------------------------------------------------------------------------------------------------------
 def pca(features: torch.Tensor, weights: torch.Tensor, components: int = 3) -> dict:
     """Weighted principal components of [P, D]: axes, coordinates, explained fractions, how many explain 80%, ..."""
     centred = features - weights @ features
     covariance = (centred * weights[:, None]).t() @ centred
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
-    values = values.flip(0).clamp_min(0)
+    vectors = torch.linalg.eigh(covariance).eigenvectors  # ascending
     axes = vectors.flip(1)[:, :components]
+    return {"coordinates": centred @ axes, "axes": axes} | spectrum(covariance)
+
+
+def spectrum(covariance: torch.Tensor) -> dict:
+    """What principal components explain of a covariance [D, D], and how many explain 80, 90, 95, 99%."""
+    values = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0)
     explained = values / values.sum().clamp_min(1e-300)
     total = explained.cumsum(0)
-    result = {
-        "coordinates": centred @ axes,
-        "axes": axes,
-        "explained": explained.tolist(),
-    }
+    result = {"explained": explained.tolist()}
     for percent in (80, 90, 95, 99):
         too_few = total < percent / 100 - 1e-12
         result[f"components_{percent}"] = int(too_few.sum()) + 1
     return result
 
 
-def deal(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The fold [P] of each prefix: every five of neighbouring weight go to different folds, at random."""
+# ---------------------------------------------------------------------------------------------------------------
+# Regression on held-out prefixes
+# ---------------------------------------------------------------------------------------------------------------
+# A map is fitted to some prefixes and judged on others. Where few prefixes hold most of the weight, it matters much
+# which are seen: with one deal, r2 of the same weights was 0.17 with one seed and 0.98 with another. So prefixes are
+# dealt by weight, and results are means over deals.
+#
+# All that least squares needs of a set of prefixes are its moments, sums of w z z' with z = (1, features, beliefs):
+# those of a union are the sum, those of a layer a part, and the prefixes themselves need not be in memory. A square
+# loses half of the digits, but activations have no more than seven.
+
+
+def deal_hands(weights: torch.Tensor, generator: torch.Generator, strata: int = STRATA) -> torch.Tensor:
+    """The hand [P] of each prefix, one of FOLDS * strata: every five of neighbouring weight go to five hands.
+
+    The next five go to the next five hands, and so on: hands k FOLDS to k FOLDS + 4 are alike.
+    """
     P = len(weights)
     rank = weights.argsort(descending=True).argsort()
     five = rank // FOLDS
@@ -135,112 +211,257 @@ def deal(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     order = (five + noise).argsort()
     place = torch.empty_like(rank)
     place[order] = torch.arange(P)
-    return place % FOLDS
+    return place % FOLDS + FOLDS * (five % strata)
 
 
-def belief_regression(features: torch.Tensor, beliefs: torch.Tensor, weights: torch.Tensor, seed: int = 0) -> dict:
-    """Weighted least squares of beliefs [P, S] on features [P, D] with an intercept, scored on what it has not seen.
+def deal_folds(strata: int, generator: torch.Generator) -> torch.Tensor:
+    """The fold of each hand [FOLDS * strata] in one deal: of every five like hands, each goes to another fold."""
+    orders = [torch.randperm(FOLDS, generator=generator) for _ in range(strata)]
+    return torch.cat(orders)
 
-    Prefixes are dealt into five folds of like weight. Three of them fit, a fourth chooses how small a singular value
-    counts (rcond), and the fifth is predicted; in turn, so that every prefix is held out once. Of these predictions are
-    r2 (the fraction of the variance of all coordinates explained), rmse, mae (means over coordinates) and dist (mean
-    Euclidean distance). shuffled_* is the same with beliefs shuffled over prefixes: what mere dimension reproduces.
-    *r2_fit is the r2 of a map fitted to all prefixes, and `predicted` [P, S] what that one says.
+
+class Moments(NamedTuple):
+    """hands [H, Q, Q]: sums of w z z' over the prefixes of a hand, z = (1, features - shift, beliefs - mean, shuffled).
+
+    shift [W]: a typical activation, taken off so that squares do not lose the digits that differ. hand [P].
     """
-    if len(features) < FOLDS:
+
+    hands: torch.Tensor
+    shift: torch.Tensor
+    hand: torch.Tensor
+
+
+def moments_of(prefixes: Prefixes, generator: torch.Generator) -> Moments:
+    """Moments of prefixes dealt into hands, in one pass over their activations, on the CPU in float64.
+
+    Raises InputError for fewer prefixes than folds.
+    """
+    beliefs = prefixes.beliefs
+    P, S = beliefs.shape
+    if P < FOLDS:
         raise InputError(
-            f"{len(features)} different contexts are too few to hold some out: raise n_ctx or max_words, "
+            f"{P} different contexts are too few to hold some out: raise n_ctx or max_words, "
             "or analyse prefixes too (last_token_only=false)"
         )
+    Q = 1 + prefixes.columns["concat"].stop + 2 * S
+    size = FOLDS * STRATA * Q**2 * 8  # bytes
+    strata = STRATA if size <= MOMENT_BYTES else 1
+    hand = deal_hands(prefixes.weights.cpu(), generator, strata)
+    hand = hand.to(beliefs.device)
+    order = torch.randperm(P, generator=generator).to(beliefs.device)
+    centred = beliefs - prefixes.weights @ beliefs  # a constant belief has no variance then, not that of rounding
+    targets = torch.cat([centred, centred[order]], 1)  # the true ones, and the control
+    root = prefixes.weights.sqrt()[:, None]
+    hands = torch.zeros(FOLDS * strata, Q, Q).to(beliefs)
+    shift = None
+    begin = 0
+    for block in prefixes.activations:
+        block = block.to(beliefs)
+        if shift is None:
+            shift = block.mean(0)
+        rows = slice(begin, begin + len(block))
+        begin = rows.stop
+        one = torch.ones_like(block[:, :1])
+        z = torch.cat([one, block - shift, targets[rows]], 1)
+        z *= root[rows]
+        for h in range(len(hands)):
+            part = z[hand[rows] == h]
+            hands[h] += part.t() @ part
+    return Moments(hands.cpu(), shift, hand)
+
+
+def covariances(moments: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(means [Q - 1], covariance of features [D, D], of features and targets [D, Q - 1 - D]), each times the weight."""
+    weight = moments[0, 0]
+    means = moments[0, 1:] / weight
+    centred = moments[1:, 1:] - weight * torch.outer(means, means)
+    return means, centred[:D, :D], centred[:D, D:]
+
+
+def least_squares(moments: torch.Tensor, D: int, floor: float) -> torch.Tensor:
+    """Maps [D + 1, rcond, 2, S] from (1, features) to both targets, an intercept first, for every one of RCONDS.
+
+    Only principal components count whose deviation is above rcond times the largest, and whose variance is above
+    floor: what is below is rounding.
+    """
+    means, covariance, shared = covariances(moments, D)
+    values, vectors = torch.linalg.eigh(covariance)
+    rcond = torch.tensor(RCONDS, dtype=values.dtype)
+    largest = values[-1]
+    is_large = values[:, None] > largest * rcond.square()
+    is_real = values > floor * moments[0, 0]
+    counts = is_large & is_real[:, None]  # [D, rcond]
+    inverse = torch.where(counts, 1 / values[:, None], 0)
+    projected = vectors.t() @ shared
+    scaled = inverse[:, :, None] * projected[:, None]  # [D, rcond, 2 S]
+    slopes = vectors @ scaled.flatten(1)
+    every = means[D:].repeat(len(RCONDS))
+    intercepts = every - means[:D] @ slopes
+    maps = torch.cat([intercepts[None], slopes])
+    return maps.view(D + 1, len(RCONDS), 2, -1)
+
+
+def squared_errors(moments: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Sums of w (target - prediction)^2 over the prefixes of these moments, [..., 2, S], of maps [D + 1, ..., 2, S]."""
+    inputs = len(maps)
+    S = maps.shape[-1]
+    between = moments[:inputs, :inputs].contiguous()
+    shared = moments[:inputs, inputs:].reshape(inputs, 2, S)
+    squares = moments[inputs:, inputs:].diagonal().view(2, S)
+    flat = maps.flatten(1)
+    products = flat * (between @ flat)
+    quadratic = products.sum(0).view(maps.shape[1:])
+    if maps.ndim == 4:  # one map for each rcond
+        shared = shared[:, None]
+    linear = (shared * maps).sum(0)
+    return (squares - 2 * linear + quadratic).clamp_min(0)
+
+
+def held_out_maps(folds: torch.Tensor, D: int, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(maps [FOLDS, D + 1, 2, S], each fitted without its fold; their rconds' numbers [FOLDS, 2]), of fold moments.
+
+    The rcond of a fold is chosen without it as well: three of the other four fit, the fourth judges, in turn.
+    """
+    errors = torch.zeros(FOLDS, len(RCONDS), 2, dtype=folds.dtype)
+    for pair in itertools.combinations(range(FOLDS), 2):
+        others = [k for k in range(FOLDS) if k not in pair]
+        candidates = least_squares(folds[others].sum(0), D, floor)
+        for held_out, judge in (pair, pair[::-1]):
+            errors[held_out] += squared_errors(folds[judge], candidates).sum(-1)
+    # Rounding decides between rconds that err alike, so of these it is the one that keeps least.
+    least = errors.min(1, keepdim=True).values
+    rounding = 1e-12 * folds.sum(0).diagonal()[1 + D :].sum()
+    alike = errors <= SLACK * least + rounding
+    number = torch.arange(len(RCONDS))[:, None]
+    chosen = torch.where(alike, number, 0).max(1).values  # [FOLDS, 2]
+    maps = []
+    for k in range(FOLDS):
+        others = [other for other in range(FOLDS) if other != k]
+        candidates = least_squares(folds[others].sum(0), D, floor)
+        maps.append(take(candidates, chosen[k]))
+    return torch.stack(maps), chosen
+
+
+def take(maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Of maps [D + 1, rcond, 2, S] those of each problem's rcond, numbers [2]: [D + 1, 2, S]."""
+    both = torch.arange(2)
+    return maps[:, numbers, both]
+
+
+def regress(prefixes: Prefixes, seed: int = 0, deals: int = DEALS) -> dict[str, dict]:
+    """Weighted least squares of beliefs on the features of every layer, scored on prefixes it has not seen.
+
+    Prefixes are dealt into five folds of like weight. Four of them fit, the fifth is predicted; in turn, so that every
+    prefix is held out once. Of these predictions is r2 (the fraction of the variance of all coordinates explained): its
+    mean over deals and its standard deviation, r2_spread. None where it is not defined: r2 of beliefs that do not vary,
+    the spread of one deal. rmse is a mean over coordinates and deals, and so on. shuffled_* is the same with
+    beliefs shuffled over prefixes: what mere dimension reproduces. *r2_fit is the r2 of a map fitted to all prefixes.
+
+    Args:
+        seed: of the deals.
+    Returns {layer: result}, with `maps` [deals, FOLDS, D + 1, S] and `map` [D + 1, S], fitted to all, for `predict`;
+    they give the belief less its mean.
+    Raises InputError for too few prefixes.
+    """
     generator = torch.Generator().manual_seed(seed)
-    fold = deal(weights.cpu(), generator).to(features.device)
-    order = torch.randperm(len(beliefs), generator=generator)
-    shuffled = beliefs[order.to(beliefs.device)]
-    share = weights / weights.sum()
+    moments = moments_of(prefixes, generator)
+    strata = len(moments.hands) // FOLDS
+    deals = deals if strata > 1 else 1
+    fold_of_hand = torch.stack([deal_folds(strata, generator) for _ in range(deals)])  # [deals, H]
+    folds = fold_of_hand.to(moments.hand.device)[:, moments.hand]  # [deals, P]
+    numbers = torch.arange(moments.hands.shape[-1])
+    last = prefixes.columns["concat"].stop
+    results = {}
+    for name, columns in prefixes.columns.items():
+        shift = moments.shift[columns]
+        floor = float(FLOAT32**2 * shift.square().sum())
+        # Of the columns of moments: the one, the features of this layer, the targets.
+        features = numbers[1:][columns]
+        part = torch.cat([numbers[:1], features, numbers[1 + last :]])
+        hands = moments.hands[:, part][:, :, part]
+        result = _regress_layer(hands, len(shift), floor, fold_of_hand)
+        result["shift"] = shift
+        result["folds"] = folds
+        results[name] = result
+    return results
 
-    # Both problems at once, the beliefs and the shuffled ones, stacked. Features are centred and have an intercept
-    # still, since a fold's mean is not the whole's.
-    centred = features - share @ features
-    intercept = torch.ones_like(centred[:, :1])
-    X = torch.cat([centred, intercept], 1)  # [P, D + 1]
-    Y = torch.stack([beliefs, shuffled])  # [2, P, S]
-    means = (share @ Y)[:, None]  # [2, 1, S]
 
-    # Triangular factors stand in for the rows of a fold: any union of folds is then a small problem.
-    root = share.sqrt()[:, None]
-    weighted_X = X * root
-    weighted_Y = (Y - means) * root
-    factors = []
-    targets = []
-    for k in range(FOLDS):
-        Q, R = torch.linalg.qr(weighted_X[fold == k])
-        factors.append(R)
-        targets.append(Q.t() @ weighted_Y[:, fold == k])
-
-    def maps(folds: list[int]) -> torch.Tensor:
-        """Least-squares maps [rcond, 2, D + 1, S] of these folds."""
-        return least_squares(
-            torch.cat([factors[k] for k in folds]),
-            torch.cat([targets[k] for k in folds], 1),
-        )
-
-    predicted = torch.empty_like(Y)
-    chosen = []
-    both = torch.arange(2, device=Y.device)
-    for k in range(FOLDS):
-        judge = (k + 1) % FOLDS
-        candidates = maps([other for other in range(FOLDS) if other not in (k, judge)])
-        # The rcond of each problem that errs least on the judging fold ...
-        judged = fold == judge
-        residual = X[judged] @ candidates + means - Y[:, judged]  # [rcond, 2, rows, S]
-        error = (share[judged] @ residual.square()).sum(-1)  # [rcond, 2]
-        best = error.argmin(0)  # [2]
-        chosen.append(best)
-        # ... predicts the one that nothing has seen.
-        held_out = fold == k
-        predicted[:, held_out] = X[held_out] @ candidates[best, both] + means
-    typical = torch.stack(chosen).median(0).values  # [2]
-    on_all = maps(list(range(FOLDS)))[typical, both]
-    fitted = X @ on_all + means
-
-    result = {"predicted": fitted[0]}
+def _regress_layer(
+    hands: torch.Tensor,
+    D: int,
+    floor: float,
+    fold_of_hand: torch.Tensor,
+) -> dict:
+    """The result of one layer; see regress."""
+    total = hands.sum(0)
+    S = (total.shape[-1] - 1 - D) // 2
+    means = total[0, 1 + D :]
+    variance = total.diagonal()[1 + D :] - means.square()
+    variance = variance.view(2, S).sum(1)  # of the beliefs, and as shuffled
+    r2, rmse, maps, chosen = [], [], [], []
+    for fold in fold_of_hand:
+        folds = [hands[fold == k].sum(0) for k in range(FOLDS)]
+        folds = torch.stack(folds)
+        of_folds, numbers = held_out_maps(folds, D, floor)
+        error = torch.zeros(2, S).to(hands)
+        for moments, held_out in zip(folds, of_folds, strict=True):
+            error += squared_errors(moments, held_out)
+        r2.append(1 - error.sum(1) / variance)
+        rmse.append(error.sqrt().mean(1))
+        maps.append(of_folds[:, :, 0])
+        chosen.append(numbers)
+    result = {"maps": torch.stack(maps)}
+    r2 = torch.stack(r2)  # [deals, 2]
+    rmse = torch.stack(rmse).mean(0)
+    typical = torch.cat(chosen).median(0).values  # [2]
+    candidates = least_squares(total, D, floor)
+    unexplained = squared_errors(total, candidates).sum(-1)  # [rcond, 2]
+    result["map"] = candidates[:, typical[0], 0]
     for i, name in enumerate(("", "shuffled_")):
-        for key, value in regression_metrics(predicted[i], Y[i], weights).items():
-            result[name + key] = value
+        varies = variance[i] > 1e-20
+        has_spread = varies and len(r2) > 1
+        fit = 1 - unexplained[typical[i], i] / variance[i]
+        of_deals = r2[:, i]
+        result[f"{name}r2"] = float(of_deals.mean()) if varies else None
+        result[f"{name}r2_spread"] = float(of_deals.std()) if has_spread else None
+        result[f"{name}r2_fit"] = float(fit) if varies else None
+        result[f"{name}rmse"] = float(rmse[i])
         result[f"{name}rcond"] = RCONDS[typical[i]]
-        result[f"{name}r2_fit"] = regression_metrics(fitted[i], Y[i], weights)["r2"]
+    _, covariance, _ = covariances(total, D)
+    result["pca"] = spectrum(covariance)
     return result
 
 
-def least_squares(factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Maps [rcond, 2, D + 1, S] of the problem factor [R, D + 1], targets [2, R, S]: V diag(1 / s) U', small s left
-    out, for every one of RCONDS."""
-    U, s, Vh = torch.linalg.svd(factor, full_matrices=False)
-    inverses = []
-    for rcond in RCONDS:
-        counts = (s > rcond * s[0]) & (s > 0)
-        inverses.append(torch.where(counts, 1 / s, 0))
-    inverse = torch.stack(inverses)[:, None, :, None]  # [rcond, 1, D + 1, 1]
-    return Vh.t() @ (inverse * (U.t() @ target))
-
-
-def regression_metrics(predicted: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> dict:
-    """r2, rmse, mae, dist of predictions [P, S], weighted; see belief_regression."""
-    share = weights / weights.sum()
-    residual = predicted - target
-    centred = target - share @ target
-    error = share @ residual**2  # [S]
-    unexplained = float(error.sum())
-    variance = float((share @ centred**2).sum())
-    r2 = 0.0  # of beliefs that do not vary
-    if variance > 1e-20:
-        r2 = 1 - unexplained / variance
-    return {
-        "r2": r2,
-        "rmse": float(error.sqrt().mean()),
-        "mae": float((share @ residual.abs()).mean()),
-        "dist": float(share @ residual.norm(dim=1)),
-    }
+def predict(prefixes: Prefixes, results: dict[str, dict]) -> torch.Tensor:
+    """A second pass over the activations: adds mae (mean over coordinates and deals) and dist (mean Euclidean distance)
+    of held-out predictions to the results of regress; returns what the map of "concat" says that saw all, [P, S]."""
+    mean = prefixes.weights @ prefixes.beliefs
+    sums = {name: torch.zeros(2).to(mean) for name in results}  # of mae and dist
+    said = []
+    begin = 0
+    for block in prefixes.activations:
+        rows = slice(begin, begin + len(block))
+        begin = rows.stop
+        beliefs = prefixes.beliefs[rows] - mean
+        weights = prefixes.weights[rows]
+        for name, result in results.items():
+            features = block[:, prefixes.columns[name]].to(beliefs) - result["shift"]
+            inputs = F.pad(features, (1, 0), value=1.0)
+            folds = result["folds"][:, rows]
+            of_deals = result["maps"].to(beliefs)
+            for fold, maps in zip(folds, of_deals, strict=True):
+                every = torch.einsum("pd,kds->pks", inputs, maps)  # by all maps; each prefix takes that of its fold
+                own = fold[:, None, None].expand(-1, 1, every.shape[2])
+                residual = every.gather(1, own)[:, 0] - beliefs
+                mae = weights @ residual.abs().mean(1)
+                dist = weights @ residual.norm(dim=1)
+                sums[name] += torch.stack([mae, dist])
+        said.append(mean + inputs @ result["map"].to(beliefs))  # of the last layer, "concat"
+    for name, result in results.items():
+        means = sums[name] / len(result["maps"])
+        result["mae"] = float(means[0])
+        result["dist"] = float(means[1])
+    return torch.cat(said)
 
 
 def analyse(
@@ -250,36 +471,42 @@ def analyse(
     device: torch.device,
     last_token_only: bool = False,
     seed: int = 0,
+    deals: int = DEALS,
 ) -> tuple[dict, dict]:
-    """Regress beliefs on the activations of every layer and on all of them together; see collect_prefixes.
+    """Regress beliefs on the activations of every layer and on all of them together; see collect_prefixes, regress.
 
     Returns (what analysis.json holds, what the pictures need). `untrained_r2_concat` is the same regression on the
-    network as initialised: how much of the belief any random features of the context give.
+    network as initialised: how much of the belief any random features of the context give. Every r2 is None where the
+    beliefs do not vary: there is nothing to hold.
     """
     prefixes = collect_prefixes(model, contexts, device, last_token_only)
+    results = regress(prefixes, seed, deals)
+    predicted = predict(prefixes, results)
+    deals = len(results["concat"]["maps"])
     layers = {}
     r2_by_layer = {}
-    for name, features in prefixes.activations.items():
-        layer = belief_regression(features, prefixes.beliefs, prefixes.weights, seed)
-        predicted = layer.pop("predicted")  # in the end that of "concat"
-        components = pca(features, prefixes.weights)
-        del components["coordinates"], components["axes"]
-        layer["pca"] = components
-        layers[name] = layer
+    for name, result in results.items():
+        for tensor in ("maps", "map", "shift", "folds"):
+            del result[tensor]
+        layers[name] = result
         if name != "concat":
-            r2_by_layer[name] = layer["r2"]
+            r2_by_layer[name] = result["r2"]
+    concat = layers["concat"]
 
     control = collect_prefixes(untrained, contexts, device, last_token_only)
-    features = control.activations["concat"]
-    untrained_fit = belief_regression(features, control.beliefs, control.weights, seed)
+    whole = {"concat": control.columns["concat"]}
+    untrained_fit = regress(control._replace(columns=whole), seed, deals)["concat"]
     result = {
         "prefixes": len(prefixes.weights),
         "all_prefixes": contexts.exact,
+        "deals": deals,
         "layers": layers,
-        "r2_concat": layers["concat"]["r2"],
+        "r2_concat": concat["r2"],
+        "r2_concat_spread": concat["r2_spread"],
         "r2_by_layer": r2_by_layer,
-        "shuffled_r2_concat": layers["concat"]["shuffled_r2"],
+        "shuffled_r2_concat": concat["shuffled_r2"],
         "untrained_r2_concat": untrained_fit["r2"],
+        "untrained_r2_concat_spread": untrained_fit["r2_spread"],
     }
     geometry = {
         "beliefs": prefixes.beliefs.cpu(),
@@ -289,16 +516,44 @@ def analyse(
     return result, geometry
 
 
+def has_gain(result: dict) -> bool:
+    """Whether training put the belief there: r2 is above 0, and above the untrained network's by more than deals move
+    either."""
+    spread = result["r2_concat_spread"] or 0.0
+    untrained_spread = result["untrained_r2_concat_spread"] or 0.0
+    reached = result["untrained_r2_concat"] + max(spread, untrained_spread)
+    return result["r2_concat"] > max(0.0, reached)
+
+
+def belief_in_words(result: dict) -> str:
+    """What the activations hold of the belief, beside the untrained network, as part of a sentence; see analyse."""
+    if result["r2_concat"] is None:
+        return "the belief is the same after every context: there is nothing to hold"
+    r2 = f"{result['r2_concat']:.4f}"
+    if result["r2_concat_spread"] is not None:
+        r2 += f" +- {result['r2_concat_spread']:.4f}"
+    untrained = f"{result['untrained_r2_concat']:.4f}"
+    if has_gain(result):
+        return f"the activations hold the belief with held-out r2 {r2} (untrained network {untrained})"
+    return f"held-out r2 of the belief {r2} is no gain over the untrained network's {untrained}"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
-def plot_run(folder: Path, title: str, result: dict, analysis: dict | None, geometry: dict | None) -> None:
-    """All pictures of a run, in folder/plots; those of beliefs only where there is an analysis."""
+def plot_run(
+    folder: Path,
+    title: str,
+    result: dict,
+    analysis: dict | None,
+    geometry: dict | None,
+) -> None:
+    """All pictures of a run, in folder/plots; those of beliefs only where there is an analysis and beliefs vary."""
     plot_loss_by_position(folder, title, result)
     plot_excess_loss(folder, title)
-    if analysis is not None:
+    if analysis is not None and analysis["r2_concat"] is not None:
         plot_r2_by_layer(folder, title, analysis)
-        plot_simplex(folder, title, geometry, analysis["r2_concat"])
+        plot_beliefs(folder, title, geometry, analysis["r2_concat"])
 
 
 def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
@@ -316,12 +571,15 @@ def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
 
 
 def plot_excess_loss(folder: Path, title: str) -> None:
-    """The excess loss over training, from metrics.jsonl."""
-    evaluations = [record for record in read_metrics(folder) if record["split"] == "eval"]
-    if not evaluations:
+    """The excess loss over training, from metrics.jsonl; rounding below 0 has no place on a logarithmic axis."""
+    steps = []
+    excess = []
+    for record in read_metrics(folder):
+        if record["split"] == "eval" and record["excess_loss"] > 0:
+            steps.append(record["step"])
+            excess.append(record["excess_loss"])
+    if not steps:
         return
-    steps = [record["step"] for record in evaluations]
-    excess = [record["excess_loss"] for record in evaluations]
     with figure(folder, "excess_loss", 6, 4) as axes:
         axes.semilogy(steps, excess, "o-", markersize=3)
         axes.set(xlabel="step", ylabel="excess over the floor (nats)")
@@ -330,36 +588,111 @@ def plot_excess_loss(folder: Path, title: str) -> None:
 
 def plot_r2_by_layer(folder: Path, title: str, analysis: dict) -> None:
     """How much of the belief a linear map reads out of each layer and of all together, with the controls."""
-    r2 = {**analysis["r2_by_layer"], "concat": analysis["r2_concat"]}
-    heights = [max(0.0, value) for value in r2.values()]
-    labels = [f"{value:.4f}" for value in r2.values()]  # what a bar of no height stands for, too
+    layers = analysis["layers"]
+    r2 = [layer["r2"] for layer in layers.values()]
+    spread = [layer["r2_spread"] or 0.0 for layer in layers.values()]
+    heights = [max(0.0, value) for value in r2]
+    labels = [f"{value:.4f}" for value in r2]  # what a bar of no height stands for, too
     untrained = analysis["untrained_r2_concat"]
-    shuffled = max(0.0, analysis["shuffled_r2_concat"])
+    shuffled = analysis["shuffled_r2_concat"]
     with figure(folder, "r2_by_layer", max(6, 1.2 * len(r2)), 4) as axes:
-        bars = axes.bar(list(r2), heights)
-        axes.bar_label(bars, labels, fontsize=8)
-        axes.axhline(untrained, color="0.4", linestyle="--", label="concat, untrained network")
-        axes.axhline(shuffled, color="0.4", linestyle=":", label="concat, shuffled beliefs")
-        axes.set(ylabel="held-out r2 of the belief", ylim=(0, 1.12))
+        bars = axes.bar(
+            list(layers),
+            heights,
+            yerr=spread,
+            error_kw={"ecolor": "0.3", "capsize": 3},
+        )
+        axes.bar_label(bars, labels, fontsize=8, padding=3)
+        controls = (
+            (untrained, "--", "untrained network"),
+            (shuffled, ":", "shuffled beliefs"),
+        )
+        for value, style, name in controls:
+            label = f"concat, {name} ({value:.4f})"
+            height = max(0.0, value)
+            axes.axhline(height, color="0.4", linestyle=style, label=label)
+        axes.set(ylabel="held-out r2 of the belief, mean and spread over deals", ylim=(0, 1.16))
+        axes.yaxis.label.set_fontsize(8)
         axes.set_title(title, fontsize=9, wrap=True)
         axes.legend(loc="lower right", fontsize=8)
 
 
-def plot_simplex(folder: Path, title: str, geometry: dict, r2: float) -> None:
-    """True beliefs beside what a linear map reads out of the residual stream, in the colours of the true ones."""
+def plot_beliefs(
+    folder: Path,
+    title: str,
+    geometry: dict,
+    r2: float,
+) -> None:
+    """True beliefs beside what a linear map reads out of the activations."""
     beliefs = geometry["beliefs"]
     weights = geometry["weights"]
-    simplex = is_simplex(beliefs)
+    rows = weights.argsort()[-60_000:]  # the likeliest prefixes, on top the likeliest of all
+    share = (weights[rows] / weights.max()).numpy()
+    sizes = np.clip(30 * share**0.3, 0.3, 30)
+    explained = pca(beliefs, weights)["explained"]
+    lie_on_a_line = sum(explained[1:]) < 1e-9  # as those of two states do: a second axis would show rounding
+    if lie_on_a_line:
+        plot_line(folder, title, geometry, rows, sizes, r2)
+    else:
+        plot_plane(folder, title, geometry, rows, sizes, r2)
+
+
+def plot_line(
+    folder: Path,
+    title: str,
+    geometry: dict,
+    rows: torch.Tensor,
+    sizes: np.ndarray,
+    r2: float,
+) -> None:
+    """Predicted against true belief, along the one direction in which beliefs differ."""
+    beliefs = geometry["beliefs"]
+    weights = geometry["weights"]
+    if is_distribution(beliefs) and beliefs.shape[1] == 2:
+        name = "probability of state 1"
+        read = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        mean = torch.zeros(2, dtype=torch.float64)
+    else:
+        name = "belief, along the line on which all lie"
+        read = pca(beliefs, weights)["axes"][:, 0]
+        mean = weights @ beliefs
+    true = ((beliefs[rows] - mean) @ read).numpy()
+    said = ((geometry["predicted"][rows] - mean) @ read).numpy()
+    with figure(folder, "beliefs", 5.5, 5.5) as axes:
+        ends = [true.min(), true.max()]
+        axes.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
+        axes.scatter(
+            true,
+            said,
+            s=2 * sizes,
+            c=true,
+            cmap="viridis",
+            linewidths=0,
+            label="a context",
+        )
+        axes.set(xlabel=f"{name}: true", ylabel="linear image of the activations")
+        axes.set_title(f"{title}\nheld-out r2 = {r2:.4f}", fontsize=9, wrap=True)
+        axes.legend(loc="upper left", fontsize=8)
+
+
+def plot_plane(
+    folder: Path,
+    title: str,
+    geometry: dict,
+    rows: torch.Tensor,
+    sizes: np.ndarray,
+    r2: float,
+) -> None:
+    """The belief simplex, or a plane of principal components, and its image in the colours of the true beliefs."""
+    beliefs = geometry["beliefs"]
+    simplex = beliefs.shape[1] == 3 and is_distribution(beliefs)
     if simplex:
         place, colour = simplex_plane()
         shared_axes = {}
     else:
-        place, colour = component_plane(beliefs, weights)
+        place, colour = component_plane(beliefs, geometry["weights"])
         shared_axes = {"sharex": True, "sharey": True}
-    rows = weights.argsort()[-60_000:]  # the likeliest prefixes, on top the likeliest of all
     colours = colour(beliefs[rows]).clamp(0, 1).numpy()
-    share = (weights[rows] / weights.max()).numpy()
-    sizes = np.clip(30 * share**0.3, 0.3, 30)
     with figure(folder, "beliefs", 10, 5, columns=2, title=title, **shared_axes) as (left, right):
         left.set_title("beliefs of the process", fontsize=10)
         right.set_title(f"linear image of the activations (held-out r2 = {r2:.4f})", fontsize=10)
@@ -373,27 +706,33 @@ def plot_simplex(folder: Path, title: str, geometry: dict, r2: float) -> None:
                 axes.set_ylabel("second")
 
 
-def is_simplex(beliefs: torch.Tensor) -> bool:
-    """Whether these are distributions over three states (those of a generalised process need not be any)."""
-    if beliefs.shape[1] != 3 or beliefs.min() <= -1e-9:
+def is_distribution(beliefs: torch.Tensor) -> bool:
+    """Whether these are distributions over states (those of a generalised process need not be any)."""
+    if beliefs.min() <= -1e-9:
         return False
-    return bool((beliefs.sum(1) - 1).abs().max() < 1e-6)
+    error = (beliefs.sum(1) - 1).abs()
+    return bool(error.max() < 1e-6)
 
 
 def simplex_plane():
     """(map of beliefs [P, 3] to an equilateral triangle [P, 2], map to colours [P, 3]: the beliefs themselves)."""
-    corners = torch.tensor([[0, 0], [1, 0], [0.5, 0.75**0.5]], dtype=torch.float64)
+    corners = [
+        [0, 0],
+        [1, 0],
+        [0.5, 0.75**0.5],
+    ]
+    corners = torch.tensor(corners, dtype=torch.float64)
     return lambda points: points @ corners, lambda points: points
 
 
 def component_plane(beliefs: torch.Tensor, weights: torch.Tensor):
     """(map of points [P, S] to the first two principal components of the beliefs, map to colours [P, 3] by three)."""
     axes = pca(beliefs, weights)["axes"]
-    missing = max(0, 3 - axes.shape[1])  # processes of one or two states leave axes empty
-    axes = F.pad(axes, (0, missing))
+    axes = F.pad(axes, (0, 3 - axes.shape[1]))  # two states have no third component
     mean = weights @ beliefs
     low, high = ((beliefs - mean) @ axes).aminmax(dim=0)
-    width = (high - low).clamp_min(1e-9)
+    width = high - low
+    width = torch.where(width > 1e-6, width, 1.0)  # of a third component that is rounding: one colour
 
     def place(points: torch.Tensor) -> torch.Tensor:
         return (points - mean) @ axes[:, :2]
@@ -408,7 +747,11 @@ def draw_triangle(axes) -> None:
     """The simplex of three states, its corners named."""
     top = 0.75**0.5
     axes.plot([0, 1, 0.5, 0], [0, 0, top, 0], color="0.6", linewidth=0.8)
-    labels = ((-0.06, -0.04), (1.01, -0.04), (0.47, 0.89))  # a little outside of the corners
+    labels = (  # a little outside of the corners
+        (-0.06, -0.04),
+        (1.01, -0.04),
+        (0.47, 0.89),
+    )
     for state, (x, y) in enumerate(labels):
         axes.text(x, y, f"state {state}", fontsize=8)
     axes.set_aspect("equal")

@@ -7,12 +7,15 @@ import torch
 
 
 class MetricTracker:
-    """Serves any loop that calls update() after each optimizer step.
+    """Serves any loop that calls update() after each optimizer step, before or after zero_grad().
 
     Sums live on the device, so that a step with log=False waits for nothing. With lr the learning rate, g the gradient
-    norm and n the tokens of a step: cum/lr_weighted_tokens = sum lr n, cum/gradient_signal = sum lr g n,
-    cum/fisher_proxy = sum g^2; loss/ma is over 100 steps, loss/ema decays by 0.9; loss/progress_to_optimal is
-    (initial - loss) / (initial - optimal). Losses in nats.
+    norm and n the tokens of a step, step/* is the last one's and cum/* the sum of lr_weighted_tokens = lr n,
+    gradient_signal = lr g n, fisher_proxy = g^2 n (the sum of squared gradients times tokens). A norm that is not
+    finite is left out of the sums: it is that of a step that mixed precision skips. cum/tokens_per_second is since the
+    start or the last resumption. loss/ma is over 100 steps, loss/ema decays by 0.9; loss/progress_to_optimal is
+    (loss - optimal) / (initial - optimal), from 1 at the start to 0 at the optimum, and NaN where there is nothing to
+    gain. Losses in nats.
 
     Args:
         lr_schedule_fn: step -> lr, where the optimizer's first parameter group does not hold it.
@@ -42,11 +45,27 @@ class MetricTracker:
         self.window = zero.repeat(self.WINDOW)  # the last losses, in a ring
         self.ema = zero.clone()
         self.min = zero + math.inf
-        self.lap = (time.perf_counter(), 0)  # when metrics were last returned, and tokens by then
+        self.max_distance = 0.0  # from the initial parameters, of the steps that were looked at
+        self.began = (time.perf_counter(), 0)  # the clock and the tokens at the start, or when a state was taken up
+        self.lap = self.began  # and when metrics were last returned
+        # Gradients may be gone when update() is called, so their norm is taken when the optimizer steps.
+        self.norm_at_step = None
+        self.hook = None
+        if hasattr(optimizer, "register_step_pre_hook"):
+            self.hook = optimizer.register_step_pre_hook(self._before_step)
 
     def record_initial_loss(self, loss) -> None:
         """The loss before training, from which loss/progress_to_optimal counts; default the first step's."""
         self.initial_loss = float(loss)
+
+    @torch.no_grad()
+    def _before_step(self, *args) -> None:
+        self.norm_at_step = self._norm_of_gradients()
+
+    def _norm_of_gradients(self) -> torch.Tensor:
+        """NaN where there are none."""
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        return l2_norm(gradients) if gradients else torch.full_like(self.ema, math.nan)
 
     @torch.no_grad()
     def update(
@@ -59,14 +78,24 @@ class MetricTracker:
         log: bool = True,
         costly: bool = True,
     ) -> dict:
-        """Count a step (of the given loss, in nats); return the metrics if log, with the costly ones if costly too."""
+        """Count a step (of the given loss, in nats); return the metrics if log, with the costly ones if costly too.
+
+        grad_norm: default the norm of the gradients that the optimizer last stepped with.
+        """
         if self.lr_schedule_fn is None:
             lr = self.optimizer.param_groups[0]["lr"]
         else:
             lr = float(self.lr_schedule_fn(step))
         loss = torch.as_tensor(loss, dtype=self.ema.dtype, device=self.ema.device).detach()
         if grad_norm is None:
-            grad_norm = l2_norm([p.grad for p in self.params if p.grad is not None])
+            grad_norm = self.norm_at_step
+            if grad_norm is None:  # an optimizer that calls nobody, or no step yet
+                grad_norm = self._norm_of_gradients()
+        elif self.hook is not None:  # a loop that brings the norms needs no others
+            self.hook.remove()
+            self.hook = None
+        self.norm_at_step = None
+        grad_norm = torch.as_tensor(grad_norm, dtype=self.ema.dtype, device=self.ema.device)
         moved = l2_norm(torch._foreach_sub(self.params, self.previous))
         torch._foreach_copy_(self.previous, self.params)
 
@@ -81,8 +110,9 @@ class MetricTracker:
         self.steps += 1
         self.tokens += tokens_in_batch
         self.lr_weighted_tokens += lr * tokens_in_batch
-        self.sums["cum/gradient_signal"] += lr * tokens_in_batch * grad_norm
-        self.sums["cum/fisher_proxy"] += grad_norm**2
+        counted = torch.where(grad_norm.isfinite(), grad_norm, 0)
+        self.sums["cum/gradient_signal"] += lr * tokens_in_batch * counted
+        self.sums["cum/fisher_proxy"] += tokens_in_batch * counted**2
         self.sums["params/update_l2_norm/cum"] += moved
         if not log:
             return {}
@@ -93,6 +123,8 @@ class MetricTracker:
             "loss/ema": self.ema,
             "loss/min": self.min,
             "grads/l2_norm/step": grad_norm,
+            "step/gradient_signal": lr * tokens_in_batch * grad_norm,
+            "step/fisher_proxy": tokens_in_batch * grad_norm**2,
             "params/update_l2_norm/step": moved,
             **self.sums,
         }
@@ -100,22 +132,27 @@ class MetricTracker:
             on_device["params/l2_norm"] = l2_norm(self.params)
             on_device["params/distance_from_init"] = l2_norm(torch._foreach_sub(self.params, self.initial))
         values = {key: float(value) for key, value in on_device.items()}  # here the device is waited for
+        if costly:
+            self.max_distance = max(self.max_distance, values["params/distance_from_init"])
+            values["model/max_params_distance"] = self.max_distance
         return values | self._counted(lr, values["loss/step"], tokens_in_batch)
 
     def _counted(self, lr: float, loss: float, tokens: int) -> dict:
         """The metrics that are known without the device."""
         now = time.perf_counter()
-        began, done = self.lap
+        last, tokens_then = self.lap
+        began, tokens_before = self.began
         self.lap = (now, self.tokens)
-        initial = float(self.initial_loss)
-        gap = initial - self.optimal_loss
+        gap = float(self.initial_loss) - self.optimal_loss
         progress = math.nan
-        if gap:
-            progress = (initial - loss) / gap
+        if gap > 0:
+            progress = (loss - self.optimal_loss) / gap
         return {
             "step/tokens": tokens,
-            "step/tokens_per_second": (self.tokens - done) / max(now - began, 1e-9),
+            "step/tokens_per_second": (self.tokens - tokens_then) / max(now - last, 1e-9),
+            "step/lr_weighted_tokens": lr * tokens,
             "cum/tokens": self.tokens,
+            "cum/tokens_per_second": (self.tokens - tokens_before) / max(now - began, 1e-9),
             "cum/lr_weighted_tokens": self.lr_weighted_tokens,
             "lr/step": lr,
             "loss/progress_to_optimal": progress,
@@ -123,7 +160,8 @@ class MetricTracker:
 
     def state_dict(self) -> dict:
         """Plain state for a checkpoint; the initial parameters come again from the seed."""
-        names = ("sums", "tokens", "lr_weighted_tokens", "steps", "initial_loss", "window", "ema", "min")
+        names = ("sums", "tokens", "lr_weighted_tokens", "steps", "initial_loss", "window", "ema", "min",
+                 "max_distance")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
@@ -134,7 +172,7 @@ class MetricTracker:
                 value = {key: self._own(number) for key, number in value.items()}
             setattr(self, name, self._own(value))
         torch._foreach_copy_(self.previous, self.params)
-        self.lap = (time.perf_counter(), self.tokens)
+        self.began = self.lap = (time.perf_counter(), self.tokens)
 
     def _own(self, value):
         """A copy of a tensor on the tracker's device; anything else as it is."""

@@ -10,6 +10,7 @@ and what matters of the past for the future is the belief v T[w1] ... T[wL], sca
 Dimensions: B batch, L tokens, V tokens of the vocabulary, S states, N words or beliefs.
 """
 
+import hashlib
 import inspect
 import math
 import zipfile
@@ -262,6 +263,23 @@ def all_parameters() -> set[str]:
     return names
 
 
+def listing() -> str:
+    """All processes with their parameters' defaults and what they are, a line each, for --help."""
+    lines = ["processes, with the defaults of their parameters"]
+    for name, function in PROCESSES.items():
+        told = (inspect.getdoc(function) or "").splitlines() or [""]
+        defaults = [f"{key}={value.default}" for key, value in inspect.signature(function).parameters.items()]
+        lines.append(f"  {name}({', '.join(defaults)})  {told[0]}")
+    lines.append("  nonergodic(components)  draws one of its components once and stays in it")
+    lines.append("  custom(matrices)  matrices [V, S, S] of your own")
+    return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 state, 2 states."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # A process
 # ---------------------------------------------------------------------------------------------------------------
@@ -284,8 +302,8 @@ class MixedState(NamedTuple):
     belief: torch.Tensor
 
 
-IMPOSSIBLE = 1e-13  # a conditional probability below this is rounding of an exact 0
-RESCALE = 16  # tokens between two rescalings of a belief: float64 holds the product of so many probabilities
+IMPOSSIBLE = 1e-13  # where weights may be negative, a probability below this is rounding of an exact 0
+RESCALE = 16  # tokens between two rescalings of a belief, or fewer: float64 holds the product of so many probabilities
 
 
 class Process:
@@ -300,12 +318,13 @@ class Process:
         matrices: [V, S, S], weights.
         initial_state: [S], where sequences start; default the stationary state.
         eigenvector, stationary: r and pi where the caller knows them (a mixture has no unique ones).
+    Attributes:
+        fingerprint: 16 hex digits of matrices as they were read, where settings only say from where; else "".
+        notes: what was done to the matrices and should be said.
     Raises:
         ProcessError: if the stack is no process: wrong shape, not finite, no positive principal eigenvalue, several
             stationary states and no initial_state, or a word of negative weight.
     """
-
-    fingerprint = ""  # of matrices that were read; a checkpoint keeps it
 
     def __init__(
         self,
@@ -321,13 +340,16 @@ class Process:
         if not np.isfinite(T).all():
             raise ProcessError(f"{name}: matrices hold NaN or infinite weights")
         self.name = name
+        self.fingerprint = ""
+        self.notes = []
         self.vocab_size = T.shape[0]
         self.num_states = T.shape[1]
         start = None
         if initial_state is not None:
             start = np.asarray(initial_state, dtype=np.float64)
             if start.shape != (self.num_states,) or not np.isfinite(start).all():
-                raise ProcessError(f"{name}: initial_state must be {self.num_states} numbers, finite and one a state")
+                numbers = counted(self.num_states, "number")
+                raise ProcessError(f"{name}: initial_state must be {numbers}, finite and one a state")
         if eigenvector is None:
             T, r, pi = _normalize(T, name, start)
         else:
@@ -341,6 +363,13 @@ class Process:
         self.is_hmm = bool((T >= 0).all() and np.allclose(r, 1, atol=1e-9))
         if self.is_hmm and (start < 0).any():
             raise ProcessError(f"{name}: initial_state holds a negative probability")
+        # Sums of products without a sign are 0 only where nothing can be: the rarest event keeps its probability.
+        self.impossible = IMPOSSIBLE
+        if self.is_hmm:
+            self.impossible = 0.0
+        # So many of the smallest weights have a product that float64 holds.
+        digits = -np.log10(np.abs(T[T != 0]).min())
+        self.rescale = int(np.clip(250 / max(digits, 1), 1, RESCALE))
         self.transition_matrices = torch.from_numpy(T.copy())
         self.normalizing_eigenvector = torch.from_numpy(r.copy())
         self.stationary_state = torch.from_numpy(pi.copy())
@@ -489,9 +518,9 @@ class Process:
         beliefs = torch.empty(length + 1, S, batch, dtype=torch.float64, device=self.device)
         beliefs[0] = self.initial_state[:, None]
         probs = torch.empty(length, batch, dtype=torch.float64, device=self.device)
-        # Weighing and dividing after every token would add three kernels to the loop's two: RESCALE tokens share them.
-        for begin in range(0, length, RESCALE):
-            end = min(begin + RESCALE, length)
+        # Weighing and dividing after every token would add three kernels to the loop's two: 16 tokens share them.
+        for begin in range(0, length, self.rescale):
+            end = min(begin + self.rescale, length)
             # The update of a belief: b <- b T[x]. One product gives it for all V tokens, x picks its own.
             for t in range(begin, end):
                 following = (successors @ beliefs[t]).view(V, S, batch)
@@ -524,7 +553,7 @@ class Process:
         Raises ProcessError for a word of probability 0, naming the first token that cannot be.
         """
         beliefs, probs = self._filter(tokens)
-        impossible = ~(probs > IMPOSSIBLE)  # NaN too
+        impossible = ~(probs > self.impossible)  # NaN too
         if impossible.any():
             t, b = impossible.nonzero()[0].tolist()
             word = self._checked(tokens)[b, : t + 1].tolist()
@@ -538,7 +567,7 @@ class Process:
     def log_prob(self, tokens) -> torch.Tensor:
         """log p(token | tokens before it) in nats, [B, L]; -inf from the first impossible token on."""
         _, probs = self._filter(tokens)
-        possible = probs > IMPOSSIBLE
+        possible = probs > self.impossible
         if not possible.all():  # nothing follows an impossible word, whatever 0/0 gave
             still_possible = possible.long().cumprod(0).bool()
             probs = torch.where(still_possible, probs, 0)
@@ -563,7 +592,7 @@ class Process:
         """All possible one-token continuations of beliefs [N, S]: (parent, token, belief, weight), parent-major."""
         joint = torch.einsum("ns,vsj->nvj", belief, self.transition_matrices)  # b T[x]
         prob = joint @ self.normalizing_eigenvector  # [N, V] p(x | b)
-        parent, token = (prob > IMPOSSIBLE).nonzero(as_tuple=True)
+        parent, token = (prob > self.impossible).nonzero(as_tuple=True)
         prob = prob[parent, token]
         child = joint[parent, token] / prob[:, None]
         return parent, token, child, weight[parent] * prob
@@ -811,6 +840,32 @@ def _limit(chain) -> torch.Tensor:
     return P
 
 
+def _reachable(P: np.ndarray) -> np.ndarray:
+    """[N, N] bool: whether a chain P [N, N] comes from i to j, in any number of steps, none included."""
+    reached = (P > 0) | np.eye(len(P), dtype=bool)
+    for _ in range(len(P).bit_length()):  # paths of up to 2, 4, 8, ... steps
+        reached = reached @ reached
+    return reached
+
+
+def _stationary(P: np.ndarray, recurrent: np.ndarray) -> np.ndarray:
+    """Stationary state [N] of a stochastic matrix P [N, N] with one recurrent class, 0 outside of it.
+
+    By elimination without subtraction (Grassmann, Taksar and Heyman 1985), which keeps the digits of rare states.
+    """
+    A = P[recurrent][:, recurrent]
+    N = len(A)
+    for k in range(N - 1, 0, -1):  # the chain as seen while not in states k, k + 1, ...
+        A[:k, k] /= A[k, :k].sum()
+        A[:k, :k] += np.outer(A[:k, k], A[k, :k])
+    weight = np.ones(N)
+    for k in range(1, N):
+        weight[k] = weight[:k] @ A[:k, k]
+    pi = np.zeros(len(P))
+    pi[recurrent] = weight / weight.sum()
+    return pi
+
+
 def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scale a stack to principal eigenvalue 1; return it with its right and left eigenvectors r and pi.
 
@@ -833,9 +888,13 @@ def _normalize(T: np.ndarray, name: str, start: np.ndarray | None) -> tuple[np.n
         )
     T = T / real[top]
     M = M / real[top]
+    is_stochastic = (T >= 0).all() and np.abs(M.sum(1) - 1).max() < 1e-9
+    if is_stochastic:
+        recurrent = _reachable(M).all(0)
+        if recurrent.any():  # one ergodic component, however rarely it changes between its parts
+            return T, np.ones(len(M)), _stationary(M, recurrent)
     near_one = np.abs(values / real[top] - 1) < 1e-8
     if near_one.sum() > 1:  # several ergodic components
-        is_stochastic = (T >= 0).all() and np.allclose(M.sum(1), 1)
         if start is None or not is_stochastic:
             raise ProcessError(
                 f"{name} has several stationary states: say where it starts with initial_state, "
@@ -886,7 +945,7 @@ def make_process(
         if name == "nonergodic":
             process = _mixture(initial_state=initial_state, **params)
         elif name == "custom":
-            process = Process(_read_matrices(**params), initial_state)
+            process = _custom(_read_matrices(**params), initial_state)
         else:
             process = Process(PROCESSES[name](**params), initial_state, name=name)
     except ProcessError:
@@ -898,6 +957,22 @@ def make_process(
     if add_bos or add_eos:
         process = _framed(process, add_bos, eos_prob if add_eos else 0.0)
     return process
+
+
+def _custom(matrices: np.ndarray, initial_state) -> Process:
+    """The process of these matrices, with their fingerprint, and a note where they were scaled."""
+    process = Process(matrices, initial_state)
+    process.fingerprint = _digest(str(matrices.shape).encode() + matrices.tobytes())
+    given = np.abs(matrices).sum()
+    scale = float(given / process.transition_matrices.abs().sum())
+    if abs(scale - 1) > 1e-9:
+        process.notes = [f"custom matrices: divided by {scale:.6g}, the largest eigenvalue of their sum, so that "
+                         "probabilities add up to 1"]
+    return process
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _read_matrices(matrices=None) -> np.ndarray:
@@ -943,7 +1018,8 @@ def _component(spec, where: str) -> Component:
     vocab_map = list(vocab_map)
     are_tokens = all(isinstance(token, int) and token >= 0 for token in vocab_map)
     if len(set(vocab_map)) != process.vocab_size or not are_tokens:
-        raise ProcessError(f"{where}: vocab_map = {vocab_map} needs {process.vocab_size} distinct tokens")
+        needed = counted(process.vocab_size, "distinct token")
+        raise ProcessError(f"{where}: vocab_map = {vocab_map} needs {needed}")
     if not weight > 0:
         raise ProcessError(f"{where}: weight = {weight} must be positive")
     return Component(process, vocab_map, weight)
@@ -976,7 +1052,13 @@ def _mixture(components: list | None = None, initial_state=None) -> Process:
     name = "nonergodic(" + " + ".join(part.process.name for part in parts) + ")"
     if initial_state is not None:
         start = initial_state
-    return Process(T, start, r, pi / pi.sum(), name)
+    mixture = Process(T, start, r, pi / pi.sum(), name)
+    prints = [part.process.fingerprint for part in parts]
+    if any(prints):
+        mixture.fingerprint = _digest(" ".join(prints).encode())
+    for part in parts:
+        mixture.notes += part.process.notes
+    return mixture
 
 
 def _framed(process: Process, add_bos: bool, eos_prob: float) -> Process:
@@ -1015,4 +1097,7 @@ def _framed(process: Process, add_bos: bool, eos_prob: float) -> Process:
         equations = np.vstack([M.T - identity, r])
         right_side = np.eye(states + 1)[-1]
         pi = np.linalg.lstsq(equations, right_side, rcond=None)[0]
-    return Process(T, begin, r, pi / pi.sum(), process.name)
+    framed = Process(T, begin, r, pi / pi.sum(), process.name)
+    framed.fingerprint = process.fingerprint
+    framed.notes = process.notes
+    return framed

@@ -1,14 +1,18 @@
 """The processes of train_ghmm.py: samples, beliefs, probabilities and entropies against exhaustive enumeration."""
+import inspect
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from common.errors import InputError
 from common.runtime import Runtime
-from sources.processes import PROCESSES, Process, ProcessError, all_parameters, make_process, parameters
+from configurator import configure
+from sources.processes import PROCESSES, Process, ProcessError, all_parameters, counted, make_process, parameters
 from train_ghmm import Batches, Config, build_process
 
 GHMMS = ("tom_quantum", "fanizza", "post_quantum")
@@ -632,7 +636,7 @@ def test_mixed_state_tree_leaves_out_words_less_probable_than_min_prob():
     ("post_quantum", {"log_alpha": math.log(4), "beta": 0.5}, "no integer"),
     ("post_quantum", {"log_alpha": math.log(1.7), "beta": 0.3}, "!= 2"),
     ("coin", {"add_eos": True, "eos_prob": 1.5}, r"eos_prob = 1\.5.*\[0, 1\]"),
-    ("coin", {"initial_state": [1, 0]}, "initial_state must be 1 numbers"),
+    ("coin", {"initial_state": [1, 0]}, "initial_state must be 1 number, "),
     ("mess3", {"initial_state": [0, 0, 0]}, "positive weight"),
     ("mess3", {"initial_state": [1.5, -0.5, 0]}, "negative probability"),
     ("nonergodic", {}, "needs components"), ("nonergodic", {"components": []}, "needs components"),
@@ -918,8 +922,8 @@ def test_eos_ends_a_sequence_after_which_a_fresh_one_starts():
 
 # Batches -----------------------------------------------------------------------------------------------------------
 
-def batches_of(rank: int = 0, world_size: int = 1, spec: dict | None = None, **settings) -> Batches:
-    cfg = Config(device="cpu", batch_size=8, n_ctx=5, **(spec or {}), **settings)
+def batches_of(rank: int = 0, world_size: int = 1, spec: dict | None = None, batch: int = 8, **settings) -> Batches:
+    cfg = Config(device="cpu", batch_size=batch, n_ctx=5, **(spec or {}), **settings)
     rt = Runtime(cfg)
     rt.rank, rt.world_size = rank, world_size
     return Batches(rt, build_process(cfg), cfg)
@@ -953,3 +957,129 @@ def test_carried_batches_go_on_where_the_last_ones_stopped(name):
         drawn = [torch.rand((8, 7), generator=batches.rt.generator(s), dtype=torch.float64)[:, 1:] for s in range(12)]
         joined, _ = process.generate(torch.cat([torch.zeros(8, 1).double(), *drawn], 1).t().contiguous())
         assert torch.equal(joined, long[True])
+
+
+def moved(left: list, ranks: int, **settings) -> list:
+    """Batches of so many ranks that take up what others left."""
+    batches = [batches_of(rank, ranks, carry_state=True, **settings) for rank in range(ranks)]
+    for each in batches:
+        each.take_up(left)
+    return batches
+
+
+@pytest.mark.parametrize("name", ["zero_one_random", "fanizza"])
+def test_carried_sequences_go_on_over_one_two_and_one_ranks(name):
+    spec = {"process": name}
+    alone = batches_of(spec=spec, carry_state=True)
+    expected = [alone(step) for step in range(6)]
+    first = batches_of(spec=spec, carry_state=True)
+    assert first.left() is None
+    assert torch.equal(first(0), expected[0]) and torch.equal(first(1), expected[1])
+    two = moved([first.left()], 2, spec=spec)
+    for step in (2, 3):
+        for rank, batches in enumerate(two):
+            assert torch.equal(batches(step), expected[step][rank::2])
+    last, = moved([batches.left() for batches in two], 1, spec=spec)
+    assert torch.equal(last(4), expected[4]) and torch.equal(last(5), expected[5])
+
+
+def test_carried_sequences_are_not_taken_up_where_batches_start_anew_or_are_of_another_size():
+    left = [torch.zeros(8, dtype=torch.int64)]
+    anew = batches_of(spec={"process": "zero_one_random"})
+    anew.take_up(left)
+    assert anew.carried is None
+    moved([None], 1)  # a checkpoint of before there was anything to carry
+    with pytest.raises(InputError, match="8 sequences, but batch_size = 16: use batch_size=8"):
+        batches_of(carry_state=True, spec={"process": "zero_one_random"}, batch=16).take_up(left)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA")
+def test_carried_sequences_go_to_the_device_of_the_process():
+    batches = batches_of(spec={"process": "zero_one_random"}, carry_state=True)
+    batches.process.to("cuda")
+    batches.take_up([torch.zeros(8, dtype=torch.int64)])
+    assert batches.carried.is_cuda
+    assert batches(0).shape == (8, 6) and not batches.left().is_cuda
+
+
+# Rare events, notes, fingerprints, help ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rare", [1e-12, 1e-14, 1e-20, 1e-100])
+def test_a_rare_event_keeps_its_probability(rare):
+    """Even ten of them in a row, between two rescalings."""
+    process = make_process("custom", matrices=[[[1 - rare]], [[rare]]])
+    assert process.log_prob([[1, 0, 1]])[0].tolist() == pytest.approx([math.log(rare), 0, math.log(rare)], abs=1e-9)
+    assert float(process.log_prob([[1] * 10]).sum()) == pytest.approx(10 * math.log(rare), rel=1e-9)
+    torch.testing.assert_close(process.beliefs([[1] * 10]), torch.ones(1, 11, 1).double())
+    words, weights = process.all_words(1, 10)
+    assert words.tolist() == [[0], [1]] and weights.tolist() == pytest.approx([1, rare], rel=1e-9)
+
+
+def test_a_rare_change_of_state_keeps_its_probability_and_makes_no_second_component():
+    rare, back = 1e-15, 1e-3
+    stay, there = [[0.5 - rare / 2, 0], [0, 0.25]], [[0.5 - rare / 2, rare], [back, 0.75 - back]]
+    process = make_process("custom", matrices=[stay, there])
+    share = rare / (rare + back)
+    assert process.stationary_state.tolist() == pytest.approx([1 - share, share], rel=1e-9)
+    slow = make_process("custom", matrices=[[[1 - 1e-11, 0], [0, 1 - 3e-11]], [[0, 1e-11], [3e-11, 0]]])
+    assert slow.stationary_state.tolist() == pytest.approx([0.75, 0.25], rel=1e-6)
+
+
+def test_what_is_left_for_good_stays_impossible():
+    """A transient state has no stationary weight, not even that of rounding."""
+    process = make_process("custom", matrices=[[[0.3, 0, 0], [0, 0.5, 0.2], [0, 0.1, 0.6]],
+                                               [[0.5, 0, 0], [0, 0.3, 0], [0, 0, 0.3]],
+                                               [[0, 0.2, 0], [0, 0, 0], [0, 0, 0]]])
+    assert process.stationary_state[0] == 0
+    assert torch.isinf(process.log_prob([[2]])).all()
+
+
+def test_scaled_matrices_are_said_and_others_are_not():
+    notes = make_process("custom", matrices=[[[1.0]], [[3.0]]]).notes
+    assert len(notes) == 1 and "divided by 4," in notes[0]
+    assert make_process("custom", matrices=[[[0.25]], [[0.75]]]).notes == []
+    assert make_process("post_quantum").notes == [] == make_process("mess3").notes
+    framed = make_process("custom", matrices=[[[1.0]], [[3.0]]], add_bos=True)
+    assert len(framed.notes) == 1
+    mixed = make_process("nonergodic", components=[{"process": "custom", "matrices": [[[1.0]], [[3.0]]]},
+                                                   {"process": "coin"}])
+    assert len(mixed.notes) == 1
+
+
+def test_a_fingerprint_is_of_matrices_as_they_were_read(tmp_path):
+    path = tmp_path / "T.npy"
+
+    def print_of(matrices, **options) -> str:
+        np.save(path, np.array(matrices))
+        return make_process("custom", matrices=str(path), **options).fingerprint
+
+    one = print_of([[[0.25]], [[0.75]]])
+    assert re.fullmatch("[0-9a-f]{16}", one) and print_of([[[0.25]], [[0.75]]]) == one
+    assert print_of([[[1.0]], [[3.0]]]) != one  # the same process, other numbers
+    assert print_of([[[0.25]], [[0.75]]], add_eos=True) == one
+    assert make_process("mess3").fingerprint == "" == make_process("mess3", add_bos=True).fingerprint
+    mixtures = []
+    for weight in (0.25, 0.5):
+        np.save(path, np.array([[[weight]], [[1 - weight]]]))
+        parts = [{"process": "coin"}, {"process": "custom", "matrices": str(path)}]
+        mixtures.append(make_process("nonergodic", components=parts).fingerprint)
+    assert len(set(mixtures)) == 2 and all(re.fullmatch("[0-9a-f]{16}", each) for each in mixtures)
+    assert make_process("nonergodic", components=[{"process": "coin"}]).fingerprint == ""
+
+
+def test_help_lists_every_process_with_the_defaults_of_its_parameters(capsys):
+    with pytest.raises(SystemExit) as ended:
+        configure(Config, ["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "  mess3(x=0.05, a=0.85)  Mess3" in out and "  days_of_week()  " in out and "  custom(matrices)  " in out
+    for name, function in PROCESSES.items():
+        line, = (line for line in out.splitlines() if line.startswith(f"  {name}("))
+        for parameter in inspect.signature(function).parameters.values():
+            assert f"{parameter.name}={parameter.default}" in line
+
+
+def test_one_state_is_a_state_and_two_are_states():
+    assert [counted(number, "state") for number in (0, 1, 2)] == ["0 states", "1 state", "2 states"]
+    with pytest.raises(ProcessError, match="initial_state must be 1 number, "):
+        make_process("coin", initial_state=[0.5, 0.5])

@@ -26,7 +26,7 @@ TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size
         "--eval_sequences=64", "--warmup_steps=10", "--device=cpu", "--precision=fp32", "--out_dir=run")
 SHORT = (*TINY, "--max_steps=60", "--log_interval=5", "--eval_interval=20", "--save_interval=10", "--keep_last=-1")
 LONG = (*TINY, "--max_steps=400", "--log_interval=1", "--eval_interval=40", "--save_interval=7")
-TIMED = {"time_s", "step/tokens_per_second", "seconds", "tokens_per_second"}
+TIMED = {"time_s", "step/tokens_per_second", "cum/tokens_per_second", "seconds", "tokens_per_second"}
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size
 FIVE = (*TINY, "--model=gru", "--max_steps=5", "--warmup_steps=0", "--log_interval=1")
 LONG = (*TINY, "--max_steps=200", "--carry_state=true", "--log_interval=1", "--eval_interval=30", "--save_interval=7",
         "--out_dir=run")
-TIMED = {"time_s", "step/tokens_per_second"}
+TIMED = {"time_s", "step/tokens_per_second", "cum/tokens_per_second"}
 
 
 @pytest.fixture(autouse=True)

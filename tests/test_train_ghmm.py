@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import brought_in_by, colours, python, refusal
+from commands import brought_in_by, colours, python, refusal, two_ranks
 from comparison import apart
 
 import bench
@@ -35,9 +35,10 @@ FEW = (*TINY, "--max_steps=3", "--log_interval=1", "--out_dir=run")
 WHOLE = (*TINY, "--n_layers=2", "--max_steps=20", "--log_interval=5", "--eval_interval=10", "--save_interval=10",
          "--keep_last=-1", "--out_dir=run")
 CHEAP = set("loss/step loss/ma loss/ema loss/min loss/progress_to_optimal lr/step step/tokens step/tokens_per_second "
-            "cum/tokens cum/lr_weighted_tokens cum/gradient_signal cum/fisher_proxy grads/l2_norm/step "
-            "params/update_l2_norm/step params/update_l2_norm/cum".split())
-COSTLY = {"params/l2_norm", "params/distance_from_init"}
+            "cum/tokens cum/tokens_per_second step/lr_weighted_tokens cum/lr_weighted_tokens step/gradient_signal "
+            "cum/gradient_signal step/fisher_proxy cum/fisher_proxy grads/l2_norm/step params/update_l2_norm/step "
+            "params/update_l2_norm/cum".split())
+COSTLY = {"params/l2_norm", "params/distance_from_init", "model/max_params_distance"}
 EVALUATED = {"loss", "optimal_loss", "excess_loss", "loss_by_position", "optimal_loss_by_position", "kl_by_position"}
 PICTURES = {"beliefs.png", "excess_loss.png", "loss_by_position.png", "r2_by_layer.png"}
 draw_pictures = train_ghmm.plot_run
@@ -220,6 +221,47 @@ def test_carry_state_goes_on_with_the_sequences_of_the_first_batch():
     assert anew[0] == carried[0] and anew[1] != carried[1]
 
 
+def test_carried_sequences_go_on_through_one_two_and_one_ranks():
+    settings = [*TINY, "--log_interval=1", "--schedule=constant", "--carry_state", "--process=zero_one_random"]
+    train_ghmm.main([*settings, "--max_steps=6", "--out_dir=whole"])
+    anew = [record["loss/step"] for record in lines("whole", "train")]
+    settings += ["--out_dir=run", "--resume=run/last.pt"]
+    train_ghmm.main([*settings[:-1], "--max_steps=2"])
+    two_ranks("train_ghmm", *settings, "--max_steps=4")
+    train_ghmm.main([*settings, "--max_steps=6"])
+    assert [record["loss/step"] for record in lines("run", "train")] == pytest.approx(anew, rel=1e-3)
+    # Other sequences would have shown: the same run that starts each batch anew.
+    train_ghmm.main([*settings[:-3], "--no-carry_state", "--process=zero_one_random", "--max_steps=6",
+                     "--out_dir=other"])
+    other = [record["loss/step"] for record in lines("other", "train")]
+    assert max(abs(a - b) / a for a, b in zip(anew, other, strict=True)) > 5e-3
+
+
+def test_a_run_without_chance_or_without_beliefs_to_tell_apart_claims_nothing(capsys):
+    found = train_ghmm.main([*FEW, "--process=coin", "--p=1"])
+    told = capsys.readouterr().out
+    assert "%" not in told and "nats; the belief is the same after every context: there is nothing to hold" in told
+    assert "1 state |" in told and "floor 0" in told
+    assert found["r2_concat"] is None and found["untrained_r2_concat"] is None
+    assert read("run/analysis.json")["layers"]["concat"]["r2"] is None and read("run/summary.json")["r2_concat"] is None
+
+
+def test_the_last_line_has_the_untrained_network_beside_and_the_deals_have_a_seed_of_their_own(capsys):
+    first = train_ghmm.main([*FEW, "--max_steps=1", "--lr=0"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"is no gain over the untrained network's {first['untrained_r2_concat']:.4f}" in last
+    assert first["r2_concat"] == close(first["untrained_r2_concat"])
+    assert train_ghmm.main(["--analyze=run", "--device=cpu"])["r2_concat"] == close(first["r2_concat"])
+    other = train_ghmm.main(["--analyze=run", "--device=cpu", "--deal_seed=1"])
+    assert other["r2_concat"] != first["r2_concat"]
+    assert abs(other["r2_concat"] - first["r2_concat"]) < 4 * first["r2_concat_spread"]
+
+
+def test_scaled_matrices_are_said_in_the_first_lines(capsys):
+    train_ghmm.main([*FEW, "--process=custom", "--matrices=[[[1.0]],[[3.0]]]"])
+    assert capsys.readouterr().out.count("custom matrices: divided by 4, ") == 1
+
+
 CONFIGS = sorted((ROOT / "config").glob("ghmm_*.py"))
 
 
@@ -319,7 +361,7 @@ def test_analyze_repeats_the_analysis_of_the_run_and_draws_again(copied, whole, 
     assert apart(found, expected) == []
     assert_drawn(copied / "analysis")
     out = capsys.readouterr().out
-    assert out.startswith("step 20: ") and f"r2_concat {expected['r2_concat']:.4f}" in out
+    assert out.startswith("step 20: ") and f"{expected['r2_concat']:.4f}" in out
     assert read(copied / "summary.json") == read(whole.folder / "summary.json")
 
 
