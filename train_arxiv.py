@@ -61,12 +61,14 @@ from measure.curves import (
     probed_positions,
     residual_stream,
     summarize,
+    verdict,
     write_curves,
 )
-from measure.report import make_report, plan_study, run_name
+from measure.report import make_report, plan_study, row_sentence, run_count, run_name, training_facts
 from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
+from sources.foreign_arxiv import without_last_position
 from sources.shared import counter_rng, make_once
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
@@ -80,7 +82,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
-    study: str = ""  # all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 (the first 1, 2, 4) | K2_a_b,...
+    study: str = ""  # all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 (the first 1, 2, 4) | K2_a+b,...
     study_seeds: list[Whole] = field(default_factory=list)  # seeds of each run of a study; default seed alone
     report: str = ""  # folder of runs to report on instead of training
     # data
@@ -110,7 +112,7 @@ class Config:
     beta1: Share = 0.9
     beta2: Share = 0.95
     grad_clip: NonNegative = 1.0  # largest gradient norm; 0 does not clip
-    patience: Whole = 10  # evaluations without improvement before training stops; 0: never stop early
+    patience: Whole | None = None  # evaluations without improvement to stop after; 0: never; default 10, in a study 0
     min_delta: NonNegative = 1e-3  # improvement in nats that counts
     # evaluation
     eval_interval: Count | None = None  # steps between evaluations; default an epoch
@@ -133,6 +135,9 @@ class Config:
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = self.lr / 10
+        # The runs of a study are to train on equally many tokens, which stopping by its own loss would undo.
+        if self.patience is None:
+            self.patience = 0 if self.study else 10
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -176,6 +181,11 @@ class Chunks:
         """Tokens of a chunk, n."""
         return self.tokens.shape[1]
 
+    @property
+    def n_ctx(self) -> int:
+        """Positions that predict, T: the last token of a chunk is predicted, and never read."""
+        return self.size - 1
+
     def code(self, name: str) -> int:
         return self.names.index(name)
 
@@ -209,7 +219,8 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
 
     constant: B / K chunks of each, with B the chunks of the smallest category of the file, so that the total does not
     depend on K (to within K chunks). tokens: the same from budget_tokens. proportional: B in all, in proportion to
-    what there is of each category. Raises DataError if a category has less than its share, unless allow_short.
+    what there is of each category. With random_windows a random share is of whole documents (to within one). Raises
+    DataError if a category has less than its share, unless allow_short.
     """
     budget = train.budget
     if cfg.budget == "tokens":
@@ -229,9 +240,19 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
                             "or take what there is with allow_short=true")
         # The choice of a category's chunks is the same in every run of a seed, with whatever others it is trained.
         if cfg.choice == "random":
-            rows = counter_rng(cfg.seed, 1, train.code(name)).permutation(rows)
+            rng = counter_rng(cfg.seed, 1, train.code(name))
+            # A window goes on into the next chunk if that is chosen too: of chunks one by one that is the rarer the
+            # smaller the share, and runs of larger K would see fewer windows.
+            rows = whole_documents(rows, train.documents, rng) if cfg.random_windows else rng.permutation(rows)
         chosen.append(rows[:share])
     return np.sort(np.concatenate(chosen))
+
+
+def whole_documents(rows: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows, document after document in random order, those of each document in theirs."""
+    names, place = np.unique(documents[rows], return_inverse=True)
+    rank = rng.permutation(len(names))  # of each document
+    return rows[np.argsort(rank[place], kind="stable")]
 
 
 class Batches:
@@ -345,8 +366,12 @@ class GPT(nn.Module):
         self.position = nn.Parameter(torch.empty(n_ctx, cfg.d_model))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_norm = nn.LayerNorm(cfg.d_model)
+        # Drawn for nothing: the table of positions once had a row more, and a seed keeps the weights that it gave.
+        torch.randn(n_ctx + 1, cfg.d_model)
         # Matrices start small (std 0.02): all tokens are then about equally likely, and the first XE is log V.
         for name, parameter in self.named_parameters():
+            if name == "position":
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
@@ -448,7 +473,7 @@ def evaluate(model: nn.Module, chunks: Chunks, rows: np.ndarray, rt: Runtime, ba
     documents, place = np.unique(chunks.documents[rows], return_inverse=True)  # [M], [R]
     place = torch.from_numpy(place)
     # Sums in double precision: one number a document and position is all that is kept of the rows.
-    sums = torch.zeros(len(documents), chunks.size - 1, dtype=torch.float64)  # [M, T]
+    sums = torch.zeros(len(documents), chunks.n_ctx, dtype=torch.float64)  # [M, T]
     model.eval()
     # Ranks take turns by the row, so that each has about as many of every category.
     turns = np.arange(rt.rank, len(rows), rt.world_size)
@@ -492,12 +517,16 @@ def rehearse(model: nn.Module, validation: Chunks, active: list[str], cfg: Confi
         exact = exact_curves(validation, rows, active)
         measure(curves, validation.names, active, exact, resamples=2, seed=cfg.seed)
         if cfg.probe:
-            positions = probed_positions(validation.size - 1)
+            positions = probed_positions(validation.n_ctx)
             residual_stream(model, validation.tokens[rows], positions, rt.device)
 
 
-def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config, rt: Runtime, folder: Path) -> dict:
-    """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective."""
+def finish(model: nn.Module, validation: Chunks, active: list[str], trained: dict, cfg: Config, rt: Runtime,
+           folder: Path) -> dict:
+    """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective.
+
+    trained: what training_facts says of the run.
+    """
     # Categories that the model has not been trained on are evaluated too: "unseen".
     everything = np.arange(len(validation.codes))
     curves = evaluate(model, validation, everything, rt)
@@ -508,7 +537,7 @@ def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config,
         exact = exact_curves(validation, rows, active)
         # Bootstrap, fits and oracles are the room's matter; the curves they start from are made above.
         groups = measure(curves, validation.names, active, exact, cfg.bootstrap, cfg.seed)
-        results = {"categories": active, "K": len(active), "seed": cfg.seed, "groups": groups}
+        results = {"categories": active, "K": len(active), "seed": cfg.seed, **trained, "groups": groups}
         if cfg.probe and len(active) > 1:  # of one component there is nothing to find out
             results["probe"] = probe(model, validation, rows, rt.device, cfg.seed)
         write_json(folder / "results.json", results)
@@ -518,15 +547,6 @@ def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config,
         summary = summarize(groups)
     rt.barrier()
     return summary
-
-
-def verdict(summary: dict, K: int, folder: Path) -> str:
-    text = (f"validation XE {summary['val_xe']:.4f} nats over K = {K}, falling by {summary['icl_gain']:.4f} from the "
-            "first position to the last")
-    if "oracle_icl_gain" in summary:
-        text += (f" (exact optimum {summary['oracle_icl_gain']:.4f}), at most {summary['largest_relative_excess']:.2%} "
-                 "from the optimum at any position")
-    return f"{text}; pictures in {folder / 'plots'}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -562,7 +582,7 @@ def describe(chunks: Chunks, rows: np.ndarray, active: list[str], model: nn.Modu
     return (f"K = {len(active)} of {len(chunks.names)} categories of {cfg.data}: {shares} chunks of {chunks.size} "
             f"tokens, vocabulary {chunks.vocab_size:,}\n"
             f"{type(model).__name__}: {size:,} parameters | {max_steps:,} steps of "
-            f"{cfg.batch_size * (chunks.size - 1):,} tokens | {cfg.out_dir}")
+            f"{cfg.batch_size * chunks.n_ctx:,} tokens | {cfg.out_dir}")
 
 
 def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, progress: Progress) -> None:
@@ -591,7 +611,7 @@ def train(cfg: Config) -> dict:
         active = active_categories(chunks, validation, cfg)
         rows = training_rows(chunks, active, cfg)
         # The weights are the same on every rank; random numbers of dropout afterwards are not.
-        model = build_model(cfg, chunks.vocab_size, chunks.size).to(rt.device)
+        model = build_model(cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
         rehearse(model, validation, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
         rt.reseed(rt.rank)
         params = list(model.parameters())
@@ -604,7 +624,7 @@ def train(cfg: Config) -> dict:
         epoch_steps = math.ceil(len(rows) / cfg.batch_size)
         max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
         eval_interval = cfg.eval_interval or epoch_steps
-        tokens_per_step = cfg.batch_size * (chunks.size - 1)
+        tokens_per_step = cfg.batch_size * chunks.n_ctx
         # Evaluations during training see the first chunks of each category alone, for speed.
         codes = [validation.code(name) for name in active]
         watched = np.concatenate([validation.rows(name)[: cfg.eval_chunks] for name in active])
@@ -613,11 +633,14 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
         step, progress = 0, Progress()
         if state:
+            state = without_last_position(state, path)
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             ended = extra["ended"] and not changes  # with more epochs or more patience it is not over
             progress = Progress(best, extra["reference"], extra["waited"], ended)
         trained = rt.wrap(model)  # compiled, or synchronised over ranks; the same weights as `model`
-        facts = {"n_ctx": chunks.size, "vocab_size": chunks.vocab_size, "categories": active}  # for load_run
+        # For load_run; chunk_size tells it that the table of positions has no row that was never trained.
+        facts = {"n_ctx": chunks.n_ctx, "chunk_size": chunks.size, "vocab_size": chunks.vocab_size}
+        facts["categories"] = active
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
@@ -627,7 +650,7 @@ def train(cfg: Config) -> dict:
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             # Model FLOP/s utilisation is held against large matrix products on this machine, in this precision.
-            flops = flops_per_token(model, cfg, chunks.size)
+            flops = flops_per_token(model, cfg, chunks.n_ctx)
             peak = matmul_rate(rt) * rt.world_size
             losses = torch.zeros((), device=rt.device)  # summed on the device since step `logged`
             lap = logged = step
@@ -682,11 +705,12 @@ def train(cfg: Config) -> dict:
             rt.barrier()
             if (folder / "best.pt").exists():
                 best = checkpoint.load(folder / "best.pt", __file__)
+                best = without_last_position(best, folder / "best.pt")
                 checkpoint.load_weights(model, best["model"], folder / "best.pt")
             tokenizer = Path(cfg.data) / "tokenizer.json"
             if rt.is_main and tokenizer.exists():  # sample.py reads prompts with it
                 shutil.copyfile(tokenizer, folder / "tokenizer.json")
-            summary = finish(model, validation, active, cfg, rt, folder)
+            summary = finish(model, validation, active, training_facts(config_dict(cfg), chunks, step), cfg, rt, folder)
             summary["K"] = len(active)
             summary["categories"] = active
             summary["train_chunks"] = len(rows)
@@ -706,7 +730,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
     path = Path(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
-    state = checkpoint.load(path, __file__)
+    state = without_last_position(checkpoint.load(path, __file__), path)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
     extra = state["extra"]
@@ -724,11 +748,15 @@ def analyze(cfg: Config) -> dict:
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
-        _, validation = open_data(saved)
-        if (validation.vocab_size, validation.size) != (extra["vocab_size"], extra["n_ctx"]):
+        chunks, validation = open_data(saved)
+        if (validation.vocab_size, validation.n_ctx) != (extra["vocab_size"], extra["n_ctx"]):
             raise DataError(f"{saved.data} is not the data of this run: vocabulary or chunk size differ")
         active = extra["categories"]
-        result = finish(model.to(rt.device), validation, active, saved, rt, folder)
+        # The weights measured are those of the best step; what the run was trained on is up to its last.
+        if (path / "last.pt").exists():
+            step = checkpoint.load(path)["step"]
+        trained = training_facts(config_dict(saved), chunks, step)
+        result = finish(model.to(rt.device), validation, active, trained, saved, rt, folder)
     print(f"step {step}: {verdict(result, len(active), folder)}")
     return result
 
@@ -741,9 +769,7 @@ def run_study(cfg: Config) -> dict:
     # All subsets of one seed before the next: a study that is stopped early is whole for the seeds it has.
     runs = list(itertools.product(seeds, plan_study(cfg.study, names)))
     for number, (seed, subset) in enumerate(runs, 1):
-        name = run_name(subset)
-        if len(seeds) > 1:
-            name += f"_seed{seed}"
+        name = run_name(subset, seed)
         folder = Path(cfg.out_dir) / name
         # A run of its own: the same command without study trains it too, and its folder is like any other.
         run = replace(cfg, categories=subset, seed=seed, study="", study_seeds=[], out_dir=str(folder))
@@ -770,9 +796,8 @@ def report(folder: str) -> dict:
     """XE against K over the runs of a folder; returns {K: mean XE}."""
     table = make_report(Path(folder))
     for row in table:
-        print(f"K = {row['K']}: XE {row['xe']:.4f} +- {row['xe_sd']:.4f} nats over {row['runs']} runs")
-    count = sum(row["runs"] for row in table)
-    print(f"report of {count} runs in {Path(folder) / 'report.html'}")
+        print(row_sentence(row))
+    print(f"report of {run_count(table)} in {Path(folder) / 'report.html'}")
     return {row["K"]: row["xe"] for row in table}
 
 
