@@ -493,6 +493,8 @@ def convert(value: Any, kind: Any) -> Any:
 def _to_union(value: Any, kinds: tuple) -> Any:
     """Into the type that value has already, else into the most specific one that takes it."""
     one_word = isinstance(value, str) and "," not in value and not value.startswith(("[", "("))
+    if value == "" and bool in kinds and str not in kinds:
+        return False  # bool | Literal: nothing is off
 
     def rank(kind: Any) -> tuple[bool, bool, int]:
         origin = _origin(kind)

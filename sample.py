@@ -45,7 +45,7 @@ from sources.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).resolve().parent  # where pages are imported from, and only here: no code of a run folder runs
 
-Temperature = Annotated[float, Range("float >= 1e-6", "must be at least 1e-6", lambda value: value >= 1e-6)]
+Temperature = Annotated[float, Range("0 or float >= 1e-6", "must be 0 or at least 1e-6", lambda t: t == 0 or t >= 1e-6)]
 Penalty = Annotated[float, Range("float >= 1", "must be at least 1", lambda value: value >= 1)]
 Seed = Annotated[int, Range("int >= 0", "must be in [0, 2**63)", lambda value: 0 <= value < 2**63)]
 COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key")  # of an h5ad, that may have others
@@ -55,12 +55,12 @@ COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key"
 class Config:
     # sampling
     num_samples: Count = 4  # sequences of the model, and as many of the process
-    length: Count | None = None  # tokens a sequence; default the model's n_ctx
+    length: Count | None = None  # tokens a sequence, prompt included; default the model's n_ctx; apelr: 200 new ones
+    max_new_tokens: Count | None = None  # instead of length: tokens to write after the prompt
     prompt: str = ""  # what every sequence begins with: token ids like 0,1,2, or text where the run has a tokenizer
-    temperature: Temperature = 1.0  # divides the logits; 1 samples what the model believes
+    temperature: Temperature = 1.0  # divides the logits; 1 samples what the model believes, 0 takes the likeliest token
     top_k: Count | None = None  # sample from the k likeliest tokens only
     # sampling, of apelr
-    max_new_tokens: Count | None = None  # tokens to write after the prompt; default length less the prompt, or 200
     top_p: Fraction = 1.0  # sample from the fewest tokens that have this share of the probability
     repetition_penalty: Penalty = 1.0  # its logarithm is taken off tokens that the text has already
     no_repeat_ngram_size: Whole = 0  # never write n tokens a second time; 0: do
@@ -90,11 +90,20 @@ class Config:
 
     def check(self) -> list[str]:
         wrong = [f"columns: {name!r} is none of {', '.join(COLUMNS)}" for name in self.columns if name not in COLUMNS]
+        if self.length and self.max_new_tokens:
+            wrong.append("length counts the prompt and max_new_tokens does not: choose one")
         if self.perturbations and not self.adata:
             wrong.append("perturbations go with adata: what a TOML holds out says by itself what is predicted")
         if self.force_state is not None and (self.sweep_states or self.freeze_planner):
             wrong.append("force_state goes neither with sweep_states nor with freeze_planner: choose one")
         return wrong
+
+
+def length_of(cfg: Config, prompt_length: int, default: int) -> int:
+    """Tokens of a sequence, prompt included."""
+    if cfg.max_new_tokens:
+        return prompt_length + cfg.max_new_tokens
+    return cfg.length or default
 
 
 def token_ids(prompt: str, vocab_size: int) -> list[int]:
@@ -135,8 +144,8 @@ def sample_ghmm(page: ModuleType, path: Path, cfg: Config) -> dict:
     run, process, model, step = page.load_run(path, cfg.device)
     run.seed = cfg.seed
     run.precision = "fp32"
-    length = cfg.length or run.n_ctx
     prompt = torch.tensor([token_ids(cfg.prompt, process.vocab_size)], dtype=torch.int64)
+    length = length_of(cfg, prompt.shape[1], run.n_ctx)
     if process.log_prob(prompt).isinf().any():
         fail(f"prompt = {cfg.prompt}: these tokens have probability 0 under {process.name}")
     with Runtime(run) as rt:
@@ -206,13 +215,14 @@ def sample_arxiv(page: ModuleType, path: Path, cfg: Config) -> dict:
     with Runtime(run) as rt:
         model.to(rt.device).eval()
         generator = rt.generator(0, device="cpu")
+        length = length_of(cfg, len(ids), n_ctx)
         if not ids:  # the model predicts from one token on
             ids = torch.randint(vocab_size, (1,), generator=generator).tolist()
         start = torch.tensor([ids]).expand(cfg.num_samples, -1)
         tokens = continue_sequences(
             model,
             start,
-            cfg.length or n_ctx,
+            length,
             n_ctx,
             generator,
             rt.device,
@@ -332,9 +342,7 @@ def write_texts(
     rt: Runtime,
 ):
     """num_samples texts that go on from one prompt, by one plan if there is a state."""
-    tokens = cfg.max_new_tokens
-    if tokens is None:
-        tokens = max(1, cfg.length - len(ids)) if cfg.length else 200
+    tokens = length_of(cfg, len(ids), len(ids) + 200) - len(ids)
     planner = {}
     if run.version != "baseline":
         planner["tau"] = cfg.planner_temperature
@@ -347,7 +355,7 @@ def write_texts(
     return generate(
         model,
         torch.tensor([ids], device=rt.device).expand(cfg.num_samples, -1),
-        tokens,
+        max(1, tokens),
         rt.generator(0, device="cpu"),
         temperature=cfg.temperature,
         top_k=cfg.top_k,
@@ -570,12 +578,32 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
 # Which page, and the command line
 # ---------------------------------------------------------------------------------------------------------------
 SAMPLERS = {"ghmm": sample_ghmm, "arxiv": sample_arxiv, "apelr": sample_apelr, "state": sample_state}
+SHARED = ("json", "seed", "device")
+OF_TEXT = ("num_samples", "length", "max_new_tokens", "prompt", "temperature", "top_k")
+OPTIONS = {
+    "ghmm": OF_TEXT,
+    "arxiv": OF_TEXT,
+    "apelr": (*OF_TEXT, "top_p", "repetition_penalty", "no_repeat_ngram_size", "precision", *OF_PLANNER),
+    "state": ("toml", "adata", "perturbations", "cells", "source_attention", "columns", "out"),
+}
 NEEDS = {  # what sampling asks of a page
     "ghmm": ("load_run", "exact_device", "make_contexts", "evaluate"),
     "arxiv": ("load_run",),
     "apelr": ("load_run",),
     "state": ("load_run", "open_run_data", "finish", "known_perturbations", "codes_of", "expressed"),
 }
+
+
+def refuse_others(cfg: Config, experiment: str) -> None:
+    """Exit where an option was given that means nothing in this experiment."""
+    default = Config()
+    wrong = []
+    for name, value in vars(cfg).items():
+        if value != getattr(default, name) and name not in (*SHARED, *OPTIONS[experiment]):
+            owners = [owner for owner, options in OPTIONS.items() if name in options]
+            wrong.append(f"{name} is an option of {' and '.join(owners)}, not of {experiment}")
+    if wrong:
+        fail("; ".join(wrong))
 
 
 def page_stem(path: Path) -> str:
@@ -629,6 +657,7 @@ def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         stem = page_stem(path)
         page = import_page(stem, path)
+        refuse_others(cfg, page.EXPERIMENT)
         sampler = SAMPLERS[page.EXPERIMENT]
         with rehearsal(f"sampling {path} by {stem}.py", "is the page still as the run was trained?"):
             result = sampler(page, path, cfg)

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from common import checkpoint
 from common.errors import DataError, clear_errors, rehearsal
-from common.runlog import RunLog, run_facts
-from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, ended_before, run_facts
+from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
     Fraction,
@@ -148,7 +148,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
-    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases
+    wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
@@ -1044,7 +1044,13 @@ def train(cfg: Config) -> dict:
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         corpus = open_data(cfg)
-        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
+        data = {cfg.data: corpus.fingerprint}
+        path, state, changes = checkpoint.start_from(
+            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+        )
+        summary = ended_before(rt, folder, path, state, changes)
+        if summary:
+            return summary
         model = build_model(cfg, corpus.vocab_size)
         if cfg.init_from and not state:
             start_from_weights(model, cfg)
@@ -1065,18 +1071,16 @@ def train(cfg: Config) -> dict:
             if batch_size == "auto":
                 batch_size = fitting_batch_size(rt, model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
+        meter = Meter(rt, batch_size * cfg.seq_len, began, state)
         batches = Batches(rt, corpus, cfg, batch_size)
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
         extra = {
             "batch_size": batch_size,
             "vocab_size": corpus.vocab_size,
             "tokenizer_hash": corpus.tokenizer_hash,
+            "data": data,
         }
-        tokens_per_step = batch_size * cfg.seq_len
         trained = rt.wrap(model)
-        totals = Means()
-        finite = FiniteCheck(rt.device)
-        watch = Stopwatch()
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
@@ -1087,28 +1091,25 @@ def train(cfg: Config) -> dict:
             log.say(describe(model, corpus, cfg, batch_size))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
-            began_lap = step
-            watch.start()
+            meter.start(step)
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
                 lr = learning_rate(step, cfg)
                 terms = train_step(trained, tokens, step, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, terms["loss"])
-                totals.add(terms)
+                meter.check(step, terms["loss"])
+                meter.add(terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
 
                 # Numbers are read from the device here and only here: a read waits for all queued work.
-                finite.verify(step, model, lr)
-                rt.synchronize()
-                speed = watch.pause((step - began_lap) * tokens_per_step)
+                speed = meter.pause(step, model, lr)
                 improved = False
                 if due.logs:
-                    means = totals.read()
+                    means = meter.read()
                     mfu = speed * flops_per_token(model) / peak
                     values = {
                         "lr": lr,
@@ -1116,7 +1117,7 @@ def train(cfg: Config) -> dict:
                         "tokens_per_s": speed,
                         "mfu": mfu,
                     }
-                    left = (cfg.max_steps - step) * tokens_per_step / speed  # seconds
+                    left = (cfg.max_steps - step) * meter.units_per_step / speed  # seconds
                     log.train(step, means | values, lr, norm, speed, left, loss=means["loss"])
                 # The best weights are those of the lowest validation loss; the end of the run measures these.
                 if due.evaluates:
@@ -1130,15 +1131,16 @@ def train(cfg: Config) -> dict:
                         log.say("  " + preview(model, corpus, rt, cfg, cfg.preview_tokens))
                 if due.saves or improved:
                     # Collective: every rank adds the state of its random numbers.
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra, {})
+                    saved = checkpoint.capture(
+                        rt, __file__, config_dict(cfg), step, model, optimizer, best, meter, extra, {}
+                    )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal: all is saved, so the run can leave.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
-                began_lap = step
-                watch.start()
+                meter.start(step)
 
             # The result is that of the best weights; rank 0 has written them by now.
             rt.barrier()
@@ -1146,7 +1148,7 @@ def train(cfg: Config) -> dict:
                 model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
             facts = {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
-            summary = metrics | facts | run_facts(rt, step, began, watch)
+            summary = metrics | facts | run_facts(rt, step, meter)
             log.summary(summary)
             log.say(plans.verdict(metrics, folder))
             return summary
@@ -1221,7 +1223,8 @@ def analyze(cfg: Config) -> dict:
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         same_tokenizer(extra, corpus, path)
-        folder = path if path.is_dir() else path.parent
+        checkpoint.same_data(extra, {saved.data: corpus.fingerprint}, path)
+        folder = checkpoint.analysis_of(path)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
     print(f"step {step}: " + plans.verdict(metrics, folder).removeprefix("done: "))
     return metrics

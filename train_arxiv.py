@@ -36,8 +36,8 @@ import torch.nn.functional as F
 
 from common import checkpoint
 from common.errors import DataError, clear_errors, rehearsal
-from common.runlog import RunLog, read_metrics, run_facts, write_json
-from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
+from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
     Derived,
@@ -127,7 +127,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
-    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases; project and entity below or from .env
+    wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases; project and entity below or from .env
     wandb_project: str = ""
     wandb_entity: str = ""
     tensorboard: bool = False  # log to TensorBoard
@@ -175,6 +175,7 @@ class Chunks:
     vocab_size: int
     budget: int  # chunks to train on, whatever K: those of the smallest category
     oracle: np.ndarray | None = None  # [R, all components, n]: log p_k(x_t | x_<t), where the processes are known
+    fingerprint: str = ""  # of the content; a checkpoint keeps it
 
     @property
     def size(self) -> int:
@@ -521,11 +522,11 @@ def rehearse(model: nn.Module, validation: Chunks, active: list[str], cfg: Confi
             residual_stream(model, validation.tokens[rows], positions, rt.device)
 
 
-def finish(model: nn.Module, validation: Chunks, active: list[str], trained: dict, cfg: Config, rt: Runtime,
+def finish(model: nn.Module, validation: Chunks, active: list[str], lesson: dict, cfg: Config, rt: Runtime,
            folder: Path) -> dict:
     """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective.
 
-    trained: what training_facts says of the run.
+    lesson: what the run was trained on, and how much, by training_facts.
     """
     # Categories that the model has not been trained on are evaluated too: "unseen".
     everything = np.arange(len(validation.codes))
@@ -537,9 +538,10 @@ def finish(model: nn.Module, validation: Chunks, active: list[str], trained: dic
         exact = exact_curves(validation, rows, active)
         # Bootstrap, fits and oracles are the room's matter; the curves they start from are made above.
         groups = measure(curves, validation.names, active, exact, cfg.bootstrap, cfg.seed)
-        results = {"categories": active, "K": len(active), "seed": cfg.seed, **trained, "groups": groups}
+        results = {"categories": active, "K": len(active), "seed": cfg.seed, **lesson, "groups": groups}
         if cfg.probe and len(active) > 1:  # of one component there is nothing to find out
             results["probe"] = probe(model, validation, rows, rt.device, cfg.seed)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", results)
         write_curves(folder / "xe_by_position.csv", groups)
         title = f"K = {len(active)}: {', '.join(active)}"
@@ -598,6 +600,13 @@ def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, progr
     log.say(line)
 
 
+def copy_tokenizer(cfg: Config, folder: Path) -> None:
+    """Into the run folder, from where sample.py reads prompts with it, of an interrupted run too."""
+    tokenizer = Path(cfg.data) / "tokenizer.json"
+    if tokenizer.exists():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
 def train(cfg: Config) -> dict:
     """Train as configured; returns the metrics of summary.json ({"stopped_at": step} if a signal ended it).
 
@@ -617,20 +626,24 @@ def train(cfg: Config) -> dict:
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
         batches = Batches(rt, chunks, rows, cfg)
-        finite = FiniteCheck(rt.device)
-        watch = Stopwatch()
 
         # Steps follow from the epochs. An epoch is as long for every K: the budget is.
         epoch_steps = math.ceil(len(rows) / cfg.batch_size)
         max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
         eval_interval = cfg.eval_interval or epoch_steps
-        tokens_per_step = cfg.batch_size * chunks.n_ctx
         # Evaluations during training see the first chunks of each category alone, for speed.
         codes = [validation.code(name) for name in active]
         watched = np.concatenate([validation.rows(name)[: cfg.eval_chunks] for name in active])
 
-        # A run that was stopped goes on; one that has ended is measured again.
-        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
+        # A run that was stopped goes on; of one that has ended there is nothing left to train.
+        data = {cfg.data: chunks.fingerprint + validation.fingerprint}
+        path, state, changes = checkpoint.start_from(
+            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+        )
+        summary = ended_before(rt, folder, path, state, changes)
+        if summary:
+            return summary
+        meter = Meter(rt, cfg.batch_size * chunks.n_ctx, began, state)
         step, progress = 0, Progress()
         if state:
             state = without_last_position(state, path)
@@ -639,12 +652,13 @@ def train(cfg: Config) -> dict:
             progress = Progress(best, extra["reference"], extra["waited"], ended)
         trained = rt.wrap(model)  # compiled, or synchronised over ranks; the same weights as `model`
         # For load_run; chunk_size tells it that the table of positions has no row that was never trained.
-        facts = {"n_ctx": chunks.n_ctx, "chunk_size": chunks.size, "vocab_size": chunks.vocab_size}
-        facts["categories"] = active
+        facts = {"n_ctx": chunks.n_ctx, "chunk_size": chunks.size, "vocab_size": chunks.vocab_size,
+                 "categories": active, "data": data}
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
+                copy_tokenizer(cfg, folder)
             log.say(rt.describe())
             log.say(describe(chunks, rows, active, model, max_steps, cfg))
             if state:
@@ -652,34 +666,28 @@ def train(cfg: Config) -> dict:
             # Model FLOP/s utilisation is held against large matrix products on this machine, in this precision.
             flops = flops_per_token(model, cfg, chunks.n_ctx)
             peak = matmul_rate(rt) * rt.world_size
-            losses = torch.zeros((), device=rt.device)  # summed on the device since step `logged`
-            lap = logged = step
-            watch.start()
+            meter.start(step)
             while step < max_steps and not progress.ended:
                 tokens = batches(step)  # [B / ranks, n]
                 lr = learning_rate(step, cfg, max_steps)
                 loss = train_step(trained, tokens, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, loss)  # like the sum below: on the device, nobody waits
-                losses += loss
+                meter.check(step, loss)  # on the device, like the means: nobody waits
+                meter.add({"loss": loss})
                 log.progress(step)
                 due = rt.due(step, max_steps, cfg.log_interval, eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
 
                 # Numbers are read from the device here and only here: a read waits for all queued work.
-                finite.verify(step, model, lr)
-                rt.synchronize()
-                speed = watch.pause((step - lap) * tokens_per_step)
+                speed = meter.pause(step, model, lr)
                 if due.logs:
-                    mean = float(losses / (step - logged))
-                    values = {"loss": mean, "lr": lr, "grad_norm": float(norm), "epoch": step / epoch_steps,
-                              "tokens_per_s": speed, "mfu": speed * flops / peak}
-                    left = (max_steps - step) * tokens_per_step / speed
-                    log.train(step, values, lr, norm, speed, left, loss=mean)
-                    losses.zero_()
-                    logged = step
+                    values = meter.read()
+                    values |= {"lr": lr, "grad_norm": float(norm), "epoch": step / epoch_steps,
+                               "tokens_per_s": speed, "mfu": speed * flops / peak}
+                    left = (max_steps - step) * meter.units_per_step / speed
+                    log.train(step, values, lr, norm, speed, left, loss=values["loss"])
                 improved = False
                 if due.evaluates:
                     # Categories count alike, as they do in training with equal shares.
@@ -691,15 +699,14 @@ def train(cfg: Config) -> dict:
                     progress.ended = progress.ended or step == max_steps
                     extra = facts | asdict(progress)
                     saved = checkpoint.capture(
-                        rt, __file__, config_dict(cfg), step, model, optimizer, progress.best, extra, {}
+                        rt, __file__, config_dict(cfg), step, model, optimizer, progress.best, meter, extra, {}
                     )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
-                lap = step
-                watch.start()
+                meter.start(step)
 
             # The weights of the lowest validation XE are measured, not the last. Rank 0 has written them by now.
             rt.barrier()
@@ -707,15 +714,13 @@ def train(cfg: Config) -> dict:
                 best = checkpoint.load(folder / "best.pt", __file__)
                 best = without_last_position(best, folder / "best.pt")
                 checkpoint.load_weights(model, best["model"], folder / "best.pt")
-            tokenizer = Path(cfg.data) / "tokenizer.json"
-            if rt.is_main and tokenizer.exists():  # sample.py reads prompts with it
-                shutil.copyfile(tokenizer, folder / "tokenizer.json")
-            summary = finish(model, validation, active, training_facts(config_dict(cfg), chunks, step), cfg, rt, folder)
+            lesson = training_facts(config_dict(cfg), data, chunks, step)
+            summary = finish(model, validation, active, lesson, cfg, rt, folder)
             summary["K"] = len(active)
             summary["categories"] = active
             summary["train_chunks"] = len(rows)
             summary["config_hash"] = config_hash(cfg)
-            summary |= run_facts(rt, step, began, watch)
+            summary |= run_facts(rt, step, meter)
             log.summary(summary)
             if rt.is_main:
                 log.say("done: " + verdict(summary, len(active), folder))
@@ -742,29 +747,32 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = Path(cfg.analyze)
-    folder = path if path.is_dir() else path.parent
+    folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device)
     for name in ("precision", "bootstrap", "probe", "data"):  # what may differ from the run, if asked to
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
         chunks, validation = open_data(saved)
+        data = {saved.data: chunks.fingerprint + validation.fingerprint}
+        checkpoint.same_data(extra, data, path)
         if (validation.vocab_size, validation.n_ctx) != (extra["vocab_size"], extra["n_ctx"]):
             raise DataError(f"{saved.data} is not the data of this run: vocabulary or chunk size differ")
         active = extra["categories"]
         # The weights measured are those of the best step; what the run was trained on is up to its last.
         if (path / "last.pt").exists():
             step = checkpoint.load(path)["step"]
-        trained = training_facts(config_dict(saved), chunks, step)
-        result = finish(model.to(rt.device), validation, active, trained, saved, rt, folder)
+        lesson = training_facts(config_dict(saved), data, chunks, step)
+        result = finish(model.to(rt.device), validation, active, lesson, saved, rt, folder)
     print(f"step {step}: {verdict(result, len(active), folder)}")
     return result
 
 
 def run_study(cfg: Config) -> dict:
     """Train every subset of the study in a folder of its own, skipping finished ones, then report."""
-    train_chunks, validation = open_data(cfg)
-    names = active_categories(train_chunks, validation, cfg)
+    chunks, validation = open_data(cfg)
+    data = {cfg.data: chunks.fingerprint + validation.fingerprint}
+    names = active_categories(chunks, validation, cfg)
     seeds = cfg.study_seeds or [cfg.seed]
     # All subsets of one seed before the next: a study that is stopped early is whole for the seeds it has.
     runs = list(itertools.product(seeds, plan_study(cfg.study, names)))
@@ -773,7 +781,7 @@ def run_study(cfg: Config) -> dict:
         folder = Path(cfg.out_dir) / name
         # A run of its own: the same command without study trains it too, and its folder is like any other.
         run = replace(cfg, categories=subset, seed=seed, study="", study_seeds=[], out_dir=str(folder))
-        if finished(run, folder):
+        if finished(run, folder, data):
             print(f"[{number}/{len(runs)}] {name}: finished before")
             continue
         print(f"[{number}/{len(runs)}] {name}")
@@ -784,10 +792,11 @@ def run_study(cfg: Config) -> dict:
     return report(cfg.out_dir) if int(os.environ.get("RANK", 0)) == 0 else {}
 
 
-def finished(run: Config, folder: Path) -> bool:
-    """Whether the folder holds the end of a run with these settings."""
-    if not (folder / "summary.json").exists():
+def finished(run: Config, folder: Path, data: dict[str, str]) -> bool:
+    """Whether the folder holds the end of a run with these settings. Raises CheckpointError if it is of other data."""
+    if not (folder / "summary.json").exists() or not (folder / "last.pt").exists():
         return False
+    checkpoint.same_data(checkpoint.load(folder)["extra"], data, folder)
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return not differences(saved, run, ALIASES)
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from common import checkpoint
 from common.errors import clear_errors, rehearsal
-from common.runlog import RunLog, run_facts, write_json
-from common.runtime import FiniteCheck, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, ended_before, run_facts, write_json
+from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
     NonNegative,
@@ -528,6 +528,7 @@ def train(cfg: Config) -> dict:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         process = build_process(cfg)
         floor, error = entropy_floor(process, cfg.n_ctx)
+        data = {str(cfg.matrices): getattr(process, "fingerprint", "")}
         process.to(exact_device(rt))
         batches = Batches(rt, process, cfg)
         contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, cfg.seed)
@@ -542,15 +543,18 @@ def train(cfg: Config) -> dict:
 
         # Start: anew, or where a checkpoint stopped.
         step, best = 0, math.inf
-        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
+        path, state, changes = checkpoint.start_from(
+            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+        )
+        summary = ended_before(rt, folder, path, state, changes)
+        if summary:
+            return summary
+        meter = Meter(rt, cfg.batch_size * cfg.n_ctx, began, state)
         if state:
             step, best, extra, rank_extra = checkpoint.restore(rt, state, path, folder, model, optimizer)
             tracker.load_state_dict(extra["tracker"])
             batches.carried = rank_extra.get("carried")
         trained = rt.wrap(model)  # what steps go through: compiled and synchronised; `model` is the same weights
-        finite, watch = FiniteCheck(rt.device), Stopwatch()
-        tokens_per_step = cfg.batch_size * cfg.n_ctx
-        lap = step  # where the stopwatch last started
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
@@ -563,28 +567,26 @@ def train(cfg: Config) -> dict:
             else:  # progress counts from here
                 untrained = evaluate(model, contexts, floor, rt)
                 tracker.record_initial_loss(untrained["loss"])
-            watch.start()
+            meter.start(step)
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, T + 1]
                 lr = learning_rate(step, cfg)
                 loss = train_step(trained, tokens, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)  # of the gradient, before it is clipped
                 step += 1
-                finite.add(step, loss)
+                meter.check(step, loss)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 # Sums over all steps, on the device. Costly metrics are norms over all parameters.
-                metrics = tracker.update(step=step, loss=loss, tokens_in_batch=tokens_per_step, grad_norm=norm,
+                metrics = tracker.update(step=step, loss=loss, tokens_in_batch=meter.units_per_step, grad_norm=norm,
                                          log=due.logs, costly=due.evaluates)
                 if due.nothing:
                     continue
 
                 # Numbers are read from the device here and only here: a read waits for all queued work.
-                finite.verify(step, model, lr)
-                rt.synchronize()
-                speed = watch.pause((step - lap) * tokens_per_step)
+                speed = meter.pause(step, model, lr)
                 if due.logs:
-                    left = (cfg.max_steps - step) * tokens_per_step / speed
+                    left = (cfg.max_steps - step) * meter.units_per_step / speed
                     log.train(step, metrics, lr, norm, speed, left, loss=metrics["loss/ema"], floor=float(floor.mean()))
                 # Evaluation on the same contexts each time: its noise does not hide the progress.
                 improved = False
@@ -596,21 +598,22 @@ def train(cfg: Config) -> dict:
                     log.say(f"step {step:>6} eval | {in_words(result)}{' *' if improved else ''}")
                 # All that it takes to go on to the bit. Collective, as each rank has random numbers and sequences.
                 if due.saves or improved:
-                    extra, rank_extra = {"tracker": tracker.state_dict()}, {"carried": batches.carried}
-                    saved = checkpoint.capture(rt, __file__, config_dict(cfg), step, model, optimizer, best, extra,
-                                               rank_extra)
+                    extra = {"data": data, "tracker": tracker.state_dict()}
+                    rank_extra = {"carried": batches.carried}
+                    saved = checkpoint.capture(
+                        rt, __file__, config_dict(cfg), step, model, optimizer, best, meter, extra, rank_extra
+                    )
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal came, and the state is saved.
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
-                lap = step
-                watch.start()  # what came between pause and here is no training time
+                meter.start(step)  # what came between pause and here is no training time
 
             title = f"{process.name}, {cfg.model}, {step} steps"
             result = finish(model, final, floor, cfg, rt, folder, title)
-            summary = result | run_facts(rt, step, began, watch) | {"config_hash": config_hash(cfg)}
+            summary = result | run_facts(rt, step, meter) | {"config_hash": config_hash(cfg)}
             log.summary(summary)
             log.say(verdict(summary, folder))
             return summary
@@ -635,6 +638,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     cfg = from_dict(Config, state["config"], str(path), ALIASES)
     cfg.device = device  # that of this machine, not of the one it was trained on
     process = build_process(cfg)
+    checkpoint.same_data(state["extra"], {str(cfg.matrices): getattr(process, "fingerprint", "")}, path)
     model = build_model(cfg, process.vocab_size)
     checkpoint.load_weights(model, state["model"], path)
     return cfg, process, model, state["step"]
@@ -643,7 +647,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
 def analyze(cfg: Config) -> dict:
     """The final evaluation, analysis and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = Path(cfg.analyze)
-    folder = path if path.is_dir() else path.parent
+    folder = checkpoint.analysis_of(path)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
     for name in ("precision", "max_words", "last_token_only"):

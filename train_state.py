@@ -32,8 +32,8 @@ from geomloss import SamplesLoss
 
 from common import checkpoint
 from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
-from common.runlog import RunLog, run_facts
-from common.runtime import FiniteCheck, Means, Runtime, Stopwatch, learning_rate
+from common.runlog import RunLog, ended_before, run_facts
+from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
     NonNegative,
@@ -181,7 +181,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
-    wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases; project and entity below or from .env
+    wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases; project and entity below or from .env
     wandb_project: str = ""
     wandb_entity: str = ""
     tensorboard: bool = False  # log to TensorBoard
@@ -1004,8 +1004,7 @@ def train(cfg: Config) -> dict:
         cfg, cells, model, fresh = prepare(cfg, rt)
         optimizer = make_optimizer(model, cfg, rt)
         params = optimizer.param_groups[0]["params"]  # those that are not frozen
-        batches, finite, watch = Batches(rt, cells, cfg), FiniteCheck(rt.device), Stopwatch()
-        cells_per_step = cfg.batch_size * cfg.cell_set_len
+        batches = Batches(rt, cells, cfg)
         validation = None  # without it the last step is the best
         if len(cells.rows("val", controls=False)):
             validation = [rows[: cfg.eval_sentences] for rows in Sentences(cells, "val", cfg).plan(0)]
@@ -1013,17 +1012,24 @@ def train(cfg: Config) -> dict:
         rt.reseed(rt.rank)  # ranks draw other masks of dropout
 
         # A fresh run, or one that goes on; a finished run of other settings is refused.
-        path, state, changes = checkpoint.start_from(cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES))
-        step, best, means = 0, math.inf, Means()
-        known = {"dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
+        data = {cfg.toml_config_path: cells.fingerprint}
+        path, state, changes = checkpoint.start_from(
+            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+        )
+        summary = ended_before(rt, folder, path, state, changes)
+        if summary:
+            return summary
+        step, best = 0, math.inf
+        meter = Meter(rt, cfg.batch_size * cfg.cell_set_len, began, state)
+        known = {"data": data, "dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
             # Resume: with other perturbations or genes the same numbers would mean others.
-            other = [name for name in known if state["extra"].get(name) != known[name]]
+            other = [name for name in ("dims", *cells.maps()) if state["extra"].get(name) != known[name]]
             if other:
                 raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
                                       "resume=never to train anew there, which replaces the checkpoints")
             step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-        trained, lap = rt.wrap(model), step
+        trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
             if rt.is_main:
@@ -1036,7 +1042,7 @@ def train(cfg: Config) -> dict:
                 log.say(f"from {cfg.init_from}; these start anew: {', '.join(fresh)}")
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
-            watch.start()
+            meter.start(step)
 
             while step < cfg.max_steps:
                 batch = batches(step)  # sentences of this rank, [B, S, D]
@@ -1044,21 +1050,19 @@ def train(cfg: Config) -> dict:
                 terms = train_step(trained, batch, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
-                finite.add(step, terms["loss"])
-                means.add(terms)
+                meter.check(step, terms["loss"])
+                meter.add(terms)
                 log.progress(step)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
 
                 # Numbers are read from the device here and only here: a read waits for all queued work.
-                finite.verify(step, model, lr)
-                rt.synchronize()
-                speed = watch.pause((step - lap) * cells_per_step)
+                speed = meter.pause(step, model, lr)
                 improved = False
                 if due.logs:
                     # Terms are means over the steps since the last line; an epoch is once through all sentences.
-                    values = means.read()
+                    values = meter.read()
                     values |= {"lr": lr, "grad_norm": float(norm), "cells_per_s": speed}
                     values["epoch"] = step * cfg.batch_size / len(batches.sentences)
                     log.train(
@@ -1067,7 +1071,7 @@ def train(cfg: Config) -> dict:
                         lr,
                         norm,
                         speed,
-                        left=(cfg.max_steps - step) * cells_per_step / speed,
+                        left=(cfg.max_steps - step) * meter.units_per_step / speed,
                         unit="cells",
                         loss=values["loss"],
                     )
@@ -1088,6 +1092,7 @@ def train(cfg: Config) -> dict:
                         model,
                         optimizer,
                         best,
+                        meter,
                         extra=known | {"ended": step == cfg.max_steps},
                         rank_extra={},
                     )
@@ -1097,8 +1102,7 @@ def train(cfg: Config) -> dict:
                 if due.stops:
                     log.say(f"stopped by a signal after step {step}; the same command goes on from there")
                     return {"stopped_at": step}
-                lap = step
-                watch.start()
+                meter.start(step)
 
             # The weights that validated best are what is measured on cells that were never seen.
             rt.barrier()
@@ -1107,7 +1111,7 @@ def train(cfg: Config) -> dict:
             if cfg.source_files and rt.is_main:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
-            facts = run_facts(rt, step, began, watch, "cells")
+            facts = run_facts(rt, step, meter, "cells")
             summary = result | {"val_loss": best, **facts, "config_hash": config_hash(cfg)}
             log.summary(summary)
             if rt.is_main:
@@ -1162,13 +1166,15 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
 
 def open_run_data(cfg: Config, extra: dict) -> Cells:
     """The cells of a run's settings, with the run's numbers for perturbations and batches, whatever its TOML."""
-    return renumber(open_data(cfg), extra, not cfg.perturbation_features_file, cfg.batch_encoder)
+    cells = open_data(cfg)
+    checkpoint.same_data(extra, {cfg.toml_config_path: cells.fingerprint}, Path(cfg.out_dir))
+    return renumber(cells, extra, not cfg.perturbation_features_file, cfg.batch_encoder)
 
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = Path(cfg.analyze)
-    folder = path if path.is_dir() else path.parent
+    folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
     for name in ("precision", "toml_config_path", "ram_budget_gb"):

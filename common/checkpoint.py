@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common.errors import CheckpointError
-from common.runtime import Runtime
+from common.runtime import Meter, Runtime
 
 FORMAT_VERSION = 1
 # Settings that change how a run is started or watched, not what it finds.
@@ -42,7 +42,7 @@ def local_folder(out_dir: str) -> Path:
     return Path(out_dir)
 
 
-def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer, best: float, extra: dict,
+def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer, best: float, meter: Meter, extra: dict,
             rank_extra: dict) -> dict:
     """Everything a run needs to go on to the bit. Collective: call it on every rank.
 
@@ -52,7 +52,7 @@ def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer,
         extra: further plain state, the same on all ranks; rank_extra: further plain state of each rank.
     """
     return weights_alone(script, config, step, model, extra) | {
-        "best": best, "optimizer": optimizer.state_dict(), "scaler": rt.scaler.state_dict(),
+        "best": best, "optimizer": optimizer.state_dict(), "scaler": rt.scaler.state_dict(), "meter": meter.state(),
         "ranks": rt.gather({**_random_state(rt), **rank_extra}),
     }  # fmt: skip
 
@@ -213,6 +213,11 @@ def best_of(path: str | Path) -> Path:
     return best if best.exists() else Path(path)
 
 
+def analysis_of(path: Path) -> Path:
+    """Where a look at a run or checkpoint writes: analysis/ of the run folder, whose own results stay as they are."""
+    return (path if path.is_dir() else path.parent) / "analysis"
+
+
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
     return _read(path / "last.pt" if path.is_dir() else path, mmap=True)[0].get("experiment", "")
@@ -233,7 +238,27 @@ def _read(path: Path, mmap: bool = False) -> tuple[dict, str]:
     return state, ""
 
 
-def start_from(cfg, folder: Path, script: str, differences) -> tuple[Path | None, dict | None, list]:
+def is_over(state: dict) -> bool:
+    """Whether the run of a checkpoint has ended, by its last step or by what stops it early."""
+    return state["extra"].get("ended", state["step"] >= (state["config"]["max_steps"] or math.inf))
+
+
+def same_data(extra: dict, data: dict, path: Path) -> None:
+    """Raise CheckpointError if a checkpoint's data have been replaced by others of the same name.
+
+    Args:
+        extra: of the checkpoint. data: {what names the data: fingerprint of their content} now, as extra["data"] has
+            it from then. Where a name or fingerprint is missing on one side nothing is known, and nothing refused.
+    """
+    then = extra.get("data", {})
+    for name, fingerprint in data.items():
+        if fingerprint and then.get(name, fingerprint) != fingerprint:
+            raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {then[name]} in training and "
+                                  f"has {fingerprint} now. Bring those data back, or train in another out_dir (or "
+                                  "with resume=never, which replaces the checkpoints)")
+
+
+def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple[Path | None, dict | None, list]:
     """Decide what a run starts from: (path, state, changed settings), or (None, None, []) for a fresh one.
 
     Under resume=auto an unfinished run goes on, telling what changed. A finished run whose settings or script changed
@@ -241,6 +266,7 @@ def start_from(cfg, folder: Path, script: str, differences) -> tuple[Path | None
 
     Args:
         script: the page's __file__. differences: saved config (a dict) -> list of lines "field: old -> new".
+        data: see same_data.
     """
     if getattr(cfg, "load_checkpoint_step", None) is not None:
         path = folder / f"step_{cfg.load_checkpoint_step}.pt"
@@ -254,12 +280,12 @@ def start_from(cfg, folder: Path, script: str, differences) -> tuple[Path | None
     path = path / "last.pt" if path.is_dir() else path
     if not state["optimizer"]:
         raise CheckpointError(_no_optimizer(path, "it was imported"))
+    same_data(state["extra"], data, path)
     changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
         changes = [*changes, f"{copy.name}: edited since"]
-    ended = state["extra"].get("ended", state["step"] >= (state["config"]["max_steps"] or math.inf))
-    if cfg.resume == "auto" and changes and path.name == "last.pt" and ended:
+    if cfg.resume == "auto" and changes and path.name == "last.pt" and is_over(state):
         raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
                               f"out_dir, or resume={path} to go on from it, or resume=never to train anew, which "
                               "replaces the checkpoints that are there")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import checkpoint
 from common.errors import leave
 
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
@@ -126,21 +127,49 @@ class RunLog:
             self.bar.update(step - self.bar.n)
 
     def summary(self, values: dict) -> None:
-        """Write summary.json and print it, a `name: value` line each, for people and grep alike."""
+        """Write summary.json and print it."""
         if not self.active:
             return
         write_json(self.folder / "summary.json", values)
         self.bar.clear()
-        for key, value in values.items():
-            if isinstance(value, (int, float, str)):
-                self.say(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+        for line in _lines(values):
+            self.say(line)
 
 
-def run_facts(rt, step: int, began: float, watch, unit: str = "tokens") -> dict:
-    """What summary.json says of every run: steps, seconds since `began`, units a second of training, torch, device."""
-    return {"steps": step, "seconds": time.perf_counter() - began,
-            f"{unit}_per_second": watch.units / watch.seconds if watch.seconds else 0.0,
+def run_facts(rt, step: int, meter, unit: str = "tokens") -> dict:
+    """What summary.json says of every run: steps, seconds, units a second of training, torch, device."""
+    speed = meter.units / meter.seconds if meter.seconds else None  # none where nothing was left to train
+    return {"steps": step, "seconds": time.perf_counter() - meter.began, f"{unit}_per_second": speed,
             "torch": torch.__version__, "device": str(rt.device)}
+
+
+def ended_before(rt, folder: Path, path: Path | None, state: dict | None, changes: list) -> dict | None:
+    """The summary of a run that has ended, printed once more; None where there is something left to do.
+
+    Args:
+        path, state, changes: what checkpoint.start_from found.
+    """
+    if not state or changes or not checkpoint.is_over(state) or path.parent.resolve() != folder.resolve():
+        return None
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ended by a kill between its last step and its summary
+        return None
+    if rt.is_main:
+        print(f"{folder}: this run ended at step {state['step']}, nothing was left to train. It said:")
+        print("\n".join(_lines(summary)))
+    return summary
+
+
+def _lines(summary: dict) -> list[str]:
+    """A `name: value` line for each number and text, for people and grep alike."""
+    shown = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
+    return [f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in shown.items()]
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """"1 chunk", "1,200 chunks"; plural: where it is not noun + s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _dotenv(name: str) -> str | None:
@@ -153,8 +182,10 @@ def _dotenv(name: str) -> str | None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl; none where there is no such file."""
+    """The records of a run's metrics.jsonl, also from its folder analysis; none where there is no such file."""
     path, records = folder / "metrics.jsonl", []
+    if folder.name == "analysis" and not path.exists():
+        path = folder.parent / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # a line torn by a kill
             record = json.loads(line)

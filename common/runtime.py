@@ -238,60 +238,81 @@ def learning_rate(step: int, cfg, max_steps: int | None = None) -> float:
     return least + (cfg.lr - least) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class FiniteCheck:
-    """Watches the loss for the first step at which it is not finite, without waiting for the device at each step."""
+class Meter:
+    """What a loop counts: whether the loss is finite, means since the last line, the time of training steps alone.
 
-    def __init__(self, device: torch.device):
-        self.first = torch.full((), -1, dtype=torch.int64, device=device)
+    Adding does not wait for the device. The counts are part of a checkpoint: a resumed run logs what an uninterrupted
+    one would, and its summary is of the whole run.
 
-    def add(self, step: int, loss: torch.Tensor) -> None:
-        bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
-        self.first = torch.where(bad, step, self.first)
+    Args:
+        units_per_step: tokens or cells, of all ranks. state: the checkpoint that a run goes on from.
+    Attributes: seconds and units (tokens, cells) of training steps; began: when the run did, by time.perf_counter,
+    moved back by what earlier starts of it took.
+    """
 
-    def verify(self, step: int, model: torch.nn.Module, lr: float) -> None:
-        """Raise FloatingPointError if a loss or a weight is not finite, naming the step and what is known of the cause.
+    def __init__(self, rt: Runtime, units_per_step: int, began: float, state: dict | None = None):
+        self.rt, self.units_per_step, self.began = rt, units_per_step, began
+        self.seconds, self.units = 0.0, 0
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=rt.device)
+        self._values: list[dict[str, torch.Tensor]] = []  # of each step since the last read
+        self._lap = (0.0, 0)  # when the clock was started, at which step
+        if state and "meter" in state:
+            self._restore(**state["meter"])
 
-        Called before anything is saved, so the last good checkpoint survives.
+    def start(self, step: int) -> None:
+        """Start the clock: what follows are training steps."""
+        self._lap = (time.perf_counter(), step)
+
+    def check(self, step: int, loss: torch.Tensor) -> None:
+        """Remember the first step whose loss is not finite."""
+        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, step, self.first_bad)
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Numbers of a step, equal on all ranks, for the means."""
+        self._values.append(values)
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last read."""
+        steps, self._values = self._values, []
+        return {name: float(torch.stack([values[name] for values in steps]).mean()) for name in steps[-1]}
+
+    def pause(self, step: int, model: torch.nn.Module, lr: float) -> float:
+        """Stop the clock after this step, once the device is done; returns units a second since start().
+
+        Raises FloatingPointError if a loss or a weight is not finite, naming the step and what is known of the cause.
+        Comes before anything is saved, so the last good checkpoint survives.
         """
+        self._verify(step, model, lr)
+        self.rt.synchronize()
+        began, first = self._lap
+        lap, units = time.perf_counter() - began, (step - first) * self.units_per_step
+        self.seconds, self.units = self.seconds + lap, self.units + units
+        return units / max(lap, 1e-9)
+
+    def _verify(self, step: int, model: torch.nn.Module, lr: float) -> None:
         broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
-        if int(self.first) < 0 and not broken:
+        if int(self.first_bad) < 0 and not broken:
             return
         cause = f"{len(broken)} parameters are not finite, the first being {broken[0]}" if broken else \
             "all parameters are still finite, so the forward pass overflowed"
-        what = f"the weights are not finite after step {step}" if int(self.first) < 0 else \
-            f"the loss was not finite at step {int(self.first)}"
+        what = f"the weights are not finite after step {step}" if int(self.first_bad) < 0 else \
+            f"the loss was not finite at step {int(self.first_bad)}"
         raise FloatingPointError(f"{what} (now lr = {lr:.3g}; {cause}). Nothing was saved since. Try a lower lr, "
                                  "grad_clip=1 or precision=fp32")
 
+    def state(self) -> dict:
+        """For a checkpoint."""
+        names = self._values[-1] if self._values else ()
+        since = {name: torch.stack([values[name] for values in self._values]).cpu() for name in names}
+        return {"seconds": self.seconds, "units": self.units, "since": since,
+                "elapsed": time.perf_counter() - self.began}
 
-class Means:
-    """Means of named numbers over the steps since the last read, which waits for the device; adding does not."""
-
-    def __init__(self):
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        self.steps.append(values)
-
-    def read(self) -> dict[str, float]:
-        steps, self.steps = self.steps, []
-        return {name: float(torch.stack([values[name] for values in steps]).mean()) for name in steps[-1]}
-
-
-class Stopwatch:
-    """Seconds spent in training steps alone: evaluation, saving and compilation are taken out by `pause`."""
-
-    def __init__(self):
-        self.seconds, self.units, self._since = 0.0, 0, None
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def pause(self, units: int) -> float:
-        """Add the time since start() and the units (tokens, cells) done in it; return units per second of this lap."""
-        lap = time.perf_counter() - self._since
-        self.seconds, self.units = self.seconds + lap, self.units + units
-        return units / max(lap, 1e-9)
+    def _restore(self, seconds: float, units: int, since: dict[str, torch.Tensor], elapsed: float) -> None:
+        self.seconds, self.units = seconds, units
+        self.began -= elapsed
+        columns = [column.to(self.rt.device).unbind() for column in since.values()]
+        self._values = [dict(zip(since, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _pick_device(asked: str, local_rank: int) -> torch.device:

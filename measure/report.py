@@ -14,6 +14,7 @@ import numpy as np
 
 from common.checkpoint import NO_SETTINGS
 from common.errors import DataError
+from common.runlog import count
 from measure.curves import binned, blank, gain_definition, is_fit, perplexity
 from measure.figures import figure
 
@@ -106,14 +107,15 @@ def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[lis
 # ---------------------------------------------------------------------------------------------------------------
 # What runs were trained on
 # ---------------------------------------------------------------------------------------------------------------
-def training_facts(config: dict, chunks, steps: int) -> dict:
+def training_facts(config: dict, data: dict[str, str], chunks, steps: int) -> dict:
     """What a run was trained on and how much, for results.json: a report averages only what is alike in this.
 
     Args:
-        config: the settings. chunks: of training: n_ctx, size and budget. steps: of the optimizer, up to the last.
+        config: the settings. data: the fingerprint of the data, by their path; own data may have none.
+        chunks: of training: n_ctx, size and budget. steps: of the optimizer, up to the last.
     """
     return {
-        "data": {"path": config["data"], "fingerprint": getattr(chunks, "fingerprint", "")},  # own data may have none
+        "data": {"path": config["data"], "fingerprint": data[config["data"]]},
         "budget": {"kind": config["budget"], "tokens": config["budget_tokens"] or chunks.budget * chunks.size},
         "steps": steps,
         "tokens": steps * config["batch_size"] * chunks.n_ctx,
@@ -223,6 +225,9 @@ def read_results(folder: Path) -> list[dict]:
     """results.json of every run below a folder. Raises DataError if there is none or one is damaged."""
     results = []
     for path in sorted(folder.glob("**/results.json")):
+        looked_at = path.parent.parent / path.name
+        if path.parent.name == "analysis" and looked_at.exists():  # a later look at a run that counts by itself
+            continue
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             check_result(result)
@@ -332,8 +337,7 @@ def row_sentence(row: dict) -> str:
 
 def run_count(table: list[dict]) -> str:
     """"1 run", "2 runs": of all rows of xe_by_k.csv."""
-    count = sum(row["runs"] for row in table)
-    return f"{count} run" if count == 1 else f"{count} runs"
+    return count(sum(row["runs"] for row in table), "run")
 
 
 def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:

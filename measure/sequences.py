@@ -41,19 +41,30 @@ def continue_sequences(
 ) -> Tensor:
     """Draw from the model until the sequences [B, T] have the length; it reads the last n_ctx tokens of each.
 
+    temperature divides the logits; 0 takes the likeliest token, the first of equals.
+
     The draws are made where tokens and generator are, so that they are the same on every device.
     """
     while tokens.shape[1] < length:
         context = tokens[:, -n_ctx:].to(device)
         logits, _ = model(context)
         logits = logits[:, -1].to(tokens.device)  # of the next token [B, V]
-        logits = logits.double() / temperature
+        logits = logits.double()
+        if temperature:
+            logits = logits / temperature
+        else:
+            top_k = 1  # greedy
         if top_k and top_k < logits.shape[1]:
-            least = logits.topk(top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            logits = best_only(logits, top_k)
         chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens = torch.cat([tokens, chosen], 1)
     return tokens
+
+
+def best_only(logits: Tensor, k: int) -> Tensor:
+    """Logits [B, V] with all but the k largest of a row at -inf; of equal ones the first stay."""
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    return logits.scatter(1, order[:, k:], -torch.inf)
 
 
 @torch.no_grad()

@@ -219,11 +219,11 @@ def generate(
         # What may come next, and how likely.
         if repetition_penalty != 1:
             log_p = log_p - seen * math.log(repetition_penalty)
-        if temperature != 1:
+        if temperature not in (0, 1):
             log_p = log_p / temperature
         if no_repeat_ngram_size:
             log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
-        chosen = draw(log_p, top_k, top_p, generator)  # [B]
+        chosen = log_p.argmax(1) if temperature == 0 else draw(log_p, top_k, top_p, generator)  # [B]
         if eos_id is not None:
             chosen = torch.where(done, eos_id, chosen)
             done |= chosen == eos_id

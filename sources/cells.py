@@ -44,6 +44,8 @@ class Cells:
     perturbed cells without control cells of their type and file, files of different genes.
     """
 
+    fingerprint = ""  # of the content; a checkpoint keeps it
+
     def __init__(
         self,
         plan: Plan,

@@ -24,6 +24,7 @@ class Corpus:
     vocab_size: int
     tokenizer: Tokenizer | None = None
     tokenizer_hash: str = ""  # of what made the tokens; a checkpoint keeps it
+    fingerprint: str = ""  # of the content; a checkpoint keeps it
     document_length: int = 0  # of documents that are all as long and begin with bos, such as planted ones; 0: one text
     bytes_per_token: float = 0.0  # of the validation text; 0 where that is unknown
     first_id: int = 0  # what a document begins with, or comes after

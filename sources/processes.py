@@ -305,6 +305,8 @@ class Process:
             stationary states and no initial_state, or a word of negative weight.
     """
 
+    fingerprint = ""  # of matrices that were read; a checkpoint keeps it
+
     def __init__(
         self,
         matrices,

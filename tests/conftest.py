@@ -7,12 +7,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch read it:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from measure import figures  # noqa: E402
+
 
 @pytest.fixture(autouse=True, scope="session")
 def without_waiting_for_the_disk():
     """What a test writes need not survive a power cut, and on some machines each fsync takes 20 ms and more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pictures_that_cannot_be_drawn_are_errors():
+    """To users they are a line, and the run goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "STRICT", True)
         yield
 
 

@@ -111,6 +111,7 @@ def output_of(capsys, *argv: str, cls: type = Config) -> str:
     (["--amp"], "amp", True),
     (["--amp", "auto"], "amp", "auto"),
     (["--no-amp"], "amp", False),
+    (["--amp="], "amp", False),
     (["--clip=none"], "clip", None),
     (["--clip=NULL"], "clip", None),
     (["--clip=2"], "clip", 2.0),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.runtime import FiniteCheck, Runtime, learning_rate
+from common.runtime import Meter, Runtime, learning_rate
 from configurator import configure
 from measure import beliefs as measured
 from measure.beliefs import (
@@ -216,11 +216,11 @@ def test_a_step_that_logs_nothing_reads_nothing_from_the_device(settings):
     rt.device = torch.device("meta")
     model = model_of(**settings).to("meta")
     optimizer = torch.optim.AdamW(model.parameters(), fused=False, foreach=False)
-    tracker, finite = MetricTracker(model, optimizer), FiniteCheck(rt.device)
+    tracker, meter = MetricTracker(model, optimizer), Meter(rt, 24, 0.0)
     tokens = torch.randint(V, (4, 7), device="meta")
     loss = train_step(model, tokens, rt, config(grad_accum=2, **settings))
     norm = rt.step(optimizer, list(model.parameters()), 1.0, 1e-3)
-    finite.add(1, loss)
+    meter.check(1, loss)
     assert tracker.update(step=1, loss=loss, tokens_in_batch=24, grad_norm=norm, log=False) == {}
     assert loss.device.type == norm.device.type == "meta"
 

@@ -25,7 +25,7 @@ from comparison import unequal
 
 import train_ghmm
 from common import checkpoint, runlog
-from common.runtime import STOP_CHECK_STEPS, FiniteCheck, Runtime, Stopwatch
+from common.runtime import STOP_CHECK_STEPS, Meter, Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
@@ -283,32 +283,48 @@ def test_a_thread_can_hold_a_runtime_without_touching_signals():
     assert seen == [before]
 
 
-def test_the_finite_check_names_the_first_bad_step_and_the_broken_parameter():
-    model, check = torch.nn.Linear(2, 2), FiniteCheck(torch.device("cpu"))
+def meter_on(units: int = 1, state: dict | None = None) -> Meter:
+    return Meter(Runtime(settings()), units, began=time.perf_counter(), state=state)
+
+
+def test_the_meter_names_the_first_bad_step_and_the_broken_parameter():
+    model, meter = torch.nn.Linear(2, 2), meter_on()
     for step, loss in enumerate((1.0, 2.0, float("inf"), float("nan"), 1.0)):
-        check.add(step, torch.tensor(loss))
+        meter.check(step, torch.tensor(loss))
     with pytest.raises(FloatingPointError, match=r"step 2 .*all parameters are still finite"):
-        check.verify(4, model, 0.1)
+        meter.pause(4, model, 0.1)
     model.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 2 .*lr = 0\.1.*1 parameters .*bias"):
-        check.verify(4, model, 0.1)
+        meter.pause(4, model, 0.1)
 
 
-def test_the_finite_check_lets_finite_losses_pass():
-    check = FiniteCheck(torch.device("cpu"))
-    check.add(1, torch.tensor(1e30))
-    check.verify(1, torch.nn.Linear(2, 2), 0.1)
+def test_the_meter_lets_finite_losses_pass():
+    meter = meter_on()
+    meter.check(1, torch.tensor(1e30))
+    meter.pause(1, torch.nn.Linear(2, 2), 0.1)
 
 
-def test_the_stopwatch_counts_laps_and_nothing_between_them(monkeypatch):
-    clock = iter([10.0, 12.0, 100.0, 101.0])
+def test_the_meter_counts_laps_and_nothing_between_them(monkeypatch):
+    meter, model, clock = meter_on(units=10), torch.nn.Linear(2, 2), iter([10.0, 12.0, 100.0, 101.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    watch = Stopwatch()
-    watch.start()
-    assert watch.pause(50) == 25
-    watch.start()
-    assert watch.pause(10) == 10
-    assert (watch.seconds, watch.units) == (3.0, 60)
+    meter.start(0)
+    assert meter.pause(5, model, 0.1) == 25
+    meter.start(5)
+    assert meter.pause(6, model, 0.1) == 10
+    assert (meter.seconds, meter.units) == (3.0, 60)
+
+
+def test_the_meter_goes_on_from_a_checkpoint_in_the_middle_of_a_mean():
+    meter = meter_on()
+    meter.add({"loss": torch.tensor(1.0)})
+    meter.add({"loss": torch.tensor(2.0)})
+    meter.seconds, meter.units, meter.began = 4.0, 80, meter.began - 100
+    later = meter_on(state={"meter": meter.state()})
+    later.add({"loss": torch.tensor(6.0)})
+    assert later.read() == {"loss": 3.0}
+    assert (later.seconds, later.units) == (4.0, 80)
+    assert 100 <= time.perf_counter() - later.began < 110
+    assert meter_on(state={}).state()["since"] == {}  # of an older checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------- micro-steps

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import runpy
 import shutil
@@ -303,10 +302,9 @@ def test_a_run_that_is_finished_is_evaluated_again_or_refused(whole, planted, ca
 
 def test_analyze_repeats_the_numbers(whole, planted):
     shutil.copytree(whole, "run")
-    os.remove("run/planner_eval.json")
     found = train_apelr.main(["--analyze=run", "--device=cpu"])
     assert found["val_nll"] == pytest.approx(read(whole / "summary.json")["val_nll"], rel=1e-5)
-    assert read("run/planner_eval.json")["val_nll"] == found["val_nll"]
+    assert read("run/analysis/planner_eval.json")["val_nll"] == found["val_nll"]
 
 
 def test_weights_to_start_from_come_from_ours_and_from_the_source(text, writers):

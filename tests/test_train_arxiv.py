@@ -512,7 +512,8 @@ def test_a_study_of_two_ranks_trains_every_run_and_reports_once(data):
     settings = [*TINY, f"--data={data}", "--study=nested:1,2,3", "--max_steps=4", "--probe=false", "--out_dir=study"]
     told = two_ranks("train_arxiv", *settings)
     assert told.count("done: validation XE") == 3 and told.count("report of 3 runs") == 1
-    assert sorted(path.name for path in Path("study").glob("K*")) == ["K1_a", "K2_a_b", "K3_a_b_c"]
+    assert sorted(path.name for path in Path("study").glob("K*")) == [
+        "K1_a_seed1337", "K2_a+b_seed1337", "K3_a+b+c_seed1337"]
 
 
 def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, whole, capsys):
@@ -525,11 +526,9 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, w
 def test_analyze_repeats_the_numbers(whole, monkeypatch):
     shutil.copytree(whole, "run")
     expected, table = read("run/results.json"), numbers_in("run/xe_by_position.csv")
-    for name in ("results.json", "xe_by_position.csv"):
-        Path("run", name).unlink()
     result = train_arxiv.main(["--analyze=run", "--device=cpu"])
-    found = read("run/results.json")
-    assert apart(found, expected) == [] and apart(numbers_in("run/xe_by_position.csv"), table) == []
+    found = read("run/analysis/results.json")
+    assert apart(found, expected) == [] and apart(numbers_in("run/analysis/xe_by_position.csv"), table) == []
     assert result["val_xe"] == pytest.approx(read("run/summary.json")["val_xe"], rel=1e-5)
 
 
@@ -546,12 +545,17 @@ def test_a_study_is_planned_as_it_is_called():
     assert len(subsets) == 31 == len({tuple(s) for s in subsets}) and subsets[-1] == FIVE
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
     assert plan_study("nested:1,2,5", FIVE) == [FIVE[:1], FIVE[:2], FIVE]
-    assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
-    assert plan_study("K3_csDS_csIT_csPL,K1_mathST", FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
+    assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_cs.DS+cs.IT+cs.PL"
+    assert run_name(["cs.PL"], 7) == "K1_cs.PL_seed7"
+    for study in ("K3_cs.DS+cs.IT+cs.PL,K1_math.ST", "K3_csDS_csIT_csPL,K1_mathST"):  # by the older names too
+        assert plan_study(study, FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
+    many = [f"c{i}" for i in range(60)]  # whose subsets nobody can list
+    assert plan_study("nested:1,60", many) == [many[:1], many]
 
 
 @pytest.mark.parametrize("study, words", [("k=6", "6 is not between 1 and the 5"), ("nested:0", "0 is not between"),
-                                          ("K3_csDS_csIT_csPM", "did you mean 'K3_csDS_csIT_csPL'"), ("al", "all31")])
+                                          ("K3_csDS_csIT_csPM", "did you mean 'K3_csDS_csIT_csPL'"), ("al", "all31"),
+                                          ("K3_cs.DS+cs.IT+cs.PM", "'K3_cs.DS.cs.IT.cs.PL'")])
 def test_a_study_that_cannot_be_is_refused(study, words):
     with pytest.raises(DataError, match=words):
         plan_study(study, FIVE)
@@ -561,9 +565,9 @@ def test_a_study_that_cannot_be_is_refused(study, words):
 
 def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys):
     found = run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false")
-    assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
+    assert found.keys() == {1, 2} and {p.name for p in Path("run").glob("K*")} == {"K1_a_seed1337", "K2_a+b_seed1337"}
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
-    for folder in ("run/K1_a", "run/K2_a_b"):
+    for folder in ("run/K1_a_seed1337", "run/K2_a+b_seed1337"):
         assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
     capsys.readouterr()
     assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
@@ -573,7 +577,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
         by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
     assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
     assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
-    groups = read("run/K2_a_b/results.json")["groups"]
+    groups = read("run/K2_a+b_seed1337/results.json")["groups"]
     assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
     page = Path("run/report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -583,7 +587,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
 
 
 def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
-    folder = Path("run/K1_a")
+    folder = Path("run/K1_a_seed1337")
     settings = ("--study=K1_a", "--epochs=1", "--probe=false")
     run(data, *settings)
     saved = read(folder / "config.json")

@@ -313,13 +313,11 @@ def test_a_loss_that_is_not_finite_names_its_step_and_spares_the_last_good_check
 
 def test_analyze_repeats_the_analysis_of_the_run_and_draws_again(copied, whole, monkeypatch, capsys):
     expected = read(copied / "analysis.json")
-    shutil.rmtree(copied / "plots")
-    (copied / "analysis.json").unlink()
     monkeypatch.setattr(train_ghmm, "plot_run", draw_pictures)
     train_ghmm.main(["--analyze=run", "--device=cpu"])
-    found = read(copied / "analysis.json")
+    found = read(copied / "analysis" / "analysis.json")
     assert apart(found, expected) == []
-    assert_drawn(copied)
+    assert_drawn(copied / "analysis")
     out = capsys.readouterr().out
     assert out.startswith("step 20: ") and f"r2_concat {expected['r2_concat']:.4f}" in out
     assert read(copied / "summary.json") == read(whole.folder / "summary.json")
@@ -392,7 +390,7 @@ def test_impossible_tokens_of_a_model_are_null_in_the_json():
 
 @pytest.mark.parametrize("line, words", [
     ("nowhere", "no checkpoint at nowhere"), ("{run}/config.json", "config.json"), ("--length=3", "first argument"),
-    ("{run} --length=0", "length: expected int >= 1"), ("{run} --temperature=0", "at least 1e-6"),
+    ("{run} --length=0", "length: expected int >= 1"), ("{run} --temperature=-1", "0 or at least 1e-6"),
     ("{run} --num_samples=0", "num_samples: expected int >= 1"), ("{run} --prompt=a", "prompt"),
     ("{run} --prompt=7", "prompt = '7'"), ("{run} --seed=-1", "seed: expected int >= 0"),
     ("{run} --temprature=1", "did you mean temperature"), ("{run} --json=absent/samples.json", "absent")])

@@ -232,10 +232,8 @@ def test_the_verdict_names_the_best_baseline_and_a_tie_beats_nothing(mine, words
 
 def test_analyze_repeats_the_numbers(whole):
     shutil.copytree(whole, "run")
-    for name in ("results.json", "metrics.csv"):
-        Path("run", name).unlink()
     result = train_state.main(["--analyze=run", "--device=cpu"])
-    assert apart(read("run/results.json"), read(whole / "results.json")) == []
+    assert apart(read("run/analysis/results.json"), read(whole / "results.json")) == []
     assert result["pearson_delta"] == pytest.approx(read(whole / "summary.json")["pearson_delta"], rel=1e-5)
 
 
@@ -281,14 +279,14 @@ def test_other_seeds_give_other_bits(data, plain):
     assert unequal(weights("run"), weights(plain)) != []
 
 
-def test_resume_never_trains_anew_and_a_finished_run_is_only_measured(data, plain, capsys):
+def test_resume_never_trains_anew_and_a_finished_run_is_left_alone(data, plain, capsys):
     shutil.copytree(plain, "run")
     before = Path("run/last.pt").read_bytes()
     settings = ("--max_steps=8", "--source_files")
     assert run(data, *settings)["steps"] == 8 and Path("run/last.pt").read_bytes() == before
-    assert "resumed from" in capsys.readouterr().out
+    assert "nothing was left to train" in capsys.readouterr().out
     run(data, *settings, "--resume=never")
-    assert "resumed" not in capsys.readouterr().out and unequal(weights("run"), weights(plain)) == []
+    assert "nothing was left" not in capsys.readouterr().out and unequal(weights("run"), weights(plain)) == []
 
 
 @pytest.mark.parametrize("change, words", [
