@@ -64,7 +64,7 @@ from measure.curves import (
     verdict,
     write_curves,
 )
-from measure.report import make_report, plan_study, row_sentence, run_count, run_name, training_facts
+from measure.report import make_report, plan_study, row_key, row_sentence, run_count, run_name, training_facts
 from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
@@ -802,12 +802,12 @@ def finished(run: Config, folder: Path, data: dict[str, str]) -> bool:
 
 
 def report(folder: str) -> dict:
-    """XE against K over the runs of a folder; returns {K: mean XE}."""
+    """XE against K over the runs of a folder; returns {K: mean XE}, with the group beside K where there are several."""
     table = make_report(Path(folder))
     for row in table:
         print(row_sentence(row))
     print(f"report of {run_count(table)} in {Path(folder) / 'report.html'}")
-    return {row["K"]: row["xe"] for row in table}
+    return {row_key(row): row["xe"] for row in table}
 
 
 def main(argv: list[str] | None = None) -> dict:

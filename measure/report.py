@@ -116,7 +116,7 @@ def training_facts(config: dict, data: dict[str, str], chunks, steps: int) -> di
     """
     return {
         "data": {"path": config["data"], "fingerprint": data[config["data"]]},
-        "budget": {"kind": config["budget"], "tokens": config["budget_tokens"] or chunks.budget * chunks.size},
+        "budget": {"kind": config["budget"], "tokens": config["budget_tokens"] or int(chunks.budget * chunks.size)},
         "steps": steps,
         "tokens": steps * config["batch_size"] * chunks.n_ctx,
         "settings": shared_settings(config),
@@ -326,13 +326,18 @@ def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     return row
 
 
+def row_key(row: dict) -> int | str:
+    """What the mean of a row of xe_by_k.csv is returned by: K, with the group where there are several."""
+    return f"{row['group']}: K = {row['K']}" if "group" in row else row["K"]
+
+
 def row_sentence(row: dict) -> str:
     """A row of xe_by_k.csv for the console."""
-    text = f"K = {row['K']}: XE {row['xe']:.4f}"
+    name = row_key(row) if "group" in row else f"K = {row['K']}"
+    text = f"{name}: XE {row['xe']:.4f}"
     if row["xe_sd"] is not None:
         text += f" +- {row['xe_sd']:.4f}"
-    text += f" nats over {run_count([row])}"
-    return f"{row['group']}: {text}" if "group" in row else text
+    return f"{text} nats over {run_count([row])}"
 
 
 def run_count(table: list[dict]) -> str:

@@ -37,16 +37,16 @@ def ergodic_components(components: list[dict]) -> tuple[list[str], list[Process]
         for setting in ("initial_state", "add_bos"):
             if setting in component:
                 raise DataError(f"components[{i}]: chunks begin anywhere in a document, so {setting} cannot be set")
-        weights.add(component.get("weight", 1))
         default_name = f"{component.get('process')}-{i}"
         names.append(str(component.get("name", default_name)))
-        part = {key: value for key, value in component.items() if key not in ("name", "weight")}
+        part = {key: value for key, value in component.items() if key != "name"}
         try:
             # A mixture of one applies its vocab_map.
             process = make_process("nonergodic", components=[part])
         except ProcessError as error:
             raise DataError(str(error)) from error
         processes.append(process)
+        weights.add(float(component.get("weight", 1)))
     if len(weights) > 1:
         raise DataError(
             "components of different weight: documents, training and the exact optimum are those of equally frequent "

@@ -61,9 +61,10 @@ def write(folder: str, result: dict) -> None:
 
 def reported(folder: str = "runs") -> tuple[list[dict], str]:
     """(rows of xe_by_k.csv, the text of report.html), and no cell holds what is no number."""
-    train_arxiv.main([f"--report={folder}"])
+    means = train_arxiv.main([f"--report={folder}"])
     with open(f"{folder}/xe_by_k.csv") as file:
         rows = list(csv.DictReader(file))
+    assert list(means.values()) == [float(row["xe"]) for row in rows]
     page = Path(folder, "report.html").read_text()
     for path in Path(folder).glob("*.csv"):
         cells = set(path.read_text().replace("\n", ",").split(","))

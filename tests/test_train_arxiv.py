@@ -648,18 +648,19 @@ def test_what_too_few_documents_leave_undefined_is_null_and_an_empty_cell(capsys
     train_arxiv.main(["--report=run"])
 
 
-@pytest.mark.parametrize("weights, refuses", [((2, 1), True), ((None, 3), True), ((2, 2), False), ((1, None), False)])
-def test_a_component_of_another_weight_is_refused(weights, refuses, capsys):
+@pytest.mark.parametrize("weights, words", [((2, 1), "leave weight out"), ((None, 3), "leave weight out"), ((2, 2), ""),
+                                            ((1, None), ""), ((-1, -1), "must be positive"), (([1], [1]), "weight")])
+def test_a_component_of_another_weight_is_refused(weights, words, capsys):
     """The exact optimum and the training documents are those of equally frequent components."""
     parts = [{"process": "coin", "p": p} | ({"weight": w} if w else {})
              for p, w in zip((0.9, 0.2), weights, strict=True)]
     command = ["ergodic", f"--components={json.dumps(parts)}", "--train_documents=2", "--validation_documents=2",
                "--chunk_size=12", "--out_dir=weighted"]
-    if refuses:
-        assert "leave weight out" in refusal(capsys, prepare_data.main, *command)
+    if words:
+        assert words in refusal(capsys, prepare_data.main, *command)
     else:
         prepare_data.main(command)
-    assert Path("weighted").exists() != refuses
+    assert Path("weighted").exists() == (not words)
 
 
 def test_the_final_numbers_are_those_of_the_best_weights(data):
