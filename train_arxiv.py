@@ -82,7 +82,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
-    study: str = ""  # all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 (the first 1, 2, 4) | K2_a+b,...
+    study: str = ""  # all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 (the first 1, 2, 4) | K2_a_b,...
     study_seeds: list[Whole] = field(default_factory=list)  # seeds of each run of a study; default seed alone
     report: str = ""  # folder of runs to report on instead of training
     # data

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 # torch.mm has had out_dtype since 2.8: the speed of half precision without a wider copy of the factors.
-VERSION = torch.__version__.split(".")
-MIXED = (int(VERSION[0]), int(VERSION[1])) >= (2, 8)
+MIXED = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def half_type(tensor: Tensor) -> torch.dtype:

@@ -29,12 +29,14 @@ NOT_SAID = "not said"  # by results of older runs
 
 
 def run_name(categories: list[str], seed: int | None = None) -> str:
-    """K3_cs.DS+cs.IT+cs.PL_seed7 for ["cs.PL", "cs.DS", "cs.IT"] and 7; without seed, what a study calls the set.
+    """K3_cs.DS_cs.IT_cs.PL_seed7 for ["cs.PL", "cs.DS", "cs.IT"] and 7; without seed, what a study calls the set.
 
-    Letters that a folder or the name itself needs are percent escapes: no two sets of categories have one name.
+    "_" and what a folder cannot have are percent escapes in a category: no two sets of categories have one name.
     """
-    names = sorted(quote(category, safe="") for category in categories)
-    name = f"K{len(names)}_{'+'.join(names)}"
+    names = []
+    for category in sorted(categories):
+        names.append(quote(category, safe="").replace("_", "%5F"))
+    name = "_".join([f"K{len(names)}", *names])
     return name if seed is None else f"{name}_seed{seed}"
 
 
@@ -79,7 +81,7 @@ def subsets(names: list[str], sizes: Iterable[int]) -> list[list[str]]:
 
 
 def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[list[str]]:
-    """The sets that are called by their names, K1_a,K2_a+b, or by their older ones.
+    """The sets that are called by their names, K1_a,K2_a_b, or by their older ones.
 
     Raises DataError for a name that no set has, and for an older one that several have.
     """
