@@ -298,10 +298,11 @@ def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     xe, xe_sd = spread([group["xe"] for group in seen])
     gain, gain_sd = spread([group["icl_gain"] for group in seen])
     fits = [fit for group in seen if (fit := fit_of(group))]
+    tokens = mean_of([run["tokens"] for run in runs if "tokens" in run])
     row = {
         "K": K,
         "runs": len(runs),
-        "tokens": mean_of([run["tokens"] for run in runs if "tokens" in run]),
+        "tokens": None if tokens is None else round(tokens),
         "xe": xe,
         "xe_sd": xe_sd,
         "perplexity": perplexity(xe),

@@ -125,7 +125,7 @@ def test_the_same_data_in_another_folder_are_the_same_data():
     write("runs/0", a_result("a"))
     write("runs/1", a_result("b", data={"path": "elsewhere", "fingerprint": "f1"}))
     rows, _ = reported()
-    assert [row["runs"] for row in rows] == ["2"] and "group" not in rows[0]
+    assert [(row["runs"], row["tokens"]) for row in rows] == [("2", "880")] and "group" not in rows[0]
 
 
 def test_runs_of_another_context_are_not_averaged():
