@@ -2,7 +2,7 @@
 
     python sample.py out/ghmm                              # sequences of the model beside sequences of its process
     python sample.py out/ghmm --num_samples=2 --length=30 --prompt=0,1 --temperature=0.8
-    python sample.py out/arxiv_small/K1_csDS --prompt="We give a faster algorithm" --top_k=50
+    python sample.py out/arxiv_small/K1_cs.DS_seed1337 --prompt="We give a faster algorithm" --top_k=50
     python sample.py out/ghmm/best.pt --json=samples.json
     python sample.py out/apelr --prompt="Once upon a time" --top_p=0.9 --show_plan
     python sample.py out/apelr --prompt="Once upon a time" --sweep_states    # what each plan would write
