@@ -79,6 +79,7 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     that is accepted and has no effect here (one warning lists those met). A dotted alias beats a plain one. A name of
     another unit is Derived(field, function): {"min_lr_ratio": Derived("min_lr", lambda ratio, cfg: ratio * cfg["lr"])}.
     If Config has a method check(self) -> list[str], what it returns are errors too.
+    If it has a static method more_help() -> str, that is the end of --help.
     Exits: 0 after --help and --print_config, 2 on bad input.
     """
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -537,7 +537,7 @@ NO_FLOOR = 1e-9  # below, in nats, the floor is that of a process without chance
 
 
 def describe(process: Process, model: nn.Module, floor: torch.Tensor, error: float, cfg: Config) -> str:
-    """What is trained on what, in two lines."""
+    """What is trained on what, in two lines; between them what was done to matrices that could not stay as given."""
     size = sum(parameter.numel() for parameter in model.parameters())
     tokens = counted(process.vocab_size, "token")
     states = counted(process.num_states, "state")
