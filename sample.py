@@ -42,6 +42,7 @@ from measure.writing import generate
 from sources import foreign
 from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
 from sources.h5ad import H5ad, write_h5ad
+from sources.shared import counted
 from sources.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).resolve().parent  # where pages are imported from, and only here: no code of a run folder runs
@@ -488,11 +489,6 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
     print(f"after {step} steps: " + verdict(result, folder).removeprefix("done: "))
     return {"experiment": "state", "step": step, **result}
-
-
-def counted(number: int, noun: str) -> str:
-    """1 cell, 2 cells."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def joined(conditions: list[dict], cells: str, controls: str) -> np.ndarray:

@@ -13,10 +13,9 @@ import numpy as np
 
 from common.checkpoint import NO_SETTINGS
 from common.errors import DataError
-from common.runlog import count
 from measure.curves import binned, blank, gain_definition, is_fit, perplexity
 from measure.figures import figure
-from sources.shared import closest
+from sources.shared import closest, counted
 
 # Settings that runs of one study may differ in, and those of the measurements after training.
 APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "data", "budget", "budget_tokens",
@@ -344,7 +343,7 @@ def row_sentence(row: dict) -> str:
 
 def run_count(table: list[dict]) -> str:
     """"1 run", "2 runs": of all rows of xe_by_k.csv."""
-    return count(sum(row["runs"] for row in table), "run")
+    return counted(sum(row["runs"] for row in table), "run")
 
 
 def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from common.errors import DataError
 from sources.digests import ChunkDigest, fingerprint, sample
-from sources.files import counted, kind_of, text_files
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, progress, quoted, report
+from sources.files import kind_of, text_files
+from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report
 from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
 from sources.tokenizer import Tokenizer, load_tokenizer, readable, train_bpe
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from common.errors import DataError
+from sources.shared import counted
 
 KINDS = (".txt", ".json", ".jsonl", ".csv", ".parquet")  # in upper case too, and all but the last packed
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -69,11 +70,6 @@ def is_prepared(file: Path) -> bool:
     if file.name not in ("meta.json", "tokenizer.json"):
         return False
     return any((file.parent / name).exists() for name in ("train.bin", "train.h5"))
-
-
-def counted(count: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def open_packed(path: Path) -> BinaryIO:

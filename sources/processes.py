@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, reason
-from sources.shared import closest
+from sources.shared import closest, counted
 
 
 class ProcessError(InputError):
@@ -273,11 +273,6 @@ def listing() -> str:
     lines.append("  nonergodic(components)  draws one of its components once and stays in it")
     lines.append("  custom(matrices)  matrices [V, S, S] of your own")
     return "\n".join(lines)
-
-
-def counted(number: int, noun: str) -> str:
-    """1 state, 2 states."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -137,9 +137,9 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near!r}? There are {quoted(names)}"
 
 
-def counted(count: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """1 file, 2 files."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def report(problems: list[str]) -> None:

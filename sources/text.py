@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import DataError
-from sources.files import KINDS, UNREADABLE, counted, kind_of, open_text, text_files, utf8_blocks
-from sources.shared import Workshop, closest, optional, progress, quoted, report
+from sources.files import KINDS, UNREADABLE, kind_of, open_text, text_files, utf8_blocks
+from sources.shared import Workshop, closest, counted, optional, progress, quoted, report
 from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
 
 LEAST, MOST = 2_000, 1 << 16  # bytes of a document cut from a running text
