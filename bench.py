@@ -16,7 +16,6 @@ medians; on a shared machine trust the ratios.
 import argparse
 import contextlib
 import copy
-import difflib
 import functools
 import importlib.util
 import io
@@ -53,6 +52,7 @@ from sources.cells import open_cells
 from sources.chunks import ChunkSpool, chunk_arrays
 from sources.foreign_state import source_settings, source_state_dict
 from sources.h5ad import write_h5ad
+from sources.shared import closest
 from sources.tokenizer import train_bpe
 
 RESULTS: list[dict] = []
@@ -852,9 +852,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in BENCHES:
-            near = difflib.get_close_matches(name, BENCHES, n=1)
-            fail(f"no benchmark {name!r}: " + (f"did you mean {near[0]!r}? " if near else "")
-                 + f"There are {', '.join(BENCHES)}")
+            fail(f"no benchmark {name!r}{closest(name, BENCHES) or '.'} There are {', '.join(BENCHES)}")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         fail(f"--json={args.json}: its folder does not exist")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, python {sys.version.split()[0]}")

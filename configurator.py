@@ -238,7 +238,7 @@ class Settings:
     def assign(self, parts: list[str], raw: Any, source: str) -> tuple[str, ...] | None:
         """Set what a dotted key means, and return its place (field, keys...); None after an error."""
         key = ".".join(parts)
-        where = f"{source}: {key if key.isprintable() and len(key) < 80 else _short(key)}"
+        where = f"{source}: {key if key.isprintable() and key == key.strip() and len(key) < 80 else _short(key)}"
         name, inside = self.resolve(parts)
         if name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")
@@ -262,7 +262,7 @@ class Settings:
 
     def suggest(self, key: str) -> str:
         names = [*self.kinds, *(alias for alias in self.aliases if "." not in alias)]
-        near = difflib.get_close_matches(key.replace("-", "_").removeprefix("no_"), names, 1)
+        near = _nearest(key.replace("-", "_").lower().removeprefix("no_"), names, 1)
         return f", did you mean {near[0]}?" if near else "; --help lists them all"
 
     # ------------------------------------------------------------------------------------------- command line
@@ -328,7 +328,7 @@ class Settings:
                 return path
         there = {file.name: file.relative_to(folder).as_posix()
                  for file in sorted((folder / "config").rglob("*")) if file.suffix in SUFFIXES}
-        near = difflib.get_close_matches(Path(name).name, there, 3) or list(there)[:8]
+        near = _nearest(Path(name).name, there, 3) or list(there)[:8]
         hint = f"; there is {', '.join(there[file] for file in near)}" if near else ""
         self.errors.append(f"command line: no config file {_short(name)}{hint}")
         return None
@@ -453,6 +453,13 @@ def _line_number(error: BaseException, path: Path) -> str:
                  if frame.f_code.co_filename == str(path)]
         number = lines[-1] if lines else None
     return f":{number}" if number else ""
+
+
+def _nearest(word: str, names: Iterable[str], most: int) -> list[str]:
+    """Those of names that are like the word, the likest first; upper and lower case are the same."""
+    spellings = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), spellings, most)
+    return [spellings[name] for name in near]
 
 
 def _reason(error: BaseException) -> str:

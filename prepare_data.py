@@ -33,9 +33,9 @@ from configurator import Count, NonNegative, Positive, Probability, Range, Share
 from sources import foreign
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
-from sources.chunks import CATEGORIES, inspect_chunks, prepare_chunks
+from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
+from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
-from sources.h5ad import holds_cells, inspect_cells
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
@@ -59,12 +59,13 @@ Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lam
 @dataclass
 class ArxivConfig:
     # input
-    input: str = "ccdv/arxiv-classification"  # hub data set; .jsonl, .csv, .parquet; folder of these or CATEGORY/*.txt
+    input: str = "ccdv/arxiv-classification"  # hub data set; .jsonl .json .csv .parquet; folder, also of CATEGORY/*.txt
     hub_config: str = "no_ref"  # configuration of the hub data set
     text_column: str = "text"
     label_column: str = ""  # default: category if there is such a column, else label
+    several_labels: Literal["first", "any"] = "first"  # of a document: which counts; any: the first in categories
     split_column: str = "split"  # train, validation or test; where missing, documents are dealt by their text
-    categories: list[str] = field(default_factory=lambda: list(CATEGORIES))
+    categories: list[str] | None = None  # default: all there are; five of ccdv's
     max_documents: Count | None = None  # most documents of a category and split
     validation_fraction: Part = 0.05  # of documents without a split
     test_fraction: Share = 0.05
@@ -83,7 +84,7 @@ class ArxivConfig:
         wrong = []
         if self.validation_fraction + self.test_fraction >= 1:
             wrong.append("validation_fraction and test_fraction must leave something to train on")
-        if not self.categories or len(set(self.categories)) != len(self.categories):
+        if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):
             wrong.append(f"categories = {self.categories}: name at least one, and each once")
         return wrong
 
@@ -91,7 +92,7 @@ class ArxivConfig:
 @dataclass
 class TextConfig:
     # input
-    input: str = ""  # default: the documentation in Python itself; .txt .json .jsonl .parquet .csv; folder; hub name
+    input: str = ""  # default: the documentation in Python itself; .txt .json .jsonl .csv .parquet; folder; hub name
     text_column: str = "text"
     max_bytes: Count | None = None  # of text, UTF-8; default: 1e9 from the hub, else no limit
     max_documents: Count | None = None
@@ -184,6 +185,7 @@ class StateConfig:
     target_sum: Positive = 1e4  # counts a cell after normalisation, before log(1 + x)
     num_hvgs: Count = 2_000  # most variable genes, for obsm X_hvg
     drop_empty: bool = False  # leave cells without any count out
+    drop_unlabelled: bool = False  # leave cells without a value in the columns below out
     keep_counts: bool = False  # as layers/counts
     pert_col: str = ""  # obs columns that must be there, with a value for every cell
     cell_type_key: str = ""
@@ -221,6 +223,7 @@ class CellsConfig:
     embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
     output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
     counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
+    drop_unlabelled: bool = False  # leave cells without cell type, perturbation or batch out
     strict: bool = True  # false: where the source has a trap, do as it does and warn
     ram_budget_gb: Positive = 8.0  # bounds the blocks that are read
     folder: str = "data/cells"  # where train_state.py looks
@@ -237,6 +240,7 @@ class InspectConfig:
     cell_type_key: str = "cell_type"
     batch_col: str | None = "gem_group"
     control_pert: str = "non-targeting"
+    drop_unlabelled: bool = False
     strict: bool = True
     zeroshot_controls: bool = True
     val_fraction: float = 0.1
@@ -261,12 +265,16 @@ def state(action: str, **settings) -> dict:
 
 
 def inspect(path: str, tokens: int = 20, **columns) -> dict:
-    """Print what an HDF5 file, a folder of train.bin or an experiment on cells holds, and what is wrong with it."""
+    """Print what a file, folder or experiment on cells holds (HDF5 chunks, train.bin, cells), and its faults."""
     file = Path(path)
     if file.suffix == ".toml":
         return inspect_experiment(path, **columns)
     if file.suffix == ".h5ad" or holds_cells(path):
         return inspect_cells(path)
+    if holds_store(file):
+        return inspect_store(file)
+    if file.is_dir() and split_files(file):
+        return inspect_folder(file, tokens)
     if file.is_dir():
         return inspect_stream(file, tokens)
     if file.suffix in (".bin", ".json"):
@@ -318,7 +326,7 @@ JOBS = {
 }
 ALIASES = {"state": {"adata": "input"}, "cells": {"toml_config_path": "toml"}}  # names of the sources
 EXAMPLES = {  # of the jobs whose first argument is a file
-    "inspect": "data/arxiv/train.h5, or FILE.h5ad, or FILE.toml",
+    "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",
     "import": "FILE.pt --out_dir=out/x",
 }
 

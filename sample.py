@@ -2,7 +2,7 @@
 
     python sample.py out/ghmm                              # sequences of the model beside sequences of its process
     python sample.py out/ghmm --num_samples=2 --length=30 --prompt=0,1 --temperature=0.8
-    python sample.py out/arxiv_small/K1_csDS --prompt="We give a faster algorithm" --top_k=50
+    python sample.py out/arxiv_small/K1_cs.DS_seed1337 --prompt="We give a faster algorithm" --top_k=50
     python sample.py out/ghmm/best.pt --json=samples.json
     python sample.py out/apelr --prompt="Once upon a time" --top_p=0.9 --show_plan
     python sample.py out/apelr --prompt="Once upon a time" --sweep_states    # what each plan would write
@@ -19,6 +19,7 @@ says; the page must still be in the folder of this script.
 
 import importlib
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,9 @@ from measure.predictions import draw_controls, predict_cells
 from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
 from sources import foreign
-from sources.controls import control_expression, find_controls, gene_order
+from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
 from sources.h5ad import H5ad, write_h5ad
+from sources.shared import counted
 from sources.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).resolve().parent  # where pages are imported from, and only here: no code of a run folder runs
@@ -76,8 +78,9 @@ class Config:
     # prediction, of state
     toml: str = ""  # predict what this TOML holds out; default the run's own
     adata: str = ""  # predict from the control cells of this h5ad instead
-    perturbations: list[str] = field(default_factory=list)  # with adata; default those of its cells, or all
+    perturbations: list[str] = field(default_factory=list)  # with adata: NAME or NAME,NAME; default its cells', or all
     cells: Count | None = None  # with adata: predicted cells of a condition; default as many as the file has
+    drop_unlabelled: bool = False  # leave cells without cell type, perturbation or batch out
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a .ckpt of the source
     columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
     # output
@@ -459,6 +462,7 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     run, model, step, extra = page.load_run(path, cfg.device, cfg.source_attention)
     for name, value in cfg.columns.items():
         setattr(run, name, value)
+    run.drop_unlabelled = run.drop_unlabelled or cfg.drop_unlabelled
     if cfg.toml:
         run.toml_config_path = cfg.toml
     folder = Path(cfg.out) if cfg.out else run_folder(path) / "predictions"
@@ -476,6 +480,8 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     }
     if run.batch_col:
         columns[run.batch_col] = np.array(cells.batches)[cells.batch[rows]]
+    if len(cells.files) > 1:  # a cell type of one file is no other's, and its control cells are not
+        columns = origins_of(cells, rows) | columns
     genes = cells.genes if model.gene_decoder is None else cells.count_genes
     for name in ("pred", "real"):  # control cells are as measured in both
         expression = joined(conditions, name, "control")
@@ -491,6 +497,13 @@ def joined(conditions: list[dict], cells: str, controls: str) -> np.ndarray:
     for condition in conditions:
         arrays += [condition[cells], condition[controls]]
     return np.concatenate(arrays)
+
+
+def origins_of(cells, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """obs columns dataset and file of these cells."""
+    file = cells.file[rows]
+    names = [path.name for path in cells.files]
+    return {"dataset": np.array(cells.names)[file], "file": np.array(names)[file]}
 
 
 def names_of(cells, rows: np.ndarray) -> np.ndarray:
@@ -516,9 +529,14 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     reads_batches = hasattr(model, "batch_encoder")
     batch_col = run.batch_col if reads_batches else None
     with H5ad(cfg.adata) as file:
-        controls = find_controls(file, run.cell_type_key, run.pert_col, batch_col, run.control_pert)
-        genes, order = gene_order(file, run.embed_key, extra.get("genes"))
-        wanted = cfg.perturbations or controls.perturbations
+        columns = (run.cell_type_key, run.pert_col, batch_col, run.control_pert)
+        controls = find_controls(file, *columns, drop_unlabelled=run.drop_unlabelled)
+        key = matrix_to_read(file, run.embed_key, extra.get("genes"))
+        if key != run.embed_key:
+            print(f"note: {cfg.adata} has no X_hvg of this model's genes: they are read from X, by name")
+        genes, order = gene_order(file, key, extra.get("genes"))
+        everything = sorted({*known, *controls.perturbations})
+        wanted = names_in(cfg.perturbations, everything, f"the model or {cfg.adata}") or controls.perturbations
         if not wanted:
             wanted = [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
@@ -526,7 +544,7 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         if reads_batches:
             codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
             batches = np.array(codes)[controls.batch]
-        expression = torch.from_numpy(control_expression(file, controls, run.embed_key, run.counts, order))
+        expression = torch.from_numpy(control_expression(file, controls, key, run.counts, order))
 
     def express(batch: dict) -> torch.Tensor:
         return page.expressed(model, model.predict(batch)["cells"])
@@ -562,10 +580,9 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         run.pert_col: np.array(perturbations),
     }
     write_h5ad(target, np.concatenate(predicted), columns, np.array(genes))
-    print(
-        f"{len(types):,} cells of {len(controls.cell_types)} cell types under {len(wanted)} perturbations "
-        f"written to {target}"
-    )
+    cells = counted(len(types), "cell")
+    cell_types = counted(len(controls.cell_types), "cell type")
+    print(f"{cells} of {cell_types} under {counted(len(wanted), 'perturbation')} written to {target}")
     return {
         "experiment": "state",
         "cells": len(types),
@@ -584,7 +601,7 @@ OPTIONS = {
     "ghmm": OF_TEXT,
     "arxiv": OF_TEXT,
     "apelr": (*OF_TEXT, "top_p", "repetition_penalty", "no_repeat_ngram_size", "precision", *OF_PLANNER),
-    "state": ("toml", "adata", "perturbations", "cells", "source_attention", "columns", "out"),
+    "state": ("toml", "adata", "perturbations", "cells", "drop_unlabelled", "source_attention", "columns", "out"),
 }
 NEEDS = {  # what sampling asks of a page
     "ghmm": ("load_run", "exact_device", "make_contexts", "evaluate"),
@@ -642,13 +659,29 @@ def import_page(stem: str, path: Path) -> ModuleType:
     return page
 
 
+def as_one_text(argv: list[str], setting: str) -> list[str]:
+    """The words of a command line with the value of a setting as one text in a list, whatever is in it: whether it is
+    a name or a list of names is asked of the data."""
+    words = []
+    is_value = False
+    for word in argv:
+        key, _, value = word.partition("=")
+        if is_value and not word.startswith("--"):
+            word = json.dumps([word])
+        elif value and key.lstrip("-+") == setting:
+            word = f"{key}={json.dumps([value])}"
+        is_value = word == f"--{setting}"
+        words.append(word)
+    return words
+
+
 def main(argv: list[str] | None = None) -> dict:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         configure(Config, ["--help"])
     if argv[0].startswith("-"):
         fail(f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}")
-    cfg = configure(Config, argv[1:])
+    cfg = configure(Config, as_one_text(argv[1:], "perturbations"))
     if cfg.json:
         target = Path(cfg.json)
         if target.is_dir() or not target.resolve().parent.is_dir():

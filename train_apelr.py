@@ -6,6 +6,7 @@ another as a Markov chain whose steps may depend on the text so far. The model h
 the loss is a likelihood, and on planted data both loss and plan have a known optimum to be held against.
 
     python train_apelr.py                             # offline English text, v2, 3 minutes on two cores
+    python train_apelr.py --compare_baseline          # and first a baseline of equal size, on the same batches
     python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 2 minutes
     python train_apelr.py config/v2_fast.py           # TinyStories on one GPU, after prepare_data.py text
     torchrun --nproc_per_node=8 train_apelr.py config/v2_fast.py
@@ -20,7 +21,7 @@ input-output HMM of Bengio & Frasconi (1995).
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -49,10 +50,11 @@ from configurator import (
 )
 from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
-from kernels.token_terms import chunk_bow, chunk_targets, recent_tokens, repetition
-from measure import plans
+from kernels.token_terms import check_terms, chunk_bow, chunk_targets, recent_tokens, repetition
+from measure import plans, rival
+from measure.plans import entropy
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
-from measure.writing import generate
+from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
 from sources.shared import make_once
@@ -63,6 +65,7 @@ OFFLINE = "data/text"  # made when it is missing
 V1_TERMS = ("belief_entropy", "usage_kl", "chunk_bow", "plan_mi", "chunk_post_kl")
 V2_TERMS = ("boundary_entropy", "usage_balance", "future_contrastive", "plan_js_div", "rep_unlikelihood")
 MAXIMISED = ("plan_mi", "plan_js_div")
+DEMO_WEIGHTS = {"usage_balance": 0.02, "future_contrastive": 0.02}  # of v2, where loss_weights is not given
 HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nats higher (lab book)
 
 
@@ -72,6 +75,7 @@ class Config:
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
+    compare_baseline: bool = False  # first train a baseline of equal size on the same batches, in out_dir/baseline
     init_from: str = ""  # weights to start from: a checkpoint of this repository or of the source
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
     # data
@@ -103,14 +107,14 @@ class Config:
     lookahead_feedback_scale: NonNegative | None = None  # a, their share; default 0 (exact), 0.25 with compat=source
     # loss
     entropy_reg_weight: NonNegative = 0.0  # v1: entropy of the belief; v2: boundary_entropy, if loss_weights lacks it
-    usage_balance_weight: NonNegative = 0.0  # KL(mean belief || uniform); v2: if loss_weights lacks usage_balance
+    usage_balance_weight: NonNegative | None = None  # KL(mean belief || uniform); v2: as entropy_reg_weight
     chunk_bow_weight: NonNegative = 0.0  # v1: bag of words of the chunk under the plan believed at its start
     chunk_bow_warmup_steps: Whole = 0  # linear warm-up of chunk_bow_weight
     plan_mi_weight: NonNegative = 0.0  # v1: mutual information of plan and next token, maximised
     chunk_post_kl_weight: NonNegative = 0.0  # v1: symmetric KL of a recognizer of the chunk and its last posterior
-    loss_weights: dict[str, NonNegative] = field(
-        default_factory=lambda: {"usage_balance": 0.02, "future_contrastive": 0.02})
-    # ^ v2: future_contrastive, plan_js_div (maximised), boundary_entropy, usage_balance, rep_unlikelihood, rep_window
+    loss_weights: dict[str, NonNegative] | None = None  # of v2, all there are if given: future_contrastive, plan_js_div
+    # ^ (maximised), boundary_entropy, usage_balance, rep_unlikelihood, rep_window; default 0.02 of the first and of
+    # usage_balance, for which usage_balance_weight is another name then
     rep_window: Whole = 0  # recent tokens that rep_unlikelihood looks at
     rep_include_current: bool | None = None  # whether x_t is among them; default true, false with compat=source
     aux_token_fraction: Fraction = 0.25  # share of the tokens, drawn anew each step, for plan_mi and plan_js_div
@@ -154,6 +158,12 @@ class Config:
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = 0.1 * self.lr
+        # Weights that are given are all there are; a weight beside them adds what they lack (see weights).
+        if self.loss_weights is None:
+            self.loss_weights = dict(DEMO_WEIGHTS)
+            if self.version == "v2_planner_required" and self.usage_balance_weight is not None:
+                self.loss_weights["usage_balance"] = self.usage_balance_weight
+        self.usage_balance_weight = self.usage_balance_weight or 0.0
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -168,6 +178,8 @@ class Config:
             (self.feedback() > 1, f"lookahead_feedback_scale = {self.feedback()}: must be in [0, 1]"),
             ("rep_unlikelihood" in self.weights() and not self.repetition_window(),
              "loss_weights.rep_unlikelihood needs rep_window, the number of recent tokens"),
+            (self.compare_baseline and (version == "baseline" or self.init_from),
+             "compare_baseline is for a planner, without init_from: the baseline has no weights to start from"),
             (version != "v2_planner_required" and (self.experts, self.plan_commitment) != ("full", "soft"),
              f"experts and plan_commitment are settings of v2_planner_required, not of {version}"),
         ]
@@ -492,6 +504,7 @@ class Baseline(nn.Module):
         hard_fraction: float = 0.0,
     ) -> dict[str, Tensor]:
         """{"nll"} in nats a token; input_ids, target_ids [B, L] with target y_t = x_{t+1}."""
+        check_terms(terms, ())
         h, _ = self.read(input_ids)
         # One expert: log p_{t,1}(y_t) is the log-softmax of its head.
         return {"nll": -self.look_up(h, target_ids[..., None]).mean()}
@@ -657,6 +670,11 @@ class Planner(Baseline):
         # Floor: the sample has zeros, and gradients pass through their logarithm.
         return (mixed.clamp_min(0) + 1e-9).log()
 
+    def counted(self, beliefs: Tensor, L: int) -> Tensor:
+        """Of beliefs [B, N, K] the chunks that terms and metrics are means over, of L tokens."""
+        # With the last token of whole chunks another chunk begins, which the source does not count.
+        return beliefs[:, : -(-L // self.cfg.chunk_size)] if self.cfg.compat else beliefs
+
     def project(self, layer: nn.Linear, h: Tensor) -> Tensor:
         """layer(h), never in half precision."""
         with torch.autocast(h.device.type, enabled=False):
@@ -711,6 +729,7 @@ class FilteredMixture(Planner):
         hard_fraction: float = 0.0,
     ) -> dict[str, Tensor]:
         """nll and the auxiliary terms in nats, and metrics of the planner; scalars. See PlannerRequired.losses."""
+        check_terms(terms, V1_TERMS)
         h, _ = self.read(input_ids)
         # Look-up: log p_{t,k} of y_t, and for chunk_bow of all targets of its chunk. Nothing else is ever needed.
         index = target_ids[..., None]
@@ -801,7 +820,9 @@ class PlannerRequired(Planner):
             input_ids, target_ids: [B, L] with target y_t = x_{t+1}.
             terms: which auxiliary terms to compute.
             planner_mode, forced_state, tau, hard_fraction: see filter.
+        Raises InputError for a term that it does not have.
         """
+        check_terms(terms, V2_TERMS)
         h, _ = self.read(input_ids)
         # Look-up: log p_{t,k} of y_t, and for rep_unlikelihood of the tokens before it. Nothing else is ever needed.
         index = target_ids[..., None]
@@ -813,17 +834,20 @@ class PlannerRequired(Planner):
         evidence = logs[..., 0]
         beliefs = self.filter(evidence, self.contexts(h), planner_mode, forced_state, tau, hard_fraction)
 
+        # Chunks: terms and metrics are means over those of the text, start what they began with, state what they use.
+        L = target_ids.shape[1]
+        start, state = self.counted(beliefs.start, L), self.counted(beliefs.state, L)
         # nll = -mean_t log sum_k gate_t(k) p_{t,k}(y_t)
         values = {"nll": beliefs.nll.mean()}
         # boundary_entropy = mean_c H(b at the chunk's start): small where the next plan is known
         if "boundary_entropy" in terms:
-            values["boundary_entropy"] = entropy(beliefs.start).mean()
+            values["boundary_entropy"] = entropy(start).mean()
         # usage_balance = KL(mean_c state_c || uniform): small where all plans are used
         if "usage_balance" in terms:
-            values["usage_balance"] = kl_to_uniform(beliefs.state.exp().mean((0, 1)))
+            values["usage_balance"] = kl_to_uniform(state.exp().mean((0, 1)))
         # future_contrastive = InfoNCE: the chunk's plan tells its own future chunks from those of the batch
         if "future_contrastive" in terms:
-            values["future_contrastive"] = self.future_contrastive(h, beliefs.state)
+            values["future_contrastive"] = self.future_contrastive(h, state)
         # plan_js_div = mean over t and pairs i < j of JS(p_{t,i}, p_{t,j}): large where experts predict otherwise
         if "plan_js_div" in terms:
             x = self.experts.inputs(h.flatten(0, 1)[self.aux_rows(h)])
@@ -831,7 +855,7 @@ class PlannerRequired(Planner):
         # rep_unlikelihood = mean_t mean over recent tokens v != y_t of -log(1 - p_t(v))
         if "rep_unlikelihood" in terms:
             values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
-        return values | plans.usage_metrics(beliefs.state)
+        return values | plans.usage_metrics(state)
 
     def future_contrastive(self, h: Tensor, state: Tensor) -> Tensor:
         """InfoNCE (van den Oord et al. 2018) over the batch, of plan vectors and the chunks d = 1, 2, ... ahead."""
@@ -867,11 +891,6 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
 # ---------------------------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------------------------
-def entropy(log_p: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension; 0 log 0 = 0."""
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
-
-
 def kl_to_uniform(p: Tensor) -> Tensor:
     """KL(p || uniform) in nats, p [K]."""
     return math.log(len(p)) - entropy(p.clamp_min(torch.finfo(p.dtype).tiny).log())
@@ -955,39 +974,19 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
         with rt.autocast():
             h, _ = model.read(tokens[:, :-1])
             evidence = model.look_up(h, tokens[:, 1:, None])[..., 0]  # [B, L, K]
-        windows.append([part.cpu() for part in window_numbers(model, h, evidence)])
+        windows.append([part.cpu() for part in plans.window_numbers(model, h, evidence)])
     model.train()
     # In order of rank: the windows of rank 0, of rank 1, ..., and their starts likewise.
     windows = sum(rt.gather(windows), [])
     starts = np.concatenate([starts[rank :: rt.world_size] for rank in range(rt.world_size)])
     nll, *planned = [torch.cat(parts).double() for parts in zip(*windows, strict=True)]
     nll = float(nll.mean())
-    metrics = {"val_nll": nll, "val_ppl": math.exp(min(nll, 700.0))} | corpus.yardsticks(nll, starts, cfg.seq_len)
+    metrics = {"val_nll": nll, "val_ppl": plans.perplexity(nll)} | corpus.yardsticks(nll, starts, cfg.seq_len)
     if planned:
-        masked, forced, state, end = planned
-        # The plan's worth is what the same experts lose without it: mixed evenly, or the best of them alone.
-        metrics["planner_mask_delta_loss"] = float(masked.mean()) - nll
-        metrics["forced_nll"] = forced.mean(0).tolist()
-        metrics["plan_gain"] = min(metrics["forced_nll"]) - nll
-        metrics |= plans.plan_metrics(state, end, model.planner_transition_logits, corpus.true_plans(starts))
+        true = corpus.true_plans(starts, cfg.chunk_size)
+        metrics |= plans.plan_worth(nll, *planned[:2])
+        metrics |= plans.plan_metrics(*planned[2:], model.planner_transition_logits, true)
     return metrics
-
-
-def window_numbers(model: Baseline, h: Tensor, evidence: Tensor) -> list[Tensor]:
-    """What evaluate keeps of each of B windows: nll [B]; of a planner also what its belief is, and what it is worth."""
-    if not isinstance(model, Planner):
-        return [-evidence.mean((1, 2))]
-    beliefs = model.filter(evidence, model.contexts(h))
-    # masked: nll under the uniform belief, -log mean_k p_{t,k}(y_t), [B]. forced: nll of each plan alone [B, K].
-    masked = math.log(evidence.shape[2]) - torch.logsumexp(evidence, 2).mean(1)
-    forced = -evidence.mean(1)
-    return [
-        beliefs.nll.mean(1),
-        masked,
-        forced,
-        beliefs.state,
-        beliefs.end.argmax(2),  # the likeliest plan at each chunk's end
-    ]
 
 
 def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Path, say=print) -> dict:
@@ -999,14 +998,6 @@ def finish(model: Baseline, corpus: Corpus, cfg: Config, rt: Runtime, folder: Pa
             metrics = plans.write_report(folder, model, corpus, starts, metrics, say)
     rt.barrier()
     return metrics
-
-
-def preview(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config, tokens: int) -> str:
-    """One sample, the same random numbers every time."""
-    prompt = torch.tensor([corpus.prompt_ids(cfg.preview_prompt)], device=rt.device)
-    written = generate(model, prompt, tokens, rt.generator(7, device="cpu"), temperature=0.8, top_k=50)
-    model.train()
-    return corpus.text(written.tokens[0].tolist())
 
 
 def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
@@ -1025,18 +1016,22 @@ def rehearse(model: Baseline, corpus: Corpus, rt: Runtime, cfg: Config) -> None:
         evaluate(model, corpus, starts, rt, cfg)
         if isinstance(model, Planner):
             plans.planner_report(model, corpus, starts)
-        preview(model, corpus, rt, cfg, tokens=2)
+        preview(model, corpus, rt, tokens=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------
-def train(cfg: Config) -> dict:
+def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None) -> dict:
     """Train as configured; returns the metrics of summary.json ({"stopped_at": step} if a signal ended it).
 
+    With compare_baseline a baseline is trained before. rehearsal_only: say what the run would train, and stop before it
+    does. beside: what summary.json has of the baseline.
     Raises InputError (bad input, before anything is written) and FloatingPointError (the loss).
     """
     began = time.perf_counter()
+    if cfg.compare_baseline and not (rehearsal_only or beside):
+        return rival.train_beside(cfg, train, build_model)
     folder = checkpoint.local_folder(cfg.out_dir)
     # A checkpoint of the source has weights to start from, but no state of ours to go on with.
     if is_source_checkpoint(cfg.resume):
@@ -1048,8 +1043,8 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(
             cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
         )
-        summary = ended_before(rt, folder, path, state, changes)
-        if summary:
+        summary = None if beside else ended_before(rt, folder, path, state, changes)
+        if summary and (not rehearsal_only or "baseline_nll" in summary):
             return summary
         model = build_model(cfg, corpus.vocab_size)
         if cfg.init_from and not state:
@@ -1080,6 +1075,9 @@ def train(cfg: Config) -> dict:
             "tokenizer_hash": corpus.tokenizer_hash,
             "data": data,
         }
+        if rehearsal_only:
+            stopped = {"stopped_at": step} if rt.stopping(0) else {}
+            return stopped | extra | {"parameters": plans.size_of(model)}
         trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
@@ -1088,7 +1086,7 @@ def train(cfg: Config) -> dict:
                 corpus.copy_tokenizer(folder)
             peak = matmul_rate(rt) * rt.world_size  # what these devices reach: the 1 of mfu
             log.say(rt.describe())
-            log.say(describe(model, corpus, cfg, batch_size))
+            log.say(plans.describe(model, corpus, batch_size, DEMO_WEIGHTS))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             meter.start(step)
@@ -1125,10 +1123,10 @@ def train(cfg: Config) -> dict:
                     improved = metrics["val_nll"] < best
                     best = min(best, metrics["val_nll"])
                     log.metrics(step, "eval", metrics)
-                    shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics]
+                    shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
                     log.say(" | ".join([f"step {step:>6} eval", *shown]) + (" *" if improved else ""))
                     if cfg.preview_tokens and rt.is_main:
-                        log.say("  " + preview(model, corpus, rt, cfg, cfg.preview_tokens))
+                        log.say("  " + preview(model, corpus, rt, cfg.preview_tokens))
                 if due.saves or improved:
                     # Collective: every rank adds the state of its random numbers.
                     saved = checkpoint.capture(
@@ -1147,21 +1145,12 @@ def train(cfg: Config) -> dict:
             if (folder / "best.pt").exists():
                 model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
-            facts = {"version": cfg.version, "parameters": size_of(model), "config_hash": config_hash(cfg)}
-            summary = metrics | facts | run_facts(rt, step, meter)
+            facts = {"version": cfg.version, "parameters": plans.size_of(model), "config_hash": config_hash(cfg)}
+            summary = metrics | facts | (beside or {}) | run_facts(rt, step, meter)
             log.summary(summary)
-            log.say(plans.verdict(metrics, folder))
-            return summary
-
-
-def describe(model: Baseline, corpus: Corpus, cfg: Config, batch_size: int) -> str:
-    return (f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
-            f"{len(corpus.train):,} training tokens of {corpus.name} | {batch_size} x {cfg.seq_len} tokens a step | "
-            f"auxiliary terms: {cfg.weights()}")
-
-
-def size_of(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+            log.say(plans.verdict(summary, folder))
+            # A signal that came too late to stop anything here stops what would come next.
+            return summary | ({"stopped_at": step} if rt.stopping(0) else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is m
 vocabulary, D width, H heads, K components, R chunks, M documents.
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -61,13 +60,15 @@ from measure.curves import (
     probed_positions,
     residual_stream,
     summarize,
+    verdict,
     write_curves,
 )
-from measure.report import make_report, plan_study, run_name
+from measure.report import make_report, plan_study, row_key, row_sentence, run_count, run_name, training_facts
 from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
-from sources.shared import counter_rng, make_once
+from sources.foreign_arxiv import without_last_position
+from sources.shared import closest, counter_rng, make_once, quoted
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/ergodic"  # made when it is missing
@@ -110,7 +111,7 @@ class Config:
     beta1: Share = 0.9
     beta2: Share = 0.95
     grad_clip: NonNegative = 1.0  # largest gradient norm; 0 does not clip
-    patience: Whole = 10  # evaluations without improvement before training stops; 0: never stop early
+    patience: Whole | None = None  # evaluations without improvement to stop after; 0: never; default 10, in a study 0
     min_delta: NonNegative = 1e-3  # improvement in nats that counts
     # evaluation
     eval_interval: Count | None = None  # steps between evaluations; default an epoch
@@ -133,6 +134,9 @@ class Config:
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = self.lr / 10
+        # The runs of a study are to train on equally many tokens, which stopping by its own loss would undo.
+        if self.patience is None:
+            self.patience = 0 if self.study else 10
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -177,6 +181,11 @@ class Chunks:
         """Tokens of a chunk, n."""
         return self.tokens.shape[1]
 
+    @property
+    def n_ctx(self) -> int:
+        """Positions that predict, T: the last token of a chunk is predicted, and never read."""
+        return self.size - 1
+
     def code(self, name: str) -> int:
         return self.names.index(name)
 
@@ -199,9 +208,8 @@ def active_categories(train: Chunks, validation: Chunks, cfg: Config) -> list[st
     active = train.names if cfg.categories is None else cfg.categories
     for name in active:
         if name not in train.names or name not in validation.names:
-            near = difflib.get_close_matches(name, train.names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
-            raise DataError(f"{cfg.data} has no category {name!r}{hint} It has: {', '.join(train.names)}")
+            hint = closest(name, train.names) or "."
+            raise DataError(f"{cfg.data} has no category {name!r}{hint} It has: {quoted(train.names)}")
     return list(active)
 
 
@@ -210,7 +218,8 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
 
     constant: B / K chunks of each, with B the chunks of the smallest category of the file, so that the total does not
     depend on K (to within K chunks). tokens: the same from budget_tokens. proportional: B in all, in proportion to
-    what there is of each category. Raises DataError if a category has less than its share, unless allow_short.
+    what there is of each category. With random_windows a random share is of whole documents (to within one). Raises
+    DataError if a category has less than its share, unless allow_short.
     """
     budget = train.budget
     if cfg.budget == "tokens":
@@ -230,9 +239,19 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
                             "or take what there is with allow_short=true")
         # The choice of a category's chunks is the same in every run of a seed, with whatever others it is trained.
         if cfg.choice == "random":
-            rows = counter_rng(cfg.seed, 1, train.code(name)).permutation(rows)
+            rng = counter_rng(cfg.seed, 1, train.code(name))
+            # A window goes on into the next chunk if that is chosen too: of chunks one by one that is the rarer the
+            # smaller the share, and runs of larger K would see fewer windows.
+            rows = whole_documents(rows, train.documents, rng) if cfg.random_windows else rng.permutation(rows)
         chosen.append(rows[:share])
     return np.sort(np.concatenate(chosen))
+
+
+def whole_documents(rows: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows, document after document in random order, those of each document in theirs."""
+    names, place = np.unique(documents[rows], return_inverse=True)
+    rank = rng.permutation(len(names))  # of each document
+    return rows[np.argsort(rank[place], kind="stable")]
 
 
 class Batches:
@@ -346,8 +365,12 @@ class GPT(nn.Module):
         self.position = nn.Parameter(torch.empty(n_ctx, cfg.d_model))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_norm = nn.LayerNorm(cfg.d_model)
+        # Drawn for nothing: the table of positions once had a row more, and a seed keeps the weights that it gave.
+        torch.randn(n_ctx + 1, cfg.d_model)
         # Matrices start small (std 0.02): all tokens are then about equally likely, and the first XE is log V.
         for name, parameter in self.named_parameters():
+            if name == "position":
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
@@ -449,7 +472,7 @@ def evaluate(model: nn.Module, chunks: Chunks, rows: np.ndarray, rt: Runtime, ba
     documents, place = np.unique(chunks.documents[rows], return_inverse=True)  # [M], [R]
     place = torch.from_numpy(place)
     # Sums in double precision: one number a document and position is all that is kept of the rows.
-    sums = torch.zeros(len(documents), chunks.size - 1, dtype=torch.float64)  # [M, T]
+    sums = torch.zeros(len(documents), chunks.n_ctx, dtype=torch.float64)  # [M, T]
     model.eval()
     # Ranks take turns by the row, so that each has about as many of every category.
     turns = np.arange(rt.rank, len(rows), rt.world_size)
@@ -493,12 +516,16 @@ def rehearse(model: nn.Module, validation: Chunks, active: list[str], cfg: Confi
         exact = exact_curves(validation, rows, active)
         measure(curves, validation.names, active, exact, resamples=2, seed=cfg.seed)
         if cfg.probe:
-            positions = probed_positions(validation.size - 1)
+            positions = probed_positions(validation.n_ctx)
             residual_stream(model, validation.tokens[rows], positions, rt.device)
 
 
-def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config, rt: Runtime, folder: Path) -> dict:
-    """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective."""
+def finish(model: nn.Module, validation: Chunks, active: list[str], lesson: dict, cfg: Config, rt: Runtime,
+           folder: Path) -> dict:
+    """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective.
+
+    lesson: what the run was trained on, and how much, by training_facts.
+    """
     # Categories that the model has not been trained on are evaluated too: "unseen".
     everything = np.arange(len(validation.codes))
     curves = evaluate(model, validation, everything, rt)
@@ -509,7 +536,7 @@ def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config,
         exact = exact_curves(validation, rows, active)
         # Bootstrap, fits and oracles are the room's matter; the curves they start from are made above.
         groups = measure(curves, validation.names, active, exact, cfg.bootstrap, cfg.seed)
-        results = {"categories": active, "K": len(active), "seed": cfg.seed, "groups": groups}
+        results = {"categories": active, "K": len(active), "seed": cfg.seed, **lesson, "groups": groups}
         if cfg.probe and len(active) > 1:  # of one component there is nothing to find out
             results["probe"] = probe(model, validation, rows, rt.device, cfg.seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -520,15 +547,6 @@ def finish(model: nn.Module, validation: Chunks, active: list[str], cfg: Config,
         summary = summarize(groups)
     rt.barrier()
     return summary
-
-
-def verdict(summary: dict, K: int, folder: Path) -> str:
-    text = (f"validation XE {summary['val_xe']:.4f} nats over K = {K}, falling by {summary['icl_gain']:.4f} from the "
-            "first position to the last")
-    if "oracle_icl_gain" in summary:
-        text += (f" (exact optimum {summary['oracle_icl_gain']:.4f}), at most {summary['largest_relative_excess']:.2%} "
-                 "from the optimum at any position")
-    return f"{text}; pictures in {folder / 'plots'}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -564,7 +582,7 @@ def describe(chunks: Chunks, rows: np.ndarray, active: list[str], model: nn.Modu
     return (f"K = {len(active)} of {len(chunks.names)} categories of {cfg.data}: {shares} chunks of {chunks.size} "
             f"tokens, vocabulary {chunks.vocab_size:,}\n"
             f"{type(model).__name__}: {size:,} parameters | {max_steps:,} steps of "
-            f"{cfg.batch_size * (chunks.size - 1):,} tokens | {cfg.out_dir}")
+            f"{cfg.batch_size * chunks.n_ctx:,} tokens | {cfg.out_dir}")
 
 
 def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, progress: Progress) -> None:
@@ -600,7 +618,7 @@ def train(cfg: Config) -> dict:
         active = active_categories(chunks, validation, cfg)
         rows = training_rows(chunks, active, cfg)
         # The weights are the same on every rank; random numbers of dropout afterwards are not.
-        model = build_model(cfg, chunks.vocab_size, chunks.size).to(rt.device)
+        model = build_model(cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
         rehearse(model, validation, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
         rt.reseed(rt.rank)
         params = list(model.parameters())
@@ -623,15 +641,17 @@ def train(cfg: Config) -> dict:
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
             return summary
-        meter = Meter(rt, cfg.batch_size * (chunks.size - 1), began, state)
+        meter = Meter(rt, cfg.batch_size * chunks.n_ctx, began, state)
         step, progress = 0, Progress()
         if state:
+            state = without_last_position(state, path)
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             ended = extra["ended"] and not changes  # with more epochs or more patience it is not over
             progress = Progress(best, extra["reference"], extra["waited"], ended)
         trained = rt.wrap(model)  # compiled, or synchronised over ranks; the same weights as `model`
-        # For load_run.
-        facts = {"n_ctx": chunks.size, "vocab_size": chunks.vocab_size, "categories": active, "data": data}
+        # For load_run; chunk_size tells it that the table of positions has no row that was never trained.
+        facts = {"n_ctx": chunks.n_ctx, "chunk_size": chunks.size, "vocab_size": chunks.vocab_size,
+                 "categories": active, "data": data}
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
@@ -642,7 +662,7 @@ def train(cfg: Config) -> dict:
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
             # Model FLOP/s utilisation is held against large matrix products on this machine, in this precision.
-            flops = flops_per_token(model, cfg, chunks.size)
+            flops = flops_per_token(model, cfg, chunks.n_ctx)
             peak = matmul_rate(rt) * rt.world_size
             meter.start(step)
             while step < max_steps and not progress.ended:
@@ -690,8 +710,10 @@ def train(cfg: Config) -> dict:
             rt.barrier()
             if (folder / "best.pt").exists():
                 best = checkpoint.load(folder / "best.pt", __file__)
+                best = without_last_position(best, folder / "best.pt")
                 checkpoint.load_weights(model, best["model"], folder / "best.pt")
-            summary = finish(model, validation, active, cfg, rt, folder)
+            lesson = training_facts(config_dict(cfg), data, chunks, step)
+            summary = finish(model, validation, active, lesson, cfg, rt, folder)
             summary["K"] = len(active)
             summary["categories"] = active
             summary["train_chunks"] = len(rows)
@@ -711,7 +733,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
     path = Path(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
-    state = checkpoint.load(path, __file__)
+    state = without_last_position(checkpoint.load(path, __file__), path)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
     extra = state["extra"]
@@ -730,30 +752,34 @@ def analyze(cfg: Config) -> dict:
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
         chunks, validation = open_data(saved)
-        checkpoint.same_data(extra, {saved.data: chunks.fingerprint + validation.fingerprint}, path)
-        if (validation.vocab_size, validation.size) != (extra["vocab_size"], extra["n_ctx"]):
+        data = {saved.data: chunks.fingerprint + validation.fingerprint}
+        checkpoint.same_data(extra, data, path)
+        if (validation.vocab_size, validation.n_ctx) != (extra["vocab_size"], extra["n_ctx"]):
             raise DataError(f"{saved.data} is not the data of this run: vocabulary or chunk size differ")
         active = extra["categories"]
-        result = finish(model.to(rt.device), validation, active, saved, rt, folder)
+        # The weights measured are those of the best step; what the run was trained on is up to its last.
+        if (path / "last.pt").exists():
+            step = checkpoint.load(path)["step"]
+        lesson = training_facts(config_dict(saved), data, chunks, step)
+        result = finish(model.to(rt.device), validation, active, lesson, saved, rt, folder)
     print(f"step {step}: {verdict(result, len(active), folder)}")
     return result
 
 
 def run_study(cfg: Config) -> dict:
     """Train every subset of the study in a folder of its own, skipping finished ones, then report."""
-    train_chunks, validation = open_data(cfg)
-    names = active_categories(train_chunks, validation, cfg)
+    chunks, validation = open_data(cfg)
+    data = {cfg.data: chunks.fingerprint + validation.fingerprint}
+    names = active_categories(chunks, validation, cfg)
     seeds = cfg.study_seeds or [cfg.seed]
     # All subsets of one seed before the next: a study that is stopped early is whole for the seeds it has.
     runs = list(itertools.product(seeds, plan_study(cfg.study, names)))
     for number, (seed, subset) in enumerate(runs, 1):
-        name = run_name(subset)
-        if len(seeds) > 1:
-            name += f"_seed{seed}"
+        name = run_name(subset, seed)
         folder = Path(cfg.out_dir) / name
         # A run of its own: the same command without study trains it too, and its folder is like any other.
         run = replace(cfg, categories=subset, seed=seed, study="", study_seeds=[], out_dir=str(folder))
-        if finished(run, folder):
+        if finished(run, folder, data):
             print(f"[{number}/{len(runs)}] {name}: finished before")
             continue
         print(f"[{number}/{len(runs)}] {name}")
@@ -764,22 +790,22 @@ def run_study(cfg: Config) -> dict:
     return report(cfg.out_dir) if int(os.environ.get("RANK", 0)) == 0 else {}
 
 
-def finished(run: Config, folder: Path) -> bool:
-    """Whether the folder holds the end of a run with these settings."""
-    if not (folder / "summary.json").exists():
+def finished(run: Config, folder: Path, data: dict[str, str]) -> bool:
+    """Whether the folder holds the end of a run with these settings. Raises CheckpointError if it is of other data."""
+    if not (folder / "summary.json").exists() or not (folder / "last.pt").exists():
         return False
+    checkpoint.same_data(checkpoint.load(folder)["extra"], data, folder)
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return not differences(saved, run, ALIASES)
 
 
 def report(folder: str) -> dict:
-    """XE against K over the runs of a folder; returns {K: mean XE}."""
+    """XE against K over the runs of a folder; returns {K: mean XE}, with the group beside K where there are several."""
     table = make_report(Path(folder))
     for row in table:
-        print(f"K = {row['K']}: XE {row['xe']:.4f} +- {row['xe_sd']:.4f} nats over {row['runs']} runs")
-    count = sum(row["runs"] for row in table)
-    print(f"report of {count} runs in {Path(folder) / 'report.html'}")
-    return {row["K"]: row["xe"] for row in table}
+        print(row_sentence(row))
+    print(f"report of {run_count(table)} in {Path(folder) / 'report.html'}")
+    return {row_key(row): row["xe"] for row in table}
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -458,7 +458,7 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
             logits, _ = model(words[rows].to(rt.device))
         # The model's predictions q beside the true ones p, in float64: their difference may be tiny.
         p = optimal[rows]  # [B, T, V]
-        log_q = F.log_softmax(logits.to(p), -1)
+        log_q = F.log_softmax(logits.to(p.device).to(p), -1)  # on to float64 where there is one: Metal has none
         # H(p, q), the loss on these contexts. A token that cannot come (p = 0) adds nothing, whatever its log q.
         cross_entropy = -torch.where(p > 0, p * log_q, 0).sum(-1)  # [B, T]
         entropy = -torch.xlogy(p, p).sum(-1)

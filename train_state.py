@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from geomloss import SamplesLoss
 
 from common import checkpoint
 from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
@@ -46,8 +45,9 @@ from configurator import (
     differences,
     from_dict,
 )
-from kernels.energy import energy_distance, full_float32
-from measure import effects
+from kernels.energy import energy_distance
+from kernels.geomloss_distance import geomloss_distance
+from measure import baselines, effects
 from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
 from sources.cells import Cells, open_cells
 from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
@@ -90,6 +90,7 @@ class Config:
     embed_key: str | None = "X_hvg"  # matrix of obsm that cells are read from; none: X
     output_space: Literal["gene", "all", "embedding"] = "gene"  # gene: X_hvg | all: every gene of X | embedding
     counts: Literal["auto", "log1p", "counts", "convert"] = "auto"  # what X is; convert: counts to log1p(1e4 a cell)
+    drop_unlabelled: bool = False  # leave cells without cell type, perturbation or batch out
     perturbation_features_file: str | None = None  # .pt or .npz, name -> vector; default one-hot
     zeroshot_controls: bool = True  # controls of cell types held out whole take part in training
     val_fraction: Share = 0.1  # of training conditions, where the TOML has no validation split
@@ -214,8 +215,8 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------
 # Batches: sentences of cells, and the control cells that each of them is predicted from
 # ---------------------------------------------------------------------------------------------------------------
-OF_DATA = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key", "output_space", "counts", "strict",
-           "zeroshot_controls", "val_fraction", "seed", "perturbation_features_file", "ram_budget_gb")
+OF_DATA = ("pert_col cell_type_key batch_col control_pert embed_key output_space counts drop_unlabelled strict "
+           "zeroshot_controls val_fraction seed perturbation_features_file ram_budget_gb").split()
 
 
 def open_data(cfg: Config) -> Cells:
@@ -518,7 +519,7 @@ class StateTransitionPerturbationModel(nn.Module):
             genes = dims["hvg_dim" if cfg.output_space == "gene" else "gene_dim"]
             self.gene_decoder = LatentToGeneDecoder(D, genes, cfg)
         # Expression is never negative; embeddings may be, where the source clips them unless a decoder reads them.
-        self.clips = cfg.embed_key in ("X_hvg", None) or (cfg.compat_relu and self.gene_decoder is None)
+        self.clips = cfg.embed_key in ("X_hvg", None, "") or (cfg.compat_relu and self.gene_decoder is None)
         # Adapters last, so that a model with them starts from the weights of one without.
         if cfg.lora:
             add_lora(self.transformer_backbone, cfg)
@@ -691,7 +692,7 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
     Args:
         loss: energy | sinkhorn | se, sinkhorn_weight * sinkhorn + energy_weight * energy | mse, cell by cell |
             gaussian | laplacian, kernels of geomloss with this blur.
-    Two sets [S, D] give a number. Gradients are for pred; the energy gives target none. Raises ValueError for an
+    Two sets [S, D] give a number. Gradients are for pred; target has none. Raises ValueError for an
     unknown loss and for sets that cannot be compared.
     """
     # Two sets alone: a batch of one sentence.
@@ -721,15 +722,6 @@ def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blu
         if loss in ("sinkhorn", "gaussian", "laplacian"):
             return geomloss_distance(pred, target, loss, blur)
     raise ValueError(f"loss = {loss!r}: use energy, sinkhorn, se, mse, gaussian or laplacian")
-
-
-def geomloss_distance(pred: torch.Tensor, target: torch.Tensor, loss: str, blur: float) -> torch.Tensor:
-    """sinkhorn | gaussian | laplacian of geomloss (Feydy et al. 2019), [B]."""
-    distance = SamplesLoss(loss, blur=blur, backend="tensorized")
-    records = torch.is_grad_enabled()
-    with torch.set_grad_enabled(records), full_float32():  # geomloss switches gradients on and leaves them so
-        value = distance(pred.contiguous(), target.contiguous())
-    return value if records else value.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -818,7 +810,7 @@ def measured_as(model: StateTransitionPerturbationModel) -> tuple[str, bool]:
     """(what predictions are compared with: "input" or "counts", whether that is expression)."""
     if model.gene_decoder is not None:
         return "counts", True
-    return "input", model.cfg.embed_key in (None, "X", "X_hvg")
+    return "input", model.cfg.embed_key in (None, "", "X", "X_hvg")
 
 
 def predictions(
@@ -828,25 +820,26 @@ def predictions(
     rt: Runtime,
     most: int | None = None,
 ) -> Iterator[dict]:
-    """One held-out cell type after the other: {cell_type, rows, pred [N, G], real [N, G], controls, control [C, G]}.
+    """One held-out cell type of a file after the other: {file, cell_type, rows, pred [N, G], real [N, G], controls,
+    control [C, G]}.
 
-    rows and controls are rows of the cells: the perturbed ones predicted, once each, and all control cells of the type;
-    most: only of so many sentences and controls. Yields on every rank; what is measured, on rank 0 alone. Memory is
-    that of one cell type.
+    rows and controls are rows of the cells: the perturbed ones predicted, once each, and all control cells of the type
+    in that file, which they were predicted from. most: only of so many sentences and controls. Yields on every rank;
+    what is measured, on rank 0 alone. Memory is that of one cell type.
     """
     which, _ = measured_as(model)
-    by_type = {}
+    by_context = {}
     for targets, controls in Sentences(cells, held_out(cells), cfg).whole():
         # A control cell as target has no effect to measure.
         if not cells.is_control[targets[0]]:
-            by_type.setdefault(int(cells.cell_type[targets[0]]), []).append((targets, controls))
-    for cell_type, sentences in sorted(by_type.items()):
+            context = int(cells.file[targets[0]]), int(cells.cell_type[targets[0]])
+            by_context.setdefault(context, []).append((targets, controls))
+    for context, sentences in sorted(by_context.items()):
         rows, predicted = predict_sentences(model, sentences[:most], cells, rt, cfg)
-        part = {"cell_type": cell_type, "rows": rows, "pred": predicted}
+        part = {"file": context[0], "cell_type": context[1], "rows": rows, "pred": predicted}
         # Measured cells are read where they are compared.
         if rt.is_main:
-            of_type = cells.is_control & (cells.cell_type == cell_type) & (cells.member > 0)
-            part["controls"] = np.flatnonzero(of_type)[:most]
+            part["controls"] = baselines.control_rows(cells, context)[:most]
             part["real"] = cells.read(rows, which).numpy()
             part["control"] = cells.read(part["controls"], which).numpy()
         yield part
@@ -859,11 +852,11 @@ def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config,
     """
     which, expression = measured_as(model)
     # Means of the cells trained on: all that the baselines know.
-    known = effects.training_means(cells, which) if rt.is_main else None
+    known = baselines.train_baselines(cells, which) if rt.is_main else None
     results = []
     for part in predictions(model, cells, cfg, rt):
         if rt.is_main:
-            results.append(effects.evaluate_cell_type(part, cells, known, which, expression))
+            results.append(effects.evaluate_context(part, cells, known, which, expression))
             if keep:
                 keep(part)
     return effects.join(results) if rt.is_main else {}
@@ -897,7 +890,7 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
         validate(model, [part[:1] for part in batches.rows(0)], cells, rt, cfg)
         part = next(predictions(model, cells, cfg, rt, most=4))
         if rt.is_main:
-            effects.evaluate_cell_type(part, cells, None, *measured_as(model))
+            effects.evaluate_context(part, cells, None, *measured_as(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -934,14 +927,15 @@ def initialise(model: StateTransitionPerturbationModel, weights: dict, cfg: Conf
 
 @torch.no_grad()
 def start_at_mean(model: StateTransitionPerturbationModel, cells: Cells, most: int = 4_096) -> None:
-    """Set the last biases to the mean control cell of training.
+    """Set the last biases to the mean control cell of training, or where no control cell trains to that of all cells.
 
     Without it, output features that are negative for all cells at the start stay 0 behind the ReLU for ever, as nothing
     of the loss reaches them, and the others need hundreds of steps to find the mean.
     """
     rows = cells.rows("train", controls=True)
-    rows = rows[cells.is_control[rows]]
-    rows = rows[:: -(-len(rows) // most)]  # evenly spaced, for the mean of some thousands is that of all
+    controls = rows[cells.is_control[rows]]
+    rows = controls if len(controls) else rows
+    rows = rows[:: max(1, -(-len(rows) // most))]  # evenly spaced, for the mean of some thousands is that of all
     output = model.project_out
     if model.cfg.output_space == "all" and model.cfg.predict_residual:
         output = model.final_down_then_up
@@ -1112,7 +1106,7 @@ def train(cfg: Config) -> dict:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
             facts = run_facts(rt, step, meter, "cells")
-            summary = result | {"val_loss": best, **facts, "config_hash": config_hash(cfg)}
+            summary = result | {"val_loss": best if validation else None, **facts, "config_hash": config_hash(cfg)}
             log.summary(summary)
             if rt.is_main:
                 log.say(effects.verdict(result, folder))

@@ -19,8 +19,8 @@ from common.runtime import Meter, Runtime
 
 FORMAT_VERSION = 1
 # Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "log_interval", "save_interval", "keep_last",
-               "wandb", "tensorboard", "device", "compile")
+NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval",
+               "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 

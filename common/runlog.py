@@ -167,11 +167,6 @@ def _lines(summary: dict) -> list[str]:
     return [f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in shown.items()]
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
-    """"1 chunk", "1,200 chunks"; plural: where it is not noun + s."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
 def _dotenv(name: str) -> str | None:
     """A variable of the environment, or else of a file .env of NAME=VALUE lines in the current folder."""
     if name not in os.environ and os.path.exists(".env"):

@@ -13,5 +13,4 @@ batch_size = 32
 lr = 3e-3
 epochs = 4
 warmup_steps = 50
-patience = 3
 bootstrap = 300

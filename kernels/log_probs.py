@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.half import half_type, scaled_head_gradients
+
 CPU_LOGITS = 1 << 24  # of a block: 64 MB, one buffer used again (smaller is slower)
 GPU_LOGITS = 1 << 28  # 1 GB
 
@@ -66,14 +68,6 @@ def blocks(T: int, size: int) -> list[slice]:
     return slices
 
 
-def half_type(tensor: Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's type, or the tensor's own."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
-
-
 def block_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits [R, K, V] of a block of x [R, P, H], in one matrix product for all plans."""
     K, V = bias.shape
@@ -102,22 +96,22 @@ class Gradients:
         self.dbias = torch.zeros_like(bias)
 
     def add(self, rows: slice, delta: Tensor) -> None:
-        """delta [R, K, V]: the gradient of the block's logits."""
+        """delta [R, K, V]: the gradient of the block's logits, which is overwritten."""
         self.dbias += delta.sum(0)
         # What a product of block_logits gave, row by row: the logits of all plans where they share it.
         if self.shared:
             flat = delta.sum(1)
         else:
             flat = delta.view(-1, len(self.weight))
-        flat = flat.to(self.half)
         x = self.x[rows].flatten(0, 1)
-
         dx = self.dx[rows]
-        dx.copy_((flat @ self.weight).view(dx.shape))
-        if flat.dtype == self.dweight.dtype:
+        if flat.dtype == self.half:
+            dx.copy_((flat @ self.weight).view(dx.shape))
             self.dweight.addmm_(flat.t(), x)  # without a buffer for the product
         else:
-            self.dweight += flat.t() @ x
+            of_x, of_weight = scaled_head_gradients(flat, x, self.weight)
+            dx.copy_(of_x.view(dx.shape))
+            self.dweight += of_weight
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,9 +224,9 @@ class SharedLogProbs(torch.autograd.Function):
                 # The gradient of z, in place of it: scatter(g) - exp(z - m) * sum_k share_k exp(b_k - n_k).
                 z.mul_(share @ table).neg_()
                 z.scatter_add_(1, index[rows], upstream.sum(1))
-                half = z.to(weight.dtype)
-                dx[rows] = half @ weight
-                dweight += half.t() @ x[rows]
+                of_x, of_weight = scaled_head_gradients(z, x[rows], weight)
+                dx[rows] = of_x
+                dweight += of_weight
         # What the looked-up tokens give to the bias, for all rows at once.
         flat = grad.transpose(0, 1).reshape(len(table), -1)  # [K, T J]
         every_plan = index.reshape(1, -1).expand_as(flat)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.half import half_type, head_gradients
+
 BLOCK = {"cpu": 1 << 22}  # logits of a block, by kind of device
 LARGE_BLOCK = 1 << 26  # of any other: a GPU needs more to be busy
 
@@ -35,7 +37,7 @@ def mean_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @torch.compiler.disable
 def row_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of every row, [R]; without gradients."""
-    kind = _computing(x)
+    kind = half_type(x)
     x = x.detach()
     weight = weight.detach()
     parts = []
@@ -53,9 +55,9 @@ class MeanXE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        kind = _computing(x)
+        kind = half_type(x)
         dx = torch.empty_like(x)
-        dw = torch.zeros_like(weight)
+        dw = torch.zeros_like(weight, dtype=_summing(kind))  # of all rows: half precision is too narrow for the sum
         loss = torch.zeros((), device=x.device, dtype=_summing(kind))
         table = weight.to(kind)
         for rows, exps, total, xe in stream(x, table, targets, kind):
@@ -63,9 +65,9 @@ class MeanXE(torch.autograd.Function):
             delta = exps.div_(total)  # softmax, in place
             ones = torch.ones_like(total)
             delta.scatter_add_(1, targets[rows, None], -ones)  # less onehot
-            delta = delta.to(kind)
-            dx[rows] = (delta @ table).to(dx.dtype)
-            dw += delta.t() @ x[rows].to(kind)
+            of_x, of_weight = head_gradients(delta, x[rows].to(kind), table)
+            dx[rows] = of_x.to(dx.dtype)
+            dw += of_weight
         # Of the sum over rows; backward divides by their number, as the loss is divided here.
         ctx.save_for_backward(dx, dw)
         return loss / len(x)
@@ -98,14 +100,6 @@ def stream(x: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype) -> Ite
         total = exps.sum(1, keepdim=True)
         xe = total.log() + top - target  # log sum exp z - z_y
         yield rows, exps, total, xe[:, 0]
-
-
-def _computing(x: Tensor) -> torch.dtype:
-    """The type of the matrix products: that of autocast, where it is on."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _summing(kind: torch.dtype) -> torch.dtype:

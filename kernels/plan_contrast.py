@@ -24,7 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.log_probs import Gradients, block_logits, block_rows, blocks, half_type
+from kernels.half import half_type
+from kernels.log_probs import Gradients, block_logits, block_rows, blocks
 
 
 def plain_information(x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor):

@@ -31,10 +31,21 @@ log-probabilities. Dimensions: B batch, L tokens, C tokens of a chunk, N chunks,
 """
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.errors import InputError
+
+
+def check_terms(terms: Iterable[str], known: tuple[str, ...]) -> None:
+    """Raises InputError for a term that a model does not have, rather than compute the loss without it."""
+    for term in terms:
+        if term not in known:
+            have = ", ".join(known) or "none"
+            raise InputError(f"the losses of this model have no term {term!r}: it has {have}")
 
 
 def plain_chunk_bow(p: Tensor, y: Tensor, start: Tensor, C: int) -> Tensor:

@@ -18,6 +18,9 @@ from sources.shared import counter_rng
 
 TOGETHER = ("seen", "unseen")  # groups of categories, beside each category by its name
 PROBED = (1, 2, 3, 5, 8, 12, 20, 35, 60)  # positions of the probe, and the last
+ALPHAS = (0.01, 8.0)  # exponents that a fit looks among
+LEAST_FALL = 1e-4  # nats from the first position to the last: a curve that falls by less is flat, and has no fit
+LEAST_OPTIMUM = 1e-6  # nats: a ratio to less says nothing
 
 
 class Curves(NamedTuple):
@@ -40,9 +43,14 @@ class Curves(NamedTuple):
         return np.mean([self.mean(code) for code in codes], 0)
 
     def resampled(self, code: int, resamples: int, seed: int) -> np.ndarray:
-        """The mean of as many documents drawn with replacement, [resamples, T]: the bootstrap over documents."""
+        """The mean of as many documents drawn with replacement, [resamples, T]: the bootstrap over documents.
+
+        nan of a single document, whose mean would never vary: an interval without width would look like certainty.
+        """
         chosen = np.flatnonzero(self.codes == code)
         M = len(chosen)
+        if M < 2:
+            return np.full((resamples, self.sums.shape[1]), np.nan)
         equal = np.full(M, 1 / M)
         rng = counter_rng(seed, 4, code)
         means = np.empty((resamples, self.sums.shape[1]))
@@ -98,6 +106,11 @@ def gains(xe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gain, total
 
 
+def gain_definition(T: int) -> str:
+    """What icl_gain is, for everything that shows it."""
+    return f"XE after 1 token less XE after {T}, in nats"
+
+
 def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The central 95% of samples [resamples, ...]."""
     low, high = np.quantile(samples, (0.025, 0.975), axis=0)
@@ -132,8 +145,9 @@ def fit_power_law(xe: np.ndarray) -> np.ndarray:
     y = flat - flat.mean(-1, keepdims=True)
     y = y[:, None]  # [curves, 1, T]
     grid = np.linspace(0, 1, 41)
-    low = np.full(n_curves, 0.01)
-    high = np.full(n_curves, 8.0)
+    least, most = ALPHAS
+    low = np.full(n_curves, least)
+    high = np.full(n_curves, most)
     for _ in range(5):
         alphas = low[:, None] + (high - low)[:, None] * grid  # [curves, 41]
         # Regression of the curve on t^-alpha, for every alpha of the grid: the slope is c, XE_inf drops out.
@@ -147,12 +161,44 @@ def fit_power_law(xe: np.ndarray) -> np.ndarray:
         c = slopes[best]
         # The next grid is between the neighbours of the best, 20 times finer.
         step = (high - low) / 40
-        low = np.maximum(0.01, alpha - step)
-        high = np.minimum(8.0, alpha + step)
+        low = np.maximum(least, alpha - step)
+        high = np.minimum(most, alpha + step)
     powers = t ** -alpha[:, None]
     infinity = flat.mean(-1) - c * powers.mean(-1)
     fits = np.stack([infinity, c, alpha], -1)
     return fits.reshape(*xe.shape[:-1], 3)
+
+
+def is_fit(fits: np.ndarray, T: int) -> np.ndarray:
+    """Whether (XE_inf, c, alpha) [..., 3] say anything of a curve over T positions: [...].
+
+    Not where the search ended at a bound (the best exponent is further out), where the curve does not fall, or where it
+    would fall below 0, which no cross entropy does.
+    """
+    infinity, c, alpha = np.moveaxis(np.asarray(fits, dtype=np.float64), -1, 0)
+    least, most = ALPHAS
+    inside = (alpha > least * (1 + 1e-9)) & (alpha < most * (1 - 1e-9))
+    fall = c * (1 - float(T) ** -alpha)  # from the first position to the last
+    return inside & (fall > LEAST_FALL) & (infinity >= 0)
+
+
+def describe_fit(mean: np.ndarray, samples: np.ndarray) -> dict | None:
+    """The power law of a curve [T] with intervals from its resamples [resamples, T]; None where there is no fit.
+
+    There is none, either, where more than 5% of the resamples have none: what a curve of noise gives is chance.
+    """
+    T = len(mean)
+    if T < 4 or not len(samples):  # three parameters go through any three points
+        return None
+    fit = fit_power_law(mean)
+    fits = fit_power_law(samples[:200])  # 200 are enough for an interval
+    good = is_fit(fits, T)
+    if not is_fit(fit, T) or good.mean() < 0.95:
+        return None
+    parameters = {}
+    for i, name in enumerate(("xe_inf", "c", "alpha")):
+        parameters[name] = {"value": float(fit[i]), "interval": listed(interval(fits[good, i]))}
+    return parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,15 +248,10 @@ def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
     gain, total = gains(mean)
     gain_samples, total_samples = gains(samples)
     _, binned_samples = binned(samples)
-    fit = fit_power_law(mean)
-    fits = fit_power_law(samples[:200])  # 200 are enough for an interval
-    parameters = {}
-    for i, name in enumerate(("xe_inf", "c", "alpha")):
-        parameters[name] = {"value": float(fit[i]), "interval": listed(interval(fits[:, i]))}
     return {
         "xe": float(mean.mean()),
         "xe_interval": listed(interval(samples.mean(1))),
-        "perplexity": float(np.exp(mean.mean())),
+        "perplexity": perplexity(mean.mean()),
         "xe_by_position": mean.tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
@@ -219,41 +260,78 @@ def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
         "icl_gain_interval": listed(interval(gain_samples)),
         "total_gain": float(total),
         "total_gain_interval": listed(interval(total_samples)),
-        "fit": parameters,
+        "fit": describe_fit(mean, samples),
     }
 
 
+def perplexity(xe: float) -> float | None:
+    """exp(XE); None where that is beyond double precision."""
+    return math.exp(xe) if xe < 700 else None
+
+
 def describe_excess(mean: np.ndarray, mixture: np.ndarray, known: np.ndarray) -> dict:
-    """A curve [T] beside those of the exact predictors, [T] each."""
-    uncertain = mixture > 0  # elsewhere no token could surprise, and no ratio says anything
-    relative = mean[uncertain] / mixture[uncertain] - 1
+    """A curve [T] beside those of the exact predictors, [T] each.
+
+    largest_relative_excess is None where the optimum is 0 at a position, as a constant component's is: nats remain.
+    """
+    excess = mean - mixture
+    relative = None
+    if mixture.min() > LEAST_OPTIMUM:
+        relative = float(np.abs(excess / mixture).max())
     gain, _ = gains(mixture)
     return {
         "oracle_xe_by_position": mixture.tolist(),
         "known_xe_by_position": known.tolist(),
-        "excess_by_position": (mean - mixture).tolist(),
+        "excess_by_position": excess.tolist(),
         "oracle_icl_gain": float(gain),
-        "largest_relative_excess": float(np.abs(relative).max(initial=0.0)),
+        "largest_excess": float(np.abs(excess).max()),
+        "largest_relative_excess": relative,
     }
 
 
 def summarize(groups: dict) -> dict:
     """What summary.json takes over of `measure`: of the categories trained on, and the XE of the others."""
     seen = groups["seen"]
+    fit = None
+    if seen["fit"]:
+        fit = {name: parameter["value"] for name, parameter in seen["fit"].items()}
     summary = {
         "val_xe": seen["xe"],
         "perplexity": seen["perplexity"],
         "icl_gain": seen["icl_gain"],
+        "icl_gain_definition": gain_definition(len(seen["xe_by_position"])),
         "total_gain": seen["total_gain"],
         "xe_by_position": seen["xe_by_position"],
-        "fit": {name: parameter["value"] for name, parameter in seen["fit"].items()},
+        "fit": fit,
     }
-    for key in ("oracle_xe_by_position", "oracle_icl_gain", "largest_relative_excess"):
+    for key in ("oracle_xe_by_position", "oracle_icl_gain", "largest_excess", "largest_relative_excess"):
         if key in seen:
             summary[key] = seen[key]
     if "unseen" in groups:
         summary["unseen_xe"] = groups["unseen"]["xe"]
     return summary
+
+
+def verdict(summary: dict, K: int, folder: Path) -> str:
+    """The result of a run in a sentence, of what is defined: summary as `summarize` makes it."""
+    parts = [f"validation XE {summary['val_xe']:.4f} nats over K = {K}"]
+    gain = f"icl_gain {summary['icl_gain']:.4f} ({summary['icl_gain_definition']}"
+    if "oracle_icl_gain" in summary:
+        gain += f"; of the exact optimum {summary['oracle_icl_gain']:.4f}"
+    parts.append(gain + ")")
+    if summary.get("largest_relative_excess") is not None:
+        parts.append(f"at most {summary['largest_relative_excess']:.2%} from the optimum at any position")
+    elif "largest_excess" in summary:  # percent of an optimum that is 0 somewhere are none
+        parts.append(f"at most {summary['largest_excess']:.4f} nats from the optimum at any position")
+    parts.append(fit_sentence(summary["fit"]))
+    return f"{', '.join(parts)}; pictures in {folder / 'plots'}"
+
+
+def fit_sentence(fit: dict | None) -> str:
+    """A fit, parameters by their names, or that there is none."""
+    if fit is None:
+        return "no fit of a power law"
+    return f"XE(t) about {fit['xe_inf']:.4f} + {fit['c']:.4f} t^-{fit['alpha']:.3f}"
 
 
 def listed(pair: tuple[np.ndarray, np.ndarray]) -> list:
@@ -271,11 +349,11 @@ def probe(
     device: torch.device,
     seed: int,
     most: int = 2_000,
-) -> dict:
+) -> dict | None:
     """Read the component out of the residual stream by a linear classifier, for every layer at some positions.
 
     Half of the documents train the classifier (multinomial logistic regression, L2 penalty, L-BFGS), the other half
-    give accuracy and cross entropy in nats, to be held against log K.
+    give accuracy and cross entropy in nats, to be held against log K. None where a half lacks a category.
 
     Args:
         model: model(tokens [B, T]) -> (anything, residual stream: a [B, T, D] a layer).
@@ -288,7 +366,11 @@ def probe(
     # Halves by document: chunks of one document in both would let the classifier know it again.
     documents, place = np.unique(chunks.documents[rows], return_inverse=True)
     document_trains = rng.permutation(len(documents)) % 2 == 0
-    trains = torch.from_numpy(document_trains[place]).to(device)  # [R]
+    row_trains = document_trains[place]
+    for half in (codes[row_trains], codes[~row_trains]):
+        if len(np.unique(half)) < len(names):
+            return None
+    trains = torch.from_numpy(row_trains).to(device)  # [R]
 
     T = chunks.tokens.shape[1] - 1
     positions = probed_positions(T)
@@ -398,7 +480,13 @@ def write_curves(path: Path, groups: dict) -> None:
                 strict=True,
             )
             for position, values in enumerate(columns, 1):
-                table.writerow([name, position, *values])
+                table.writerow([name, position, *map(blank, values)])
+
+
+def blank(value: float | str | None) -> float | str:
+    """A cell of a table: empty where there is no number."""
+    undefined = value is None or (isinstance(value, float) and not math.isfinite(value))
+    return "" if undefined else value
 
 
 def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> None:
@@ -412,7 +500,7 @@ def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> No
     draw_curves(folder, title, groups, seen)
     if "oracle_xe_by_position" in groups["seen"]:
         draw_excess(folder, title, groups, seen)
-    if "probe" in results:
+    if results.get("probe"):
         draw_probe(folder, title, results["probe"])
     draw_history(folder, title, history)
 
@@ -438,22 +526,31 @@ def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None
                 positions, xe = binned(np.array(group["oracle_xe_by_position"]))
                 label = "exact optimum" if name == seen[-1] else None  # once in the legend
                 axes.plot(positions, xe, color="k", linewidth=0.8, linestyle="--", label=label)
+        T = len(groups["seen"]["xe_by_position"])
+        axes.set_title(f"icl_gain {groups['seen']['icl_gain']:.4f}: {gain_definition(T)}", fontsize=8)
         axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
         axes.legend(fontsize=8)
 
 
 def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
-    """How far each category trained on is above the exact optimum, in percent of it, by position."""
+    """How far each category trained on is above the exact optimum by position, in percent of it.
+
+    In nats where an optimum comes near 0: percent of that would hide all others.
+    """
     shades = colours(groups)
+    lowest = min(min(groups[name]["oracle_xe_by_position"]) for name in seen)
+    in_percent = lowest > 0.01
+    unit = "%" if in_percent else "nats"
     with figure(folder, "excess_by_position", title=title) as axes:
         for name in seen:
             group = groups[name]
             positions, excess = binned(np.array(group["excess_by_position"]))
-            _, optimum = binned(np.array(group["oracle_xe_by_position"]))
-            percent = 100 * excess / optimum
-            axes.plot(positions, percent, color=shades[name], label=name, linewidth=1)
+            if in_percent:
+                _, optimum = binned(np.array(group["oracle_xe_by_position"]))
+                excess = 100 * excess / optimum
+            axes.plot(positions, excess, color=shades[name], label=name, linewidth=1)
         axes.axhline(0, color="k", linewidth=0.8)
-        axes.set(xscale="log", xlabel="tokens read", ylabel="excess over the exact optimum (%)")
+        axes.set(xscale="log", xlabel="tokens read", ylabel=f"excess over the exact optimum ({unit})")
         axes.legend(fontsize=8)
 
 

@@ -1,9 +1,10 @@
-"""How well effects of perturbations are predicted: metrics as cell-eval and pdex define them, rivals that know means
-only, tables and pictures. P conditions or groups of cells, N cells, G genes.
+"""How well effects of perturbations are predicted: metrics as cell-eval and pdex define them, tables and pictures.
+
+P conditions or groups of cells, N cells, G genes. A figure that is not defined, such as the rank of a perturbation
+among one, is nan in arrays and records, a blank in a CSV, null in JSON, and stands in no picture, mean or sentence.
 """
 
 import csv
-import json
 import math
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from common.errors import DataError
-from common.runlog import read_metrics
+from common.runlog import read_metrics, write_json
 from kernels.rank_sum import rank_sum
+from measure.baselines import Baselines
 from measure.figures import figure
 
 METRICS = {  # column of the table: larger is better
@@ -26,6 +28,7 @@ METRICS = {  # column of the table: larger is better
 TOPS = (50, 100, 200, 500, None)  # sizes of the lists of differentially expressed genes; None is every significant one
 FALSE_DISCOVERY_RATE = 0.05
 ROUNDING = 1e-6  # effects below this are none: means of the same cells by another order of summation
+LABELS = ("dataset", "file", "cell_type", "perturbation", "n_cells")  # of a condition; all else are its metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -101,13 +104,20 @@ def discrimination(predicted: np.ndarray, real: np.ndarray, target: np.ndarray |
 
     target [P]: column of the perturbed gene, left out of the distances (knocking it down is no finding), -1 for none.
     Equals cell-eval's discrimination_score_l1; ties, arbitrary there, share their mean rank. Chance is (P + 1) / 2P.
+    nan where there is nothing to rank: one perturbation (1 in cell-eval), no gene but the target, no prediction.
     """
-    score = np.empty(len(real))
+    score = np.full(len(real), np.nan)
+    if len(real) < 2:
+        return score
     for p, guess in enumerate(predicted):
         difference = np.abs(real - guess)
         if target is not None and target[p] >= 0:
             difference[:, target[p]] = 0
+            if real.shape[1] == 1:
+                continue
         distance = difference.sum(1)
+        if np.isnan(distance[p]):
+            continue
         nearer = (distance < distance[p]).sum()
         tied = (distance == distance[p]).sum() - 1
         score[p] = 1 - (nearer + tied / 2) / len(real)
@@ -154,110 +164,28 @@ def overlap_top(predicted: dict, real: dict, n: int | None = 50, kind: str = "ov
     """Part [P] of the n strongest significant genes that two results of differential_expression share.
 
     n shrinks to the significant genes there are: real ones for kind "overlap" (recall), predicted ones for
-    "precision"; None takes them all; 0 where there are none (cell-eval's overlap_at_N and precision_at_N).
+    "precision"; None takes them all (cell-eval's overlap_at_N and precision_at_N).
+    nan (0 in cell-eval, or what a smaller n has) where no real gene is significant, for "precision" no predicted one
+    either, and for an n beyond the number of genes. To predict none where there are some is 0.
     """
+    genes = real["order"].shape[1]
     available = real["significant"] if kind == "overlap" else predicted["significant"]
-    share = np.zeros(len(available))
+    share = np.full(len(available), np.nan)
+    if n is not None and n > genes:
+        return share
     for i, most in enumerate(available):
+        if most == 0:
+            if real["significant"][i]:
+                share[i] = 0  # precision of nothing predicted
+            continue
         k = most if n is None else min(n, most)
         predicted_k = min(k, predicted["significant"][i])
         real_k = min(k, real["significant"][i])
         predicted_genes = predicted["order"][i, :predicted_k]
         real_genes = real["order"][i, :real_k]
         shared = np.intersect1d(predicted_genes, real_genes)
-        share[i] = len(shared) / max(1, k)
+        share[i] = len(shared) / k
     return share
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Baselines
-# ---------------------------------------------------------------------------------------------------------------
-def training_means(cells, which: str, block: int = 8_192) -> tuple[np.ndarray, ...]:
-    """What `baselines` reads of the cells trained on (a Cells of sources.cells), in float64: means [types,
-    perturbations, G] and numbers [types, perturbations] of perturbed cells, means [types, G] and numbers [types] of
-    control cells."""
-    types = len(cells.cell_types)
-    perturbations = len(cells.perturbations)
-    controls = np.flatnonzero(cells.is_control & (cells.member > 0))
-    perturbed = cells.rows("train", controls=False)
-    rows = np.concatenate([perturbed, controls])
-
-    # By condition, so that the cells of one follow one another and are added up a run at a time.
-    condition = cells.cell_type[rows].astype(np.int64) * perturbations + cells.perturbation[rows]
-    order = np.argsort(condition, kind="stable")
-    rows = rows[order]
-    condition = condition[order]
-    counts = np.bincount(condition, minlength=types * perturbations)
-    sums = None  # [conditions, G], once G is known
-    for i in range(0, len(rows), block):
-        expression = cells.read(rows[i : i + block], which)
-        expression = expression.double().cpu().numpy()  # [block, G]
-        if sums is None:
-            sums = np.zeros((len(counts), expression.shape[1]))
-        conditions = condition[i : i + block]
-        first = np.flatnonzero(np.diff(conditions, prepend=-1))  # of each run of cells of one condition
-        sums[conditions[first]] += np.add.reduceat(expression, first)
-
-    means = sums / np.maximum(counts, 1)[:, None]
-    means = means.reshape(types, perturbations, -1)
-    counts = counts.reshape(types, perturbations)
-    control_means = means[:, cells.control].copy()
-    control_counts = counts[:, cells.control].copy()
-    counts[:, cells.control] = 0  # a control is no perturbation
-    return means, counts, control_means, control_counts
-
-
-def baselines(
-    means: np.ndarray,
-    counts: np.ndarray,
-    control_means: np.ndarray,
-    control_counts: np.ndarray,
-    held_out: list[tuple[int, int]],
-) -> dict[str, np.ndarray]:
-    """Predicted means [len(held_out), G] of every (cell type, perturbation), from the cells trained on alone.
-
-    means [n_types, n_perts, G], counts [n_types, n_perts]: perturbed training cells, 0 where there are none (the
-    control's own column, if any, must count 0 too); control_means [n_types, G], control_counts [n_types].
-    An effect is mean - control mean of the same type.
-    - control_mean: no effect.
-    - perturbation_mean: control mean + mean effect of the perturbation over training types, each type weighing the same
-      (arc-state's perturb_mean); of a perturbation never trained on, the mean effect of all (there: none).
-    - context_mean: mean of all perturbed training cells of the type, each cell weighing the same (arc-state's
-      context_mean); of a type without any, control mean + mean effect of all (there: the control mean, a weaker rival).
-    The mean effect of all weighs perturbations the same, each averaged over types as above; zero if nothing trains.
-    """
-    seen = (counts > 0) & (control_counts > 0)[:, None]
-    effects = {}
-    for pert in np.flatnonzero(seen.any(0)):
-        types = np.flatnonzero(seen[:, pert])
-        effect = means[types, pert] - control_means[types]
-        effects[pert] = effect.mean(0, dtype=np.float64)
-    average = np.zeros(means.shape[2])
-    if effects:
-        average = sum(effects.values()) / len(effects)
-
-    def context_mean(cell_type: int) -> np.ndarray:
-        known = counts[cell_type] > 0
-        if not known.any():
-            return control_means[cell_type] + average
-        return np.average(means[cell_type][known], axis=0, weights=counts[cell_type][known])
-
-    base = []
-    shift = []
-    context = []
-    context_of = {}  # by cell type: many conditions share one
-    for cell_type, pert in held_out:
-        if cell_type not in context_of:
-            context_of[cell_type] = context_mean(cell_type)
-        base.append(control_means[cell_type])
-        shift.append(effects.get(pert, average))
-        context.append(context_of[cell_type])
-    control_mean = np.array(base, np.float64)
-    return {
-        "control_mean": control_mean,
-        "perturbation_mean": control_mean + np.array(shift),
-        "context_mean": np.array(context),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -287,12 +215,14 @@ def evaluate_conditions(
     Conditions of a cell type are compared with one another and with that type's control, predicted ones too. The cells
     of a baseline are control cells (as many as are real, evenly spaced) shifted by the predicted effect, expression
     clipped at 0; its pearson_delta, mae, mse and discrimination are of the predicted means themselves. A prediction
-    without effect has pearson_delta 0 (nan in cell-eval); a real effect of none, nan, left out of the mean. Of more
-    than energy_cells cells the energy distance takes that many, evenly spaced.
+    without effect is given pearson_delta 0 (nan in cell-eval), for it must not drop out of the mean; where there is no
+    real effect, or one gene alone, it is nan. Without control cells of a type there are no effects and no cells of a
+    baseline: what needs them is nan. Of more than energy_cells cells the energy distance takes that many, evenly
+    spaced.
 
     Returns {"model" or baseline: {"per_condition": [{cell_type, perturbation, n_cells, metrics}], "mean": {metrics},
-    "delta": predicted effects [P, G], "real_delta": real ones [P, G]}}; means weigh conditions the same.
-    Raises DataError for a condition without predicted or real cells and a cell type without control cells.
+    "delta": predicted effects [P, G], "real_delta": real ones [P, G]}}; means weigh conditions the same (see _means).
+    Raises DataError for a condition without predicted or real cells.
     """
     _require_cells("predicted", pred_condition, conditions)
     _require_cells("real", real_condition, conditions)
@@ -307,10 +237,6 @@ def evaluate_conditions(
     for cell_type in np.unique(type_of):
         members = np.flatnonzero(type_of == cell_type)  # the conditions of this type
         base = control[control_type == cell_type]
-        if not len(base):
-            raise DataError(
-                f"cell type {cell_types[cell_type]} has no control cells: nothing to measure its effects against"
-            )
         code = np.full(len(conditions), -1)  # of a condition, among those of its type
         code[members] = np.arange(len(members))
         means = {}
@@ -361,21 +287,14 @@ def _evaluate_type(
     energy_cells: int,
 ) -> dict:
     """The result of evaluate_conditions for the conditions of one cell type, base its control cells."""
-    control_mean = base.mean(0, dtype=np.float64)
+    control_mean = pseudobulk(base, np.zeros(len(base), int), 1)[0]  # nan without control cells
     guesses = {"model": guess}
     for name, mean in means.items():
-        # A baseline knows means only: its cells are control cells moved by its effect.
-        cells = _shifted(base, mean - control_mean, truth["n"])
-        if expression:
-            cells = cells.clip(min=0)
-        group = np.repeat(np.arange(len(conditions)), truth["n"])
-        description = _describe(cells, group, base, expression, energy_cells)
-        description["mean"] = mean  # exact, where that of the cells is clipped and rounded
-        guesses[name] = description
+        guesses[name] = _describe_baseline(mean, base, control_mean, truth["n"], expression, energy_cells)
 
     results = {}
     for name, guess in guesses.items():
-        metrics = _compare(guess, truth, control_mean, target)
+        metrics = _compare(guess, truth, control_mean, target, expression)
         records = []
         for i, (cell_type, perturbation) in enumerate(conditions):
             record = {
@@ -388,11 +307,30 @@ def _evaluate_type(
             records.append(record)
         results[name] = {
             "per_condition": records,
-            "mean": _means(records),
             "delta": guess["mean"] - control_mean,
             "real_delta": truth["mean"] - control_mean,
         }
     return results
+
+
+def _describe_baseline(
+    mean: np.ndarray,
+    base: np.ndarray,
+    control_mean: np.ndarray,
+    sizes: list[int],
+    expression: bool,
+    energy_cells: int,
+) -> dict:
+    """_describe of a baseline's conditions: it knows means only, its cells are control cells moved by its effect."""
+    if not len(base):
+        return {"mean": mean, "sets": None, "genes": None}
+    cells = _shifted(base, mean - control_mean, sizes)
+    if expression:
+        cells = cells.clip(min=0)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    description = _describe(cells, group, base, expression, energy_cells)
+    description["mean"] = mean  # exact, where that of the cells is clipped and rounded
+    return description
 
 
 def _shifted(base: np.ndarray, shifts: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -423,7 +361,7 @@ def _describe(
         places = evenly(len(members), energy_cells)
         sets.append(cells[members[places]])
     genes = None
-    if expression:
+    if expression and len(control):
         genes = differential_expression(cells, control, group, len(rows))
     return {
         "n": [len(members) for members in rows],
@@ -434,17 +372,25 @@ def _describe(
     }
 
 
-def _compare(guess: dict, truth: dict, control_mean: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics [P] of the conditions of a cell type; guess and truth by _describe."""
+def _compare(
+    guess: dict,
+    truth: dict,
+    control_mean: np.ndarray,
+    target: np.ndarray,
+    expression: bool,
+) -> dict[str, np.ndarray]:
+    """All metrics [P] of the conditions of a cell type, nan where undefined; guess and truth by _describe."""
     effect = guess["mean"] - control_mean
     real_effect = truth["mean"] - control_mean
     error = guess["mean"] - truth["mean"]
+    undefined = np.full(len(error), np.nan)
 
     # To predict no effect where there is one is worth nothing, and must not drop out of the mean as nan.
     r = pearson(effect, real_effect)
     flat = np.ptp(effect, axis=1) < ROUNDING
-    real = np.ptp(real_effect, axis=1) > 0
-    r[flat & real] = 0
+    real = np.ptp(real_effect, axis=1) >= ROUNDING
+    r[flat] = 0
+    r[~real] = np.nan  # no effect, one gene, or no control cells
 
     metrics = {
         "pearson_delta": r,
@@ -452,31 +398,44 @@ def _compare(guess: dict, truth: dict, control_mean: np.ndarray, target: np.ndar
         "mse": (error**2).mean(1),
         "discrimination": discrimination(guess["mean"], truth["mean"], target),
     }
-    if truth["genes"]:
+    if expression:
         for kind in ("overlap", "precision"):
             for n in TOPS:
                 name = f"{kind}_at_{n or 'N'}"
-                metrics[name] = overlap_top(guess["genes"], truth["genes"], n, kind)
-    pairs = zip(guess["sets"], truth["sets"], strict=True)
-    between = np.array([mean_distance(predicted, measured) for predicted, measured in pairs])
-    metrics["energy_distance"] = between - (guess["within"] + truth["within"]) / 2
+                metrics[name] = undefined
+                if truth["genes"]:
+                    metrics[name] = overlap_top(guess["genes"], truth["genes"], n, kind)
+    metrics["energy_distance"] = undefined
+    if guess["sets"]:
+        pairs = zip(guess["sets"], truth["sets"], strict=True)
+        between = np.array([mean_distance(predicted, measured) for predicted, measured in pairs])
+        metrics["energy_distance"] = between - (guess["within"] + truth["within"]) / 2
     return metrics
 
 
-def _means(records: list[dict]) -> dict[str, float]:
-    """The mean of every metric over conditions, without those that have none (nan)."""
-    means = {}
-    for name in records[0]:
-        if name in ("cell_type", "perturbation", "n_cells"):
-            continue
-        values = np.array([record[name] for record in records])
-        values = values[~np.isnan(values)]
-        means[name] = float(values.mean()) if len(values) else float("nan")
+def _means(results: dict) -> dict[str, dict[str, float]]:
+    """The mean of every metric for the model and each baseline, over the conditions for which all of them have it.
+
+    Who has a metric for no condition has no mean (nan) and no say in that; nobody has one where no condition is left.
+    """
+    means = {name: {} for name in results}
+    metrics = [name for name in results["model"]["per_condition"][0] if name not in LABELS]
+    for metric in metrics:
+        values_of = {}
+        shared = np.ones(len(results["model"]["per_condition"]), bool)
+        for name, result in results.items():
+            values = np.array([record[metric] for record in result["per_condition"]])
+            values_of[name] = values
+            if not np.isnan(values).all():
+                shared &= ~np.isnan(values)
+        for name, values in values_of.items():
+            of_shared = values[shared]
+            means[name][metric] = float(of_shared.mean()) if of_shared.size else math.nan
     return means
 
 
 def join(results: list[dict]) -> dict:
-    """One result of evaluate_conditions of those of several cell types."""
+    """One result of evaluate_conditions of those of several contexts."""
     joined = {}
     for name in results[0]:
         parts = [result[name] for result in results]
@@ -485,26 +444,28 @@ def join(results: list[dict]) -> dict:
             records.extend(part["per_condition"])
         joined[name] = {
             "per_condition": records,
-            "mean": _means(records),
             "delta": np.concatenate([part["delta"] for part in parts]),
             "real_delta": np.concatenate([part["real_delta"] for part in parts]),
         }
+    for name, means in _means(joined).items():
+        joined[name]["mean"] = means
     return joined
 
 
-def evaluate_cell_type(part: dict, cells, known: tuple | None, which: str, expression: bool) -> dict:
-    """evaluate_conditions of the predicted cells of one cell type, beside the baselines where the means are known.
+def evaluate_context(part: dict, cells, known: Baselines | None, which: str, expression: bool) -> dict:
+    """evaluate_conditions of the predicted cells of one type of one file, beside the baselines where they are known.
 
-    part: cell_type (its code), rows (of the cells predicted), pred and real [N, G], control [C, G]; cells: a Cells of
-    sources.cells; known: as of training_means; which: "input" or "counts", what pred is.
+    part: file, cell_type (codes), rows (of the cells predicted), pred and real [N, G], control [C, G]; cells: a Cells
+    of sources.cells; which: "input" or "counts", what pred is. Records also name the data set and the file.
     """
     perturbations, condition = np.unique(cells.perturbation[part["rows"]], return_inverse=True)
     cell_type = cells.cell_types[part["cell_type"]]
     means = {}
     if known:
-        held_out = [(part["cell_type"], int(pert)) for pert in perturbations]
-        means = baselines(*known, held_out)
-    return evaluate_conditions(
+        context = part["file"], part["cell_type"]
+        held_out = [(context, int(perturbation)) for perturbation in perturbations]
+        means = known.predict(held_out, part["real"].shape[1])
+    results = evaluate_conditions(
         pred=part["pred"],
         pred_condition=condition,
         real=part["real"],
@@ -517,71 +478,110 @@ def evaluate_cell_type(part: dict, cells, known: tuple | None, which: str, expre
         genes=cells.genes if which == "input" else cells.count_genes,
         expression=expression,
     )
+    place = {
+        "dataset": cells.names[part["file"]],
+        "file": cells.files[part["file"]].name,
+    }
+    for result in results.values():
+        result["per_condition"] = [place | record for record in result["per_condition"]]
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tables, words and pictures
 # ---------------------------------------------------------------------------------------------------------------
-def best_of(metric: str, values: dict[str, float]) -> str:
-    """The name of the best value of a metric."""
+def is_defined(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
+
+
+def best_of(metric: str, values: dict[str, float | None]) -> str | None:
+    """The name of the best value of a metric, of those that are defined; None where none is."""
+    defined = {name: value for name, value in values.items() if is_defined(value)}
     choose = max if METRICS[metric] else min
-    return choose(values, key=values.get)
+    return choose(defined, key=defined.get, default=None)
 
 
-def best_baseline(results: dict, metric: str = "pearson_delta") -> str:
-    """The baseline to beat: the name of the best of all but the model."""
+def best_baseline(results: dict, metric: str = "pearson_delta") -> str | None:
+    """The baseline to beat: the name of the best of all but the model; None where none has the metric."""
     rivals = {name: result["mean"][metric] for name, result in results.items() if name != "model"}
     return best_of(metric, rivals)
 
 
 def format_table(results: dict) -> str:
-    """The means of evaluate_conditions as aligned text, a row the model and each baseline; * marks a column's best."""
-    columns = [metric for metric in METRICS if metric in results["model"]["mean"]]
-    best = {}
-    for metric in columns:
-        values = {name: result["mean"][metric] for name, result in results.items()}
-        best[metric] = values[best_of(metric, values)]
+    """The means of evaluate_conditions as aligned text, a row the model and each baseline; * marks a column's best.
+
+    - stands for what is not defined; a metric that nobody has is no column.
+    """
+    best = {}  # of each column
+    for metric in METRICS:
+        values = {name: result["mean"].get(metric) for name, result in results.items()}
+        winner = best_of(metric, values)
+        if winner:
+            best[metric] = values[winner]
 
     header = " " * 18
-    for metric in columns:
+    for metric in best:
         header += f"{metric:>17}"
     lines = [header]
     for name, result in results.items():
         line = f"{name:<18}"
-        for metric in columns:
+        for metric in best:
             value = result["mean"][metric]
+            text = f"{value:.4g}" if is_defined(value) else "-"
             mark = "*" if value == best[metric] else " "
-            line += f"{value:>16.4g}{mark}"
+            line += f"{text:>16}{mark}"
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def verdict(means: dict, folder: Path) -> str:
     """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
-    rivals = means["baselines"]
-    correlations = {name: values["pearson_delta"] for name, values in rivals.items()}
-    errors = {name: values["mae"] for name, values in rivals.items()}
+    held_out = _held_out(means["conditions"])
+    correlation = means["pearson_delta"]
+    correlations = {name: values["pearson_delta"] for name, values in means["baselines"].items()}
     best = best_of("pearson_delta", correlations)
-    nearest = best_of("mae", errors)
+    if not is_defined(correlation):
+        line = f"done: nothing to judge on {held_out}: Pearson delta needs an effect, control cells and several genes"
+    elif best is None:
+        line = f"done: no baseline to compare with on {held_out}: Pearson delta {correlation:.4f}"
+    else:
+        judged = f"DOES NOT BEAT the baseline {best}"
+        if correlation > correlations[best]:
+            judged = "beats every baseline"
+        line = (
+            f"done: the model {judged} on {held_out}: "
+            f"Pearson delta {correlation:.4f}, best baseline {correlations[best]:.4f} ({best})"
+        )
+    return f"{line}; {_verdict_on_error(means)}pictures in {folder / 'plots'}"
 
-    judged = f"DOES NOT BEAT the baseline {best}"
-    if means["pearson_delta"] > correlations[best]:
-        judged = "beats every baseline"
-    worse = " (worse)" if means["mae"] >= errors[nearest] else ""
-    return (
-        f"done: the model {judged} on {means['conditions']} held-out conditions: "
-        f"Pearson delta {means['pearson_delta']:.4f}, best baseline {correlations[best]:.4f} ({best}); "
-        f"MAE {means['mae']:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest}); "
-        f"pictures in {folder / 'plots'}"
-    )
+
+def _held_out(conditions: int) -> str:
+    return "1 held-out condition" if conditions == 1 else f"{conditions} held-out conditions"
+
+
+def _verdict_on_error(means: dict) -> str:
+    """The part of the verdict on the mean absolute error, which may be defined where correlation is not."""
+    error = means["mae"]
+    if not is_defined(error):
+        return ""
+    errors = {name: values["mae"] for name, values in means["baselines"].items()}
+    nearest = best_of("mae", errors)
+    if nearest is None:
+        return f"MAE {error:.4f}; "
+    worse = " (worse)" if error >= errors[nearest] else ""
+    return f"MAE {error:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest}); "
 
 
 def write_metrics(path: Path, results: dict) -> None:
-    """A CSV of all metrics, a row for each condition under the model and under each baseline."""
+    """A CSV of all metrics, a row for each condition under the model and under each baseline; undefined is blank."""
     rows = []
     for name, result in results.items():
         for record in result["per_condition"]:
-            rows.append({"model": name, **record})
+            row = {"model": name}
+            for column, value in record.items():
+                is_blank = column not in LABELS and not is_defined(value)
+                row[column] = "" if is_blank else value
+            rows.append(row)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -589,18 +589,22 @@ def write_metrics(path: Path, results: dict) -> None:
 
 
 def write_results(folder: Path, name: str, results: dict) -> dict:
-    """metrics.csv, results.json and plots of what evaluate_conditions returns; returns the numbers of summary.json."""
+    """metrics.csv, results.json and plots of what evaluate_conditions returns; returns the numbers of summary.json.
+
+    What is undefined is null in results.json, and None in what is returned.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder / "metrics.csv", results)
     saved = {}
     means = {}
     for rival, result in results.items():
         saved[rival] = {"mean": result["mean"], "per_condition": result["per_condition"]}
-        means[rival] = result["mean"]
-    text = json.dumps(saved, indent=1) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+        means[rival] = {}
+        for metric, value in result["mean"].items():
+            means[rival][metric] = value if is_defined(value) else None
+    write_json(folder / "results.json", saved)
     conditions = len(results["model"]["per_condition"])
-    plot_metrics(folder, f"{name}: {conditions} held-out conditions", results)
+    plot_metrics(folder, f"{name}: {_held_out(conditions)}", results)
     model = means.pop("model")
     return model | {"baselines": means, "conditions": conditions}
 
@@ -608,34 +612,47 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:
     """plots/delta.png, METRIC_by_perturbation.png of the model and the best baseline, and loss.png (metrics.jsonl).
 
-    Of many conditions 12 and `most` are shown, evenly spaced from the best to the worst.
+    Of many conditions 12 and `most` are shown, evenly spaced from the best to the worst. Of a metric that the model has
+    for no condition there is no picture.
     """
     plot_effects(folder, title, results["model"])
     for metric in METRICS:
-        if metric in results["model"]["mean"]:
-            plot_by_perturbation(folder, title, results, metric, most)
+        plot_by_perturbation(folder, title, results, metric, most)
     plot_losses(folder)
 
 
 def _ranked(records: list[dict], metric: str, most: int) -> np.ndarray:
-    """Places of at most so many conditions, from the best to the worst; nan comes last."""
-    values = np.array([record[metric] for record in records])
+    """Places of at most so many conditions, from the best to the worst, without those that lack the metric."""
+    values = np.array([record.get(metric, math.nan) for record in records])
     if METRICS[metric]:
         values = -values
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values, kind="stable")  # nan comes last
+    order = order[: np.count_nonzero(~np.isnan(values))]
     count = min(most, len(order))
+    if not count:
+        return order
     places = np.linspace(0, len(order) - 1, count)
     return order[places.round().astype(int)]
 
 
-def _label(record: dict) -> str:
-    return f"{record['cell_type']}, {record['perturbation']}"
+def _labels(records: list[dict]) -> list[str]:
+    """Names of conditions, with the file where several measured one of the same name."""
+    labels = [f"{record['cell_type']}, {record['perturbation']}" for record in records]
+    if len(set(labels)) == len(labels):
+        return labels
+    longer = []
+    for label, record in zip(labels, records, strict=True):
+        longer.append(f"{record['dataset']} {record['file']}: {label}")
+    return longer
 
 
 def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
     """plots/delta.png: true against predicted effect of every gene, a panel each condition."""
     records = model["per_condition"]
     shown = _ranked(records, "pearson_delta", most)
+    if not len(shown):
+        return
+    labels = _labels(records)
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     with figure(folder, "delta", 8, 1 + 2 * rows, rows, columns, title, squeeze=False) as axes:
@@ -651,7 +668,7 @@ def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
             limits = (least - margin, top + margin)
             panel.set(xlim=limits, ylim=limits, aspect="equal")
             r = records[c]["pearson_delta"]
-            panel.set_title(f"{_label(records[c])}\nr = {r:.3f}", fontsize=7)
+            panel.set_title(f"{labels[c]}\nr = {r:.3f}", fontsize=7)
             panel.tick_params(labelsize=6)
         for panel in axes.flat[len(shown) :]:
             panel.set_axis_off()
@@ -661,10 +678,13 @@ def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
 
 
 def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, most: int) -> None:
-    """plots/METRIC_by_perturbation.png: the model beside the best baseline, a line each condition."""
+    """plots/METRIC_by_perturbation.png: the model beside the best baseline, if there is one, a line each condition."""
     records = results["model"]["per_condition"]
-    rival = best_baseline(results, metric)
     shown = _ranked(records, metric, most)
+    if not len(shown):
+        return
+    labels = _labels(records)
+    rival = best_baseline(results, metric)
     lines = range(len(shown))
     # Rings for the rival, drawn first, so that both are seen where they agree.
     ring = {
@@ -676,10 +696,12 @@ def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, m
     dot = {"color": "C0", "markersize": 4, "label": "model"}
     with figure(folder, f"{metric}_by_perturbation", 7, 1.5 + 0.14 * len(shown)) as axes:
         for name, style in ((rival, ring), ("model", dot)):
+            if name is None:
+                continue
             conditions = results[name]["per_condition"]
             values = [conditions[c][metric] for c in shown]
             axes.plot(values, lines, "o", **style)
-        axes.set_yticks(lines, [_label(records[c]) for c in shown], fontsize=7)
+        axes.set_yticks(lines, [labels[c] for c in shown], fontsize=7)
         axes.invert_yaxis()
         axes.grid(axis="y", linewidth=0.3)
         better = "larger" if METRICS[metric] else "smaller"

@@ -5,7 +5,7 @@ Dimensions: B windows, L tokens of one, T tokens of all, N chunks of a window, K
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 from common.runlog import read_metrics, write_json
 from kernels.log_probs import block_logits, block_rows, blocks
 from measure.figures import figure
+from measure.rival import BESIDE
+
+USED = 0.01  # nats a token that a belief must be worth to be called used: what another seed may bring is less
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
@@ -59,7 +62,7 @@ def planner_report(model, corpus, starts: np.ndarray, tokens: int = 2_048) -> di
     """How far forced plans are apart, and the tokens of each plan, over about so many tokens of validation windows.
 
     Typical is what a plan predicts more than the plans do on average: the largest p_k(v) log(p_k(v) / mean p(v)).
-    corpus: a Corpus. starts: of windows of the model's seq_len.
+    corpus: a Corpus. starts: of windows of the model's seq_len. One plan has no other to differ from: None.
     """
     count = max(1, tokens // model.cfg.seq_len)
     ids = windows(model, corpus, starts[:count])
@@ -70,16 +73,21 @@ def planner_report(model, corpus, starts: np.ndarray, tokens: int = 2_048) -> di
     model.train()
 
     K = len(divergence)
-    pairs = max(1, K * (K - 1))
-    tiny = torch.finfo(mean.dtype).tiny
-    ratio = mean / mean.mean(0)
-    typical = mean * ratio.clamp_min(tiny).log()
-    return {
-        "forced_state_divergence": float(divergence[0, min(1, K - 1)]),
-        "forced_state_divergence_all_pairs": float(divergence.sum() / pairs),
+    report = {
+        "forced_state_divergence": None,
+        "forced_state_divergence_all_pairs": None,
         "top_tokens": token_table(mean, mean, corpus.spell),
-        "typical_tokens": token_table(typical, mean, corpus.spell),
+        "typical_tokens": None,
     }
+    if K > 1:
+        pairs = K * (K - 1)
+        tiny = torch.finfo(mean.dtype).tiny
+        ratio = mean / mean.mean(0)
+        typical = mean * ratio.clamp_min(tiny).log()
+        report["forced_state_divergence"] = float(divergence[0, 1])
+        report["forced_state_divergence_all_pairs"] = float(divergence.sum() / pairs)
+        report["typical_tokens"] = token_table(typical, mean, corpus.spell)
+    return report
 
 
 def write_report(
@@ -92,13 +100,15 @@ def write_report(
 ) -> dict:
     """metrics.json, planner_eval.json and pictures of a run, given what evaluate measured; all metrics."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw_loss(folder, f"{model.cfg.version}, {model.cfg.backbone}")
+    beside = folder / BESIDE if model.cfg.compare_baseline else None
+    draw_loss(folder, f"{model.cfg.version}, {model.cfg.backbone}", beside)
     if hasattr(model, "filter"):
         report = planner_report(model, corpus, starts)
-        numbers = {name: value for name, value in report.items() if isinstance(value, float)}
+        numbers = {name: value for name, value in report.items() if not isinstance(value, dict)}
+        numbers.pop("typical_tokens", None)
         metrics = metrics | numbers
         write_json(folder / "planner_eval.json", metrics | report)
-        warn_of_idle_plans(metrics, say)
+        warn_of_idle_plans(metrics, say, model.cfg.weights())
         draw_plans(folder, model, corpus, starts, metrics["usage"])
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -128,31 +138,86 @@ def token_table(
     return table
 
 
-def warn_of_idle_plans(metrics: dict, say: Callable[[str], None]) -> None:
-    """Say so where plans differ in what they predict, and the belief about them is worth nothing."""
+def warn_of_idle_plans(metrics: dict, say: Callable[[str], None], terms: Collection[str] = ()) -> None:
+    """Say so where plans differ in what they predict, and the belief about them is worth nothing.
+
+    terms: auxiliary terms of the run; those that reward plans for being different are named as what to lower.
+    """
     divergence = metrics["forced_state_divergence_all_pairs"]
     gain = metrics["plan_gain"]
-    if gain < 0.01 and divergence > 0.1:
-        say(
+    if not is_number(divergence) or not is_number(gain):
+        return
+    if gain < USED and divergence > 0.1:
+        line = (
             f"warning: the plans differ (divergence {divergence:.2f}) but one of them does as well alone "
-            f"(plan_gain {gain:.4f}): lower loss_weights.plan_js_div"
+            f"(plan_gain {gain:.4f})"
         )
+        if "plan_js_div" in terms:
+            line += ": lower loss_weights.plan_js_div"
+        if "plan_mi" in terms:
+            line += ": lower plan_mi_weight"
+        say(line)
+
+
+def is_number(value: object) -> bool:
+    """Whether a figure is there and defined: neither None nor nan nor infinite."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def perplexity(nll: float) -> float | None:
+    """exp(nll) of nats a token; None beyond what a float holds."""
+    return math.exp(nll) if nll < 700 else None
+
+
+def window_numbers(model, h: torch.Tensor, evidence: torch.Tensor) -> list[torch.Tensor]:
+    """What an evaluation keeps of each of B windows: nll [B]; of a planner what its belief is and is worth, too.
+
+    h [B, L, D]: states of the backbone. evidence [B, L, K]: log p_k of each token.
+    """
+    if not hasattr(model, "filter"):
+        return [-evidence.mean((1, 2))]
+    beliefs = model.filter(evidence, model.contexts(h))
+    # masked: nll under the uniform belief, -log mean_k p_{t,k}(y_t), [B]. forced: nll of each plan alone [B, K].
+    masked = math.log(evidence.shape[2]) - torch.logsumexp(evidence, 2).mean(1)
+    forced = -evidence.mean(1)
+    return [
+        beliefs.nll.mean(1),
+        masked,
+        forced,
+        model.counted(beliefs.state, h.shape[1]),
+        beliefs.end.argmax(2),  # the likeliest plan at each chunk's end
+    ]
+
+
+def plan_worth(nll: float, masked: torch.Tensor, forced: torch.Tensor) -> dict:
+    """What the same experts lose without the belief: mixed evenly, or the best of them alone.
+
+    masked [B], forced [B, K]: as of window_numbers. One plan can be neither masked nor exchanged: None.
+    """
+    alone = forced.mean(0).tolist()
+    worth = {"planner_mask_delta_loss": None, "forced_nll": alone, "plan_gain": None}
+    if len(alone) > 1:
+        worth["planner_mask_delta_loss"] = float(masked.mean()) - nll
+        worth["plan_gain"] = min(alone) - nll
+    return worth
 
 
 @torch.no_grad()
 def usage_metrics(state: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How often the likeliest plan stays, and how evenly plans are used (1: all alike), given log beliefs [B, N, K]."""
+    """How often the likeliest plan stays, and how evenly plans are used (1: all alike), given log beliefs [B, N, K].
+
+    Of one plan there is neither, and of one chunk no staying: what is not defined is left out.
+    """
     usage = state.exp().mean((0, 1))  # [K]
     chosen = state.argmax(2)  # [B, N]
-    same = (chosen[:, 1:] == chosen[:, :-1]).to(usage)
-    persistence = torch.ones_like(usage[0])  # of windows of one chunk, where nothing can change
-    if same.numel():
-        persistence = same.mean()
-    largest = math.log(max(2, len(usage)))
-    return {
-        "state_persistence": persistence,
-        "expert_utilization": entropy(usage.log()) / largest,
-    }
+    _, N, K = state.shape
+    metrics = {}
+    if K > 1 and N > 1:
+        same = chosen[:, 1:] == chosen[:, :-1]
+        metrics["state_persistence"] = same.to(usage).mean()
+    if K > 1:
+        metrics["expert_utilization"] = entropy(usage.log()) / math.log(K)
+    return metrics
 
 
 def plan_metrics(
@@ -164,40 +229,139 @@ def plan_metrics(
     """How plans are used and follow one another, and where the true ones [B, N] are known, whether they are recovered.
 
     state: log beliefs that chunks work with [B, N, K]. end: likeliest plan at their ends [B, N]. transition: logits.
+    What is not defined, such as the transitions of one plan, is None.
     """
-    P = transition.detach().cpu().double().softmax(1)  # [K, K]
-    metrics = {}
+    names = ("state_persistence", "expert_utilization", "transition_mean_diagonal", "transition_row_entropy")
+    metrics = dict.fromkeys(names)
     for name, value in usage_metrics(state).items():
         metrics[name] = float(value)
     metrics["usage"] = state.exp().mean((0, 1)).tolist()
-    metrics["transition_mean_diagonal"] = float(P.diagonal().mean())
-    metrics["transition_row_entropy"] = float(entropy(P.log()).mean())
+    K = len(transition)
+    if K > 1:
+        P = transition.detach().cpu().double().softmax(1)  # [K, K]
+        metrics["transition_mean_diagonal"] = float(P.diagonal().mean())
+        metrics["transition_row_entropy"] = float(entropy(P.log()).mean())
     if true is not None:
+        metrics["plan_nmi"] = None
         true = true[:, : end.shape[1]]
-        ours = end.long().numpy()
-        metrics["plan_nmi"] = normalised_mutual_information(ours.ravel(), true.ravel())
+        if K > 1 and np.ptp(true):  # there is something to find, and something to find it by
+            ours = end.long().numpy()
+            metrics["plan_nmi"] = normalised_mutual_information(ours.ravel(), true.ravel())
     return metrics
 
 
 def verdict(metrics: dict, folder: Path) -> str:
-    """The run in one line."""
-    line = f"done: validation nll {metrics['val_nll']:.4f} nats a token, perplexity {metrics['val_ppl']:.2f}"
-    if "oracle_nll" in metrics:
-        excess = 100 * metrics["excess_over_oracle"]
-        line += f"; exact optimum {metrics['oracle_nll']:.4f} ({excess:+.2f}%)"
-    if "plan_nmi" in metrics:
-        line += f"; plan recovered with nmi {metrics['plan_nmi']:.3f}"
-    if "plan_gain" in metrics:
-        line += f"; without the plan {metrics['planner_mask_delta_loss']:+.4f}"
-        line += f", with one plan alone {metrics['plan_gain']:+.4f}"
-    return line + f"; files in {folder}, pictures in {folder / 'plots'}"
+    """The run in one line: its loss, whether its plan is used, and whether it beats a baseline of equal size.
+
+    A figure that is not there or not defined is left out.
+    """
+    parts = [f"done: validation nll {metrics['val_nll']:.4f} nats a token"]
+    if is_number(metrics.get("val_ppl")):
+        parts[0] += f", perplexity {metrics['val_ppl']:.2f}"
+    if is_number(metrics.get("oracle_nll")):
+        optimum = f"exact optimum {metrics['oracle_nll']:.4f}"
+        excess = metrics.get("excess_over_oracle")
+        parts.append(f"{optimum} ({100 * excess:+.2f}%)" if is_number(excess) else optimum)
+    if is_number(metrics.get("plan_nmi")):
+        parts.append(f"nmi of plans and true plans {metrics['plan_nmi']:.3f}")
+    parts += judge_plan(metrics)
+    parts += judge_baseline(metrics)
+    parts.append(f"files in {folder}, pictures in {folder / 'plots'}")
+    return "; ".join(parts)
 
 
-def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """I(a; b) / sqrt(H(a) H(b)) of two labellings, in [0, 1]; 0 where one of them is constant."""
+def judge_plan(metrics: dict) -> list[str]:
+    """Whether the belief is worth something, in words; nothing where that cannot be told.
+
+    It is used if the loss rises by USED both where the belief is made uniform and where the best plan writes alone: an
+    even mixture that does as well needs no belief, and one plan that does as well needs no others.
+    """
+    gain = metrics.get("plan_gain")
+    masked = metrics.get("planner_mask_delta_loss")
+    worth = {"plan_gain": gain, "planner_mask_delta_loss": masked}
+    known = {name: value for name, value in worth.items() if is_number(value)}
+    if not known:
+        return []
+    figures = ", ".join(f"{name} {value:+.4f}" for name, value in known.items())
+    if min(known.values()) < USED:
+        return [f"the plan is not used: {figures}"]
+    return [f"the plan is used: {figures}"]
+
+
+def judge_baseline(metrics: dict) -> list[str]:
+    """Whether the run beats the baseline that was trained beside it, in words; nothing where there is none."""
+    rival = metrics.get("baseline_nll")
+    if not is_number(rival) or not is_number(metrics["val_nll"]):
+        return []
+    gain = rival - metrics["val_nll"]
+    judged = "beats" if gain > 0 else "DOES NOT BEAT"
+    line = f"it {judged} the baseline of equal size: baseline_nll {rival:.4f} ({gain:+.4f})"
+    if is_number(metrics.get("baseline_ppl")):
+        line += f", perplexity {metrics['baseline_ppl']:.2f}"
+    if is_number(metrics.get("baseline_parameters")) and is_number(metrics.get("parameters")):
+        line += f", {metrics['baseline_parameters']:,} parameters (here {metrics['parameters']:,})"
+    return [line]
+
+
+def unused_weights(cfg, demo: dict[str, float]) -> list[str]:
+    """Settings of weights that a run was given and that its version does not look at.
+
+    demo: what loss_weights is where it is not given.
+    """
+    names = ["chunk_bow_weight", "plan_mi_weight", "chunk_post_kl_weight"]  # of version 1
+    of_both = {"entropy_reg_weight": "boundary_entropy", "usage_balance_weight": "usage_balance"}
+    if cfg.version == "v1_filtered_mixture":
+        names = []
+    if cfg.version == "baseline":
+        names += of_both
+    unused = [name for name in names if getattr(cfg, name)]
+    if cfg.version != "v2_planner_required":
+        return unused + ["loss_weights"] * (cfg.loss_weights != demo)
+    # Of version 2 loss_weights goes before a weight of its own.
+    for name, term in of_both.items():
+        weight = getattr(cfg, name)
+        if weight and cfg.loss_weights.get(term, weight) != weight:
+            unused.append(name)
+    return unused
+
+
+def size_of(model: torch.nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe(model, corpus, batch_size: int, demo: dict[str, float]) -> str:
+    """A run in a few words, before it trains; demo: as of unused_weights."""
+    cfg = model.cfg
+    text = (
+        f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
+        f"{len(corpus.train):,} training tokens of {corpus.name} | {batch_size} x {cfg.seq_len} tokens a step | "
+        f"auxiliary terms: {cfg.weights()}"
+    )
+    unused = unused_weights(cfg, demo)
+    if unused:
+        text += f"\n  note: without effect on {cfg.version}: {', '.join(unused)}"
+    if corpus.chunk_size not in (0, cfg.chunk_size) and hasattr(model, "filter"):
+        text += (
+            f"\n  note: chunk_size = {cfg.chunk_size}, and the planted plans change every {corpus.chunk_size} tokens: "
+            "plan_nmi is not measured"
+        )
+    return text
+
+
+def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float | None:
+    """I(a; b) / sqrt(H(a) H(b)) of two labellings, in [0, 1].
+
+    Where one of them is constant the other tells nothing of it: 0, the limit. Where both are, nothing is asked: None.
+    """
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
     table /= len(a)  # joint probabilities
+    labels = [np.count_nonzero(table.any(axis)) for axis in (0, 1)]
+    if max(labels) == 1:
+        return None
+    if min(labels) == 1:
+        return 0.0
 
     def H(p: np.ndarray) -> float:
         p_used = p[p > 0]
@@ -205,9 +369,7 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 
     H_a = H(table.sum(1))
     H_b = H(table.sum(0))
-    if H_a * H_b > 0:
-        return float((H_a + H_b - H(table)) / math.sqrt(H_a * H_b))
-    return 0.0
+    return float((H_a + H_b - H(table)) / math.sqrt(H_a * H_b))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,17 +377,19 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def draw_loss(folder: Path, title: str) -> None:
-    """Loss over training, from the run's metrics.jsonl, and the exact optimum where there is one."""
-    history = read_metrics(folder)
+def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
+    """Loss over training, from metrics.jsonl of the run and of a baseline beside it, and the exact optimum if known."""
+    own = read_metrics(folder)
+    rival = read_metrics(beside) if beside else []
     curves = (
-        ("train", "nll", "training", "-", 1.5),
-        ("eval", "val_nll", "validation", "-", 1.5),
-        ("eval", "oracle_nll", "exact optimum on the validation windows", "k--", 0.8),
+        (own, "train", "nll", "training", "-", 1.5),
+        (own, "eval", "val_nll", "validation", "-", 1.5),
+        (rival, "eval", "val_nll", "validation of the baseline of equal size", "-", 1.0),
+        (own, "eval", "oracle_nll", "exact optimum on the validation windows", "k--", 0.8),
     )
     with figure(folder, "loss") as axes:
-        for split, key, label, style, width in curves:
-            records = [r for r in history if r["split"] == split and key in r]
+        for history, split, key, label, style, width in curves:
+            records = [r for r in history if r["split"] == split and is_number(r.get(key))]
             if records:
                 steps = [r["step"] for r in records]
                 values = [r[key] for r in records]
@@ -263,7 +427,7 @@ def draw_plans(
     text = tokens[0, 1 : len(shown) + 1].tolist()
     labels = [corpus.spell(token) for token in text]
     title = "belief after each token of a validation passage (blue: a chunk begins)"
-    true = corpus.true_plans(starts[:1])
+    true = corpus.true_plans(starts[:1], C)
     true_plans = ()
     if true is not None:
         true_plans = true[0]

@@ -2,29 +2,47 @@
 
 import base64
 import csv
-import difflib
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
+from common.checkpoint import NO_SETTINGS
 from common.errors import DataError
-from measure.curves import binned
+from measure.curves import binned, blank, gain_definition, is_fit, perplexity
 from measure.figures import figure
+from sources.shared import closest, counted
+
+# Settings that runs of one study may differ in, and those of the measurements after training.
+APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "data", "budget", "budget_tokens",
+         "eval_chunks", "bootstrap", "probe", "precision", "wandb_project", "wandb_entity")  # fmt: skip
+NOT_SAID = "not said"  # by results of older runs
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plan
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def run_name(categories: list[str]) -> str:
-    """K3_csDS_csIT_csPL for ["cs.PL", "cs.DS", "cs.IT"]."""
+def run_name(categories: list[str], seed: int | None = None) -> str:
+    """K3_cs.DS_cs.IT_cs.PL_seed7 for ["cs.PL", "cs.DS", "cs.IT"] and 7; without seed, what a study calls the set.
+
+    "_" and what a folder cannot have are percent escapes in a category: no two sets of categories have one name.
+    """
+    names = []
+    for category in sorted(categories):
+        names.append(quote(category, safe="").replace("_", "%5F"))
+    name = "_".join([f"K{len(names)}", *names])
+    return name if seed is None else f"{name}_seed{seed}"
+
+
+def older_name(categories: list[str]) -> str:
+    """K3_csDS_csIT_csPL: what a study called the set before, which several sets may share."""
     names = sorted(category.replace(".", "") for category in categories)
-    return "_".join([f"K{len(categories)}", *names])
+    return "_".join([f"K{len(names)}", *names])
 
 
 def plan_study(study: str, names: list[str]) -> list[list[str]]:
@@ -33,18 +51,15 @@ def plan_study(study: str, names: list[str]) -> list[list[str]]:
     all31 (or all): every non-empty subset; k=1,2: all of these sizes; nested:1,2,4: the first 1, 2, 4; else run names.
     Raises DataError for anything else.
     """
-    every = subsets(names, range(1, len(names) + 1))
-    if study == "all31" and len(every) != 31:
+    if study == "all31" and len(names) != 5:
         raise DataError(
             f"study=all31 is about five categories, but there are {len(names)}: use study=all, or choose "
             "five with categories=a,b,c,d,e"
         )
-    if study in ("all", "all31"):
-        return every
     sizes = re.fullmatch(r"(k=|nested:)(\d+(?:,\d+)*)", study)
     if not sizes:
-        known = {run_name(subset): subset for subset in every}
-        return named_runs(study, known, names)
+        every = subsets(names, range(1, len(names) + 1))
+        return every if study in ("all", "all31") else named_runs(study, every, names)
     kind, numbers = sizes.groups()
     wanted = [int(K) for K in numbers.split(",")]
     for K in wanted:
@@ -64,19 +79,109 @@ def subsets(names: list[str], sizes: Iterable[int]) -> list[list[str]]:
     return sets
 
 
-def named_runs(study: str, known: dict[str, list[str]], names: list[str]) -> list[list[str]]:
-    """The sets of runs that are called by their names, K1_a,K2_a_b. Raises DataError for a name that no run has."""
+def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[list[str]]:
+    """The sets that are called by their names, K1_a,K2_a_b, or by their older ones.
+
+    Raises DataError for a name that no set has, and for an older one that several have.
+    """
+    known = {}  # sets by name
+    for subset in every:
+        known.setdefault(older_name(subset), []).append(subset)
+    for subset in every:
+        known[run_name(subset)] = [subset]
     sets = []
     for name in study.split(","):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "."
+            hint = closest(name, known) or "."
             raise DataError(
                 f"study={study}: no run is called {name!r}{hint} Use all, all31, k=1,2, nested:1,2,4, or "
                 f"names like {run_name(names[:2])}"
             )
-        sets.append(known[name])
+        if len(known[name]) > 1:
+            meant = " or ".join(run_name(subset) for subset in known[name])
+            raise DataError(f"study={study}: {name} is not one set of categories: write {meant}")
+        sets += known[name]
     return sets
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What runs were trained on
+# ---------------------------------------------------------------------------------------------------------------
+def training_facts(config: dict, data: dict[str, str], chunks, steps: int) -> dict:
+    """What a run was trained on and how much, for results.json: a report averages only what is alike in this.
+
+    Args:
+        config: the settings. data: the fingerprint of the data, by their path; own data may have none.
+        chunks: of training: n_ctx, size and budget. steps: of the optimizer, up to the last.
+    """
+    return {
+        "data": {"path": config["data"], "fingerprint": data[config["data"]]},
+        "budget": {"kind": config["budget"], "tokens": config["budget_tokens"] or int(chunks.budget * chunks.size)},
+        "steps": steps,
+        "tokens": steps * config["batch_size"] * chunks.n_ctx,
+        "settings": shared_settings(config),
+    }
+
+
+def shared_settings(config: dict) -> dict:
+    """The settings that runs have in common where they may be averaged."""
+    return {name: value for name, value in config.items() if name not in APART}
+
+
+def terms_of(result: dict) -> dict:
+    """What runs must agree in to be averaged, by name: data, budget, positions, settings."""
+    data = result.get("data", {})
+    budget = result.get("budget", {})
+    terms = {
+        "data": data.get("fingerprint") or data.get("path", NOT_SAID),  # the same data may lie elsewhere
+        "budget": budget.get("kind", NOT_SAID),
+        "budget_tokens": budget.get("tokens", NOT_SAID),
+        "n_ctx": len(result["groups"]["seen"]["xe_by_position"]),
+    }
+    return terms | result.get("settings", {})
+
+
+def alike(results: list[dict]) -> dict[str, list[dict]]:
+    """Runs by group, "" where there is one alone: those that may be averaged, named by what other groups differ in."""
+    groups = {}
+    for result in results:
+        key = json.dumps(terms_of(result), sort_keys=True)
+        groups.setdefault(key, []).append(result)
+    terms = [json.loads(key) for key in groups]
+    names = dict.fromkeys(name for term in terms for name in term)
+    differing = []
+    for name in names:
+        values = {json.dumps(term.get(name, NOT_SAID)) for term in terms}
+        if len(values) > 1:
+            differing.append(name)
+    labelled = {}
+    for term, runs in zip(terms, groups.values(), strict=True):
+        described = [f"{name}={term.get(name, NOT_SAID)}" for name in differing]
+        labelled[", ".join(described)] = runs
+    return labelled
+
+
+def once(results: list[dict]) -> list[dict]:
+    """Each run once: of results that agree in everything but where they lie, the one nearest to the folder."""
+    kept = {}
+    for result in sorted(results, key=lambda result: result["run"].count("/")):
+        key = json.dumps([sorted(result["categories"]), result["seed"], terms_of(result)], sort_keys=True)
+        if key in kept:
+            print(f"{result['run']} is {kept[key]['run']} again: counted once")
+        kept.setdefault(key, result)
+    return list(kept.values())
+
+
+def tokens_sentence(results: list[dict]) -> str:
+    """How many tokens the runs were trained on."""
+    tokens = [result.get("tokens") for result in results]
+    if None in tokens:
+        return "Older runs do not say how many tokens they were trained on."
+    low = min(tokens)
+    high = max(tokens)
+    if low == high:
+        return f"Every run was trained on {low:,} tokens."
+    return f"Runs were trained on {low:,} to {high:,} tokens, by run in the last table."
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -85,24 +190,34 @@ def named_runs(study: str, known: dict[str, list[str]], names: list[str]) -> lis
 def make_report(folder: Path) -> list[dict]:
     """XE against K over the runs of a folder: xe_by_k.csv, xe_by_category.csv, plots/, a self-contained report.html.
 
-    Error bars are standard deviations over subsets and seeds of the same K. Returns the rows of xe_by_k.csv.
+    Runs of one K are averaged where data, budget and settings are the same; others make groups of their own, which the
+    first column then names. Error bars are standard deviations over subsets and seeds. Returns the rows of xe_by_k.csv.
     """
-    results = read_results(folder)
-    # Runs may differ in their context: curves are compared as far as all go.
+    results = once(read_results(folder))
     T = min(len(result["groups"]["seen"]["xe_by_position"]) for result in results)
     positions = sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
-    by_k = {}
-    for result in sorted(results, key=lambda result: result["K"]):
-        by_k.setdefault(result["K"], []).append(result)
+    table = []
+    categories = []
+    by_group = {}  # of groups, of K: their runs
+    for group, runs in alike(results).items():
+        by_k = {}
+        for run in sorted(runs, key=lambda run: run["K"]):
+            by_k.setdefault(run["K"], []).append(run)
+        by_group[group] = by_k
+        named = {"group": group} if group else {}
+        for K, runs_of_k in by_k.items():
+            table.append(named | row_of(K, runs_of_k, positions))
+        for row in category_rows(by_k):
+            categories.append(named | row)
 
-    table = [row_of(K, runs, positions) for K, runs in by_k.items()]
-    categories = category_rows(by_k)
     write_csv(folder / "xe_by_k.csv", table)
     write_csv(folder / "xe_by_category.csv", categories)
-    draw_curves(folder, by_k, T)
-    draw_against_k(folder, by_k, positions)
-    draw_categories(folder, categories, list(by_k))
-    write_html(folder, table, categories, [run_row(result) for result in results])
+    tokens = tokens_sentence(results)
+    draw_curves(folder, by_group, T, tokens)
+    draw_against_k(folder, by_group, positions)
+    draw_categories(folder, categories)
+    rows = [run_row(result) for result in results]
+    write_html(folder, table, categories, rows, tokens=tokens, definition=gain_definition(T))
     return table
 
 
@@ -110,16 +225,35 @@ def read_results(folder: Path) -> list[dict]:
     """results.json of every run below a folder. Raises DataError if there is none or one is damaged."""
     results = []
     for path in sorted(folder.glob("**/results.json")):
+        looked_at = path.parent.parent / path.name
+        if path.parent.name == "analysis" and looked_at.exists():  # a later look at a run that counts by itself
+            continue
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             check_result(result)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged or foreign ({error}): --analyze that run again") from error
-        result["run"] = str(path.parent.relative_to(folder))
+        if "settings" not in result:
+            result |= older_facts(path.parent)
+        result["run"] = path.parent.relative_to(folder).as_posix()
         results.append(result)
     if not results:
         raise DataError(f"{folder} holds no run with a results.json: train some with --study=all --out_dir={folder}")
     return results
+
+
+def older_facts(folder: Path) -> dict:
+    """What config.json and summary.json say of a run whose results.json does not say what it was trained on."""
+    facts = {}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts["data"] = {"path": config["data"]}
+        facts["budget"] = {"kind": config["budget"], "tokens": config["budget_tokens"] or NOT_SAID}
+        facts["settings"] = shared_settings(config)
+        facts["steps"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # what there is has been taken
+    return facts
 
 
 def check_result(result: dict) -> None:
@@ -130,38 +264,52 @@ def check_result(result: dict) -> None:
         losses = group["xe_by_position"][0] + group["xe"]
         _ = losses + group["icl_gain"] + group["total_gain"]
         fit = group["fit"]
-        _ = fit["alpha"]["value"] + fit["xe_inf"]["value"]
+        if fit is not None:
+            _ = fit["alpha"]["value"] + fit["xe_inf"]["value"] + fit["c"]["value"]
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation, 0 of a single value."""
-    deviation = 0.0
+def fit_of(group: dict) -> dict[str, float] | None:
+    """The fit of a group of categories; None where there is none, or where that of an older run is at its bound."""
+    if group["fit"] is None:
+        return None
+    values = {name: parameter["value"] for name, parameter in group["fit"].items()}
+    T = len(group["xe_by_position"])
+    return values if is_fit([values["xe_inf"], values["c"], values["alpha"]], T) else None
+
+
+def spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; None of a single value, which has none."""
+    deviation = None
     if len(values) > 1:
         deviation = float(np.std(values, ddof=1))
     return float(np.mean(values)), deviation
 
 
-def mean_of(values: list[float]) -> float | str:
-    """The mean, an empty cell of nothing."""
-    return float(np.mean(values)) if values else ""
+def mean_of(values: list[float]) -> float | None:
+    """The mean; None of nothing."""
+    return float(np.mean(values)) if values else None
 
 
 def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
-    """A row of xe_by_k.csv: the runs of one K."""
+    """A row of xe_by_k.csv: the runs of one K in a group. None where a figure is undefined."""
     seen = [run["groups"]["seen"] for run in runs]
     xe, xe_sd = spread([group["xe"] for group in seen])
     gain, gain_sd = spread([group["icl_gain"] for group in seen])
+    fits = [fit for group in seen if (fit := fit_of(group))]
+    tokens = mean_of([run["tokens"] for run in runs if "tokens" in run])
     row = {
         "K": K,
         "runs": len(runs),
+        "tokens": None if tokens is None else round(tokens),
         "xe": xe,
         "xe_sd": xe_sd,
-        "perplexity": math.exp(xe),
+        "perplexity": perplexity(xe),
         "icl_gain": gain,
         "icl_gain_sd": gain_sd,
         "total_gain": mean_of([group["total_gain"] for group in seen]),
-        "alpha": mean_of([group["fit"]["alpha"]["value"] for group in seen]),
-        "xe_inf": mean_of([group["fit"]["xe_inf"]["value"] for group in seen]),
+        "fits": len(fits),
+        "alpha": mean_of([fit["alpha"] for fit in fits]),
+        "xe_inf": mean_of([fit["xe_inf"] for fit in fits]),
     }
     for position in positions:
         row[f"xe_at_{position}"] = mean_of([group["xe_by_position"][position - 1] for group in seen])
@@ -177,6 +325,25 @@ def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     row["oracle_xe"] = mean_of(oracle)
     row["unseen_xe"] = mean_of(unseen)
     return row
+
+
+def row_key(row: dict) -> int | str:
+    """What the mean of a row of xe_by_k.csv is returned by: K, with the group where there are several."""
+    return f"{row['group']}: K = {row['K']}" if "group" in row else row["K"]
+
+
+def row_sentence(row: dict) -> str:
+    """A row of xe_by_k.csv for the console."""
+    name = row_key(row) if "group" in row else f"K = {row['K']}"
+    text = f"{name}: XE {row['xe']:.4f}"
+    if row["xe_sd"] is not None:
+        text += f" +- {row['xe_sd']:.4f}"
+    return f"{text} nats over {run_count([row])}"
+
+
+def run_count(table: list[dict]) -> str:
+    """"1 run", "2 runs": of all rows of xe_by_k.csv."""
+    return counted(sum(row["runs"] for row in table), "run")
 
 
 def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:
@@ -202,29 +369,36 @@ def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:
 def run_row(result: dict) -> dict:
     """A row of the table of runs: the probe's best position in the last layer stands for the probe."""
     seen = result["groups"]["seen"]
-    probe_accuracy = ""
-    if "probe" in result:
-        probe_accuracy = max(result["probe"]["accuracy"][-1])
+    fit = fit_of(seen)
+    probe_accuracy = None
+    if result.get("probe"):  # not of one component, nor of very few documents
+        accuracy = result["probe"]["accuracy"][-1]
+        probe_accuracy = max((value for value in accuracy if value is not None), default=None)
     return {
         "run": result["run"],
         "K": result["K"],
         "seed": result["seed"],
+        "data": result.get("data", {}).get("path"),
+        "steps": result.get("steps"),
+        "tokens": result.get("tokens"),
         "xe": seen["xe"],
         "icl_gain": seen["icl_gain"],
         "total_gain": seen["total_gain"],
+        "alpha": fit["alpha"] if fit else "no fit",
         "probe_accuracy": probe_accuracy,
     }
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """A table whose columns are the keys of the first row."""
+    """A table whose columns are the keys of the first row; empty cells for None."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+        table = csv.writer(file)
+        table.writerow(rows[0])
+        for row in rows:
+            table.writerow([blank(value) for value in row.values()])
 
 
-def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: list[dict]) -> None:
+def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: list[dict], **said: str) -> None:
     """report.html by the template of that name beside this file: one file, with the pictures inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, and only needed here
 
@@ -240,14 +414,15 @@ def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: li
         keep_trailing_newline=True,
     )
     page = environment.get_template("report.html")
-    text = page.render(by_k=by_k, by_category=by_category, runs=runs, pictures=pictures)
+    text = page.render(by_k=by_k, by_category=by_category, runs=runs, pictures=pictures, **said)
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
-BARS = {"fmt": "o-", "markersize": 4, "capsize": 3}  # of error bars
+BARS = {"fmt": "o", "markersize": 4, "capsize": 3}  # of error bars
+STYLES = ("-", "--", ":", "-.")  # of groups
 
 
 def stack(runs: list[dict], key: str, T: int) -> np.ndarray:
@@ -267,54 +442,73 @@ def shade(name: str, i: int, count: int, top: float):
     return colormaps[name](top * i / max(1, count - 1))
 
 
-def draw_curves(folder: Path, by_k: dict[int, list[dict]], T: int) -> None:
-    """XE by position for every K, beside the exact optimum where it is known."""
-    with figure(folder, "xe_by_position", title="in-context cross entropy, equal training tokens") as axes:
-        for i, (K, runs) in enumerate(by_k.items()):
-            colour = shade("viridis", i, len(by_k), 0.9)
-            positions, xe = binned(stack(runs, "xe_by_position", T))
-            mean = xe.mean(0)
-            label = f"K = {K}"
-            if len(runs) > 1:
-                label += f" ({len(runs)} runs)"
-                sd = xe.std(0, ddof=1)
-                axes.fill_between(positions, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(positions, mean, color=colour, label=label)
-            oracle = stack(runs, "oracle_xe_by_position", T)
-            if len(oracle):
-                _, optimum = binned(oracle)
-                label = "exact optimum" if K == max(by_k) else None  # once in the legend
-                axes.plot(positions, optimum.mean(0), color="k", linestyle="--", linewidth=0.8, label=label)
+def bars(deviations: list[float | None]) -> np.ndarray:
+    """Error bars; none where there is no deviation."""
+    return np.array(deviations, dtype=np.float64)  # nan, which is not drawn, for None
+
+
+def draw_curves(folder: Path, by_group: dict, T: int, tokens: str) -> None:
+    """XE by position for every group and K, beside the exact optimum where it is known."""
+    ks = sorted({K for by_k in by_group.values() for K in by_k})
+    labelled = False  # the optimum comes once in the legend
+    with figure(folder, "xe_by_position", title=f"In-context cross entropy. {tokens}") as axes:
+        for g, (group, by_k) in enumerate(by_group.items()):
+            for K, runs in by_k.items():
+                colour = shade("viridis", ks.index(K), len(ks), 0.9)
+                positions, xe = binned(stack(runs, "xe_by_position", T))
+                mean = xe.mean(0)
+                label = f"{group}: K = {K}" if group else f"K = {K}"
+                if len(runs) > 1:
+                    label += f" ({len(runs)} runs)"
+                    sd = xe.std(0, ddof=1)
+                    axes.fill_between(positions, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+                axes.plot(positions, mean, color=colour, linestyle=STYLES[g % 4], label=label)
+                oracle = stack(runs, "oracle_xe_by_position", T)
+                if len(oracle):
+                    _, optimum = binned(oracle)
+                    label = None if labelled else "exact optimum"
+                    labelled = True
+                    axes.plot(positions, optimum.mean(0), color="k", linestyle="--", linewidth=0.8, label=label)
+        axes.set_title(f"icl_gain: {gain_definition(T)}", fontsize=8)
         axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
         axes.legend(fontsize=8)
 
 
-def draw_against_k(folder: Path, by_k: dict[int, list[dict]], positions: list[int]) -> None:
-    """XE against K at some positions."""
+def draw_against_k(folder: Path, by_group: dict, positions: list[int]) -> None:
+    """XE against K at some positions, a line for each group and position."""
     title = "cross entropy against K (bars: s.d. over subsets and seeds)"
+    ks = sorted({K for by_k in by_group.values() for K in by_k})
     with figure(folder, "xe_against_k", title=title) as axes:
-        for i, position in enumerate(positions):
-            means = []
-            deviations = []
-            for runs in by_k.values():
-                curves = [run["groups"]["seen"]["xe_by_position"] for run in runs]
-                mean, sd = spread([curve[position - 1] for curve in curves])
-                means.append(mean)
-                deviations.append(sd)
-            colour = shade("plasma", i, len(positions), 0.85)
-            axes.errorbar(list(by_k), means, deviations, color=colour, label=f"{position} read", **BARS)
-        axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=list(by_k))
+        for g, (group, by_k) in enumerate(by_group.items()):
+            for i, position in enumerate(positions):
+                means = []
+                deviations = []
+                for runs in by_k.values():
+                    curves = [run["groups"]["seen"]["xe_by_position"] for run in runs]
+                    mean, sd = spread([curve[position - 1] for curve in curves])
+                    means.append(mean)
+                    deviations.append(sd)
+                colour = shade("plasma", i, len(positions), 0.85)
+                label = f"{group}: {position} read" if group else f"{position} read"
+                axes.errorbar(
+                    list(by_k), means, bars(deviations), color=colour, linestyle=STYLES[g % 4], label=label, **BARS
+                )
+        axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=ks)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="tokens")
 
 
-def draw_categories(folder: Path, rows: list[dict], ks: list[int]) -> None:
-    """XE of each category against K, from the rows of xe_by_category.csv."""
+def draw_categories(folder: Path, rows: list[dict]) -> None:
+    """XE of each category against K in every group, from the rows of xe_by_category.csv."""
+    ks = sorted({row["K"] for row in rows})
+    lines = {}
+    for row in rows:
+        lines.setdefault((row.get("group", ""), row["category"]), []).append(row)
     with figure(folder, "xe_by_category", title="cross entropy of each category against K") as axes:
-        for category in dict.fromkeys(row["category"] for row in rows):
-            points = [row for row in rows if row["category"] == category]
+        for (group, category), points in lines.items():
             K = [row["K"] for row in points]
             means = [row["xe"] for row in points]
             deviations = [row["xe_sd"] for row in points]
-            axes.errorbar(K, means, deviations, label=category, **BARS)
+            label = f"{group}: {category}" if group else category
+            axes.errorbar(K, means, bars(deviations), linestyle="-", label=label, **BARS)
         axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=ks)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -250,6 +250,14 @@ def generate(
     )
 
 
+def preview(model, corpus, rt, tokens: int) -> str:
+    """A sample of a model in training, with the same random numbers every time; reads preview_prompt of its cfg."""
+    prompt = torch.tensor([corpus.prompt_ids(model.cfg.preview_prompt)], device=rt.device)
+    written = generate(model, prompt, tokens, rt.generator(7, device="cpu"), temperature=0.8, top_k=50)
+    model.train()
+    return corpus.text(written.tokens[0].tolist())
+
+
 def ban_ngrams(log_p: torch.Tensor, history: list[list[int]], n: int) -> torch.Tensor:
     """-inf for tokens that would repeat n tokens of the text [B, V]; a row with no other choice is left as it is."""
     banned = torch.zeros_like(log_p, dtype=torch.bool)

@@ -5,7 +5,7 @@ import torch
 
 from common.errors import DataError
 from sources.cells import Cells, load_features
-from sources.shared import suggest
+from sources.shared import counted, suggest
 from sources.splits import SPLITS, grouped, objection
 
 
@@ -100,8 +100,10 @@ def check_genes(toml: str, name: str, genes: list[str] | None, extra: dict) -> N
         return
     genes = list(genes or [])
     if genes != list(trained):
+        odd = next(((gene, known) for gene, known in zip(genes, trained, strict=False) if gene != known), None)
+        first = f", the first that differ are {odd[0]!r} and {odd[1]!r}" if odd else ""
         raise DataError(
-            f"{toml} has other {name} than this run, or in another order: {len(genes)} against {len(trained)}"
+            f"{toml} has other {name} than this run, or in another order: {len(genes)} against {len(trained)}{first}"
         )
 
 
@@ -147,7 +149,7 @@ def summary_of(cells: Cells) -> str:
         counts.append(f"{split} {len(perturbed):,}")
     where = "read from disk" if cells.streamed else "held in memory"
     return (
-        f"{cells.toml}: {len(cells.cell_type):,} cells of {len(cells.cell_types)} cell types, "
-        f"{len(cells.perturbations) - 1} perturbations and {control}; "
+        f"{cells.toml}: {counted(len(cells.cell_type), 'cell')} of {counted(len(cells.cell_types), 'cell type')}, "
+        f"{counted(len(cells.perturbations) - 1, 'perturbation')} and {control}; "
         f"perturbed cells: {', '.join(counts)} | {where}"
     )

@@ -1,8 +1,9 @@
 """Prepared cells: checked and converted once into a folder of arrays, which every run maps.
 
     data/cells/NAME-HASH/
-        meta.json         the files, what the codes mean, genes, formats, bytes of everything below
-        file.npy row.npy cell_type.npy perturbation.npy batch.npy    int32 [N], in the order of the files and their rows
+        meta.json         the files, what the codes mean, genes, formats, bytes and checksums of everything below
+        file.npy row.npy cell_type.npy perturbation.npy batch.npy    int32 [N], in the order of the files and their
+                          rows; -1 for a cell without a value, which takes part in nothing
         place.npy         int64 [N]: the row of each cell in the matrices below, which are sorted by file, cell type,
                           perturbation and batch, so that the cells of a sentence lie side by side
         input.npy         float32 [N, D]; of a sparse matrix input_data.npy, input_indices.npy, input_indptr.npy (CSR)
@@ -21,6 +22,7 @@ So what exceeds ram_budget_gb is read instead, row by row: 240,000 and 200,000 c
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,11 +39,12 @@ from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from common.errors import DataError, reason
-from sources.h5ad import H5ad, Matrix, as_dense, looks_log1p, row_sums, stored
+from sources.h5ad import H5ad, Matrix, as_dense, kind_of_values, row_sums, stored
+from sources.shared import counted
 from sources.splits import Plan, grouped
 from sources.survey import CODES, Survey
 
-VERSION = 2  # of the folder's layout
+VERSION = 3  # of the folder's layout
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
 STORED_NAMES = (  # of a survey, in meta.json
     "cell_types",
@@ -172,8 +175,11 @@ def unpack(rows: csr_array, device: torch.device) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # The folder: found, made once, opened
 # ---------------------------------------------------------------------------------------------------------------
-def fingerprint(files: list[Path], columns: dict, keys: dict, counts: str) -> str:
-    """Twelve digits that change with all that the arrays are made from."""
+REMEDY = "delete this folder, and the next start makes it anew"
+
+
+def store_hash(files: list[Path], columns: dict, keys: dict, counts: str) -> str:
+    """Twelve digits that change with all that the arrays are made from: files by size and time, so none is read."""
     stats = []
     for file in files:
         stat = file.stat()
@@ -183,7 +189,7 @@ def fingerprint(files: list[Path], columns: dict, keys: dict, counts: str) -> st
 
 
 def find_store(folder: str | Path, name: str) -> Path | None:
-    """The folder of this fingerprint, whichever TOML it was made for."""
+    """The folder of this hash, whichever TOML it was made for."""
     return next(Path(folder).glob(f"*-{name}"), None)
 
 
@@ -237,7 +243,7 @@ def checksum(path: Path) -> int:
     """CRC-32 of a file, read in blocks."""
     value = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
 
@@ -250,27 +256,46 @@ def write_meta(store: Path, meta: dict) -> None:
 
 def read_meta(store: Path) -> dict:
     """meta.json of a prepared folder whose files are all there and as they were written. Raises DataError."""
-    remedy = "delete this folder, and the next start makes it anew"
     try:
         meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
         whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta, sort_keys=True).encode())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{store} is damaged, its meta.json cannot be read ({error}): {remedy}") from error
+        raise DataError(f"{store} is damaged, its meta.json cannot be read ({error}): {REMEDY}") from error
     if not whole:
-        raise DataError(f"{store} is damaged, its meta.json was changed: {remedy}")
+        raise DataError(f"{store} is damaged, its meta.json was changed: {REMEDY}")
     for name, size in meta["sizes"].items():
         file = store / name
         actual = file.stat().st_size if file.exists() else 0
         if actual != size:
-            raise DataError(f"{store} is damaged, {name} has {actual:,} bytes instead of {size:,}: {remedy}")
+            raise DataError(f"{store} is damaged, {name} has {actual:,} bytes instead of {size:,}: {REMEDY}")
         # Codes and places of a million cells: some milliseconds. A wrong one would be another cell, without a word.
-        if name in meta["checksums"] and checksum(file) != meta["checksums"][name]:
-            raise DataError(f"{store} is damaged, {name} does not hold what was written: {remedy}")
+        if not holds_values(name):
+            verify(store, name, meta)
         try:
             np.load(file, mmap_mode="r")  # the header
         except (OSError, ValueError) as error:
-            raise DataError(f"{store} is damaged, {name} cannot be read ({reason(error)}): {remedy}") from error
+            raise DataError(f"{store} is damaged, {name} cannot be read ({reason(error)}): {REMEDY}") from error
     return meta
+
+
+def verify(store: Path, name: str, meta: dict) -> None:
+    """Read a file whole; DataError unless it holds what was written."""
+    if checksum(store / name) != meta["checksums"][name]:
+        raise DataError(f"{store} is damaged, {name} does not hold what was written: {REMEDY}")
+
+
+def content_digest(meta: dict) -> str:
+    """16 hex digits of the expression in a folder, as it was read, and of what codes and columns mean.
+
+    Made of checksums, so nothing is read. Where the files were, and how they are arranged here, plays no part; of a
+    sparse and of a dense file with the same values the digests differ.
+    """
+    of_matrices = {}
+    for which, entry in meta["matrices"].items():
+        of_matrices[which] = [entry[name] for name in ("key", "columns", "converted", "digests")]
+    survey = {name: value for name, value in meta["survey"].items() if name != "differences"}  # which name paths
+    text = json.dumps([of_matrices, survey], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_codes(store: Path, name: str) -> np.ndarray:
@@ -333,6 +358,8 @@ def write_store(
                 draft.write(bar)
 
     written = sorted(file.name for file in work.iterdir())
+    # Read back at once, from memory: 7 GB a second where the disk writes at less than one.
+    checksums = {name: checksum(work / name) for name in written}
     meta = {
         "version": VERSION,
         "made_for": str(plan.path),
@@ -340,7 +367,7 @@ def write_store(
         "matrices": {which: draft.entry() for which, draft in drafts.items()},
         "survey": {name: getattr(survey, name) for name in STORED_NAMES},
         "sizes": {name: (work / name).stat().st_size for name in written},
-        "checksums": {name: checksum(work / name) for name in written if not holds_values(name)},
+        "checksums": checksums,
     }
     write_meta(work, meta)
     for name in [*written, "meta.json"]:
@@ -365,10 +392,11 @@ def announce(work: Path, plan: Plan, total: int, drafts: dict) -> None:
             f"the prepared cells take {size / 1e9:.1f} GB in {target}, where {free / 1e9:.1f} GB are free: "
             "free some, or start where data/ has room"
         )
-    widths = " and ".join(f"{draft.columns:,} columns of {draft.key}" for draft in drafts.values())
-    files = "1 file" if len(plan.files) == 1 else f"{len(plan.files)} files"
+    widths = " and ".join(f"{counted(draft.columns, 'column')} of {draft.key}" for draft in drafts.values())
+    files = counted(len(plan.files), "file")
     print(
-        f"preparing {total:,} cells x {widths} of {plan.path} ({files}), once: {size / 1e9:.2f} GB in {target}",
+        f"preparing {counted(total, 'cell')} x {widths} of {plan.path} ({files}), once: "
+        f"{size / 1e9:.2f} GB in {target}",
         flush=True,
     )
 
@@ -393,7 +421,8 @@ class Draft:
         self.orders = orders
         self.columns = columns
         self.place = place
-        self.converts = [False] * len(matrices)  # of each file: whether counts become log1p
+        self.converted = [""] * len(matrices)  # of each file: see conversion
+        self.digests = [""] * len(matrices)  # of each file: of its values as they are read, before conversion
         self.first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])  # cell where each file begins
         # Sparse if most cells are: a CSR matrix with more than half of its values is larger than a dense one.
         sparse_cells = 0
@@ -416,15 +445,15 @@ class Draft:
             "format": "csr" if self.sparse else "dense",
             "columns": self.columns,
             "files": [f"{self.which}{part}.npy" for part in parts],
-            "converted": self.converts,
+            "converted": self.converted,
+            "digests": self.digests,
         }
 
     def blocks(self, f: int) -> Iterator[tuple[np.ndarray, np.ndarray | csr_array]]:
         """(rows in the folder, expression) of the blocks of a file: converted, in the order of the genes."""
         place = self.place[self.first[f] : self.first[f + 1]]  # of the cells of the file
         for start, stop, block in self.matrices[f].blocks():
-            if self.converts[f]:
-                block = normalized(block)
+            block = convert(block, self.converted[f], self.matrices[f])
             if self.orders[f] is not None:
                 block = block[:, self.orders[f]]
             block = csr_array(block) if self.sparse else as_dense(block)
@@ -433,8 +462,9 @@ class Draft:
     def check(self, counts: str, bar: tqdm) -> None:
         """The first pass: raises DataError for values that cannot serve, and finds what is to be converted."""
         for f, matrix in enumerate(self.matrices):
-            expression = self.key in ("X", "X_hvg") or matrix.key.startswith("layers/")
-            self.converts[f] = check_values(matrix, expression, counts, bar.update)
+            digest = Digest(self.orders[f])
+            self.converted[f] = conversion(matrix, counts, bar.update, digest.add)
+            self.digests[f] = digest.text()
 
     def write(self, bar: tqdm) -> None:
         """The second pass: every block to the rows of its cells."""
@@ -503,49 +533,101 @@ def normalized(block: np.ndarray | csr_array) -> np.ndarray | csr_array:
     return np.log1p(scaled)
 
 
-def check_values(matrix: Matrix, expression: bool, counts: str, done: Callable | None = None) -> bool:
-    """Read a matrix once; whether it is to be normalised and logged. DataError: not finite, negative, raw counts.
+class Digest:
+    """CRC-32 of a matrix as it is read, block after block: however it is cut, whatever becomes of it afterwards.
+
+    So it says the same on every processor, while logarithms may differ in the last bit. order: of its columns.
+    """
+
+    def __init__(self, order: np.ndarray | None):
+        self.order = 0 if order is None else zlib.crc32(order.astype(np.int64))
+        self.values = 0
+        self.columns = 0  # of the values, where not all are stored
+        self.lengths = 0  # of the rows, likewise
+
+    def add(self, block: np.ndarray | csr_array) -> None:
+        self.values = zlib.crc32(np.ascontiguousarray(stored(block)), self.values)
+        if isinstance(block, csr_array):
+            self.columns = zlib.crc32(block.indices.astype(np.int32, copy=False), self.columns)
+            self.lengths = zlib.crc32(np.diff(block.indptr).astype(np.int64), self.lengths)
+
+    def text(self) -> str:
+        return f"{self.values:08x}{self.columns:08x}{self.lengths:08x}{self.order:08x}"
+
+
+def is_expression(matrix: Matrix) -> bool:
+    """Whether a matrix should hold expression; what else obsm has may be anything, as embeddings are."""
+    return matrix.key == "obsm/X_hvg" or not matrix.key.startswith("obsm/")
+
+
+def conversion(matrix: Matrix, counts: str, done: Callable | None = None, read: Callable | None = None) -> str:
+    """Read a matrix once; what makes expression of it: "normalise", "rescale" (a logarithm to another base) or "".
 
     Args:
-        expression: it holds that, not an embedding. counts: the setting of train_state.py. done: as of Matrix.check.
+        counts: the setting of train_state.py. done, read: as of Matrix.check.
+    Raises DataError for what is not finite, negative, raw counts, not logged, or nothing but zeros.
     """
-    values = matrix.check(done)
-    if not expression:
-        return False
-    if values["min"] < 0:
+    values = matrix.check(done, read)
+    kind = kind_of_values(values)
+    if kind == "nothing but zeros":
+        raise DataError(f"{matrix.where} holds nothing but zeros, nothing to learn from: is the file whole?")
+    if not is_expression(matrix):
+        return ""
+    if kind == "negative values":
         refuse_negative(matrix)
-    raw = values["max"] > 0 and not looks_log1p(values)
-    if not raw or counts in ("log1p", "counts"):
-        return False
-    if counts == "convert" and not matrix.key.startswith("obsm/"):
-        return True
-    what = "raw counts" if values["integer"] else "values"
-    remedy = ", or counts=convert to normalise while reading" if matrix.key == "X" else ""
+    if counts == "counts":
+        return ""
+    if counts == "log1p" or kind == "log1p":
+        if values["log_base"] == math.e:
+            return ""
+        print(f"note: {matrix.where} is log1p to base {values['log_base']:g}: brought to the natural logarithm")
+        return "rescale"
+    in_obsm = matrix.key.startswith("obsm/")
+    if counts == "convert" and not in_obsm:
+        return "normalise"
+    what = {"counts": "raw counts", "normalised, not logged": "normalised values"}.get(kind, "values")
+    layer = "" if in_obsm or matrix.key == "X" else f" --layer={matrix.key}"
+    remedy = "" if in_obsm else ", or counts=convert to normalise while reading"
     raise DataError(
         f"{matrix.where} holds {what} up to {values['max']:g}, not log1p: python prepare_data.py state "
-        f"--action=preprocess --input={matrix.source.path}{remedy}"
+        f"--action=preprocess --input={matrix.source.path}{layer}{remedy}"
     )
+
+
+def convert(block: np.ndarray | csr_array, how: str, matrix: Matrix) -> np.ndarray | csr_array:
+    """A block of a matrix as expression; how: of conversion."""
+    if how == "normalise":
+        return normalized(block)
+    if how == "rescale":
+        factor = np.float32(math.log(matrix.source.log_base))
+        if isinstance(block, csr_array):
+            return csr_array((block.data * factor, block.indices, block.indptr), shape=block.shape)
+        return block * factor
+    return block
 
 
 def refuse_negative(matrix: Matrix) -> None:
     """Raise DataError that names the first cell with a negative value."""
+    remedy = ""
+    if "raw/X" in matrix.source.keys and matrix.key != "raw/X":
+        command = f"python prepare_data.py state preprocess --input={matrix.source.path} --layer=raw/X"
+        remedy = f"; what it was made from may be in raw/X: {command}"
     for start, _, block in matrix.blocks():
         negative = stored(block) < 0
         if negative.any():
             raise DataError(
                 f"{matrix.where} holds {matrix.first_row(start, block, negative)}: "
-                "expression is never negative; an embedding belongs in obsm under another name"
+                f"expression is never negative; an embedding belongs in obsm under another name{remedy}"
             )
 
 
-def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray) -> np.ndarray:
-    """The input of these (ascending) rows of a file of no TOML, [n, D] float32, checked. Raises DataError."""
+def read_rows(file: H5ad, embed_key: str | None, counts: str, rows: np.ndarray, columns=slice(None)) -> np.ndarray:
+    """These columns of these (ascending) rows of a file of no TOML, [n, D] float32, checked. Raises DataError."""
     matrix = file.matrix(embed_key)
-    converts = check_values(matrix, embed_key in (None, "X", "X_hvg"), counts)
+    how = conversion(matrix, counts)
     parts = []
     for start, stop, block in matrix.blocks():
-        if converts:
-            block = normalized(block)
+        block = convert(block, how, matrix)
         inside = rows[(rows >= start) & (rows < stop)]
-        parts.append(as_dense(block)[inside - start])
+        parts.append(as_dense(block[inside - start])[:, columns])
     return np.concatenate(parts)

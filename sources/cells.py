@@ -1,8 +1,10 @@
 """Cells of an experiment: what each is, its splits, and its expression out of the prepared folder (cell_store.py)."""
 
+import hashlib
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +14,20 @@ from common.errors import DataError
 from sources.cell_store import (
     Dense,
     Sparse,
+    content_digest,
     find_store,
-    fingerprint,
     load_codes,
     make_store,
     read_meta,
+    store_hash,
     stored_survey,
     wait_for_store,
     write_store,
 )
 from sources.h5ad import H5ad
-from sources.shared import suggest
+from sources.shared import counted, suggest
 from sources.splits import SPLITS, Plan, assign_splits, check_controls, in_split, objection, read_toml
-from sources.survey import CODES, Survey, matrix_keys, survey_files
+from sources.survey import CODES, Survey, labelled, matrix_keys, survey_files
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -33,15 +36,18 @@ from sources.survey import CODES, Survey, matrix_keys, survey_files
 class Cells:
     """The cells of a TOML: what each is, its splits, and its expression.
 
-    Attributes over the N cells, in the order of the files and of the rows in them: file, row, cell_type, perturbation,
-    batch: codes int32 [N]; member uint8 [N], bit s for SPLITS[s]; is_control bool [N]. control: the code of
-    control_pert. files, names (the data set of each file), cell_types, perturbations, batches, genes (columns of the
-    input), count_genes (columns of the counts, or None): lists. features: [P, pert_dim], or None: one-hot.
-    Dimensions as cell-load's var_dims: input_dim, output_dim, gene_dim, hvg_dim, pert_dim, batch_dim.
-    streamed: the matrices exceed ram_budget_gb and are read from disk. toml, store: paths.
+    Attributes over the N cells that have a value in every column, in the order of the files and of the rows in them:
+    file, row, cell_type, perturbation, batch: codes int32 [N]; member uint8 [N], bit s for SPLITS[s]; is_control
+    bool [N]. control: the code of control_pert. files, names (the data set of each file), cell_types, perturbations,
+    batches, genes (columns of the input), count_genes (columns of the counts, or None): lists. features:
+    [P, pert_dim], or None: one-hot. Dimensions as cell-load's var_dims: input_dim, output_dim, gene_dim, hvg_dim,
+    pert_dim, batch_dim. streamed: the matrices exceed ram_budget_gb and are read from disk. toml, store: paths.
+    fingerprint: 16 hex digits of all that a run sees: the cells and their expression, what the codes and columns mean,
+    which cells are in which split, the features of perturbations; not of paths and times. "" without expression.
 
-    Raises DataError: no control cells in a file, cell types and perturbations of the TOML that are not there,
-    perturbed cells without control cells of their type and file, files of different genes.
+    Raises DataError: cells without a value in a column, unless drop_unlabelled; no control cells in a file; cell types
+    and perturbations of the TOML that are not there; perturbed cells without control cells of their type and file;
+    files of different genes.
     """
 
     fingerprint = ""  # of the content; a checkpoint keeps it
@@ -51,9 +57,10 @@ class Cells:
         plan: Plan,
         survey: Survey,
         *,
-        pert_col: str,
+        columns: dict[str, str | None],
         control_pert: str,
         embed_key: str | None,
+        drop_unlabelled: bool,
         strict: bool,
         zeroshot_controls: bool,
         val_fraction: float,
@@ -63,8 +70,14 @@ class Cells:
         self.toml = plan.path
         self.files = plan.files
         self.names = plan.names
+        pert_col = columns["perturbation"]
+        self.labelled = labelled(survey.codes, columns, self.files, drop_unlabelled)  # of all that were stored
+        lost = int((~self.labelled).sum())
+        if lost:
+            objection(False, f"{plan.path}: left out are {counted(lost, 'cell')} without a value in a column")
         for name in CODES:
-            setattr(self, name, survey.codes[name])
+            codes = survey.codes[name]
+            setattr(self, name, codes[self.labelled] if lost else codes)  # what is whole stays mapped
         self.cell_types = survey.cell_types
         self.perturbations = survey.perturbations
         self.batches = survey.batches
@@ -86,7 +99,7 @@ class Cells:
 
         self.member = assign_splits(plan, self, strict, zeroshot_controls, val_fraction, seed)
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
-        check_controls(self, self.member, strict or embed_key is None, pert_col)
+        check_controls(self, self.member, strict or not embed_key, pert_col)
         # Until open_matrices.
         self.store = None
         self.matrices = {}
@@ -95,7 +108,9 @@ class Cells:
     def open_matrices(self, store: Path, meta: dict, ram_budget_gb: float) -> None:
         """Map the matrices of a prepared folder, or what exceeds the budget: find it in its files."""
         self.store = store
-        self.place = load_codes(store, "place")
+        place = load_codes(store, "place")
+        self.place = place if self.labelled.all() else place[self.labelled]
+        self.fingerprint = self._identity(content_digest(meta))
         size = 0  # bytes
         for entry in meta["matrices"].values():
             size += sum(meta["sizes"][file] for file in entry["files"])
@@ -103,6 +118,14 @@ class Cells:
         for which, entry in meta["matrices"].items():
             kind = Sparse if entry["format"] == "csr" else Dense
             self.matrices[which] = kind(store, which, entry["columns"], held=not self.streamed)
+
+    def _identity(self, content: str) -> str:
+        """16 hex digits of what is stored, and of what this TOML and the settings make of it."""
+        arrays = [getattr(self, name) for name in CODES] + [self.member, self.is_control]
+        if self.features is not None:
+            arrays.append(self.features.numpy())
+        checksums = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]
+        return hashlib.sha256(f"{content} {checksums}".encode()).hexdigest()[:16]
 
     def _find_controls(self, pert_col: str, control_pert: str) -> None:
         """control and is_control; DataError for a file without control cells."""
@@ -170,6 +193,7 @@ def open_cells(
     embed_key: str | None = "X_hvg",
     output_space: str = "gene",
     counts: str = "auto",
+    drop_unlabelled: bool = False,
     strict: bool = True,
     zeroshot_controls: bool = True,
     val_fraction: float = 0.1,
@@ -187,16 +211,17 @@ def open_cells(
     columns = {"cell_type": cell_type_key, "perturbation": pert_col, "batch": batch_col}
     keys = matrix_keys(embed_key, output_space)
     settings = {
-        "pert_col": pert_col,
+        "columns": columns,
         "control_pert": control_pert,
         "embed_key": embed_key,
+        "drop_unlabelled": drop_unlabelled,
         "strict": strict,
         "zeroshot_controls": zeroshot_controls,
         "val_fraction": val_fraction,
         "seed": seed,
         "perturbation_features_file": perturbation_features_file,
     }
-    name = fingerprint(plan.files, columns, keys, counts)
+    name = store_hash(plan.files, columns, keys, counts)
     is_first_rank = int(os.environ.get("LOCAL_RANK", 0)) == 0
     cells = None
     if is_first_rank and not find_store(folder, name):
@@ -220,7 +245,7 @@ def prepare_cells(*, toml: str = "", **settings) -> dict:
     cells = open_cells(toml=toml, **settings)
     size = sum(file.stat().st_size for file in cells.store.iterdir())
     print(
-        f"{toml}: {len(cells.file):,} cells x {cells.input_dim:,} columns, {size / 1e9:.2f} GB, "
+        f"{toml}: {counted(len(cells.file), 'cell')} x {counted(cells.input_dim, 'column')}, {size / 1e9:.2f} GB, "
         f"are ready in {cells.store}"
     )
     return {
@@ -243,6 +268,7 @@ def survey_toml(
     control_pert: str = "non-targeting",
     embed_key: str | None = "X_hvg",
     output_space: str = "gene",
+    drop_unlabelled: bool = False,
     strict: bool = True,
     zeroshot_controls: bool = True,
     val_fraction: float = 0.1,
@@ -256,9 +282,10 @@ def survey_toml(
     return Cells(
         plan,
         survey,
-        pert_col=pert_col,
+        columns=columns,
         control_pert=control_pert,
         embed_key=embed_key,
+        drop_unlabelled=drop_unlabelled,
         strict=strict,
         zeroshot_controls=zeroshot_controls,
         val_fraction=val_fraction,
@@ -286,11 +313,12 @@ def inspect(path: str | Path, **settings) -> dict:
     splits = {split: count_cells(cells, split) for split in SPLITS}
 
     skipped = int((cells.member == 0).sum())
-    note = f"; {skipped:,} cells are in no split" if skipped else ""
+    note = f"; in no split: {counted(skipped, 'cell')}" if skipped else ""
     print(
-        f"{path}: {len(cells.file):,} cells in {len(cells.files)} files, {cells.input_dim:,} columns, "
-        f"{len(cells.cell_types)} cell types, {len(cells.perturbations) - 1} perturbations, "
-        f"{cells.batch_dim} batches{note}"
+        f"{path}: {counted(len(cells.file), 'cell')} in {counted(len(cells.files), 'file')}, "
+        f"{counted(cells.input_dim, 'column')}, {counted(len(cells.cell_types), 'cell type')}, "
+        f"{counted(len(cells.perturbations) - 1, 'perturbation')}, {cells.batch_dim} "
+        f"{'batch' if cells.batch_dim == 1 else 'batches'}{note}"
     )
     print_line("", SPLITS)
     print_line("perturbed cells", [splits[split]["perturbed"] for split in SPLITS])
@@ -372,7 +400,7 @@ def read_features(path: str | Path, perturbations: list[str], control_pert: str,
     if missing:
         objection(
             strict,
-            f"{path} has no vector for {len(missing)} perturbations, such as {missing[0]!r}"
+            f"{path} has no vector for {counted(len(missing), 'perturbation')}, such as {missing[0]!r}"
             f"{suggest(missing[0], vectors)}; with strict=False they are zeros, as the control",
         )
     zero = torch.zeros_like(next(iter(vectors.values())))

@@ -1,5 +1,6 @@
 """Labelled documents as HDF5 files of token chunks, N chunks of n tokens: made, opened, mapped, inspected."""
 
+import ast
 import contextlib
 import hashlib
 import os
@@ -15,13 +16,18 @@ import h5py
 import numpy as np
 
 from common.errors import DataError
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, progress, report
-from sources.text import Spool, column_of, hub_errors, open_hub, place_of, read_file, text_of, whole
-from sources.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from sources.digests import ChunkDigest, fingerprint, sample
+from sources.files import kind_of, text_files
+from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report
+from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
+from sources.tokenizer import Tokenizer, load_tokenizer, readable, train_bpe
 
-FILES = (".jsonl", ".csv", ".parquet", ".txt")
-CATEGORIES = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
+CCDV = "ccdv/arxiv-classification"  # a data set of the hub whose labels are numbers
+CATEGORIES = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]  # of those that it has
 CCDV_LABELS = ("math.AC", "cs.CV", "cs.AI", "cs.SY", "math.GR", "cs.CE", "cs.PL", "cs.IT", "cs.DS", "cs.NE", "math.ST")
+ARXIV = re.compile(r"[a-z]+(-[a-z]+)*\.[A-Za-z-]{2,}|[a-z]+(-[a-z]+)+")  # cs.DS, cond-mat.str-el, hep-th
+MOST_CATEGORIES = 256  # more of them are no categories: each holds a file open while documents are sorted
+LONGEST_NAME = 200  # bytes of a category's: an HDF5 file holds all names in 64 kB
 BLOCK = 1 << 16  # chunks read or copied at once
 BATCH_DOCUMENTS = 512  # to the tokenizer at once
 
@@ -58,15 +64,10 @@ class Shares(NamedTuple):
 def read_records(source: Source) -> Iterator[tuple[str, dict]]:
     """(where it stands, record) of every document of a source."""
     path = Path(source.input)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in FILES)
-        if not files:
-            raise DataError(f"{path} holds no .jsonl, .csv, .parquet or CATEGORY/*.txt files")
-        for file in files:
+    if path.exists():
+        for file in text_files(path):
             yield from read_file(file, source.text_column, whole)
-    elif path.exists():
-        yield from read_file(path, source.text_column, whole)
-    elif re.fullmatch(r"[\w-]+/[\w.-]+", source.input) and path.suffix not in FILES:
+    elif re.fullmatch(r"[\w-]+/[\w.-]+", source.input) and not kind_of(path):
         yield from hub_records(source)
     else:
         raise DataError(f"input = {source.input}: no such file, folder or hub data set")
@@ -77,69 +78,155 @@ def hub_records(source: Source) -> Iterator[tuple[str, dict]]:
     column = source.label_column or "label"
     for split, rows in open_hub(source.input, source.hub_config).items():
         features = rows.features or {}
-        names = getattr(features.get(column), "names", None) or []
+        names = getattr(features.get(column), "names", None) or (CCDV_LABELS if source.input == CCDV else ())
         with hub_errors(source.input):
             for number, record in enumerate(rows):
                 label = record.get(column)
-                if isinstance(label, int) and 0 <= label < len(names):
-                    record = {**record, column: names[label]}
+                if isinstance(label, int) and names:  # -1 stands for a label that is withheld
+                    record = {**record, column: names[label] if 0 <= label < len(names) else None}
                 yield f"{source.input}, {split}, row {number}", {source.split_column: split, **record}
 
 
-def document(where: str, record: dict, source: Source, shares: Shares) -> tuple[str, str, str]:
-    """(split, category, text) of a record; raises DataError for a missing column or an unknown split."""
+def label_column(source: Source, record: dict) -> str:
+    return source.label_column or ("category" if "category" in record else "label")
+
+
+def document(where: str, record: dict, source: Source, shares: Shares) -> tuple[str, list[str], str]:
+    """(split, labels, text) of a record; raises DataError for a missing column or an unknown split."""
     text = text_of(where, record, source.text_column)
-    column = source.label_column or ("category" if "category" in record else "label")
-    category = category_of(column_of(where, record, column, "label_column"))
+    labels = labels_of(column_of(where, record, label_column(source, record), "label_column"))
     split = record.get(source.split_column)
-    if split in (None, ""):
-        return shares.split(text), category, text
+    if split in (None, "") or is_missing(record, source.split_column):
+        return shares.split(text), labels, text
     if str(split) not in SPLIT_NAMES:
         raise DataError(f"{where}: split {split!r} is none of {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[str(split)], category, text
+    return SPLIT_NAMES[str(split)], labels, text
 
 
-def category_of(label) -> str:
-    """The name of a label; the ccdv data set has numbers."""
-    is_number = isinstance(label, int) or str(label).isdigit()
-    number = int(label) if is_number else -1
-    if 0 <= number < len(CCDV_LABELS):
-        return CCDV_LABELS[number]
-    return str(label)
+def labels_of(cell) -> list[str]:
+    """The labels in a cell: one, or a list of them, as "['cs.DS', 'cs.CC']" in a table too, or arXiv's "cs.DS cs.CC".
+    """
+    if isinstance(cell, str) and cell.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            cell = ast.literal_eval(cell)
+    labels = []
+    for label in cell if isinstance(cell, list | tuple) else [cell]:
+        if label is None or label == "" or label != label:  # null, empty, nan
+            continue
+        if isinstance(label, float) and label.is_integer():  # as tables spell 3 in a column where a cell is empty
+            label = int(label)
+        words = re.split(r"[\s,;]+", str(label).strip())
+        if all(ARXIV.fullmatch(word) for word in words):
+            labels += words
+        else:
+            labels.append(readable(str(label)))
+    return labels
 
 
-def gather(source: Source, categories: list[str], max_documents: int | None, shares: Shares, spool: Spool) -> None:
+def category_of(labels: list[str], wanted: list[str] | None, several_labels: str) -> str:
+    """first: the first of the labels. any: the first of them that is wanted, if one is."""
+    if several_labels == "any":
+        for label in labels:
+            if wanted and label in wanted:
+                return label
+    return labels[0]
+
+
+def gather(
+    source: Source,
+    categories: list[str] | None,
+    several_labels: str,
+    max_documents: int | None,
+    shares: Shares,
+    spool: Spool,
+) -> list[str]:
     """Sort all documents of the wanted categories into the spool; each text once, in the first split it has.
 
+    Returns the categories: those that are wanted, else all there are.
     Raises DataError for a record that cannot serve and a category without training documents.
     """
     others = Counter()  # documents of other categories
-    dropped = 0
+    left_out = Counter()  # documents, by reason
+    found = set()  # categories that have a document
+    several = 0
     seen = set()  # 8 bytes a text, where the texts themselves may not fit in memory
     with contextlib.closing(read_records(source)) as records:
         for where, record in progress(records, "documents read", "doc"):
-            split, category, text = document(where, record, source, shares)
-            if category not in categories:
+            if is_missing(record, source.text_column):
+                left_out["without text"] += 1
+                continue
+            split, labels, text = document(where, record, source, shares)
+            if not labels:
+                left_out["without a label"] += 1
+                continue
+            several += len(labels) > 1
+            category = category_of(labels, categories, several_labels)
+            if categories is not None and category not in categories:
                 others[category] += 1
                 continue
             digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
             if digest in seen or not text.strip():
-                dropped += 1
+                left_out["empty or repeated"] += 1
             elif max_documents is None or spool.counts[split, category] < max_documents:
                 seen.add(digest)
+                found.add(category)
+                if categories is None:
+                    check_names(where, label_column(source, record), category, len(found))
                 spool.add(split, category, text)
+    if several and several_labels == "first":
+        print(f"{counted(several, 'document')} of several labels: the first counts (several_labels=any: the first that "
+              "categories names)")
+    elif several:
+        print(f"{counted(several, 'document')} of several labels: the first that categories names counts")
+    if categories is None:
+        categories = all_of(found, spool, source)
     for category in categories:
         if not spool.counts["train", category]:
             spooled = {name for _, name in spool.counts}
             known = sorted(others) + sorted(spooled)
             raise DataError(
                 f"{source.input} has no training document of category {category!r}"
-                f"{closest(category, known)} It has: {', '.join(known) or 'none'}"
+                f"{closest(category, known)} It has: {quoted(known)}"
             )
-    print(
-        f"documents: {sum(spool.counts.values()):,} of {len(categories)} categories; "
-        f"dropped {dropped:,} empty or repeated, {sum(others.values()):,} of other categories"
-    )
+    say_gathered(spool.counts.total(), len(categories), left_out, others.total())
+    return categories
+
+
+def say_gathered(documents: int, categories: int, left_out: Counter, others: int) -> None:
+    """What was gathered, and what was not; left_out: documents by reason."""
+    dropped = [f"{left_out['empty or repeated']:,} empty or repeated", f"{others:,} of other categories"]
+    for reason in ("without text", "without a label"):
+        if left_out[reason]:
+            dropped.append(f"{left_out[reason]:,} {reason}")
+    kinds = "1 category" if categories == 1 else f"{categories} categories"
+    print(f"documents: {documents:,} of {kinds}; dropped {', '.join(dropped)}")
+
+
+def check_names(where: str, column: str, name: str, count: int) -> None:
+    """Raises DataError for labels that name no categories."""
+    if count > MOST_CATEGORIES or len(name.encode()) > LONGEST_NAME:
+        what = f"more than {MOST_CATEGORIES} labels" if count > MOST_CATEGORIES else f"the label {name[:40]!r}..."
+        raise DataError(f"{where}: column {column!r} has {what}, so it names no categories: use another "
+                        "label_column=NAME, or name those to keep by categories=NAME,NAME")
+
+
+def all_of(found: set[str], spool: Spool, source: Source) -> list[str]:
+    """The categories that were found, sorted, numbers as numbers; raises DataError if one cannot be held out."""
+    names = sorted(found, key=by_number)
+    for split in ("train", "validation"):
+        lacking = [name for name in names if not spool.counts[split, name]]
+        rest = [name for name in names if spool.counts[split, name]]
+        if lacking and rest:
+            raise DataError(f"{source.input}, {split}: no document of {', '.join(lacking)}; raise validation_fraction, "
+                            f"use more documents, or name what to keep: categories={','.join(rest)}")
+    return names
+
+
+def by_number(name: str) -> tuple[bool, int, str]:
+    """What to sort names by, so that 10 comes after 9."""
+    if name.isdecimal():
+        return False, int(name), name
+    return True, 0, name
 
 
 # -------------------------------------------------------------------------------------------------------------- chunks
@@ -149,7 +236,8 @@ class ChunkSpool:
     """Token chunks on disk, category after category, until their number is known; then an HDF5 file.
 
     The file has token_chunks [N, n] in one contiguous block (which can be mapped into memory), category_for_chunk [N]
-    (names) and its codes category_code [N], doc_idx_for_chunk [N], and the attributes of the source.
+    (names) and its codes category_code [N], doc_idx_for_chunk [N], and the attributes of the source; sha256 is a digest
+    of tokens and categories.
     """
 
     def __init__(self, folder: Path, name: str, chunk_size: int, vocab_size: int):
@@ -186,6 +274,7 @@ class ChunkSpool:
         N = self.sizes.total()
         codes = np.repeat(np.arange(len(names)), list(self.sizes.values())).astype(np.uint16)
         encoded = np.array([name.encode() for name in names])  # of fixed length: a row costs no pointer
+        digest = ChunkDigest()
         with h5py.File(path, "w") as file:
             tokens = file.create_dataset("token_chunks", (N, self.chunk_size), dtype=self.dtype)
             documents = file.create_dataset("doc_idx_for_chunk", (N,), dtype=np.int64)
@@ -195,12 +284,14 @@ class ChunkSpool:
             for begin in range(0, N, BLOCK):
                 rows = slice(begin, min(begin + BLOCK, N))
                 size = rows.stop - rows.start
-                block = np.fromfile(self.tokens, self.dtype, size * self.chunk_size)
-                tokens[rows] = block.reshape(size, -1)
+                block = np.fromfile(self.tokens, self.dtype, size * self.chunk_size).reshape(size, -1)
+                tokens[rows] = block
+                digest.add(block, codes[rows])
                 documents[rows] = np.fromfile(self.documents, np.int64, size)
                 labels[rows] = encoded[codes[rows]]
             file["category_code"] = codes
             file["category_code"].attrs["names"] = names
+            file.attrs["sha256"] = digest.hexdigest(self.chunk_size, names)
             file.attrs["token_chunk_size"] = self.chunk_size
             file.attrs["vocab_size"] = self.vocab_size
             file.attrs["selected_categories_in_file"] = names
@@ -247,7 +338,8 @@ def prepare_chunks(
     text_column: str = "text",
     label_column: str = "",
     split_column: str = "split",
-    categories: list[str] = CATEGORIES,
+    categories: list[str] | None = None,
+    several_labels: str = "first",
     max_documents: int | None = None,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
@@ -259,27 +351,38 @@ def prepare_chunks(
     seed: int = 1337,
     threads: int = 0,
 ) -> dict:
-    """Documents -> tokenizer.json, train.h5, validation.h5, test.h5. Returns chunks by split and category."""
+    """Documents -> tokenizer.json, train.h5, validation.h5, test.h5. Returns chunks by split and category.
+
+    categories: default all that the input has, but five of ccdv's data set. several_labels: of which category is a
+    document of several labels, its first or that of "any" of them, the first that categories names.
+    """
+    named = categories is not None
+    if input == CCDV and not named:
+        categories = CATEGORIES
     threads = threads or os.cpu_count() or 1
     # A tokenizer that cannot be read is found before all documents are.
     encoder = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     with Workshop(out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
         source = Source(input, hub_config, text_column, label_column, split_column)
         shares = Shares(validation_fraction, test_fraction, seed)
-        gather(source, categories, max_documents, shares, spool)
+        categories = gather(source, categories, several_labels, max_documents, shares, spool)
         if encoder is None:
             texts = balanced_sample(spool, categories, tokenizer_chars)
             encoder = train_bpe(progress(texts, "training the tokenizer", "doc"), vocab_size)
         encoder.save(shop.folder / "tokenizer.json")
         sizes = {}
         for split in SPLITS:
-            missing = sorted(category for category in categories if not spool.counts[split, category])
-            if len(missing) == len(categories):
+            present = [category for category in categories if spool.counts[split, category]]
+            if not present:
                 continue
+            missing = ", ".join(sorted(set(categories) - set(present)))
+            if missing and (named or split != "test"):
+                raise DataError(f"{input}, {split}: no document of {missing}; raise {split}_fraction, use more "
+                                "documents, or leave that out of categories")
             if missing:
-                raise DataError(f"{input}, {split}: no document of {', '.join(missing)}; use more documents")
+                print(f"{split}: no document of {missing}")
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, encoder.vocab_size)) as chunks:
-                for category in categories:
+                for category in present:
                     encode(spool, split, category, encoder, threads, chunks)
                 chunks.write(shop.folder / f"{split}.h5", tokenizer="tokenizer.json", source=input, seed=seed)
             sizes[split] = dict(chunks.sizes)
@@ -352,7 +455,8 @@ def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
 
     Returns: tokens [R, n] (a memory map), codes [R] (the category of each chunk, a number of names), documents [R],
     names, vocab_size (where the file does not say it: what its tokens need, and at least the argument), budget (chunks
-    of the smallest category), oracle [R, K, n] (log p_k(x_t | x_<t)) or None.
+    of the smallest category), oracle [R, K, n] (log p_k(x_t | x_<t)) or None, fingerprint (16 hex digits: of the
+    digest in the file, or of a sample of what the file holds).
     Raises DataError for a file that is missing, damaged or foreign, or has tokens beyond its vocabulary.
     """
     file, names, codes = open_chunks(path)
@@ -379,7 +483,15 @@ def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
             "vocab_size": size,
             "budget": int(budget),
             "oracle": file["oracle_log_prob"][:] if "oracle_log_prob" in file else None,
+            "fingerprint": chunk_fingerprint(file, tokens, codes, names),
         }
+
+
+def chunk_fingerprint(file: h5py.File, tokens: np.ndarray, codes: np.ndarray, names: list[str]) -> str:
+    """The identity of chunks; of a file without a digest, that of a sample of its tokens and of its categories."""
+    if "sha256" in file.attrs:
+        return fingerprint(str(file.attrs["sha256"]))
+    return fingerprint(sample(tokens), sample(codes), *names)
 
 
 def train_and_validation(folder: Path) -> tuple[dict, dict]:
@@ -434,12 +546,41 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
             sizes[name] = size
             owners[name] = owner
         tokenizer_file = str(file.attrs.get("tokenizer", ""))
+        expected = str(file.attrs.get("sha256", ""))
+        digest = digest_of(chunks, codes, names) if expected else ""
     most_frequent = counts.argsort()[::-1][:tokens].tolist()
     most_frequent = [token for token in most_frequent if counts[token]]
     words = spelled(most_frequent, path.parent / tokenizer_file if tokenizer_file else None)
     print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
     report(problems)
+    if digest != expected:
+        raise DataError(f"{path} is not what was prepared: its tokens and categories have the sha256 {digest[:16]}..., "
+                        f"not {expected[:16]}... as the file says; prepare the folder again")
+    if expected:
+        print(f"  tokens and categories are as they were prepared: sha256 {digest}")
+    else:
+        print("  prepared without a digest: whether it has changed cannot be said")
     return {"chunks": sizes, "documents": owners, "problems": problems}
+
+
+def digest_of(chunks: h5py.Dataset, codes: np.ndarray, names: list[str]) -> str:
+    """The digest of all rows, read block by block."""
+    digest = ChunkDigest()
+    for begin in range(0, len(chunks), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        digest.add(chunks[rows], codes[rows])
+    return digest.hexdigest(chunks.shape[1], names)
+
+
+def inspect_folder(folder: Path, tokens: int = 20) -> dict:
+    """inspect_chunks of every split of a folder."""
+    return {path.stem: inspect_chunks(path, tokens) for path in split_files(folder)}
+
+
+def split_files(folder: Path) -> list[Path]:
+    """The files of chunks in a folder."""
+    files = [folder / f"{split}.h5" for split in SPLITS]
+    return [file for file in files if file.exists()]
 
 
 def count_tokens(chunks: h5py.Dataset, vocab_size: int) -> tuple[np.ndarray, int]:

@@ -1,6 +1,10 @@
-"""The control cells of one h5ad file, to predict from, and which perturbed cells stand beside them."""
+"""The control cells of one h5ad file, to predict from, which perturbed cells stand beside them, and names as typed."""
 
+import ast
+import json
+import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,39 +37,67 @@ class Controls:
         return np.flatnonzero(self.cell_type == self.cell_types.index(name))
 
 
-def find_controls(file: H5ad, cell_type_key: str, pert_col: str, batch_col: str | None, control_pert: str) -> Controls:
-    """Raises DataError for a column that is not there, and for a cell type without control cells."""
-    types, cell_types = file.column(cell_type_key)
-    perts, perturbations = file.column(pert_col)
+def find_controls(
+    file: H5ad,
+    cell_type_key: str,
+    pert_col: str,
+    batch_col: str | None,
+    control_pert: str,
+    drop_unlabelled: bool = False,
+) -> Controls:
+    """Raises DataError for a column that is not there, and for a cell type without control cells.
+
+    drop_unlabelled: leave cells without a value in a column out, which else is a DataError.
+    """
+    types, cell_types = file.column(cell_type_key, missing=drop_unlabelled)
+    perts, perturbations = file.column(pert_col, missing=drop_unlabelled)
+    batch, batches = None, []
+    if batch_col:
+        batch, batches = file.column(batch_col, missing=drop_unlabelled)
     if control_pert not in perturbations:
         raise DataError(
             f"{file.path} has no control cells: no cell has {pert_col} = {control_pert!r}; "
             "say --columns='{\"control_pert\": \"NAME\"}'"
         )
-    is_control = perts == perturbations.index(control_pert)
+    is_known = (types >= 0) & (perts >= 0)  # -1: without a value
+    if batch is not None:
+        is_known &= batch >= 0
+    is_control = is_known & (perts == perturbations.index(control_pert))
     for code, name in enumerate(cell_types):
         of_type = types == code
         if not (is_control & of_type).any():
             raise DataError(f"{file.path}: cell type {name} has no control cells to start from")
     perturbed = Counter()
-    pairs, counts = np.unique(np.stack([types, perts]), axis=1, return_counts=True)
+    pairs, counts = np.unique(np.stack([types, perts])[:, is_known], axis=1, return_counts=True)
     for (t, p), count in zip(pairs.T, counts.tolist(), strict=True):
         if perturbations[p] != control_pert:
             perturbed[cell_types[t], perturbations[p]] = count
     rows = np.flatnonzero(is_control)
-    batch = None
-    batches = []
-    if batch_col:
-        codes, batches = file.column(batch_col)
-        batch = codes[rows]
     return Controls(
         rows=rows,
         cell_type=types[rows],
         cell_types=cell_types,
-        batch=batch,
+        batch=None if batch is None else batch[rows],
         batches=batches,
         perturbed=perturbed,
     )
+
+
+def matrix_to_read(file: H5ad, embed_key: str | None, genes: list[str] | None) -> str | None:
+    """The matrix of the file that has a model's genes: that of embed_key, or X where X_hvg is missing or has others.
+
+    genes: names of the columns that the model reads, None where its run does not say.
+    """
+    if embed_key != "X_hvg" or not genes:
+        return embed_key
+    if "obsm/X_hvg" in file.keys:
+        names = column_names(file, embed_key)
+        is_named = not isinstance(names, int)
+        if is_named and set(genes) <= set(names):
+            return embed_key
+    if "X" in file.keys and set(genes) <= set(file.gene_names):
+        return None
+    return embed_key
 
 
 def gene_order(file: H5ad, embed_key: str | None, genes: list[str] | None) -> tuple[list[str], np.ndarray]:
@@ -82,4 +114,61 @@ def gene_order(file: H5ad, embed_key: str | None, genes: list[str] | None) -> tu
 def control_expression(file: H5ad, controls: Controls, embed_key: str | None, counts: str, order: np.ndarray
                        ) -> np.ndarray:
     """[n, D] float32, checked."""
-    return read_rows(file, embed_key, counts, controls.rows)[:, order]
+    return read_rows(file, embed_key, counts, controls.rows, order)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names of perturbations as typed
+# ---------------------------------------------------------------------------------------------------------------
+def names_in(texts: list[str], known: Collection[str], where: str) -> list[str]:
+    """The names that texts hold: a text that is known is a name, whatever is in it; any other a list of them.
+
+    Args:
+        texts: such as STAT1, or [('Drug, (R)-x', 5.0, 'uM')]; lists such as a,b or ["a", "b"]. known: all names there
+            are. where: who knows them, for the message.
+    Raises DataError for a name that is not known.
+    """
+    names = []
+    for text in texts:
+        if text in known:
+            names.append(text)
+            continue
+        listed = quoted_names(text) or separated_names(text, known)
+        for name in listed:
+            if name not in known:
+                raise DataError(
+                    f"perturbations = {text}: {name!r} is not known to {where} (quote names that have commas or "
+                    f"brackets: --perturbations='[\"NAME\", \"NAME\"]'){suggest(name, known)}"
+                )
+        names += listed
+    return names
+
+
+def quoted_names(text: str) -> list[str] | None:
+    """The names of ["a", "b"] or 'a', 'b', in JSON or Python; None for anything else."""
+    for candidate in (text, f"[{text}]"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                names = parse(candidate)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return list(names)
+    return None
+
+
+def separated_names(text: str, known: Collection[str]) -> list[str]:
+    """The names of a,b or [a, b]; where a name that is known has commas, it stays whole."""
+    if re.fullmatch(r"\[[^\[\]()'\"]*\]", text):
+        text = text[1:-1]
+    parts = text.split(",")
+    names = []
+    while parts:
+        count = len(parts)  # the longest name first
+        while count > 1 and ",".join(parts[:count]).strip() not in known:
+            count -= 1
+        name = ",".join(parts[:count]).strip()
+        if name:
+            names.append(name)
+        parts = parts[count:]
+    return names

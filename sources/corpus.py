@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from common.errors import DataError
+from sources.digests import fingerprint, sample
 from sources.text import read_stream
 from sources.tokenizer import Tokenizer, load_tokenizer
 
 PIECE = 1 << 24  # tokens looked at at once
+ROUNDING = 1e-6  # nats a token that are no optimum but single precision
 
 
 @dataclass
@@ -24,15 +26,20 @@ class Corpus:
     vocab_size: int
     tokenizer: Tokenizer | None = None
     tokenizer_hash: str = ""  # of what made the tokens; a checkpoint keeps it
-    fingerprint: str = ""  # of the content; a checkpoint keeps it
+    fingerprint: str = ""  # 16 hex digits of the content, which a checkpoint keeps; default: of a sample of it
     document_length: int = 0  # of documents that are all as long and begin with bos, such as planted ones; 0: one text
     bytes_per_token: float = 0.0  # of the validation text; 0 where that is unknown
     first_id: int = 0  # what a document begins with, or comes after
     name: str = "arrays"  # for messages
     folder: Path | None = None
     version: str = ""  # planted: the model version whose chunks the documents have
+    chunk_size: int = 0  # planted: tokens of a plan
     oracle_nll: np.ndarray | None = None  # planted: exact -log p of the validation tokens [documents, L]
     plans: np.ndarray | None = None  # planted: true plans of the validation chunks [documents, N]
+
+    def __post_init__(self):
+        if not self.fingerprint:
+            self.fingerprint = fingerprint(sample(self.train), sample(self.val), self.tokenizer_hash)
 
     def places(self, split: str, seq_len: int, version: str) -> tuple[int, int]:
         """(number of places where a window of a split may start, distance between them); raises DataError for none.
@@ -80,18 +87,24 @@ class Corpus:
         return tokens.to(device)
 
     def yardsticks(self, nll: float, starts: np.ndarray, length: int) -> dict[str, float]:
-        """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum."""
+        """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum,
+        and the excess as a share of it, where it is not 0."""
         if self.oracle_nll is not None:
             documents = starts // self.document_length
             oracle = float(self.oracle_nll[documents, :length].mean(dtype=np.float64))
-            return {"oracle_nll": oracle, "excess_over_oracle": nll / oracle - 1}
+            # Documents without chance: no share of nothing.
+            excess = nll / oracle - 1 if oracle > ROUNDING else None
+            return {"oracle_nll": oracle, "excess_over_oracle": excess}
         if not self.bytes_per_token:
             return {}
         return {"bits_per_byte": nll / math.log(2) / self.bytes_per_token}
 
-    def true_plans(self, starts: np.ndarray) -> np.ndarray | None:
-        """Plans of the chunks of validation windows [B, N]; None where nobody knows them."""
-        if self.plans is None:
+    def true_plans(self, starts: np.ndarray, chunk_size: int) -> np.ndarray | None:
+        """Plans of the chunks of validation windows [B, N]; None where nobody knows them.
+
+        chunk_size: of the model; chunks that are not those of the documents have no true plan.
+        """
+        if self.plans is None or chunk_size != self.chunk_size:
             return None
         return self.plans[starts // self.document_length]
 
@@ -147,6 +160,8 @@ def read_corpus(folder: str) -> Corpus:
         name=str(path),
         folder=path,
     )
+    if "train_sha256" in meta and "val_sha256" in meta:  # of all tokens, where they were prepared with a digest
+        corpus.fingerprint = fingerprint(meta["train_sha256"], meta["val_sha256"], meta["tokenizer_hash"])
     if meta["tokenizer"]:
         file = path / meta["tokenizer"]
         corpus.tokenizer = load_tokenizer(file)
@@ -157,6 +172,7 @@ def read_corpus(folder: str) -> Corpus:
     if meta["kind"] == "planted":
         corpus.document_length = meta["document_length"]
         corpus.version = meta["version"]
+        corpus.chunk_size = meta["chunk_size"]
         corpus.first_id = meta["bos_id"]
         corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
         corpus.plans = np.load(path / "val_plans.npy")

@@ -30,6 +30,7 @@ def ergodic_components(components: list[dict]) -> tuple[list[str], list[Process]
     """Names and processes of the zoo, all over the same vocabulary; raises DataError for what cannot be."""
     names = []
     processes = []
+    weights = set()
     for i, component in enumerate(components):
         if not isinstance(component, dict):
             raise DataError(f"components[{i}] = {component!r}: expected {{'process': NAME, ...}}")
@@ -38,13 +39,19 @@ def ergodic_components(components: list[dict]) -> tuple[list[str], list[Process]
                 raise DataError(f"components[{i}]: chunks begin anywhere in a document, so {setting} cannot be set")
         default_name = f"{component.get('process')}-{i}"
         names.append(str(component.get("name", default_name)))
-        part = {key: value for key, value in component.items() if key not in ("name", "weight")}
+        part = {key: value for key, value in component.items() if key != "name"}
         try:
             # A mixture of one applies its vocab_map.
             process = make_process("nonergodic", components=[part])
         except ProcessError as error:
             raise DataError(str(error)) from error
         processes.append(process)
+        weights.add(float(component.get("weight", 1)))
+    if len(weights) > 1:
+        raise DataError(
+            "components of different weight: documents, training and the exact optimum are those of equally frequent "
+            "components, so leave weight out"
+        )
     if len(set(names)) != len(names) or not names:
         raise DataError(f"components are named {names}: name at least one, and each differently")
     vocab_size = max(process.vocab_size for process in processes)

@@ -12,7 +12,8 @@ import numpy as np
 from scipy.sparse import csc_array, csr_array
 
 from common.errors import DataError, reason
-from sources.shared import report, suggest
+from sources.columns import Categorical, Column, Nullable
+from sources.shared import counted, suggest
 
 
 def as_text(value) -> str:
@@ -61,7 +62,8 @@ def missing_file(path: Path) -> str:
 class H5ad:
     """An h5ad file of any anndata, 0.1 to now, read by h5py alone. Opening checks structure, not values.
 
-    Raises DataError for a file that is missing, cut short or no HDF5, lacks X, obs or var, or whose shapes disagree.
+    X may be absent: it is asked for only where it is read. Raises DataError for a file that is missing, cut short or no
+    HDF5, lacks obs or var, or whose shapes disagree.
     """
 
     def __init__(self, path: str | Path):
@@ -71,7 +73,7 @@ class H5ad:
         except OSError as error:
             raise DataError(f"{path}: {missing_file(self.path)}") from error
         with self.guard("the list of its parts"):
-            for part in ("X", "obs", "var"):
+            for part in ("obs", "var"):
                 if part not in self.file:
                     raise DataError(
                         f"{path} has no {part}, so it is no h5ad file of cells; "
@@ -83,9 +85,13 @@ class H5ad:
         self.n_obs = len(self.obs_names)
         self.n_vars = len(self.var_names)
         self.rows = {"obs": self.n_obs, "var": self.n_vars}
-        if not self.n_obs or not self.n_vars:
+        keys = self.keys
+        if not keys:
+            raise DataError(f"{path} has no X, and nothing in layers, obsm or raw: nothing to read")
+        if not self.n_obs or not self.n_vars and "X" in keys:
             raise DataError(f"{path} has {self.n_obs} cells and {self.n_vars} genes: nothing to read")
-        self.matrix(None)  # X must fit
+        if "X" in keys:
+            self.matrix(None)  # which must fit
 
     def __enter__(self) -> "H5ad":
         return self
@@ -119,6 +125,10 @@ class H5ad:
         if told:
             return told
         return next(name for name in ("_index", "index", *names) if name in names)
+
+    def index_name(self, part: str) -> str:
+        """What the names of the rows are called; "_index" where they are not."""
+        return attribute(self.file[part], "_index") or "_index"
 
     def _columns(self, part: str) -> list[str]:
         """The columns of a frame in their order, without its index."""
@@ -178,10 +188,8 @@ class H5ad:
                     )
                 lost = values < 0
             if lost.any() and not missing:
-                raise DataError(
-                    f"{self.path}: {where} has no value for {lost.sum():,} of {rows:,} rows, "
-                    f"first for row {lost.argmax()}: fill these in or leave them out"
-                )
+                remedy = no_value(lost) if part == "obs" else f"has no value for row {lost.argmax()}: fill it in"
+                raise DataError(f"{self.path}: {where} {remedy}")
         return values, categories
 
     def _text(self, part: str, name: str | None) -> np.ndarray:
@@ -191,60 +199,134 @@ class H5ad:
             values = categories[values]
         return values.astype(str)
 
-    def frame(self, part: str) -> dict[str, np.ndarray]:
-        """The columns of obs or var as write_h5ad takes them: numbers, or text with None for a missing value."""
+    def frame(self, part: str) -> dict[str, Column]:
+        """The columns of obs, var, or a table of obsm, as write_frame takes them: nothing is lost on the way."""
         columns = {}
         for name in self._columns(part):
             values, categories = self._coded(part, name, missing=True)
             if categories is None:
                 columns[name] = values
-                continue
-            if (values < 0).any():  # code -1 finds what is appended
-                if categories.dtype.kind in "iuf":
-                    categories = np.append(categories.astype(float), np.nan)
-                else:
-                    categories = np.append(categories.astype(object), None)
-            columns[name] = categories[values]
+            elif self._is_masked(part, name):
+                columns[name] = Nullable(categories[values], values < 0)
+            else:
+                columns[name] = Categorical(values, categories, self._is_ordered(part, name))
         return columns
+
+    def _is_masked(self, part: str, name: str) -> bool:
+        frame = self.file[part]
+        return isinstance(frame, h5py.Group) and isinstance(frame[name], h5py.Group) and "mask" in frame[name]
+
+    def _is_ordered(self, part: str, name: str) -> bool:
+        """Whether the order of a column's categories means something: an attribute of theirs in anndata 0.7."""
+        frame = self.file[part]
+        if isinstance(frame, h5py.Dataset):
+            return False
+        node = frame[name]
+        if isinstance(node, h5py.Dataset):
+            node = self.file[node.attrs["categories"]]
+        return bool(node.attrs.get("ordered", False))
+
+    def flags(self, part: str, name: str) -> np.ndarray | None:
+        """A column of yes and no, bool [rows], however it is stored; a missing value is no. None if it is no such."""
+        if name not in self._columns(part):
+            return None
+        values, categories = self._coded(part, name, missing=True)
+        if categories is None:
+            texts = values.astype(str)
+        else:
+            texts = np.append(categories.astype(str), "")[values]  # code -1 finds what is appended
+        texts = np.char.lower(texts)
+        yes = np.isin(texts, ("true", "1", "1.0"))
+        no = np.isin(texts, ("false", "0", "0.0", "nan", ""))
+        return yes if (yes | no).all() else None
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns of obs."""
         return self._columns("obs")
 
-    def column(self, name: str) -> tuple[np.ndarray, list[str]]:
+    def column(self, name: str, missing: bool = False) -> tuple[np.ndarray, list[str]]:
         """(codes int32 [n_obs], names) of an obs column; names are the text of the values that occur, sorted.
 
-        Raises DataError if there is no such column, or it lacks the value of a cell.
+        Raises DataError if there is no such column, or it lacks the value of a cell; with `missing` its code is -1.
         """
         if name not in self.columns:
             raise DataError(f"{self.path} has no obs column {name!r}{suggest(name, self.columns)}")
-        values, categories = self._coded("obs", name)
+        values, categories = self._coded("obs", name, missing)
         if categories is None:
-            return factor(values)
-        codes, names = factor(categories)
-        occurring, codes = np.unique(codes[values], return_inverse=True)
-        return codes.reshape(-1).astype(np.int32), [names[i] for i in occurring]
+            is_known = values == values
+            known, names = factor(values[is_known])
+        else:
+            is_known = values >= 0
+            codes_of_categories, texts = factor(categories)
+            occurring, known = np.unique(codes_of_categories[values[is_known]], return_inverse=True)
+            names = [texts[i] for i in occurring]
+        codes = np.full(self.n_obs, -1, np.int32)
+        codes[is_known] = known.reshape(-1)
+        return codes, names
 
     @property
     def gene_names(self) -> np.ndarray:
-        """var["gene_name"] where there is such a column, else the names of var, as they are, repeated or not."""
-        if "gene_name" in self._columns("var"):
-            return self._text("var", "gene_name")
-        return self.var_names
+        """The genes of X, of layers and of what is chosen from them: see genes_of."""
+        return self.genes_of("var")
+
+    def row_names(self, part: str) -> np.ndarray:
+        """The index of obs, var, or raw's var (see var_part), as text."""
+        return self._text(part, None)
+
+    def genes_of(self, part: str) -> np.ndarray:
+        """The column gene_name of var, or of raw's; without one, and where a gene has none, its name in the index.
+
+        As they are, repeated or not.
+        """
+        index = self._text(part, None)
+        if "gene_name" not in self._columns(part):
+            return index
+        values, categories = self._coded(part, "gene_name", missing=True)
+        if categories is None:
+            names = values.astype(str)
+        else:
+            names = np.append(categories.astype(object), "")[values].astype(str)
+        return np.where(np.isin(names, ("", "nan")), index, names)
+
+    @property
+    def raw(self) -> str:
+        """What the parts of raw begin with in the file: "raw/", "raw." before anndata 0.7, "" where there is none."""
+        for prefix in ("raw/", "raw."):
+            if f"{prefix}X" in self.file and f"{prefix}var" in self.file:
+                return prefix
+        return ""
+
+    def var_part(self, key: str) -> str:
+        """Where the genes of a matrix are: those of raw are its own."""
+        return f"{self.raw}var" if key == "raw/X" else "var"
+
+    @property
+    def log_base(self) -> float:
+        """What the logarithm of log(1 + x) is to, as uns/log1p/base says. Raises DataError for what is no base."""
+        base = self.file.get("uns/log1p/base")
+        if not isinstance(base, h5py.Dataset) or base.shape != ():  # None is stored as an empty data set
+            return math.e
+        with self.guard("uns/log1p/base"):
+            value = float(base[()])
+        if not math.isfinite(value) or value <= 1:
+            raise DataError(f"{self.path}: uns/log1p/base is {value:g}, no base of a logarithm: correct or delete it")
+        return value
 
     @property
     def keys(self) -> list[str]:
-        """"X", "obsm/NAME", "layers/NAME": what matrix takes."""
-        keys = ["X"]
+        """"X", "obsm/NAME", "layers/NAME", "raw/X", of those that there are: what matrix takes."""
+        keys = ["X"] if "X" in self.file else []
         for part in ("obsm", "layers"):
             with self.guard(part):
                 node = self.file.get(part, ())
                 if isinstance(node, h5py.Dataset):  # anndata before 0.7
                     names = [name for name in node.dtype.names or () if node.dtype[name].ndim == 1]
                 else:
-                    names = [name for name in node if is_matrix(node[name])]
+                    names = [name for name in node if is_matrix(node[name]) or is_table(node[name])]
                 keys += [f"{part}/{name}" for name in names]
+        if self.raw:
+            keys.append("raw/X")
         return keys
 
     def matrix(self, key: str | None) -> "Matrix":
@@ -256,25 +338,77 @@ class H5ad:
         candidates = (key or "X", f"obsm/{key}", f"layers/{key}")
         place = next((candidate for candidate in candidates if candidate in keys), None)
         if place is None and f"obsm/{key}" in self.file:
-            raise DataError(f"{self.path}: obsm/{key} is no matrix but a table or something else: write it as an array")
+            raise DataError(f"{self.path}: obsm/{key} is no table of numbers: write it as an array")
         if place is None:
-            names = [known.rpartition("/")[2] for known in keys]
-            raise DataError(f"{self.path} has no matrix {key!r}{suggest(key, names)}")
+            names = [known.removeprefix("obsm/").removeprefix("layers/") for known in keys]
+            raise DataError(f"{self.path} has no matrix {key or 'X'!r}{suggest(key or 'X', names)}")
         with self.guard(place):
             matrix = Matrix(self, place)
-        columns = matrix.shape[1] if place.startswith("obsm/") else self.n_vars
-        if matrix.shape != (self.n_obs, columns):
+        if place.startswith("obsm/"):
+            genes = matrix.shape[1]
+        elif place == "raw/X":
+            genes = len(self._text(self.var_part(place), None))
+        else:
+            genes = self.n_vars
+        if matrix.shape != (self.n_obs, genes) or not genes:
             raise DataError(
                 f"{self.path}: {place} is {matrix.shape[0]:,} x {matrix.shape[1]:,}, but there are "
-                f"{self.n_obs:,} cells and {self.n_vars:,} genes: the file does not fit together"
+                f"{self.n_obs:,} cells and {genes:,} genes: the file does not fit together"
             )
         return matrix
+
+
+def no_value(lost: np.ndarray) -> str:
+    """What is wrong with a column that lacks the values that are marked, bool [rows], and what to do."""
+    return (
+        f"has no value for {lost.sum():,} of {counted(len(lost), 'row')}, first for row {lost.argmax()}: fill these "
+        "in, or leave such cells out with --drop_unlabelled"
+    )
 
 
 def is_matrix(node: h5py.Dataset | h5py.Group) -> bool:
     if isinstance(node, h5py.Dataset):
         return node.ndim == 2
     return attribute(node, "encoding-type", "h5sparse_format")[:3] in ("csr", "csc")
+
+
+def is_table(node: h5py.Dataset | h5py.Group) -> bool:
+    """Whether it is a data frame whose columns are all numbers, and so as good as a matrix."""
+    if attribute(node, "encoding-type") != "dataframe":
+        return False
+    columns = [node.get(as_text(name)) for name in node.attrs["column-order"]]
+    return bool(columns) and all(isinstance(column, h5py.Dataset) and column.dtype.kind in "iufb" for column in columns)
+
+
+class Table:
+    """A data frame of numbers in the place of a data set [rows, columns]."""
+
+    def __init__(self, frame: h5py.Group):
+        self.names = [as_text(name) for name in frame.attrs["column-order"]]
+        self.columns = [frame[name] for name in self.names]
+        self.shape = (len(self.columns[0]), len(self.columns))
+        self.dtype = np.result_type(*(column.dtype for column in self.columns))
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.stack([column[rows] for column in self.columns], axis=1)
+
+
+def check_sources(where: str, node, folder: Path) -> None:
+    """Raise DataError for a virtual data set whose sources are gone: HDF5 reads zeros in their place, without a word.
+
+    folder: of its file, from which its sources are named.
+    """
+    if not isinstance(node, h5py.Dataset) or not node.is_virtual:
+        return
+    for source in node.virtual_sources():
+        if source.file_name == "." or "%" in source.file_name:  # the file itself; a pattern, of which some may be gone
+            continue
+        places = [folder / source.file_name, Path(source.file_name)]
+        if not any(place.exists() for place in places):
+            raise DataError(
+                f"{where} is a virtual data set of {source.file_name}, which is not there, so that zeros would be "
+                "read: put that file back, or copy the data into one file"
+            )
 
 
 class Matrix:
@@ -289,7 +423,8 @@ class Matrix:
         self.source = source
         self.key = key
         self.where = f"{source.path}: {key}"
-        part, _, name = key.partition("/")
+        place = f"{source.raw}X" if key == "raw/X" else key
+        part, _, name = place.partition("/")
         parent = source.file[part]
         self.by_rows = None  # a CSC matrix once it is transposed
         if isinstance(parent, h5py.Dataset) and name:  # a field of a compound data set: anndata before 0.7
@@ -297,6 +432,8 @@ class Matrix:
             kind = parent.dtype[name]
         else:
             self.node = parent[name] if name else parent
+            if is_table(self.node):
+                self.node = Table(self.node)
             kind = getattr(self.node, "dtype", None)
         if isinstance(self.node, h5py.Group):
             kinds = self._open_sparse()
@@ -308,6 +445,7 @@ class Matrix:
                 self.shape = tuple(self.node.shape)
             self.nnz = math.prod(self.shape)
             kinds = [kind.base]
+            check_sources(self.where, self.node, source.path.parent)
         are_numbers = kinds[0].kind in "iufb"
         whole_numbers = all(kind.kind in "iu" for kind in kinds[1:])  # of indices and indptr
         if len(self.shape) != 2 or not are_numbers or not whole_numbers:
@@ -330,7 +468,10 @@ class Matrix:
                 f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
                 f"{self.shape[0]:,} x {self.shape[1]:,}"
             )
-        return [node[name].dtype for name in ("data", "indices", "indptr")]
+        parts = [node[name] for name in ("data", "indices", "indptr")]
+        for stored_part in parts:
+            check_sources(self.where, stored_part, self.source.path.parent)
+        return [stored_part.dtype for stored_part in parts]
 
     def _pointers(self) -> np.ndarray:
         """indptr, int64, ascending."""
@@ -451,10 +592,23 @@ class Matrix:
         name = self.source.obs_names[start + row]
         return f"{value:g} for cell {start + row} ({name})"
 
-    def check(self, done: Callable[[int], object] | None = None) -> dict:
-        """{min, max, integer, nnz, row_sums [rows], largest_row_sum} of the values, in one pass.
+    @property
+    def names(self) -> list[str] | None:
+        """What its columns are called, where it is a table."""
+        return self.node.names if isinstance(self.node, Table) else None
 
-        done: called with the number of rows of each block, for a progress bar.
+    def check(
+        self,
+        done: Callable[[int], object] | None = None,
+        read: Callable[[np.ndarray | csr_array], object] | None = None,
+    ) -> dict:
+        """{min, max, integer, nnz, row_sums [rows], largest_row_sum, normalised, log_base} of the values, in one pass.
+
+        normalised: no logarithm was taken, for the values of each cell have the same sum, and not those of expm1 of
+        them (a second pass finds it, where the sums are equal), or no cell more than 1, as shares of it have, which
+        the logarithm of a single molecule exceeds. log_base: what the file says it is to, if one was.
+
+        done: called with the number of rows of each block, for a progress bar. read: called with each block.
         Raises DataError for a value that is not finite and for a sparse matrix that is none.
         """
         low = np.inf
@@ -479,6 +633,8 @@ class Matrix:
             if data.size < (stop - start) * self.shape[1]:  # the zeros that are not stored
                 low = min(low, 0.0)
                 high = max(high, 0.0)
+            if read:
+                read(block)
             if done:
                 done(stop - start)
         return {
@@ -488,7 +644,23 @@ class Matrix:
             "nnz": nnz,
             "row_sums": sums,
             "largest_row_sum": float(sums.max()),
+            "normalised": not integer and low >= 0 and self._are_shares(sums),
+            "log_base": self.source.log_base,
         }
+
+    def _are_shares(self, sums: np.ndarray) -> bool:
+        """Whether fractions of these sums over columns [rows] are parts of a cell, and no logarithms."""
+        return bool(sums.max() <= 1 + 1e-3) or are_alike(sums) and not are_alike(self._rates())
+
+    def _rates(self) -> np.ndarray:
+        """Sums over the columns of base^x - 1, the inverse of log(1 + x): float64 [rows]."""
+        scale = math.log(self.source.log_base)
+        sums = np.zeros(self.shape[0])
+        for start, stop, block in self.blocks():
+            rates = csr_array(block, dtype=np.float64)
+            rates.data = np.expm1(np.minimum(scale * rates.data, 600))  # more are no logarithms
+            sums[start:stop] = row_sums(rates)
+        return sums
 
     def dense(self) -> np.ndarray:
         """The whole matrix in memory, float32."""
@@ -517,16 +689,33 @@ def row_sums(block: np.ndarray | csr_array) -> np.ndarray:
     return np.asarray(block.sum(axis=1, dtype=np.float64)).reshape(-1)
 
 
-def looks_log1p(found: "Matrix | dict") -> bool:
-    """Whether a matrix, or what its check found, holds log(1 + x) rather than counts.
+def are_alike(sums: np.ndarray) -> bool:
+    """Whether the sums of all cells that have any [cells] are equal, but for rounding: cells were scaled to that."""
+    filled = sums[sums > 0]
+    return len(filled) > 1 and bool(filled.max() - filled.min() <= 1e-3 * filled.max())
 
-    Fractions, none negative, none above 15: exp(15) is three million molecules of one gene in one cell.
-    """
+
+def kind_of_values(found: dict) -> str:
+    """What the check of a matrix says it holds."""
+    if found["min"] == found["max"] == 0:
+        return "nothing but zeros"
+    if found["min"] < 0:
+        return "negative values"
+    if found["integer"]:
+        return "counts"
+    if found["normalised"]:
+        return "normalised, not logged"
+    # exp(15) is three million molecules of one gene in one cell.
+    if found["max"] * math.log(found["log_base"]) < 15:
+        return "log1p"
+    return "neither counts nor log1p"
+
+
+def looks_log1p(found: "Matrix | dict") -> bool:
+    """Whether a matrix, or what its check found, holds log(1 + x), to whatever base."""
     if isinstance(found, Matrix):
         found = found.check()
-    if found["integer"]:
-        return False
-    return found["min"] >= 0 and found["max"] < 15
+    return kind_of_values(found) == "log1p"
 
 
 def encoded(node, kind: str, version: str = "0.2.0", **attributes):
@@ -546,6 +735,12 @@ def write_values(group: h5py.Group, name: str, value, categorical: bool = False)
         for key, item in value.items():
             write_values(inner, key, item)
         return
+    if isinstance(value, Categorical):
+        write_categorical(group, name, value)
+        return
+    if isinstance(value, Nullable):
+        write_nullable(group, name, value)
+        return
     values = np.asarray(value)
     is_text = values.dtype.kind in "UO"
     if not values.ndim:
@@ -554,33 +749,53 @@ def write_values(group: h5py.Group, name: str, value, categorical: bool = False)
     elif not is_text:
         encoded(group.create_dataset(name, data=values), "array")
     elif categorical or any(text is None for text in values.ravel().tolist()):
-        write_categorical(group, name, values)
+        write_categorical(group, name, coded(values))
     else:
         texts = values.astype(object)
         encoded(group.create_dataset(name, data=texts, dtype=h5py.string_dtype()), "string-array")
 
 
-def write_categorical(group: h5py.Group, name: str, values: np.ndarray) -> None:
+def coded(values: np.ndarray) -> Categorical:
     """Text, None for missing, as codes and the sorted texts that they mean."""
     is_known = np.array([text is not None for text in values.tolist()], bool)
     codes = np.full(len(values), -1, np.int32)  # -1 is missing
     codes[is_known], names = factor(values[is_known].astype(object))
+    return Categorical(codes, np.array(names, object))
+
+
+def write_categorical(group: h5py.Group, name: str, column: Categorical) -> None:
     # anndata takes the smallest type that holds the codes
-    kind = next(kind for kind in (np.int8, np.int16, np.int32) if len(names) <= np.iinfo(kind).max)
-    inner = encoded(group.create_group(name), "categorical", ordered=False)
-    encoded(inner.create_dataset("codes", data=codes.astype(kind)), "array")
-    write_values(inner, "categories", np.array(names, object))
+    most = len(column.categories)
+    kind = next(kind for kind in (np.int8, np.int16, np.int32) if most <= np.iinfo(kind).max)
+    inner = encoded(group.create_group(name), "categorical", ordered=column.ordered)
+    encoded(inner.create_dataset("codes", data=column.codes.astype(kind)), "array")
+    write_values(inner, "categories", column.categories)
 
 
-def write_frame(file: h5py.File, part: str, names: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-    """obs (text as categoricals) or var (text as it is) with its index."""
+def write_nullable(group: h5py.Group, name: str, column: Nullable) -> None:
+    kinds = {"b": "nullable-boolean", "i": "nullable-integer", "u": "nullable-integer"}
+    inner = encoded(group.create_group(name), kinds.get(column.values.dtype.kind, "nullable-string-array"), "0.1.0")
+    write_values(inner, "values", column.values)
+    write_values(inner, "mask", column.missing)
+
+
+def write_frame(
+    file: h5py.File | h5py.Group,
+    part: str,
+    names: np.ndarray,
+    columns: dict[str, Column],
+    index: str = "_index",
+) -> None:
+    """obs (text as categoricals), var or another table (text as it is); index: what its rows' names are called."""
+    if index in columns:
+        index = "_index"
     order = np.array(list(columns), dtype=h5py.string_dtype())
-    attributes = {"_index": "_index", "column-order": order}
+    attributes = {"_index": index, "column-order": order}
     frame = encoded(file.create_group(part), "dataframe", **attributes)
-    for name, values in {"_index": np.asarray(names), **columns}.items():
+    for name, values in {index: np.asarray(names), **columns}.items():
         if len(values) != len(names):
             raise DataError(f"{part} column {name!r} has {len(values):,} values for {len(names):,} rows")
-        is_categorical = part == "obs" and name != "_index"
+        is_categorical = part == "obs" and name != index
         write_values(frame, name, values, categorical=is_categorical)
 
 
@@ -601,8 +816,11 @@ def matrix_space(
 
 
 @contextlib.contextmanager
-def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict) -> Iterator[h5py.File]:
-    """A new h5ad without X and var, for the caller to fill; it takes its name at the end, or is removed."""
+def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict, index: str = "_index") -> Iterator[h5py.File]:
+    """A new h5ad without X and var, for the caller to fill; it takes its name at the end, or is removed.
+
+    index: what the names of the cells are called.
+    """
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the file to write")
@@ -614,7 +832,7 @@ def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict) -> Iterator[h5py
     try:
         with h5py.File(saving, "w") as file:
             encoded(file, "anndata", "0.1.0")
-            write_frame(file, "obs", np.asarray(obs_names), obs)
+            write_frame(file, "obs", np.asarray(obs_names), obs, index)
             for name in ("obsm", "layers", "varm", "obsp", "varp"):
                 write_values(file, name, {})
             write_values(file, "uns", uns)
@@ -663,76 +881,3 @@ def write_matrix(group: h5py.Group, name: str, matrix: np.ndarray | csr_array) -
     node["data"][...] = matrix.data
     node["indices"][...] = matrix.indices
     node["indptr"][...] = matrix.indptr
-
-
-def kind_of_values(found: dict) -> str:
-    """What the check of a matrix says it holds."""
-    if looks_log1p(found):
-        return "log1p"
-    if found["min"] < 0:
-        return "negative values"
-    return "counts" if found["integer"] else "neither counts nor log1p"
-
-
-def inspect_cells(path: str) -> dict:
-    """Print what an h5ad file holds; returns it with the list of problems found."""
-    problems = []
-    with H5ad(path) as cells:
-        print(f"{path}: {cells.n_obs:,} cells, {cells.n_vars:,} genes")
-        columns = inspect_columns(cells, problems)
-        for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
-            repeated = len(names) - len(set(names.tolist()))
-            if repeated:
-                problems.append(f"{repeated:,} {kind} have the name of an earlier one")
-        matrices = inspect_matrices(cells, problems)
-    report(problems)
-    return {"columns": columns, "matrices": matrices, "problems": problems}
-
-
-def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
-    """Print the columns of obs; returns their values, and adds to the problems."""
-    columns = {}
-    for name in cells.columns:
-        try:
-            _, values = cells.column(name)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        columns[name] = values
-        more = ", ..." if len(values) > 6 else ""
-        print(f"  obs {name:<20} {len(values):>8,} values: {', '.join(values[:6])}{more}")
-    return columns
-
-
-def inspect_matrices(cells: H5ad, problems: list[str]) -> dict[str, dict]:
-    """Print what each matrix holds; returns shape, format and kind of each, and adds to the problems."""
-    matrices = {}
-    for key in cells.keys:
-        try:
-            matrix = cells.matrix(key)
-            values = matrix.check()
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        kind = kind_of_values(values)
-        if key == "X" and kind not in ("log1p", "counts"):
-            problems.append(f"X holds {kind}")
-        empty = int((values["row_sums"] == 0).sum())
-        if kind == "counts" and empty:
-            problems.append(f"{key}: {empty:,} cells have no count")
-        matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
-        filled = values["nnz"] / math.prod(matrix.shape)
-        print(
-            f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
-            f"{filled:.1%} not 0, {values['min']:g} to {values['max']:g}"
-        )
-    return matrices
-
-
-def holds_cells(path: str) -> bool:
-    """Whether an HDF5 file of any name is one of cells."""
-    if not Path(path).is_file() or not h5py.is_hdf5(path):
-        return False
-    with contextlib.suppress(OSError), h5py.File(path) as file:
-        return "obs" in file
-    return False

@@ -3,6 +3,7 @@
 N documents of D tokens, K plans, S states, V tokens, chunks of C tokens.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,14 +154,15 @@ class Oracle:
         self.tokens += np.bincount(tokens.ravel(), minlength=len(self.tokens))
         return nll
 
-    def results(self) -> dict[str, float]:
-        """Nats a token, and how well the filter finds the plan."""
+    def results(self) -> dict[str, float | None]:
+        """Nats a token, and how well the filter finds the plan; None where all chunks have the same."""
         count = self.tokens.sum()
+        occur = np.count_nonzero(self.table.sum(1))
         return {
             "oracle_nll": float(self.nll / count),
             "known_plan_nll": float(self.known_plan_nll / count),
             "unigram_entropy": entropy(self.tokens / count),
-            "oracle_nmi": mutual_information(self.table),
+            "oracle_nmi": mutual_information(self.table) if occur > 1 else None,
         }
 
 
@@ -197,27 +199,32 @@ def planted(
     )
     bos, length = vocab_size, 1 + sum(process.lengths)
     counts = {"train": train_documents, "val": validation_documents}
+    sizes = {}
     oracle = Oracle(process, vocab_size)
     with Workshop(out_dir) as shop:
         nll = new_array(shop.folder / "val_oracle_nll.npy", np.float32, validation_documents, length - 1)
         for s, (split, count) in enumerate(counts.items(), 1):
             generator = np.random.default_rng([seed, s])  # of the split: 0 made the plans
+            digest = hashlib.sha256()
             plans = new_array(shop.folder / f"{split}_plans.npy", np.int64, count, document_chunks)
             with open(shop.folder / f"{split}.bin", "wb") as file:
                 for begin in progress(range(0, count, BLOCK), f"{split} documents", "kdoc"):
                     rows = slice(begin, min(begin + BLOCK, count))
                     tokens, plans[rows] = process.sample(rows.stop - begin, generator)
                     documents = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos)
-                    documents.astype(stream_dtype(bos + 1)).tofile(file)
+                    data = documents.astype(stream_dtype(bos + 1))
+                    data.tofile(file)
+                    digest.update(data)
                     if split == "val":
                         nll[rows] = oracle.add(tokens, plans[rows])
+            sizes[split] = {"tokens": count * length, "documents": count, "sha256": digest.hexdigest()}
         results = oracle.results()
         meta = write_meta(
             shop.folder,
             "planted",
             bos + 1,
             {"bos": bos},
-            {split: {"tokens": count * length, "documents": count} for split, count in counts.items()},
+            sizes,
             tokenizer="",
             tokenizer_hash="",
             source="planted",
@@ -230,10 +237,12 @@ def planted(
             transition_matrix=process.transition.tolist(),
         )
         shop.finish("train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy", "meta.json")
+    found = ""
+    if results["oracle_nmi"] is not None:
+        found = f"; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}"
     print(f"planted: {train_documents:,} and {validation_documents:,} documents of {length} tokens; nats a token: "
           f"unigram {results['unigram_entropy']:.4f}, oracle {results['oracle_nll']:.4f}, known plan "
-          f"{results['known_plan_nll']:.4f}; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}; written "
-          f"to {out_dir}")
+          f"{results['known_plan_nll']:.4f}{found}; written to {out_dir}")
     return meta
 
 

@@ -127,17 +127,21 @@ def expression(counts: np.ndarray, target_sum: float) -> np.ndarray:
     return log_normalized(counts, np.maximum(totals, 1), target_sum)
 
 
-def mean_pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over rows of the Pearson correlation of a and b [n, G]."""
+def mean_pearson(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Mean over rows of the Pearson correlation of a and b [n, G]; of constant rows there is none, and None of all."""
     a = a - a.mean(1, keepdims=True)
     b = b - b.mean(1, keepdims=True)
     norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     products = (a * b).sum(1)
-    return float((products / norms).mean())
+    known = norms > 0
+    return float((products[known] / norms[known]).mean()) if known.any() else None
 
 
-def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Pearson of deltas with the truth, for the last cell type: of half its cells, and of the mean over other types."""
+def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: np.ndarray) -> dict:
+    """Pearson of deltas with the truth, for the last cell type: of half its cells, and of the mean over other types.
+
+    None where no perturbation has an effect.
+    """
     K, P, _ = truth.shape
 
     def deltas(k: int, part: slice) -> np.ndarray:
@@ -151,10 +155,23 @@ def noise_report(X: np.ndarray, cell_type: np.ndarray, pert: np.ndarray, truth: 
     others = np.mean([deltas(k, slice(None)) for k in range(last)], axis=0)
     even_cells = mean_pearson(deltas(last, slice(0, None, 2)), truth[last])
     odd_cells = mean_pearson(deltas(last, slice(1, None, 2)), truth[last])
+    defined = even_cells is not None and odd_cells is not None
     return {
-        "noise_ceiling": (even_cells + odd_cells) / 2,
+        "noise_ceiling": (even_cells + odd_cells) / 2 if defined else None,
         "perturbation_mean": mean_pearson(others, truth[last]),
     }
+
+
+def noise_in_words(noise: dict, cell_type: str) -> str:
+    """The noise report as part of a sentence, without what is undefined."""
+    parts = []
+    for name, of_what in (("noise_ceiling", "half its own cells (noise ceiling)"),
+                          ("perturbation_mean", "the mean over the other types")):
+        if noise[name] is not None:
+            parts.append(f"{noise[name]:.3f} of {of_what}")
+    if not parts:
+        return f"no perturbation has an effect on {cell_type}"
+    return f"Pearson delta with the truth on {cell_type}: {', '.join(parts)}"
 
 
 def synthetic(
@@ -205,9 +222,8 @@ def synthetic(
         np.savez(shop.folder / "truth.npz", delta=truth, cell_types=type_names, perturbations=pert_names, genes=genes)
         write_toml(shop.folder / "synthetic.toml", type_names, pert_names)
         shop.finish("synthetic.h5ad", "truth.npz", "synthetic.toml")
-    print(f"synthetic: {len(X):,} cells, {K} cell types, {P} perturbations and {CONTROL}, {G} genes; Pearson "
-          f"delta with the truth on {type_names[-1]}: {noise['noise_ceiling']:.3f} of half its own cells (noise "
-          f"ceiling), {noise['perturbation_mean']:.3f} of the mean over the other types; written to {out_dir}")
+    print(f"synthetic: {len(X):,} cells, {K} cell types, {P} perturbations and {CONTROL}, {G} genes; "
+          f"{noise_in_words(noise, type_names[-1])}; written to {out_dir}")
     return {"cells": len(X), **noise}
 
 

@@ -1,6 +1,8 @@
 """Counts of cells to expression: normalise, log1p, choose variable genes."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -8,8 +10,19 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from common.errors import DataError
-from sources.h5ad import H5ad, Matrix, as_dense, looks_log1p, matrix_space, new_h5ad, write_frame
-from sources.shared import progress, suggest
+from sources.h5ad import (
+    H5ad,
+    Matrix,
+    attribute,
+    encoded,
+    is_matrix,
+    kind_of_values,
+    matrix_space,
+    new_h5ad,
+    stored,
+    write_frame,
+)
+from sources.shared import counted, progress, suggest
 
 
 def log_normalized(data: np.ndarray, totals: np.ndarray, target_sum: float) -> np.ndarray:
@@ -65,52 +78,103 @@ def variable_genes(sums: np.ndarray, squares: np.ndarray, cells: int, most: int,
     }
 
 
-def checked_counts(cells: H5ad, layer: str, columns: dict[str, str], control_pert: str) -> tuple[Matrix, dict, bool]:
-    """(matrix, its check, whether it is log1p already); DataError if it is neither that nor counts.
+@dataclass
+class Found:
+    """A matrix that can be preprocessed."""
+
+    matrix: Matrix
+    values: dict  # of its check
+    kind: str  # "counts", "log1p" or "normalised, not logged"
+    labelled: np.ndarray  # bool [cells]: which have a value in every column that was asked for
+
+
+def checked_counts(
+    cells: H5ad,
+    layer: str,
+    columns: dict[str, str],
+    control_pert: str,
+    drop_unlabelled: bool,
+) -> Found:
+    """The matrix of a layer, its values and what they are; DataError if neither counts nor log1p can be made of them.
 
     columns: pert_col, cell_type_key, batch_col -> obs column, those that must be there.
     """
     names = {}
+    labelled = np.ones(cells.n_obs, bool)
     for key, column in columns.items():
-        _, names[key] = cells.column(column)
+        codes, names[key] = cells.column(column, missing=drop_unlabelled)
+        labelled &= codes >= 0
     if control_pert and control_pert not in names["pert_col"]:
         hint = suggest(control_pert, names["pert_col"])
         raise DataError(f"{cells.path}: no cell has {columns['pert_col']} = {control_pert!r}{hint}")
     matrix = cells.matrix(layer or None)
-    if matrix.shape[1] != cells.n_vars:
-        raise DataError(f"{matrix.where} has {matrix.shape[1]} columns for {cells.n_vars} genes: choose X or a layer")
+    if matrix.key.startswith("obsm/"):
+        raise DataError(f"{matrix.where} is not of all genes: choose X, a layer or raw/X")
     values = matrix.check()
-    log1p = looks_log1p(values)
-    usable = values["integer"] or log1p
-    if values["min"] < 0 or not usable:
+    kind = kind_of_values(values)
+    others = f"if the counts are elsewhere, use --layer= one of {', '.join(cells.keys)}"
+    if kind == "nothing but zeros":
+        raise DataError(f"{matrix.where} holds nothing but zeros; {others}")
+    if kind not in ("counts", "log1p", "normalised, not logged"):
         fractions = "" if values["integer"] else ", fractions among them"
         raise DataError(
             f"{matrix.where} holds values from {values['min']:g} to {values['max']:g}{fractions}: "
-            "neither counts nor log1p; if the counts are elsewhere, "
-            f"use --layer= one of {', '.join(cells.keys)}"
+            f"neither counts nor log1p; {others}"
         )
-    return matrix, values, log1p
+    return Found(matrix, values, kind, labelled)
 
 
-def expression(matrix: Matrix, totals: np.ndarray, target_sum: float | None, text: str
-               ) -> Iterator[tuple[slice, csr_array, csr_array]]:
-    """(rows of the new file, expression, counts) of every block; no stored zeros, no empty cells.
+def kept_cells(found: Found, drop_empty: bool) -> np.ndarray:
+    """Which cells the new file has, bool [cells]. Raises DataError for cells without counts unless drop_empty."""
+    empty = found.values["row_sums"] == 0
+    if empty.any() and not drop_empty:
+        first = int(empty.argmax())
+        raise DataError(
+            f"{found.matrix.where} has {counted(empty.sum(), 'cell')} without any count, first cell {first} "
+            f"({found.matrix.source.obs_names[first]}): leave them out with --drop_empty"
+        )
+    keep = found.labelled & ~empty
+    if not keep.any():
+        raise DataError(f"{found.matrix.where}: no cell has both counts and a value in every column asked for")
+    return keep
 
-    Expression is log1p of the normalised counts; with target_sum None, what the matrix holds.
+
+def values_of(found: Found, keep: np.ndarray) -> int:
+    """How many values other than 0 the kept cells have; the others that the check counted have labels missing."""
+    if found.labelled.all():
+        return found.values["nnz"]  # cells without counts add none
+    count = 0
+    for start, stop, block in found.matrix.blocks():
+        count += int(np.count_nonzero(stored(block[keep[start:stop]])))
+    return count
+
+
+def expression(
+    found: Found,
+    keep: np.ndarray,
+    target_sum: float,
+    text: str,
+) -> Iterator[tuple[slice, csr_array, csr_array]]:
+    """(rows of the new file, expression, what the matrix holds) of every block; no stored zeros.
+
+    Expression is log1p of the counts, scaled to target_sum a cell; of what is log1p already, its natural logarithm.
 
     Args:
-        totals: counts of each cell, [cells]. text: what the progress bar says.
+        keep: cells of the new file, bool [cells]. text: what the progress bar says.
     """
     written = 0
-    for start, stop, block in progress(matrix.blocks(), text, "blocks"):
-        total = totals[start:stop]
-        filled = total > 0  # an empty cell is left out
-        counts = csr_array(block)[filled]
+    per_log = math.log(found.values["log_base"])  # 1 to base e
+    for start, stop, block in progress(found.matrix.blocks(), text, "blocks"):
+        kept = keep[start:stop]
+        counts = csr_array(block)[kept]
         counts.eliminate_zeros()
         values = counts.data
-        if target_sum:
-            total_of_value = np.repeat(total[filled], np.diff(counts.indptr))
+        if found.kind != "log1p":
+            total = found.values["row_sums"][start:stop][kept]
+            total_of_value = np.repeat(total, np.diff(counts.indptr))
             values = log_normalized(values, total_of_value, target_sum)
+        elif per_log != 1:
+            values = (values * per_log).astype(np.float32)
         logged = csr_array((values, counts.indices, counts.indptr), shape=counts.shape)
         rows = slice(written, written + counts.shape[0])
         yield rows, logged, counts
@@ -155,20 +219,107 @@ def write_variable(file: h5py.File, blocks: Iterator[tuple], shape: tuple, chose
         space[rows] = values[:, columns].toarray()
 
 
-def copy_obsm(file: h5py.File, cells: H5ad, keep: np.ndarray) -> None:
-    """The kept rows, bool [cells], of the other matrices in obsm of the input."""
-    for key in cells.keys:
-        if not key.startswith("obsm/") or key == "obsm/X_hvg":
+def names_in(file: h5py.File, part: str) -> list[str]:
+    """What a part of a file holds: a group, or the fields of a compound data set before anndata 0.7."""
+    node = file.get(part, {})
+    return list(node.dtype.names or ()) if isinstance(node, h5py.Dataset) else list(node)
+
+
+def copy_obsm(file: h5py.File, cells: H5ad, keep: np.ndarray) -> list[str]:
+    """The kept rows, bool [cells], of what obsm has but for X_hvg; returns the names of what cannot be copied."""
+    left_out = []
+    source = cells.file.get("obsm")
+    for name in names_in(cells.file, "obsm"):
+        if name == "X_hvg":
+            left_out.append("X_hvg (chosen anew)")
             continue
-        matrix = cells.matrix(key)
-        name = key.removeprefix("obsm/")
-        shape = (int(keep.sum()), matrix.shape[1])
-        space = matrix_space(file["obsm"], name, shape)
-        written = 0
-        for start, stop, block in matrix.blocks():
-            rows = as_dense(block)[keep[start:stop]]
-            space[written : written + len(rows)] = rows
-            written += len(rows)
+        with cells.guard(f"obsm/{name}"):
+            node = source.fields(name)[:] if isinstance(source, h5py.Dataset) else source[name]
+            if isinstance(node, h5py.Group):
+                is_copied = copy_group(file["obsm"], name, cells, keep)
+            else:
+                is_copied = node.shape[:1] == keep.shape and node.dtype.kind in "iufb"
+                if is_copied:
+                    copy_rows(file["obsm"], name, node, keep)
+        if not is_copied:
+            left_out.append(name)
+    return left_out
+
+
+def copy_group(group: h5py.Group, name: str, cells: H5ad, keep: np.ndarray) -> bool:
+    """The kept rows of a table or a sparse matrix in obsm; False if it is neither."""
+    node = cells.file[f"obsm/{name}"]
+    if attribute(node, "encoding-type") == "dataframe":
+        columns = {column: values[keep] for column, values in cells.frame(f"obsm/{name}").items()}
+        write_frame(group, name, cells.obs_names[keep], columns, cells.index_name("obs"))
+        return True
+    if is_matrix(node):
+        copy_sparse(group, name, cells.matrix(f"obsm/{name}"), keep)
+        return True
+    return False
+
+
+def copy_rows(group: h5py.Group, name: str, values: np.ndarray | h5py.Dataset, keep: np.ndarray, most: int = 8_192
+              ) -> None:
+    """The kept rows of an array of any type and number of axes, at most so many at once."""
+    space = encoded(group.create_dataset(name, (int(keep.sum()), *values.shape[1:]), values.dtype), "array")
+    written = 0
+    for start in range(0, len(keep), most):
+        part = slice(start, start + most)
+        rows = values[part][keep[part]]
+        space[written : written + len(rows)] = rows
+        written += len(rows)
+
+
+def copy_sparse(group: h5py.Group, name: str, matrix: Matrix, keep: np.ndarray) -> None:
+    """The kept rows of a sparse matrix, as CSR."""
+    lengths = [np.diff(block.indptr)[keep[start:stop]] for start, stop, block in matrix.blocks()]
+    pointers = np.append(0, np.concatenate(lengths).cumsum())
+    node = matrix_space(group, name, (int(keep.sum()), matrix.shape[1]), int(pointers[-1]))
+    node["indptr"][...] = pointers
+    filled = 0
+    for start, stop, block in matrix.blocks():
+        rows = block[keep[start:stop]]
+        part = slice(filled, filled + rows.nnz)
+        node["data"][part] = rows.data
+        node["indices"][part] = rows.indices
+        filled = part.stop
+
+
+OF_X_HVG = ("log1p", "X_hvg_var_names", "hvg_names")  # in uns: what is said of the matrices that are made anew
+
+
+def copy_rest(file: h5py.File, cells: H5ad, key: str, keep: np.ndarray) -> list[str]:
+    """What else the input has and still fits: uns, varm, varp, obsp; returns a text for each part that is left out.
+
+    key: of the matrix that became X. keep: cells of the new file, bool [cells].
+    """
+    is_old = isinstance(cells.file["obs"], h5py.Dataset)  # anndata before 0.7
+    same_genes = key != "raw/X"
+    fits = {"uns": True, "varm": same_genes, "varp": same_genes, "obsp": keep.all()}
+    left_out = []
+    for part in cells.file:
+        if part in ("X", "obs", "var", "obsm"):
+            continue
+        names = [f"{part}/{name}" for name in names_in(cells.file, part)]
+        if part == "uns":
+            names = [name for name in names if name.removeprefix("uns/") not in OF_X_HVG]
+        if is_old:  # it keeps the categories of obs there
+            names = [name for name in names if not name.endswith("_categories")]
+        if fits.get(part, False) and not isinstance(cells.file[part], h5py.Dataset):
+            with cells.guard(part):
+                for name in names:
+                    cells.file.copy(name, file[part])
+        elif part.startswith("raw"):  # "raw", or "raw.X" and "raw.var" of old files
+            if key != "raw/X" and part in ("raw", "raw.X"):
+                left_out.append("raw")
+        else:
+            others = [name.partition("/")[2] for name in names if name != key]
+            if others:
+                left_out.append(f"{part} ({', '.join(others)})")
+    if key != "X" and "X" in cells.keys:
+        left_out.append("X as it was")
+    return left_out
 
 
 def preprocess(
@@ -179,6 +330,7 @@ def preprocess(
     target_sum: float = 1e4,
     num_hvgs: int = 2_000,
     drop_empty: bool = False,
+    drop_unlabelled: bool = False,
     keep_counts: bool = False,
     pert_col: str = "",
     cell_type_key: str = "",
@@ -188,8 +340,10 @@ def preprocess(
 ) -> dict:
     """Counts of an h5ad -> X log1p CSR, obsm X_hvg; returns numbers of cells and genes.
 
-    Three passes over blocks of rows: check, write X and sum up the genes, write X_hvg; memory does not grow with cells
-    but for obs. Raises DataError for what is neither counts nor log1p, and for cells without counts unless drop_empty.
+    obs, var, obsm, varm, varp, obsp and uns go along as far as they still fit, and what is left out is said. Three
+    passes over blocks of rows: check, write X and sum up the genes, write X_hvg; memory does not grow with cells but
+    for obs. Raises DataError for what is neither counts nor log1p nor normalised, for cells without counts unless
+    drop_empty, and for cells without a value in the columns that are named unless drop_unlabelled.
     """
     path = Path(output or Path(out_dir) / Path(input).name)
     if path.exists() and Path(input).exists() and path.samefile(input):
@@ -202,44 +356,77 @@ def preprocess(
         columns.setdefault("pert_col", "gene")
 
     with H5ad(input) as cells:
-        matrix, values, log1p = checked_counts(cells, layer, columns, control_pert)
-        totals = values["row_sums"]
-        keep = totals > 0
-        empty = int((~keep).sum())
-        if empty and (not drop_empty or empty == cells.n_obs):
-            first = int(keep.argmin())
-            raise DataError(
-                f"{matrix.where} has {empty:,} cells without any count, first cell {first} "
-                f"({cells.obs_names[first]}): leave them out with --drop_empty"
-            )
-        scale = None if log1p else target_sum
-        shape = (int(keep.sum()), cells.n_vars)
-        obs = {name: column[keep] for name, column in cells.frame("obs").items()}
-        with new_h5ad(path, cells.obs_names[keep], obs, {"log1p": {}}) as file:
-            # Which genes vary is known only when all cells were written, so X_hvg takes another pass.
-            blocks = expression(matrix, totals, scale, "expression")
-            sums, squares = write_expression(file, blocks, shape, values["nnz"], keep_counts)
-            genes = variable_genes(sums, squares, shape[0], num_hvgs)
-            chosen = genes["highly_variable"]
-            width = int(chosen.sum())
-            if not width:
-                raise DataError(f"{matrix.where}: no gene differs between cells, so there are none to choose")
-            write_frame(file, "var", cells.var_names, {**cells.frame("var"), **genes})
-            blocks = expression(matrix, totals, scale, "X_hvg")
-            write_variable(file, blocks, (shape[0], width), chosen)
-            copy_obsm(file, cells, keep)
+        found = checked_counts(cells, layer, columns, control_pert, drop_unlabelled)
+        if keep_counts and found.kind != "counts":
+            raise DataError(f"{found.matrix.where} holds {found.kind}, so there are no counts: without --keep_counts")
+        keep = kept_cells(found, drop_empty)
+        shape = (int(keep.sum()), found.matrix.shape[1])
+        width, left_out = write_preprocessed(path, cells, found, keep, target_sum, num_hvgs, keep_counts)
 
-    how = "log1p already, so kept as they are" if log1p else f"counts to {target_sum:g} a cell, log1p"
+    empty = int((found.values["row_sums"] == 0).sum())
+    unlabelled = len(keep) - shape[0] - empty
+    dropped = f"{empty:,} empty ones left out" if empty != 1 else "1 empty one left out"
+    if unlabelled:
+        dropped += f", {unlabelled:,} without a value in a column that was named"
     limit = f", all that vary: num_hvgs is {num_hvgs:,}" if width < num_hvgs else ""
     print(
-        f"preprocess: {shape[0]:,} cells ({empty:,} empty ones left out), {shape[1]:,} genes; {how}; "
-        f"X_hvg has the {width:,} most variable genes{limit}; written to {path}"
+        f"preprocess: {counted(shape[0], 'cell')} ({dropped}), {counted(shape[1], 'gene')}; "
+        f"{what_was_done(found, target_sum)}; X_hvg has the {width:,} most variable of them{limit}; written to {path}"
     )
+    if left_out:
+        print(f"note: left out of {input}: {', '.join(left_out)}")
     return {
         "cells": shape[0],
         "genes": shape[1],
         "hvgs": width,
-        "dropped": empty,
-        "log1p": log1p,
+        "dropped": len(keep) - shape[0],
+        "log1p": found.kind == "log1p",
+        "left_out": left_out,
         "path": str(path),
     }
+
+
+def what_was_done(found: Found, target_sum: float) -> str:
+    """How the matrix became expression, in words."""
+    if found.kind == "counts":
+        return f"counts to {target_sum:g} a cell, log1p"
+    if found.kind == "normalised, not logged":
+        return f"normalised already, but not logged: scaled to {target_sum:g} a cell, log1p"
+    base = found.values["log_base"]
+    if base != math.e:
+        return f"log1p already, to base {base:g}: brought to the natural logarithm"
+    return "log1p already, so kept as they are"
+
+
+def write_preprocessed(
+    path: Path,
+    cells: H5ad,
+    found: Found,
+    keep: np.ndarray,
+    target_sum: float,
+    num_hvgs: int,
+    keep_counts: bool,
+) -> tuple[int, list[str]]:
+    """Write the new file, whole or not at all; returns how many variable genes it has, and what was left out."""
+    matrix = found.matrix
+    shape = (int(keep.sum()), matrix.shape[1])
+    obs = {name: column[keep] for name, column in cells.frame("obs").items()}
+    with new_h5ad(path, cells.obs_names[keep], obs, {"log1p": {}}, cells.index_name("obs")) as file:
+        # Which genes vary is known only when all cells were written, so X_hvg takes another pass.
+        blocks = expression(found, keep, target_sum, "expression")
+        sums, squares = write_expression(file, blocks, shape, values_of(found, keep), keep_counts)
+        genes = variable_genes(sums, squares, shape[0], num_hvgs)
+        chosen = genes["highly_variable"]
+        width = int(chosen.sum())
+        if not width:
+            raise DataError(f"{matrix.where}: no gene differs between cells, so there are none to choose")
+        part = cells.var_part(matrix.key)
+        columns = {**cells.frame(part), **genes}
+        write_frame(file, "var", cells.row_names(part), columns, cells.index_name(part))
+        blocks = expression(found, keep, target_sum, "X_hvg")
+        write_variable(file, blocks, (shape[0], width), chosen)
+        left_out = copy_rest(file, cells, matrix.key, keep)
+        tables = copy_obsm(file, cells, keep)
+        if tables:
+            left_out.append(f"obsm ({', '.join(tables)})")
+    return width, left_out

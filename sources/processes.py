@@ -10,7 +10,6 @@ and what matters of the past for the future is the belief v T[w1] ... T[wL], sca
 Dimensions: B batch, L tokens, V tokens of the vocabulary, S states, N words or beliefs.
 """
 
-import difflib
 import hashlib
 import inspect
 import math
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, reason
+from sources.shared import closest, counted
 
 
 class ProcessError(InputError):
@@ -274,11 +274,6 @@ def listing() -> str:
     lines.append("  nonergodic(components)  draws one of its components once and stays in it")
     lines.append("  custom(matrices)  matrices [V, S, S] of your own")
     return "\n".join(lines)
-
-
-def counted(number: int, noun: str) -> str:
-    """1 state, 2 states."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -945,8 +940,7 @@ def make_process(
     """
     known = [*PROCESSES, *COMPOSED]
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else "."
+        hint = closest(name, known) or "."
         raise ProcessError(f"unknown process {name!r}{hint} Known: {', '.join(known)}")
     for key in params:
         if key not in parameters(name):

@@ -101,26 +101,49 @@ def progress(things: Iterable, text: str, unit: str, total: int | None = None) -
     return tqdm(things, desc=text, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)
 
 
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of names that is most like `name`, upper and lower case being the same; None where none is near.
+
+    cutoff: least likeness, as of difflib.get_close_matches.
+    """
+    spellings = {}
+    for known in names:
+        spellings.setdefault(str(known).casefold(), str(known))
+    near = difflib.get_close_matches(str(name).casefold(), spellings, n=1, cutoff=cutoff)
+    return spellings[near[0]] if near else None
+
+
+def quoted(names: Iterable[str], most: int = 12) -> str:
+    """"'x', 'y' and 3 more", or "none": in quotes, a blank at the end of a name is seen."""
+    texts = [repr(str(name)) for name in names]
+    listed = ", ".join(texts[:most]) or "none"
+    if len(texts) > most:
+        listed += f" and {len(texts) - most} more"
+    return listed
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """", did you mean 'x'?", or "" where none of names is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, names)
+    return "" if near is None else f", did you mean {near!r}?"
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """"; did you mean 'x'? There are x, y, z": what follows a name that is none of names."""
-    names = [str(known) for known in names]
-    listed = ", ".join(names[:12]) or "none"
-    if len(names) > 12:
-        listed += f" and {len(names) - 12} more"
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}? There are {listed}"
-    return f"; there are {listed}"
+    """"; did you mean 'x'? There are 'x', 'y', 'z'": what follows a name that is none of names."""
+    names = list(names)
+    near = nearest(name, names, cutoff=0.5)
+    if near is None:
+        return f"; there are {quoted(names)}"
+    return f"; did you mean {near!r}? There are {quoted(names)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def report(problems: list[str]) -> None:
     """What an inspection ends with."""
     for problem in problems:
         print(f"  problem: {problem}")
-    print(f"  {len(problems)} problems" if problems else "  no problem found")
+    print(f"  {counted(len(problems), 'problem')}" if problems else "  no problem found")

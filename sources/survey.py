@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from common.errors import DataError
-from sources.h5ad import H5ad
+from sources.h5ad import H5ad, as_text, no_value
+from sources.shared import counted
 
 CODES = ("file", "row", "cell_type", "perturbation", "batch")
 
@@ -15,7 +17,7 @@ CODES = ("file", "row", "cell_type", "perturbation", "batch")
 class Survey:
     """What the cells of some files are, and what the columns of their matrices mean."""
 
-    codes: dict[str, np.ndarray]  # CODES -> int32 [N]
+    codes: dict[str, np.ndarray]  # CODES -> int32 [N]; -1 for a cell without a value
     cell_types: list[str]  # sorted; what the codes mean
     perturbations: list[str]
     batches: list[str]
@@ -31,7 +33,7 @@ def matrix_keys(embed_key: str | None, output_space: str) -> dict[str, str]:
     """Which matrices of an h5ad are read: "input", and "counts" where a decoder learns other genes than the input's."""
     keys = {"input": embed_key or "X"}
     learned = {"gene": "X_hvg", "all": "X"}.get(output_space)
-    if learned and embed_key not in (None, learned):
+    if learned and embed_key and embed_key != learned:
         keys["counts"] = learned
     return keys
 
@@ -53,7 +55,7 @@ def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[s
         with H5ad(path) as file:
             for name, column in columns.items():
                 if column:
-                    codes_and_values = file.column(column)
+                    codes_and_values = file.column(column, missing=True)
                 else:
                     codes_and_values = (np.zeros(file.n_obs, np.int32), ["all"])
                 columns_of_files[name].append(codes_and_values)
@@ -104,8 +106,31 @@ def joined(columns: list[tuple[np.ndarray, list[str]]]) -> tuple[list[str], np.n
     codes_of_all = []
     for codes, values in columns:
         places = np.searchsorted(meaning, values).astype(np.int32)  # of a file's values among those of all
-        codes_of_all.append(places[codes])
+        codes_of_all.append(np.append(places, np.int32(-1))[codes])  # -1, of a missing value, finds the last
     return meaning, np.concatenate(codes_of_all)
+
+
+def labelled(
+    codes: dict[str, np.ndarray],
+    columns: dict[str, str | None],
+    files: list[Path],
+    drop_unlabelled: bool,
+) -> np.ndarray:
+    """Which cells have a cell type, a perturbation and a batch, bool [N].
+
+    Args: as of Survey and survey_files. Raises DataError, naming the first that lacks one, unless drop_unlabelled.
+    """
+    known = np.ones(len(codes["file"]), bool)
+    for name, column in columns.items():
+        lost = codes[name] < 0
+        if lost.any() and not drop_unlabelled:
+            f = codes["file"][lost.argmax()]
+            lost_in_file = lost[codes["file"] == f]
+            raise DataError(f"{files[f]}: obs column {column!r} {no_value(lost_in_file)}")
+        known &= ~lost
+    if not known.any():
+        raise DataError(f"{files[0]}: no cell has a value in all of {', '.join(filter(None, columns.values()))}")
+    return known
 
 
 def column_names(file: H5ad, key: str | None) -> np.ndarray | int:
@@ -113,15 +138,54 @@ def column_names(file: H5ad, key: str | None) -> np.ndarray | int:
     matrix = file.matrix(key)
     width = matrix.shape[1]
     if not matrix.key.startswith("obsm/"):
-        return file.gene_names
+        return file.genes_of(file.var_part(matrix.key))
+    if matrix.names is not None:  # a table
+        return as_genes(file, matrix.names)
     if matrix.key == "obsm/X_hvg":
-        chosen = file.frame("var").get("highly_variable")
-        if chosen is not None and chosen.dtype == bool and chosen.sum() == width:
-            return file.gene_names[chosen]
-        names = file.file.get("uns/hvg_names")
-        if names is not None and len(names) == width:
-            return np.array([name.decode() if isinstance(name, bytes) else str(name) for name in names[:]])
+        return variable_names(file, width)
     return width
+
+
+def variable_names(file: H5ad, width: int) -> np.ndarray | int:
+    """Genes of the columns of X_hvg, or their number: uns names them, or var.highly_variable marks them in order.
+
+    Raises DataError if uns has another number of names.
+    """
+    names = uns_texts(file, "X_hvg_var_names")
+    if names is not None:
+        if len(names) != width:
+            raise DataError(
+                f"{file.path}: uns/X_hvg_var_names has {counted(len(names), 'name')}, and obsm/X_hvg "
+                f"{counted(width, 'column')}: "
+                "it is of another X_hvg, so write it anew or delete it"
+            )
+        return as_genes(file, names)
+    marked = file.flags("var", "highly_variable")
+    if marked is not None and marked.sum() == width:
+        return file.gene_names[marked]
+    names = uns_texts(file, "hvg_names")
+    if names is not None and len(names) == width:
+        return as_genes(file, names)
+    return width
+
+
+def uns_texts(file: H5ad, name: str) -> list[str] | None:
+    """A list of texts in uns; None where there is none."""
+    node = file.file.get(f"uns/{name}")
+    if isinstance(node, h5py.Group) and "values" in node:  # nullable text
+        node = node["values"]
+    if not isinstance(node, h5py.Dataset) or len(node.shape or ()) != 1:
+        return None
+    with file.guard(f"uns/{name}"):
+        return [as_text(value) for value in node[:]]
+
+
+def as_genes(file: H5ad, names: list[str]) -> np.ndarray:
+    """Names of genes; where all are of the index of var, their gene_name, as the other matrices have them."""
+    gene_of_index = dict(zip(file.var_names.tolist(), file.gene_names.tolist(), strict=True))
+    if all(name in gene_of_index for name in names):
+        names = [gene_of_index[name] for name in names]
+    return np.array(names)
 
 
 def numbered_columns(files: list[Path], tables: list, key: str) -> list[str]:
@@ -129,7 +193,7 @@ def numbered_columns(files: list[Path], tables: list, key: str) -> list[str]:
     widths = [names if isinstance(names, int) else len(names) for names in tables]
     for file, width in zip(files, widths, strict=True):
         if width != widths[0]:
-            raise DataError(f"{key} has {widths[0]} columns in {files[0]} but {width} in {file}")
+            raise DataError(f"{key} has {counted(widths[0], 'column')} in {files[0]} but {width} in {file}")
     return [f"{key}_{i}" for i in range(widths[0])]
 
 
@@ -143,8 +207,16 @@ def align(files: list[Path], tables: list, key: str) -> tuple[list[str], list[np
     Raises DataError for embeddings of different widths, repeated names, and files without a common gene.
     """
     as_they_are = [None] * len(files)
-    if any(isinstance(names, int) for names in tables):
-        return numbered_columns(files, tables, key), as_they_are, []
+    unnamed = [file for file, names in zip(files, tables, strict=True) if isinstance(names, int)]
+    if unnamed:
+        differences = []
+        if key == "X_hvg" and len(files) > 1:
+            differences.append(
+                f"{unnamed[0]} does not say which genes the columns of its X_hvg are, so they cannot be put beside "
+                "those of the other files: write uns['X_hvg_var_names'] or var['highly_variable']; with strict=False "
+                "they are taken to be the same genes in the same order"
+            )
+        return numbered_columns(files, tables, key), as_they_are, differences
     if all(np.array_equal(names, tables[0]) for names in tables):
         return [str(name) for name in tables[0]], as_they_are, []
 
@@ -161,7 +233,7 @@ def align(files: list[Path], tables: list, key: str) -> tuple[list[str], list[np
         odd = sorted(place.keys() ^ places[0].keys())
         if odd:
             differences.append(
-                f"{file} and {files[0]} have different genes in {key}: {len(odd):,} are in one only, "
+                f"{file} and {files[0]} have different genes in {key}: {counted(len(odd), 'gene')} in one only, "
                 f"such as {odd[0]}; with strict=False those that all have are used"
             )
     genes = [gene for gene in places[0] if all(gene in place for place in places)]

@@ -1,7 +1,6 @@
 """Text: documents from files, the hub or Python's own documentation, and streams of tokens with their meta.json."""
 
 import ast
-import base64
 import contextlib
 import csv
 import hashlib
@@ -14,19 +13,21 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import DataError
-from sources.shared import Workshop, closest, optional, progress, report
+from sources.files import KINDS, UNREADABLE, kind_of, open_text, text_files, utf8_blocks
+from sources.shared import Workshop, closest, counted, optional, progress, quoted, report
 from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
 
-TEXT_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 LEAST, MOST = 2_000, 1 << 16  # bytes of a document cut from a running text
 READ_BYTES = 1 << 20  # of such a file, at once
+PIECE = 1 << 22  # tokens of a stream that are looked at at once
+MOST_CHARACTERS = 1 << 28  # of a cell of a table: a longer one is a quote that is not closed
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 22  # to the tokenizer at once
 HUB_BYTES = 1e9  # read of a hub data set where the settings name no limit
 
@@ -52,24 +53,30 @@ HUB = {  # input=NAME
 
 
 def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | bytes]]) -> Iterator[tuple[str, dict]]:
-    """(where it stands, record) of a file; `texts` cuts a .txt file. A .json is read whole, the others as a stream."""
+    """(where it stands, record) of a file; `texts` cuts a .txt file. A .json is read whole, unless it has a record a
+    line, the others as a stream. Raises DataError for a file that is damaged or of no kind that is known."""
+    kind = kind_of(path)
     try:
-        if path.suffix == ".txt":
+        if kind == ".txt":
             for text in texts(path):
                 yield str(path), {column: text, "category": path.parent.name}
-        elif path.suffix == ".json":
-            yield from json_records(path, column)
-        elif path.suffix == ".jsonl":
+        elif kind == ".jsonl" or kind == ".json" and has_lines(path):
             yield from jsonl_records(path, column)
-        elif path.suffix == ".csv":
+        elif kind == ".json":
+            yield from json_records(path, column)
+        elif kind == ".csv":
             yield from csv_records(path)
-        elif path.suffix == ".parquet":
+        elif kind == ".parquet":
             yield from parquet_records(path)
         else:
-            raise DataError(f"{path}: use {', '.join(TEXT_FILES)}, or a folder of such files")
+            raise DataError(f"{path}: use {', '.join(KINDS)}, or a folder of such files")
     except DataError:
         raise
-    except (OSError, ValueError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"cannot read {path}: it is not {error.encoding} (byte {byte:#x}: {error.reason}); save it as "
+                        "UTF-8") from error
+    except UNREADABLE as error:
         raise DataError(f"cannot read {path}: {error}") from error
     except Exception as error:  # pyarrow's own errors for damaged files
         if type(error).__module__.startswith("pyarrow"):
@@ -77,9 +84,27 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
         raise
 
 
+def has_lines(path: Path) -> bool:
+    """Whether a .json has a value a line, as Kaggle's have: the first line is one, and another follows."""
+    with open_text(path) as file:
+        lines = (line for line in file if line.strip())
+        first = next(lines, "")
+        if not next(lines, ""):
+            return False
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
 def json_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
-    """Those of the list that the file is, or of the only list in its object."""
-    value = parsed(path.read_text(encoding="utf-8"), str(path))
+    """Those of the list that the file is, or of the only list in its object; an object with a text is a record."""
+    with open_text(path) as file:
+        value = parsed(file.read(), str(path))
+    if isinstance(value, dict) and isinstance(value.get(column), str):
+        yield str(path), value
+        return
     lists = [value]
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list)]
@@ -92,7 +117,7 @@ def json_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
 
 
 def jsonl_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
-    with open(path, encoding="utf-8") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             if line.strip():
@@ -100,10 +125,32 @@ def jsonl_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
 
 
 def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(2**31 - 1)  # a document is longer than the default
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, record in enumerate(csv.DictReader(file), 2):
-            yield f"{path}, row {number}", record
+    """The rows of a table. Raises DataError for a row that only a guess could read: what follows it would be wrong."""
+    csv.field_size_limit(MOST_CHARACTERS)
+    with open_text(path, newline="") as file:
+        rows = csv.reader(file, strict=True)
+        names = None
+        number = 1  # of a row: the names are row 1, and a text may go over many lines
+        while True:
+            where = f"{path}, row {number}"
+            begin = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise DataError(f"{where}, from line {begin} on: {error}; a quote that is not closed, or stands alone "
+                                "in a quoted text (write it twice)?") from error
+            if row is None:
+                return
+            if not row:  # an empty line
+                continue
+            number += 1
+            if names is None:
+                names = row
+                continue
+            if any(row[len(names) :]):
+                raise DataError(f"{where}, line {begin}: {len(row)} cells under {counted(len(names), 'name')}; a text "
+                                "that has a comma needs quotes around it")
+            yield where, dict(zip_longest(names, row[: len(names)]))
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -128,10 +175,16 @@ def record_of(value, where: str, column: str) -> dict:
 
 
 def column_of(where: str, record: dict, column: str, setting: str):
-    if record.get(column) is None:
-        raise DataError(f"{where}: no column {column!r}; there are {', '.join(map(str, record))}. Name it with "
+    if column not in record:
+        raise DataError(f"{where}: no column {column!r}; there are {quoted(record)}. Name it with "
                         f"{setting}=NAME")
     return record[column]
+
+
+def is_missing(record: dict, column: str) -> bool:
+    """Whether a cell is there and says nothing: null, or the nan that tables have for it."""
+    value = record.get(column, "")
+    return value is None or value != value
 
 
 def text_of(where: str, record: dict, column: str) -> str:
@@ -145,7 +198,8 @@ def text_of(where: str, record: dict, column: str) -> str:
 
 def whole(path: Path) -> Iterator[str]:
     """A .txt file as one document."""
-    yield path.read_text(encoding="utf-8")
+    with open_text(path) as file:
+        yield file.read()
 
 
 def cut_text(path: Path) -> Iterator[bytes]:
@@ -154,12 +208,11 @@ def cut_text(path: Path) -> Iterator[bytes]:
     mark = b"<|endoftext|>"
     marked = holds(path, mark)
     rest = b""
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            data = rest + block
-            *texts, rest = data.split(mark) if marked else cut_running(data, MOST)
-            for text in texts:
-                yield text.strip(b"\r\n")
+    for block in utf8_blocks(path, READ_BYTES):
+        data = rest + block
+        *texts, rest = data.split(mark) if marked else cut_running(data, MOST)
+        for text in texts:
+            yield text.strip(b"\r\n")
     texts = [rest] if marked else cut_running(rest, LEAST)
     for text in texts:
         yield text.strip(b"\r\n")
@@ -168,11 +221,11 @@ def cut_text(path: Path) -> Iterator[bytes]:
 def holds(path: Path, mark: bytes) -> bool:
     """Whether the mark is anywhere in the file, also across the blocks in which it is read."""
     tail = b""
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            if mark in tail + block:
-                return True
-            tail = block[-len(mark) :]
+    for block in utf8_blocks(path, READ_BYTES):
+        data = tail + block
+        if mark in data:
+            return True
+        tail = data[-len(mark) :]
     return False
 
 
@@ -291,22 +344,11 @@ def source_records(source: str, column: str, split: str) -> Iterator[tuple[str, 
         raise DataError(f"{source}: no such file or folder{near} Names of the hub: {', '.join(HUB)}")
 
 
-def text_files(path: Path) -> list[Path]:
-    """A file, or those of a folder; a hidden folder in it may be this preparation's own."""
-    if not path.is_dir():
-        return [path]
-    files = []
-    for file in sorted(path.rglob("*.*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix in TEXT_FILES and not hidden:
-            files.append(file)
-    if not files:
-        raise DataError(f"{path} holds no {', '.join(TEXT_FILES)} files")
-    return files
+def documents_of(source: str, split: str, reading: Reading, empty: Counter) -> Iterator[str]:
+    """The documents with a text, until a limit is reached; a limit for validation is val_fraction of it.
 
-
-def documents_of(source: str, split: str, reading: Reading) -> Iterator[str]:
-    """The documents that are not empty, until a limit is reached; a limit for validation is val_fraction of it."""
+    Those without are counted in empty[split].
+    """
     column = reading.text_column
     bytes_left = reading.max_bytes or (HUB_BYTES if source in HUB else math.inf)
     documents_left = reading.max_documents or math.inf
@@ -315,10 +357,9 @@ def documents_of(source: str, split: str, reading: Reading) -> Iterator[str]:
         documents_left *= reading.val_fraction
     with contextlib.closing(source_records(source, column, split)) as records:
         for where, record in progress(records, f"{split} documents read", "doc"):
-            if column in record and record[column] is None:  # an empty cell of a table is no document
-                continue
-            text = text_of(where, record, column)
+            text = "" if is_missing(record, column) else text_of(where, record, column)
             if not text.strip():
+                empty[split] += 1
                 continue
             yield text
             bytes_left -= size_of(text)
@@ -346,23 +387,22 @@ class Spool:
         self.counts = Counter()  # documents of a (split, category)
         self.chars = Counter()
         self.files = {}
+        self.paths = {}  # by number: a category may be longer than the name of a file
 
     def add(self, split: str, category: str, text: str) -> None:
         key = split, category
         if key not in self.files:
-            self.files[key] = open(self.path(*key), "w", encoding="utf-8", errors="surrogatepass")
+            self.paths[key] = self.folder / f"documents-{len(self.paths)}.jsonl"
+            self.files[key] = open(self.paths[key], "w", encoding="utf-8")
         self.files[key].write(json.dumps(text) + "\n")
         self.counts[key] += 1
         self.chars[key] += len(text)
-
-    def path(self, split: str, category: str) -> Path:
-        return self.folder / f"{split}-{base64.urlsafe_b64encode(category.encode()).decode()}.jsonl"
 
     def texts(self, split: str, category: str) -> Iterator[str]:
         if (split, category) not in self.files:
             return
         self.files[split, category].flush()
-        with open(self.path(split, category), encoding="utf-8") as file:
+        with open(self.paths[split, category], encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
 
@@ -377,12 +417,13 @@ def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool
         val_source = source
     # A document's place is that of its text without case and margins: its copies share it, so that none is trained on
     # where another is held out.
+    empty = Counter()  # documents without a text, by split
     held, left_out = set(), 0  # places of the documents of val_source; training documents that are among them
     if val_source:
-        for text in documents_of(val_source, "validation", reading):
+        for text in documents_of(val_source, "validation", reading, empty):
             held.add(place_of(text.strip().casefold(), seed))
             spool.add("val", "", text)
-    for text in documents_of(source, "train", reading):
+    for text in documents_of(source, "train", reading, empty):
         place = place_of(text.strip().casefold(), seed)
         if place in held:
             left_out += 1
@@ -397,6 +438,8 @@ def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool
         raise DataError(f"{val_source or name} leaves no validation document: use more text, raise val_fraction, or "
                         "name a val_input")
     note = f"; left out {left_out:,} of training that are in validation too" if left_out else ""
+    if empty:
+        note += f"; skipped {counted(empty.total(), 'document')} without text"
     print(f"documents: {train:,} for training, {val:,} for validation{note}")
 
 
@@ -450,8 +493,9 @@ def batches(texts: Iterable[str], most: int = BATCH_CHARACTERS) -> Iterator[list
 
 
 def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int) -> dict:
-    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes}."""
+    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes, sha256}."""
     sizes = {"tokens": 0, "documents": 0, "bytes": 0}
+    digest = hashlib.sha256()
     eos, dtype = tokenizer.special["eos"], stream_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "wb"))
@@ -466,11 +510,14 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             # A tokenizer.json of others may claim fewer tokens than it gives.
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
-            ids.astype(dtype).tofile(file)
+            data = ids.astype(dtype)
+            data.tofile(file)
+            digest.update(data)
             sizes["tokens"] += len(ids)
             sizes["documents"] += len(batch)
             sizes["bytes"] += sum(map(size_of, batch))
             bar.update(len(batch))
+    sizes["sha256"] = digest.hexdigest()
     return sizes
 
 
@@ -532,13 +579,14 @@ def prepare_text(
 
 
 def write_meta(folder: Path, kind: str, vocab_size: int, special: dict, sizes: dict, **more) -> dict:
-    """meta.json, from {split: {tokens, documents, bytes}}; ids of special tokens that there are not are null."""
+    """meta.json, from {split: {tokens, documents, bytes, sha256}}; ids of special tokens that there are not are null.
+    """
     meta = {"kind": kind, "vocab_size": vocab_size, "dtype": stream_dtype(vocab_size).name}
     for name in ("eos", "bos", "pad", "unk"):
         meta[f"{name}_id"] = special.get(name)
-    for what in ("tokens", "documents"):
-        for split, counts in sizes.items():
-            meta[f"{split}_{what}"] = counts[what]
+    for what in ("tokens", "documents", "sha256"):
+        for split, facts in sizes.items():
+            meta[f"{split}_{what}"] = facts[what]
     meta["val_bytes"] = sizes["val"].get("bytes")
     meta |= more
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -598,15 +646,32 @@ def inspect_stream(folder: Path, tokens: int = 20) -> dict:
         print(f"  {split:<5} {len(stream):>13,} tokens {documents[split]:>9,} documents; {np.count_nonzero(counts):,} "
               f"tokens occur; most frequent: {', '.join(words)}")
     report(problems)
+    for split, stream in streams.items():
+        verify(folder / f"{split}.bin", stream, meta.get(f"{split}_sha256"))
     sizes = {split: len(stream) for split, stream in streams.items()}
     return {"tokens": sizes, "documents": documents, "problems": problems}
+
+
+def verify(path: Path, stream: np.ndarray, expected: str | None) -> None:
+    """Hold all bytes of a file against the digest of its preparation, and say so; raises DataError if they differ."""
+    if not expected:
+        print(f"  {path.name} was prepared without a digest: whether it has changed cannot be said")
+        return
+    digest = hashlib.sha256()
+    for begin in range(0, len(stream), PIECE):
+        digest.update(stream[begin : begin + PIECE])
+    found = digest.hexdigest()
+    if found != expected:
+        raise DataError(f"{path} is not what was prepared: its sha256 is {found[:16]}..., but meta.json says "
+                        f"{expected[:16]}...; prepare the folder again")
+    print(f"  {path.name} is as it was prepared: sha256 {found}")
 
 
 def count_stream(stream: np.ndarray, vocab_size: int) -> np.ndarray:
     """How often each token of the vocabulary occurs [V]."""
     counts = np.zeros(vocab_size, np.int64)
-    for begin in range(0, len(stream), 1 << 22):
-        block = stream[begin : begin + (1 << 22)]
+    for begin in range(0, len(stream), PIECE):
+        block = stream[begin : begin + PIECE]
         counts += np.bincount(block[block < vocab_size], minlength=vocab_size)
     return counts
 

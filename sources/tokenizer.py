@@ -22,6 +22,8 @@ HALF_BYTES = 16  # tokens that spell what has none of its own, two a byte
 FIRST_HALF = 0xD800  # they are decoded to surrogates from here on, which no text holds
 ESCAPED = re.compile("([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's surrogateescape writes it
 HALVES = re.compile("([\ud800-\ud80f])([\ud800-\ud80f])?")  # half bytes, while Characters decodes
+MOST_SPACE = 1 << 16  # characters: the regular expressions of tiktoken and rustbpe die of about 500,000 in a row
+LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MOST_SPACE + 1},}}")  # the look back keeps the search linear
 FOREIGN = {  # special tokens in Hugging Face's files, the first of them that there is
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
     "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
@@ -105,20 +107,22 @@ class Tokenizer:
             return [row.ids for row in self.engine.encode_batch(texts, add_special_tokens=False)]
         if self.kind == "char":
             return [self.engine.encode_ordinary(text) for text in texts]
-        if threads == 1 or not all(map(is_unicode, texts)):  # a pool of one thread costs a third of the speed
+        plain = all(map(is_unicode, texts)) and not any(map(has_long_space, texts))
+        if threads == 1 or not plain:  # a pool of one thread costs a third of the speed
             return [self._encode(text) for text in texts]
         return self.engine.encode_ordinary_batch(texts, num_threads=threads)
 
     def _encode(self, text: str) -> list[int]:
-        """By tiktoken, which takes no escaped bytes: each of those is a token."""
-        if is_unicode(text):
+        """By tiktoken, which takes no escaped bytes, each of which is a token, and no endless white space."""
+        if is_unicode(text) and not has_long_space(text):
             return self.engine.encode_ordinary(text)
         ids = []
         for part in ESCAPED.split(text):
             if ESCAPED.match(part):
                 ids.append(self.engine.encode_single_token(part.encode("utf-8", "surrogateescape")))
-            else:
-                ids += self.engine.encode_ordinary(part)
+                continue
+            for piece in cut_space(part):
+                ids += self.engine.encode_ordinary(piece)
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -132,6 +136,22 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.spec, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def has_long_space(text: str) -> bool:
+    return len(text) > MOST_SPACE and LONG_SPACE.search(text) is not None
+
+
+def cut_space(text: str) -> list[str]:
+    """The text in pieces, cut within white space alone, none of which has more than MOST_SPACE of it in a row."""
+    pieces, begin = [], 0
+    if has_long_space(text):
+        for match in LONG_SPACE.finditer(text):
+            for end in range(match.start() + MOST_SPACE, match.end(), MOST_SPACE):
+                pieces.append(text[begin:end])
+                begin = end
+    pieces.append(text[begin:])
+    return pieces
 
 
 def is_unicode(text: str) -> bool:
@@ -166,7 +186,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, **more) -> Tokenizer:
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), merged, pattern=PATTERN)
+    pieces = chain.from_iterable(map(cut_space, texts))
+    trainer.train_from_iterator(pieces, merged, pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     if len(ranks) < merged:
         raise DataError(f"vocab_size = {vocab_size}, but the training text supports only {len(ranks) + special} "
@@ -195,7 +216,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if str(source) == "gpt2":
         return gpt2_tokenizer({"kind": "gpt2"})
     try:
-        spec = json.loads(Path(source).read_text(encoding="utf-8"))
+        spec = json.loads(Path(source).read_text(encoding="utf-8-sig"))
         if spec.get("kind") in OURS:
             return make_tokenizer(spec)
     except DataError:
@@ -241,10 +262,15 @@ def gpt2_tokenizer(spec: dict) -> Tokenizer:
 
 
 def foreign_tokenizer(spec: dict, source: str | Path) -> Tokenizer:
-    """That of a tokenizer.json of Hugging Face."""
+    """That of a tokenizer.json of Hugging Face, without what the file asks for beyond the tokens of a text."""
     library = optional("tokenizers", "tokenizers")
+    # Saved truncation drops the rest of a document, saved padding counts as its tokens, and dropout of merges makes a
+    # text other tokens every time. All three are of somebody's training, not of the vocabulary.
+    plain = {**spec, "truncation": None, "padding": None}
     try:
-        engine = library.Tokenizer.from_str(json.dumps(spec))
+        if spec["model"].get("dropout"):
+            plain["model"] = {**spec["model"], "dropout": None}
+        engine = library.Tokenizer.from_str(json.dumps(plain))
         engine.encode_special_tokens = True  # those in a text are plain text
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
     except Exception as error:  # the library raises a bare Exception

@@ -50,7 +50,7 @@ BACKBONES = {"gru": GRU, "transformer": Transformer, "window": Window}
 ''')]
 OWN_TERM = [
     ('"rep_unlikelihood")', '"rep_unlikelihood", "leaving")'),
-    ('lambda: {"usage_balance": 0.02,', 'lambda: {"leaving": 0.1, "usage_balance": 0.02,'),
+    ('DEMO_WEIGHTS = {"usage_balance": 0.02,', 'DEMO_WEIGHTS = {"leaving": 0.1, "usage_balance": 0.02,'),
     ('''        # rep_unlikelihood = mean_t mean''',
      '''        # leaving = mean_k -log P[k, k]: small where a plan stays
         if "leaving" in terms:
@@ -110,6 +110,14 @@ def test_a_copy_trains_and_is_analysed(edits, monkeypatch):
     assert page.main(["--analyze=out/mine", "--device=cpu"])["val_nll"] == pytest.approx(result["val_nll"])
     lines = Path("out/mine/metrics.jsonl").read_text().splitlines()
     assert all(("leaving" in json.loads(line)) == (OWN_TERM in edits) for line in lines if '"split": "train"' in line)
+
+
+def test_a_copy_is_held_against_a_baseline_of_its_own(monkeypatch):
+    page = imported(monkeypatch, copied(OWN_DATA, OWN_BACKBONE, OWN_TERM))
+    result = page.main([*TINY, "--compare_baseline"])
+    assert checkpoint.load(Path("out/mine/baseline"))["experiment"] == "train_mine"
+    assert abs(result["baseline_parameters"] / result["parameters"] - 1) < 0.03
+    assert json.loads(Path("out/mine/baseline/config.json").read_text())["backbone"] == "window"
 
 
 def test_a_copy_beside_a_finished_run_of_the_original_is_a_run_of_its_own(monkeypatch):

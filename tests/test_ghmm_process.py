@@ -12,7 +12,8 @@ from scipy.stats import chisquare
 from common.errors import InputError
 from common.runtime import Runtime
 from configurator import configure
-from sources.processes import PROCESSES, Process, ProcessError, all_parameters, counted, make_process, parameters
+from sources.processes import PROCESSES, Process, ProcessError, all_parameters, make_process, parameters
+from sources.shared import counted
 from train_ghmm import Batches, Config, build_process
 
 GHMMS = ("tom_quantum", "fanizza", "post_quantum")

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import csv
 import gc
+import gzip
 import itertools
 import json
 import math
@@ -247,11 +248,11 @@ class Rows(list):
     features = None
 
 
-def hub(monkeypatch, records: list[dict], features: dict | None) -> None:
+def hub(monkeypatch, records: list[dict], features: dict | None, name: str = "ccdv/arxiv-classification") -> None:
     """A stand-in for the package datasets that serves these records."""
 
-    def load_dataset(path, name, streaming):
-        assert (path, name, streaming) == ("ccdv/arxiv-classification", "no_ref", True)
+    def load_dataset(path, config, streaming):
+        assert (path, config, streaming) == (name, "no_ref", True)
         found = {split: Rows(without([r for r in records if r["split"] == split], "split"))
                  for split in ("train", "validation", "test")}
         for rows in found.values():
@@ -291,6 +292,158 @@ def test_a_hub_that_cannot_be_had_is_one_line_with_the_way_round(capsys, monkeyp
     assert "no route" in (told := refused(capsys, "arxiv", *SMALL)) and "--input=FILE.jsonl" in told
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused(capsys, "arxiv", *SMALL) and list(Path.cwd().iterdir()) == []
+
+
+LABELLED = ("--vocab_size=280", "--chunk_size=8", "--threads=1", "--out_dir=out")
+
+
+def label(*settings: str) -> dict:
+    """Documents of papers.jsonl by category and split, prepared without naming the categories."""
+    prepare_data.main(["arxiv", *LABELLED, "--input=papers.jsonl", *settings])
+    return documents_of("out")
+
+
+def labelled(labels: list) -> None:
+    """papers.jsonl with twelve documents of each label, in all three splits."""
+    rows = []
+    splits = ("train", "train", "validation", "test")
+    for i, name in enumerate(12 * labels):
+        text = f"document {i} about " + " ".join(f"word{i * k % 97}" for k in range(30))
+        rows.append({"text": text, "label": name, "split": splits[i // len(labels) % 4]})
+    write_jsonl(rows)
+
+
+@pytest.mark.parametrize("more", [[], ["--categories=0,1,2,10"]])
+@pytest.mark.parametrize("labels", [[2, 10, 0, 1], ["2", "10", "0", "1"], [2.0, 10.0, 0.0, 1.0]], ids=str)
+def test_numbers_of_a_file_are_its_own_labels_and_no_names_of_ccdvs(labels, more):
+    labelled(labels)
+    assert label(*more)["train"] == {"0": 6, "1": 6, "2": 6, "10": 6}
+    with h5py.File("out/train.h5") as file:
+        assert file["category_code"].attrs["names"].tolist() == ["0", "1", "2", "10"]  # as numbers are sorted
+
+
+@pytest.mark.parametrize("names", [["c", "a", "b"], ["machine learning", "old news"], [True, False]], ids=str)
+def test_without_categories_all_that_a_file_has_are_taken(names):
+    labelled(names)
+    found = {str(name): 6 for name in sorted(map(str, names))}
+    assert label() == {"train": found, "validation": {k: 3 for k in found}, "test": {k: 3 for k in found}}
+    assert label(f"--categories={names[0]}")["train"] == {str(names[0]): 6}
+
+
+def test_without_categories_five_of_ccdvs_data_set_are_taken(monkeypatch):
+    names = chunks_source.CCDV_LABELS
+    draw = random.Random(3)
+    words = [f"word{i}" for i in range(60)]
+    records = [{"text": " ".join(draw.choices(words, k=20)), "label": i % len(names),
+                "split": ("train", "validation", "test")[i // len(names) % 3]} for i in range(12 * len(names))]
+    hub(monkeypatch, records, {"label": SimpleNamespace(names=None)})
+    prepare_data.main(["arxiv", *LABELLED])
+    assert documents_of("out")["train"] == dict.fromkeys(chunks_source.CATEGORIES, 4)
+
+
+def test_numbers_of_another_data_set_of_the_hub_are_its_own_labels(monkeypatch):
+    records = [{**record, "label": NAMES.index(record["category"])} for record in papers()]
+    hub(monkeypatch, without(records, "category"), {"label": SimpleNamespace(names=None)}, "other/papers")
+    prepare_data.main(["arxiv", "--input=other/papers", *LABELLED])
+    assert documents_of("out")["train"] == {"0": 12, "1": 12, "2": 12}
+
+
+SEVERAL = [["cs.DS", "math.CO"], ["math.CO", "cs.DS", "hep-th"], ["hep-th"]]
+
+
+@pytest.mark.parametrize("spell", [list, " ".join, ", ".join, repr, json.dumps, lambda labels: [" ".join(labels)]],
+                         ids=["list", "arxiv", "commas", "python", "json", "listed_arxiv"])
+def test_a_document_of_several_labels_is_of_the_first_unless_any_counts(spell, capsys):
+    labelled([spell(labels) for labels in SEVERAL])
+    assert label()["train"] == {"cs.DS": 6, "hep-th": 6, "math.CO": 6}
+    told = capsys.readouterr().out
+    assert told.count("several labels") == 1 and "24 documents of several labels: the first counts" in told
+    assert label("--categories=cs.DS,hep-th")["train"] == {"cs.DS": 6, "hep-th": 6}
+    assert label("--categories=cs.DS,hep-th", "--several_labels=any")["train"] == {"cs.DS": 12, "hep-th": 6}
+    assert "the first that categories names counts" in capsys.readouterr().out
+
+
+def test_what_is_no_list_of_arxivs_categories_is_one_label():
+    for cell in ("machine learning", "cs", "a, b", "cs.DS and more", "[draft", "semi-supervised"):
+        assert chunks_source.labels_of(cell) == [cell]
+    for cell in (None, "", [], [None], float("nan"), "[]"):
+        assert chunks_source.labels_of(cell) == []
+    assert chunks_source.labels_of("cond-mat.str-el  math-ph q-bio.NC") == ["cond-mat.str-el", "math-ph", "q-bio.NC"]
+    assert chunks_source.labels_of("a\ud83d") == ["a\ufffd"]
+
+
+def test_documents_without_text_or_label_are_skipped_and_counted(capsys):
+    records = papers()
+    more = [{**records[0], "text": None}, {**records[0], "text": float("nan")}, {**records[1], "category": None},
+            {**records[1], "category": "", "text": "other"}, {**records[1], "category": [], "text": "another"}]
+    prepare(write_jsonl([*more, *records]))
+    assert ("dropped 0 empty or repeated, 0 of other categories, 2 without text, 3 without a label"
+            in capsys.readouterr().out)
+    prepare(write_jsonl(records), "--out_dir=other")
+    assert same(contents("out"), contents("other"))
+
+
+def test_a_split_that_a_table_leaves_empty_is_dealt():
+    records = [{**record, "split": float("nan")} for record in papers()]
+    prepare(write_jsonl(records), *DEALT)
+    prepare(write_jsonl(without(records, "split")), *DEALT, "--out_dir=other")
+    assert same(contents("out"), contents("other"))
+
+
+@pytest.mark.parametrize("labels, words", [
+    (range(300), "column 'label' has more than 256 labels, so it names no categories: use another label_column=NAME"),
+    (["a", "long " * 60], "column 'label' has the label 'long long"),
+    (["a", "b", "rare"], "validation: no document of rare; raise validation_fraction, use more documents, or name what "
+                         "to keep: categories=a,b"),
+    (["a", "b", "untrained"], "train: no document of untrained")])
+def test_labels_that_cannot_all_be_categories_are_refused(labels, words, capsys):
+    labelled(list(labels))
+    held_out = {"rare": "validation", "untrained": "train"}
+    rows = [json.loads(line) for line in Path("papers.jsonl").read_text().splitlines()]
+    write_jsonl([row for row in rows if held_out.get(row["label"]) != row["split"]])
+    assert words in refused(capsys, "arxiv", *LABELLED, "--input=papers.jsonl") and not Path("out").exists()
+
+
+def test_a_category_that_is_not_tested_is_said(capsys):
+    labelled(["a", "b"])
+    rows = [json.loads(line) for line in Path("papers.jsonl").read_text().splitlines()]
+    write_jsonl([row for row in rows if (row["label"], row["split"]) != ("b", "test")])
+    found = label()
+    assert found["test"] == {"a": 3} and found["train"] == {"a": 6, "b": 6}
+    assert "test: no document of b" in capsys.readouterr().out
+
+
+def test_a_label_of_a_repeated_text_alone_is_no_category():
+    labelled(["a", "b"])
+    rows = [json.loads(line) for line in Path("papers.jsonl").read_text().splitlines()]
+    write_jsonl([*rows, {**rows[0], "label": "c"}, {**rows[0], "label": "d", "text": " "}])
+    assert set(label()["train"]) == {"a", "b"}
+
+
+def test_tables_with_a_byte_order_mark_and_packed_files_and_json_of_a_folder_are_read(capsys):
+    records = papers()
+    write_csv(records[:24])
+    Path("in").mkdir()
+    Path("in/A.CSV").write_text(Path("papers.csv").read_text(), encoding="utf-8-sig")
+    write_jsonl(records[24:48])
+    Path("in/b.jsonl.gz").write_bytes(gzip.compress(Path("papers.jsonl").read_bytes()))
+    Path("in/c.json").write_text(json.dumps(records[48:60]))
+    Path("in/d.json").write_text("".join(json.dumps(record) + "\n" for record in records[60:]))
+    Path("in/notes.md").write_text("none")
+    prepare("--input=in")
+    assert "in: 4 files read, 1 skipped" in (told := capsys.readouterr().out) and "notes.md" in told
+    prepare(write_jsonl(records), "--out_dir=other")
+    assert same(contents("out"), contents("other"))
+
+
+def test_a_folder_of_texts_in_utf_16_is_read():
+    for i, record in enumerate(records := without(papers(), "split")):
+        path = Path("papers", record["category"], f"{i:04}.TXT")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record["text"], encoding="utf-16")
+    prepare("--input=papers", *DEALT)
+    prepare(write_jsonl(records), *DEALT, "--out_dir=other")
+    assert same(contents("out"), contents("other"))
 
 
 def documents_of(folder: str) -> dict[str, Counter]:
@@ -347,8 +500,11 @@ def broken(name: str) -> list[str]:
         path.write_text("[1]\n" + path.read_text())
     elif name == "bytes":
         path.write_bytes(path.read_bytes() + b'{"text": "\xff"}')
-    elif name in ("split", "text", "text_missing"):
-        records[4] |= {"split": {"split": "holdout"}, "text": {"text": 5}, "text_missing": {"text": None}}[name]
+    elif name in ("split", "text"):
+        records[4] |= {"split": {"split": "holdout"}, "text": {"text": 5}}[name]
+        write_jsonl(records)
+    elif name == "text_missing":
+        del records[4]["text"]
         write_jsonl(records)
     elif name == "empty":
         path.write_text("")
@@ -363,12 +519,14 @@ def broken(name: str) -> list[str]:
 
 @pytest.mark.parametrize("defect, more, words", [
     ("", "--categories=cs.DQ,math.ST", "'cs.DQ', did you mean 'cs.DS'"), ("", "--text_column=body", "text_column=NAME"),
-    ("", "--label_column=labels", "no column 'labels'; there are text, category, split"), ("empty", "", "It has: none"),
+    ("", "--label_column=labels", "no column 'labels'; there are 'text', 'category', 'split'"),
+    ("empty", "", "It has: none"),
     ("json", "", "papers.jsonl, line 3: not JSON"), ("array", "", "line 1: expected an object"),
     ("bytes", "", "papers.jsonl"), ("split", "", "line 5: split 'holdout' is none of train, validation"),
-    ("text", "", "line 5: column 'text' holds int"), ("text_missing", "", "line 5: no column 'text'"),
+    ("text", "", "line 5: column 'text' holds int"),
+    ("text_missing", "", "line 5: no column 'text'; there are 'category', 'split'"),
     ("no_validation", "", "no validation documents"), ("category_without_validation", "", "no document of cs.IT"),
-    ("folder", "", "holds no .jsonl"), ("no_such_folder", "", "no such file"), ("", "--chunk_size=5000", "chunk_size"),
+    ("folder", "", "holds no .txt"), ("no_such_folder", "", "no such file"), ("", "--chunk_size=5000", "chunk_size"),
     ("", "--vocab_size=9000", "supports only"), ("", "--vocab_size=90", "at least 256"),
     ("", "--chunk_size=0", "at least 2"),
     ("", "--categories=cs.DS,cs.DS", "each once"), ("", "--categoris=a", "did you mean categories"),
@@ -402,6 +560,7 @@ def test_chunks_are_cut_from_one_document_each_and_a_categorys_lie_together(caps
             assert file["category_code"][:].tolist() == [NAMES.index(name) for name in owners]
             assert file["category_code"].attrs["names"].tolist() == NAMES
             attributes = {k: v if isinstance(v, str) else v.tolist() for k, v in file.attrs.items()}
+        assert len(attributes.pop("sha256")) == 64
         assert attributes == {
             "token_chunk_size": 16, "selected_categories_in_file": NAMES, "vocab_size": 300, "seed": 1337,
             "reference_chunk_budget_smallest_top_category": min(Counter(owners).values()),
@@ -513,6 +672,84 @@ def change(path: str, name: str, edit) -> None:
         file[name].attrs.update(attributes)
 
 
+def without_digest(path: str) -> None:
+    """Make a file what an older preparation wrote."""
+    with h5py.File(path, "a") as file:
+        del file.attrs["sha256"]
+
+
+def identity(path: str) -> str:
+    return chunks_source.chunk_arrays(Path(path))["fingerprint"]
+
+
+def other_layout(path: str, copy: str) -> None:
+    """The same chunks as a file of other types, compressed and in pieces."""
+    with h5py.File(path) as file, h5py.File(copy, "w") as other:
+        other.create_dataset("token_chunks", data=file["token_chunks"][:].astype(">i8"), chunks=(7, 6),
+                             compression="gzip")
+        labels = file["category_for_chunk"][:].astype(str).astype(object)
+        other.create_dataset("category_for_chunk", dtype=h5py.string_dtype(), data=labels)
+        other["doc_idx_for_chunk"] = file["doc_idx_for_chunk"][:].astype(np.int32)
+        other.attrs.update(file.attrs)
+
+
+@pytest.mark.parametrize("job", ["arxiv", "ergodic"])
+def test_inspect_holds_all_chunks_against_the_digest_of_their_preparation(job, capsys):
+    prepare(write_jsonl(papers())) if job == "arxiv" else ergodic(PARTS)
+    capsys.readouterr()
+    found = prepare_data.main(["inspect", "out"])
+    splits = {"arxiv": {"train", "validation", "test"}, "ergodic": {"train", "validation"}}[job]
+    assert set(found) == splits and capsys.readouterr().out.count("are as they were prepared: sha256 ") == len(splits)
+    other_layout("out/train.h5", "copy.h5")
+    assert identity("copy.h5") == identity("out/train.h5") != identity("out/validation.h5")
+    prepare_data.main(["inspect", "copy.h5"])  # the digest is that of the content
+    for name, edit in (("token_chunks", spoil(3, 1)), ("category_code", lambda codes: codes[::-1])):
+        before = Path("out/train.h5").read_bytes()
+        change("out/train.h5", name, edit)
+        assert "out/train.h5 is not what was prepared" in refused(capsys, "inspect", "out")
+        Path("out/train.h5").write_bytes(before)
+    with h5py.File("out/train.h5", "a") as file:
+        file["category_code"].attrs["names"] = [f"x{name}" for name in file["category_code"].attrs["names"]]
+    assert "out/train.h5 is not what was prepared" in refused(capsys, "inspect", "out/train.h5")
+    without_digest("out/train.h5")
+    prepare_data.main(["inspect", "out/train.h5"])
+    assert "prepared without a digest" in capsys.readouterr().out
+
+
+def test_the_fingerprint_of_chunks_is_that_of_their_content():
+    prepare(write_jsonl(papers()))
+    one = identity("out/train.h5")
+    assert len(one) == 16 and int(one, 16) >= 0
+    prepare(write_jsonl(papers(), "elsewhere.jsonl"), "--out_dir=other", "--threads=1")
+    assert identity("other/train.h5") == one
+    found = [one, identity("out/validation.h5")]
+    for settings in (["--chunk_size=8"], ["--vocab_size=290"], ["--categories=cs.DS,cs.IT,math.ST"],
+                     ["--max_documents=9"]):
+        prepare("--input=papers.jsonl", *settings)
+        found.append(identity("out/train.h5"))
+    ergodic(PARTS)
+    found.append(identity("out/train.h5"))
+    assert len(set(found)) == len(found) == 7
+    train, validation = chunks_source.train_and_validation(Path("out"))
+    assert train["fingerprint"] == identity("out/train.h5") and validation["fingerprint"] == identity(
+        "out/validation.h5")
+
+
+def test_chunks_prepared_without_a_digest_are_known_by_a_sample():
+    prepare(write_jsonl(papers()))
+    without_digest("out/train.h5")
+    one = identity("out/train.h5")
+    other_layout("out/train.h5", "copy.h5")
+    assert identity("copy.h5") == one == identity("out/train.h5")
+    change("out/train.h5", "token_chunks", spoil(3, 1))
+    changed = identity("out/train.h5")
+    found = [one, changed]
+    for edit in (lambda labels: labels[::-1], lambda labels: np.array([b"x" + label for label in labels], object)):
+        change("copy.h5", "category_for_chunk", edit)
+        found.append(identity("copy.h5"))
+    assert len(set(found)) == 4
+
+
 def spoil(row: int, value: int):
     def edit(tokens: np.ndarray) -> np.ndarray:
         tokens = tokens.astype(np.int64)
@@ -538,6 +775,7 @@ def test_inspect_counts_and_finds_nothing_wrong_in_a_good_file(capsys):
                                           (0, "1 chunks repeat"), (None, "2 chunks are in validation.h5 too")])
 def test_inspect_finds_what_is_wrong(value, words):
     prepare(write_jsonl(papers()))
+    without_digest("out/train.h5")  # with it a changed token is no problem among others
     if value is None:
         stolen = contents("out")["validation"]["token_chunks"][:2]
         change("out/train.h5", "token_chunks", lambda tokens: np.concatenate([stolen, tokens[2:]]))

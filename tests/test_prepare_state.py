@@ -139,7 +139,8 @@ def test_matrices_of_every_layout_read_the_same(layout, storage, monkeypatch):
             np.testing.assert_array_equal(np.concatenate([row[2] for row in rows]), values)
         found = cells.matrix("X").check()
         np.testing.assert_array_equal(found.pop("row_sums"), VALUES.sum(1))
-        assert found == {"min": 0, "max": 7, "integer": False, "nnz": 10, "largest_row_sum": 10}
+        assert found == {"min": 0, "max": 7, "integer": False, "nnz": 10, "largest_row_sum": 10, "normalised": False,
+                         "log_base": np.e}
         if layout != "dense":
             block = next(cells.matrix(None).blocks())[2]
             assert block.has_sorted_indices and block.dtype == np.float32 and block.indices.dtype == np.int32
@@ -280,7 +281,7 @@ def replace(file, key, values):
 
 
 BROKEN = {
-    "no X": (lambda f: f.pop("X"), "has no X"),
+    "no matrix": (lambda f: f.pop("X"), "has no X, and nothing in layers, obsm or raw"),
     "no obs": (lambda f: f.pop("obs"), "has no obs"),
     "indptr": (lambda f: replace(f, "X/indptr", [0, 10]), "not of one sparse matrix of 5 x 4"),
     "indices": (lambda f: replace(f, "X/indices", np.zeros(3, int)), "not of one sparse matrix"),
@@ -455,7 +456,7 @@ def test_a_file_of_an_old_anndata_is_preprocessed(capsys):
 
 
 REFUSED = {
-    "empty": (["--input=counts.h5ad"], "1 cells without any count, first cell 4 (4): leave them out with --drop_empty"),
+    "empty": (["--input=counts.h5ad"], "1 cell without any count, first cell 4 (4): leave them out with --drop_empty"),
     "column": (["--input=counts.h5ad", "--pert_col=genes"], "no obs column 'genes'; did you mean 'gene'?"),
     "control": (["--input=counts.h5ad", "--control_pert=non_targeting"], "did you mean 'non-targeting'?"),
     "layer": (["--input=counts.h5ad", "--layer=count"], "no matrix 'count'"),
@@ -566,6 +567,21 @@ def test_dropout_loses_a_gene_with_its_probability():
         sizes = np.exp(0.3 * np.random.default_rng(2).normal(size=4_000))  # of cells: log-normal
         expected = (np.exp(-sizes) + (1 - np.exp(-sizes)) * dropout**sizes).mean()
         assert (counts == 0).mean() == pytest.approx(expected, abs=0.015)
+
+
+def test_a_correlation_that_is_not_defined_is_left_out():
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(3, 9)), draw.normal(size=(3, 9))
+    b[1] = 0
+    expected = np.mean([np.corrcoef(a[i], b[i])[0, 1] for i in (0, 2)])
+    assert populations_source.mean_pearson(a, b) == pytest.approx(expected)
+    assert populations_source.mean_pearson(a, 0 * b) is None
+    X, kinds = draw.normal(size=(96, 9)), np.indices((4, 2, 12)).reshape(3, -1)
+    report = populations_source.noise_report(X, kinds[0], kinds[1], np.zeros((4, 1, 9)))
+    assert report == {"noise_ceiling": None, "perturbation_mean": None}
+    assert populations_source.noise_in_words(report, "c3") == "no perturbation has an effect on c3"
+    told = populations_source.noise_in_words({"noise_ceiling": 0.5, "perturbation_mean": None}, "c3")
+    assert told == "Pearson delta with the truth on c3: 0.500 of half its own cells (noise ceiling)"
 
 
 def test_inspect_tells_what_an_h5ad_holds(populations, capsys):

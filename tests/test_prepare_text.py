@@ -1,8 +1,14 @@
 """prepare_data.py text and planted: no byte is lost, no document leaks, and the oracle is exact."""
 
+import bz2
+import csv
 import gc
+import gzip
+import hashlib
+import io
 import itertools
 import json
+import lzma
 import os
 import random
 import sys
@@ -18,10 +24,13 @@ from commands import refusal
 
 import prepare_data
 from common.errors import DataError
+from measure.plans import verdict
 from prepare_data import PlantedConfig, TextConfig
 from sources import text as text_source
+from sources.corpus import Corpus, read_corpus
+from sources.digests import sample
 from sources.planted import Plans, chunk_lengths, make_plans, mutual_information
-from sources.tokenizer import SPECIAL, load_tokenizer, train_bpe, train_char
+from sources.tokenizer import MOST_SPACE, SPECIAL, load_tokenizer, train_bpe, train_char
 
 CACHE = Path(__file__).resolve().parents[2] / "shared/data/tiktoken_cache"
 FILES = {"train.bin", "val.bin", "meta.json", "tokenizer.json"}
@@ -185,7 +194,40 @@ def test_a_gpt2_that_cannot_be_fetched_is_one_line(capsys, monkeypatch):
     assert "TIKTOKEN_CACHE_DIR" in told and not Path("out").exists()
 
 
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+@pytest.mark.parametrize("space", [" ", "\t", "\n", "\r\n", "\u3000", " \n"], ids=repr)
+def test_a_million_white_characters_in_a_row_are_encoded_and_lost_nowhere(kind, space):
+    tokenizer = make(kind)
+    text = "a" + space * (1_000_000 // len(space)) + "é"
+    for given in (text, text.encode() + b"\xff"):  # a byte that is no UTF-8 takes another way
+        for threads in (1, 2):
+            ids, short = tokenizer.encode_batch([given, "a b"], threads)
+            assert tokenizer.decode_bytes(ids) == (given if isinstance(given, bytes) else given.encode())
+            assert short == tokenizer.encode("a b")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_text_with_less_white_space_is_encoded_as_a_whole(kind):
+    tokenizer = make(kind)
+    for gap in ("  ", " " * 5_000 + "\n", " " * MOST_SPACE):
+        text = gap.join(["ab cde"] * (3 + 70_000 // len(gap)))
+        assert tokenizer.encode(text) == tokenizer.engine.encode_ordinary(text)
+        assert tokenizer.encode_batch([text, text], threads=2) == [tokenizer.engine.encode_ordinary(text)] * 2
+
+
+def test_a_tokenizer_is_trained_on_text_with_a_million_spaces():
+    texts = stories()
+    trained = train_bpe([*texts, "a" + " " * 1_000_000 + "b"], 300)
+    assert trained.vocab_size == 300 and trained.decode(trained.encode(texts[0])) == texts[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ sources
+
+
+def table(texts: list[str]) -> str:
+    file = io.StringIO()
+    csv.writer(file).writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
+    return file.getvalue()
 
 
 def parquet(texts: list[str]) -> str:
@@ -215,6 +257,17 @@ PATHS = {
     "folder": lambda texts: [write("in/a.txt", "\n<|endoftext|>\n".join(texts[:20])),
                              write("in/b/c.json", texts[20:40]), write("in/d.jsonl", jsonl(texts[40:])),
                              write("in/.x/e.txt", "hidden"), write("in/README.md", "no")] and "--input=in",
+    "csv": lambda texts: write("a.csv", table(texts)),
+    "csv_names_in_upper_case": lambda texts: write("in/A.CSV", table(texts)),
+    "json_lines": lambda texts: write("a.json", "\n" + jsonl([{"id": 1, "text": text} for text in texts])),
+    "json_document_a_file": lambda texts: [write(f"in/{i}.json", json.dumps({"id": 1, "text": text}, indent=1))
+                                           for i, text in enumerate(texts)] and "--input=in",
+    "gz": lambda texts: write("a.txt.gz", gzip.compress("<|endoftext|>".join(texts).encode())),
+    "bz2": lambda texts: write("A.JSONL.BZ2", bz2.compress(jsonl(texts).encode())),
+    "xz": lambda texts: write("a.csv.xz", lzma.compress(table(texts).encode())),
+    "folder_of_packed": lambda texts: [write("in/a.jsonl.gz", gzip.compress(jsonl(texts[:30]).encode())),
+                                       write("in/B.TXT", "<|endoftext|>".join(texts[30:40])),
+                                       write("in/c.jsonl", jsonl(texts[40:]))] and "--input=in",
     "parquet": parquet,
 }
 
@@ -226,6 +279,96 @@ def test_every_document_of_every_source_comes_back_with_an_eos_after_it(way, mon
         hub(monkeypatch, ("vblagoje/cc_news", None), train=[{"text": text, "title": "t"} for text in texts])
     prepare("--input=cc_news" if way == "hub" else PATHS[way](texts))
     assert everything() == encoded(texts) and set(contents()) == FILES
+
+
+MARKED = {"a.txt": "<|endoftext|>".join, "a.jsonl": jsonl, "a.json": json.dumps, "a.csv": table}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", MARKED)
+def test_a_byte_order_mark_says_the_encoding_and_is_no_text(name, encoding, monkeypatch):
+    monkeypatch.setattr(text_source, "READ_BYTES", 1_001)  # which cuts characters
+    texts = stories()
+    prepare(write(name, MARKED[name](texts).encode(encoding)))
+    assert everything() == encoded(texts)
+
+
+def test_utf_16_in_the_other_byte_order_is_read_by_its_mark():
+    texts = stories()
+    prepare(write("a.jsonl", b"\xfe\xff" + jsonl(texts).encode("utf-16-be")))
+    assert everything() == encoded(texts)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", MARKED)
+def test_utf_16_without_its_mark_is_refused_with_the_way_out(name, encoding, capsys):
+    told = refused(capsys, "text", *SMALL, write(name, MARKED[name](stories()).encode(encoding)))
+    assert f"{name} seems to be UTF-16 or UTF-32 without a byte order mark: save it as UTF-8" in told
+
+
+def test_what_is_skipped_in_a_folder_is_counted_and_named(capsys):
+    texts = stories()
+    write("in/a.jsonl", jsonl(texts))
+    for name in ("README", "b.md", "c.parquet.gz", "d.tsv", "e.zip", "f.docx", "g.pdf", ".hidden", ".x/h.txt"):
+        write(f"in/{name}", "no text")
+    Path("in/zz").symlink_to("nowhere")
+    prepare("--input=in")
+    told = capsys.readouterr().out
+    assert "in: 1 file read, 8 skipped" in told
+    assert "README, b.md, c.parquet.gz, d.tsv, e.zip and 3 more" in told and everything() == encoded(texts)
+
+
+def test_the_files_of_an_earlier_preparation_are_no_text(capsys):
+    texts = stories()
+    write("in/a.jsonl", jsonl(texts))
+    for _ in range(2):  # tokenizer.json has a list of texts
+        prepare("--input=in", "--out_dir=in/out")
+        assert everything("in/out") == encoded(texts)
+    assert "out/meta.json, out/tokenizer.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, data", [
+    ("a.jsonl.gz", b"{}"), ("a.jsonl.gz", gzip.compress(jsonl(stories()).encode())[:-9]),
+    ("a.txt.gz", gzip.compress(b"word " * 999)[:30] + b"x" * 30), ("a.csv.bz2", b"text"), ("a.json.xz", b"text"),
+    ("a.json.xz", lzma.compress(json.dumps(stories()).encode())[:-20]), ("a.txt", "ab".encode("utf-16") + b"a")])
+def test_a_damaged_packed_file_is_one_line(name, data, capsys):
+    told = refused(capsys, "text", *SMALL, write(name, data))
+    assert f"cannot read {name}" in told and not Path("out").exists()
+
+
+ROWS = table([text.replace(" ", ", ", 1) for text in stories()]).split("\r\n")  # each in quotes, for its comma
+
+
+@pytest.mark.parametrize("row, change, words", [
+    (8, lambda row: row[:-1], "a.csv, row 8, from line 8 on: ',' expected after '\"'; a quote that is not closed"),
+    (61, lambda row: row[:-1], "a.csv, row 61, from line 61 on: unexpected end of data"),
+    (5, lambda row: row.replace(", ", ', "so" ', 1), "a.csv, row 5, from line 5 on: ',' expected after '\"'"),
+    (5, lambda row: row.replace('"', ""), "a.csv, row 5, line 5: 3 cells under 2 names; a text that has a comma")])
+def test_a_table_that_only_a_guess_could_read_is_refused_with_the_row(row, change, words, capsys):
+    rows = ROWS.copy()
+    rows[row - 1] = change(rows[row - 1])
+    assert words in refused(capsys, "text", *SMALL, write("a.csv", "\r\n".join(rows)))
+
+
+def test_a_row_may_end_early_or_be_empty_and_lines_in_quotes_are_counted():
+    write("a.csv", '\nid,text\n\n1,"a\nb"\n2\n3,c,\n"4","d ""e"""\n')
+    found = [(where, record["text"]) for where, record in text_source.csv_records(Path("a.csv"))]
+    assert found == [("a.csv, row 2", "a\nb"), ("a.csv, row 3", None), ("a.csv, row 4", "c"), ("a.csv, row 5", 'd "e"')]
+
+
+def test_a_quote_that_takes_in_the_rest_of_a_large_file_is_not_held_in_memory(capsys, monkeypatch):
+    monkeypatch.setattr(text_source, "MOST_CHARACTERS", 1_000)
+    told = refused(capsys, "text", *SMALL, write("a.csv", 'text\na\n"b\n' + "more of it\n" * 1_000))
+    assert "a.csv, row 3, from line 3 on: field larger than field limit (1000)" in told
+
+
+def test_documents_without_text_are_skipped_and_counted(capsys):
+    texts = stories()
+    rows = [{"text": text} for text in [*texts, None, float("nan"), "", " \n"]]
+    prepare(write("a.jsonl", jsonl(rows)))
+    assert "skipped 4 documents without text" in capsys.readouterr().out and everything() == encoded(texts)
+    prepare(write("a.jsonl", jsonl(rows[: len(texts) + 1])))
+    assert "skipped 1 document without text" in capsys.readouterr().out
 
 
 def test_all_ways_and_any_number_of_threads_give_the_same_bytes():
@@ -352,7 +495,9 @@ def test_meta_says_what_the_files_hold():
         "pad_id": 299, "tokenizer": "tokenizer.json", "tokenizer_hash": tokenizer.hash(),
         "train_documents": 60 - len(val), "val_documents": len(val), "val_bytes": sum(map(len, val)),
         "source": "a.json", "seed": 7, "train_tokens": Path("out/train.bin").stat().st_size // 2,
-        "val_tokens": Path("out/val.bin").stat().st_size // 2}
+        "val_tokens": Path("out/val.bin").stat().st_size // 2,
+        "train_sha256": hashlib.sha256(Path("out/train.bin").read_bytes()).hexdigest(),
+        "val_sha256": hashlib.sha256(Path("out/val.bin").read_bytes()).hexdigest()}
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
@@ -430,11 +575,12 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
     ("a.txt", "", "", "leaves no training document"), ("a.json", ["one"], "", "leaves no validation document"),
     ("a.json", stories(), "--val_fraction=1e-9", "leaves no validation document: use more text, raise val_fraction"),
     ("a.json", stories(), "--val_input=b.json", "b.json: no such file"),
-    ("a.json", [{"body": "b", "id": 1}], "", "item 1: no column 'text'; there are body, id. Name it with text_column="),
-    ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', "", "a.jsonl, line 2: no column 'text'; there are body"),
+    ("a.json", [{"body": "b", "id": 1}], "", "item 1: no column 'text'; there are 'body', 'id'. Name it with"),
+    ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', "", "a.jsonl, line 2: no column 'text'; there are 'body'"),
     ("a.jsonl", '{"text": 5}\n', "", "line 1: column 'text' holds int, not text"),
     ("a.jsonl", '{"text"\n', "", "a.jsonl, line 1: not JSON"), ("a.jsonl", "[1]\n", "", "line 1: expected an object"),
-    ("a.jsonl", b'{"text": "\xff"}\n', "", "cannot read a.jsonl"), ("a.json", "{", "", "a.json: not JSON"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "", "a.jsonl: it is not utf-8 (byte 0xff: invalid"),
+    ("a.json", "{", "", "a.json: not JSON"),
     ("a.json", '{"a": [], "b": []}', "", "object with one list, not keys a, b"), ("a.json", "3", "", "not int"),
     ("a.json", [3], "", "item 1: expected an object or a text"), ("a.md", "a", "", "use .txt"),
     ("a.json", stories(), "--vocab_size=9000", "supports only"),
@@ -470,6 +616,59 @@ def test_ids_beyond_the_vocabulary_of_a_foreign_tokenizer_are_refused(capsys, mo
     assert "vocab_size = 200" in told and not Path("out").exists()
 
 
+LONG = [f"{i} " + "word " * 40 for i in range(60)]
+
+
+class Words:
+    """A stand-in for tokenizers.Tokenizer: a token a word, with the truncation and padding that its file asks for."""
+
+    def __init__(self, spec: str):
+        spec = json.loads(spec)
+        self.most = spec["truncation"]["max_length"] if spec["truncation"] else None
+        self.pads = spec["padding"] is not None
+        self.dropout = spec["model"].get("dropout")
+
+    def get_vocab_size(self) -> int:
+        return 100
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list:
+        assert not self.dropout
+        rows = [[1 + len(word) for word in text.split()][: self.most] for text in texts]
+        longest = max(map(len, rows)) if self.pads else 0
+        return [SimpleNamespace(ids=row + [0] * (longest - len(row))) for row in rows]
+
+
+@pytest.mark.parametrize("saved", [{"truncation": {"max_length": 16}}, {"padding": {"strategy": "BatchLongest"}},
+                                   {"model": {"dropout": 0.1}}], ids=str)
+def test_what_training_left_in_a_tokenizer_file_changes_no_token(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", SimpleNamespace(Tokenizer=SimpleNamespace(from_str=Words)))
+    texts = [*LONG, "short"]
+    spec = {"truncation": None, "padding": None, "model": {}, "added_tokens": [{"content": "</s>", "id": 0}], **saved}
+    write("hf.json", json.dumps(spec))
+    meta = prepare_data.main(["text", *SMALL[1:], write("a.json", texts), "--tokenizer=hf.json"])
+    assert meta["train_tokens"] + meta["val_tokens"] == sum(len(text.split()) + 1 for text in texts)
+    assert meta["val_tokens"] == Path("out/val.bin").stat().st_size // 2
+
+
+def test_truncation_and_padding_of_a_real_hugging_face_tokenizer_are_off():
+    tokenizers = pytest.importorskip("tokenizers")
+    real = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "word": 1, "?": 2}, unk_token="?"))
+    real.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    real.add_special_tokens(["</s>"])
+    real.enable_truncation(16)
+    real.enable_padding(length=64)
+    real.save("hf.json")
+    found = load_tokenizer("hf.json")
+    assert [len(ids) for ids in found.encode_batch([*LONG, "short"])] == [41] * 60 + [1]
+
+
+def test_a_tokenizer_file_may_begin_with_a_byte_order_mark():
+    make("bpe").save(Path("tokenizer.json"))
+    text = Path("tokenizer.json").read_text()
+    Path("tokenizer.json").write_text(text, encoding="utf-8-sig")
+    assert load_tokenizer("tokenizer.json").hash() == make("bpe").hash()
+
+
 def test_a_real_hugging_face_tokenizer_is_read_with_its_eos():
     tokenizers = pytest.importorskip("tokenizers")
     real = tokenizers.Tokenizer(tokenizers.models.WordLevel({"b": 0, "a": 1}, unk_token="b"))
@@ -490,6 +689,7 @@ def test_inspect_counts_and_finds_what_is_wrong(capsys):
                                             for what in ("tokens", "documents")}}
     printed = capsys.readouterr().out
     assert "vocabulary 40" in printed and "no problem found" in printed and "most frequent: ' ', " in printed
+    without_digests("out")  # with them a changed token is no problem among others
     tokens = np.fromfile("out/train.bin", "<u2")
     tokens[[3, 9]], tokens[-1] = 40, 8
     tokens.tofile("out/train.bin")
@@ -502,6 +702,110 @@ def test_inspect_counts_and_finds_what_is_wrong(capsys):
                           (lambda: Path("out/meta.json").unlink(), "No such file")):
         damage()
         assert words in refused(capsys, "inspect", "out")
+
+
+# --------------------------------------------------------------------------------------------------- identity of data
+
+
+def without_digests(folder: str) -> None:
+    """Make a folder what an older preparation wrote."""
+    path = Path(folder, "meta.json")
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in meta.items() if not name.endswith("sha256")}))
+
+
+def put(path: str, place: int, value: int) -> None:
+    tokens = np.fromfile(path, "<u2")
+    tokens[place] = value
+    tokens.tofile(path)
+
+
+def small_planted(folder: str, *settings: str) -> dict:
+    return prepare_data.main(["planted", f"--out_dir={folder}", "--train_documents=40", "--validation_documents=20",
+                              *settings])
+
+
+@pytest.mark.parametrize("job", ["text", "planted"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_inspect_holds_all_tokens_against_the_digest_of_their_preparation(job, name, capsys):
+    prepare(write("a.json", stories())) if job == "text" else small_planted("out")
+    capsys.readouterr()
+    assert prepare_data.main(["inspect", "out"])["problems"] == []
+    digest = hashlib.sha256(Path("out", name).read_bytes()).hexdigest()
+    assert f"{name} is as it was prepared: sha256 {digest}" in capsys.readouterr().out
+    tokens = np.fromfile(f"out/{name}", "<u2")
+    place = len(tokens) // 2
+    put(f"out/{name}", place, (tokens[place] + 1) % 30)
+    assert f"out/{name} is not what was prepared" in refused(capsys, "inspect", "out")
+    without_digests("out")
+    prepare_data.main(["inspect", "out"])
+    assert f"{name} was prepared without a digest" in capsys.readouterr().out
+
+
+def test_the_fingerprint_of_a_corpus_is_that_of_its_content():
+    texts = stories()
+    prepare(write("a.json", texts))
+    one = read_corpus("out").fingerprint
+    assert len(one) == 16 and int(one, 16) >= 0
+    prepare(write("b/other.jsonl", jsonl(texts)), "--out_dir=elsewhere", "--threads=1")
+    assert read_corpus("elsewhere").fingerprint == one
+    others = [one]
+    for settings in ([write("a.json", [*texts, "one more"])], ["--input=a.json", "--seed=3"],
+                     ["--input=a.json", "--vocab_size=301"]):
+        prepare(*settings)
+        others.append(read_corpus("out").fingerprint)
+    small_planted("out")
+    others.append(read_corpus("out").fingerprint)
+    small_planted("out", "--seed=2")
+    others.append(read_corpus("out").fingerprint)
+    assert len(set(others)) == len(others) == 6
+
+
+def test_the_same_tokens_of_another_tokenizer_are_other_data():
+    found = []
+    for letters in ("abc", "xyz"):
+        write("val.json", [letters * 3])
+        prepare(write("a.json", [letters * i for i in range(4, 40)]), "--val_input=val.json", "--tokenizer=char",
+                "--vocab_size=none")
+        found.append((Path("out/train.bin").read_bytes(), read_corpus("out").fingerprint))
+        without_digests("out")
+        found.append((Path("out/val.bin").read_bytes(), read_corpus("out").fingerprint))
+    (train, one), (val, older), (other_train, other), (other_val, other_older) = found
+    assert (train, val) == (other_train, other_val) and len({one, older, other, other_older}) == 4
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_prepared_without_digests_are_known_by_a_sample(split):
+    small_planted("out")
+    without_digests("out")
+    one = read_corpus("out").fingerprint
+    assert read_corpus("out").fingerprint == one and len(one) == 16
+    put(f"out/{split}.bin", 1_000, 31 - np.fromfile(f"out/{split}.bin", "<u2")[1_000])
+    assert read_corpus("out").fingerprint != one
+
+
+def test_a_sample_sees_the_length_both_ends_and_64_places_between_whatever_the_type():
+    tokens = np.resize(np.arange(60_000, dtype=np.uint16), 10_000_000)  # of which 64 blocks are a fifth
+    one = sample(tokens)
+    assert one == sample(tokens.astype(">i4")) != sample(tokens[:-1])
+    blocks = []
+    for place in (0, len(tokens) - 1, *range(0, len(tokens), 100_000)):
+        tokens[place] += 1
+        blocks.append(sample(tokens) != one)
+        tokens[place] -= 1
+    assert blocks[:2] == [True, True] and 10 < sum(blocks) < 40
+    few = np.arange(100_000)
+    for place in (0, 7, 99_999):
+        changed = few.copy()
+        changed[place] += 1
+        assert sample(changed) != sample(few)
+
+
+def test_arrays_of_ones_own_have_an_identity_too():
+    train, val = np.arange(100), np.arange(50)
+    one = Corpus(train, val, 100).fingerprint
+    assert len(one) == 16 and one == Corpus(train.astype(np.uint16), val, 100).fingerprint
+    assert one != Corpus(train, val[:-1], 100).fingerprint and one != Corpus(val, train, 100).fingerprint
 
 
 # -------------------------------------------------------------------------------------------------------- planted plans
@@ -611,6 +915,19 @@ def test_by_default_the_plan_is_worth_knowing_and_can_be_known():
     meta = planted("--train_documents=10", "--validation_documents=400")
     assert meta["known_plan_nll"] * 1.025 < meta["oracle_nll"] < 0.85 * meta["unigram_entropy"]
     assert 0.96 < meta["oracle_nmi"] < 0.995
+
+
+def test_an_optimum_of_zero_has_no_excess_in_shares():
+    small_planted("out", "--num_plans=1", "--num_states=1", "--state_sharpness=5000", "--plan_sharpness=0")
+    corpus = read_corpus("out")
+    metrics = {"val_nll": 0.5, "val_ppl": 1.6, **corpus.yardsticks(0.5, corpus.spread(4, 127, corpus.version), 127)}
+    assert metrics["oracle_nll"] == 0 and metrics["excess_over_oracle"] is None
+    assert "; exact optimum 0.0000; files in out" in verdict(metrics, Path("out"))
+    small_planted("out")
+    corpus = read_corpus("out")
+    metrics |= corpus.yardsticks(5.0, corpus.spread(4, 127, corpus.version), 127)
+    assert metrics["excess_over_oracle"] == pytest.approx(5 / metrics["oracle_nll"] - 1)
+    assert f"({100 * metrics['excess_over_oracle']:+.2f}%); files" in verdict(metrics, Path("out"))
 
 
 def test_planted_documents_follow_the_seed_and_splits_differ():

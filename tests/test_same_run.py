@@ -205,3 +205,29 @@ def test_every_option_of_sample_py_is_of_some_experiment():
     names = set(vars(sample.Config()))
     owned = {name for options in sample.OPTIONS.values() for name in options} | set(sample.SHARED)
     assert owned == names
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_other_data_under_the_same_name_are_refused(experiment, capsys):
+    """By a finished run, by one that would go on, and by a look; with the first data again all goes on."""
+    settings = [*COMMON, *make_data(experiment)]
+    main(experiment)(settings)
+    whole = lines()
+    make_data(experiment, seed=1)
+    for unfinished in (False, True):
+        if unfinished:
+            shutil.copyfile("run/step_4.pt", "run/last.pt")
+        made = contents("run")
+        told = refusal(capsys, main(experiment), *settings)
+        name = next(setting for setting in settings if "data/" in setting).split("=", 1)[1]
+        assert f"{name} had the fingerprint" in told and "resume=never" in told
+        assert "had the fingerprint" in refusal(capsys, main(experiment), *settings, "--resume=run/step_8.pt")
+        assert "had the fingerprint" in refusal(capsys, main(experiment), "--analyze=run", "--device=cpu")
+        assert contents("run") == made
+    if experiment in ("ghmm", "state"):  # whose samples need the data
+        assert "had the fingerprint" in refusal(capsys, sample.main, "run", "--device=cpu")
+
+    # The first data again: what was refused goes on.
+    make_data(experiment)
+    main(experiment)(settings)
+    assert lines() == whole
+
+

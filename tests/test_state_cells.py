@@ -339,3 +339,114 @@ def test_counts_are_converted_once():
         assert cells.read(np.arange(3)).dtype == torch.float32
         values = np.load(cells.store / ("input_data.npy" if sparse else "input.npy"))
         assert values.max() < 10  # log1p in the folder itself
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The identity of what a run sees
+# ---------------------------------------------------------------------------------------------------------------
+def identity(toml: str = "e.toml", **changes) -> str:
+    """The fingerprint of the cells of a TOML, prepared anew."""
+    shutil.rmtree("data/cells", ignore_errors=True)
+    cells = open_cells(**{**KEYS, "toml": toml, **changes})
+    again = open_cells(**{**KEYS, "toml": toml, **changes})  # from the folder
+    assert re.fullmatch("[0-9a-f]{16}", cells.fingerprint) and cells.fingerprint == again.fingerprint
+    return cells.fingerprint
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_fingerprint_is_of_content_not_of_paths_times_or_blocks(sparse, monkeypatch):
+    write_cells(sparse=sparse)
+    write_toml()
+    before = identity()
+    os.utime("one.h5ad", (1, 1))
+    assert identity() == before
+    assert identity(ram_budget_gb=1e-6) == before
+    monkeypatch.setattr(cell_store.Matrix, "entries", 7)
+    assert identity() == before
+    Path("elsewhere").mkdir()
+    for name in ("one.h5ad", "e.toml"):
+        shutil.move(name, f"elsewhere/{name}")
+    assert identity("elsewhere/e.toml") == before
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_fingerprint_changes_with_every_value_place_and_name(sparse):
+    X = write_cells(sparse=sparse)
+    write_toml()
+    with H5ad("one.h5ad") as file:
+        obs = {name: column.categories[column.codes] for name, column in file.frame("obs").items()}
+
+    def written(values: np.ndarray = X, genes: list[str] = GENES, **columns) -> str:
+        write_h5ad("one.h5ad", csr_array(values) if sparse else values, {**obs, **columns}, genes)
+        return identity()
+
+    kinds = [written()]
+    assert kinds[0] == written()
+    other = X.copy()
+    other[X > 0] = np.nextafter(other[X > 0], 15)[: (X > 0).sum()]  # the last bit of every value
+    kinds.append(written(other))
+    other = X.copy()
+    row = int(np.flatnonzero((X[:, 0] > 0) & (X[:, 1] == 0))[0])
+    other[row, :2] = other[row, 1::-1]  # the same values, one of them in another column
+    kinds.append(written(other))
+    kinds.append(written(X[::-1]))
+    kinds.append(written(genes=[*GENES[:5], "h"]))
+    for column in obs:
+        names = obs[column].copy()
+        names[0] = next(name for name in sorted(set(names)) if name not in (names[0], "non-targeting"))
+        kinds.append(written(**{column: names}))
+    written()
+    write_toml(test="b")  # other cells train
+    kinds.append(identity())
+    write_toml()
+    np.savez("f.npz", p=np.ones(2), q=np.zeros(2))
+    kinds.append(identity(perturbation_features_file="f.npz"))
+    np.savez("f.npz", p=np.ones(2), q=np.ones(2))
+    kinds.append(identity(perturbation_features_file="f.npz"))
+    assert len(set(kinds)) == len(kinds), kinds
+
+
+def test_the_fingerprint_is_of_the_genes_that_all_files_have_in_the_order_of_each():
+    X = write_cells()
+    write_toml(files="*.h5ad")
+    with H5ad("one.h5ad") as file:
+        obs = file.frame("obs")
+    kinds = set()
+    for genes in (GENES, GENES[::-1]):
+        write_h5ad("two.h5ad", X, obs, genes)
+        kinds.add(identity())
+    assert len(kinds) == 2
+
+
+def test_the_synthetic_cells_have_the_same_fingerprint_each_time_they_are_made(capsys):
+    settings = ["--num_cell_types=4", "--num_perturbations=2", "--num_genes=20", "--cells_per_condition=4"]
+    found = []
+    for seed in (1, 1, 2):
+        prepare_data.main(["state", *settings, f"--seed={seed}"])
+        found.append(identity("data/state/synthetic.toml", embed_key="X_hvg"))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("sparse, name", [(False, "input.npy"), (True, "input_data.npy"), (True, "input_indices.npy")])
+def test_inspect_reads_a_folder_whole_and_finds_a_flipped_bit(sparse, name, capsys):
+    write_cells(sparse=sparse)
+    write_toml()
+    store = open_cells(**KEYS).store
+    found = prepare_data.main(["inspect", str(store)])
+    assert found["cells"] == 200 and "whole; content " + found["content"] in capsys.readouterr().out
+    content = bytearray((store / name).read_bytes())
+    content[-9] ^= 1
+    (store / name).write_bytes(content)
+    open_cells(**KEYS)  # a start does not read it all
+    told = refusal(capsys, prepare_data.main, "inspect", str(store))
+    assert f"{name} does not hold what was written: delete this folder" in told
+
+
+def test_a_folder_of_an_earlier_version_is_named_so(capsys):
+    write_cells()
+    write_toml()
+    store = open_cells(**KEYS).store
+    meta = cell_store.read_meta(store)
+    del meta["checksums"]["input.npy"]
+    cell_store.write_meta(store, meta | {"version": 2})
+    assert "is of an earlier version" in refusal(capsys, prepare_data.main, "inspect", str(store))

@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 
 from common.errors import DataError
 from common.runtime import Runtime
+from sources.cell_store import read_rows
 from sources.cells import Cells, inspect, open_cells, survey_toml
 from sources.h5ad import H5ad, write_h5ad
 from sources.splits import SPLITS, expand_braces, read_toml
@@ -28,7 +29,7 @@ DEFAULTS = {
     "embed_key": None, "output_space": "gene", "perturbation_features_file": None, "basal_mapping_strategy": "random",
     "n_basal_samples": 1, "should_yield_control_cells": True, "map_controls": True, "downsample_cells": None,
     "cell_set_len": 4, "batch_size": 6, "seed": 0, "strict": True, "zeroshot_controls": True, "val_fraction": 0.0,
-    "ram_budget_gb": 8.0, "counts": "auto"}  # fmt: skip
+    "ram_budget_gb": 8.0, "counts": "auto", "drop_unlabelled": False}  # fmt: skip
 TWO = '[datasets]\none = "one.h5ad"\ntwo = "sub/*.h5ad"\n'
 
 
@@ -390,7 +391,7 @@ def test_genes_of_several_files_are_aligned_by_name(budget, capsys):
     assert e.genes == [f"g{i}" for i in range(5)]
     rows = np.random.default_rng(0).permutation(240)
     assert np.array_equal(e.read(rows), expected[rows])
-    with pytest.raises(DataError, match="different genes in X: 2 are in one only, such as g4"):
+    with pytest.raises(DataError, match="different genes in X: 2 genes in one only, such as g4"):
         aligned(["g3", "g1", "g0", "other", "g2"])
     e, one, two = aligned(["g3", "g1", "g0", "other", "g2", "more"], strict=False, ram_budget_gb=budget)
     assert e.genes == ["g0", "g1", "g2", "g3"] and e.input_dim == 4 and "note: " in capsys.readouterr().out
@@ -435,7 +436,7 @@ def test_features_of_perturbations_come_from_a_file(form):
     batch, pert = batches(0), e.perturbation[batches.rows(0)[0][:, 0]]
     assert torch.equal(batch["pert_emb"], e.perturbation_features[pert]) and batch["pert_emb"].shape == (6, 3)
     save({"p": table["p"], "q": table["q"]})
-    assert "no vector for 1 perturbations, such as 'r'" in refused(perturbation_features_file=path)
+    assert "no vector for 1 perturbation, such as 'r'" in refused(perturbation_features_file=path)
     assert (survey(settings(perturbation_features_file=path, strict=False)).perturbation_features[3] == 0).all()
     save({"p": table["p"], "q": np.ones(2, np.float32)})
     assert "vectors of one length" in refused(perturbation_features_file=path)
@@ -725,4 +726,164 @@ def test_inspect_counts_what_the_splits_hold(capsys):
                                      == e.cell_types.index(t)).sum()))}
     line = next(line for line in told.splitlines() if line.startswith("cell_type x.y"))
     assert line.split()[2:] == [str(found["splits"]["train"]["cell_type"]["x.y"]), "-", "-"]
-    assert f"{(e.member == 0).sum()} cells are in no split" in told
+    assert f"; in no split: {(e.member == 0).sum()} cells" in told
+
+
+# ------------------------------------------------------------------------------------------- files in other forms
+
+
+def test_no_embed_key_is_x_however_it_is_said():
+    simple()
+    for embed_key in (None, ""):
+        e = opened(settings(embed_key=embed_key, output_space="all"))
+        assert e.count_genes is None and e.genes == [f"g{i}" for i in range(5)]
+
+
+HVG = ["g4", "g0", "g2"]  # in the order of the columns of X_hvg
+MARKED = np.isin(np.arange(5), [0, 2, 4])
+
+
+def named_hvg(path: str, form: str, seed: int, order: list[str] = HVG) -> np.ndarray:
+    """A file whose X_hvg says in this form which genes its columns are; X_hvg in the order g0, g2, g4."""
+    if form in ("bools", "integers", "nullable", "words"):
+        order = ["g0", "g2", "g4"]  # where genes are marked, columns are in the order of var
+    places = [int(name[1:]) for name in order]
+    X = np.random.default_rng(seed).uniform(0.1, 9, (120, 5)).astype(np.float32)
+    forms = {
+        "uns": {"uns": {"X_hvg_var_names": np.array(order)}}, "old uns": {"uns": {"hvg_names": np.array(order)}},
+        "bools": {"var": {"highly_variable": MARKED}}, "integers": {"var": {"highly_variable": MARKED.astype(np.int8)}},
+        "words": {"var": {"highly_variable": np.where(MARKED, "True", "False")}}}
+    cells(path, X=X, obsm={"X_hvg": X[:, places]}, **forms.get(form, {}))
+    with h5py.File(path, "a") as file:
+        if form == "nullable":
+            column = file["var"].create_group("highly_variable")
+            column["values"], column["mask"] = np.arange(5) != 3, ~MARKED & (np.arange(5) != 3)
+            file["var"].attrs["column-order"] = ["highly_variable"]
+        if form == "table":
+            del file["obsm/X_hvg"]
+            table = file["obsm"].create_group("X_hvg")
+            table.attrs.update({"encoding-type": "dataframe", "_index": "_index", "column-order": order})
+            table["_index"] = [str(i) for i in range(120)]
+            for name, place in zip(order, places, strict=True):
+                table[name] = X[:, place]
+    return X[:, [0, 2, 4]]
+
+
+@pytest.mark.parametrize("form", ["uns", "old uns", "bools", "integers", "nullable", "words", "table"])
+def test_columns_of_hvg_are_put_together_by_name_however_a_file_names_them(form):
+    one = named_hvg("one.h5ad", "bools", 1)
+    two = named_hvg("sub/two.h5ad", form, 2)
+    e = opened(settings(TWO + TRAIN + 'two = "train"\n', embed_key="X_hvg"))
+    assert e.genes == ["g0", "g2", "g4"]
+    assert np.array_equal(e.read(np.arange(240)), np.concatenate([one, two]))
+
+
+def test_hvg_of_several_files_without_names_or_of_other_genes_are_refused(capsys):
+    text = TWO + TRAIN + 'two = "train"\n'
+    one = named_hvg("one.h5ad", "uns", 1)
+    named_hvg("sub/two.h5ad", "none", 2)
+    told = refused(text, embed_key="X_hvg")
+    assert "two.h5ad does not say which genes the columns of its X_hvg are" in told and "X_hvg_var_names" in told
+    assert opened(settings(text, embed_key="X_hvg", strict=False)).genes == ["X_hvg_0", "X_hvg_1", "X_hvg_2"]
+    assert "note: sub/two.h5ad does not say" in capsys.readouterr().out
+    assert opened(settings(ONE, embed_key="X_hvg")).genes == HVG  # alone it may be as it is
+    two = named_hvg("sub/two.h5ad", "uns", 2, ["g1", "g2", "g0"])
+    assert "2 genes in one only, such as g1" in refused(text, embed_key="X_hvg")
+    e = opened(settings(text, embed_key="X_hvg", strict=False))
+    assert e.genes == ["g0", "g2"] and np.array_equal(e.read(np.arange(240)), np.concatenate([one, two])[:, :2])
+    with h5py.File("one.h5ad", "a") as file:
+        del file["uns/X_hvg_var_names"]
+        file["uns/X_hvg_var_names"] = ["g0", "g1"]
+    assert "has 2 names, and obsm/X_hvg 3 columns" in refused(ONE, embed_key="X_hvg")
+
+
+def test_names_of_hvg_in_the_index_become_the_gene_names_that_the_other_matrices_have():
+    X = np.random.default_rng(0).uniform(0.1, 9, (120, 5)).astype(np.float32)
+    cells("one.h5ad", X=X, obsm={"X_hvg": X[:, [4, 0, 2]]}, uns={"X_hvg_var_names": np.array(HVG)},
+          var={"gene_name": np.array(["A", "B", None, "D", "E"], object)})
+    assert opened(settings(ONE, embed_key="X_hvg")).genes == ["E", "A", "g2"]  # g2 has no gene_name
+
+
+SHARES = np.random.default_rng(3).dirichlet(np.ones(5), 120).astype(np.float32)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_normalised_values_without_logarithm_are_refused_or_converted(sparse):
+    simple(X=SHARES, sparse=sparse)
+    told = refused()
+    assert "X holds normalised values up to" in told and "not log1p" in told and "counts=convert" in told
+    rows = np.arange(120)
+    assert np.allclose(opened(settings(counts="convert")).read(rows), np.log1p(1e4 * SHARES), rtol=1e-5)
+    assert np.array_equal(opened(settings(counts="log1p")).read(rows), SHARES)  # whoever says so may be right
+    simple(obsm={"X_hvg": SHARES[:, :3]})  # of some genes: other sums, but none above 1
+    assert "obsm/X_hvg holds normalised values up to" in refused(embed_key="X_hvg")
+
+
+def test_scaled_values_are_refused_and_raw_is_named_where_there_is_one():
+    X = np.random.default_rng(0).normal(size=(120, 5)).astype(np.float32)
+    simple(X=X)
+    assert "expression is never negative" in refused() and "raw" not in refused()
+    with h5py.File("one.h5ad", "a") as file:
+        raw = file.create_group("raw")
+        raw["X"] = np.random.default_rng(1).uniform(0.1, 9, (120, 5))
+        file.copy("var", raw, "var")
+    assert "--input=one.h5ad --layer=raw/X" in refused()
+    assert opened(settings(embed_key="raw/X", output_space="embedding")).genes == [f"g{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_logarithm_to_base_two_is_read_as_the_natural_one(sparse, capsys):
+    natural = np.random.default_rng(1).uniform(0.1, 14, (120, 5)).astype(np.float32)
+    more = {"uns": {"log1p": {"base": 2}}, "obsm": {"X_hvg": natural[:, :3] / np.float32(math.log(2)),
+                                                    "X_state": natural[:, :2]}}
+    simple(X=natural / np.float32(math.log(2)), sparse=sparse, **more)
+    for embed_key, expected in ((None, natural), ("X_hvg", natural[:, :3])):
+        e = opened(settings(embed_key=embed_key))
+        assert np.allclose(e.read(np.arange(120)), expected, rtol=1e-5)
+        assert "is log1p to base 2: brought to the natural logarithm" in capsys.readouterr().out
+    e = opened(settings(embed_key="X_state", output_space="embedding"))  # no logarithm
+    assert np.array_equal(e.read(np.arange(120)), natural[:, :2]) and "base 2" not in capsys.readouterr().out
+    assert np.allclose(read_rows(H5ad("one.h5ad"), None, "auto", np.arange(9)), natural[:9], rtol=1e-5)
+
+
+@pytest.mark.parametrize("key", [None, "X_hvg", "X_state"])
+def test_zeros_are_refused_before_anything_is_written(key):
+    simple(X=np.zeros((120, 5), np.float32), obsm={"X_hvg": np.zeros((120, 2)), "X_state": np.zeros((120, 2))})
+    told = refused(embed_key=key, output_space="embedding")
+    assert "holds nothing but zeros" in told and not any(path.is_dir() for path in Path("data/cells").iterdir())
+
+
+def test_a_file_without_x_trains_on_what_it_has():
+    made = cells("one.h5ad", obsm={"X_hvg": np.full((120, 2), 1.5, np.float32)}, layers={"log": np.ones((120, 5)) / 2})
+    with h5py.File("one.h5ad", "a") as file:
+        del file["X"]
+    e = opened(settings(ONE, embed_key="X_hvg"))
+    assert e.input_dim == 2 and len(e.file) == len(made["X"])
+    assert opened(settings(ONE, embed_key="log")).genes == [f"g{i}" for i in range(5)]
+    assert "one.h5ad has no matrix 'X'; there are 'X_hvg', 'log'" in refused(ONE)
+
+
+def test_cells_without_a_label_are_refused_by_name_of_the_switch_that_leaves_them_out(capsys):
+    made = cells("one.h5ad")
+    lost = {"gene": [3, 50], "cell_type": [50, 51], "gem_group": [119]}
+    obs = {}
+    for column, rows in lost.items():
+        obs[column] = made[column].astype(object)
+        obs[column][rows] = None
+    cells("one.h5ad", obs=obs)
+    told = refused(ONE)
+    assert "one.h5ad: obs column 'cell_type' has no value for 2 of 120 rows, first for row 50" in told
+    assert "--drop_unlabelled" in told
+    kept = np.delete(np.arange(120), [3, 50, 51, 119])
+    for _ in range(2):  # made, and found ready
+        e = opened(settings(ONE, drop_unlabelled=True))
+        assert "note: e.toml: left out are 4 cells without a value in a column" in capsys.readouterr().out
+        assert np.array_equal(e.row, kept) and np.array_equal(e.read(np.arange(116)), made["X"][kept])
+        for column, codes, names in (("gene", e.perturbation, e.perturbations), ("gem_group", e.batch, e.batches),
+                                     ("cell_type", e.cell_type, e.cell_types)):
+            assert [names[code] for code in codes] == made[column][kept].tolist()
+    assert "has no value" in refused(ONE)  # the folder is there, and still it must be asked for
+    assert inspect("e.toml", drop_unlabelled=True)["splits"]["train"]["control"] == (made["gene"][kept]
+                                                                                     == "non-targeting").sum()
+    cells("one.h5ad", obs={"gene": np.full(120, None)})
+    assert "no cell has a value in all of cell_type, gene, gem_group" in refused(ONE, drop_unlabelled=True)

@@ -4,15 +4,17 @@ import contextlib
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import DataError
 from measure import effects
+from measure.baselines import Baselines, control_rows, train_baselines
 from measure.effects import (
     METRICS,
-    baselines,
     best_baseline,
     differential_expression,
     discrimination,
@@ -36,7 +38,11 @@ def expression(rng: np.random.Generator, n: int, G: int, level=1.0) -> np.ndarra
 @pytest.fixture(scope="module")
 def screen() -> dict:
     """Two cell types, four perturbations of each, named after genes where they can be; the prediction errs."""
-    rng, G = np.random.default_rng(3), 160
+    return make_screen(160)
+
+
+def make_screen(G: int) -> dict:
+    rng = np.random.default_rng(3)
     base, effect = rng.gamma(1, 2, (2, G)), np.exp(rng.normal(0, 1, (4, G)))
     conditions = [(f"type{t}", p) for t in (0, 1) for p in ("g3", "g7", "drug", "g0")]
     size = [25, 40, 1, 33, 28, 30, 21, 50]
@@ -106,7 +112,7 @@ def test_discrimination_ranks_the_true_perturbation():
     real = np.array([[0.0, 0], [1, 0], [4, 0], [9, 0]])
     guess = np.array([[0.1, 0], [3, 0], [-5, 0], [6.5, 0]])  # nearest: 0 | 2, then 1 | 0, 1, then 2 | 2 and 3 tie
     np.testing.assert_allclose(discrimination(guess, real), [1, 3 / 4, 2 / 4, 1 - 0.5 / 4])
-    assert discrimination(guess[:1], real[:1]) == [1]
+    assert np.isnan(discrimination(guess[:1], real[:1])).all()  # one alone has no rank
     real, guess = np.array([[0.0, 5], [1, 0]]), np.array([[0.0, -9], [1, 0]])  # the second gene misleads the first row
     assert list(discrimination(guess, real)) == [0.5, 1]
     assert list(discrimination(guess, real, np.array([1, -1]))) == [1, 1]
@@ -139,14 +145,19 @@ def test_overlap_counts_shared_genes_among_as_many_as_there_are():
 
     real, guess = genes([4, 2, 0, 1, 3, 5], 4), genes([2, 5, 4, 0, 1, 3], 3)
     assert overlap_top(guess, real, 2) == [1 / 2]  # {4, 2} and {2, 5}
-    assert overlap_top(guess, real, 50) == [2 / 4]  # {4, 2, 0, 1} and {2, 5, 4}
+    assert overlap_top(guess, real, 6) == [2 / 4]  # {4, 2, 0, 1} and {2, 5, 4}
     assert overlap_top(guess, real, None, "precision") == [2 / 3]  # {2, 5, 4} among {4, 2, 0}
     nothing = genes([0, 1, 2, 3, 4, 5], 0)
-    assert overlap_top(guess, nothing) == [0] == overlap_top(nothing, real, 9, "precision")
+    assert overlap_top(nothing, real, 5) == overlap_top(nothing, real, 5, "precision") == [0]  # nothing found of four
+    assert overlap_top(guess, nothing, 5, "precision") == [0]  # nothing right of three
+    for undefined in ((guess, nothing, 5), (nothing, nothing, 5, "precision"), (guess, nothing, None),
+                      (guess, real, 7), (guess, real, 7, "precision")):  # nothing to find, or more than there are genes
+        assert np.isnan(overlap_top(*undefined)).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages compared with
-def test_evaluation_equals_cell_eval(screen, tmp_path):
+def test_evaluation_equals_cell_eval(tmp_path):
+    screen = make_screen(500)  # of fewer genes cell-eval gives overlap_at_500 what overlap_at_N is
     anndata = pytest.importorskip("anndata")
     cell_eval = pytest.importorskip("cell_eval")
     found, depth = evaluate_conditions(**screen)["model"]["per_condition"], set()
@@ -188,12 +199,18 @@ def test_evaluation_is_the_single_metrics_of_each_condition(screen):
         r = np.corrcoef(real.mean(0) - control, guess.mean(0) - control)[0, 1]
         assert record["pearson_delta"] == pytest.approx(r)
         both = [differential_expression(x.astype(np.float32), cells) for x in (guess, real)]
-        assert record["overlap_at_100"] == overlap_top(*both, 100)[0]
+        np.testing.assert_equal(record["overlap_at_100"], overlap_top(*both, 100)[0])
         np.testing.assert_allclose(result["delta"][c], guess.mean(0) - control, atol=1e-7)
         np.testing.assert_allclose(result["real_delta"][c], real.mean(0) - control, atol=1e-7)
     for metric, value in result["mean"].items():
-        assert value == pytest.approx(np.mean([r[metric] for r in result["per_condition"]]))
-    json.dumps([result["per_condition"], result["mean"]], allow_nan=False)
+        values = [r[metric] for r in result["per_condition"]]
+        assert np.isnan(values).all() or value == pytest.approx(np.nanmean(values))
+    beyond = {f"{kind}_at_{n}" for kind in ("overlap", "precision") for n in (200, 500)}  # of 160 genes
+    assert {name for name, value in result["mean"].items() if value != value} == beyond
+    for record in result["per_condition"]:
+        lacks = {name for name, value in record.items() if value != value}
+        assert lacks == beyond or record["n_cells"] == 1  # of one cell no gene is significant: there is none to find
+    assert np.isnan(result["per_condition"][2]["overlap_at_N"]) and result["per_condition"][2]["energy_distance"] > 0
 
 
 def test_a_perfect_prediction_is_perfect_and_no_effect_is_worth_nothing(screen):
@@ -249,8 +266,6 @@ def test_missing_cells_are_named(screen):
     with pytest.raises(DataError, match=r"condition \(type1, g0\) has no real cells"):
         keep = screen["real_condition"] != 7
         evaluate_conditions(**screen | {"real": screen["real"][keep], "real_condition": screen["real_condition"][keep]})
-    with pytest.raises(DataError, match="cell type type1 has no control cells"):
-        evaluate_conditions(**screen | {"control_type": np.zeros(105, int)})
 
 
 # Baselines: 3 types x 4 perturbations x 2 genes; type 2 has no perturbed cell, perturbation 3 never trains.
@@ -259,6 +274,15 @@ COUNTS = np.array([[10, 30, 0, 0], [50, 0, 20, 0], [0, 0, 0, 0]])
 MEANS = np.where(COUNTS[:, :, None] > 0, CONTROL[:, None] + np.array([[[1.0, 0], [0, 2], [9, 9], [9, 9]],
                                                                       [[3, 1], [9, 9], [-1, 0], [9, 9]],
                                                                       [[9, 9]] * 4]), np.nan)
+
+
+def baselines(means, counts, control_means, control_counts, held_out) -> dict[str, np.ndarray]:
+    """Of tables over types (of one file) and perturbations, with zeros in counts for what there is not."""
+    seen = {(0, int(t), int(p)): int(counts[t, p]) for t, p in zip(*np.nonzero(counts), strict=True)}
+    by_condition = {((f, t), p): n for (f, t, p), n in seen.items()}
+    controls = {(0, t): mean for t, mean in enumerate(control_means) if control_counts[t]}
+    known = Baselines({key: means[key[0][1], key[1]] for key in by_condition}, by_condition, controls)
+    return known.predict([((0, t), p) for t, p in held_out], means.shape[2])
 
 
 def test_baselines_are_their_formulas():
@@ -274,10 +298,45 @@ def test_baselines_are_their_formulas():
 
 
 def test_baselines_without_controls_or_training_cells():
-    found = baselines(MEANS, COUNTS, CONTROL, np.array([5, 0, 7]), [(2, 0), (2, 2)])  # type 1 has no control cells
-    np.testing.assert_allclose(found["perturbation_mean"], CONTROL[[2, 2]] + [[1, 0], [0.5, 1]])
+    found = baselines(MEANS, COUNTS, CONTROL, np.array([5, 0, 7]), [(2, 0), (2, 2), (1, 0)])  # type 1 has no controls
+    np.testing.assert_allclose(found["perturbation_mean"][:2], CONTROL[[2, 2]] + [[1, 0], [0.5, 1]])
+    assert np.isnan(found["control_mean"][2]).all() and np.isnan(found["perturbation_mean"][2]).all()
+    np.testing.assert_allclose(found["context_mean"][2], (50 * MEANS[1, 0] + 20 * MEANS[1, 2]) / 70)
     found = baselines(MEANS, COUNTS * 0, CONTROL, np.array([5, 1, 7]), [(1, 0)])
     assert all((mean == CONTROL[1]).all() for mean in found.values()) and len(found) == 3
+
+
+def test_a_type_of_another_file_is_another_context():
+    """Far from it and moved another way: neither its level nor its control cells reach the type of the same name."""
+    ours, theirs = (1, 0), (0, 0)
+    means = {(theirs, 1): np.array([100.0, 102]), (ours, 2): np.array([6.0, 5])}
+    known = Baselines(means, dict.fromkeys(means, 4), {theirs: np.array([100.0, 100]), ours: np.array([5.0, 5])})
+    found = known.predict([(ours, 1), (theirs, 2)], 2)
+    np.testing.assert_array_equal(found["control_mean"], [[5, 5], [100, 100]])
+    np.testing.assert_array_equal(found["perturbation_mean"], [[5, 7], [101, 100]])
+    np.testing.assert_array_equal(found["context_mean"], [[6, 5], [100, 102]])
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_baselines_learn_the_means_of_each_file_and_type_from_the_cells_that_train(block):
+    rng, n = np.random.default_rng(4), 200
+    file, kind, pert = rng.integers(0, 2, n), rng.integers(0, 3, n), rng.integers(0, 4, n)
+    member = rng.choice([0, 1, 4], n)  # in no split, in training, in the test
+    X = rng.normal(size=(n, 3)).astype(np.float32)
+    cells = SimpleNamespace(
+        file=file, cell_type=kind, perturbation=pert, member=member, control=2, is_control=pert == 2,
+        cell_types=list("abc"), perturbations=list("pqcr"), read=lambda rows, which: torch.from_numpy(X[rows]),
+        rows=lambda split, controls: np.flatnonzero((member & 1 > 0) & (pert != 2)))
+    held_out = [((f, t), p) for f in range(2) for t in range(3) for p in (0, 1, 3)]
+    found = train_baselines(cells, "input", block).predict(held_out, 3)
+    for i, ((f, t), _) in enumerate(held_out):
+        of_context = (file == f) & (kind == t)
+        controls = of_context & (pert == 2) & (member > 0)
+        assert controls.any() and control_rows(cells, (f, t)).tolist() == np.flatnonzero(controls).tolist()
+        np.testing.assert_allclose(found["control_mean"][i], X[controls].mean(0, dtype=float), atol=1e-12)
+        trained = of_context & (pert != 2) & (member == 1)
+        if trained.any():
+            np.testing.assert_allclose(found["context_mean"][i], X[trained].mean(0, dtype=float), atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +362,10 @@ def test_csv_holds_every_number(table, tmp_path):
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()))
     assert [r["model"] for r in rows] == ["model"] * 8 + ["control_mean"] * 8 + ["context_mean"] * 8
     for row, record in zip(rows[16:], table["context_mean"]["per_condition"], strict=True):
-        assert {k: type(record[k])(row[k]) for k in record} == record
+        blank = {k for k in record if row[k] == ""}
+        assert blank == {k for k, v in record.items() if v != v} >= {"overlap_at_200", "precision_at_500"}
+        assert {k: type(record[k])(row[k]) for k in record if k not in blank} == {
+            k: v for k, v in record.items() if v == v}
 
 
 def test_pictures(table, screen, tmp_path, monkeypatch):
@@ -330,3 +392,148 @@ def test_pictures(table, screen, tmp_path, monkeypatch):
     assert rival.get_label() == best_baseline(table, "mae") + " (best baseline)" and list(model.get_xdata()) == sorted(
         r["mae"] for r in table["model"]["per_condition"])
     assert [list(line.get_ydata()) for line in drawn["loss"].lines] == [[2.0, 1.5], [1.7]]
+
+
+# Figures that are not defined ----------------------------------------------------------------------------------------
+
+
+def part_of(screen: dict, conditions: list[int], genes=slice(None)) -> dict:
+    """The screen with these conditions and genes alone."""
+    code = np.full(8, -1)
+    code[conditions] = np.arange(len(conditions))
+    kept = {name: code[screen[f"{name}_condition"]] >= 0 for name in ("real", "pred")}
+    return screen | {"conditions": [screen["conditions"][c] for c in conditions], "genes": screen["genes"][genes],
+                     "control": screen["control"][:, genes]} | {
+        name: screen[name][kept[name]][:, genes] for name in kept} | {
+        f"{name}_condition": code[screen[f"{name}_condition"]][kept[name]] for name in kept}
+
+
+def controls_of(screen: dict) -> np.ndarray:
+    """The mean control cell of each condition's type [P, G]; nan where the type has none."""
+    means = pseudobulk(screen["control"], screen["control_type"], 2)
+    return np.array([means[screen["cell_types"].index(cell_type)] for cell_type, _ in screen["conditions"]])
+
+
+def everything_written(folder, results: dict) -> tuple[dict, list[dict], dict, str]:
+    """(summary, rows of the CSV, results.json, verdict) of results; nowhere a nan."""
+    summary = effects.write_results(folder, "a title", results)
+    said = effects.verdict(summary, folder)
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("metrics.csv", "results.json")]
+    for text in (*texts, said, format_table(results), json.dumps(summary, allow_nan=False)):
+        assert "nan" not in text.replace("perturbation_mean", "").lower()
+    return summary, list(csv.DictReader(texts[0].splitlines())), json.loads(texts[1]), said
+
+
+def test_one_perturbation_of_each_type_has_no_rank(screen, tmp_path):
+    one = part_of(screen, [1, 5])
+    results = evaluate_conditions(**one, baseline_means={"control_mean": controls_of(one)})
+    summary, rows, saved, said = everything_written(tmp_path, results)
+    assert summary["discrimination"] is None and saved["model"]["mean"]["discrimination"] is None
+    assert [row["discrimination"] for row in rows] == [""] * 4 and "discrimination" not in format_table(results)
+    assert best_baseline(results, "discrimination") is None and "beats every baseline on 2 held-out conditions" in said
+    made = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert "mae_by_perturbation" in made and "discrimination_by_perturbation" not in made
+    several = evaluate_conditions(**part_of(screen, [1, 3, 5]))["model"]  # of the other type there are two to rank
+    assert [np.isnan(r["discrimination"]) for r in several["per_condition"]] == [False, False, True]
+    assert several["mean"]["discrimination"] == np.mean([r["discrimination"] for r in several["per_condition"][:2]])
+
+
+def test_where_all_that_tells_perturbations_apart_is_the_target_there_is_no_rank():
+    real = np.array([[1.0], [2], [3]])
+    assert list(np.isnan(discrimination(real, real, np.array([0, -1, 0])))) == [True, False, True]
+
+
+@pytest.mark.parametrize("G", [49, 50])
+def test_an_overlap_of_more_genes_than_there_are_is_undefined(G, screen, tmp_path):
+    few = part_of(screen, [0, 1, 4], slice(G))
+    results = evaluate_conditions(**few, baseline_means={"control_mean": controls_of(few)})
+    summary, rows, _, _ = everything_written(tmp_path, results)
+    assert (summary["overlap_at_50"] is None) == (rows[0]["overlap_at_50"] == "") == (G == 49)
+    assert ("overlap_at_50" in format_table(results)) == (G == 50)
+    assert summary["overlap_at_100"] is None and summary["overlap_at_N"] > 0
+
+
+def test_one_gene_has_errors_and_no_correlation(screen, tmp_path):
+    one = part_of(screen, [0, 1, 2, 3], slice(1))
+    results = evaluate_conditions(**one, baseline_means={"b": controls_of(one) + 1})
+    summary, rows, _, said = everything_written(tmp_path, results)
+    assert summary["pearson_delta"] is None and {row["pearson_delta"] for row in rows} == {""}
+    assert "nothing to judge on 4 held-out conditions" in said and f"MAE {summary['mae']:.4f}" in said
+    assert "beat" not in said.lower() and not (tmp_path / "plots/delta.png").exists()
+
+
+def test_the_same_cells_in_another_order_have_no_effect_to_correlate_with(screen):
+    """The difference of their means is rounding, of which a correlation can be anything."""
+    control = screen["control"][screen["control_type"] == 0]
+    same = control[np.random.default_rng(0).permutation(len(control))] * np.float32(1 / 3)
+    result = evaluate_conditions(same + np.float32(0.1), np.zeros(len(same), int), same, np.zeros(len(same), int),
+                                 control * np.float32(1 / 3), np.zeros(len(control), int), [("t", "p")], ["t"])["model"]
+    assert np.isnan(result["mean"]["pearson_delta"]) and np.isnan(result["mean"]["overlap_at_N"])
+
+
+def test_a_type_without_control_cells_has_what_needs_none_and_means_are_of_common_conditions(screen, tmp_path):
+    alone = screen | {"control_type": np.zeros(105, int)}
+    means = {"control_mean": controls_of(alone), "context_mean": pseudobulk(alone["real"], alone["real_condition"], 8)}
+    results = evaluate_conditions(**alone, baseline_means=means)
+    summary, rows, _, said = everything_written(tmp_path, results)
+    needs_control = {"pearson_delta", "overlap_at_50", "overlap_at_N", "precision_at_N"}
+    lacking = {"model": needs_control, "context_mean": needs_control | {"energy_distance"},
+               "control_mean": needs_control | {"mae", "mse", "discrimination", "energy_distance"}}
+    for row in rows:
+        if row["cell_type"] == "type1":
+            assert {name for name in lacking["control_mean"] if not row[name]} == lacking[row["model"]]
+    for result in results.values():  # only of the first four conditions can all be compared
+        errors = [record["mae"] for record in result["per_condition"][:4]]
+        assert result["mean"]["mae"] == pytest.approx(np.mean(errors))
+    assert "best baseline" in said and summary["baselines"]["control_mean"]["mae"] > 0
+    means["control_mean"] = np.full_like(means["control_mean"], np.nan)
+    nothing = evaluate_conditions(**alone | {"control_type": np.full(105, 9)}, baseline_means=means)
+    assert nothing["model"]["mean"]["mae"] > 0 and np.isnan(nothing["control_mean"]["mean"]["mae"])
+    assert best_baseline(nothing, "mae") == "context_mean" and best_baseline(nothing) is None
+    everything_written(tmp_path / "nothing", nothing)
+
+
+def test_a_baseline_is_best_on_defined_figures_alone(table):
+    odd = {name: {"mean": dict(result["mean"])} for name, result in table.items()}
+    odd["context_mean"]["mean"] |= {"pearson_delta": math.nan, "mae": math.nan}
+    assert best_baseline(odd) == best_baseline(odd, "mae") == "control_mean"
+    assert [line.split()[1:3] for line in format_table(odd).splitlines()][3] == ["-", "-"]
+
+
+@pytest.mark.parametrize("model, rival, words, absent", [
+    ((None, 1.0), (0.5, 2.0), "nothing to judge on 1 held-out condition: ", "beat"),
+    ((0.5, 1.0), (None, 2.0), "no baseline to compare with on 1 held-out condition: Pearson delta 0.5000; MAE", "beat"),
+    ((0.5, None), (0.4, None), "beats every baseline on 1 held-out condition: Pearson delta 0.5000", "MAE"),
+    ((0.5, 1.0), (0.4, None), "MAE 1.0000; pictures", "worse")])
+def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent, tmp_path):
+    names = ("pearson_delta", "mae")
+    means = dict(zip(names, model, strict=True))
+    means |= {"conditions": 1, "baselines": {"b": dict(zip(names, rival, strict=True))}}
+    said = effects.verdict(means, tmp_path)
+    assert words in said and absent not in said and "None" not in said and "pictures in" in said
+
+
+def test_pictures_show_what_is_defined(screen, tmp_path, monkeypatch):
+    drawn, draw = {}, effects.figure
+
+    @contextlib.contextmanager
+    def kept(folder, name, *sizes, **options):
+        with draw(folder, name, *sizes, **options) as axes:
+            drawn[name] = axes
+            yield axes
+
+    monkeypatch.setattr(effects, "figure", kept)
+    alone = screen | {"control_type": np.zeros(105, int)}
+    plot_metrics(tmp_path, "a title", evaluate_conditions(**alone, baseline_means={"control_mean": controls_of(alone)}))
+    assert len(drawn["pearson_delta_by_perturbation"].get_yticks()) == 4 == len(drawn["delta"].flat)
+    assert len(drawn["mae_by_perturbation"].get_yticks()) == 8
+    nobody = evaluate_conditions(**screen | {"control_type": np.full(105, 9)})
+    plot_metrics(tmp_path, "a title", nobody)
+    (line,) = drawn["mae_by_perturbation"].lines
+    assert line.get_label() == "model"
+
+
+def test_conditions_of_one_name_in_two_files_are_told_apart_in_pictures():
+    record = {"cell_type": "c", "perturbation": "p", "dataset": "d", "file": "a.h5ad"}
+    assert effects._labels([record]) == ["c, p"]
+    assert effects._labels([record, record | {"dataset": "e"}]) == ["d a.h5ad: c, p", "e a.h5ad: c, p"]

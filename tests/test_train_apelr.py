@@ -22,10 +22,11 @@ import prepare_data
 import sample
 import train_apelr
 from common import checkpoint
+from common.errors import InputError
 from common.runtime import Runtime
-from configurator import configure, from_dict
-from measure import plans, speed
-from sources.corpus import read_corpus
+from configurator import config_dict, configure, differences, from_dict
+from measure import plans, rival, speed
+from sources.corpus import Corpus, read_corpus
 from train_apelr import ALIASES, Batches, Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,7 @@ TINY = ("--num_plan_states=3", "--chunk_size=4", "--seq_len=15", "--token_dim=8"
 RUN = (*TINY, "--max_steps=8", "--eval_interval=4", "--save_interval=3", "--dropout=0.2", "--keep_last=-1",
        "--loss_weights={'usage_balance': 0.1, 'plan_js_div': 0.1}", "--plan_commitment=gumbel_st")
 PICTURES = ("draw_loss", "draw_plans")
+draw_loss, draw_plans = plans.draw_loss, plans.draw_plans
 
 
 @pytest.fixture(autouse=True)
@@ -371,7 +373,11 @@ def test_idle_plans_are_warned_of(capsys):
     plans.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.5}, told.append)
     plans.warn_of_idle_plans({"plan_gain": 0.1, "forced_state_divergence_all_pairs": 0.5}, told.append)
     plans.warn_of_idle_plans({"plan_gain": 0.001, "forced_state_divergence_all_pairs": 0.01}, told.append)
-    assert len(told) == 1 and "one of them does as well alone" in told[0]
+    plans.warn_of_idle_plans({"plan_gain": None, "forced_state_divergence_all_pairs": None}, told.append)
+    assert len(told) == 1 and "one of them does as well alone" in told[0] and "lower" not in told[0]
+    for term, advice in (("plan_js_div", "lower loss_weights.plan_js_div"), ("plan_mi", "lower plan_mi_weight")):
+        plans.warn_of_idle_plans({"plan_gain": -1.0, "forced_state_divergence_all_pairs": 0.5}, told.append, {term})
+        assert told[-1].endswith(advice)
 
 
 def test_the_whole_default_run_needs_no_download_and_no_data(monkeypatch):
@@ -388,6 +394,337 @@ def test_the_whole_default_run_needs_no_download_and_no_data(monkeypatch):
                                "--device=cpu"])
     assert made[0]["out_dir"] == "data/text" and Path("out/apelr/summary.json").exists()
     assert np.isfinite(result["val_nll"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights, figures that are not defined, and what a run says of its plan
+# ---------------------------------------------------------------------------------------------------------------
+DEMO = {"usage_balance": 0.02, "future_contrastive": 0.02}
+
+
+@pytest.mark.parametrize("argv, weights", [
+    ([], DEMO), (["--usage_balance_weight=0.5"], DEMO | {"usage_balance": 0.5}),
+    (["--usage_balance_weight=0"], {"future_contrastive": 0.02}),
+    (["--entropy_reg_weight=0.5"], DEMO | {"boundary_entropy": 0.5}),
+    (["--loss_weights={'plan_js_div': 0.1}"], {"plan_js_div": 0.1}), (["--loss_weights={}"], {}),
+    (["--loss_weights={'plan_js_div': 0.1}", "--usage_balance_weight=0.3"], {"plan_js_div": 0.1, "usage_balance": 0.3}),
+    (["--loss_weights={'usage_balance': 0.1}", "--usage_balance_weight=0.3"], {"usage_balance": 0.1}),
+    ([f"--version={V1}", "--usage_balance_weight=0.5"], {"usage_kl": 0.5}), ([f"--version={V1}"], {}),
+    ([f"--version={V1}", "--entropy_reg_weight=0.1", "--chunk_bow_weight=0.2", "--plan_mi_weight=0.3",
+      "--chunk_post_kl_weight=0.4"], {"belief_entropy": 0.1, "chunk_bow": 0.2, "plan_mi": 0.3, "chunk_post_kl": 0.4}),
+    (["--version=baseline", "--usage_balance_weight=0.5"], {}),
+])
+def test_a_weight_that_is_given_counts(argv, weights):
+    cfg = configure(Config, argv)
+    assert cfg.weights() == weights
+    assert from_dict(Config, config_dict(cfg), "saved").weights() == weights
+
+
+@pytest.mark.parametrize("argv, unused", [
+    ([], ""), (["--usage_balance_weight=0.5"], ""), (["--loss_weights={'usage_balance': 0.1}"], ""),
+    (["--loss_weights={'usage_balance': 0.1}", "--usage_balance_weight=0.3"], "usage_balance_weight"),
+    (["--loss_weights={'boundary_entropy': 0}", "--entropy_reg_weight=0.3"], "entropy_reg_weight"),
+    (["--chunk_bow_weight=0.1", "--plan_mi_weight=0.1"], "chunk_bow_weight, plan_mi_weight"),
+    ([f"--version={V1}", "--chunk_bow_weight=0.1"], ""),
+    ([f"--version={V1}", "--loss_weights={'usage_balance': 0.1}"], "loss_weights"),
+    (["--version=baseline", "--entropy_reg_weight=0.1"], "entropy_reg_weight"),
+])
+def test_a_weight_without_effect_is_named_when_a_run_starts(argv, unused, text):
+    cfg = configure(Config, [*TINY, f"--data={text}", *argv])
+    corpus = read_corpus(str(text))
+    told = plans.describe(train_apelr.build_model(cfg, corpus.vocab_size), corpus, 8, train_apelr.DEMO_WEIGHTS)
+    assert told.splitlines()[1:] == [f"  note: without effect on {cfg.version}: {unused}"] * bool(unused)
+
+
+def test_the_weights_of_an_older_run_stay_what_they_were():
+    """It saved loss_weights whole, and 0 for a weight that was not given."""
+    old = config_dict(Config()) | {"usage_balance_weight": 0.0, "loss_weights": DEMO}
+    del old["compare_baseline"]
+    assert from_dict(Config, old, "old").weights() == DEMO
+    assert differences(old, Config()) == []
+
+
+JUDGED = {"val_nll": 2.5, "val_ppl": 12.18, "plan_gain": 0.2, "planner_mask_delta_loss": 0.1, "parameters": 1000}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, "the plan is used: plan_gain +0.2000, planner_mask_delta_loss +0.1000"),
+    ({"plan_gain": -0.004}, "the plan is not used: plan_gain -0.0040, planner_mask_delta_loss +0.1000"),
+    ({"planner_mask_delta_loss": 0.0001}, "the plan is not used: plan_gain +0.2000, planner_mask_delta_loss +0.0001"),
+    ({"plan_gain": 0.0099, "forced_state_divergence_all_pairs": 0.0}, "the plan is not used"),
+    ({"plan_gain": None}, "the plan is used: planner_mask_delta_loss +0.1000;"),
+    ({"planner_mask_delta_loss": float("nan"), "plan_gain": -1.0}, "the plan is not used: plan_gain -1.0000;"),
+    ({"baseline_nll": 2.6, "baseline_ppl": 13.46, "baseline_parameters": 1010},
+     "it beats the baseline of equal size: baseline_nll 2.6000 (+0.1000), perplexity 13.46, 1,010 parameters "
+     "(here 1,000);"),
+    ({"baseline_nll": 2.5}, "it DOES NOT BEAT the baseline of equal size: baseline_nll 2.5000 (+0.0000);"),
+    ({"baseline_nll": 2.4}, "it DOES NOT BEAT the baseline of equal size: baseline_nll 2.4000 (-0.1000);"),
+    ({"oracle_nll": 2.0, "excess_over_oracle": 0.25, "plan_nmi": 0.5},
+     "exact optimum 2.0000 (+25.00%); nmi of plans and true plans 0.500;"),
+    ({"oracle_nll": 0.0, "excess_over_oracle": None}, "exact optimum 0.0000; the plan is used"),
+])
+def test_the_verdict_says_whether_the_plan_is_used_and_beats_the_baseline(changes, words):
+    line = plans.verdict(JUDGED | changes, Path("run"))
+    assert line.startswith("done: validation nll 2.5000 nats a token, perplexity 12.18; ") and words in line
+
+
+@pytest.mark.parametrize("undefined", [None, float("nan"), float("inf")])
+def test_the_verdict_leaves_out_what_is_not_defined(undefined):
+    names = ("val_ppl", "oracle_nll", "excess_over_oracle", "plan_nmi", "plan_gain", "planner_mask_delta_loss",
+             "baseline_nll", "baseline_ppl")
+    for metrics in (JUDGED | dict.fromkeys(names, undefined), {"val_nll": 2.5}):
+        line = plans.verdict(metrics, Path("run"))
+        assert line == f"done: validation nll 2.5000 nats a token; files in run, pictures in {Path('run/plots')}"
+
+
+def test_a_run_of_unused_plans_says_so_whatever_its_divergence(text, capsys):
+    """After one step of no size the plans are what they started as: different, and of no use."""
+    run(text, "--max_steps=1", "--lr=0")
+    last = capsys.readouterr().out.splitlines()[-1]
+    gain = read("run/summary.json")["plan_gain"]
+    assert gain < 0.01 and f"the plan is not used: plan_gain {gain:+.4f}" in last
+
+
+@pytest.mark.parametrize("version", [V1, V2])
+def test_what_one_plan_does_not_have_is_null(version, planted, capsys):
+    run(planted[version], f"--version={version}", "--num_plan_states=1")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "plan" not in last.removeprefix("done: ").split("; files")[0] and "nan" not in last
+    summary, planner = read("run/summary.json"), read("run/planner_eval.json")
+    for name in ("planner_mask_delta_loss", "plan_gain", "plan_nmi", "state_persistence", "expert_utilization",
+                 "transition_mean_diagonal", "transition_row_entropy", "forced_state_divergence",
+                 "forced_state_divergence_all_pairs"):
+        assert summary[name] is None and planner[name] is None, name
+    assert summary["forced_nll"] == pytest.approx([summary["val_nll"]]) and planner["typical_tokens"] is None
+    assert set(planner["top_tokens"]) == {"0"}
+
+
+def test_pictures_of_one_plan_and_of_undefined_figures_are_drawn(planted):
+    cfg = configure(Config, [*TINY, f"--data={planted[V2]}", "--num_plan_states=1"])
+    corpus = read_corpus(str(planted[V2]))
+    model = train_apelr.build_model(cfg, corpus.vocab_size)
+    Path("run").mkdir()
+    lines = [{"step": 1, "split": "eval", "val_nll": 2.0, "oracle_nll": None, "usage": [1.0]},
+             {"step": 2, "split": "eval", "val_nll": None, "usage": [1.0]}, {"step": 2, "split": "train", "nll": 2.0}]
+    Path("run/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    draw_loss(Path("run"), "title")
+    draw_plans(Path("run"), model, corpus, corpus.spread(2, 15, V2), [1.0])
+    assert len(list(Path("run/plots").iterdir())) == 4
+
+
+def test_plans_that_change_elsewhere_than_the_planted_ones_are_not_held_against_them(planted, capsys):
+    """Chunks of 2 and 8 tokens on plans of 4: the same chunk is not the same text."""
+    for chunk_size in (2, 8):
+        result = run(planted[V2], f"--chunk_size={chunk_size}", f"--out_dir={chunk_size}")
+        told = capsys.readouterr().out
+        assert result.get("plan_nmi") is None and "nmi" not in told.splitlines()[-1]
+        assert f"chunk_size = {chunk_size}, and the planted plans change every 4 tokens" in told
+    assert run(planted[V2])["plan_nmi"] is not None and "planted plans change" not in capsys.readouterr().out
+
+
+def test_one_planted_plan_cannot_be_found(capsys):
+    """Neither by the oracle, nor by a model of three plans."""
+    meta = prepare_data.planted(num_plans=1, vocab_size=9, chunk_size=4, document_chunks=4, train_documents=30,
+                                validation_documents=3, out_dir="one")
+    assert meta["oracle_nmi"] is None and read("one/meta.json")["oracle_nmi"] is None
+    assert "NMI" not in capsys.readouterr().out
+    assert run(Path("one"))["plan_nmi"] is None and read("run/summary.json")["plan_nmi"] is None
+
+
+def test_figures_beyond_what_a_number_holds_are_none():
+    assert plans.perplexity(1.0) == pytest.approx(np.e) and plans.perplexity(710.0) is None
+    nll, forced = 1.0, torch.tensor([[1.5, 2.0], [1.7, 1.0]])
+    worth = plans.plan_worth(nll, torch.tensor([1.2, 1.4]), forced)
+    assert worth["forced_nll"] == pytest.approx([1.6, 1.5])
+    assert (worth["planner_mask_delta_loss"], worth["plan_gain"]) == pytest.approx((0.3, 0.5))
+    corpus = Corpus(np.zeros(4), np.zeros(4), 2, document_length=2, oracle_nll=np.zeros((2, 1)))
+    assert corpus.yardsticks(0.5, np.array([0]), 1) == {"oracle_nll": 0.0, "excess_over_oracle": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A baseline of equal size
+# ---------------------------------------------------------------------------------------------------------------
+BESIDE = ("--compare_baseline", "--max_steps=6", "--eval_interval=3", "--dropout=0.2")
+
+
+def test_a_baseline_of_equal_size_is_trained_on_the_same_batches(text, monkeypatch, capsys):
+    batches, step_of_training = {}, train_apelr.train_step
+
+    def seen(model, tokens, step, rt, cfg):
+        batches.setdefault(cfg.version, []).append((step, tokens.clone()))
+        return step_of_training(model, tokens, step, rt, cfg)
+
+    monkeypatch.setattr(train_apelr, "train_step", seen)
+    result = run(text, *BESIDE)
+    told = capsys.readouterr().out
+    summary, baseline = read("run/summary.json"), read("run/baseline/summary.json")
+    assert [step for step, _ in batches[V2]] == [step for step, _ in batches["baseline"]] == list(range(6))
+    for (_, ours), (_, theirs) in zip(batches[V2], batches["baseline"], strict=True):
+        assert torch.equal(ours, theirs)
+    assert summary["baseline_nll"] == baseline["val_nll"] == result["baseline_nll"] != summary["val_nll"]
+    assert summary["baseline_ppl"] == pytest.approx(np.exp(baseline["val_nll"]))
+    assert summary["baseline_parameters"] == baseline["parameters"] and summary["baseline_steps"] == 6
+    assert abs(summary["baseline_parameters"] / summary["parameters"] - 1) < 0.03
+    settings, theirs = read("run/config.json"), read("run/baseline/config.json")
+    changed = {name for name in settings if settings[name] != theirs[name]}
+    assert changed == {"version", "d_model", "out_dir", "compare_baseline"}
+    assert theirs["d_model"] == summary["baseline_d_model"] and theirs["version"] == "baseline"
+    last = told.splitlines()[-1]
+    judged = "beats" if summary["val_nll"] < summary["baseline_nll"] else "DOES NOT BEAT"
+    assert f"it {judged} the baseline of equal size: baseline_nll {summary['baseline_nll']:.4f}" in last
+    assert f"the planner of {summary['parameters']:,}; it trains first, in run/baseline" in told
+
+
+def test_the_baseline_beside_a_planner_is_the_run_that_its_settings_make(text):
+    """And the planner is that which trains without a baseline."""
+    run(text, *BESIDE)
+    run(text, *BESIDE, "--no-compare_baseline", "--out_dir=alone")
+    assert not unequal(checkpoint.load(Path("run"))["model"], checkpoint.load(Path("alone"))["model"])
+    width = read("run/summary.json")["baseline_d_model"]
+    run(text, *BESIDE, "--no-compare_baseline", "--version=baseline", f"--d_model={width}", "--out_dir=plain")
+    assert not unequal(checkpoint.load(Path("run/baseline"))["model"], checkpoint.load(Path("plain"))["model"])
+
+
+@pytest.mark.parametrize("stopped", ["baseline", V2])
+def test_a_comparison_that_is_stopped_goes_on_with_the_same_bits(stopped, text):
+    run(text, *BESIDE, "--out_dir=alone")
+    versions, prepare = [], train_apelr.rehearse
+
+    def rehearse(model, corpus, rt, cfg):
+        versions.append(cfg.version)
+        prepare(model, corpus, rt, cfg)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_apelr, "rehearse", rehearse)
+        patch.setattr(Runtime, "stopping", lambda self, now: now == 2 and versions[1:][-1:] == [stopped])
+        assert run(text, *BESIDE)["stopped_at"] in ((0, 2) if stopped == "baseline" else (2,))
+    assert not Path("run/summary.json").exists()
+    assert Path("run/last.pt").exists() is (stopped == V2)
+    again = run(text, *BESIDE)
+    assert again["steps"] == again["baseline_steps"] == 6
+    for folder in ("", "baseline"):
+        ours, theirs = (checkpoint.load(Path(run_, folder))["model"] for run_ in ("run", "alone"))
+        assert not unequal(ours, theirs)
+    assert read("run/summary.json")["baseline_nll"] == read("alone/summary.json")["baseline_nll"]
+
+
+def test_a_signal_while_the_baseline_is_measured_stops_what_comes_after_it(text, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == 0 and Path("run/baseline/summary.json").exists())
+        assert run(text, *BESIDE) == {"stopped_at": 0}
+    assert "stopped by a signal before the planner" in capsys.readouterr().out
+    assert not Path("run/last.pt").exists() and run(text, *BESIDE)["baseline_steps"] == 6
+
+
+def test_a_signal_while_it_is_rehearsed_stops_a_comparison(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == 0)
+        assert run(text, *BESIDE) == {"stopped_at": 0}
+    assert not Path("run").exists()
+
+
+def test_a_finished_comparison_is_not_repeated_and_a_finished_planner_gets_its_baseline(text, capsys):
+    run(text, *BESIDE, "--no-compare_baseline")
+    alone = read("run/summary.json")
+    assert "baseline_nll" not in alone
+    run(text, *BESIDE)
+    both = read("run/summary.json")
+    assert both["baseline_nll"] == read("run/baseline/summary.json")["val_nll"]
+    assert both["val_nll"] == pytest.approx(alone["val_nll"], rel=1e-6) and both["tokens_per_second"]
+    before = Path("run/summary.json").read_bytes()
+    capsys.readouterr()
+    assert run(text, *BESIDE)["baseline_nll"] == both["baseline_nll"]
+    assert "nothing was left to train" in capsys.readouterr().out
+    assert Path("run/summary.json").read_bytes() == before
+
+
+def test_a_comparison_that_goes_on_for_longer_takes_both_along(text):
+    settings = ("--schedule=constant", "--warmup_steps=0")
+    run(text, *BESIDE, *settings)
+    longer = run(text, *BESIDE, *settings, "--max_steps=12", "--resume=run/last.pt")
+    whole = run(text, *BESIDE, *settings, "--max_steps=12", "--out_dir=whole")
+    assert longer["steps"] == longer["baseline_steps"] == 12
+    assert longer["baseline_nll"] == pytest.approx(whole["baseline_nll"], rel=1e-5)
+    resumed = [r["step"] for r in records("run/baseline") if r["split"] == "train"]
+    assert resumed == [2, 3, 4, 6, 8, 9, 10, 12]  # each once: it went on from 6
+
+
+def test_the_batch_size_of_a_baseline_is_that_which_its_planner_finds(text):
+    result = run(text, *BESIDE, "--batch_size=auto", "--cpu_batch_size=6")
+    assert read("run/config.json")["batch_size"] == "auto" and read("run/baseline/config.json")["batch_size"] == 6
+    assert checkpoint.load(Path("run"))["extra"]["batch_size"] == 6 and result["baseline_steps"] == 6
+
+
+def test_two_ranks_compare_like_one(text):
+    settings = [*TINY, f"--data={text}", *BESIDE, "--dropout=0"]
+    told = two_ranks("test_train_apelr", *settings, "--out_dir=two", function="quick")
+    assert told.count("it trains first, in two/baseline") == 1 and told.count("done: validation nll") == 2
+    alone, two = train_apelr.main(settings), read("two/summary.json")
+    for key in ("val_nll", "baseline_nll", "baseline_parameters", "baseline_d_model", "plan_gain"):
+        assert two[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--version=baseline"], "compare_baseline is for a planner"),
+    (["--init_from=somewhere.pt"], "the baseline has no weights to start from"),
+    (["--backbone=transformer", "--n_heads=8"], "no baseline has within 3% of the"),
+    (["--seq_len=5000"], "less than a window of"), (["--resume=nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["--batch_size=7", "--grad_accum=2"], "must be a multiple of"),
+])
+def test_a_comparison_that_cannot_be_is_refused_before_anything_is_written(argv, words, text, capsys):
+    assert words in refused(capsys, *TINY, f"--data={text}", *BESIDE, *argv) and not Path("run").exists()
+
+
+def test_weights_of_the_source_are_no_start_for_a_comparison(text, writers, capsys):
+    torch.save(source_checkpoint(writers[V2]), "source.pt")
+    assert "which is no fair comparison" in refused(
+        capsys, *TINY, f"--data={text}", *BESIDE, "--resume=source.pt", "--compat=source")
+    assert not Path("run").exists()
+
+
+def test_a_baseline_of_other_settings_is_refused_before_the_planner_trains(text, capsys):
+    run(text, *BESIDE)
+    for name in ("last.pt", "best.pt", "summary.json"):
+        Path("run", name).unlink()
+    assert "run/baseline holds a finished run with other settings (lr: 0.01 -> 0.02; min_lr" in refused(
+        capsys, *TINY, "--max_steps=4", f"--data={text}", *BESIDE, "--lr=0.02")
+    assert not Path("run/last.pt").exists()
+
+
+SIZES = {
+    "v2": {}, "v1": {"version": V1}, "bias": {"experts": "bias"}, "deep": {"n_layers": 4},
+    "transformer": {"backbone": "transformer"}, "transformer of v1": {"backbone": "transformer", "version": V1},
+    "many plans": {"num_plan_states": 64}, "one plan": {"num_plan_states": 1}, "untied": {"n_heads": 1},
+}
+
+
+@pytest.mark.parametrize("settings", SIZES.values(), ids=SIZES)
+def test_a_baseline_has_the_size_of_its_planner(settings):
+    cfg = Config(**{"vocab_size": 1_000, "out_dir": "run", **settings})
+    wanted = plans.size_of(train_apelr.build_model(cfg))
+    trains = {"vocab_size": 1_000, "batch_size": 24, "parameters": wanted}
+    plain = rival.baseline_settings(cfg, train_apelr.build_model, trains)
+    size = plans.size_of(train_apelr.build_model(plain))
+    assert abs(size / wanted - 1) < 0.03
+    assert (plain.version, plain.out_dir, plain.batch_size) == ("baseline", str(Path("run/baseline")), 24)
+    assert plain.check() == [] and cfg.version != "baseline"
+    if cfg.backbone == "gru":
+        D, H, V = cfg.token_dim, plain.d_model, 1_000
+        layers = 3 * H * (D + H + 2) + (cfg.n_layers - 1) * 3 * H * (2 * H + 2)
+        assert size == V * D + layers + V * H + V
+
+
+def test_the_nearest_width_is_found_or_refused():
+    for unit in (1, 3, 8):
+        for wanted in (999, 5_000, 123_456):
+            nearest = min(range(unit, 2_000, unit), key=lambda width: abs(width * width - wanted))
+            if abs(nearest**2 - wanted) <= 0.03 * wanted:
+                assert rival.equal_width(lambda width: width * width, wanted, unit) == (nearest, nearest**2)
+            else:
+                with pytest.raises(InputError, match=f"nearest has {nearest**2:,} at d_model={nearest} "):
+                    rival.equal_width(lambda width: width * width, wanted, unit)
+    with pytest.raises(InputError, match="within 3% of the 5 parameters"):
+        rival.equal_width(lambda width: 100 * width, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------------

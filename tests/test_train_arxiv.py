@@ -1,6 +1,7 @@
 """train_arxiv.py: the data it draws, the numbers it reports against other ways to find them, and its runs."""
 
 import base64
+import contextlib
 import csv
 import itertools
 import json
@@ -9,10 +10,12 @@ import re
 import runpy
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -28,9 +31,11 @@ from common import checkpoint
 from common.errors import DataError
 from common.runtime import Runtime
 from configurator import configure
+from measure import curves as curves_room
 from measure import speed
-from measure.curves import Curves, fit_power_law, gains, measure, probe
+from measure.curves import Curves, describe_fit, fit_power_law, gains, measure, probe, summarize, verdict
 from measure.report import plan_study, run_name
+from measure.sequences import sequence_xe
 from sources import chunks as chunks_source
 from sources.chunks import chunk_arrays
 from sources.processes import make_process
@@ -192,6 +197,72 @@ def test_the_streamed_cross_entropy_has_the_values_and_gradients_of_the_plain_on
         assert torch.allclose(model(tokens[:, :-1], tokens[:, 1:])[0], plain, atol=1e-5)
 
 
+def test_every_position_of_the_table_is_trained_and_none_is_missing(data):
+    chunks, cfg = chunks_of(data / "train.h5"), Config(n_layers=1, d_model=16, n_heads=2, d_mlp=32)
+    model = train_arxiv.build_model(cfg, chunks.vocab_size, chunks.n_ctx)
+    train_arxiv.train_step(model, torch.from_numpy(chunks.tokens[:20].astype(np.int64)), runtime(), cfg)
+    assert chunks.n_ctx == chunks.size - 1 == len(model.position) == 11
+    assert (model.position.grad.abs().sum(1) > 0).all()
+
+
+def test_the_full_context_predicts_as_well_as_one_token_less():
+    """A word said again and again, which can be told by where one is in it, and read by sample.py in moving windows."""
+    word = np.array([0, 0, 0, 1, 1, 0, 2, 0, 1, 2, 2])
+    documents = [word[np.arange(i, i + 26) % 11] for i in range(11)]
+    for split in ("train", "validation"):
+        corpus({"x": documents * 4}, 3, 13)
+        Path("corpus.h5").rename(f"{split}.h5")
+    train_arxiv.main([*TINY, "--data=.", "--epochs=60", "--eval_interval=1000", "--probe=false"])
+    _, model, _, extra = train_arxiv.load_run(Path("run"), "cpu")
+    xe = sequence_xe(model.eval(), torch.tensor(np.array(documents)), extra["n_ctx"]).mean(0)
+    assert extra["n_ctx"] == 12 and xe[10] < 0.05 and xe[11:].max() < 0.05  # a row never trained: 2 nats and more
+
+
+def as_older(path: Path) -> None:
+    """The checkpoint as it was written with a position more than there are predictions, and a row never trained."""
+    state = torch.load(path, weights_only=True)
+    extra, model, moments = state["extra"], state["model"], state["optimizer"]["state"][0]
+    T = len(model["position"])
+    assert T == extra["n_ctx"] and moments["exp_avg"].shape == model["position"].shape
+    extra["n_ctx"] = extra.pop("chunk_size")
+    del extra["data"], state["meter"]
+    model["position"] = torch.cat([model["position"], torch.full_like(model["position"][:1], 9.0)])
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments[name] = torch.cat([moments[name], torch.zeros_like(moments[name][:1])])
+    torch.save(state, path)
+
+
+def test_an_older_run_with_a_position_more_goes_on_to_the_same_bits(data, whole):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runtime, "stopping", lambda self, now: now == 8)
+        run(data, *RUN)
+    for name in ("last.pt", "best.pt"):
+        as_older(Path("run", name))
+    assert run(data, *RUN)["steps"] == 10
+    assert_as_if_uninterrupted(Path("run"), whole)
+
+
+def test_an_older_finished_run_is_measured_and_sampled_without_that_position(data, whole):
+    shutil.copytree(whole, "run")
+    for path in Path("run").glob("*.pt"):
+        as_older(path)
+    _, model, _, extra = train_arxiv.load_run(Path("run"), "cpu")
+    assert (len(model.position), extra["n_ctx"]) == (11, 11) and model.position.abs().max() < 9
+    assert train_arxiv.main(["--analyze=run", "--device=cpu"])["val_xe"] == pytest.approx(
+        read(whole / "summary.json")["val_xe"], rel=1e-5)
+
+
+def test_moments_of_another_order_of_matrices_are_refused(data, whole, capsys):
+    shutil.copytree(whole, "run")
+    as_older(Path("run/step_7.pt"))
+    state = torch.load("run/step_7.pt", weights_only=True)
+    moments = state["optimizer"]["state"]
+    moments[0], moments[1] = moments[1], moments[0]
+    torch.save(state, "run/step_7.pt")
+    told = refused(capsys, *RUN, f"--data={data}", "--load_checkpoint_step=7")
+    assert "older train_arxiv.py" in told and "resume=never" in told
+
+
 def test_matrices_decay_and_norms_and_biases_do_not():
     model = a_model()
     decays, stays = train_arxiv.parameter_groups(model, Config(weight_decay=0.3))
@@ -281,6 +352,20 @@ def test_random_windows_are_slices_of_one_document():
     assert set(offsets) == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("choice", ["random", "first"])
+def test_random_windows_are_as_many_whatever_k(choice):
+    """Of documents of four chunks, three in four go on. Chunks chosen one by one would go on in 1 / K of the cases."""
+    chunks = some_corpus((120, 120, 120), each=4)
+    for K in (1, 2, 3):
+        cfg = Config(random_windows=True, choice=choice)
+        rows = train_arxiv.training_rows(chunks, list("abc")[:K], cfg)
+        assert len(rows) == 120 and len(np.unique(rows)) == 120
+        following = np.isin(rows + 1, rows) & (chunks.documents[np.minimum(rows + 1, 359)] == chunks.documents[rows])
+        assert following.mean() == 0.75
+    first, second = (train_arxiv.training_rows(chunks, ["a", "b"], Config(random_windows=True, seed=s)) for s in (1, 2))
+    assert first.tolist() != second.tolist()
+
+
 # ------------------------------------------------------------------------------------------- losses, statistics, probe
 
 
@@ -366,6 +451,88 @@ def test_a_power_law_fits_as_well_as_scipy_does_from_the_true_start():
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
 
 
+def noisy(curve: np.ndarray, sd: float, resamples: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """(a curve, resamples of it): both with noise of this size at each position."""
+    draw = np.random.default_rng(3)
+    mean = curve + sd * draw.standard_normal(len(curve))
+    return mean, mean + sd * draw.standard_normal((resamples, len(curve)))
+
+
+POSITIONS = np.arange(1, 51)
+
+
+@pytest.mark.parametrize("curve, sd", [
+    (np.full(50, 1.3), 0.01),  # nothing but noise
+    (np.full(50, 1.3), 0.0),
+    (1 - 0.5 / POSITIONS, 0.001),  # rises
+    (1 + np.exp(-10.0 * (POSITIONS - 1)), 0.0),  # all is known after one token: the exponent ends at its bound
+    (1 - 0.1 * np.log(POSITIONS), 0.0),  # the exponent ends at its other bound
+    (0.2 + 2 * POSITIONS**-0.1 - 1.0, 0.0),  # would fall below 0
+    (np.array([3.0, 2.0, 1.5]), 0.0),  # as many numbers as parameters
+    (np.full(50, np.nan), 0.0),
+])
+def test_what_no_power_law_fits_has_no_fit(curve, sd):
+    assert describe_fit(*noisy(curve, sd)) is None
+
+
+def test_a_fall_beyond_the_noise_has_a_fit_with_its_interval():
+    fit = describe_fit(*noisy(1 + 0.8 / POSITIONS, 0.005))
+    for name, true in (("xe_inf", 1.0), ("c", 0.8), ("alpha", 1.0)):
+        low, high = fit[name]["interval"]
+        assert fit[name]["value"] == pytest.approx(true, abs=0.1) and low < fit[name]["value"] < high
+
+
+def test_a_curve_without_a_fit_is_said_to_have_none():
+    groups = measure(some_curves(), ["x", "y"], ["x", "y"], None, 50, 1)
+    for group in groups.values():
+        group["fit"] = None
+    summary = summarize(groups)
+    told = verdict(summary, 2, Path("run"))
+    assert summary["fit"] is None and "no fit of a power law" in told and "t^" not in told
+    falling = summary | {"fit": {"xe_inf": 1.0, "c": 0.5, "alpha": 0.7}}
+    assert "1.0000 + 0.5000 t^-0.700" in verdict(falling, 2, Path("run"))
+
+
+def test_the_verdict_the_summary_and_the_picture_say_what_icl_gain_is(monkeypatch):
+    summary = summarize(measure(some_curves(), ["x", "y"], ["x", "y"], None, 50, 1))
+    definition = "XE after 1 token less XE after 6, in nats"
+    assert summary["icl_gain_definition"] == definition
+    assert f"icl_gain {summary['icl_gain']:.4f} ({definition})" in verdict(summary, 2, Path("run"))
+    titles = []
+
+    @contextlib.contextmanager
+    def kept(*args, **options):
+        axes = matplotlib.figure.Figure().subplots()
+        yield axes
+        titles.append(axes.get_title())
+
+    monkeypatch.setattr(curves_room, "figure", kept)
+    curves_room.draw_curves(Path(), "", measure(some_curves(), ["x", "y"], ["x"], None, 50, 1), ["x"])
+    assert definition in titles[0]
+
+
+def test_of_one_document_there_is_no_interval():
+    """The bootstrap would draw the same document each time: a width of 0 is no certainty."""
+    one = Curves(np.array([[3.0, 2.5, 2.4, 2.3, 2.2]]), np.array([1]), np.array([0]))
+    found = measure(one, ["x"], ["x"], None, 50, 1)["x"]
+    assert found["xe"] == pytest.approx(2.48) and found["fit"] is None
+    for name in ("low", "high", "xe_interval", "icl_gain_interval", "total_gain_interval"):
+        assert np.isnan(found[name]).all(), name
+
+
+def test_an_optimum_of_zero_is_held_against_in_nats():
+    xe = np.array([[0.03, 0.02, 0.01, 0.01]] * 2)
+    model, still = (Curves(c, np.array([1, 1]), np.array([0, 0])) for c in (xe, np.zeros((2, 4))))
+    groups = measure(model, ["x"], ["x"], (still, still), 50, 1)
+    summary = summarize(groups)
+    assert summary["largest_relative_excess"] is None and summary["largest_excess"] == pytest.approx(0.03)
+    assert "at most 0.0300 nats from the optimum" in verdict(summary, 1, Path("run"))
+    assert "%" not in verdict(summary, 1, Path("run"))
+    half = Curves(xe / 2, np.array([1, 1]), np.array([0, 0]))
+    summary = summarize(measure(model, ["x"], ["x"], (half, half), 50, 1))
+    assert "at most 100.00% from the optimum" in verdict(summary, 1, Path("run"))
+
+
 def test_gains_are_first_less_last_and_the_sum_over_the_last():
     gain, total = gains(np.array([[5.0, 3.0, 2.0], [1.0, 1.0, 4.0]]))
     assert gain.tolist() == [3.0, -3.0] and total.tolist() == [4.0, -6.0]
@@ -444,6 +611,58 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     assert len(results["probe"]["accuracy"]) == 2 and "done: validation XE" in (whole / "train.log").read_text()
 
 
+def test_results_say_what_the_run_was_trained_on_and_how_much(whole, data):
+    results, summary = read(whole / "results.json"), read(whole / "summary.json")
+    assert results["data"]["path"] == str(data) and results["data"]["fingerprint"] == "".join(
+        chunks_of(data / f"{split}.h5").fingerprint for split in ("train", "validation"))
+    assert results["budget"] == {"kind": "constant", "tokens": 40 * 12} and results["seed"] == 1337
+    assert (results["steps"], results["tokens"]) == (summary["steps"], 10 * 8 * 11)
+    assert results["settings"]["dropout"] == 0.1 and not {"out_dir", "seed", "categories"} & results["settings"].keys()
+
+
+@pytest.mark.parametrize("active", ["still", "still,fair"])
+def test_a_component_that_never_surprises_is_measured_and_drawn(active, monkeypatch):
+    """Its optimum is 0, or falls to it: no division by it, and no axis that ends there."""
+    parts = json.dumps([{"name": "still", "process": "coin", "p": 1.0}, {"name": "fair", "process": "coin"}])
+    prepare_data.main(["ergodic", f"--components={parts}", "--train_documents=12", "--validation_documents=6",
+                       "--chunk_size=12", "--out_dir=coins"])
+    monkeypatch.setattr(train_arxiv, "draw_run", curves_room.draw_run)
+    summary = train_arxiv.main([*TINY, "--data=coins", f"--categories={active}", "--max_steps=4"])
+    groups = read("run/results.json")["groups"]  # valid JSON
+    assert (summary["largest_relative_excess"] is None) == (active == "still")
+    assert all(math.isfinite(x) for x in groups["seen"]["excess_by_position"])
+    assert {path.stem for path in Path("run/plots").iterdir()} >= {"xe_by_position", "excess_by_position"}
+
+
+def test_what_too_few_documents_leave_undefined_is_null_and_an_empty_cell(capsys):
+    """One document a category: no interval, no probe, and no traceback after training."""
+    prepare_data.main(["ergodic", f"--components={json.dumps(PARTS)}", "--train_documents=12",
+                       "--validation_documents=1", "--chunk_size=12", "--out_dir=few"])
+    train_arxiv.main([*TINY, "--data=few", "--max_steps=4"])
+    results = read("run/results.json")
+    assert results["probe"] is None and results["groups"]["a"]["fit"] is None
+    assert set(results["groups"]["seen"]["low"]) == {None}
+    with open("run/xe_by_position.csv") as file:
+        assert {(row["low"], row["high"]) for row in csv.DictReader(file)} == {("", "")}
+    assert "nan" not in capsys.readouterr().out
+    train_arxiv.main(["--report=run"])
+
+
+@pytest.mark.parametrize("weights, words", [((2, 1), "leave weight out"), ((None, 3), "leave weight out"), ((2, 2), ""),
+                                            ((1, None), ""), ((-1, -1), "must be positive"), (([1], [1]), "weight")])
+def test_a_component_of_another_weight_is_refused(weights, words, capsys):
+    """The exact optimum and the training documents are those of equally frequent components."""
+    parts = [{"process": "coin", "p": p} | ({"weight": w} if w else {})
+             for p, w in zip((0.9, 0.2), weights, strict=True)]
+    command = ["ergodic", f"--components={json.dumps(parts)}", "--train_documents=2", "--validation_documents=2",
+               "--chunk_size=12", "--out_dir=weighted"]
+    if words:
+        assert words in refusal(capsys, prepare_data.main, *command)
+    else:
+        prepare_data.main(command)
+    assert Path("weighted").exists() == (not words)
+
+
 def test_the_final_numbers_are_those_of_the_best_weights(data):
     result = run(data, "--lr=0.03", "--schedule=constant", "--warmup_steps=0", "--eval_interval=2", "--max_steps=12")
     history = [record["val_xe"] for record in evals("run")]
@@ -476,6 +695,49 @@ def test_early_stopping_stops_and_stays_stopped(data):
     assert run(data, *settings)["steps"] == 4  # the first evaluation is better than none, three are not
     assert run(data, *settings)["steps"] == 4 and len(evals("run")) == 4
     assert run(data, *settings, "--patience=0", "--max_steps=9", "--out_dir=on")["steps"] == 9
+
+
+def test_runs_of_a_study_do_not_stop_early_unless_asked_to(data):
+    """Each at its own step would be runs of unequal tokens."""
+    assert (Config().patience, Config(study="all").patience, Config(study="all", patience=3).patience) == (10, 0, 3)
+    settings = ("--eval_interval=1", "--min_delta=5", "--epochs=4", "--probe=false")  # nothing counts as an improvement
+    run(data, *settings, "--study=K1_a,K2_a_b")
+    tokens = [read(path)["tokens"] for path in sorted(Path("run").glob("*/results.json"))]
+    assert tokens == [20 * 88] * 2 and read("run/K1_a_seed1337/config.json")["patience"] == 0
+    page = Path("run/report.html").read_text()
+    assert "Every run was trained on 1,760 tokens." in page
+    run(data, *settings, "--study=K1_a,K2_a_b", "--patience=3", "--out_dir=asked", "--budget=proportional")
+    run(data, *settings, "--study=K1_b", "--patience=3", "--out_dir=asked", "--budget=proportional", "--min_delta=0")
+    assert read("asked/K1_a_seed1337/results.json")["steps"] == 4
+    assert "Runs were trained on 352 to " in Path("asked/report.html").read_text()
+
+
+def test_a_study_over_other_data_of_the_same_path_is_refused(data, monkeypatch, capsys):
+    """Its finished runs would be reported as those of the data that are there now."""
+    read_data = train_arxiv.open_data
+    settings = (*TINY, f"--data={data}", "--study=K1_a", "--epochs=1", "--probe=false")
+
+    def study_of(fingerprint: str) -> tuple[str, ...]:
+        monkeypatch.setattr(train_arxiv, "open_data", lambda cfg: tuple(
+            replace(chunks, fingerprint=fingerprint) for chunks in read_data(cfg)))
+        return settings
+
+    train_arxiv.main([*study_of("f1")])
+    told = refused(capsys, *study_of("f2"))
+    assert "other data" in told and "f1f1" in told and "f2f2" in told
+    train_arxiv.main([*study_of("f1")])
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_the_seed_is_in_the_name_of_every_run_of_a_study(data, capsys):
+    settings = ("--study=K1_a", "--epochs=1", "--probe=false")
+    run(data, *settings)
+    capsys.readouterr()
+    run(data, *settings, "--study_seeds=1337,1")
+    assert capsys.readouterr().out.count("finished before") == 1
+    assert {path.name for path in Path("run").glob("K*")} == {"K1_a_seed1337", "K1_a_seed1"}
+    with open("run/xe_by_k.csv") as file:
+        assert [row["runs"] for row in csv.DictReader(file)] == ["2"]
 
 
 @pytest.mark.parametrize("step", [3, 7, 9])
@@ -512,7 +774,8 @@ def test_a_study_of_two_ranks_trains_every_run_and_reports_once(data):
     settings = [*TINY, f"--data={data}", "--study=nested:1,2,3", "--max_steps=4", "--probe=false", "--out_dir=study"]
     told = two_ranks("train_arxiv", *settings)
     assert told.count("done: validation XE") == 3 and told.count("report of 3 runs") == 1
-    assert sorted(path.name for path in Path("study").glob("K*")) == ["K1_a", "K2_a_b", "K3_a_b_c"]
+    assert sorted(path.name for path in Path("study").glob("K*")) == [
+        "K1_a_seed1337", "K2_a_b_seed1337", "K3_a_b_c_seed1337"]
 
 
 def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, whole, capsys):
@@ -544,12 +807,17 @@ def test_a_study_is_planned_as_it_is_called():
     assert len(subsets) == 31 == len({tuple(s) for s in subsets}) and subsets[-1] == FIVE
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
     assert plan_study("nested:1,2,5", FIVE) == [FIVE[:1], FIVE[:2], FIVE]
-    assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_csDS_csIT_csPL"
-    assert plan_study("K3_csDS_csIT_csPL,K1_mathST", FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
+    assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_cs.DS_cs.IT_cs.PL"
+    assert run_name(["cs.PL"], 7) == "K1_cs.PL_seed7"
+    for study in ("K3_cs.DS_cs.IT_cs.PL,K1_math.ST", "K3_csDS_csIT_csPL,K1_mathST"):  # by the older names too
+        assert plan_study(study, FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
+    many = [f"c{i}" for i in range(60)]  # whose subsets nobody can list
+    assert plan_study("nested:1,60", many) == [many[:1], many]
 
 
 @pytest.mark.parametrize("study, words", [("k=6", "6 is not between 1 and the 5"), ("nested:0", "0 is not between"),
-                                          ("K3_csDS_csIT_csPM", "did you mean 'K3_csDS_csIT_csPL'"), ("al", "all31")])
+                                          ("K3_csDS_csIT_csPM", "did you mean 'K3_csDS_csIT_csPL'"), ("al", "all31"),
+                                          ("K3_cs.DS_cs.IT_cs.PM", "'K3_cs.DS.cs.IT.cs.PL'")])
 def test_a_study_that_cannot_be_is_refused(study, words):
     with pytest.raises(DataError, match=words):
         plan_study(study, FIVE)
@@ -559,9 +827,9 @@ def test_a_study_that_cannot_be_is_refused(study, words):
 
 def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys):
     found = run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false")
-    assert found.keys() == {1, 2} and not (Path("run") / "K3_a_b_c").exists()
+    assert found.keys() == {1, 2} and {p.name for p in Path("run").glob("K*")} == {"K1_a_seed1337", "K2_a_b_seed1337"}
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
-    for folder in ("run/K1_a", "run/K2_a_b"):
+    for folder in ("run/K1_a_seed1337", "run/K2_a_b_seed1337"):
         assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
     capsys.readouterr()
     assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
@@ -571,7 +839,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
         by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
     assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
     assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
-    groups = read("run/K2_a_b/results.json")["groups"]
+    groups = read("run/K2_a_b_seed1337/results.json")["groups"]
     assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
     page = Path("run/report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -581,7 +849,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
 
 
 def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
-    folder = Path("run/K1_a")
+    folder = Path("run/K1_a_seed1337")
     settings = ("--study=K1_a", "--epochs=1", "--probe=false")
     run(data, *settings)
     saved = read(folder / "config.json")

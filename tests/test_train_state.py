@@ -7,8 +7,10 @@ import re
 import runpy
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
+import h5py
 import matplotlib.image
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from common.runtime import Runtime
 from configurator import configure
 from sources import h5ad as h5ad_source
 from sources.cells import read_toml
+from sources.controls import names_in
 from sources.foreign_state import ALIASES, SIZES
 from train_state import Config
 
@@ -245,6 +248,132 @@ def test_the_final_numbers_are_those_of_the_best_weights(data):
     assert best["step"] == 2 + 2 * int(np.argmin(history))
     again, last = (train_state.main([f"--analyze=run/{name}.pt", "--device=cpu"])["mae"] for name in ("best", "last"))
     assert again == pytest.approx(result["mae"], rel=1e-5) and last != pytest.approx(result["mae"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------- control cells, and figures without a value
+
+
+ONE_FILE = '[datasets]\nx = "{}"\n[training]\nx = "train"\n[zeroshot]\n"x.c4" = "test"\n'
+
+
+class Unmoved(torch.nn.Module):
+    """A stub that returns its own control cells."""
+
+    gene_decoder = None
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+
+    def predict(self, batch: dict) -> dict:
+        return {"cells": batch["ctrl_cell_emb"]}
+
+
+def unmoved(toml: str) -> tuple[dict, list[dict]]:
+    """(results, parts) of the stub on what a TOML holds out."""
+    cfg = Config(toml_config_path=toml, cell_set_len=4, device="cpu", precision="fp32", val_fraction=0.0)
+    parts = []
+    with Runtime(cfg) as rt:
+        return train_state.evaluate(Unmoved(cfg), train_state.open_data(cfg), cfg, rt, parts.append), parts
+
+
+def two_experiments(data: Path) -> None:
+    """d.h5ad, whose cells lie elsewhere, and e.h5ad, of the same types and perturbations; TOMLs that test e.c4."""
+    dense = cells_of(data / "synthetic.h5ad")
+    moved = np.where(np.arange(dense.shape[1]) % 3, 0.5 * dense, dense + 2).astype(np.float32)
+    rewrite(data / "synthetic.h5ad", "d.h5ad", X=moved)
+    rewrite(data / "synthetic.h5ad", "e.h5ad")
+    head, tail = '[datasets]\nd = "d.h5ad"\ne = "e.h5ad"\n[training]\ne = "train"\n', '[zeroshot]\n"e.c4" = "test"\n'
+    Path("alone.toml").write_text(head + tail)
+    Path("both.toml").write_text(head + 'd = "train"\n' + tail)
+    Path("held.toml").write_text(head + 'd = "train"\n' + tail + '"d.c4" = "test"\n')
+    Path("files.toml").write_text(ONE_FILE.format("{d,e}.h5ad"))
+
+
+def test_another_data_set_changes_nothing_of_what_a_prediction_is_worth(data):
+    """The control cells of a condition are those it was predicted from: of its own file."""
+    two_experiments(data)
+    (alone, _), (both, parts) = unmoved("alone.toml"), unmoved("both.toml")
+    assert apart(both["model"]["per_condition"], alone["model"]["per_condition"]) == []
+    assert apart(both["control_mean"]["per_condition"], alone["control_mean"]["per_condition"]) == []
+    truth = cells_of("e.h5ad").astype(np.float64)
+    types, perts = labels("e.h5ad", "cell_type"), labels("e.h5ad", "gene")
+    control = truth[(types == "c4") & (perts == "non-targeting")].mean(0)
+    for p, record in enumerate(both["model"]["per_condition"]):
+        assert (record["dataset"], record["file"], record["perturbation"]) == ("e", "e.h5ad", f"p{p}")
+        effect = truth[(types == "c4") & (perts == f"p{p}")].mean(0) - control
+        np.testing.assert_allclose(both["model"]["real_delta"][p], effect, atol=1e-5)
+        predicted = parts[0]["pred"][p * 10 : p * 10 + 10].mean(0, dtype=float) - control  # ten cells, by perturbation
+        assert record["pearson_delta"] == pytest.approx(np.corrcoef(predicted, effect)[0, 1], abs=1e-4)
+    assert [len(part["controls"]) for part in parts] == [16]
+
+
+@pytest.mark.parametrize("toml", ["held.toml", "files.toml"])
+def test_a_type_held_out_in_two_files_is_measured_in_each(toml, data):
+    two_experiments(data)
+    found, parts = unmoved(toml)
+    alone, _ = unmoved("alone.toml")
+    assert [record["file"] for record in found["model"]["per_condition"]] == ["d.h5ad"] * 4 + ["e.h5ad"] * 4
+    for name in ("control_mean", "model"):
+        for of_both, mine in zip(found[name]["real_delta"][4:], alone[name]["real_delta"], strict=True):
+            np.testing.assert_array_equal(of_both, mine)
+    assert {len(part["controls"]) for part in parts} == {16} and [part["file"] for part in parts] == [0, 1]
+
+
+def test_sample_py_writes_the_control_cells_of_each_file_and_names_it(data):
+    two_experiments(data)
+    run(Path(), "--max_steps=1", toml="held.toml")
+    predict("run", "--out=out")
+    for name in ("pred", "real"):
+        path = f"out/{name}.h5ad"
+        kinds = zip(labels(path, "dataset"), labels(path, "file"), labels(path, "gene"), strict=True)
+        assert Counter(kinds) == {(d, f"{d}.h5ad", p): 16 if p == "non-targeting" else 10
+                                  for d in "de" for p in ("non-targeting", "p0", "p1", "p2", "p3")}
+    of_d = cells_of("out/real.h5ad")[(labels("out/real.h5ad", "dataset") == "d")
+                                     & (labels("out/real.h5ad", "gene") == "non-targeting")]
+    mine = (labels("d.h5ad", "cell_type") == "c4") & (labels("d.h5ad", "gene") == "non-targeting")
+    np.testing.assert_array_equal(np.sort(of_d, 0), np.sort(cells_of("d.h5ad")[mine], 0))
+
+
+def without_training_controls(data: Path) -> None:
+    """few.h5ad: only the type c4, which is held out, has control cells."""
+    kept = (labels(data / "synthetic.h5ad", "gene") != "non-targeting") | (
+        labels(data / "synthetic.h5ad", "cell_type") == "c4")
+    rewrite(data / "synthetic.h5ad", "few.h5ad", keep=np.flatnonzero(kept))
+    Path("few.toml").write_text(ONE_FILE.format("few.h5ad"))
+
+
+def test_a_run_without_control_cells_to_train_on_starts_at_the_mean_of_its_cells(data, capsys):
+    without_training_controls(data)
+    settings = ("--no-strict", "--no-zeroshot_controls", "--max_steps=1", "--lr=0", "--min_lr=0", "--val_fraction=0")
+    result = run(Path(), *settings, toml="few.toml")
+    dense = cells_of("few.h5ad")[labels("few.h5ad", "cell_type") != "c4"]
+    close = weights("run")["project_out.3.bias"].numpy() - dense.mean(0, dtype=np.float64)
+    assert np.abs(close).max() < 1e-5 and result["pearson_delta"] > -1
+    told = capsys.readouterr().out
+    assert "nan" not in told and "inf" not in told and result["val_loss"] is None
+
+
+def test_nothing_to_train_on_is_one_sentence(data, capsys):
+    two_experiments(data)
+    tables = [f'"e.c{i}" = "test"\n' for i in range(5)]
+    Path("none.toml").write_text('[datasets]\ne = "e.h5ad"\n[zeroshot]\n' + "".join(tables))
+    assert "no cells to train on" in refused(capsys, *TINY, "--no-zeroshot_controls", "--toml=none.toml")
+
+
+def test_a_held_out_type_without_control_cells_is_measured_by_what_needs_none(data, capsys):
+    kept = (labels(data / "synthetic.h5ad", "gene") != "non-targeting") | (
+        labels(data / "synthetic.h5ad", "cell_type") != "c4")
+    rewrite(data / "synthetic.h5ad", "lonely.h5ad", keep=np.flatnonzero(kept))
+    Path("lonely.toml").write_text(ONE_FILE.format("lonely.h5ad"))
+    for budget in (8, 1e-6):  # in memory, from disk
+        result = run(Path(), "--no-strict", "--resume=never", f"--ram_budget_gb={budget}", toml="lonely.toml")
+        told = capsys.readouterr().out
+        assert result["pearson_delta"] is None and result["mae"] > 0 and result["discrimination"] > 0
+        assert "nothing to judge" in told and "nan" not in told
+        assert read("run/summary.json")["pearson_delta"] is None and read("run/results.json")
+        assert {row["pearson_delta"] for row in table("run/metrics.csv")} == {""}
+    assert predict("run", "--out=out", "--json=r.json")["pearson_delta"] is None and read("r.json")
 
 
 # ------------------------------------------------------------------------------------------------ killed and resumed
@@ -688,6 +817,89 @@ def test_what_is_wanted_is_read_from_the_labels_of_the_file_or_is_all(plain, dat
     found = by_condition("some/predicted.h5ad")
     assert {kind: len(cells) for kind, cells in found.items()} == {(f"c{t}", "p2"): 10 for t in range(5)}
     assert predict(plain, "--adata=controls.h5ad", "--cells=3", "--out=all")["cells"] == 5 * 4 * 3
+
+
+ODD = ["[('Drug, (R)-x', 5.0, 'uM')]", "[('8-Hydroxyquinoline', 0.05, 'uM')]", "p, q", '["p3"]']
+
+
+@pytest.fixture(scope="module")
+def odd(data, tmp_path_factory, one_thread) -> Path:
+    """A run on perturbations whose names look like lists, beside odd.h5ad."""
+    folder = tmp_path_factory.mktemp("odd")
+    names = labels(data / "synthetic.h5ad", "gene")
+    known = dict(zip(("non-targeting", "p0", "p1", "p2", "p3"), ("non-targeting", *ODD), strict=True))
+    rewrite(data / "synthetic.h5ad", folder / "odd.h5ad", obs={"gene": np.array([known[name] for name in names])})
+    (folder / "odd.toml").write_text(ONE_FILE.format("odd.h5ad"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state.effects, "plot_metrics", lambda *args, **options: None)
+        run(folder, "--max_steps=1", f"--out_dir={folder / 'run'}", toml="odd.toml")
+    return folder
+
+
+@pytest.mark.parametrize("words, wanted", [
+    *(([f"--perturbations={name}"], [name]) for name in ODD),
+    (["--perturbations", ODD[0]], [ODD[0]]), ([f"perturbations={ODD[0]}"], [ODD[0]]),
+    ([f"--perturbations={ODD[1]},{ODD[0]},p, q"], [ODD[1], ODD[0], "p, q"]),
+    ([f"--perturbations={json.dumps(ODD[:2])}"], ODD[:2]), ([f"--perturbations={ODD[2:]!r}"], ODD[2:]),
+    (["--perturbations="], sorted(ODD)), ([], sorted(ODD))])
+def test_a_perturbation_that_there_is_is_a_name_whatever_it_looks_like(words, wanted, odd):
+    found = predict(odd / "run", f"--adata={odd / 'odd.h5ad'}", "--cells=2", "--out=out", *words)["perturbations"]
+    assert found == wanted
+    assert {name for _, name in by_condition("out/predicted.h5ad")} == set(wanted)
+
+
+def test_only_the_value_of_the_setting_becomes_one_text():
+    words = ["--out", "perturbations", "a=b", "--perturbations", "--cells=2", "--perturbations", "p,q",
+             "perturbations=[r"]
+    assert sample.as_one_text(words, "perturbations") == [*words[:6], '["p,q"]', 'perturbations=["[r"]']
+
+
+def test_a_name_of_a_list_in_a_file_of_settings_is_one_name(odd):
+    Path("s.json").write_text(json.dumps({"perturbations": [ODD[0], "p, q"]}))
+    found = predict(odd / "run", "s.json", f"--adata={odd / 'odd.h5ad'}", "--cells=2", "--out=out")
+    assert found["perturbations"] == [ODD[0], "p, q"]
+
+
+@pytest.mark.parametrize("text", ["[('Drug', 5.0, 'uM')]", "p,r", "[p3"])
+def test_a_name_that_nobody_knows_is_refused_with_how_to_quote(text, odd, capsys):
+    told = refusal(capsys, sample.main, str(odd / "run"), f"--adata={odd / 'odd.h5ad'}", f"--perturbations={text}",
+                   "--device=cpu", "--out=out")
+    assert """--perturbations='["NAME", "NAME"]'""" in told and text in told and not Path("out").exists()
+
+
+def test_names_in_plain_lists_are_read_as_ever():
+    known = ["a", "b", "c d", "e"]
+    for text, wanted in {"a,b": ["a", "b"], "[a, b]": ["a", "b"], "['a', 'b']": ["a", "b"], '"a", "b"': ["a", "b"],
+                         "c d,e": ["c d", "e"], "e,": ["e"], "": []}.items():
+        assert names_in([text], known, "w") == wanted, text
+
+
+@pytest.mark.parametrize("change", ["missing", "others", "unnamed"])
+def test_genes_that_x_has_are_read_by_name_where_x_hvg_has_not(change, data, capsys):
+    """The model reads the first eight of 24 genes; X of the other file has all of them, in another order."""
+    run(data, "--max_steps=2", "--mask_attn", toml="rich.toml")
+    names = labels(data / "rich.h5ad", "gene")
+    kept = np.flatnonzero(names == "non-targeting")
+    order = np.random.default_rng(1).permutation(24)
+    rewrite(data / "rich.h5ad", "given.h5ad", keep=kept, X_hvg=lambda X: X[:, :8])
+    rewrite(data / "rich.h5ad", "other.h5ad", keep=kept, order=order, X_hvg=lambda X: X[:, :8])
+    with h5py.File("other.h5ad", "a") as file:
+        if change != "others":
+            del file["var/highly_variable"]
+            file["var"].attrs["column-order"] = np.array([], dtype=h5py.string_dtype())
+        if change == "missing":
+            del file["obsm/X_hvg"]
+    capsys.readouterr()
+    for name in ("given", "other"):
+        predict("run", f"--adata={name}.h5ad", "--perturbations=p1", f"--out={name}")
+        assert ("read from X, by name" in capsys.readouterr().out) == (name == "other")
+    assert np.allclose(cells_of("given/predicted.h5ad"), cells_of("other/predicted.h5ad"), atol=1e-5)
+    with h5ad_source.H5ad("other/predicted.h5ad") as file:
+        assert list(file.gene_names) == [f"g{i:02}" for i in range(8)]
+    raw = np.round(10 * np.expm1(cells_of("other.h5ad"))).astype(np.float32)
+    rewrite("other.h5ad", "raw.h5ad", X=raw, X_hvg=lambda X: X[:, :3])
+    told = refusal(capsys, sample.main, "run", "--adata=raw.h5ad", "--device=cpu", "--out=raw")
+    assert "raw.h5ad: X holds raw counts" in told  # what is read is checked
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -1,0 +1,123 @@
+"""A baseline of equal size that is trained beside a planner of train_apelr.py: what its plans are held against."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+
+BESIDE = "baseline"  # the folder of the baseline's run in that of the planner's
+WITHIN = 0.03  # the share by which sizes may differ
+
+
+def equal_width(size_at: Callable[[int], int], wanted: int, unit: int = 1) -> tuple[int, int]:
+    """(width, parameters) of the model that is nearest in size to `wanted` parameters.
+
+    size_at: parameters of a width, which grow with it. unit: widths are multiples of it. Raises InputError where the
+    nearest is further away than WITHIN.
+    """
+    above = 1
+    while size_at(above * unit) < wanted:
+        above *= 2
+    below = above // 2  # too small, or 0, which is no width
+    while above - below > 1:
+        middle = (above + below) // 2
+        if size_at(middle * unit) < wanted:
+            below = middle
+        else:
+            above = middle
+    widths = [number * unit for number in (below, above) if number]
+    sizes = {width: size_at(width) for width in widths}
+    nearest = min(sizes, key=lambda width: abs(sizes[width] - wanted))
+    if abs(sizes[nearest] - wanted) > WITHIN * wanted:
+        raise InputError(
+            f"compare_baseline: no baseline has within {WITHIN:.0%} of the {wanted:,} parameters of the planner, the "
+            f"nearest has {sizes[nearest]:,} at d_model={nearest} (in steps of {unit}): "
+            "change n_heads, token_dim or n_layers"
+        )
+    return nearest, sizes[nearest]
+
+
+def baseline_settings(cfg, build: Callable, trains: dict):
+    """The settings cfg of a planner as those of a baseline of equal size in a folder of its own; all else is equal.
+
+    build: (settings, vocabulary) -> model. trains: parameters, vocab_size and batch_size of the planner's run.
+    """
+    vocab_size = trains["vocab_size"]
+    plain = replace(
+        cfg,
+        version="baseline",
+        experts="full",
+        plan_commitment="soft",
+        out_dir=str(Path(cfg.out_dir) / BESIDE),
+        resume=resume_beside(cfg.resume),
+        load_checkpoint_step=None,
+        compare_baseline=False,
+        batch_size=trains["batch_size"],  # the same batches, also where the planner's memory decides about them
+    )
+
+    def size_at(width: int) -> int:
+        with torch.device("meta"):  # shapes alone
+            model = build(replace(plain, d_model=width), vocab_size)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    # Of a transformer a head is a whole number of pairs.
+    unit = 2 * cfg.n_heads if cfg.backbone == "transformer" else 1
+    width, parameters = equal_width(size_at, trains["parameters"], unit)
+    say(f"compare_baseline: a baseline of {parameters:,} parameters (d_model={width}) for the planner of "
+        f"{trains['parameters']:,}; it trains first, in {plain.out_dir}")  # fmt: skip
+    return replace(plain, d_model=width)
+
+
+def resume_beside(resume: str) -> str:
+    """What a baseline goes on from where its planner does from `resume`: the baseline beside that, if there is one."""
+    if resume in ("auto", "never"):
+        return resume
+    path = Path(resume)
+    folder = path if path.is_dir() else path.parent
+    twin = folder / BESIDE / "last.pt"
+    return str(twin) if twin.exists() else "auto"
+
+
+def train_beside(cfg, train: Callable, build: Callable) -> dict:
+    """Train a baseline of equal size in out_dir/baseline, then what cfg says; the summary of the latter has both.
+
+    Each is a run like any other: it resumes, and a signal stops it ({"stopped_at": step}), and what comes after it.
+
+    Args:
+        train: (settings, rehearsal_only, beside) -> summary, of the page. build: (settings, vocabulary) -> model.
+    Raises InputError, before anything is trained or written, for what would refuse the planner, too.
+    """
+    # The planner is only rehearsed for now: whatever is wrong with it is said before the baseline has trained.
+    trains = train(cfg, rehearsal_only=True)
+    if "baseline_nll" in trains:  # all of it has been done before
+        return trains
+    if cfg.init_from:  # also of resume=FILE, where that is a checkpoint of the source
+        raise InputError(
+            f"compare_baseline: the planner would start from {cfg.init_from} and the baseline from nothing, "
+            "which is no fair comparison: leave one of them out"
+        )
+    if "stopped_at" in trains:
+        return {"stopped_at": trains["stopped_at"]}
+    settings = baseline_settings(cfg, build, trains)
+    baseline = train(settings)
+    if "stopped_at" in baseline:
+        say("stopped by a signal before the planner; the same command goes on from there")
+        return {"stopped_at": 0}
+    facts = {
+        "baseline_nll": baseline["val_nll"],
+        "baseline_ppl": baseline["val_ppl"],
+        "baseline_parameters": baseline["parameters"],
+        "baseline_d_model": settings.d_model,
+        "baseline_steps": baseline["steps"],
+    }
+    return train(cfg, beside=facts)
+
+
+def say(text: str) -> None:
+    """A line for the console; of the processes that torchrun starts one prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

@@ -1,0 +1,117 @@
+"""What an h5ad file or a folder of prepared cells holds and what is wrong with it, printed and returned."""
+
+import contextlib
+import math
+from pathlib import Path
+
+import h5py
+
+from common.errors import DataError
+from sources.cell_store import VERSION, content_digest, load_codes, read_meta, verify
+from sources.h5ad import H5ad, kind_of_values
+from sources.shared import counted, progress, report
+
+
+def inspect_cells(path: str) -> dict:
+    """Print what an h5ad file holds; returns it with the list of problems found."""
+    problems = []
+    with H5ad(path) as cells:
+        print(f"{path}: {counted(cells.n_obs, 'cell')}, {counted(cells.n_vars, 'gene')}")
+        columns = inspect_columns(cells, problems)
+        for kind, names in (("cells", cells.obs_names), ("genes", cells.gene_names)):
+            repeated = len(names) - len(set(names.tolist()))
+            if repeated:
+                problems.append(f"the names of {kind} are not unique: {repeated:,} repeat an earlier one")
+        matrices = inspect_matrices(cells, problems)
+    report(problems)
+    return {"columns": columns, "matrices": matrices, "problems": problems}
+
+
+def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
+    """Print the columns of obs; returns their values, and adds to the problems."""
+    columns = {}
+    for name in cells.columns:
+        try:
+            _, values = cells.column(name)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        columns[name] = values
+        more = ", ..." if len(values) > 6 else ""
+        noun = "value" if len(values) == 1 else "values"
+        print(f"  obs {name:<20} {len(values):>8,} {noun}: {', '.join(values[:6])}{more}")
+    return columns
+
+
+def inspect_matrices(cells: H5ad, problems: list[str]) -> dict[str, dict]:
+    """Print what each matrix holds; returns shape, format and kind of each, and adds to the problems."""
+    matrices = {}
+    for key in cells.keys:
+        try:
+            matrix = cells.matrix(key)
+            values = matrix.check()
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        kind = kind_of_values(values)
+        if key == "X" and kind == "normalised, not logged":
+            problems.append(
+                "X is normalised, not logged: every cell has the same sum. python prepare_data.py state preprocess, "
+                "or counts=convert of train_state.py, takes the logarithm"
+            )
+        elif key == "X" and kind not in ("log1p", "counts"):
+            problems.append(f"X holds {kind}")
+        empty = int((values["row_sums"] == 0).sum())
+        if kind == "counts" and empty:
+            problems.append(f"{key}: no count in {counted(empty, 'cell')}")
+        matrices[key] = {"shape": matrix.shape, "format": matrix.format, "kind": kind}
+        filled = values["nnz"] / math.prod(matrix.shape)
+        if kind == "log1p" and values["log_base"] != math.e:
+            kind += f" to base {values['log_base']:g}"
+        print(
+            f"  {key:<24} {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.format}, {kind}, "
+            f"{filled:.1%} not 0, {values['min']:g} to {values['max']:g}"
+        )
+    return matrices
+
+
+def holds_cells(path: str) -> bool:
+    """Whether an HDF5 file of any name is one of cells."""
+    if not Path(path).is_file() or not h5py.is_hdf5(path):
+        return False
+    with contextlib.suppress(OSError), h5py.File(path) as file:
+        return "obs" in file
+    return False
+
+
+def holds_store(folder: str | Path) -> bool:
+    """Whether a folder is one of prepared cells."""
+    return (Path(folder) / "place.npy").exists()
+
+
+def inspect_store(folder: str | Path) -> dict:
+    """Print what a folder of prepared cells holds, every byte of it read and compared with its checksum.
+
+    Raises DataError for a folder that does not hold what was written.
+    """
+    store = Path(folder)
+    meta = read_meta(store)  # which verifies all but the matrices
+    if meta["version"] != VERSION:
+        raise DataError(f"{store} is of an earlier version, which no start reads: delete it")
+    for name in progress(sorted(meta["sizes"]), "verifying", "files"):
+        verify(store, name, meta)
+    survey = meta["survey"]
+    cells = len(load_codes(store, "place"))
+    content = content_digest(meta)
+    types = counted(len(survey["cell_types"]), "cell type")
+    perturbations = counted(len(survey["perturbations"]), "perturbation")
+    print(
+        f"{store}: {counted(cells, 'cell')} of {types} under {perturbations}, control included; "
+        f"{sum(meta['sizes'].values()) / 1e9:.2f} GB, whole; content {content}"
+    )
+    print(f"  made for {meta['made_for']} from {', '.join(meta['files'])}")
+    for which, entry in meta["matrices"].items():
+        converted = sorted(set(filter(None, entry["converted"])))
+        note = f", converted: {', '.join(converted)}" if converted else ""
+        print(f"  {which:<8} {counted(entry['columns'], 'column')} of {entry['key']}, {entry['format']}{note}")
+    return {"cells": cells, "content": content, "files": meta["files"], "matrices": meta["matrices"]}

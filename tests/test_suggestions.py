@@ -1,0 +1,49 @@
+"""Words of messages: what is offered for a misspelt name, whatever its case, blanks to be seen; numbers of things."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from commands import refusal
+
+from configurator import configure
+from measure.report import named_runs
+from sources.processes import ProcessError, make_process
+from sources.shared import closest, counted, nearest, quoted, suggest
+
+
+@dataclass
+class Config:
+    max_steps: int = 1
+    kind: Literal["a", "b"] = "a"
+
+
+def test_case_does_not_hide_the_name_that_is_meant():
+    assert nearest("ISG15", ["isg15", "IFIT1"]) == "isg15" and nearest("cs.ds", ["math.AC", "cs.DS"]) == "cs.DS"
+    assert closest("NK CELLS", ["B cells", "NK cells"]) == ", did you mean 'NK cells'?"
+    assert nearest("zebra", ["isg15"]) is None and closest("zebra", ["isg15"]) == ""
+
+
+def test_a_blank_at_the_end_of_a_name_is_seen_in_what_is_offered_and_in_the_list():
+    assert suggest("gene", ["gene ", "batch"]) == "; did you mean 'gene '? There are 'gene ', 'batch'"
+    assert suggest("zebra", ["gene ", 3]) == "; there are 'gene ', '3'" and suggest("x", []) == "; there are none"
+    assert quoted(range(15)).endswith("'10', '11' and 3 more") and quoted([]) == "none"
+
+
+def test_every_part_of_the_program_ignores_case(capsys):
+    with pytest.raises(ProcessError, match="did you mean 'mess3'"):
+        make_process("MESS3")
+    with pytest.raises(Exception, match="did you mean 'K1_csDS'"):
+        named_runs("k1_CSds", {"K1_csDS": ["cs.DS"]}, ["cs.DS"])
+    assert "did you mean max_steps?" in refusal(capsys, lambda argv: configure(Config, argv), "--MAX-STEP=3")
+
+
+def test_one_of_a_thing_is_not_called_many():
+    assert [counted(n, "cell type") for n in (0, 1, 2, 12_345)] == ["0 cell types", "1 cell type", "2 cell types",
+                                                                    "12,345 cell types"]
+
+
+def test_a_blank_in_the_name_of_a_setting_is_seen(capsys, tmp_path):
+    (tmp_path / "a.json").write_text('{"max_steps ": 3}')
+    told = refusal(capsys, lambda argv: configure(Config, argv), str(tmp_path / "a.json"))
+    assert "'max_steps ': no such setting, did you mean max_steps?" in told
