@@ -243,8 +243,9 @@ class Batches:
         # Sequence b of rank r of R is number b R + r of the batch, whose new shares are taken from there.
         state = torch.stack(left, 1).flatten(0, 1)  # [B] or [B, S]
         if len(state) != self.cfg.batch_size:
-            raise InputError(f"carry_state goes on with {len(state)} sequences, but batch_size = "
-                             f"{self.cfg.batch_size}: use batch_size={len(state)}, or resume=never")
+            sequences = counted(len(state), "sequence")
+            raise InputError(f"carry_state goes on with {sequences}, but batch_size = {self.cfg.batch_size}: "
+                             f"use batch_size={len(state)}, or resume=never")
         self.carried = self.rt.share(state).to(self.process.device)
 
 
