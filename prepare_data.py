@@ -84,6 +84,8 @@ class ArxivConfig:
         wrong = []
         if self.validation_fraction + self.test_fraction >= 1:
             wrong.append("validation_fraction and test_fraction must leave something to train on")
+        if self.several_labels == "any" and self.categories is None:
+            wrong.append("several_labels = any takes the first label that categories names: name them")
         if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):
             wrong.append(f"categories = {self.categories}: name at least one, and each once")
         return wrong

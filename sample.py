@@ -254,7 +254,8 @@ def show_judged(tokens: list[int], xe: list[float], tokenizer: Tokenizer | None)
         judged.append(f"{word}|{value:.2f}")
     print("\n" + spell(tokens, tokenizer))
     print("  " + " ".join(judged))
-    print(f"  mean {sum(xe) / max(1, len(xe)):.3f}")
+    if xe:  # a token alone is predicted by nobody
+        print(f"  mean {sum(xe) / len(xe):.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

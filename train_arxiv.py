@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -69,6 +68,7 @@ from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
 from sources.foreign_arxiv import without_last_position
 from sources.shared import closest, counter_rng, make_once, quoted
+from sources.tokenizer import copy_tokenizer
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/ergodic"  # made when it is missing
@@ -598,13 +598,6 @@ def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, progr
     log.say(line)
 
 
-def copy_tokenizer(cfg: Config, folder: Path) -> None:
-    """Into the run folder, from where sample.py reads prompts with it, of an interrupted run too."""
-    tokenizer = Path(cfg.data) / "tokenizer.json"
-    if tokenizer.exists():
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-
-
 def train(cfg: Config) -> dict:
     """Train as configured; returns the metrics of summary.json ({"stopped_at": step} if a signal ended it).
 
@@ -656,7 +649,9 @@ def train(cfg: Config) -> dict:
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
-                copy_tokenizer(cfg, folder)
+                copy_tokenizer(Path(cfg.data), folder)  # now: an interrupted run can be prompted too
+                # Those of an earlier run: like summary.json they are there when the run has ended, and only then.
+                (folder / "results.json").unlink(missing_ok=True)
             log.say(rt.describe())
             log.say(describe(chunks, rows, active, model, max_steps, cfg))
             if state:

@@ -575,7 +575,7 @@ def train(cfg: Config) -> dict:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         process = build_process(cfg)
         floor, error = entropy_floor(process, cfg.n_ctx)
-        data = {str(cfg.matrices): getattr(process, "fingerprint", "")}
+        data = data_of(cfg, process)
         process.to(exact_device(rt))
         batches = Batches(rt, process, cfg)
         contexts = make_contexts(process, cfg.n_ctx, cfg.eval_sequences, cfg.eval_sequences, cfg.seed)
@@ -680,6 +680,12 @@ def verdict(summary: dict, folder: Path) -> str:
     return f"{text}; pictures in {folder / 'plots'}"
 
 
+def data_of(cfg: Config, process: Process) -> dict[str, str]:
+    """{what names the matrices: their fingerprint}, which is empty where settings say all; see checkpoint.same_data."""
+    name = cfg.matrices or "components"  # those that read matrices of their own
+    return {str(name): getattr(process, "fingerprint", "")}
+
+
 def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Module, int]:
     """(settings, process, model, steps done) of a run folder or checkpoint, on the CPU; the settings name `device`.
 
@@ -689,7 +695,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     cfg = from_dict(Config, state["config"], str(path), ALIASES)
     cfg.device = device  # that of this machine, not of the one it was trained on
     process = build_process(cfg)
-    checkpoint.same_data(state["extra"], {str(cfg.matrices): getattr(process, "fingerprint", "")}, path)
+    checkpoint.same_data(state["extra"], data_of(cfg, process), path)
     model = build_model(cfg, process.vocab_size)
     checkpoint.load_weights(model, state["model"], path)
     return cfg, process, model, state["step"]

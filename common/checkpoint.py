@@ -244,18 +244,25 @@ def is_over(state: dict) -> bool:
 
 
 def same_data(extra: dict, data: dict, path: Path) -> None:
-    """Raise CheckpointError if a checkpoint's data have been replaced by others of the same name.
+    """Raise CheckpointError if a checkpoint's data have been replaced by others of the same name; of data of another
+    name say so, unless they are the same.
 
     Args:
         extra: of the checkpoint. data: {what names the data: fingerprint of their content} now, as extra["data"] has
             it from then. Where a name or fingerprint is missing on one side nothing is known, and nothing refused.
     """
-    then = extra.get("data", {})
+    # A folder is the same with a slash at its end, or ./ before it.
+    then = {os.path.normpath(name): fingerprint for name, fingerprint in extra.get("data", {}).items()}
     for name, fingerprint in data.items():
-        if fingerprint and then.get(name, fingerprint) != fingerprint:
-            raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {then[name]} in training and "
-                                  f"has {fingerprint} now. Bring those data back, or train in another out_dir (or "
-                                  "with resume=never, which replaces the checkpoints)")
+        before = then.get(os.path.normpath(name))
+        if not fingerprint or not any(then.values()) or fingerprint in then.values():
+            continue
+        if before is None:
+            print(f"note: {name} is other data than {path} was trained on ({', '.join(then)})")
+        elif before:
+            raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {before} in training and has "
+                                  f"{fingerprint} now. Bring those data back, or train in another out_dir (or with "
+                                  "resume=never, which replaces the checkpoints)")
 
 
 def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple[Path | None, dict | None, list]:

@@ -15,12 +15,14 @@ from common.checkpoint import NO_SETTINGS
 from common.errors import DataError
 from measure.curves import binned, blank, gain_definition, is_fit, perplexity
 from measure.figures import figure
+from sources.digests import fingerprint
 from sources.shared import closest, counted
 
 # Settings that runs of one study may differ in, and those of the measurements after training.
 APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "data", "budget", "budget_tokens",
          "eval_chunks", "bootstrap", "probe", "precision", "wandb_project", "wandb_entity")  # fmt: skip
 NOT_SAID = "not said"  # by results of older runs
+LONGEST_NAME = 200  # of a run, without its seed: a folder's may have 255 bytes
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plan
@@ -30,12 +32,15 @@ NOT_SAID = "not said"  # by results of older runs
 def run_name(categories: list[str], seed: int | None = None) -> str:
     """K3_cs.DS_cs.IT_cs.PL_seed7 for ["cs.PL", "cs.DS", "cs.IT"] and 7; without seed, what a study calls the set.
 
-    "_" and what a folder cannot have are percent escapes in a category: no two sets of categories have one name.
+    "_" and what a folder cannot have are percent escapes in a category: no two sets of categories have one name. A name
+    too long for a folder ends with a digest.
     """
     names = []
     for category in sorted(categories):
         names.append(quote(category, safe="").replace("_", "%5F"))
     name = "_".join([f"K{len(names)}", *names])
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 17]}-{fingerprint(name)}"  # of all of it
     return name if seed is None else f"{name}_seed{seed}"
 
 
@@ -156,9 +161,19 @@ def alike(results: list[dict]) -> dict[str, list[dict]]:
             differing.append(name)
     labelled = {}
     for term, runs in zip(terms, groups.values(), strict=True):
-        described = [f"{name}={term.get(name, NOT_SAID)}" for name in differing]
+        named = term | {"data": data_name(runs[0])}
+        described = [f"{name}={named.get(name, NOT_SAID)}" for name in differing]
         labelled[", ".join(described)] = runs
     return labelled
+
+
+def data_name(result: dict) -> str:
+    """What a run was trained on, for people: the path, and what tells it from other data of the same path."""
+    data = result.get("data", {})
+    path = data.get("path", NOT_SAID)
+    digest = data.get("fingerprint", "")  # 16 digits of training, then 16 of validation
+    parts = [digest[begin : begin + 8] for begin in range(0, len(digest), 16)]
+    return f"{path} ({'-'.join(parts)})" if digest else path
 
 
 def once(results: list[dict]) -> list[dict]:
@@ -213,11 +228,16 @@ def make_report(folder: Path) -> list[dict]:
     write_csv(folder / "xe_by_k.csv", table)
     write_csv(folder / "xe_by_category.csv", categories)
     tokens = tokens_sentence(results)
-    draw_curves(folder, by_group, T, tokens)
-    draw_against_k(folder, by_group, positions)
-    draw_categories(folder, categories)
+    # What groups differ in may be long: in pictures they have numbers.
+    short = {}
+    for number, group in enumerate(by_group, 1):
+        short[group] = f"group {number}" if group else ""
+    drawn = {short[group]: by_k for group, by_k in by_group.items()}
+    draw_curves(folder, drawn, T, tokens)
+    draw_against_k(folder, drawn, positions)
+    draw_categories(folder, [row | {"group": short[row.get("group", "")]} for row in categories])
     rows = [run_row(result) for result in results]
-    write_html(folder, table, categories, rows, tokens=tokens, definition=gain_definition(T))
+    write_html(folder, table, categories, rows, groups=short, tokens=tokens, definition=gain_definition(T))
     return table
 
 
@@ -398,8 +418,11 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             table.writerow([blank(value) for value in row.values()])
 
 
-def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: list[dict], **said: str) -> None:
-    """report.html by the template of that name beside this file: one file, with the pictures inside."""
+def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: list[dict], **said) -> None:
+    """report.html by the template of that name beside this file: one file, with the pictures inside.
+
+    said: groups (what each is called in pictures, by what it differs in), tokens and definition (sentences).
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, and only needed here
 
     pictures = {}

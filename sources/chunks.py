@@ -552,7 +552,8 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
     most_frequent = [token for token in most_frequent if counts[token]]
     words = spelled(most_frequent, path.parent / tokenizer_file if tokenizer_file else None)
     print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
-    report(problems)
+    if problems:
+        report(problems)
     if digest != expected:
         raise DataError(f"{path} is not what was prepared: its tokens and categories have the sha256 {digest[:16]}..., "
                         f"not {expected[:16]}... as the file says; prepare the folder again")
@@ -560,6 +561,8 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
         print(f"  tokens and categories are as they were prepared: sha256 {digest}")
     else:
         print("  prepared without a digest: whether it has changed cannot be said")
+    if not problems:  # known only now
+        report(problems)
     return {"chunks": sizes, "documents": owners, "problems": problems}
 
 

@@ -1,7 +1,6 @@
 """A corpus: token streams of a folder by `text` or `planted`, mapped into memory and checked once."""
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from common.errors import DataError
 from sources.digests import fingerprint, sample
 from sources.text import read_stream
-from sources.tokenizer import Tokenizer, load_tokenizer
+from sources.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 
 PIECE = 1 << 24  # tokens looked at at once
 ROUNDING = 1e-6  # nats a token that are no optimum but single precision
@@ -121,11 +120,13 @@ class Corpus:
         return [self.first_id]
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Put the tokenizer beside a run, so that its checkpoints can be sampled anywhere."""
+        """Put the tokenizer beside a run, so that its checkpoints can be sampled anywhere; none of other data stays."""
         if self.tokenizer and self.folder:
-            shutil.copyfile(self.folder / "tokenizer.json", folder / "tokenizer.json")
+            copy_tokenizer(self.folder, folder)
         elif self.tokenizer:
             self.tokenizer.save(folder / "tokenizer.json")
+        else:
+            (folder / "tokenizer.json").unlink(missing_ok=True)
 
     def text(self, tokens: list[int]) -> str:
         """Tokens as quoted text, or as numbers."""

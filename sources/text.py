@@ -146,6 +146,10 @@ def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
             number += 1
             if names is None:
                 names = row
+                twice = [name for name, times in Counter(names).items() if name and times > 1]
+                if twice:
+                    raise DataError(f"{where}: two columns are called {twice[0]!r}, and a document has one text: give "
+                                    "each column a name of its own")
                 continue
             if any(row[len(names) :]):
                 raise DataError(f"{where}, line {begin}: {len(row)} cells under {counted(len(names), 'name')}; a text "
@@ -645,9 +649,12 @@ def inspect_stream(folder: Path, tokens: int = 20) -> dict:
         words = [spelled(t, tokenizer, meta["bos_id"]) for t in top if counts[t]]
         print(f"  {split:<5} {len(stream):>13,} tokens {documents[split]:>9,} documents; {np.count_nonzero(counts):,} "
               f"tokens occur; most frequent: {', '.join(words)}")
-    report(problems)
+    if problems:
+        report(problems)
     for split, stream in streams.items():
         verify(folder / f"{split}.bin", stream, meta.get(f"{split}_sha256"))
+    if not problems:  # known only now
+        report(problems)
     sizes = {split: len(stream) for split, stream in streams.items()}
     return {"tokens": sizes, "documents": documents, "problems": problems}
 

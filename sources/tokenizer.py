@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
@@ -209,6 +210,15 @@ def train_char(texts: Iterable[str], vocab_size: int | None, min_frequency: int,
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+
+def copy_tokenizer(data: Path, folder: Path) -> None:
+    """That of the data into a run folder, where sample.py reads prompts with it; one of other data does not stay."""
+    target = folder / "tokenizer.json"
+    if (data / target.name).exists():
+        shutil.copyfile(data / target.name, target)
+    else:
+        target.unlink(missing_ok=True)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

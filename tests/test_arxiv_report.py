@@ -19,7 +19,7 @@ T = 12
 SETTINGS = {"lr": 1e-3, "d_model": 16, "epochs": 2, "patience": 0}
 
 
-TITLES = {}  # of the pictures of a test, by name
+TITLES, LABELS = {}, {}  # of the pictures of a test, by name
 
 
 @contextlib.contextmanager
@@ -28,6 +28,7 @@ def quick_figure(folder: Path, name: str, title: str = "", **options):
     axes = Figure().subplots()
     yield axes
     TITLES[name] = f"{title} {axes.get_title()}"
+    LABELS[name] = axes.get_legend_handles_labels()[1]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     (folder / "plots" / f"{name}.png").write_bytes(b"")
 
@@ -90,6 +91,14 @@ def test_no_two_sets_of_categories_share_a_name():
     assert run_name(["b", "a"]) == run_name(["a", "b"])
 
 
+def test_a_name_too_long_for_a_folder_is_cut_and_stays_the_only_one():
+    names = [f"a_rather_long_name_of_a_category_{i}" for i in range(12)]
+    sets = [names[:8], names[:9], [*names[:8], names[11]], names]
+    called = [run_name(subset, 1337) for subset in sets]
+    assert len(set(called)) == len(sets) and all(len(name.encode()) <= 255 for name in called)
+    assert plan_study(run_name(sets[2]), names) == [sets[2]] and run_name(sets[2][::-1], 1337) == called[2]
+
+
 def test_an_older_name_that_several_sets_share_is_refused_with_their_names():
     names = ["a_b", "c", "a", "b_c", "ab", "a.b"]
     with pytest.raises(DataError, match="K2_a_b_c is not one set.*K2_a%5Fb_c or K2_a_b%5Fc"):
@@ -102,7 +111,7 @@ def test_an_older_name_that_several_sets_share_is_refused_with_their_names():
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"data": {"path": "data/x", "fingerprint": "f2"}}, "data=f2"),
+    ({"data": {"path": "data/x", "fingerprint": "f2"}}, "data=data/x (f2)"),
     ({"data": {"path": "data/y", "fingerprint": ""}}, "data=data/y"),
     ({"budget": {"kind": "tokens", "tokens": 600}}, "budget=tokens, budget_tokens=600"),
     ({"settings": SETTINGS | {"lr": 1e-2}}, "lr=0.01"),
@@ -119,6 +128,24 @@ def test_runs_that_differ_in_data_budget_or_settings_are_not_averaged(change, to
     assert rows[1]["group"] == told and told in page and f"{told}: K = 1: XE" in capsys.readouterr().out
     with open("runs/xe_by_category.csv") as file:
         assert [row["runs"] for row in csv.DictReader(file)] == ["1", "1", "1"]
+
+
+def test_data_that_differ_in_validation_alone_are_told_apart():
+    for i, digest in enumerate(("0" * 16 + "1" * 16, "0" * 16 + "2" * 16)):
+        write(f"runs/{i}", a_result("a", data={"path": "data/x", "fingerprint": digest}))
+    groups = [row["group"] for row in reported()[0]]
+    assert groups == ["data=data/x (00000000-11111111)", "data=data/x (00000000-22222222)"]
+
+
+def test_pictures_call_groups_by_numbers_that_the_page_explains():
+    write("runs/0", a_result("a"))
+    write("runs/1", a_result("a", settings=SETTINGS | {"lr": 1e-2}))
+    _, page = reported()
+    for name in ("xe_by_position", "xe_against_k", "xe_by_category"):
+        labels = LABELS[name]
+        assert any("group 1: " in label for label in labels) and any("group 2: " in label for label in labels)
+        assert not any("lr=" in label for label in labels)
+    assert "group 1 is lr=0.001;" in page and "group 2 is lr=0.01." in page
 
 
 def test_the_same_data_in_another_folder_are_the_same_data():

@@ -361,6 +361,7 @@ def test_a_document_of_several_labels_is_of_the_first_unless_any_counts(spell, c
     assert label("--categories=cs.DS,hep-th")["train"] == {"cs.DS": 6, "hep-th": 6}
     assert label("--categories=cs.DS,hep-th", "--several_labels=any")["train"] == {"cs.DS": 12, "hep-th": 6}
     assert "the first that categories names counts" in capsys.readouterr().out
+    assert "any takes the first label that categories names" in refused(capsys, "arxiv", "--several_labels=any")
 
 
 def test_what_is_no_list_of_arxivs_categories_is_one_label():
@@ -711,6 +712,9 @@ def test_inspect_holds_all_chunks_against_the_digest_of_their_preparation(job, c
     with h5py.File("out/train.h5", "a") as file:
         file["category_code"].attrs["names"] = [f"x{name}" for name in file["category_code"].attrs["names"]]
     assert "out/train.h5 is not what was prepared" in refused(capsys, "inspect", "out/train.h5")
+    with pytest.raises(SystemExit):
+        prepare_data.main(["inspect", "out/train.h5"])
+    assert "no problem found" not in capsys.readouterr().out
     without_digest("out/train.h5")
     prepare_data.main(["inspect", "out/train.h5"])
     assert "prepared without a digest" in capsys.readouterr().out

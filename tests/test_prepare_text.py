@@ -343,6 +343,7 @@ ROWS = table([text.replace(" ", ", ", 1) for text in stories()]).split("\r\n")  
     (8, lambda row: row[:-1], "a.csv, row 8, from line 8 on: ',' expected after '\"'; a quote that is not closed"),
     (61, lambda row: row[:-1], "a.csv, row 61, from line 61 on: unexpected end of data"),
     (5, lambda row: row.replace(", ", ', "so" ', 1), "a.csv, row 5, from line 5 on: ',' expected after '\"'"),
+    (1, lambda row: f"{row},{row}", "a.csv, row 1: two columns are called 'id'"),
     (5, lambda row: row.replace('"', ""), "a.csv, row 5, line 5: 3 cells under 2 names; a text that has a comma")])
 def test_a_table_that_only_a_guess_could_read_is_refused_with_the_row(row, change, words, capsys):
     rows = ROWS.copy()
@@ -737,6 +738,9 @@ def test_inspect_holds_all_tokens_against_the_digest_of_their_preparation(job, n
     place = len(tokens) // 2
     put(f"out/{name}", place, (tokens[place] + 1) % 30)
     assert f"out/{name} is not what was prepared" in refused(capsys, "inspect", "out")
+    with pytest.raises(SystemExit):
+        prepare_data.main(["inspect", "out"])
+    assert "no problem found" not in capsys.readouterr().out
     without_digests("out")
     prepare_data.main(["inspect", "out"])
     assert f"{name} was prepared without a digest" in capsys.readouterr().out

@@ -192,6 +192,11 @@ def test_samples_have_the_length_that_was_asked_for_and_greedy_ones_are_the_like
                          else cold["tokens"] if experiment == "arxiv" else cold["model"]["tokens"])
 
 
+def test_a_single_token_has_no_mean(trained, capsys):
+    result = sample.main([trained("arxiv"), "--length=1", "--num_samples=1", "--device=cpu"])
+    assert result["xe"] == [[]] and "mean" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("experiment, option, owner", [
     ("ghmm", "--top_p=0.5", "apelr"), ("arxiv", "--show_plan", "apelr"), ("apelr", "--adata=x.h5ad", "state"),
     ("state", "--prompt=0,1", "ghmm and arxiv and apelr"), ("state", "--temperature=0.5", "ghmm and arxiv and apelr"),
@@ -225,9 +230,58 @@ def test_other_data_under_the_same_name_are_refused(experiment, capsys):
     if experiment in ("ghmm", "state"):  # whose samples need the data
         assert "had the fingerprint" in refusal(capsys, sample.main, "run", "--device=cpu")
 
+    if experiment in ("arxiv", "apelr"):  # a folder is the same with a slash at its end
+        assert "had the fingerprint" in refusal(capsys, main(experiment), *settings, f"--data=./{name}/")
     # The first data again: what was refused goes on.
     make_data(experiment)
     main(experiment)(settings)
     assert lines() == whole
+
+
+def test_matrices_of_components_are_refused_by_a_name(capsys):
+    part = {"process": "custom", "matrices": "data/matrices.npy"}
+    settings = [*COMMON, *make_data("ghmm")]  # later ones count
+    settings += ["--matrices=none", "--process=nonergodic", f"--components={json.dumps([part])}"]
+    main("ghmm")(settings)
+    make_data("ghmm", seed=1)
+    assert "components had the fingerprint" in refusal(capsys, main("ghmm"), *settings)
+
+
+def test_a_look_at_other_data_says_so_and_one_at_the_same_elsewhere_does_not(capsys):
+    settings = [*COMMON, *make_data("arxiv")]
+    main("arxiv")(settings)
+    shutil.copytree("data/ergodic", "copy")
+    make_data("arxiv", seed=1)
+    capsys.readouterr()
+    main("arxiv")(["--analyze=run", "--data=copy", "--bootstrap=5", "--device=cpu"])
+    assert "note: " not in capsys.readouterr().out
+    shutil.move("data/ergodic", "other")
+    main("arxiv")(["--analyze=run", "--data=other", "--bootstrap=5", "--device=cpu"])
+    assert "note: other is other data than run was trained on (data/ergodic)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("experiment", ["arxiv", "apelr"])
+def test_a_run_on_data_without_a_tokenizer_keeps_none_of_an_earlier_run(experiment):
+    settings = [*COMMON, *make_data(experiment)]
+    Path("run").mkdir()
+    Path("run/tokenizer.json").write_text(json.dumps({"kind": "char", "characters": "abcdefghij"}))
+    main(experiment)(settings)
+    assert not Path("run/tokenizer.json").exists()
+    sample.main(["run", "--prompt=1,0", "--num_samples=1", "--device=cpu"])  # prompts are numbers again
+
+
+def test_results_of_an_earlier_run_do_not_outlive_the_start_of_another(monkeypatch):
+    settings = [*COMMON, *make_data("arxiv")]
+    main("arxiv")(settings)
+    assert Path("run/results.json").exists()
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("train_arxiv"), "train_step", stopped)
+    monkeypatch.setattr(importlib.import_module("train_arxiv"), "rehearse", lambda *args: None)
+    with pytest.raises(BaseException):  # noqa: B017
+        main("arxiv")([*settings, "--resume=never"])
+    assert not Path("run/results.json").exists() and not Path("run/summary.json").exists()
 
 
