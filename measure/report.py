@@ -233,11 +233,14 @@ def make_report(folder: Path) -> list[dict]:
     for number, group in enumerate(by_group, 1):
         short[group] = f"group {number}" if group else ""
     drawn = {short[group]: by_k for group, by_k in by_group.items()}
-    draw_curves(folder, drawn, T, tokens)
-    draw_against_k(folder, drawn, positions)
-    draw_categories(folder, [row | {"group": short[row.get("group", "")]} for row in categories])
+    # A folder that is a run itself has pictures of these names.
+    place = folder / "report" if (folder / "results.json").exists() else folder
+    draw_curves(place, drawn, T, tokens)
+    draw_against_k(place, drawn, positions)
+    draw_categories(place, [row | {"group": short[row.get("group", "")]} for row in categories])
     rows = [run_row(result) for result in results]
-    write_html(folder, table, categories, rows, groups=short, tokens=tokens, definition=gain_definition(T))
+    pictures = place / "plots"
+    write_html(folder, pictures, table, categories, rows, groups=short, tokens=tokens, definition=gain_definition(T))
     return table
 
 
@@ -418,15 +421,19 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             table.writerow([blank(value) for value in row.values()])
 
 
-def write_html(folder: Path, by_k: list[dict], by_category: list[dict], runs: list[dict], **said) -> None:
+def write_html(
+    folder: Path, place: Path, by_k: list[dict], by_category: list[dict], runs: list[dict], **said
+) -> None:
     """report.html by the template of that name beside this file: one file, with the pictures inside.
 
-    said: groups (what each is called in pictures, by what it differs in), tokens and definition (sentences).
+    Args:
+        place: the folder of the pictures.
+        said: groups (what each is called in pictures, by what it differs in), tokens and definition (sentences).
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, and only needed here
 
     pictures = {}
-    for path in (folder / "plots").glob("*.png"):
+    for path in place.glob("*.png"):
         pictures[path.stem] = base64.b64encode(path.read_bytes()).decode()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -148,6 +148,17 @@ def test_pictures_call_groups_by_numbers_that_the_page_explains():
     assert "group 1 is lr=0.001;" in page and "group 2 is lr=0.01." in page
 
 
+def test_a_report_on_a_folder_that_is_a_run_leaves_the_pictures_of_the_run():
+    write("runs", a_result("ab"))
+    write("runs/K1_a_seed1", a_result("a"))
+    picture = Path("runs/plots/xe_by_position.png")
+    picture.parent.mkdir()
+    picture.write_bytes(b"of the run")
+    rows, _ = reported()
+    assert [row["K"] for row in rows] == ["1", "2"]
+    assert picture.read_bytes() == b"of the run" and Path("runs/report/plots/xe_by_position.png").exists()
+
+
 def test_the_same_data_in_another_folder_are_the_same_data():
     write("runs/0", a_result("a"))
     write("runs/1", a_result("b", data={"path": "elsewhere", "fingerprint": "f1"}))

@@ -33,7 +33,7 @@ from common.runtime import Runtime
 from configurator import configure
 from measure import curves as curves_room
 from measure import speed
-from measure.curves import Curves, describe_fit, fit_power_law, gains, measure, probe, summarize, verdict
+from measure.curves import Curves, describe_fit, fit_power_law, gains, is_fit, measure, probe, summarize, verdict
 from measure.report import plan_study, run_name
 from measure.sequences import sequence_xe
 from sources import chunks as chunks_source
@@ -480,6 +480,13 @@ def test_a_fall_beyond_the_noise_has_a_fit_with_its_interval():
     for name, true in (("xe_inf", 1.0), ("c", 0.8), ("alpha", 1.0)):
         low, high = fit[name]["interval"]
         assert fit[name]["value"] == pytest.approx(true, abs=0.1) and low < fit[name]["value"] < high
+
+
+def test_a_fall_within_the_noise_has_no_fit_though_the_curve_itself_has_one():
+    curve = 2 + 0.02 / POSITIONS
+    samples = noisy(curve, 0.01)[1]
+    assert is_fit(fit_power_law(curve), len(curve)) and describe_fit(curve, samples) is None
+    assert describe_fit(curve, curve + 0.001 * (samples - samples.mean(0)))
 
 
 def test_a_curve_without_a_fit_is_said_to_have_none():
