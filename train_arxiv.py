@@ -50,6 +50,7 @@ from configurator import (
 )
 from kernels.mean_xe import mean_xe, row_xe
 from measure.curves import (
+    TOGETHER,
     Curves,
     draw_run,
     gains,
@@ -205,6 +206,10 @@ def open_data(cfg: Config) -> tuple[Chunks, Chunks]:
 
 def active_categories(train: Chunks, validation: Chunks, cfg: Config) -> list[str]:
     """What to train on. Raises DataError, naming the nearest category for a misspelt one."""
+    for name in TOGETHER:  # results name groups of categories so
+        if name in validation.names:
+            raise DataError(f"{cfg.data}: a category is called {name!r}, as results call several together: prepare it by "
+                            "another name")
     active = train.names if cfg.categories is None else cfg.categories
     for name in active:
         if name not in train.names or name not in validation.names:

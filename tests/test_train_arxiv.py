@@ -940,6 +940,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data,
     assert sorted(Path.cwd().rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["seen", "unseen"])
+def test_a_category_with_the_name_of_a_group_of_results_is_refused(name, capsys):
+    parts = [{"process": "coin", "name": name}, {"process": "coin", "p": 0.9, "name": "b"}]
+    prepare_data.main(["ergodic", f"--components={json.dumps(parts)}", "--train_documents=8", "--chunk_size=6",
+                       "--validation_documents=4", "--out_dir=data"])
+    assert f"a category is called '{name}'" in refused(capsys, *TINY, "--data=data", "--categories=b")
+
+
 def test_importing_the_script_starts_nothing_and_brings_no_other_experiment():
     brought = brought_in_by("train_arxiv")
     assert "train_arxiv" in brought and not {"train_ghmm", "matplotlib"} & brought
