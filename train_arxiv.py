@@ -208,8 +208,8 @@ def active_categories(train: Chunks, validation: Chunks, cfg: Config) -> list[st
     """What to train on. Raises DataError, naming the nearest category for a misspelt one."""
     for name in TOGETHER:  # results name groups of categories so
         if name in validation.names:
-            raise DataError(f"{cfg.data}: a category is called {name!r}, as results call several together: prepare it by "
-                            "another name")
+            raise DataError(f"{cfg.data}: a category is called {name!r}, as results call several together: prepare it "
+                            "by another name")
     active = train.names if cfg.categories is None else cfg.categories
     for name in active:
         if name not in train.names or name not in validation.names:

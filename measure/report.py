@@ -149,8 +149,12 @@ def terms_of(result: dict) -> dict:
 def alike(results: list[dict]) -> dict[str, list[dict]]:
     """Runs by group, "" where there is one alone: those that may be averaged, named by what other groups differ in."""
     groups = {}
+    amounts = amounts_of(results)
     for result in results:
-        key = json.dumps(terms_of(result), sort_keys=True)
+        terms = terms_of(result)
+        if trained_to_the_end(result):
+            terms["tokens"] = amounts[result["tokens"]]
+        key = json.dumps(terms, sort_keys=True)
         groups.setdefault(key, []).append(result)
     terms = [json.loads(key) for key in groups]
     names = dict.fromkeys(name for term in terms for name in term)
@@ -165,6 +169,32 @@ def alike(results: list[dict]) -> dict[str, list[dict]]:
         described = [f"{name}={named.get(name, NOT_SAID)}" for name in differing]
         labelled[", ".join(described)] = runs
     return labelled
+
+
+def trained_to_the_end(result: dict) -> bool:
+    """Whether a run says its tokens, and could not stop by its own loss before the last."""
+    return "tokens" in result and result.get("settings", {}).get("patience") == 0
+
+
+def amounts_of(results: list[dict]) -> dict[int, int]:
+    """{tokens of a run: the most of those that are the same amount}, of runs that trained to the end.
+
+    Equal shares are whole chunks, and the last batch is full: so much may equal budgets differ in.
+    """
+    ended = [result for result in results if trained_to_the_end(result)]
+    rounding = 0
+    for result in ended:
+        settings = result["settings"]
+        chunks = settings.get("epochs", 0) * result["K"] + settings.get("batch_size", 0)
+        T = len(result["groups"]["seen"]["xe_by_position"])
+        rounding = max(rounding, chunks * T)
+    amounts = {}
+    most = 0
+    for tokens in sorted({result["tokens"] for result in ended}, reverse=True):
+        if tokens < most - rounding or not amounts:
+            most = tokens
+        amounts[tokens] = most
+    return amounts
 
 
 def data_name(result: dict) -> str:

@@ -271,6 +271,25 @@ def test_a_report_claims_equal_tokens_only_where_they_are(tokens, told):
     assert told in page and "equal" not in page and "same number" not in page
 
 
+def test_runs_on_other_amounts_of_tokens_are_not_averaged():
+    for name, tokens in (("a", 880), ("b", 880), ("c", 440)):  # c had less than its share, which was allowed
+        write(f"runs/{name}", a_result(name, tokens=tokens))
+    rows, _ = reported()
+    assert [(row["group"], row["runs"], row["tokens"]) for row in rows] == [("tokens=880", "2", "880"),
+                                                                           ("tokens=440", "1", "440")]
+
+
+def test_tokens_that_differ_by_whole_chunks_or_by_stopping_make_no_groups():
+    write("runs/0", a_result("a"))
+    write("runs/1", a_result("abc", tokens=880 - 2 * 3 * T))  # 3 chunks less in each of 2 epochs
+    assert "group" not in reported()[0][0]
+    stopping = SETTINGS | {"patience": 3}
+    for seed, tokens in enumerate((880, 440)):
+        write(f"stopped/{seed}", a_result("a", seed, settings=stopping, tokens=tokens))
+    rows, page = reported("stopped")
+    assert [row["runs"] for row in rows] == ["2"] and "440 to 880 tokens, by run" in page
+
+
 def test_a_report_and_its_picture_say_what_icl_gain_is():
     write("runs/0", a_result("a"))
     _, page = reported()
