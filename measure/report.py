@@ -152,8 +152,8 @@ def alike(results: list[dict]) -> dict[str, list[dict]]:
     amounts = amounts_of(results)
     for result in results:
         terms = terms_of(result)
-        if trained_to_the_end(result):
-            terms["tokens"] = amounts[result["tokens"]]
+        if "tokens" in result:
+            terms["tokens"] = amounts[result["tokens"]] if trained_to_the_end(result) else "by run"
         key = json.dumps(terms, sort_keys=True)
         groups.setdefault(key, []).append(result)
     terms = [json.loads(key) for key in groups]
