@@ -413,22 +413,30 @@ def _compare(
     return metrics
 
 
+def _shared(results: dict, metric: str) -> np.ndarray:
+    """The conditions for which all of model and baselines have a metric, bool [P].
+
+    Who has it for no condition has no say in that.
+    """
+    shared = np.ones(len(results["model"]["per_condition"]), bool)
+    for result in results.values():
+        values = np.array([record[metric] for record in result["per_condition"]])
+        if not np.isnan(values).all():
+            shared &= ~np.isnan(values)
+    return shared
+
+
 def _means(results: dict) -> dict[str, dict[str, float]]:
     """The mean of every metric for the model and each baseline, over the conditions for which all of them have it.
 
-    Who has a metric for no condition has no mean (nan) and no say in that; nobody has one where no condition is left.
+    Who has a metric for no condition has no mean (nan); nobody has one where no condition is left.
     """
     means = {name: {} for name in results}
     metrics = [name for name in results["model"]["per_condition"][0] if name not in LABELS]
     for metric in metrics:
-        values_of = {}
-        shared = np.ones(len(results["model"]["per_condition"]), bool)
+        shared = _shared(results, metric)
         for name, result in results.items():
             values = np.array([record[metric] for record in result["per_condition"]])
-            values_of[name] = values
-            if not np.isnan(values).all():
-                shared &= ~np.isnan(values)
-        for name, values in values_of.items():
             of_shared = values[shared]
             means[name][metric] = float(of_shared.mean()) if of_shared.size else math.nan
     return means
@@ -536,7 +544,11 @@ def format_table(results: dict) -> str:
 
 def verdict(means: dict, folder: Path) -> str:
     """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
-    held_out = _held_out(means["conditions"])
+    conditions = means["conditions"]
+    held_out = _held_out(conditions)
+    judged_on = means.get("conditions_judged", conditions)
+    if 0 < judged_on < conditions:
+        held_out = f"{judged_on} of {held_out}"
     correlation = means["pearson_delta"]
     correlations = {name: values["pearson_delta"] for name, values in means["baselines"].items()}
     best = best_of("pearson_delta", correlations)
@@ -603,10 +615,12 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
         for metric, value in result["mean"].items():
             means[rival][metric] = value if is_defined(value) else None
     write_json(folder / "results.json", saved)
-    conditions = len(results["model"]["per_condition"])
+    judged = _shared(results, "pearson_delta")
+    conditions = len(judged)
     plot_metrics(folder, f"{name}: {_held_out(conditions)}", results)
     model = means.pop("model")
-    return model | {"baselines": means, "conditions": conditions}
+    numbers = {"conditions": conditions, "conditions_judged": int(judged.sum())}
+    return model | {"baselines": means} | numbers
 
 
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:

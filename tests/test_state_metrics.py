@@ -486,6 +486,8 @@ def test_a_type_without_control_cells_has_what_needs_none_and_means_are_of_commo
         errors = [record["mae"] for record in result["per_condition"][:4]]
         assert result["mean"]["mae"] == pytest.approx(np.mean(errors))
     assert "best baseline" in said and summary["baselines"]["control_mean"]["mae"] > 0
+    assert "on 4 of 8 held-out conditions: Pearson delta" in said
+    assert (summary["conditions"], summary["conditions_judged"]) == (8, 4)
     means["control_mean"] = np.full_like(means["control_mean"], np.nan)
     nothing = evaluate_conditions(**alone | {"control_type": np.full(105, 9)}, baseline_means=means)
     assert nothing["model"]["mean"]["mae"] > 0 and np.isnan(nothing["control_mean"]["mean"]["mae"])
