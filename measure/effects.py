@@ -16,6 +16,7 @@ from common.runlog import read_metrics, write_json
 from kernels.rank_sum import rank_sum
 from measure.baselines import Baselines
 from measure.figures import figure
+from sources.shared import counted
 
 METRICS = {  # column of the table: larger is better
     "pearson_delta": True,
@@ -545,7 +546,7 @@ def format_table(results: dict) -> str:
 def verdict(means: dict, folder: Path) -> str:
     """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
     conditions = means["conditions"]
-    held_out = _held_out(conditions)
+    held_out = counted(conditions, "held-out condition")
     judged_on = means.get("conditions_judged", conditions)
     if 0 < judged_on < conditions:
         held_out = f"{judged_on} of {held_out}"
@@ -565,10 +566,6 @@ def verdict(means: dict, folder: Path) -> str:
             f"Pearson delta {correlation:.4f}, best baseline {correlations[best]:.4f} ({best})"
         )
     return f"{line}; {_verdict_on_error(means)}pictures in {folder / 'plots'}"
-
-
-def _held_out(conditions: int) -> str:
-    return "1 held-out condition" if conditions == 1 else f"{conditions} held-out conditions"
 
 
 def _verdict_on_error(means: dict) -> str:
@@ -617,7 +614,7 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
     write_json(folder / "results.json", saved)
     judged = _shared(results, "pearson_delta")
     conditions = len(judged)
-    plot_metrics(folder, f"{name}: {_held_out(conditions)}", results)
+    plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
     model = means.pop("model")
     numbers = {"conditions": conditions, "conditions_judged": int(judged.sum())}
     return model | {"baselines": means} | numbers

@@ -39,6 +39,7 @@ def test_every_part_of_the_program_ignores_case(capsys):
 
 
 def test_one_of_a_thing_is_not_called_many():
+    assert [counted(n, "batch", "batches") for n in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]
     assert [counted(n, "cell type") for n in (0, 1, 2, 12_345)] == ["0 cell types", "1 cell type", "2 cell types",
                                                                     "12,345 cell types"]
 
