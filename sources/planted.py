@@ -240,8 +240,9 @@ def planted(
     found = ""
     if results["oracle_nmi"] is not None:
         found = f"; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}"
-    documents = counted(validation_documents, "document")
-    print(f"planted: {train_documents:,} and {documents} of {length} tokens; nats a token: unigram "
+    documents = counted(train_documents, "document")
+    print(f"planted: {documents} to train on and {validation_documents:,} to validate, of {length} tokens; nats a "
+          "token: unigram "
           f"{results['unigram_entropy']:.4f}, oracle {results['oracle_nll']:.4f}, known plan "
           f"{results['known_plan_nll']:.4f}{found}; written to {out_dir}")
     return meta
