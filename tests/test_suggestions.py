@@ -42,6 +42,8 @@ def test_every_part_of_the_program_ignores_case(capsys):
     with pytest.raises(Exception, match="did you mean 'K1_csDS'"):
         named_runs("k1_CSds", [["cs.DS"]], ["cs.DS"])
     assert "did you mean max_steps?" in refusal(capsys, lambda argv: configure(Config, argv), "--MAX-STEP=3")
+    told = refusal(capsys, lambda argv: configure(train_state.Config, argv), "config/STATE_SM.py")
+    assert "; there is config/state_sm.py" in told
 
 
 def test_one_of_a_thing_is_not_called_many():
