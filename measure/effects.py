@@ -323,7 +323,7 @@ def _describe_baseline(
     energy_cells: int,
 ) -> dict:
     """_describe of a baseline's conditions: it knows means only, its cells are control cells moved by its effect."""
-    if not len(base):
+    if not len(base) or np.isnan(mean).any():  # of one context all means are known, or none
         return {"mean": mean, "sets": None, "genes": None}
     cells = _shifted(base, mean - control_mean, sizes)
     if expression:
@@ -404,7 +404,7 @@ def _compare(
             for n in TOPS:
                 name = f"{kind}_at_{n or 'N'}"
                 metrics[name] = undefined
-                if truth["genes"]:
+                if truth["genes"] and guess["genes"]:
                     metrics[name] = overlap_top(guess["genes"], truth["genes"], n, kind)
     metrics["energy_distance"] = undefined
     if guess["sets"]:
