@@ -23,9 +23,9 @@ class Baselines:
     - context_mean: mean of all perturbed training cells of the context, each cell weighing the same (arc-state's
       context_mean); of a context without any, control mean + mean effect of all (there: the control mean, a weaker
       rival).
-    The mean effect of all weighs perturbations the same, each averaged over contexts as above. Where no effect is known,
-    as no perturbed cells train, or none beside control cells, it is nan, for not to know an effect is not to predict
-    none; so is, without control cells of the context, a mean that needs them.
+    The mean effect of all weighs perturbations the same, each averaged over contexts as above. Where no effect is
+    known, as no perturbed cells train, or none beside control cells, it is nan, for not to know an effect is not to
+    predict none; so is, without control cells of the context, a mean that needs them.
     """
 
     def __init__(
