@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from sources.controls import gene_order, matrix_to_read, names_in
+from sources.controls import find_controls, gene_order, matrix_to_read, names_in
 from sources.h5ad import H5ad, write_h5ad
 
 GENES = ["g0", "g1", "g2", "g3"]
@@ -57,3 +57,17 @@ def test_a_misspelt_name_with_commas_is_not_taken_to_pieces():
     assert "did you mean \"[('Drug, (R)-x', 5.0, 'uM')]\"?" in str(error.value)
     with pytest.raises(DataError, match="'IRF' is not known to the model.*did you mean 'IRF1'"):
         names_in(["STAT1,IRF"], known, "the model")
+
+
+def test_a_control_cell_without_type_or_batch_serves_nobody_where_such_are_left_out():
+    obs = {"type": ["A", "A", None, "A", "A", None], "gene": ["ctrl", "ctrl", "ctrl", "p", None, "p"],
+           "batch": ["b0", None, "b0", "b0", "b0", "b0"]}
+    columns = {name: np.array(values, object) for name, values in obs.items()}
+    write_h5ad("cells.h5ad", np.ones((6, 2), np.float32), columns, np.array(["g0", "g1"]))
+    with H5ad("cells.h5ad") as file:
+        found = find_controls(file, "type", "gene", "batch", "ctrl", drop_unlabelled=True)
+        assert found.rows.tolist() == [0] and dict(found.perturbed) == {("A", "p"): 1}
+        without = find_controls(file, "type", "gene", None, "ctrl", drop_unlabelled=True)
+        assert without.rows.tolist() == [0, 1] and without.batch is None
+        with pytest.raises(DataError, match="'type' has no value for 2 of 6 rows.*--drop_unlabelled"):
+            find_controls(file, "type", "gene", None, "ctrl")
