@@ -399,7 +399,7 @@ def test_genes_of_several_files_are_aligned_by_name(budget, capsys):
     assert np.array_equal(e.read(rows), expected[rows])
     with pytest.raises(DataError, match="no gene in common"):
         aligned(list("vwxyz"), strict=False)
-    with pytest.raises(DataError, match="genes of the same name"):
+    with pytest.raises(DataError, match="two.h5ad has several genes of the name 'g3'"):
         aligned(["g3", "g3", "g0", "g1", "g2"])
 
 
