@@ -39,7 +39,7 @@ from sources.ergodic import COMPONENTS, ergodic
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
-from sources.shared import closest, suggest
+from sources.shared import closest, counted, suggest
 from sources.text import inspect_stream, prepare_text
 from sources.tokenizer import HALF_BYTES, SPECIAL, load_tokenizer
 
@@ -306,7 +306,7 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     write_json(folder / "config.json", config)
     checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {count:,} parameters after {step:,} steps, written to {folder}")
+    print(f"{path}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
     data = {"apelr": "--data=FOLDER", "state": "--toml=my.toml"}[system]
     print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
     print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")

@@ -186,7 +186,7 @@ def sample_ghmm(page: ModuleType, path: Path, cfg: Config) -> dict:
         for name, sequences in (("model", tokens), ("process", true)):
             log_prob = process.log_prob(sequences)
             result[name] = {"tokens": sequences.tolist(), "log_prob": log_prob.tolist()}
-    show_ghmm(result, f"{process.name}, {run.model} after {step} steps")
+    show_ghmm(result, f"{process.name}, {run.model} after {counted(step, 'step')}")
     return result
 
 
@@ -237,7 +237,7 @@ def sample_arxiv(page: ModuleType, path: Path, cfg: Config) -> dict:
     if tokenizer:
         result["text"] = [tokenizer.decode(row) for row in tokens]
     categories = extra["categories"]
-    print(f"K = {len(categories)} ({', '.join(categories)}), {step} steps. Cross entropies in nats.")
+    print(f"K = {len(categories)} ({', '.join(categories)}), {counted(step, 'step')}. Cross entropies in nats.")
     for row, values in zip(result["tokens"], xe, strict=True):
         show_judged(row, values, tokenizer)
     return result
@@ -280,7 +280,7 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
     plans = run.plans()
     note = f", {plans} plans" if plans > 1 else ""
-    print(f"{run.version} after {step} steps{note}")
+    print(f"{run.version} after {counted(step, 'step')}{note}")
     states = [cfg.force_state]
     if cfg.sweep_states:
         states = [None, *range(plans)]  # None: by the belief
@@ -487,8 +487,9 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     for name in ("pred", "real"):  # control cells are as measured in both
         expression = joined(conditions, name, "control")
         write_h5ad(folder / f"{name}.h5ad", expression, columns, genes, obs_names=names_of(cells, rows))
-    print(f"written to {folder}: pred.h5ad and real.h5ad ({len(rows):,} cells, controls included), metrics.csv, plots")
-    print(f"after {step} steps: " + verdict(result, folder).removeprefix("done: "))
+    size = counted(len(rows), "cell")
+    print(f"written to {folder}: pred.h5ad and real.h5ad ({size}, controls included), metrics.csv, plots")
+    print(f"after {counted(step, 'step')}: " + verdict(result, folder).removeprefix("done: "))
     return {"experiment": "state", "step": step, **result}
 
 

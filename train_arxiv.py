@@ -68,7 +68,7 @@ from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
 from sources.foreign_arxiv import without_last_position
-from sources.shared import closest, counter_rng, make_once, quoted
+from sources.shared import closest, counted, counter_rng, make_once, quoted
 from sources.tokenizer import copy_tokenizer
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
@@ -580,10 +580,10 @@ def describe(chunks: Chunks, rows: np.ndarray, active: list[str], model: nn.Modu
     counts = np.bincount(chunks.codes[rows], minlength=len(chunks.names))
     shares = ", ".join(f"{name} {counts[chunks.code(name)]:,}" for name in active)
     size = sum(parameter.numel() for parameter in model.parameters())  # a tied matrix counts once
-    return (f"K = {len(active)} of {len(chunks.names)} categories of {cfg.data}: {shares} chunks of {chunks.size} "
-            f"tokens, vocabulary {chunks.vocab_size:,}\n"
-            f"{type(model).__name__}: {size:,} parameters | {max_steps:,} steps of "
-            f"{cfg.batch_size * chunks.n_ctx:,} tokens | {cfg.out_dir}")
+    return (f"K = {len(active)} of {counted(len(chunks.names), 'category', 'categories')} of {cfg.data}: {shares} "
+            f"chunks of {chunks.size} tokens, vocabulary {chunks.vocab_size:,}\n"
+            f"{type(model).__name__}: {size:,} parameters | {counted(max_steps, 'step')} of "
+            f"{counted(cfg.batch_size * chunks.n_ctx, 'token')} | {cfg.out_dir}")
 
 
 def log_evaluation(log: RunLog, step: int, xe: np.ndarray, improved: bool, progress: Progress) -> None:

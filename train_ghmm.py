@@ -545,7 +545,7 @@ def describe(process: Process, model: nn.Module, floor: torch.Tensor, error: flo
     parts = [
         f"process {process.name}: {tokens}, {states}",
         f"{cfg.model}: {size:,} parameters",
-        f"{cfg.batch_size * cfg.n_ctx:,} tokens a step",
+        f"{counted(cfg.batch_size * cfg.n_ctx, 'token')} a step",
         cfg.out_dir,
     ]
     exact = f"+- {error:.1e}" if error else "(exact)"
@@ -658,7 +658,7 @@ def train(cfg: Config) -> dict:
                     return {"stopped_at": step}
                 meter.start(step)  # what came between pause and here is no training time
 
-            title = f"{process.name}, {cfg.model}, {step} steps"
+            title = f"{process.name}, {cfg.model}, {counted(step, 'step')}"
             result = finish(model, final, floor, cfg, rt, folder, title)
             summary = result | run_facts(rt, step, meter) | {"config_hash": config_hash(cfg)}
             log.summary(summary)
@@ -714,7 +714,7 @@ def analyze(cfg: Config) -> dict:
         floor, _ = entropy_floor(process, run.n_ctx)
         process.to(exact_device(rt))
         contexts = final_contexts(process, run)
-        title = f"{process.name}, {run.model}, {step} steps"
+        title = f"{process.name}, {run.model}, {counted(step, 'step')}"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
     belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
     print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")

@@ -65,7 +65,7 @@ from sources.foreign_state import (
     write_source_files,
 )
 from sources.populations import synthetic
-from sources.shared import counter_rng, make_once
+from sources.shared import counted, counter_rng, make_once
 from sources.splits import SPLITS, grouped
 
 EXPERIMENT = "state"  # what sample.py treats a run of this page as; a copy keeps it
@@ -1117,8 +1117,8 @@ def describe(model: nn.Module, params: list, cfg: Config) -> str:
     size = sum(weight.numel() for weight in model.parameters())
     moving = sum(weight.numel() for weight in params)
     trained = f", {moving:,} trained" if moving != size else ""
-    return (f"State: {size:,} parameters{trained} | {cfg.max_steps:,} steps of {cfg.batch_size} sentences of "
-            f"{cfg.cell_set_len} cells | {cfg.out_dir}")
+    return (f"State: {size:,} parameters{trained} | {counted(cfg.max_steps, 'step')} of "
+            f"{counted(cfg.batch_size, 'sentence')} of {counted(cfg.cell_set_len, 'cell')} | {cfg.out_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -86,8 +86,9 @@ def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer
         rt.scaler.load_state_dict(state["scaler"])
     best = state["best"] if path.parent.resolve() == folder.resolve() else math.inf
     if len(state["ranks"]) != rt.world_size:
-        print(f"note: {path} was written by {len(state['ranks'])} ranks, now {rt.world_size}: the data stay the same, "
-              "random numbers of dropout do not")
+        if rt.is_main:
+            print(f"note: {path} was written with ranks {len(state['ranks'])}, now {rt.world_size}: the data stay "
+                  "the same, random numbers of dropout do not")
         return state["step"], best, state["extra"], {}
     mine = dict(state["ranks"][rt.rank])
     torch.set_rng_state(mine.pop("torch_rng"))

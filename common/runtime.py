@@ -219,7 +219,7 @@ class Runtime:
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        return (f"device {self.device} ({name}, {torch.get_num_threads()} threads) | precision {self.precision} "
+        return (f"device {self.device} ({name}, threads {torch.get_num_threads()}) | precision {self.precision} "
                 f"({self.reason}) | compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
 
 

@@ -23,8 +23,9 @@ class Baselines:
     - context_mean: mean of all perturbed training cells of the context, each cell weighing the same (arc-state's
       context_mean); of a context without any, control mean + mean effect of all (there: the control mean, a weaker
       rival).
-    The mean effect of all weighs perturbations the same, each averaged over contexts as above; zero if nothing trains.
-    Without control cells of the context a mean that needs them is nan.
+    The mean effect of all weighs perturbations the same, each averaged over contexts as above. Where no effect is
+    known, as no perturbed cells train, or none beside control cells, it is nan, for not to know an effect is not to
+    predict none; so is, without control cells of the context, a mean that needs them.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Baselines:
         self.effects = {}
         for perturbation, of_contexts in sorted(effects.items()):
             self.effects[perturbation] = np.mean(of_contexts, 0)
-        self.average = 0.0
+        self.average = np.nan
         if effects:
             self.average = sum(self.effects.values()) / len(effects)
 

@@ -16,6 +16,7 @@ from common.runlog import read_metrics, write_json
 from kernels.rank_sum import rank_sum
 from measure.baselines import Baselines
 from measure.figures import figure
+from sources.shared import counted
 
 METRICS = {  # column of the table: larger is better
     "pearson_delta": True,
@@ -322,7 +323,7 @@ def _describe_baseline(
     energy_cells: int,
 ) -> dict:
     """_describe of a baseline's conditions: it knows means only, its cells are control cells moved by its effect."""
-    if not len(base):
+    if not len(base) or np.isnan(mean).any():  # of one context all means are known, or none
         return {"mean": mean, "sets": None, "genes": None}
     cells = _shifted(base, mean - control_mean, sizes)
     if expression:
@@ -403,7 +404,7 @@ def _compare(
             for n in TOPS:
                 name = f"{kind}_at_{n or 'N'}"
                 metrics[name] = undefined
-                if truth["genes"]:
+                if truth["genes"] and guess["genes"]:
                     metrics[name] = overlap_top(guess["genes"], truth["genes"], n, kind)
     metrics["energy_distance"] = undefined
     if guess["sets"]:
@@ -413,22 +414,30 @@ def _compare(
     return metrics
 
 
+def _shared(results: dict, metric: str) -> np.ndarray:
+    """The conditions for which all of model and baselines have a metric, bool [P].
+
+    Who has it for no condition has no say in that.
+    """
+    shared = np.ones(len(results["model"]["per_condition"]), bool)
+    for result in results.values():
+        values = np.array([record[metric] for record in result["per_condition"]])
+        if not np.isnan(values).all():
+            shared &= ~np.isnan(values)
+    return shared
+
+
 def _means(results: dict) -> dict[str, dict[str, float]]:
     """The mean of every metric for the model and each baseline, over the conditions for which all of them have it.
 
-    Who has a metric for no condition has no mean (nan) and no say in that; nobody has one where no condition is left.
+    Who has a metric for no condition has no mean (nan); nobody has one where no condition is left.
     """
     means = {name: {} for name in results}
     metrics = [name for name in results["model"]["per_condition"][0] if name not in LABELS]
     for metric in metrics:
-        values_of = {}
-        shared = np.ones(len(results["model"]["per_condition"]), bool)
+        shared = _shared(results, metric)
         for name, result in results.items():
             values = np.array([record[metric] for record in result["per_condition"]])
-            values_of[name] = values
-            if not np.isnan(values).all():
-                shared &= ~np.isnan(values)
-        for name, values in values_of.items():
             of_shared = values[shared]
             means[name][metric] = float(of_shared.mean()) if of_shared.size else math.nan
     return means
@@ -536,7 +545,11 @@ def format_table(results: dict) -> str:
 
 def verdict(means: dict, folder: Path) -> str:
     """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
-    held_out = _held_out(means["conditions"])
+    conditions = means["conditions"]
+    held_out = counted(conditions, "held-out condition")
+    judged_on = means.get("conditions_judged", conditions)
+    if 0 < judged_on < conditions:
+        held_out = f"{judged_on} of {held_out}"
     correlation = means["pearson_delta"]
     correlations = {name: values["pearson_delta"] for name, values in means["baselines"].items()}
     best = best_of("pearson_delta", correlations)
@@ -547,16 +560,13 @@ def verdict(means: dict, folder: Path) -> str:
     else:
         judged = f"DOES NOT BEAT the baseline {best}"
         if correlation > correlations[best]:
-            judged = "beats every baseline"
+            all_known = all(map(is_defined, correlations.values()))
+            judged = "beats every baseline" if all_known else "beats every baseline that has a figure"
         line = (
             f"done: the model {judged} on {held_out}: "
             f"Pearson delta {correlation:.4f}, best baseline {correlations[best]:.4f} ({best})"
         )
     return f"{line}; {_verdict_on_error(means)}pictures in {folder / 'plots'}"
-
-
-def _held_out(conditions: int) -> str:
-    return "1 held-out condition" if conditions == 1 else f"{conditions} held-out conditions"
 
 
 def _verdict_on_error(means: dict) -> str:
@@ -603,10 +613,12 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
         for metric, value in result["mean"].items():
             means[rival][metric] = value if is_defined(value) else None
     write_json(folder / "results.json", saved)
-    conditions = len(results["model"]["per_condition"])
-    plot_metrics(folder, f"{name}: {_held_out(conditions)}", results)
+    judged = _shared(results, "pearson_delta")
+    conditions = len(judged)
+    plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
     model = means.pop("model")
-    return model | {"baselines": means, "conditions": conditions}
+    numbers = {"conditions": conditions, "conditions_judged": int(judged.sum())}
+    return model | {"baselines": means} | numbers
 
 
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:

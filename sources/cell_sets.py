@@ -130,7 +130,8 @@ def renumber(cells: Cells, extra: dict, one_hot: bool, batch_encoder: bool) -> C
         cells.batches = extra["batches"]
     elif batch_encoder and cells.batch_dim > (dims["batch_dim"] or 0):
         # The checkpoint does not name its batches: those of the data may be others, but not more.
-        raise DataError(f"{toml} has {cells.batch_dim} batches, more than the model's {dims['batch_dim']}")
+        batches = counted(cells.batch_dim, "batch", "batches")
+        raise DataError(f"{toml} has {batches}, more than the model's {dims['batch_dim']}")
     cells.batch_dim = dims["batch_dim"]
     if (cells.input_dim, cells.pert_dim) != (dims["input_dim"], dims["pert_dim"]):
         raise DataError(

@@ -587,7 +587,9 @@ def conversion(matrix: Matrix, counts: str, done: Callable | None = None, read: 
         return "normalise"
     what = {"counts": "raw counts", "normalised, not logged": "normalised values"}.get(kind, "values")
     layer = "" if in_obsm or matrix.key == "X" else f" --layer={matrix.key}"
-    remedy = "" if in_obsm else ", or counts=convert to normalise while reading"
+    remedy = "" if in_obsm else ", or train with counts=convert, which normalises while reading"
+    if kind == "normalised, not logged":  # told by their sums, which logarithms of few genes may have too
+        remedy += ", or with counts=log1p if these are logarithms after all"
     raise DataError(
         f"{matrix.where} holds {what} up to {values['max']:g}, not log1p: python prepare_data.py state "
         f"--action=preprocess --input={matrix.source.path}{layer}{remedy}"

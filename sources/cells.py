@@ -317,8 +317,8 @@ def inspect(path: str | Path, **settings) -> dict:
     print(
         f"{path}: {counted(len(cells.file), 'cell')} in {counted(len(cells.files), 'file')}, "
         f"{counted(cells.input_dim, 'column')}, {counted(len(cells.cell_types), 'cell type')}, "
-        f"{counted(len(cells.perturbations) - 1, 'perturbation')}, {cells.batch_dim} "
-        f"{'batch' if cells.batch_dim == 1 else 'batches'}{note}"
+        f"{counted(len(cells.perturbations) - 1, 'perturbation')}, "
+        f"{counted(cells.batch_dim, 'batch', 'batches')}{note}"
     )
     print_line("", SPLITS)
     print_line("perturbed cells", [splits[split]["perturbed"] for split in SPLITS])

@@ -198,7 +198,7 @@ def say_gathered(documents: int, categories: int, left_out: Counter, others: int
     for reason in ("without text", "without a label"):
         if left_out[reason]:
             dropped.append(f"{left_out[reason]:,} {reason}")
-    kinds = "1 category" if categories == 1 else f"{categories} categories"
+    kinds = counted(categories, "category", "categories")
     print(f"documents: {documents:,} of {kinds}; dropped {', '.join(dropped)}")
 
 
@@ -267,7 +267,7 @@ class ChunkSpool:
         for category, count in self.sizes.items():
             if not count:
                 raise DataError(
-                    f"category {category!r} has no document of {self.chunk_size} tokens for {path.name}: "
+                    f"category {category!r} has no document of {counted(self.chunk_size, 'token')} for {path.name}: "
                     "use a smaller chunk_size, more documents or fewer categories"
                 )
         names = list(self.sizes)
@@ -388,8 +388,8 @@ def prepare_chunks(
             sizes[split] = dict(chunks.sizes)
             listed = ", ".join(f"{category} {count:,}" for category, count in chunks.sizes.items())
             print(
-                f"{split}: {chunks.sizes.total():,} chunks of {chunk_size} tokens ({listed}); "
-                f"{chunks.dropped:,} tail tokens dropped"
+                f"{split}: {counted(chunks.sizes.total(), 'chunk')} of {counted(chunk_size, 'token')} ({listed}); "
+                f"{counted(chunks.dropped, 'tail token')} dropped"
             )
         if "train" not in sizes or "validation" not in sizes:
             raise DataError(f"{input} leaves no validation documents: raise validation_fraction or add documents")
@@ -535,14 +535,16 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
         counts, negative = count_tokens(chunks, vocab_size)
         problems = range_problems(counts, negative, vocab_size)
         problems += repeats(path, chunks)
-        print(f"{path}: {N:,} chunks of {n} tokens, {N * n:,} tokens, vocabulary {vocab_size or 'unknown'}")
+        of_each = counted(n, "token")
+        print(f"{path}: {counted(N, 'chunk')} of {of_each}, {N * n:,} in all, vocabulary {vocab_size or 'unknown'}")
         sizes = {}
         owners = {}  # documents of each category
         for k, name in enumerate(names):
             here = codes == k
             size = int(here.sum())
             owner = len(np.unique(documents[here]))
-            print(f"  {name:<16} {size:>10,} chunks {size * n:>12,} tokens {owner:>9,} documents")
+            held = [counted(size, "chunk"), counted(size * n, "token"), counted(owner, "document")]
+            print(f"  {name:<16} {held[0]:>17} {held[1]:>19} {held[2]:>19}")
             sizes[name] = size
             owners[name] = owner
         tokenizer_file = str(file.attrs.get("tokenizer", ""))
@@ -606,9 +608,9 @@ def range_problems(counts: np.ndarray, negative: int, vocab_size: int) -> list[s
         problems.append("no attribute vocab_size: ranges cannot be checked")
     elif len(counts) > vocab_size:
         beyond = counts[vocab_size:].sum()
-        problems.append(f"{beyond:,} tokens are beyond vocab_size = {vocab_size}")
+        problems.append(f"{counted(beyond, 'token is', 'tokens are')} beyond vocab_size = {vocab_size}")
     if negative:
-        problems.append(f"{negative:,} tokens are negative")
+        problems.append(f"{counted(negative, 'token is', 'tokens are')} negative")
     return problems
 
 
@@ -618,7 +620,7 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
     digests = hashes(chunks)
     repeated = len(digests) - len(np.unique(digests))
     if repeated:
-        problems.append(f"{repeated:,} chunks repeat an earlier one")
+        problems.append(f"{counted(repeated, 'chunk repeats', 'chunks repeat')} an earlier one")
     for other in sorted(path.parent.glob("*.h5")):
         if other.resolve() == path.resolve():
             continue
@@ -629,7 +631,7 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
                 continue
             shared = int(np.isin(digests, hashes(other_chunks)).sum())
         if shared:
-            problems.append(f"{shared:,} chunks are in {other.name} too: the splits leak")
+            problems.append(f"{counted(shared, 'chunk is', 'chunks are')} in {other.name} too: the splits leak")
     return problems
 
 

@@ -38,8 +38,7 @@ def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
             continue
         columns[name] = values
         more = ", ..." if len(values) > 6 else ""
-        noun = "value" if len(values) == 1 else "values"
-        print(f"  obs {name:<20} {len(values):>8,} {noun}: {', '.join(values[:6])}{more}")
+        print(f"  obs {name:<20} {counted(len(values), 'value'):>15}: {', '.join(values[:6])}{more}")
     return columns
 
 
@@ -56,8 +55,8 @@ def inspect_matrices(cells: H5ad, problems: list[str]) -> dict[str, dict]:
         kind = kind_of_values(values)
         if key == "X" and kind == "normalised, not logged":
             problems.append(
-                "X is normalised, not logged: every cell has the same sum. python prepare_data.py state preprocess, "
-                "or counts=convert of train_state.py, takes the logarithm"
+                "X is normalised, not logged: cells have the same sum, or none more than 1. python prepare_data.py "
+                "state preprocess, or counts=convert of train_state.py, takes the logarithm"
             )
         elif key == "X" and kind not in ("log1p", "counts"):
             problems.append(f"X holds {kind}")

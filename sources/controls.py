@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import DataError
 from sources.cell_store import read_rows
 from sources.h5ad import H5ad
-from sources.shared import suggest
+from sources.shared import counted, nearest, suggest
 from sources.survey import align, column_names
 
 
@@ -95,19 +95,33 @@ def matrix_to_read(file: H5ad, embed_key: str | None, genes: list[str] | None) -
         is_named = not isinstance(names, int)
         if is_named and set(genes) <= set(names):
             return embed_key
+    elif "X" in file.keys:  # there or nowhere: gene_order says what is missing
+        return None
     if "X" in file.keys and set(genes) <= set(file.gene_names):
         return None
     return embed_key
 
 
 def gene_order(file: H5ad, embed_key: str | None, genes: list[str] | None) -> tuple[list[str], np.ndarray]:
-    """(names of the columns that a model reads, where they are in the file); without a list, all as they are."""
+    """(names of the columns that a model reads, where they are in the file); without a list, all as they are.
+
+    Raises DataError for a gene that the file lacks, and for one that either has twice: which is which is not told.
+    """
     names, _, _ = align([file.path], [column_names(file, embed_key)], embed_key or "X")
-    places = {name: i for i, name in enumerate(names)}
     genes = genes or names
+    if genes == names:
+        return genes, np.arange(len(names))  # as they are, repeated or not
+    places = {name: i for i, name in enumerate(names)}
+    in_file = Counter(names)
+    in_model = Counter(genes)
     for gene in genes:
         if gene not in places:
             raise DataError(f"{file.path} has no gene {gene!r}, which this model reads{suggest(gene, names)}")
+        if in_file[gene] > 1 or in_model[gene] > 1:
+            raise DataError(
+                f"{file.path}: {counted(in_file[gene], 'gene')} of the name {gene!r}, "
+                f"and {in_model[gene]} in the model's data: make the names unique, so that they can be found"
+            )
     return genes, np.array([places[gene] for gene in genes])
 
 
@@ -136,6 +150,8 @@ def names_in(texts: list[str], known: Collection[str], where: str) -> list[str]:
         listed = quoted_names(text) or separated_names(text, known)
         for name in listed:
             if name not in known:
+                if nearest(text, known, cutoff=0.9):
+                    name = text  # one name, misspelt, and not the pieces between its commas
                 raise DataError(
                     f"perturbations = {text}: {name!r} is not known to {where} (quote names that have commas or "
                     f"brackets: --perturbations='[\"NAME\", \"NAME\"]'){suggest(name, known)}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from common.errors import DataError
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
-from sources.shared import SPLITS, Workshop, progress
+from sources.shared import SPLITS, Workshop, counted, progress
 
 COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
     {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
@@ -165,6 +165,6 @@ def ergodic(
                 add_oracles(path, np.concatenate(log_prob), np.array(owner))
             sizes[split] = dict(chunks.sizes)
         shop.finish(*(f"{split}.h5" for split in sizes))
-    listed = ", ".join(f"{split} {sum(counts.values()):,} chunks" for split, counts in sizes.items())
-    print(f"{len(names)} components over {vocab_size} tokens: {listed}; written to {out_dir}")
+    listed = ", ".join(f"{split} {counted(sum(counts.values()), 'chunk')}" for split, counts in sizes.items())
+    print(f"{counted(len(names), 'component')} over {counted(vocab_size, 'token')}: {listed}; written to {out_dir}")
     return sizes

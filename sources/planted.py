@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.shared import Workshop, progress
+from sources.shared import Workshop, counted, progress
 from sources.text import stream_dtype, write_meta
 
 BLOCK = 1_000  # documents drawn at once
@@ -240,8 +240,10 @@ def planted(
     found = ""
     if results["oracle_nmi"] is not None:
         found = f"; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}"
-    print(f"planted: {train_documents:,} and {validation_documents:,} documents of {length} tokens; nats a token: "
-          f"unigram {results['unigram_entropy']:.4f}, oracle {results['oracle_nll']:.4f}, known plan "
+    documents = counted(train_documents, "document")
+    print(f"planted: {documents} to train on and {validation_documents:,} to validate, of {length} tokens; nats a "
+          "token: unigram "
+          f"{results['unigram_entropy']:.4f}, oracle {results['oracle_nll']:.4f}, known plan "
           f"{results['known_plan_nll']:.4f}{found}; written to {out_dir}")
     return meta
 

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 
 from sources.h5ad import write_h5ad
 from sources.preprocess import log_normalized
-from sources.shared import Workshop, counter_rng
+from sources.shared import Workshop, counted, counter_rng
 
 CONTROL = "non-targeting"
 
@@ -222,8 +222,9 @@ def synthetic(
         np.savez(shop.folder / "truth.npz", delta=truth, cell_types=type_names, perturbations=pert_names, genes=genes)
         write_toml(shop.folder / "synthetic.toml", type_names, pert_names)
         shop.finish("synthetic.h5ad", "truth.npz", "synthetic.toml")
-    print(f"synthetic: {len(X):,} cells, {K} cell types, {P} perturbations and {CONTROL}, {G} genes; "
-          f"{noise_in_words(noise, type_names[-1])}; written to {out_dir}")
+    perturbations = counted(P, "perturbation")
+    print(f"synthetic: {counted(len(X), 'cell')}, {counted(K, 'cell type')}, {perturbations} and {CONTROL}, "
+          f"{counted(G, 'gene')}; {noise_in_words(noise, type_names[-1])}; written to {out_dir}")
     return {"cells": len(X), **noise}
 
 

@@ -365,7 +365,7 @@ def preprocess(
 
     empty = int((found.values["row_sums"] == 0).sum())
     unlabelled = len(keep) - shape[0] - empty
-    dropped = f"{empty:,} empty ones left out" if empty != 1 else "1 empty one left out"
+    dropped = counted(empty, "empty one") + " left out"
     if unlabelled:
         dropped += f", {unlabelled:,} without a value in a column that was named"
     limit = f", all that vary: num_hvgs is {num_hvgs:,}" if width < num_hvgs else ""

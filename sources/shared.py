@@ -137,9 +137,9 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near!r}? There are {quoted(names)}"
 
 
-def counted(number: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """1 file, 2 files; with a plural of its own: 1 batch, 2 batches; 1 token is, 2 tokens are."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {plural or noun + 's'}"
 
 
 def report(problems: list[str]) -> None:

@@ -226,9 +226,10 @@ def align(files: list[Path], tables: list, key: str) -> tuple[list[str], list[np
     differences = []
     for file, names, place in zip(files, tables, places, strict=True):
         if len(place) < len(names):
+            distinct, numbers = np.unique(names, return_counts=True)
             raise DataError(
-                f"{file} has genes of the same name and another order than {files[0]}: "
-                "make the names unique, so that the files can be aligned"
+                f"{file} has several genes of the name {str(distinct[numbers.argmax()])!r}, and the files have not the "
+                "same genes in the same order: make the names unique, so that they can be aligned"
             )
         odd = sorted(place.keys() ^ places[0].keys())
         if odd:

@@ -636,19 +636,21 @@ def inspect_stream(folder: Path, tokens: int = 20) -> dict:
         counts = count_stream(stream, vocab_size)
         beyond = len(stream) - counts.sum()
         if beyond:
-            problems.append(f"{split}.bin: {beyond:,} tokens are beyond vocab_size = {vocab_size}")
+            those = counted(beyond, "token is", "tokens are")
+            problems.append(f"{split}.bin: {those} beyond vocab_size = {vocab_size}")
         # A document of text ends with eos, a planted one begins with bos.
         planted = meta["kind"] == "planted"
         mark = meta["bos_id"] if planted else meta["eos_id"]
         edge = stream[0] if planted else stream[-1]
         documents[split] = int(counts[mark])
         if edge != mark or documents[split] != meta[f"{split}_documents"]:
-            problems.append(f"{split}.bin: {documents[split]:,} documents have the token {mark} where they should, not "
+            those = counted(documents[split], "document has", "documents have")
+            problems.append(f"{split}.bin: {those} the token {mark} where they should, not "
                             f"the {meta[f'{split}_documents']:,} of meta.json")
         top = counts.argsort(kind="stable")[::-1][:tokens].tolist()
         words = [spelled(t, tokenizer, meta["bos_id"]) for t in top if counts[t]]
-        print(f"  {split:<5} {len(stream):>13,} tokens {documents[split]:>9,} documents; {np.count_nonzero(counts):,} "
-              f"tokens occur; most frequent: {', '.join(words)}")
+        print(f"  {split:<5} {counted(len(stream), 'token'):>20} {counted(documents[split], 'document'):>19}; "
+              f"{counted(np.count_nonzero(counts), 'token occurs', 'tokens occur')}; most frequent: {', '.join(words)}")
     if problems:
         report(problems)
     for split, stream in streams.items():

@@ -46,6 +46,16 @@ def test_a_loss_that_goes_backward_under_autocast_has_the_gradient_of_float32(lo
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_the_distance_itself_is_of_float32_under_autocast(loss):
+    x, y = sets()
+    exact = with_gradient(lambda a, b: geomloss_distance(a, b, loss, BLUR), x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradient(lambda a, b: geomloss_distance(a, b, loss, BLUR), x, y)
+    for value, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(value, wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_no_product_of_matrices_is_made_with_tf32(loss):
     found = []
 

@@ -776,7 +776,8 @@ def test_inspect_counts_and_finds_nothing_wrong_in_a_good_file(capsys):
 
 
 @pytest.mark.parametrize("value, words", [(300, "16 tokens are beyond vocab_size = 300"), (-1, "16 tokens"),
-                                          (0, "1 chunks repeat"), (None, "2 chunks are in validation.h5 too")])
+                                          (0, "1 chunk repeats an earlier one"),
+                                          (None, "2 chunks are in validation.h5 too")])
 def test_inspect_finds_what_is_wrong(value, words):
     prepare(write_jsonl(papers()))
     without_digest("out/train.h5")  # with it a changed token is no problem among others

@@ -120,17 +120,19 @@ def test_wandb_is_a_switch_and_a_mode_on_every_page(experiment, words, value):
     assert from_dict(page.Config, older, "last.pt", page.ALIASES).wandb is False
 
 
-def test_the_backend_of_a_notebook_costs_no_run_its_pictures(tmp_path):
+@pytest.mark.parametrize("backend", ["module://of.a.notebook", "inline_where_it_is_not_installed"])
+def test_the_backend_of_a_notebook_costs_no_run_its_pictures(backend, tmp_path):
+    """With a name that it does not know matplotlib cannot be imported at all."""
     code = ("import os, matplotlib_free as f; f.draw(); import matplotlib; "
             "print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])")
     (tmp_path / "matplotlib_free.py").write_text(
-        "import os\nos.environ['MPLBACKEND'] = 'module://of.a.notebook'\nfrom pathlib import Path\n"
+        f"import os\nos.environ['MPLBACKEND'] = '{backend}'\nfrom pathlib import Path\n"
         "from measure.figures import figure\n"
         "def draw():\n    with figure(Path('.'), 'line', title='a line') as axes:\n        axes.plot([1, 2])\n")
     done = python("-c", code, folder=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert (tmp_path / "plots" / "line.png").stat().st_size > 1_000
-    assert done.stdout.split()[0] == "module://of.a.notebook"  # the environment is as it was
+    assert done.stdout.split()[0] == backend  # the environment is as it was
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_and_no_end(tmp_path, monkeypatch, capsys):

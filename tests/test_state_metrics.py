@@ -14,6 +14,7 @@ from common.errors import DataError
 from measure import effects
 from measure.baselines import Baselines, control_rows, train_baselines
 from measure.effects import (
+    LABELS,
     METRICS,
     best_baseline,
     differential_expression,
@@ -21,6 +22,7 @@ from measure.effects import (
     energy_distance,
     evaluate_conditions,
     format_table,
+    is_defined,
     mean_distance,
     overlap_top,
     pearson,
@@ -303,7 +305,8 @@ def test_baselines_without_controls_or_training_cells():
     assert np.isnan(found["control_mean"][2]).all() and np.isnan(found["perturbation_mean"][2]).all()
     np.testing.assert_allclose(found["context_mean"][2], (50 * MEANS[1, 0] + 20 * MEANS[1, 2]) / 70)
     found = baselines(MEANS, COUNTS * 0, CONTROL, np.array([5, 1, 7]), [(1, 0)])
-    assert all((mean == CONTROL[1]).all() for mean in found.values()) and len(found) == 3
+    assert (found["control_mean"] == CONTROL[1]).all()  # no effect is known: not even that there is none
+    assert np.isnan(found["perturbation_mean"]).all() and np.isnan(found["context_mean"]).all()
 
 
 def test_a_type_of_another_file_is_another_context():
@@ -486,11 +489,25 @@ def test_a_type_without_control_cells_has_what_needs_none_and_means_are_of_commo
         errors = [record["mae"] for record in result["per_condition"][:4]]
         assert result["mean"]["mae"] == pytest.approx(np.mean(errors))
     assert "best baseline" in said and summary["baselines"]["control_mean"]["mae"] > 0
+    assert "on 4 of 8 held-out conditions: Pearson delta" in said
+    assert (summary["conditions"], summary["conditions_judged"]) == (8, 4)
     means["control_mean"] = np.full_like(means["control_mean"], np.nan)
     nothing = evaluate_conditions(**alone | {"control_type": np.full(105, 9)}, baseline_means=means)
     assert nothing["model"]["mean"]["mae"] > 0 and np.isnan(nothing["control_mean"]["mean"]["mae"])
     assert best_baseline(nothing, "mae") == "context_mean" and best_baseline(nothing) is None
     everything_written(tmp_path / "nothing", nothing)
+
+
+def test_a_baseline_that_knows_no_effect_has_no_figures(screen, tmp_path):
+    controls = controls_of(screen)
+    means = {"control_mean": controls, "perturbation_mean": np.full_like(controls, np.nan)}
+    results = evaluate_conditions(**screen, baseline_means=means)
+    _, rows, _, said = everything_written(tmp_path, results)
+    figures = [value for row in rows for name, value in row.items()
+               if row["model"] == "perturbation_mean" and name not in (*LABELS, "model")]
+    assert set(figures) == {""} and "best baseline 0.0000 (control_mean)" in said
+    assert "beats every baseline that has a figure on 8 held-out conditions" in said
+    assert all(is_defined(results["control_mean"]["mean"][name]) for name in METRICS)
 
 
 def test_a_baseline_is_best_on_defined_figures_alone(table):
