@@ -838,11 +838,8 @@ def test_pictures_are_drawn_for_any_number_of_states(name, states, tmp_path):
         assert imread(picture)[..., :3].std() > 0.01, f"{picture.name} is blank"
 
 
-@pytest.mark.parametrize("beliefs, label", [
-    ([[1.0, 0.0], [0.3, 0.7], [0.9, 0.1]], "probability of state 1"),
-    ([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5], [0.2, 0.4, 0.4]], "the line on which all lie")])
-def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, tmp_path, monkeypatch):
-    """A second axis would show their rounding, magnified to the size of the picture."""
+def watched(monkeypatch) -> list:
+    """The axes of the pictures that are drawn from now on."""
     drawn = []
 
     @contextlib.contextmanager
@@ -852,6 +849,28 @@ def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, t
             drawn.append(axes)
 
     monkeypatch.setattr(measured, "figure", watch)
+    return drawn
+
+
+def test_a_bar_of_no_height_shows_no_spread_around_0(tmp_path, monkeypatch):
+    drawn = watched(monkeypatch)
+    layers = {"embed": {"r2": -0.3, "r2_spread": 0.2}, "concat": {"r2": 0.5, "r2_spread": 0.1}}
+    measured.plot_r2_by_layer(tmp_path, "title", {"layers": layers, "untrained_r2_concat": 0.1,
+                                                  "shuffled_r2_concat": -0.1})
+    axes, = drawn
+    lines, = (container.errorbar.lines[2][0] for container in axes.containers if hasattr(container, "errorbar"))
+    below, above = (segment[:, 1] for segment in lines.get_segments())
+    np.testing.assert_allclose(below, [0, 0])
+    np.testing.assert_allclose(above, [0.4, 0.6])
+    assert [text.get_text() for text in axes.texts] == ["-0.3000", "0.5000"]
+
+
+@pytest.mark.parametrize("beliefs, label", [
+    ([[1.0, 0.0], [0.3, 0.7], [0.9, 0.1]], "probability of state 1"),
+    ([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5], [0.2, 0.4, 0.4]], "the line on which all lie")])
+def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, tmp_path, monkeypatch):
+    """A second axis would show their rounding, magnified to the size of the picture."""
+    drawn = watched(monkeypatch)
     beliefs = torch.tensor(beliefs).double()
     predicted = beliefs + 0.05
     geometry = {"beliefs": beliefs, "predicted": predicted, "weights": torch.tensor([0.5, 0.2, 0.3]).double()}
