@@ -457,6 +457,8 @@ JUDGED = {"val_nll": 2.5, "val_ppl": 12.18, "plan_gain": 0.2, "planner_mask_delt
     ({"baseline_nll": 2.6, "baseline_ppl": 13.46, "baseline_parameters": 1010},
      "it beats the baseline of equal size: baseline_nll 2.6000 (+0.1000), perplexity 13.46, 1,010 parameters "
      "(here 1,000);"),
+    ({"baseline_nll": 2.511}, "it beats the baseline of equal size: baseline_nll 2.5110 (+0.0110);"),
+    ({"baseline_nll": 2.509}, "it is hardly better than the baseline of equal size: baseline_nll 2.5090 (+0.0090);"),
     ({"baseline_nll": 2.5}, "it DOES NOT BEAT the baseline of equal size: baseline_nll 2.5000 (+0.0000);"),
     ({"baseline_nll": 2.4}, "it DOES NOT BEAT the baseline of equal size: baseline_nll 2.4000 (-0.1000);"),
     ({"oracle_nll": 2.0, "excess_over_oracle": 0.25, "plan_nmi": 0.5},
@@ -570,8 +572,7 @@ def test_a_baseline_of_equal_size_is_trained_on_the_same_batches(text, monkeypat
     assert changed == {"version", "d_model", "out_dir", "compare_baseline"}
     assert theirs["d_model"] == summary["baseline_d_model"] and theirs["version"] == "baseline"
     last = told.splitlines()[-1]
-    judged = "beats" if summary["val_nll"] < summary["baseline_nll"] else "DOES NOT BEAT"
-    assert f"it {judged} the baseline of equal size: baseline_nll {summary['baseline_nll']:.4f}" in last
+    assert plans.judge_baseline(summary)[0] in last
     assert f"the planner of {summary['parameters']:,}; it trains first, in run/baseline" in told
 
 
@@ -616,11 +617,21 @@ def test_a_signal_while_the_baseline_is_measured_stops_what_comes_after_it(text,
     assert not Path("run/last.pt").exists() and run(text, *BESIDE)["baseline_steps"] == 6
 
 
-def test_a_signal_while_it_is_rehearsed_stops_a_comparison(text):
+def test_a_signal_while_it_is_rehearsed_stops_a_comparison(text, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "stopping", lambda self, now: now == 0)
         assert run(text, *BESIDE) == {"stopped_at": 0}
+    assert "stopped by a signal before the baseline" in capsys.readouterr().out
     assert not Path("run").exists()
+
+
+def test_the_picture_of_a_comparison_has_the_baseline_in_an_analysis_too(text, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plans, "draw_loss", lambda folder, title, beside=None: drawn.append((folder, beside)))
+    run(text, *BESIDE)
+    train_apelr.main(["--analyze=run", "--device=cpu"])
+    there = Path("run/baseline")
+    assert drawn == [(there, None), (Path("run"), there), (Path("run/analysis"), there)]
 
 
 def test_a_finished_comparison_is_not_repeated_and_a_finished_planner_gets_its_baseline(text, capsys):
