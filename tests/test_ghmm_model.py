@@ -391,6 +391,15 @@ def test_metrics_go_on_from_a_saved_state_as_if_never_interrupted(tmp_path):
     assert_metrics(second.found[-1], {k: whole.found[-1][k] for k in KEYS - timed})
 
 
+def test_tokens_a_second_are_since_a_state_was_taken_up():
+    first, second = Loop(3), Loop(0)
+    state = first.tracker.state_dict() | {"tokens": 10**12}
+    second.tracker.load_state_dict(state)
+    found = second.tracker.update(step=4, loss=1.0, tokens_in_batch=10, grad_norm=1.0)
+    assert found["cum/tokens"] == 10**12 + 10
+    assert 0 < found["cum/tokens_per_second"] < 1e10  # of 10 tokens: those of before took time of before
+
+
 def test_a_loaded_state_is_not_shared_with_the_tracker_it_came_from():
     """As with a module's or an optimizer's state: what one tracker counts afterwards is not the other's."""
     first = Loop(3)
@@ -732,6 +741,7 @@ def test_an_analysis_holds_a_part_of_its_activations_at_a_time(monkeypatch):
     model.largest = 0
     prefixes = collect_prefixes(model, contexts, CPU)
     assert max(map(len, prefixes.activations)) <= 70 and model.largest <= 600
+    assert not prefixes.activations.kept
     parts, geometry = analyse(model, Long(), contexts, CPU)
     assert parts["r2_concat"] == pytest.approx(whole["r2_concat"], rel=1e-6)
     assert parts["layers"]["embed"]["dist"] == pytest.approx(whole["layers"]["embed"]["dist"], rel=1e-6)

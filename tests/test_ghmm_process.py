@@ -1096,6 +1096,7 @@ def test_a_fingerprint_is_of_matrices_as_they_were_read(tmp_path):
     one = print_of([[[0.25]], [[0.75]]])
     assert re.fullmatch("[0-9a-f]{16}", one) and print_of([[[0.25]], [[0.75]]]) == one
     assert print_of([[[1.0]], [[3.0]]]) != one  # the same process, other numbers
+    assert print_of([[[0.25, 0.75], [0.5, 0.5]]]) != print_of([[[0.25]], [[0.75]], [[0.5]], [[0.5]]])  # other shape
     assert print_of([[[0.25]], [[0.75]]], add_eos=True) == one
     assert make_process("mess3").fingerprint == "" == make_process("mess3", add_bos=True).fingerprint
     mixtures = []

@@ -660,6 +660,15 @@ def test_a_comparison_that_goes_on_for_longer_takes_both_along(text):
     assert resumed == [2, 3, 4, 6, 8, 9, 10, 12]  # each once: it went on from 6
 
 
+def test_a_planner_that_goes_back_a_step_leaves_its_finished_baseline(text):
+    steps = ("--keep_last=-1", "--save_interval=3")
+    before = run(text, *BESIDE, *steps)
+    Path("run/baseline/step_3.pt").unlink()
+    again = run(text, *BESIDE, *steps, "--load_checkpoint_step=3")
+    assert again["val_nll"] == pytest.approx(before["val_nll"], rel=1e-6) and again["steps"] == 6
+    assert again["baseline_nll"] == before["baseline_nll"]
+
+
 def test_the_batch_size_of_a_baseline_is_that_which_its_planner_finds(text):
     result = run(text, *BESIDE, "--batch_size=auto", "--cpu_batch_size=6")
     assert read("run/config.json")["batch_size"] == "auto" and read("run/baseline/config.json")["batch_size"] == 6
