@@ -713,8 +713,9 @@ def analyze(cfg: Config) -> dict:
         contexts = final_contexts(process, run)
         title = f"{process.name}, {run.model}, {step} steps"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
-    belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
-    print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")
+        belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
+        if rt.is_main:
+            print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")
     return result
 
 

@@ -271,6 +271,8 @@ def test_two_ranks_train_like_one(version, planted):
                 "--chunk_post_kl_weight=0.1", "--entropy_reg_weight=0.1"]
     told = two_ranks("test_train_apelr", *settings, "--out_dir=two", function="quick")
     assert told.count("done: validation nll") == 1
+    told = two_ranks("test_train_apelr", "--analyze=two", "--device=cpu", function="quick")
+    assert told.count("step 6: validation nll") == 1
     alone, two = train_apelr.main(settings), read("two/summary.json")
     for key in ("val_nll", "planner_mask_delta_loss", "plan_gain", "oracle_nll", "plan_nmi"):
         assert two[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), key
