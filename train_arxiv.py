@@ -365,12 +365,8 @@ class GPT(nn.Module):
         self.position = nn.Parameter(torch.empty(n_ctx, cfg.d_model))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_norm = nn.LayerNorm(cfg.d_model)
-        # Drawn for nothing: the table of positions once had a row more, and a seed keeps the weights that it gave.
-        torch.randn(n_ctx + 1, cfg.d_model)
         # Matrices start small (std 0.02): all tokens are then about equally likely, and the first XE is log V.
         for name, parameter in self.named_parameters():
-            if name == "position":
-                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:

@@ -34,7 +34,7 @@ def test_every_part_of_the_program_ignores_case(capsys):
     with pytest.raises(ProcessError, match="did you mean 'mess3'"):
         make_process("MESS3")
     with pytest.raises(Exception, match="did you mean 'K1_csDS'"):
-        named_runs("k1_CSds", {"K1_csDS": ["cs.DS"]}, ["cs.DS"])
+        named_runs("k1_CSds", [["cs.DS"]], ["cs.DS"])
     assert "did you mean max_steps?" in refusal(capsys, lambda argv: configure(Config, argv), "--MAX-STEP=3")
 
 
