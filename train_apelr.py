@@ -1215,7 +1215,8 @@ def analyze(cfg: Config) -> dict:
         checkpoint.same_data(extra, {saved.data: corpus.fingerprint}, path)
         folder = checkpoint.analysis_of(path)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
-    print(f"step {step}: " + plans.verdict(metrics, folder).removeprefix("done: "))
+        if rt.is_main:
+            print(f"step {step}: " + plans.verdict(metrics, folder).removeprefix("done: "))
     return metrics
 
 

@@ -758,7 +758,8 @@ def analyze(cfg: Config) -> dict:
             step = checkpoint.load(path)["step"]
         lesson = training_facts(config_dict(saved), data, chunks, step)
         result = finish(model.to(rt.device), validation, active, lesson, saved, rt, folder)
-    print(f"step {step}: {verdict(result, len(active), folder)}")
+        if rt.is_main:
+            print(f"step {step}: {verdict(result, len(active), folder)}")
     return result
 
 

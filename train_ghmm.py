@@ -236,7 +236,7 @@ class Batches:
     def take_up(self, left: list[torch.Tensor | None]) -> None:
         """Go on where the ranks of a checkpoint, however many there were, left their sequences.
 
-        Raises InputError if there were more or fewer sequences than now.
+        Raises InputError if there were more or fewer sequences than now, or if they are of a process of other states.
         """
         if not self.cfg.carry_state or left[0] is None:
             return
@@ -246,6 +246,9 @@ class Batches:
             sequences = counted(len(state), "sequence")
             raise InputError(f"carry_state goes on with {sequences}, but batch_size = {self.cfg.batch_size}: "
                              f"use batch_size={len(state)}, or resume=never")
+        if not self.process.can_start_from(state):
+            raise InputError(f"carry_state goes on with sequences of another process than {self.process.name}: use "
+                             "carry_state=false, or the process they are of, or resume=never")
         self.carried = self.rt.share(state).to(self.process.device)
 
 
@@ -716,8 +719,9 @@ def analyze(cfg: Config) -> dict:
         contexts = final_contexts(process, run)
         title = f"{process.name}, {run.model}, {counted(step, 'step')}"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
-    belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
-    print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")
+        belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
+        if rt.is_main:
+            print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")
     return result
 
 

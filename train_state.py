@@ -1176,7 +1176,8 @@ def analyze(cfg: Config) -> dict:
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
         result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
-    print(f"step {step}: " + effects.verdict(result, folder).removeprefix("done: "))
+        if rt.is_main:
+            print(f"step {step}: " + effects.verdict(result, folder).removeprefix("done: "))
     return result
 
 

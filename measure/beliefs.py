@@ -590,8 +590,10 @@ def plot_r2_by_layer(folder: Path, title: str, analysis: dict) -> None:
     """How much of the belief a linear map reads out of each layer and of all together, with the controls."""
     layers = analysis["layers"]
     r2 = [layer["r2"] for layer in layers.values()]
-    spread = [layer["r2_spread"] or 0.0 for layer in layers.values()]
     heights = [max(0.0, value) for value in r2]
+    # A bar of no height stands for an r2 below 0, which a spread around 0 would belie.
+    shown = [layer["r2_spread"] if layer["r2"] > 0 else None for layer in layers.values()]
+    spread = [value or 0.0 for value in shown]
     labels = [f"{value:.4f}" for value in r2]  # what a bar of no height stands for, too
     untrained = analysis["untrained_r2_concat"]
     shuffled = analysis["shuffled_r2_concat"]

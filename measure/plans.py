@@ -16,7 +16,7 @@ from kernels.log_probs import block_logits, block_rows, blocks
 from measure.figures import figure
 from measure.rival import BESIDE
 
-USED = 0.01  # nats a token that a belief must be worth to be called used: what another seed may bring is less
+USED = 0.01  # nats a token from which a gain is called one: what another seed may bring is less
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
@@ -100,7 +100,8 @@ def write_report(
 ) -> dict:
     """metrics.json, planner_eval.json and pictures of a run, given what evaluate measured; all metrics."""
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / BESIDE if model.cfg.compare_baseline else None
+    run = folder.parent if folder.name == "analysis" else folder
+    beside = run / BESIDE if model.cfg.compare_baseline else None
     draw_loss(folder, f"{model.cfg.version}, {model.cfg.backbone}", beside)
     if hasattr(model, "filter"):
         report = planner_report(model, corpus, starts)
@@ -294,7 +295,9 @@ def judge_baseline(metrics: dict) -> list[str]:
     if not is_number(rival) or not is_number(metrics["val_nll"]):
         return []
     gain = rival - metrics["val_nll"]
-    judged = "beats" if gain > 0 else "DOES NOT BEAT"
+    judged = "DOES NOT BEAT"
+    if gain > 0:
+        judged = "beats" if gain >= USED else "is hardly better than"
     line = f"it {judged} the baseline of equal size: baseline_nll {rival:.4f} ({gain:+.4f})"
     if is_number(metrics.get("baseline_ppl")):
         line += f", perplexity {metrics['baseline_ppl']:.2f}"

@@ -101,6 +101,7 @@ def train_beside(cfg, train: Callable, build: Callable) -> dict:
             "which is no fair comparison: leave one of them out"
         )
     if "stopped_at" in trains:
+        say("stopped by a signal before the baseline; the same command goes on from there")
         return {"stopped_at": trains["stopped_at"]}
     settings = baseline_settings(cfg, build, trains)
     baseline = train(settings)

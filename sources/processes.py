@@ -470,6 +470,12 @@ class Process:
             return tokens, states.t()
         return tokens, (0.5 * offset).long()
 
+    def can_start_from(self, start: torch.Tensor) -> bool:
+        """Whether generate can go on from there: states [B] of a hidden Markov model, else beliefs [B, S]."""
+        if self.is_hmm:
+            return start.ndim == 1 and int(start.max()) < self.num_states
+        return start.ndim == 2 and start.shape[1] == self.num_states
+
     def _generate_by_belief(self, uniforms: torch.Tensor, start: torch.Tensor | None):
         """Sampling where only the belief is known: the states of a GHMM are no random variables."""
         length, batch = uniforms.shape
@@ -630,7 +636,8 @@ class Process:
     def _entropy(self, belief: torch.Tensor) -> torch.Tensor:
         """Entropy in nats of the next token, [...] for beliefs [..., S]."""
         probs = self.next_token_probs(belief)
-        return torch.special.entr(probs).sum(-1)  # entr(p) = -p log p, and 0 where p is 0
+        entropy = torch.special.entr(probs).sum(-1)  # entr(p) = -p log p, and 0 where p is 0
+        return entropy.clamp_min(0)  # a certain token may have a probability of 1 and a rounding
 
     def entropies(
         self,
@@ -971,7 +978,7 @@ def _custom(matrices: np.ndarray, initial_state) -> Process:
     given = np.abs(matrices).sum()
     scale = float(given / process.transition_matrices.abs().sum())
     if abs(scale - 1) > 1e-9:
-        process.notes = [f"custom matrices: divided by {scale:.6g}, the largest eigenvalue of their sum, so that "
+        process.notes = [f"custom matrices: divided by {scale:.12g}, the largest eigenvalue of their sum, so that "
                          "probabilities add up to 1"]
     return process
 
@@ -1062,7 +1069,8 @@ def _mixture(components: list | None = None, initial_state=None) -> Process:
     if any(prints):
         mixture.fingerprint = _digest(" ".join(prints).encode())
     for part in parts:
-        mixture.notes += part.process.notes
+        new = [note for note in part.process.notes if note not in mixture.notes]
+        mixture.notes += new
     return mixture
 
 

@@ -391,6 +391,15 @@ def test_metrics_go_on_from_a_saved_state_as_if_never_interrupted(tmp_path):
     assert_metrics(second.found[-1], {k: whole.found[-1][k] for k in KEYS - timed})
 
 
+def test_tokens_a_second_are_since_a_state_was_taken_up():
+    first, second = Loop(3), Loop(0)
+    state = first.tracker.state_dict() | {"tokens": 10**12}
+    second.tracker.load_state_dict(state)
+    found = second.tracker.update(step=4, loss=1.0, tokens_in_batch=10, grad_norm=1.0)
+    assert found["cum/tokens"] == 10**12 + 10
+    assert 0 < found["cum/tokens_per_second"] < 1e10  # of 10 tokens: those of before took time of before
+
+
 def test_a_loaded_state_is_not_shared_with_the_tracker_it_came_from():
     """As with a module's or an optimizer's state: what one tracker counts afterwards is not the other's."""
     first = Loop(3)
@@ -732,6 +741,7 @@ def test_an_analysis_holds_a_part_of_its_activations_at_a_time(monkeypatch):
     model.largest = 0
     prefixes = collect_prefixes(model, contexts, CPU)
     assert max(map(len, prefixes.activations)) <= 70 and model.largest <= 600
+    assert not prefixes.activations.kept
     parts, geometry = analyse(model, Long(), contexts, CPU)
     assert parts["r2_concat"] == pytest.approx(whole["r2_concat"], rel=1e-6)
     assert parts["layers"]["embed"]["dist"] == pytest.approx(whole["layers"]["embed"]["dist"], rel=1e-6)
@@ -838,11 +848,8 @@ def test_pictures_are_drawn_for_any_number_of_states(name, states, tmp_path):
         assert imread(picture)[..., :3].std() > 0.01, f"{picture.name} is blank"
 
 
-@pytest.mark.parametrize("beliefs, label", [
-    ([[1.0, 0.0], [0.3, 0.7], [0.9, 0.1]], "probability of state 1"),
-    ([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5], [0.2, 0.4, 0.4]], "the line on which all lie")])
-def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, tmp_path, monkeypatch):
-    """A second axis would show their rounding, magnified to the size of the picture."""
+def watched(monkeypatch) -> list:
+    """The axes of the pictures that are drawn from now on."""
     drawn = []
 
     @contextlib.contextmanager
@@ -852,6 +859,28 @@ def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, t
             drawn.append(axes)
 
     monkeypatch.setattr(measured, "figure", watch)
+    return drawn
+
+
+def test_a_bar_of_no_height_shows_no_spread_around_0(tmp_path, monkeypatch):
+    drawn = watched(monkeypatch)
+    layers = {"embed": {"r2": -0.3, "r2_spread": 0.2}, "concat": {"r2": 0.5, "r2_spread": 0.1}}
+    measured.plot_r2_by_layer(tmp_path, "title", {"layers": layers, "untrained_r2_concat": 0.1,
+                                                  "shuffled_r2_concat": -0.1})
+    axes, = drawn
+    lines, = (container.errorbar.lines[2][0] for container in axes.containers if hasattr(container, "errorbar"))
+    below, above = (segment[:, 1] for segment in lines.get_segments())
+    np.testing.assert_allclose(below, [0, 0])
+    np.testing.assert_allclose(above, [0.4, 0.6])
+    assert [text.get_text() for text in axes.texts] == ["-0.3000", "0.5000"]
+
+
+@pytest.mark.parametrize("beliefs, label", [
+    ([[1.0, 0.0], [0.3, 0.7], [0.9, 0.1]], "probability of state 1"),
+    ([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5], [0.2, 0.4, 0.4]], "the line on which all lie")])
+def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, tmp_path, monkeypatch):
+    """A second axis would show their rounding, magnified to the size of the picture."""
+    drawn = watched(monkeypatch)
     beliefs = torch.tensor(beliefs).double()
     predicted = beliefs + 0.05
     geometry = {"beliefs": beliefs, "predicted": predicted, "weights": torch.tensor([0.5, 0.2, 0.3]).double()}

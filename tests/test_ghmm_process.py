@@ -994,6 +994,21 @@ def test_carried_sequences_are_not_taken_up_where_batches_start_anew_or_are_of_a
         batches_of(carry_state=True, spec={"process": "zero_one_random"}, batch=16).take_up(left)
 
 
+@pytest.mark.parametrize("before, after", [("rrxor", "even_ones"), ("rrxor", "fanizza"), ("fanizza", "rrxor"),
+                                           ("tom_quantum", "fanizza")])
+def test_carried_sequences_of_another_process_are_refused(before, after):
+    """Unless they fit: those of two states go on in a process of three."""
+    carried = batches_of(spec={"process": before}, carry_state=True)
+    for step in range(6):
+        carried(step)
+    with pytest.raises(InputError, match=f"sequences of another process than {after}: use carry_state=false"):
+        moved([carried.left()], 1, spec={"process": after})
+    fewer = batches_of(spec={"process": "even_ones"}, carry_state=True)
+    fewer(0)
+    more, = moved([fewer.left()], 1, spec={"process": "zero_one_random"})
+    assert more(1).shape == (8, 6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA")
 def test_carried_sequences_go_to_the_device_of_the_process():
     batches = batches_of(spec={"process": "zero_one_random"}, carry_state=True)
@@ -1059,6 +1074,16 @@ def test_scaled_matrices_are_said_and_others_are_not():
     mixed = make_process("nonergodic", components=[{"process": "custom", "matrices": [[[1.0]], [[3.0]]]},
                                                    {"process": "coin"}])
     assert len(mixed.notes) == 1
+    alike = {"process": "custom", "matrices": [[[1.0]], [[3.0]]]}
+    assert make_process("nonergodic", components=[alike, alike]).notes == mixed.notes
+    digits = make_process("custom", matrices=[[[0.25]], [[0.74999999]]]).notes
+    assert len(digits) == 1 and "divided by 0.99999999," in digits[0]
+
+
+def test_no_entropy_is_below_0_by_rounding():
+    certain = make_process("zero_one_random", p=1.0, initial_state=[1.0, 0.0, 0.0])
+    assert (certain._entropy(torch.tensor([1 + 1e-15, 0, 0]).double()) == 0).all()
+    assert not certain.optimal_loss(6).any() and certain.entropy_rate() >= 0
 
 
 def test_a_fingerprint_is_of_matrices_as_they_were_read(tmp_path):
@@ -1071,6 +1096,7 @@ def test_a_fingerprint_is_of_matrices_as_they_were_read(tmp_path):
     one = print_of([[[0.25]], [[0.75]]])
     assert re.fullmatch("[0-9a-f]{16}", one) and print_of([[[0.25]], [[0.75]]]) == one
     assert print_of([[[1.0]], [[3.0]]]) != one  # the same process, other numbers
+    assert print_of([[[0.25, 0.75], [0.5, 0.5]]]) != print_of([[[0.25]], [[0.75]], [[0.5]], [[0.5]]])  # other shape
     assert print_of([[[0.25]], [[0.75]]], add_eos=True) == one
     assert make_process("mess3").fingerprint == "" == make_process("mess3", add_bos=True).fingerprint
     mixtures = []

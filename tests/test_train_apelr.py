@@ -271,6 +271,8 @@ def test_two_ranks_train_like_one(version, planted):
                 "--chunk_post_kl_weight=0.1", "--entropy_reg_weight=0.1"]
     told = two_ranks("test_train_apelr", *settings, "--out_dir=two", function="quick")
     assert told.count("done: validation nll") == 1
+    told = two_ranks("test_train_apelr", "--analyze=two", "--device=cpu", function="quick")
+    assert told.count("step 6: validation nll") == 1
     alone, two = train_apelr.main(settings), read("two/summary.json")
     for key in ("val_nll", "planner_mask_delta_loss", "plan_gain", "oracle_nll", "plan_nmi"):
         assert two[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), key
@@ -457,6 +459,8 @@ JUDGED = {"val_nll": 2.5, "val_ppl": 12.18, "plan_gain": 0.2, "planner_mask_delt
     ({"baseline_nll": 2.6, "baseline_ppl": 13.46, "baseline_parameters": 1010},
      "it beats the baseline of equal size: baseline_nll 2.6000 (+0.1000), perplexity 13.46, 1,010 parameters "
      "(here 1,000);"),
+    ({"baseline_nll": 2.511}, "it beats the baseline of equal size: baseline_nll 2.5110 (+0.0110);"),
+    ({"baseline_nll": 2.509}, "it is hardly better than the baseline of equal size: baseline_nll 2.5090 (+0.0090);"),
     ({"baseline_nll": 2.5}, "it DOES NOT BEAT the baseline of equal size: baseline_nll 2.5000 (+0.0000);"),
     ({"baseline_nll": 2.4}, "it DOES NOT BEAT the baseline of equal size: baseline_nll 2.4000 (-0.1000);"),
     ({"oracle_nll": 2.0, "excess_over_oracle": 0.25, "plan_nmi": 0.5},
@@ -570,8 +574,7 @@ def test_a_baseline_of_equal_size_is_trained_on_the_same_batches(text, monkeypat
     assert changed == {"version", "d_model", "out_dir", "compare_baseline"}
     assert theirs["d_model"] == summary["baseline_d_model"] and theirs["version"] == "baseline"
     last = told.splitlines()[-1]
-    judged = "beats" if summary["val_nll"] < summary["baseline_nll"] else "DOES NOT BEAT"
-    assert f"it {judged} the baseline of equal size: baseline_nll {summary['baseline_nll']:.4f}" in last
+    assert plans.judge_baseline(summary)[0] in last
     assert f"the planner of {summary['parameters']:,}; it trains first, in run/baseline" in told
 
 
@@ -616,11 +619,21 @@ def test_a_signal_while_the_baseline_is_measured_stops_what_comes_after_it(text,
     assert not Path("run/last.pt").exists() and run(text, *BESIDE)["baseline_steps"] == 6
 
 
-def test_a_signal_while_it_is_rehearsed_stops_a_comparison(text):
+def test_a_signal_while_it_is_rehearsed_stops_a_comparison(text, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runtime, "stopping", lambda self, now: now == 0)
         assert run(text, *BESIDE) == {"stopped_at": 0}
+    assert "stopped by a signal before the baseline" in capsys.readouterr().out
     assert not Path("run").exists()
+
+
+def test_the_picture_of_a_comparison_has_the_baseline_in_an_analysis_too(text, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plans, "draw_loss", lambda folder, title, beside=None: drawn.append((folder, beside)))
+    run(text, *BESIDE)
+    train_apelr.main(["--analyze=run", "--device=cpu"])
+    there = Path("run/baseline")
+    assert drawn == [(there, None), (Path("run"), there), (Path("run/analysis"), there)]
 
 
 def test_a_finished_comparison_is_not_repeated_and_a_finished_planner_gets_its_baseline(text, capsys):
@@ -647,6 +660,15 @@ def test_a_comparison_that_goes_on_for_longer_takes_both_along(text):
     assert longer["baseline_nll"] == pytest.approx(whole["baseline_nll"], rel=1e-5)
     resumed = [r["step"] for r in records("run/baseline") if r["split"] == "train"]
     assert resumed == [2, 3, 4, 6, 8, 9, 10, 12]  # each once: it went on from 6
+
+
+def test_a_planner_that_goes_back_a_step_leaves_its_finished_baseline(text):
+    steps = ("--keep_last=-1", "--save_interval=3")
+    before = run(text, *BESIDE, *steps)
+    Path("run/baseline/step_3.pt").unlink()
+    again = run(text, *BESIDE, *steps, "--load_checkpoint_step=3")
+    assert again["val_nll"] == pytest.approx(before["val_nll"], rel=1e-6) and again["steps"] == 6
+    assert again["baseline_nll"] == before["baseline_nll"]
 
 
 def test_the_batch_size_of_a_baseline_is_that_which_its_planner_finds(text):

@@ -774,6 +774,8 @@ def test_two_ranks_train_like_one(data):
     alone, two = run(data), read("two/summary.json")
     assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-3)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
+    told = two_ranks("test_train_arxiv", "--analyze=two", "--device=cpu", function="quick")
+    assert told.count("validation XE") == 1
 
 
 def test_a_study_of_two_ranks_trains_every_run_and_reports_once(data):

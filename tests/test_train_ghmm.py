@@ -234,6 +234,8 @@ def test_carried_sequences_go_on_through_one_two_and_one_ranks():
     train_ghmm.main([*settings[:-3], "--no-carry_state", "--process=zero_one_random", "--max_steps=6",
                      "--out_dir=other"])
     other = [record["loss/step"] for record in lines("other", "train")]
+    told = two_ranks("train_ghmm", "--analyze=run", "--device=cpu")
+    assert told.count("step 6: ") == told.count("held-out r2") == 1  # one rank speaks: it alone knows of the belief
     assert max(abs(a - b) / a for a, b in zip(anew, other, strict=True)) > 5e-3
 
 

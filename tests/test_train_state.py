@@ -478,6 +478,8 @@ def ranks(data, tmp_path_factory) -> Path:
     commands = [json.dumps(ranked(data, name, f"--out_dir={name}")) for name in RANKED]
     told = two_ranks("test_train_state", *commands, folder=folder, function="many")
     assert told.count("done: the model") == len(RANKED)
+    analysis = json.dumps([f"--analyze={next(iter(RANKED))}", "--device=cpu"])
+    assert two_ranks("test_train_state", analysis, folder=folder, function="many").count(": the model") == 1
     return folder
 
 
