@@ -258,7 +258,7 @@ def same_data(extra: dict, data: dict, path: Path) -> None:
         before = then.get(os.path.normpath(name))
         if not fingerprint or not any(then.values()) or fingerprint in then.values():
             continue
-        if before is None:
+        if before is None and os.environ.get("RANK", "0") == "0":
             print(f"note: {name} is other data than {path} was trained on ({', '.join(then)})")
         elif before:
             raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {before} in training and has "
