@@ -756,7 +756,7 @@ def analyze(cfg: Config) -> dict:
         # The weights measured are those of the best step; what the run was trained on is up to its last.
         if (path / "last.pt").exists():
             step = checkpoint.load(path)["step"]
-        lesson = training_facts(config_dict(saved), data, chunks, step)
+        lesson = training_facts(config_dict(saved), extra.get("data", data), chunks, step, data)
         result = finish(model.to(rt.device), validation, active, lesson, saved, rt, folder)
         if rt.is_main:
             print(f"step {step}: {verdict(result, len(active), folder)}")

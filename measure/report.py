@@ -112,16 +112,25 @@ def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[lis
 # ---------------------------------------------------------------------------------------------------------------
 # What runs were trained on
 # ---------------------------------------------------------------------------------------------------------------
-def training_facts(config: dict, data: dict[str, str], chunks, steps: int) -> dict:
+def training_facts(config: dict, data: dict[str, str], chunks, steps: int, measured: dict | None = None) -> dict:
     """What a run was trained on and how much, for results.json: a report averages only what is alike in this.
 
     Args:
         config: the settings. data: the fingerprint of the data, by their path; own data may have none.
         chunks: of training: n_ctx, size and budget. steps: of the optimizer, up to the last.
+        measured: the data that a look at the run measures on, as data; chunks are then of these.
     """
+    path, fingerprint = next(iter(data.items()))
+    tokens = config["budget_tokens"] or int(chunks.budget * chunks.size)
+    other = {}
+    name, content = next(iter((measured or data).items()))
+    if content != fingerprint:
+        tokens = config["budget_tokens"]  # that of the data trained on, which are not here
+        other["measured_on"] = {"path": name, "fingerprint": content}
     return {
-        "data": {"path": config["data"], "fingerprint": data[config["data"]]},
-        "budget": {"kind": config["budget"], "tokens": config["budget_tokens"] or int(chunks.budget * chunks.size)},
+        "data": {"path": path, "fingerprint": fingerprint},
+        **other,
+        "budget": {"kind": config["budget"], "tokens": tokens},
         "steps": steps,
         "tokens": steps * config["batch_size"] * chunks.n_ctx,
         "settings": shared_settings(config),

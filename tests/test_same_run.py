@@ -257,9 +257,16 @@ def test_a_look_at_other_data_says_so_and_one_at_the_same_elsewhere_does_not(cap
     capsys.readouterr()
     main("arxiv")(["--analyze=run", "--data=copy", "--bootstrap=5", "--device=cpu"])
     assert "note: " not in capsys.readouterr().out
+    trained = json.loads(Path("run/results.json").read_text())
+    looked = json.loads(Path("run/analysis/results.json").read_text())
+    assert looked["data"] == trained["data"] and looked["budget"] == trained["budget"] and "measured_on" not in looked
     shutil.move("data/ergodic", "other")
     main("arxiv")(["--analyze=run", "--data=other", "--bootstrap=5", "--device=cpu"])
     assert "note: other is other data than run was trained on (data/ergodic)" in capsys.readouterr().out
+    looked = json.loads(Path("run/analysis/results.json").read_text())
+    assert looked["data"] == trained["data"] and looked["measured_on"]["path"] == "other"
+    assert looked["measured_on"]["fingerprint"] != trained["data"]["fingerprint"]
+    assert looked["budget"]["tokens"] is None
 
 
 @pytest.mark.parametrize("experiment", ["arxiv", "apelr"])
