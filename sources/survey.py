@@ -60,6 +60,11 @@ def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[s
                     codes_and_values = (np.zeros(file.n_obs, np.int32), ["all"])
                 columns_of_files[name].append(codes_and_values)
             for which, key in keys.items():
+                if which == "counts" and key == "X_hvg" and "obsm/X_hvg" not in file.keys:
+                    raise DataError(
+                        f"{path} has no X_hvg, which output_space=gene learns from {keys['input']}: use "
+                        "output_space=all or output_space=embedding, or embed_key=none to read X and predict it"
+                    )
                 names_of_files[which].append(column_names(file, key))
             if not sizes:  # the first file
                 gene_dim = file.n_vars

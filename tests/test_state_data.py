@@ -864,6 +864,13 @@ def test_a_file_without_x_trains_on_what_it_has():
     assert "one.h5ad has no matrix 'X'; there are 'X_hvg', 'log'" in refused(ONE)
 
 
+def test_what_a_decoder_would_learn_is_asked_for_by_its_reason():
+    simple(obsm={})
+    told = refused(embed_key="X", output_space="gene")
+    assert "no X_hvg, which output_space=gene learns from X" in told and "embed_key=none" in told
+    assert opened(settings(embed_key="X", output_space="all")).genes == opened(settings(embed_key=None)).genes
+
+
 def test_cells_without_a_label_are_refused_by_name_of_the_switch_that_leaves_them_out(capsys):
     made = cells("one.h5ad")
     lost = {"gene": [3, 50], "cell_type": [50, 51], "gem_group": [119]}
