@@ -639,14 +639,7 @@ def plot_beliefs(
         plot_plane(folder, title, geometry, rows, sizes, r2)
 
 
-def plot_line(
-    folder: Path,
-    title: str,
-    geometry: dict,
-    rows: torch.Tensor,
-    sizes: np.ndarray,
-    r2: float,
-) -> None:
+def plot_line(folder: Path, title: str, geometry: dict, rows: torch.Tensor, sizes: np.ndarray, r2: float) -> None:
     """Predicted against true belief, along the one direction in which beliefs differ."""
     beliefs = geometry["beliefs"]
     weights = geometry["weights"]
@@ -677,14 +670,7 @@ def plot_line(
         axes.legend(loc="upper left", fontsize=8)
 
 
-def plot_plane(
-    folder: Path,
-    title: str,
-    geometry: dict,
-    rows: torch.Tensor,
-    sizes: np.ndarray,
-    r2: float,
-) -> None:
+def plot_plane(folder: Path, title: str, geometry: dict, rows: torch.Tensor, sizes: np.ndarray, r2: float) -> None:
     """The belief simplex, or a plane of principal components, and its image in the colours of the true beliefs."""
     beliefs = geometry["beliefs"]
     simplex = beliefs.shape[1] == 3 and is_distribution(beliefs)

@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,32 @@ from sources.survey import CODES, Survey, labelled, matrix_keys, survey_files
 # ---------------------------------------------------------------------------------------------------------------
 # Cells
 # ---------------------------------------------------------------------------------------------------------------
+@dataclass(kw_only=True)
+class Reading:
+    """How the cells of a TOML are read; the settings are train_state.py's."""
+
+    pert_col: str = "gene"
+    cell_type_key: str = "cell_type"
+    batch_col: str | None = "gem_group"
+    control_pert: str = "non-targeting"
+    embed_key: str | None = "X_hvg"
+    output_space: str = "gene"
+    drop_unlabelled: bool = False
+    strict: bool = True
+    zeroshot_controls: bool = True
+    val_fraction: float = 0.1
+    seed: int = 42
+    perturbation_features_file: str | None = None
+
+    def columns(self) -> dict[str, str | None]:
+        """Columns of obs by what they say of a cell."""
+        return {"cell_type": self.cell_type_key, "perturbation": self.pert_col, "batch": self.batch_col}
+
+    def keys(self) -> dict[str, str]:
+        """Matrices by what they are for."""
+        return matrix_keys(self.embed_key, self.output_space)
+
+
 class Cells:
     """The cells of a TOML: what each is, its splits, and its expression.
 
@@ -52,26 +79,12 @@ class Cells:
 
     fingerprint = ""  # of the content; a checkpoint keeps it
 
-    def __init__(
-        self,
-        plan: Plan,
-        survey: Survey,
-        *,
-        columns: dict[str, str | None],
-        control_pert: str,
-        embed_key: str | None,
-        drop_unlabelled: bool,
-        strict: bool,
-        zeroshot_controls: bool,
-        val_fraction: float,
-        seed: int,
-        perturbation_features_file: str | None,
-    ):
+    def __init__(self, plan: Plan, survey: Survey, reading: Reading):
         self.toml = plan.path
         self.files = plan.files
         self.names = plan.names
-        pert_col = columns["perturbation"]
-        self.labelled = labelled(survey.codes, columns, self.files, drop_unlabelled)  # of all that were stored
+        # Of all that were stored.
+        self.labelled = labelled(survey.codes, reading.columns(), self.files, reading.drop_unlabelled)
         lost = int((~self.labelled).sum())
         if lost:
             objection(False, f"{plan.path}: left out are {counted(lost, 'cell')} without a value in a column")
@@ -83,13 +96,14 @@ class Cells:
         self.batches = survey.batches
         self.genes = survey.genes
         self.count_genes = survey.count_genes
-        self._find_controls(pert_col, control_pert)
+        self._find_controls(reading.pert_col, reading.control_pert)
         for difference in survey.differences:
-            objection(strict, difference)
+            objection(reading.strict, difference)
 
         self.features = None
-        if perturbation_features_file:
-            self.features = read_features(perturbation_features_file, self.perturbations, control_pert, strict)
+        features = reading.perturbation_features_file
+        if features:
+            self.features = read_features(features, self.perturbations, reading.control_pert, reading.strict)
         self.input_dim = len(self.genes)
         self.output_dim = self.input_dim
         self.gene_dim = survey.gene_dim
@@ -97,9 +111,11 @@ class Cells:
         self.pert_dim = len(self.perturbations) if self.features is None else self.features.shape[1]
         self.batch_dim = len(self.batches)
 
-        self.member = assign_splits(plan, self, strict, zeroshot_controls, val_fraction, seed)
+        self.member = assign_splits(
+            plan, self, reading.strict, reading.zeroshot_controls, reading.val_fraction, reading.seed
+        )
         # An embedding may be zero, as that of no cell; expression of zeros is no cell.
-        check_controls(self, self.member, strict or not embed_key, pert_col)
+        check_controls(self, self.member, reading.strict or not reading.embed_key, reading.pert_col)
         # Until open_matrices.
         self.store = None
         self.matrices = {}
@@ -186,47 +202,26 @@ class Cells:
 def open_cells(
     *,
     toml: str | Path,
-    pert_col: str = "gene",
-    cell_type_key: str = "cell_type",
-    batch_col: str | None = "gem_group",
-    control_pert: str = "non-targeting",
-    embed_key: str | None = "X_hvg",
-    output_space: str = "gene",
     counts: str = "auto",
-    drop_unlabelled: bool = False,
-    strict: bool = True,
-    zeroshot_controls: bool = True,
-    val_fraction: float = 0.1,
-    seed: int = 42,
-    perturbation_features_file: str | None = None,
     ram_budget_gb: float = 8.0,
     folder: str | Path = "data/cells",
+    **settings,
 ) -> Cells:
-    """The cells that a TOML names; the settings are train_state.py's. Raises DataError.
+    """The cells that a TOML names; settings: those of Reading. Raises DataError.
 
     Where they are not prepared yet, or the files have changed since, this makes a folder of arrays in `folder`: the
     first rank of a machine does, the others wait.
     """
-    plan = read_toml(toml, strict)
-    columns = {"cell_type": cell_type_key, "perturbation": pert_col, "batch": batch_col}
-    keys = matrix_keys(embed_key, output_space)
-    settings = {
-        "columns": columns,
-        "control_pert": control_pert,
-        "embed_key": embed_key,
-        "drop_unlabelled": drop_unlabelled,
-        "strict": strict,
-        "zeroshot_controls": zeroshot_controls,
-        "val_fraction": val_fraction,
-        "seed": seed,
-        "perturbation_features_file": perturbation_features_file,
-    }
+    reading = Reading(**settings)
+    plan = read_toml(toml, reading.strict)
+    columns = reading.columns()
+    keys = reading.keys()
     name = store_hash(plan.files, columns, keys, counts)
     is_first_rank = int(os.environ.get("LOCAL_RANK", 0)) == 0
     cells = None
     if is_first_rank and not find_store(folder, name):
         survey = survey_files(plan.files, columns, keys)
-        cells = Cells(plan, survey, **settings)  # what is wrong with the TOML is said before anything is written
+        cells = Cells(plan, survey, reading)  # what is wrong with the TOML is said before anything is written
 
         def write(work: Path) -> None:
             write_store(work, plan, survey, keys, counts, ram_budget_gb)
@@ -235,7 +230,7 @@ def open_cells(
     store = wait_for_store(folder, name)
     meta = read_meta(store)
     if cells is None:
-        cells = Cells(plan, stored_survey(store, meta), **settings)
+        cells = Cells(plan, stored_survey(store, meta), reading)
     cells.open_matrices(store, meta, ram_budget_gb)
     return cells
 
@@ -259,39 +254,10 @@ def prepare_cells(*, toml: str = "", **settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 # Without expression
 # ---------------------------------------------------------------------------------------------------------------
-def survey_toml(
-    toml: str | Path,
-    *,
-    pert_col: str = "gene",
-    cell_type_key: str = "cell_type",
-    batch_col: str | None = "gem_group",
-    control_pert: str = "non-targeting",
-    embed_key: str | None = "X_hvg",
-    output_space: str = "gene",
-    drop_unlabelled: bool = False,
-    strict: bool = True,
-    zeroshot_controls: bool = True,
-    val_fraction: float = 0.1,
-    seed: int = 42,
-    perturbation_features_file: str | None = None,
-) -> Cells:
+def survey_toml(toml: str | Path, reading: Reading) -> Cells:
     """The cells that a TOML names without their expression, read from its files: nothing is prepared."""
-    plan = read_toml(toml, strict)
-    columns = {"cell_type": cell_type_key, "perturbation": pert_col, "batch": batch_col}
-    survey = survey_files(plan.files, columns, matrix_keys(embed_key, output_space))
-    return Cells(
-        plan,
-        survey,
-        columns=columns,
-        control_pert=control_pert,
-        embed_key=embed_key,
-        drop_unlabelled=drop_unlabelled,
-        strict=strict,
-        zeroshot_controls=zeroshot_controls,
-        val_fraction=val_fraction,
-        seed=seed,
-        perturbation_features_file=perturbation_features_file,
-    )
+    plan = read_toml(toml, reading.strict)
+    return Cells(plan, survey_files(plan.files, reading.columns(), reading.keys()), reading)
 
 
 def has_hvg(path: Path) -> bool:
@@ -302,14 +268,15 @@ def has_hvg(path: Path) -> bool:
 def inspect(path: str | Path, **settings) -> dict:
     """Print and return how many cells are in each split: in all, of each cell type, of each perturbation.
 
-    settings: those of survey_toml. Reads no expression.
+    settings: those of Reading. Reads no expression.
     """
+    reading = Reading(**settings)
     if "embed_key" not in settings:
-        files = read_toml(path, settings.get("strict", True)).files
+        files = read_toml(path, reading.strict).files
         if not all(has_hvg(file) for file in files):  # then X is what there is to train on
-            settings["embed_key"] = None
-            settings["output_space"] = "all"
-    cells = survey_toml(path, **settings)
+            reading.embed_key = None
+            reading.output_space = "all"
+    cells = survey_toml(path, reading)
     splits = {split: count_cells(cells, split) for split in SPLITS}
 
     skipped = int((cells.member == 0).sum())

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch read it:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from measure import figures  # noqa: E402
+from measure import effects, figures, plans, speed  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,6 +33,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quickly(in_a_folder_of_its_own, monkeypatch):
+    """Without the measurement of the machine, and without the pictures of apelr and state, which take long."""
+    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
+    for name in ("draw_loss", "draw_plans"):
+        monkeypatch.setattr(plans, name, lambda *args, **options: None)
+    monkeypatch.setattr(effects, "plot_metrics", lambda *args, **options: None)
 
 
 @pytest.fixture

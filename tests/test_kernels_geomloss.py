@@ -35,22 +35,13 @@ def test_values_and_gradients_are_those_of_geomloss(loss):
         assert wanted.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("loss", (*LOSSES, "energy", "se"))
-def test_a_loss_that_goes_backward_under_autocast_has_the_gradient_of_float32(loss):
+@pytest.mark.parametrize("distance, loss", [(set_loss, loss) for loss in (*LOSSES, "energy", "se")]
+                         + [(geomloss_distance, loss) for loss in LOSSES])
+def test_a_distance_under_autocast_has_the_value_and_the_gradient_of_float32(distance, loss):
     x, y = sets()
-    exact = with_gradient(lambda a, b: set_loss(a, b, loss, BLUR), x, y)
+    exact = with_gradient(lambda a, b: distance(a, b, loss, BLUR), x, y)
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradient(lambda a, b: set_loss(a, b, loss, BLUR), x, y)
-    for value, wanted in zip(found, exact, strict=True):
-        torch.testing.assert_close(value, wanted, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_distance_itself_is_of_float32_under_autocast(loss):
-    x, y = sets()
-    exact = with_gradient(lambda a, b: geomloss_distance(a, b, loss, BLUR), x, y)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradient(lambda a, b: geomloss_distance(a, b, loss, BLUR), x, y)
+        found = with_gradient(lambda a, b: distance(a, b, loss, BLUR), x, y)
     for value, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(value, wanted, atol=0, rtol=0)
 

@@ -27,7 +27,7 @@ from common.errors import DataError
 from sources import chunks as chunks_source
 from sources import ergodic as ergodic_source
 from sources import shared
-from sources.cells import open_cells
+from sources.cells import Reading, open_cells
 from sources.chunks import ChunkSpool, Shares, Source, document, prepare_chunks
 from sources.ergodic import mixture_log_prob
 from sources.planted import planted
@@ -852,7 +852,8 @@ def test_the_script_ends_with_code_2_and_one_line_and_helps_with_code_0(capsys):
 @pytest.mark.parametrize("job, function, left_out", [
     ("text", prepare_text, ()), ("planted", planted, ()), ("arxiv", prepare_chunks, ()),
     ("ergodic", ergodic_source.ergodic, ()), ("state", synthetic, ()), ("state", preprocess, ()),
-    ("cells", open_cells, ("zeroshot_controls", "val_fraction", "seed", "perturbation_features_file")),
+    ("cells", open_cells, ()),
+    ("cells", Reading, ("zeroshot_controls", "val_fraction", "seed", "perturbation_features_file")),
     ("inspect", prepare_data.inspect, ()), ("import", prepare_data.import_run, ())])
 def test_settings_of_a_job_have_the_defaults_of_the_function_that_does_it(job, function, left_out):
     settings = vars(prepare_data.JOBS[job][0]())

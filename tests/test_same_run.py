@@ -13,7 +13,6 @@ import prepare_data
 import sample
 from common.runlog import read_metrics
 from configurator import config_dict, configure, from_dict
-from measure import effects, plans, speed
 
 EXPERIMENTS = ("ghmm", "arxiv", "apelr", "state")
 # Lines every 5 steps, saves every 4: a run that goes on from step 4 has one step of the second line only.
@@ -23,11 +22,7 @@ TIMED = ("time_s", "tokens_per_s", "cells_per_s", "mfu", "step/tokens_per_second
 
 
 @pytest.fixture(autouse=True)
-def quickly(in_a_folder_of_its_own, monkeypatch):
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
-    for name in ("draw_loss", "draw_plans"):
-        monkeypatch.setattr(plans, name, lambda *args, **options: None)
-    monkeypatch.setattr(effects, "plot_metrics", lambda *args, **options: None)
+def without_pictures(quickly, monkeypatch):
     for page, name in (("ghmm", "plot_run"), ("arxiv", "draw_run")):
         monkeypatch.setattr(importlib.import_module(f"train_{page}"), name, lambda *args, **options: None)
 

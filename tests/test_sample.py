@@ -18,7 +18,6 @@ import train_apelr
 import train_state
 from common import checkpoint
 from common.errors import CheckpointError
-from measure import effects, plans, speed
 from sources import foreign
 from sources.h5ad import H5ad, as_dense
 from sources.tokenizer import train_char
@@ -28,12 +27,7 @@ COMMON = ("--batch_size=8", "--max_steps=2", "--warmup_steps=0", "--device=cpu",
 PICTURES = {"ghmm": "plot_run", "arxiv": "draw_run"}  # functions of a page that take long
 
 
-@pytest.fixture(autouse=True)
-def quickly(in_a_folder_of_its_own, monkeypatch):
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
-    for name in ("draw_loss", "draw_plans"):
-        monkeypatch.setattr(plans, name, lambda *args, **options: None)
-    monkeypatch.setattr(effects, "plot_metrics", lambda *args, **options: None)
+pytestmark = pytest.mark.usefixtures("quickly")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from common.errors import DataError
 from common.runtime import Runtime
 from sources.cell_store import read_rows
-from sources.cells import Cells, inspect, open_cells, survey_toml
+from sources.cells import Cells, Reading, inspect, open_cells, survey_toml
 from sources.h5ad import H5ad, write_h5ad
 from sources.splits import SPLITS, expand_braces, read_toml
 from train_state import OF_DATA, Batches, Sentences, make_batch
@@ -70,7 +70,7 @@ def simple(n: int = 120, **more) -> dict:
 def survey(cfg: SimpleNamespace) -> Cells:
     """The cells of these settings without their expression."""
     names = [name for name in OF_DATA if name not in ("counts", "ram_budget_gb")]
-    return survey_toml(cfg.toml_config_path, **{name: getattr(cfg, name) for name in names})
+    return survey_toml(cfg.toml_config_path, Reading(**{name: getattr(cfg, name) for name in names}))
 
 
 def opened(cfg: SimpleNamespace) -> Cells:

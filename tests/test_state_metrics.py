@@ -371,16 +371,22 @@ def test_csv_holds_every_number(table, tmp_path):
             k: v for k, v in record.items() if v == v}
 
 
-def test_pictures(table, screen, tmp_path, monkeypatch):
-    drawn, draw = {}, effects.figure
+@pytest.fixture
+def drawn(monkeypatch) -> dict:
+    """Axes of the pictures that are drawn, by name."""
+    axes_by_name, draw = {}, effects.figure
 
     @contextlib.contextmanager
     def kept(folder, name, *sizes, **options):
         with draw(folder, name, *sizes, **options) as axes:
-            drawn[name] = axes
+            axes_by_name[name] = axes
             yield axes
 
     monkeypatch.setattr(effects, "figure", kept)
+    return axes_by_name
+
+
+def test_pictures(table, screen, tmp_path, drawn):
     lines = [{"step": 1, "split": "train", "loss": 2.0}, {"step": 2, "split": "train", "loss": 1.5},
              {"step": 2, "split": "eval", "val_loss": 1.7}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -530,16 +536,7 @@ def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent, tmp
     assert words in said and absent not in said and "None" not in said and "pictures in" in said
 
 
-def test_pictures_show_what_is_defined(screen, tmp_path, monkeypatch):
-    drawn, draw = {}, effects.figure
-
-    @contextlib.contextmanager
-    def kept(folder, name, *sizes, **options):
-        with draw(folder, name, *sizes, **options) as axes:
-            drawn[name] = axes
-            yield axes
-
-    monkeypatch.setattr(effects, "figure", kept)
+def test_pictures_show_what_is_defined(screen, tmp_path, drawn):
     alone = screen | {"control_type": np.zeros(105, int)}
     plot_metrics(tmp_path, "a title", evaluate_conditions(**alone, baseline_means={"control_mean": controls_of(alone)}))
     assert len(drawn["pearson_delta_by_perturbation"].get_yticks()) == 4 == len(drawn["delta"].flat)
