@@ -51,7 +51,7 @@ from configurator import (
 from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
 from kernels.token_terms import check_terms, chunk_bow, chunk_targets, recent_tokens, repetition
-from measure import plans, rival
+from measure import compare_baseline, plans
 from measure.plans import entropy
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
@@ -1031,7 +1031,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     """
     began = time.perf_counter()
     if cfg.compare_baseline and not (rehearsal_only or beside):
-        return rival.train_beside(cfg, train, build_model)
+        return compare_baseline.train_beside(cfg, train, build_model)
     folder = checkpoint.local_folder(cfg.out_dir)
     # A checkpoint of the source has weights to start from, but no state of ours to go on with.
     if is_source_checkpoint(cfg.resume):

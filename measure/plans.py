@@ -13,8 +13,8 @@ import torch
 
 from common.runlog import read_metrics, write_json
 from kernels.log_probs import block_logits, block_rows, blocks
+from measure.compare_baseline import BESIDE
 from measure.figures import figure
-from measure.rival import BESIDE
 
 USED = 0.01  # nats a token from which a gain is called one: what another seed may bring is less
 

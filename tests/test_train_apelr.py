@@ -25,7 +25,7 @@ from common import checkpoint
 from common.errors import InputError
 from common.runtime import Runtime
 from configurator import config_dict, configure, differences, from_dict
-from measure import plans, rival, speed
+from measure import compare_baseline, plans, speed
 from sources.corpus import Corpus, read_corpus
 from train_apelr import ALIASES, Batches, Config
 
@@ -725,7 +725,7 @@ def test_a_baseline_has_the_size_of_its_planner(settings):
     cfg = Config(**{"vocab_size": 1_000, "out_dir": "run", **settings})
     wanted = plans.size_of(train_apelr.build_model(cfg))
     trains = {"vocab_size": 1_000, "batch_size": 24, "parameters": wanted}
-    plain = rival.baseline_settings(cfg, train_apelr.build_model, trains)
+    plain = compare_baseline.baseline_settings(cfg, train_apelr.build_model, trains)
     size = plans.size_of(train_apelr.build_model(plain))
     assert abs(size / wanted - 1) < 0.03
     assert (plain.version, plain.out_dir, plain.batch_size) == ("baseline", str(Path("run/baseline")), 24)
@@ -741,12 +741,12 @@ def test_the_nearest_width_is_found_or_refused():
         for wanted in (999, 5_000, 123_456):
             nearest = min(range(unit, 2_000, unit), key=lambda width: abs(width * width - wanted))
             if abs(nearest**2 - wanted) <= 0.03 * wanted:
-                assert rival.equal_width(lambda width: width * width, wanted, unit) == (nearest, nearest**2)
+                assert compare_baseline.equal_width(lambda width: width * width, wanted, unit) == (nearest, nearest**2)
             else:
                 with pytest.raises(InputError, match=f"nearest has {nearest**2:,} at d_model={nearest} "):
-                    rival.equal_width(lambda width: width * width, wanted, unit)
+                    compare_baseline.equal_width(lambda width: width * width, wanted, unit)
     with pytest.raises(InputError, match="within 3% of the 5 parameters"):
-        rival.equal_width(lambda width: 100 * width, 5)
+        compare_baseline.equal_width(lambda width: 100 * width, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
