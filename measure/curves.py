@@ -578,6 +578,6 @@ def draw_history(folder: Path, title: str, history: list[dict]) -> None:
             steps = [record["step"] for record in records]
             values = [record[key] for record in records]
             if records:
-                axes.plot(steps, values, label=label)
+                axes.plot(steps, values, marker=".", label=label)  # a single evaluation shows too
         axes.set(xlabel="step", ylabel="cross entropy (nats)")
         axes.legend(fontsize=8)

@@ -396,7 +396,7 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
             if records:
                 steps = [r["step"] for r in records]
                 values = [r[key] for r in records]
-                axes.plot(steps, values, style, label=label, linewidth=width)
+                axes.plot(steps, values, style, marker=".", label=label, linewidth=width)  # one point shows too
         axes.set(xlabel="step", ylabel="nats a token", title=title)
         axes.legend(fontsize=8)
 
