@@ -11,6 +11,8 @@ may have a range: Count (1, 2, ...), Whole (0, 1, ...), NonNegative, Positive, S
 - .yaml and .json files may be nested, and keys may be dotted: only the last part counts, so that
   `model.kwargs.hidden_dim` is hidden_dim. A dict field takes the mapping, or the keys, below its name.
 - The command line wins over the files: --key=value, --key value, key=value, --flag, --no-flag.
+- Settings of another system, recognised by its names of them, are read as its dialect: what they leave out has the
+  default that it has there, Hydra's group=NAME stands for settings, and a line says so.
 
 Bad input is the user's mistake, not ours: every error of a call is one line on stderr, then exit code 2.
 """
@@ -26,6 +28,7 @@ import math
 import numbers
 import os
 import re
+import subprocess
 import sys
 import textwrap
 import tokenize
@@ -35,6 +38,7 @@ import typing
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union
 
@@ -43,6 +47,14 @@ BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "of
          "1": True, "0": False}
 NONES = {"none": None, "null": None}
 IGNORED = "(ignored)"  # where the keys go that an alias sends to None
+CONFIG_GROUP = "config_name"  # of a dialect: what --config-name=NAME stands for
+BARE = "files go bare, without --{key}: {value}"
+ELSEWHERE = {  # names of other systems, for which a page has its own way: what a refusal adds
+    "config": BARE, "config_file": BARE, "cfg": BARE,
+    "config_path": "name the configuration file itself, bare: FOLDER/NAME.yaml",
+    "config_dir": "name the configuration file itself, bare: FOLDER/NAME.yaml",
+    "checkpoint": BARE,
+}  # fmt: skip
 
 
 class Range(NamedTuple):
@@ -72,25 +84,35 @@ Fraction = Annotated[float, Range("float in (0, 1]", "must be in (0, 1]", lambda
 # -------------------------------------------------------------------------------------------- for the scripts
 
 
-def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | None = None) -> Any:
+def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | None = None,
+              dialects: Iterable[Any] = ()) -> Any:
     """A Config from its defaults, then the config files in argv in their order, then the overrides in theirs.
 
     aliases: foreign names, plain or dotted ("optim.learning_rate"), and the fields they mean; None is a name
     that is accepted and has no effect here (one warning lists those met). A dotted alias beats a plain one. A name of
     another unit is Derived(field, function): {"min_lr_ratio": Derived("min_lr", lambda ratio, cfg: ratio * cfg["lr"])}.
+    dialects: of sources.foreign.Dialect. That of the settings, or that of --dialect=NAME, gives defaults of its own to
+    what they leave out; --dialect=none takes no notice of any.
+    --multirun, -m and hydra.sweeper.* hand the command line to sweep.py.
     If Config has a method check(self) -> list[str], what it returns are errors too.
     If it has a static method more_help() -> str, that is the end of --help.
     Exits: 0 after --help and --print_config, 2 on bad input.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    dialects = tuple(dialects)
     if "--help" in argv or "-h" in argv:
-        _show(help_text(Config, _script(Config).name))
-    settings = Settings(Config, aliases or {})
+        _show(help_text(Config, _script(Config).name, dialects))
+    if any(word in ("-m", "--multirun") or re.match(r"-*hydra[./]sweeper", word) for word in argv):
+        _hand_to_sweep(Config, argv)
+    settings = Settings(Config, aliases or {}, dialects)
     show = {"--print_config", "--print-config"}
     files, overrides = settings.split(word for word in argv if word not in show)
+    overrides = settings.choose_dialect(files, overrides)
     for name in files:
         settings.load(name)
+    overrides = settings.apply_groups(overrides)
     for key, raw in overrides:
+        settings.given[key] = raw
         settings.assign(key.split("."), raw, "command line")
     cfg = settings.build()
     if show & set(argv):
@@ -106,6 +128,20 @@ def fail(*messages: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def note(message: str) -> None:
+    """A line on stderr, where it is in nobody's way; of the processes torchrun starts, one prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("note:", message, file=sys.stderr)
+
+
+def _hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
+    """Leave a command line that asks for several runs to sweep.py."""
+    script = _script(Config)
+    sweep = Path(__file__).with_name("sweep.py")
+    words = [word for word in argv if word not in ("-m", "--multirun")]
+    raise SystemExit(subprocess.call([sys.executable, str(sweep), str(script), *words]))
+
+
 def print_config(cfg: Any) -> str:
     """The text of a .py config file that sets every field to its value in cfg."""
     lines, last_group = [f"# every setting of a run of {_script(type(cfg)).name}"], ""
@@ -116,7 +152,7 @@ def print_config(cfg: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_text(Config: type, prog: str) -> str:
+def help_text(Config: type, prog: str, dialects: Iterable[Any] = ()) -> str:
     """What --help prints: the script's docstring, how to pass settings, and every field from its own line."""
     doc = inspect.cleandoc(sys.modules[Config.__module__].__doc__ or "")
     usage = f"""
@@ -125,6 +161,8 @@ def help_text(Config: type, prog: str) -> str:
           CONFIG FILE     .py, .yaml or .json, such as config/small.py; applied in order, before the overrides
           --key=value     also --key value, key=value, and for switches --key and --no-key
           --print_config  print all settings as a .py config file, and stop"""
+    if names := "|".join(dialect.name for dialect in dialects):
+        usage += f"\n          --dialect=NAME  {names}|none: whose settings these are; default what they look like"
     kinds, defaults = _kinds(Config), _defaults(Config)
     rows = [(f"--{name}", _type_name(kinds[name]), _source(defaults[name]), group, comment)
             for name, group, comment in _described_fields(Config)]
@@ -182,7 +220,7 @@ def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None) -
 class Settings:
     """The values so far, and every error met on the way to them."""
 
-    def __init__(self, Config: type, aliases: dict[str, str | None]):
+    def __init__(self, Config: type, aliases: Aliases, dialects: tuple[Any, ...] = ()):
         self.Config, self.kinds, self.values = Config, _kinds(Config), _defaults(Config)
         names = {key.replace("-", "_"): name for key, name in aliases.items()}
         self.units = {key: name for key, name in names.items() if isinstance(name, Derived)}
@@ -191,6 +229,10 @@ class Settings:
         self.derived: dict[str, tuple[float, Derived, str]] = {}
         self.errors: list[str] = []
         self.ignored: list[str] = []
+        self.dialects, self.dialect = dialects, None
+        self.group_names = {name for dialect in dialects for name in dialect.groups if name not in self.kinds}
+        self.given: dict[str, Any] = {}  # {dotted key: value as written}
+        self.fields: dict[str, str] = {}  # {field that was set: where}
         strays = set(self.aliases.values()) - {*self.kinds, IGNORED}
         assert not strays, f"aliases for fields that {Config.__name__} does not have: {sorted(strays)}"
 
@@ -201,6 +243,11 @@ class Settings:
                 self.values[name] = convert(unit.function(number, self.values), self.kinds[name])
             except ValueError as error:
                 self.errors.append(f"{where}: {error}")
+        if self.dialect and not self.errors:
+            self.complete()
+        for name, value in self.values.items():
+            if isinstance(value, str) and "${now:" in value:
+                self.errors.append(f"{name} = {value} is not the same in all processes of a run: set --{name}=...")
         if not self.errors:
             cfg = self.Config(**self.values)
             if check and callable(getattr(cfg, "check", None)):
@@ -240,7 +287,15 @@ class Settings:
         key = ".".join(parts)
         where = f"{source}: {key if key.isprintable() and key == key.strip() and len(key) < 80 else _short(key)}"
         name, inside = self.resolve(parts)
-        if name is None:
+        plain = key.replace("-", "_")
+        if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
+            hint = ELSEWHERE[plain].format(key=key, value=raw)
+            if plain == "checkpoint" and "resume" in self.kinds:
+                hint = f"--resume={raw} goes on from it, --analyze={raw} measures it, sample.py {raw} uses it"
+            self.errors.append(f"{where}: {hint}")
+        elif name is None and parts[0].startswith("hydra"):
+            self.ignored.append(key)
+        elif name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")
         elif name == IGNORED:
             self.ignored.append(key)
@@ -248,6 +303,7 @@ class Settings:
             try:
                 unit = self.units.get(parts[-1].replace("-", "_")) if name not in parts else None
                 self.derived.pop(name, None)
+                self.fields[name] = source
                 if unit:
                     self.derived[name] = convert(raw, float), unit, where
                     return name,
@@ -265,6 +321,97 @@ class Settings:
         near = _nearest(key.replace("-", "_").lower().removeprefix("no_"), names, 1)
         return f", did you mean {near[0]}?" if near else "; --help lists them all"
 
+    # ------------------------------------------------------------------------------- dialects of other systems
+
+    def choose_dialect(self, files: list[str], overrides: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Find out whose settings these are, and start from its defaults; the overrides without --dialect.
+
+        A Python file is ours, and so is a command line with one.
+        """
+        forced = [raw for key, raw in overrides if key == "dialect" and key not in self.kinds]
+        if forced:
+            overrides = [(key, raw) for key, raw in overrides if key != "dialect"]
+        names = {dialect.name: dialect for dialect in self.dialects} | {"none": None}
+        if forced and forced[-1] not in names:
+            self.errors.append(f"command line: dialect: there is no {_short(forced[-1])}, there is {', '.join(names)}")
+            return overrides
+        for name in files:
+            self.given |= self.peek(name)
+        if not any(name.endswith(".py") for name in files):
+            self.given |= {key.replace("-", "_"): raw for key, raw in overrides}
+        if forced:
+            self.dialect = names[forced[-1]]
+        else:
+            groups = self.group_names & set(self.given)
+            spoken = (d for d in self.dialects if d.is_spoken(self.given) or not groups.isdisjoint(d.groups))
+            self.dialect = next(spoken, None)
+        if self.dialect:
+            for name, value in copy.deepcopy(self.dialect.defaults).items():
+                self.values[name] = convert(value, self.kinds[name])
+            note(f"read as {self.dialect.title}: absent keys take its defaults (--dialect=none: ours)")
+        return overrides
+
+    def peek(self, name: str) -> dict[str, Any]:
+        """{dotted key: value as written} of a file that is no Python; what is wrong with it, loading it tells."""
+        for path in self.places(name):
+            if path.suffix in SUFFIXES[1:] and os.path.isfile(path):
+                try:
+                    return dict(_flat(_read_tree(path)))
+                except Exception:
+                    return {}
+        return {}
+
+    def add_group(self, key: str, value: Any, source: str) -> None:
+        """What group=NAME stands for there, as if it were written in its place."""
+        known = self.dialect.groups.get(key.replace("-", "_"))
+        if known is None or value is None:
+            return
+        if value not in known:
+            near = _nearest(str(value), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
+            self.errors.append(f"{source}: {key}: {self.dialect.title} has no {_short(value)}, {hint}")
+            return
+        self.given[key] = value
+        for parts, raw in self.leaves(known[value], lambda value: value, f"{key}={value}"):
+            self.assign(parts, raw, f"{key}={value}")
+
+    def apply_groups(self, overrides: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Read the groups among the overrides, which come before these in Hydra; the overrides without them."""
+        rest = []
+        for key, raw in overrides:
+            plain = key.replace("-", "_")
+            if self.dialect and plain in self.group_names & set(self.dialect.groups):
+                self.add_group(plain, raw, "command line")
+            elif plain == CONFIG_GROUP:
+                self.errors.append(f"command line: {key}: name the configuration file itself, bare: {raw}.yaml")
+            else:
+                rest.append((key, raw))
+        return rest
+
+    def complete(self) -> None:
+        """Add what the dialect makes of all settings together."""
+        try:
+            more = self.dialect.completed(self.given, self.values, self.fields)
+            for name, value in more.items():
+                self.values[name] = convert(value, self.kinds[name])
+        except ValueError as error:
+            self.errors.append(str(error))
+            return
+        if "device" in more and self.fields.get("device"):
+            note(f"device = cuda of {self.fields['device']} is not there: device = {more['device']}")
+
+    def place(self, parts: list[str]) -> tuple[str | None, ...]:
+        """The field that a dotted key means, and the keys inside of it."""
+        name, inside = self.resolve(parts)
+        return name, *inside
+
+    def is_absent(self, parts: list[str]) -> bool:
+        """Whether a null of another system leaves a setting to its default: none is no value of it here."""
+        name, inside = self.resolve(parts)
+        unit = parts[-1].replace("-", "_") in self.units
+        return bool(self.dialect and name in self.kinds and not inside
+                    and (unit or "none" not in _words(self.kinds[name])))
+
     # ------------------------------------------------------------------------------------------- command line
 
     def split(self, argv: Iterable[str]) -> tuple[list[str], list[tuple[str, Any]]]:
@@ -276,7 +423,8 @@ class Settings:
             if word.startswith("--") and key != "--":
                 key = key.removeprefix("--")
                 overrides += [(key, Text(value))] if equals else self.option(key, words)
-            elif equals and re.fullmatch(r"\+{0,2}\w[\w.-]*", key):  # Hydra's +key=value and ++key=value too
+            elif equals and (re.fullmatch(r"\+{0,2}\w[\w.-]*", key) or key.lstrip("+") in self.group_names):
+                # Hydra's +key=value and ++key=value too
                 overrides.append((key.lstrip("+"), Text(value)))
             elif word.endswith(SUFFIXES) and not word.startswith("-"):
                 files.append(word)
@@ -311,8 +459,12 @@ class Settings:
             self.errors.append(f"{name}{_line_number(error, path)}: {_reason(error)}")
             return
         seen: dict[tuple[str, ...], tuple[str, Any]] = {}
-        for parts, raw in settings:
-            key, place = ".".join(parts), self.assign(parts, raw, name)
+        # Nulls come last: they never compete with a value.
+        for parts, raw in sorted(settings, key=lambda setting: setting[1] is None):
+            key = ".".join(parts)
+            if raw is None and (self.place(parts) in seen or self.is_absent(parts)):
+                continue
+            place = self.assign(parts, raw, name)
             if place:
                 value = raw if place[1:] else self.values[place[0]]
                 other, before = seen.setdefault(place, (key, value))
@@ -323,7 +475,7 @@ class Settings:
     def find(self, name: str) -> Path | None:
         """The config file `name`, from the working directory or from the folder of the script."""
         folder = _script(self.Config).parent
-        for path in (Path(name), folder / name):
+        for path in self.places(name):
             if os.path.isfile(path):
                 return path
         there = {file.name: file.relative_to(folder).as_posix()
@@ -333,16 +485,20 @@ class Settings:
         self.errors.append(f"command line: no config file {_short(name)}{hint}")
         return None
 
+    def places(self, name: str) -> tuple[Path, Path]:
+        return Path(name), _script(self.Config).parent / name
+
     def read(self, path: Path, name: str) -> Iterator[tuple[list[str], Any]]:
         """The (key path, value) pairs of one config file."""
         if path.suffix == ".py":
             return (([key], value) for key, value in _run_python(path, self.values).items())
-        data = path.read_bytes()
+        tree = _read_tree(path)
         is_json = path.suffix == ".json"
-        tree = json.loads(data, object_pairs_hook=_without_repeats) if is_json else _read_yaml(data)
-        if not isinstance(tree, dict | None):
-            raise ValueError(f"expected a mapping of settings at the top, got {_short(tree)}")
-        return self.leaves(tree or {}, (lambda value: value) if is_json else _reference_filler(tree), name)
+        if self.dialect and isinstance(chosen := tree.pop("defaults", None), list):  # Hydra's list of files to add
+            for group in (item for item in chosen if isinstance(item, dict)):
+                for key, value in group.items():
+                    self.add_group(str(key).removeprefix("override "), value, name)
+        return self.leaves(tree, (lambda value: value) if is_json else _reference_filler(tree), name)
 
     def leaves(self, tree: dict, fill: Callable[[Any], Any], source: str, above: Iterable[str] = ()
                ) -> Iterator[tuple[list[str], Any]]:
@@ -351,13 +507,36 @@ class Settings:
             parts = [*above, *str(key).split(".")]
             if parts[-1].startswith("_"):
                 continue  # the file's own names: anchors, _target_
-            whole = self.takes_dict(self.resolve(parts)[0])
+            field = self.resolve(parts)[0]
+            whole = self.takes_dict(field)
+            if field == IGNORED:
+                yield parts, value  # whatever it refers to
+                continue
             try:
                 value = value if isinstance(value, dict) and not whole else fill(value)
+                self.given |= _flat({".".join(parts): value})
                 nested = isinstance(value, dict) and not whole
                 yield from self.leaves(value, fill, source, parts) if nested else [(parts, value)]
             except ValueError as error:
                 self.errors.append(f"{source}: {'.'.join(parts)}: {error}")
+
+
+def _read_tree(path: Path) -> dict:
+    """The settings of a .yaml or .json file. Raises ValueError and what the readers raise."""
+    data = path.read_bytes()
+    tree = json.loads(data, object_pairs_hook=_without_repeats) if path.suffix == ".json" else _read_yaml(data)
+    if not isinstance(tree, dict | None):
+        raise ValueError(f"expected a mapping of settings at the top, got {_short(tree)}")
+    return tree or {}
+
+
+def _flat(tree: dict, above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested settings."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _run_python(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -412,6 +591,16 @@ def _reference_filler(tree: Any) -> Callable[[Any], Any]:
     reference = re.compile(r"\$\{([^${}]*)\}")
 
     def look_up(path: str, seen: tuple[str, ...]) -> Any:
+        resolver, colon, argument = path.partition(":")
+        if colon and resolver == "now":
+            # Processes of one run start at times of their own: build() refuses what is left of this.
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            return datetime.now().strftime(argument) if alone else f"${{{path}}}"
+        if colon and resolver == "oc.env":
+            variable, comma, otherwise = argument.partition(",")
+            if variable.strip() not in os.environ and not comma:
+                raise ValueError(f"${{{path}}}: the environment has no {variable.strip()}")
+            return Text(os.environ.get(variable.strip(), otherwise.strip()))
         if path in seen:
             raise ValueError(f"references in a circle: {' -> '.join([*seen, path])}")
         value, keys = tree, path.split(".")
@@ -434,7 +623,7 @@ def _reference_filler(tree: Any) -> Callable[[Any], Any]:
         if match := reference.fullmatch(value):
             return look_up(match[1].strip(), seen)
         text = reference.sub(lambda match: str(look_up(match[1].strip(), seen)), value)
-        if "${" in text:
+        if "${" in text.replace("${now:", ""):
             raise ValueError(f"cannot read the reference in {_short(value)}, expected ${{key.path}}")
         return type(value)(text)
 

@@ -30,7 +30,7 @@ from common import checkpoint
 from common.errors import DataError, clear_errors
 from common.runlog import write_json
 from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
-from sources import foreign
+from sources import foreign_checkpoints
 from sources.cells import inspect as inspect_experiment
 from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
@@ -288,7 +288,7 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
     file = Path(path)
     folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
-    system = foreign.importable(file)
+    system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
     page = importlib.import_module(f"train_{system}")

@@ -39,7 +39,7 @@ from measure.plans import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
 from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
-from sources import foreign
+from sources import foreign_checkpoints
 from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
 from sources.h5ad import H5ad, write_h5ad
 from sources.shared import counted
@@ -629,7 +629,7 @@ def page_stem(path: Path) -> str:
     """The name of the page that made a run or checkpoint, or that reads it, where it is of a source."""
     stem = checkpoint.experiment_of(path)
     if not stem and path.is_file():
-        system = foreign.system_of(path)
+        system = foreign_checkpoints.system_of(path)
         stem = f"train_{system}" if system else ""
     return stem or checkpoint.load(path)["experiment"]  # which says what is wrong with it
 

@@ -56,6 +56,7 @@ from measure.plans import entropy
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
+from sources.foreign import APELR
 from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
 from sources.shared import make_once
 from sources.text import prepare_text
@@ -1221,7 +1222,7 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES)
+    cfg = configure(Config, argv, ALIASES, APELR)
     with clear_errors():
         return analyze(cfg) if cfg.analyze else train(cfg)
 

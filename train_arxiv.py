@@ -67,6 +67,7 @@ from measure.report import make_report, plan_study, row_key, row_sentence, run_c
 from measure.speed import matmul_rate
 from sources.chunks import train_and_validation
 from sources.ergodic import ergodic
+from sources.foreign import ICL
 from sources.foreign_arxiv import without_last_position
 from sources.shared import closest, counted, counter_rng, make_once, quoted
 from sources.tokenizer import copy_tokenizer
@@ -806,7 +807,7 @@ def report(folder: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES)
+    cfg = configure(Config, argv, ALIASES, ICL)
     with clear_errors():
         if cfg.report:
             return report(cfg.report)

@@ -42,6 +42,7 @@ from configurator import (
 )
 from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
 from measure.tracker import MetricTracker
+from sources.foreign import SIMPLEXITY
 from sources.processes import (  # noqa: F401
     PROCESSES,
     Process,
@@ -726,7 +727,7 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES)
+    cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
     with clear_errors():
         return analyze(cfg) if cfg.analyze else train(cfg)
 

@@ -50,6 +50,7 @@ from kernels.geomloss_distance import geomloss_distance
 from measure import baselines, effects
 from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
 from sources.cells import Cells, open_cells
+from sources.foreign import STATE
 from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
 from sources.foreign_state import (
     ALIASES,
@@ -1184,7 +1185,7 @@ def analyze(cfg: Config) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     words = sys.argv[1:] if argv is None else argv
     with clear_errors():
-        cfg = configure(Config, source_words(words), ALIASES)
+        cfg = configure(Config, source_words(words), ALIASES, STATE)
         cfg.device = source_device(cfg.device, words)
         return analyze(cfg) if cfg.analyze else train(cfg)
 

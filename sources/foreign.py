@@ -1,115 +1,73 @@
-"""Checkpoints of other systems: whose a file is, read without running anything that it names."""
+"""What the settings of the source systems mean: a table for each of their dialects, by our names of settings.
 
-import pickle
-import zipfile
-from collections import OrderedDict
-from pathlib import Path
+A command line or file of a source names some settings and leaves the rest to the source's defaults. A page takes those
+where it recognises the source (configurator.configure). Names that differ from ours are the ALIASES of
+sources/foreign_EXPERIMENT.py, and so are the functions for what no table can say.
+"""
 
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 
-from common import checkpoint
-from common.errors import CheckpointError
+Complete = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], dict[str, Any]]
 
 
-class Inert(dict):
-    """Takes the place of a class or function that a checkpoint names: it holds what it is given, and does nothing."""
+@dataclass(frozen=True)
+class Dialect:
+    """The settings of one source system, at one commit."""
 
-    kind: type | None = None  # what torch's reader, which fills these only, must see instead: OrderedDict, list
+    name: str  # of --dialect
+    title: str  # how a run says it
+    commit: str  # of the source that the defaults are of
+    marks: tuple[str, ...] = ()  # dotted keys that only this source has, or beginnings of such, which end in a dot
+    defaults: dict[str, Any] = field(default_factory=dict)  # our setting: what the source has where it is absent
+    groups: dict[str, dict[str, dict]] = field(default_factory=dict)  # Hydra's group=NAME: settings, by its own names
+    speaks: Callable[[dict[str, Any]], bool] | None = None  # of {dotted key: value as written}, beyond the marks
+    complete: Complete | None = None  # see completed
 
-    def __init__(self, *arguments, **named):
-        super().__init__()
+    def is_spoken(self, given: dict[str, Any]) -> bool:
+        """Whether settings {dotted key: value as written} are of this source."""
+        for key in given:
+            beginnings = (mark for mark in self.marks if mark.endswith("."))
+            if key in self.marks or key.startswith(tuple(beginnings)):
+                return True
+        return bool(self.speaks and self.speaks(given))
 
-    def __setstate__(self, state) -> None:
-        self.update(state if isinstance(state, dict) else {})
+    def completed(self, given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+        """More settings, once all that was given is known: {our setting: value}.
 
-    def __setitem__(self, key, value) -> None:
-        type(self).kind = OrderedDict
-
-    def append(self, item) -> None:
-        type(self).kind = list
-
-    extend = append
-
-
-class Structure(pickle.Unpickler):
-    """Reads a pickle without calling anything that it names, to learn which names stand for dicts and for lists."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.named: dict[str, type[Inert]] = {}
-
-    def find_class(self, module: str, name: str):
-        return self.named.setdefault(f"{module}.{name}", type(name, (Inert,), {}))
-
-    def persistent_load(self, tensor) -> None:
-        return None
-
-
-def stand_ins(path: Path) -> list[tuple]:
-    """(what to use, name) for all that a checkpoint names beyond what torch's safe reader knows: nothing of it runs."""
-    number = np.float64(0).__reduce__()[0]  # makes a numpy scalar of a dtype and bytes
-    known = {"numpy.dtype": np.dtype, "numpy.core.multiarray.scalar": number, "numpy._core.multiarray.scalar": number}
-    with zipfile.ZipFile(path) as archive:
-        content = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(content) as file:
-            structure = Structure(file)
-            structure.load()
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    dtypes = [type(np.dtype(kind)) for kind in np.typecodes["All"]]
-    return dtypes + [(known.get(name) or structure.named[name].kind or Inert, name) for name in names]
+        Args:
+            given: {dotted key of the source: value as written}, of files, groups and the command line.
+            values: {our setting: value}.
+            fields: {our setting that somebody set: by which file, or "command line"}.
+        Raises ValueError, whose text is the error to tell, for what cannot be what it was there.
+        """
+        more = self.complete(given, values, fields) if self.complete else {}
+        # A file that asks for CUDA was written for another machine; a command line means this one.
+        asked = fields.get("device", "command line") == "command line"
+        if values.get("device") == "cuda" and not asked and not torch.cuda.is_available():
+            more["device"] = "auto"
+        return more
 
 
-def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
-    """What torch.save wrote, on the CPU: plain data and tensors as they are, anything else as an empty Inert.
+# ---------------------------------------------------------------------------------------------------------------
+# APEL-R (train_apelr.py)
+# ---------------------------------------------------------------------------------------------------------------
+APELR = ()
 
-    mmap: tensors are read when they are used.
-    Raises CheckpointError if the file is missing or damaged. No code of it runs.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        with torch.serialization.safe_globals(stand_ins(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+# ---------------------------------------------------------------------------------------------------------------
+# Arc State, SmolState (train_state.py)
+# ---------------------------------------------------------------------------------------------------------------
+STATE = ()
 
+# ---------------------------------------------------------------------------------------------------------------
+# Simplexity (train_ghmm.py)
+# ---------------------------------------------------------------------------------------------------------------
+SIMPLEXITY = ()
 
-# What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
-
-
-def system_of(path: Path) -> str:
-    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
-    try:
-        contents = read_checkpoint(path, mmap=True)
-    except CheckpointError:
-        return ""
-    if not isinstance(contents, dict):
-        return ""
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(contents.get(key), dict):
-            contents = contents[key]
-    for name in contents:
-        # What torch.compile and DistributedDataParallel put in front is no part of a name.
-        plain = str(name).replace("_orig_mod.", "").removeprefix("module.")
-        for system, beginning in SYSTEMS.items():
-            if plain.startswith(beginning):
-                return system
-    return ""
-
-
-def importable(path: Path) -> str:
-    """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
-    page = checkpoint.experiment_of(path)
-    if page:
-        raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
-    read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
-    system = system_of(path)
-    if not system:
-        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
-                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
-    return system
+# ---------------------------------------------------------------------------------------------------------------
+# ICL-non-ergodic-arxiv (train_arxiv.py)
+# ---------------------------------------------------------------------------------------------------------------
+ICL = ()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common.errors import CheckpointError, InputError, reason
-from sources.foreign import Inert, read_checkpoint
+from sources.foreign_checkpoints import Inert, read_checkpoint
 from sources.shared import suggest
 
 ALIASES: dict[str, str | None] = {  # names of the source's settings; None: without effect, there or here

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field, make_dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -15,6 +16,7 @@ import pytest
 
 import configurator
 from configurator import config_dict, config_hash, configure, differences, fail, from_dict, help_text, print_config
+from sources.foreign import Dialect
 
 ROOT = Path(configurator.__file__).parent
 
@@ -797,3 +799,119 @@ def test_huge_words_are_read_or_refused_in_a_short_line(capsys, word):
         assert isinstance(configure(Config, [word]), Config)
     except SystemExit as stop:
         assert stop.code == 2 and len(capsys.readouterr().err) < 1000
+
+
+# ------------------------------------------------------------------------------------ dialects of other systems
+
+OTHER = Dialect("other", "the other system", "abc123", marks=("model.deep.", "n_embd"), defaults={"lr": 0.5},
+                groups={"preset": {"small": {"training": {"steps": 7}, "deep": {"depth": 2}}},
+                        "config_name": {"base": {"lr": 0.25}}})
+OLDER = Dialect("older", "the older system", "abc122", defaults={"lr": 0.75},
+                complete=lambda given, values, fields: {"n_layer": values["max_steps"] // 10})
+DIALECTS = (OTHER, OLDER)
+OTHER_NAMES = {"n_embd": "batch_size", "steps": "max_steps", "depth": "n_layer", "inert": None}
+
+
+def spoken(*argv: str) -> Any:
+    return configure(Config, list(argv), OTHER_NAMES, DIALECTS)
+
+
+def test_what_settings_of_another_system_leave_out_has_its_default(tmp_path, capsys):
+    path = write(tmp_path, "a.yaml", "model:\n  deep:\n    batch_size: 3\n")
+    cfg = spoken(path)
+    assert (cfg.batch_size, cfg.lr, cfg.max_steps) == (3, 0.5, 100)
+    line = "note: read as the other system: absent keys take its defaults (--dialect=none: ours)\n"
+    assert capsys.readouterr() == ("", line)
+    assert spoken(path, "--lr=2").lr == 2.0
+    assert spoken("n_embd=4").lr == 0.5  # a command line is enough
+    assert spoken(path, "--dialect=none").lr == 1e-3
+    ours = write(tmp_path, "a.py", "max_steps = 5")
+    assert spoken(ours, "n_embd=4").lr == 1e-3  # a Python file is ours
+    assert spoken(write(tmp_path, "b.yaml", "batch_size: 3")).lr == 1e-3
+
+
+def test_a_dialect_may_be_asked_for(tmp_path, capsys):
+    assert spoken("--dialect=older", "--max_steps=50") == Config(lr=0.75, n_layer=5, max_steps=50)
+    with pytest.raises(SystemExit):
+        spoken("--dialect=newer")
+    assert "dialect: there is no 'newer', there is other, older, none" in capsys.readouterr().err
+
+
+def test_a_group_stands_for_its_settings_and_comes_before_what_is_typed(tmp_path, capsys):
+    assert spoken("--max_steps=9", "preset=small") == Config(lr=0.5, n_layer=2, max_steps=9)
+    assert spoken("+preset=small").max_steps == 7
+    assert spoken("--config-name", "base").lr == 0.25
+    text = "defaults:\n  - _self_\n  - preset: small\n  - missing: x\nmodel.deep.lr: 3\n"
+    assert spoken(write(tmp_path, "a.yaml", text)) == Config(lr=3.0, n_layer=2, max_steps=7)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        spoken("preset=smal")
+    assert "preset: the other system has no 'smal', did you mean small?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a:\n  lr: 3\nb:\n  lr: null\n", "a:\n  lr: ~\nb:\n  lr: 3\n"])
+def test_null_never_competes_with_a_value(tmp_path, text):
+    assert configure(Config, [write(tmp_path, "a.yaml", text)]).lr == 3.0
+
+
+def test_null_of_another_system_is_an_absent_key(tmp_path, capsys):
+    path = write(tmp_path, "a.yaml", "n_embd: 2\nlr: null\nclip: null\n")
+    cfg = spoken(path)
+    assert (cfg.lr, cfg.clip) == (0.5, None)  # clip takes none, lr does not
+    capsys.readouterr()
+    assert "lr: expected float, got None" in only_error(capsys, write(tmp_path, "b.yaml", "lr: null\n"))
+
+
+def test_cuda_of_a_file_of_another_system_is_no_demand(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Machine = make_dataclass("Machine", [("device", str, "auto"), ("lr", float, 1.0)])
+    path = write(tmp_path, "a.yaml", "device: cuda\n")
+    dialects = (Dialect("other", "the other system", "abc123", marks=("device",)),)
+    assert configure(Machine, [path], None, dialects).device == "auto"
+    assert f"note: device = cuda of {path} is not there: device = auto" in capsys.readouterr().err
+    assert configure(Machine, ["device=cuda"], None, dialects).device == "cuda"
+
+
+def test_what_a_key_refers_to_does_not_matter_where_the_key_has_no_effect(tmp_path):
+    with pytest.warns(UserWarning, match="without effect here: inert"):
+        configure(Config, [write(tmp_path, "a.yaml", "inert: ${nowhere}\n")], ALIASES)
+
+
+def test_references_to_the_time_and_to_the_environment(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PLACE", "here")
+    path = write(tmp_path, "a.yaml", "name: out/${now:%Y}/${oc.env:PLACE}-${oc.env:NO_SUCH, there}\n")
+    assert configure(Config, [path]).name == f"out/{datetime.now().year}/here-there"
+    missing = write(tmp_path, "b.yaml", "name: ${oc.env:NO_SUCH}\n")
+    assert "the environment has no NO_SUCH" in only_error(capsys, missing)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "is not the same in all processes of a run: set --name=..." in only_error(capsys, path)
+    assert configure(Config, [path, "--name=x"]).name == "x"
+
+
+def test_hydra_s_own_settings_have_no_effect(tmp_path):
+    with pytest.warns(UserWarning, match=r"without effect here: hydra.run.dir, hydra/job_logging"):
+        configure(Config, ["hydra.run.dir=x", "--hydra/job_logging=none"])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--config=a.yaml"], "config: files go bare, without --config: a.yaml"),
+        (["--config", "a.yaml"], "config: files go bare, without --config: a.yaml"),
+        (["--checkpoint", "x.pt"], "checkpoint: files go bare, without --checkpoint: x.pt"),
+        (["--config-path=conf"], "name the configuration file itself, bare"),
+    ],
+)
+def test_names_that_other_programs_have_for_files(capsys, words, hint):
+    assert hint in only_error(capsys, *words)
+
+
+def test_many_runs_are_left_to_sweep(monkeypatch):
+    called = []
+    monkeypatch.setattr(configurator.subprocess, "call", lambda command: called.append(command) or 5)
+    for words in (["lr=1,2", "-m"], ["--multirun", "lr=1,2"], ["hydra.sweeper.n_trials=3", "lr=1,2"]):
+        with pytest.raises(SystemExit) as stop:
+            configure(Config, words)
+        assert stop.value.code == 5
+        assert called[-1][1:3] == [str(ROOT / "sweep.py"), __file__]
+        assert "lr=1,2" in called[-1] and not {"-m", "--multirun"} & set(called[-1])

@@ -18,7 +18,7 @@ import train_apelr
 import train_state
 from common import checkpoint
 from common.errors import CheckpointError
-from sources import foreign
+from sources import foreign_checkpoints
 from sources.h5ad import H5ad, as_dense
 from sources.tokenizer import train_char
 
@@ -274,7 +274,7 @@ def test_what_cannot_be_imported_is_refused_in_one_sentence(repository, data, ca
     ({"state_dict": {"fc.weight": torch.zeros(2)}}, ""), ([1, 2], "")])
 def test_a_checkpoint_is_known_by_the_names_of_its_weights(contents, system):
     torch.save(contents, "found.pt")
-    assert foreign.system_of(Path("found.pt")) == system
+    assert foreign_checkpoints.system_of(Path("found.pt")) == system
 
 
 def test_no_code_of_a_foreign_checkpoint_runs():
@@ -283,6 +283,6 @@ def test_no_code_of_a_foreign_checkpoint_runs():
             return open, ("it_ran", "w")
 
     torch.save({"state_dict": {"pert_encoder.0.weight": torch.zeros(2)}, "hyper_parameters": Evil()}, "evil.ckpt")
-    assert foreign.system_of(Path("evil.ckpt")) == "state" and not Path("it_ran").exists()
+    assert foreign_checkpoints.system_of(Path("evil.ckpt")) == "state" and not Path("it_ran").exists()
     with pytest.raises(CheckpointError):
-        foreign.importable(Path("nowhere.ckpt"))
+        foreign_checkpoints.importable(Path("nowhere.ckpt"))

@@ -1,0 +1,115 @@
+"""Checkpoints of other systems: whose a file is, read without running anything that it names."""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import checkpoint
+from common.errors import CheckpointError
+
+
+class Inert(dict):
+    """Takes the place of a class or function that a checkpoint names: it holds what it is given, and does nothing."""
+
+    kind: type | None = None  # what torch's reader, which fills these only, must see instead: OrderedDict, list
+
+    def __init__(self, *arguments, **named):
+        super().__init__()
+
+    def __setstate__(self, state) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+    def __setitem__(self, key, value) -> None:
+        type(self).kind = OrderedDict
+
+    def append(self, item) -> None:
+        type(self).kind = list
+
+    extend = append
+
+
+class Structure(pickle.Unpickler):
+    """Reads a pickle without calling anything that it names, to learn which names stand for dicts and for lists."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.named: dict[str, type[Inert]] = {}
+
+    def find_class(self, module: str, name: str):
+        return self.named.setdefault(f"{module}.{name}", type(name, (Inert,), {}))
+
+    def persistent_load(self, tensor) -> None:
+        return None
+
+
+def stand_ins(path: Path) -> list[tuple]:
+    """(what to use, name) for all that a checkpoint names beyond what torch's safe reader knows: nothing of it runs."""
+    number = np.float64(0).__reduce__()[0]  # makes a numpy scalar of a dtype and bytes
+    known = {"numpy.dtype": np.dtype, "numpy.core.multiarray.scalar": number, "numpy._core.multiarray.scalar": number}
+    with zipfile.ZipFile(path) as archive:
+        content = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(content) as file:
+            structure = Structure(file)
+            structure.load()
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    dtypes = [type(np.dtype(kind)) for kind in np.typecodes["All"]]
+    return dtypes + [(known.get(name) or structure.named[name].kind or Inert, name) for name in names]
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
+    """What torch.save wrote, on the CPU: plain data and tensors as they are, anything else as an empty Inert.
+
+    mmap: tensors are read when they are used.
+    Raises CheckpointError if the file is missing or damaged. No code of it runs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with torch.serialization.safe_globals(stand_ins(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+
+
+# What a system is known by: how the names of some of its weights begin.
+SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+
+
+def system_of(path: Path) -> str:
+    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
+    try:
+        contents = read_checkpoint(path, mmap=True)
+    except CheckpointError:
+        return ""
+    if not isinstance(contents, dict):
+        return ""
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+    for name in contents:
+        # What torch.compile and DistributedDataParallel put in front is no part of a name.
+        plain = str(name).replace("_orig_mod.", "").removeprefix("module.")
+        for system, beginning in SYSTEMS.items():
+            if plain.startswith(beginning):
+                return system
+    return ""
+
+
+def importable(path: Path) -> str:
+    """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
+    page = checkpoint.experiment_of(path)
+    if page:
+        raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
+    read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
+    system = system_of(path)
+    if not system:
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
+                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
+    return system
