@@ -100,7 +100,8 @@ def import_page(word: str) -> tuple[ModuleType, Path]:
         raise InputError(f"{word} cannot be imported ({reason(error)}): mend it") from error
     finally:
         sys.path.remove(str(script.parent))
-    if Path(page.__file__).resolve() != script or not hasattr(page, "main") or not hasattr(page, "Config"):
+    file = getattr(page, "__file__", None) or ""
+    if Path(file).resolve() != script or not hasattr(page, "main") or not hasattr(page, "Config"):
         raise InputError(f"{word} is no page to train: it needs a Config, a main, and a name that no other module has")
     return page, script
 
