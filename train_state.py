@@ -56,14 +56,13 @@ from sources.foreign_state import (
     SHAPE,
     convert,
     convert_whole,
-    from_the_source,
     load_parts,
     load_source_state_dict,
     translate,
     write_maps,
     write_source_files,
 )
-from sources.foreign_state_settings import ALIASES, command
+from sources.foreign_state_settings import ALIASES, command, from_the_source
 from sources.populations import synthetic
 from sources.shared import counted, counter_rng, make_once
 from sources.splits import SPLITS, grouped

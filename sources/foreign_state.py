@@ -7,16 +7,13 @@ and of PEFT. Here these become settings of train_state.py (`translate`), and our
 import json
 import pickle
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import checkpoint
 from common.errors import CheckpointError, reason
-from configurator import note
-from sources.foreign_checkpoints import Inert, read_checkpoint, system_of
+from sources.foreign_checkpoints import Inert, read_checkpoint
 from sources.foreign_state_settings import ALIASES, DEFAULTS, GPT2_DEFAULTS
 
 SHAPE = (  # settings that decide what the weights of a checkpoint mean
@@ -181,9 +178,10 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
                      "source_attention=bidirectional")
     if settings["batch_encoder"]:
         notes.append(f"{path} knows batches by number: those of other data, or in another order, are others to it")
-    features = features_beside(Path(path))
+    folder = Path(path).parent
+    features = [file for file in (folder / "pert_onehot_map.pt", folder.parent / "pert_onehot_map.pt") if file.exists()]
     if features:
-        settings["perturbation_features_file"] = features
+        settings["perturbation_features_file"] = str(features[0])
     else:
         notes.append(f"there is no pert_onehot_map.pt beside {path}: perturbations are numbered as sorted in the TOML")
     return settings, weights, step, dims, notes
@@ -198,40 +196,9 @@ def convert_whole(path: str | Path, attention: str = "auto") -> tuple[dict, dict
     if not settings:
         raise CheckpointError(f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...): it "
                               "can be trained from with init_from, but not be used by itself")
-    for line in notes:
-        print(f"note: {line}")
+    for note in notes:
+        print(f"note: {note}")
     return settings, weights, step, dims
-
-
-def from_the_source(cfg):
-    """The settings of a run that goes on from a checkpoint of the source: those of one that starts from its weights.
-
-    That is resume=FILE, or resume=auto where the run folder is the source's: its checkpoints/last.ckpt, and no last.pt
-    but of a run that began so. Perturbations keep the numbers that they have there, if pert_onehot_map.pt tells. Prints
-    a note where it begins.
-    """
-    folder = checkpoint.local_folder(cfg.out_dir)
-    path = Path(cfg.resume)
-    if cfg.resume == "auto":
-        path = folder / "checkpoints" / "last.ckpt"
-    if not path.is_file() or system_of(path) != "state":
-        return cfg
-    ours = (folder / "last.pt").exists()
-    if ours and cfg.resume == "auto" and json.loads((folder / "config.json").read_text())["init_from"] != str(path):
-        return cfg
-    if not ours:
-        note(f"{path} is a checkpoint of another system: training starts from its weights, at step 0, with a new "
-             "optimizer")
-    features = cfg.perturbation_features_file or features_beside(path)
-    return replace(cfg, resume="auto", init_from=str(path), perturbation_features_file=features)
-
-
-def features_beside(path: Path) -> str | None:
-    """pert_onehot_map.pt of the run folder that a checkpoint of the source is of."""
-    for file in (path.parent / "pert_onehot_map.pt", path.parent.parent / "pert_onehot_map.pt"):
-        if file.exists():
-            return str(file)
-    return None
 
 
 def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:

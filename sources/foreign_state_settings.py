@@ -5,10 +5,17 @@ of them, what they have and we have not, and the verbs of their commands.
 """
 
 import importlib.util
+import json
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from common import checkpoint
 from common.errors import InputError
 from configurator import note
+from sources.foreign_checkpoints import system_of
 
 ALIASES: dict[str, str | None] = {  # names of the sources' settings; None: without effect, there or here
     "toml": "toml_config_path",
@@ -83,12 +90,13 @@ STATE_MARKS = (  # of both
     "data.kwargs.", "model.kwargs.", "kwargs.", "training.", "wandb_track", "use_mfu", "train_seed", "val_freq",
     "ckpt_every_n_steps", "gradient_clip_val", "use_wandb", "local_wandb_dir",
 )  # fmt: skip
-READS = ("name", "overwrite", "use_wandb", "devices")  # which have an effect, though no setting of their own
-REFUSED = {  # what has no effect with this value alone, and what to do instead of another
-    "downsample": ("none", "counts are not thinned here: thin those of the h5ad before"),
+# Which have an effect, though no setting of their own.
+READS = ("name", "overwrite", "use_wandb", "devices", "training.devices")
+REFUSED = {  # what has no effect with this value alone, or with null, and what to do instead of another
+    "downsample": ("1.0", "counts are not thinned here: thin those of the h5ad before"),
     "finetune_vci_decoder": ("false", "the embedding model of State is not here: leave it out"),
     "nb_decoder": ("false", "the decoder here has no negative binomial: leave it out"),
-    "log1p_from_raw_counts": ("false", "python prepare_data.py state preprocess --input=FILE.h5ad takes the logarithm"),
+    "log1p_from_raw_counts": ("false", "python prepare_data.py state preprocess takes logarithms"),
     "zero_perturbation_encoder": ("false", "perturbations are always encoded here: leave it out"),
     "int_counts": ("false", "cells are read as they are: leave it out"),
     "exp_counts": ("false", "cells are read as they are: leave it out"),
@@ -200,9 +208,12 @@ def refusal(given: dict[str, Any]) -> str:
         return f"model.name = {model}: there is no such model in State: model=state, state_sm, state_lg, ..."
     if given.get("data") == "default" or "kwargs.k562_rpe1_name" in given:
         return "data=default names no module that loads cells: data=perturbation"
+    module = value_of(given, "data.name") or "PerturbationDataModule"
+    if module != "PerturbationDataModule":
+        return f"data.name = {module}: there is no such module in cell-load: data.name=PerturbationDataModule"
     for name, (inert, remedy) in REFUSED.items():
         value = value_of(given, name) or inert
-        if value.lower() != inert:
+        if value.lower() not in (inert, inert.removesuffix(".0")):
             return f"{name} = {value}: {remedy}"
     return ""
 
@@ -227,8 +238,10 @@ def run_folder(given: dict[str, Any], values: dict[str, Any], parent: str, run: 
     name = value_of({"name": given.get("name")}, "name")
     if name and not (is_file_of_a_part(given) and name.lower() in PARTS):
         run = name
+    # What has no setting of its own was not filled in.
+    run = re.sub(r"\$\{([\w.]+)\}", lambda match: str(given.get(match[1], match[0])), run)
     if "${" in run:
-        raise ValueError(f"name = {run}: write it without references")
+        raise ValueError(f"name = {run} refers to what is not there: write it out")
     return f"{parent.rstrip('/')}/{run}"
 
 
@@ -324,9 +337,19 @@ def complete_smolstate(given: dict[str, Any], values: dict[str, Any], fields: di
             note(f"{name} = false: SmolState passes over it")
             more[name] = False
     more["mmd_num_chunks"] = 1
-    if values["toml_config_path"] is None:
-        more["toml_config_path"] = "starter.toml"
+    toml = values["toml_config_path"] or "starter.toml"
+    if has_fewshot(toml):
+        note(f"{toml}: SmolState passes over [fewshot] and trains on all of it; here it is held out")
+    more["toml_config_path"] = toml
     return more | {"out_dir": run_folder(given, values, "out", "smolstate_run")}
+
+
+def has_fewshot(path: str) -> bool:
+    """Whether a TOML holds perturbations out. What is wrong with the file, reading its cells tells."""
+    try:
+        return bool(tomllib.loads(Path(path).read_text(encoding="utf-8")).get("fewshot"))
+    except (OSError, ValueError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -397,8 +420,39 @@ def command_of(verb: str, options: dict[str, str]) -> str:
                "embed_key": "columns.embed_key"}
     if verb == "infer":
         names |= {"output": "out"} | columns
+        options["output"] = options.get("output", "predictions").rsplit(".", 1)[0]  # ours is a folder
     return " ".join([f"python sample.py {checkpoint or folder}", *renamed(options, names)])
 
 
 def renamed(options: dict[str, str], names: dict[str, str]) -> list[str]:
     return [f"--{names[name]}={value}" for name, value in options.items() if name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs that go on
+# ---------------------------------------------------------------------------------------------------------------
+def from_the_source(cfg):
+    """The settings of a run that goes on from a checkpoint of the source: those of one that starts from its weights.
+
+    That is resume=FILE, or resume=auto where the run folder is the source's: its checkpoints/last.ckpt, and no last.pt
+    but of a run that began so. Perturbations keep the numbers that they have there, if pert_onehot_map.pt tells. Prints
+    a note where it begins.
+    """
+    folder = checkpoint.local_folder(cfg.out_dir)
+    path = Path(cfg.resume)
+    if cfg.resume == "auto":
+        path = folder / "checkpoints" / "last.ckpt"
+    if not path.is_file() or system_of(path) != "state":
+        return cfg
+    ours, saved = (folder / "last.pt").exists(), folder / "config.json"
+    began = json.loads(saved.read_text(encoding="utf-8")).get("init_from") if ours and saved.exists() else None
+    if ours and cfg.resume == "auto" and began != str(path):
+        return cfg
+    if not ours:
+        note(f"{path} is a checkpoint of another system: training starts from its weights, at step 0, with a new "
+             "optimizer")
+    features = cfg.perturbation_features_file
+    for file in (path.parent / "pert_onehot_map.pt", path.parent.parent / "pert_onehot_map.pt"):
+        if file.exists():
+            features = features or str(file)
+    return replace(cfg, resume="auto", init_from=str(path), perturbation_features_file=features)

@@ -1,6 +1,7 @@
 """Commands and files of arc-state and SmolState: what they mean there is what they mean here."""
 
 import importlib.util
+import json
 import re
 import runpy
 from pathlib import Path
@@ -269,6 +270,14 @@ def test_the_template_of_state_is_read_with_its_list_of_defaults():
     assert sizes(read("config.yaml", TOML, "model=tahoe_best")) == SPEC["tahoe_best"]
 
 
+def test_references_are_filled_in():
+    content = {"output_dir": "/runs", "name": "${model.name}_${training.train_seed}", "model": model_file(),
+               "training": {"train_seed": 7}, "data": {"kwargs": {"toml_config_path": "${output_dir}/${name}.toml"}}}
+    cfg = read(write("a.yaml", content))
+    expected = {"out_dir": "/runs/state_7", "toml_config_path": "/runs/state_7.toml", "cell_set_len": 32, "seed": 7}
+    assert differs(cfg, expected) == {}
+
+
 def test_a_null_never_stands_for_a_value():
     content = {"data": {"kwargs": {"embed_key": None}, "output_dir": None}, "output_dir": "o", "name": "n",
                "kwargs": {"embed_key": "X_state"}, "training": {"lr": None, "val_freq": None}}
@@ -323,7 +332,8 @@ def test_what_smolstate_passes_over(capsys):
                "training": TRAINING | {"gradient_accumulation_steps": 4}, "overwrite": False,
                "model": model_file(freeze_pert=True, lora={"enable": True}, mmd_num_chunks=3, decoder_cfg=None)}
     content["model"]["kwargs"] |= {"input_dim": 9, "n_perts": 3, "decoder_cfg": {"latent_dim": 9, "hidden_dims": [7]}}
-    cfg = read(write("config.yaml", content))  # as it saves it as config.json
+    Path("config.json").write_text(json.dumps(content))
+    cfg = read("config.json")
     # Columns are overwritten, and there is no accumulation; of State's parts some are missing.
     expected = {"pert_col": "target_gene", "batch_col": "batch_var", "control_pert": "non-targeting",
                 "output_space": "gene", "cell_type_key": "line", "batch_size": 8, "grad_accum": 1, "lora": False,
@@ -335,6 +345,9 @@ def test_what_smolstate_passes_over(capsys):
     cfg = read("train data.kwargs.pert_col=gene data.kwargs.batch_col=gem_group")
     assert (cfg.pert_col, cfg.batch_col) == ("gene", "gem_group")
     assert "passes over data.kwargs" in capsys.readouterr().err
+    Path("few.toml").write_text('[datasets]\nd = "d.h5ad"\n[fewshot."d.k562"]\ntest = ["AARS"]\n')
+    read("train --toml-config-path few.toml --name=x")
+    assert "SmolState passes over [fewshot]" in capsys.readouterr().err
 
 
 def test_use_wandb_is_honoured_where_wandb_is(monkeypatch, capsys):
@@ -347,6 +360,13 @@ def test_use_wandb_is_honoured_where_wandb_is(monkeypatch, capsys):
     assert "not installed" in capsys.readouterr().err
     monkeypatch.undo()
     assert read(TOML, "use_wandb=false").wandb is False
+
+
+def test_a_value_without_effect_is_no_reason_to_refuse():
+    cfg = read(TOML, "data.kwargs.downsample=1.0", "model.kwargs.lora.target=auto", "model.kwargs.lora.bias=none",
+               "model.kwargs.log1p_from_raw_counts=false", "model.kwargs.counts_target_sum=10000",
+               "data.kwargs.barcode=false")
+    assert differs(cfg, OF_STATE) == {}
 
 
 def test_what_has_no_effect_is_listed_and_what_has_is_not():
@@ -364,7 +384,8 @@ def test_what_has_no_effect_is_listed_and_what_has_is_not():
 @pytest.mark.parametrize("line, words", [
     ("model=cpa", "model cpa"), ("model=perturb_mean", "baselines"), ("model=scgpt-chemical", "scgpt-chemical"),
     ("model=state_s", "did you mean state"), ("model=enormous", "there is state"), ("model.name=rnn", "rnn"),
-    ("data=default", "data=perturbation"), ("data=multidataset", "multidataset"), ("training=cpa", "cpa"),
+    ("data.name=OldModule", "OldModule"), ("data=default", "data=perturbation"),
+    ("data=multidataset", "multidataset"), ("training=cpa", "cpa"),
     ("data.kwargs.downsample=0.5", "downsample = 0.5"), ("model.kwargs.finetune_vci_decoder=true", "embedding model"),
     ("model.kwargs.nb_decoder=True", "nb_decoder"), ("model.kwargs.log1p_from_raw_counts=true", "preprocess"),
     ("data.kwargs.int_counts=true", "int_counts"), ("model.kwargs.lora.target=custom", "adapt_mlp"),
@@ -407,7 +428,7 @@ def test_a_command_of_state_has_no_data_unless_it_names_them(capsys):
     ("tx predict --output_dir out/test/ --toml other.toml", "type python sample.py out/test/ --toml=other.toml"),
     ("state tx infer --model-dir m --checkpoint m/checkpoints/final.ckpt --adata c.h5ad --pert-col gene --embed-key "
      "X_hvg --output o.h5ad", "type python sample.py m/checkpoints/final.ckpt --adata=c.h5ad --columns.pert_col=gene "
-                              "--columns.embed_key=X_hvg --out=o.h5ad"),
+                              "--columns.embed_key=X_hvg --out=o"),
     ("tx preprocess_train --adata raw.h5ad --output p.h5ad --num_hvgs 2000",
      "type python prepare_data.py state preprocess --input=raw.h5ad --output=p.h5ad --num_hvgs=2000"),
     ("tx preprocess_infer --adata a.h5ad --output b.h5ad --control_condition x --pert_col gene", "sample.py"),
