@@ -406,7 +406,8 @@ def command_of(verb: str, options: dict[str, str]) -> str:
         return "python bench.py, which begins with what this machine has"
     if verb == "preprocess_train":
         names = {"adata": "input", "output": "output", "num_hvgs": "num_hvgs"}
-        return " ".join(["python prepare_data.py state preprocess", *renamed(options, names)])
+        words = ["python prepare_data.py state preprocess", *renamed(options, names)]
+        return f"{' '.join(words)} --target_sum=N, N the median count of a cell, as State has it (ours: 10000)"
     if verb == "preprocess_infer":
         return ("python sample.py RUN --adata=FILE --perturbations=NAME,NAME instead of infer: it draws the control "
                 "cells itself")

@@ -430,7 +430,7 @@ def test_a_command_of_state_has_no_data_unless_it_names_them(capsys):
      "X_hvg --output o.h5ad", "type python sample.py m/checkpoints/final.ckpt --adata=c.h5ad --columns.pert_col=gene "
                               "--columns.embed_key=X_hvg --out=o"),
     ("tx preprocess_train --adata raw.h5ad --output p.h5ad --num_hvgs 2000",
-     "type python prepare_data.py state preprocess --input=raw.h5ad --output=p.h5ad --num_hvgs=2000"),
+     "type python prepare_data.py state preprocess --input=raw.h5ad --output=p.h5ad --num_hvgs=2000 --target_sum=N"),
     ("tx preprocess_infer --adata a.h5ad --output b.h5ad --control_condition x --pert_col gene", "sample.py"),
     ("emb fit --conf my.yaml", "embed_key"), ("emb transform --model-folder SE --input a.h5ad", "embed_key"),
     ("emb query --lancedb x --k 3", "embed_key"), ("infer --adata a.h5ad", "type python sample.py"),
