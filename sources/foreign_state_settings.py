@@ -253,13 +253,17 @@ def complete_both(values: dict[str, Any], fields: dict[str, str]) -> dict[str, A
     if "transformer_backbone_key" in by_file or len(by_file) > 1:
         # A file, or model=NAME, replaces another model whole: what it leaves out is the default of the code.
         more = {name: value for name, value in DEFAULTS.items() if name not in NOT_OF_MODEL_FILES}
-        more |= {"lora_dropout": 0.0} | (GPT2_DEFAULTS if gpt2 else {})
+        more |= {"lora_dropout": 0.0, "gene_decoder_bool": None, "decoder_hidden_dims": [1_024, 1_024, 512]}
+        more |= GPT2_DEFAULTS if gpt2 else {}
     elif gpt2:
         # On top of the default Llama, whose names of the dropouts a GPT-2 does not know.
         more = {name: value for name, value in GPT2_DEFAULTS.items() if name.endswith("_dropout")}
     if gpt2:
         more["d_mlp"] = 4 * values["d_model"]
-    more = {name: value for name, value in more.items() if name not in fields}
+    # That of a model which another took the place of, as model=NAME does with that of a list of defaults, is gone.
+    chosen = fields.get("transformer_backbone_key")
+    gone = {name for name, where in fields.items() if where.startswith("model=") and where != chosen}
+    more = {name: value for name, value in more.items() if name not in fields or name in gone}
     if gpt2:
         more |= {"d_head": None, "n_kv_heads": None, "bidirectional_attention": True, "rotary": False}
     return more

@@ -267,7 +267,10 @@ def test_the_template_of_state_is_read_with_its_list_of_defaults():
                       "hydra": {"output_subdir": None, "run": {"dir": "."}, "job_logging": {"root": {"level": "INFO"}}}}
     cfg = read(write("config.yaml", template), TOML)
     assert sizes(cfg) == SPEC["state_sm"] and differs(cfg, {"out_dir": "here/n", "max_steps": 400_000}) == {}
-    assert sizes(read("config.yaml", TOML, "model=tahoe_best")) == SPEC["tahoe_best"]
+    # Of the model that another takes the place of nothing is left.
+    for name in ("tahoe_best", "pertsets"):
+        alone = read(TOML, f"model={name} output_dir=here name=x wandb.entity=e wandb.project=p")
+        assert read("config.yaml", TOML, f"model={name}", "name=x") == alone
 
 
 def test_references_are_filled_in():
