@@ -193,8 +193,9 @@ def test_a_llama_that_does_not_say_so_is_causal_in_this_state_and_bidirectional_
     old = [content | {"name": "PertSets"}, content | {"kwargs": content["kwargs"] | {"freeze_pert": False}},
            content | {"kwargs": content["kwargs"] | {"nb_decoder": False}}]
     for i, file in enumerate(old):
-        cfg = read(write(f"old{i}.yaml", file), TOML)
-        assert (cfg.bidirectional_attention, cfg.rotary) == (True, False)
+        for whole in (file, {"model": file}):
+            cfg = read(write(f"old{i}.yaml", whole), TOML)
+            assert (cfg.bidirectional_attention, cfg.rotary) == (True, False)
     cfg = read("train", "m.yaml")  # as SmolState has it always
     assert (cfg.bidirectional_attention, cfg.rotary) == (True, False)
     assert "causal" not in capsys.readouterr().err
@@ -294,7 +295,7 @@ def test_a_batch_is_that_of_all_micro_steps_and_devices(capsys):
     assert differs(read(t, TOML), {"batch_size": 32, "grad_accum": 4, "eval_interval": 8, "max_steps": 700}) == {}
     cfg = read(t, TOML, "training.batch_size=3", "training.devices=2")
     assert differs(cfg, {"batch_size": 24, "grad_accum": 4, "save_interval": 20}) == {}
-    assert "torchrun --nproc_per_node=2" in capsys.readouterr().err
+    assert "devices = 2: torchrun --nproc_per_node" in capsys.readouterr().err
     # Our own words mean ours.
     cfg = read(TOML, "--grad_accum=2", "--batch_size=6", "--eval_interval=50")
     assert differs(cfg, {"batch_size": 6, "grad_accum": 2, "eval_interval": 50}) == {}
