@@ -50,7 +50,7 @@ def differs(cfg: Config, expected: dict) -> dict:
 # By reading State's configs/config.yaml and what its code and cell-load add.
 OF_STATE = {
     "pert_col": "gene", "cell_type_key": "cell_type", "batch_col": "gem_group", "control_pert": "DMSO_TF",
-    "embed_key": None, "output_space": "all", "basal_mapping_strategy": "random", "n_basal_samples": 1,
+    "embed_key": None, "output_space": "all", "strict": False, "basal_mapping_strategy": "random", "n_basal_samples": 1,
     "should_yield_control_cells": True, "map_controls": True, "downsample_cells": None, "val_fraction": 0.0,
     "zeroshot_controls": True, "cell_set_len": 512, "d_model": 768, "n_layers": 8, "n_heads": 12, "n_kv_heads": 12,
     "d_head": 64, "d_mlp": 3072, "n_encoder_layers": 1, "n_decoder_layers": 1, "use_basal_projection": True,
