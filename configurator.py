@@ -298,6 +298,8 @@ class Settings:
             hint = ELSEWHERE[plain].format(key=key, value=raw)
             if plain == "checkpoint" and "resume" in self.kinds:
                 hint = f"--resume={raw} goes on from it, --analyze={raw} measures it, sample.py {raw} uses it"
+            if plain == "cfg" and raw in ("job", "hydra", "all"):
+                hint = "--print_config prints all settings, and stops"
             self.errors.append(f"{where}: {hint}")
         elif name is None and parts[0].startswith("hydra"):
             self.ignored.append(key)
@@ -379,7 +381,8 @@ class Settings:
             return
         self.given[key] = value
         for parts, raw in self.leaves(known[value], lambda value: value, f"{key}={value}"):
-            self.assign(parts, raw, f"{key}={value}")
+            if not self.is_absent(parts, raw):
+                self.assign(parts, raw, f"{key}={value}")
 
     def apply_groups(self, overrides: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         """Read the groups among the overrides, which come before these in Hydra; the overrides without them."""

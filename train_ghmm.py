@@ -43,7 +43,7 @@ from configurator import (
 from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
 from measure.tracker import MetricTracker
 from sources.foreign import SIMPLEXITY
-from sources.foreign_ghmm import ALIASES
+from sources.foreign_ghmm import ALIASES, agree, config_beside, convert_checkpoint, is_source_checkpoint
 from sources.processes import (  # noqa: F401
     PROCESSES,
     Process,
@@ -683,8 +683,11 @@ def data_of(cfg: Config, process: Process) -> dict[str, str]:
 def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Module, int]:
     """(settings, process, model, steps done) of a run folder or checkpoint, on the CPU; the settings name `device`.
 
+    A checkpoint of Simplexity is read with the config.yaml of its run.
     Raises CheckpointError for a missing, damaged or foreign file.
     """
+    if is_source_checkpoint(path):
+        return load_source(path, device)
     state = checkpoint.load(path, __file__)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)
     cfg.device = device  # that of this machine, not of the one it was trained on
@@ -693,6 +696,20 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     model = build_model(cfg, process.vocab_size)
     checkpoint.load_weights(model, state["model"], path)
     return cfg, process, model, state["step"]
+
+
+def load_source(path: Path, device: str) -> tuple[Config, Process, nn.Module, int]:
+    """What load_run returns, of a checkpoint of Simplexity."""
+    cfg = configure(Config, [str(config_beside(path)), "--dialect=simplexity"], ALIASES, SIMPLEXITY)
+    process = build_process(cfg)
+    told, weights, step = convert_checkpoint(path)
+    cfg = Config(**agree(told, config_dict(cfg), process.vocab_size, path))
+    cfg.device = device
+    if "position" in weights:
+        weights["position"] = weights["position"][: cfg.n_ctx]  # it was trained on no longer sequences
+    model = build_model(cfg, process.vocab_size)
+    checkpoint.load_weights(model, weights, path)
+    return cfg, process, model, step
 
 
 def analyze(cfg: Config) -> dict:

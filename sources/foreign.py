@@ -73,14 +73,13 @@ GRU = {"model": "gru", "one_hot": True, "n_layers": 4, "d_model": 64}
 HOOKED = {  # a HookedTransformer of transformer-lens
     "model": "transformer",
     "n_layers": 2,
-    "n_heads": 2,
     "d_model": 64,
     "d_head": 32,
     "d_mlp": 256,
     "act": "gelu",
     "normalization": "LN",
     "positional": "learned",
-    "cfg": {"n_ctx": 6},
+    "cfg": {"n_heads": 2, "n_ctx": 6},
 }
 PLAIN = {  # without normalization
     "model": "transformer",
@@ -200,6 +199,7 @@ SIMPLEXITY = (
                 ),
             ),
         },
+        speaks=foreign_ghmm.speaks,
         complete=foreign_ghmm.complete,
     ),
 )  # fmt: skip

@@ -4,9 +4,16 @@ Its settings are Hydra's: `training.optimizer.instance.lr`, `_target_` for the c
 sequences of sequence_len tokens as inputs and labels: it predicts from one token fewer, or from as many behind a BOS.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from common.errors import CheckpointError
 from configurator import READ, Derived, convert, note
+from sources.foreign_checkpoints import is_equinox, read_checkpoint
 from sources.processes import all_parameters, make_process, parameters
 
 
@@ -35,9 +42,9 @@ NO_EFFECT = (  # names, sizes that follow from others, what is judged and writte
 TOGETHER = (  # what `complete` reads
     "_target_", "_partial_", "_recursive_", "_convert_", "process_names", "process_kwargs", "process_params",
     "process_weights", "component_weights", "vocab_maps", "add_bos_token", "bos_token", "eos_token", "use_eos",
-    "d_vocab", "cfg.n_ctx", "instance.n_ctx", "cfg.seed", "instance.seed", "cfg.device", "instance.device",
-    "cfg.positional_embedding_type", "attn_only", "act_type", "use_ln", "hidden_sizes", "init_mode",
-    "initializer_range", "betas", "eps", "eps_root", "nesterov", "amsgrad")  # fmt: skip
+    "d_vocab", "cfg.n_heads", "cfg.n_ctx", "instance.n_ctx", "cfg.seed", "instance.seed", "cfg.device",
+    "instance.device", "cfg.positional_embedding_type", "attn_only", "act_type", "use_ln", "hidden_sizes",
+    "init_mode", "initializer_range", "betas", "eps", "eps_root", "nesterov", "amsgrad")  # fmt: skip
 ALIASES = {  # names of the source's command lines and YAML files, then those that a setting had here before
     "process_name": "process",
     "pR1": "p1",
@@ -95,6 +102,7 @@ MODELS = {  # _target_ of a model: ours
     "simplexity.predictive_models.pytorch_transformer.build_pytorch_transformer": "transformer",
     "transformer_lens.HookedTransformer": "transformer",
 }
+PLAIN = "pytorch_transformer"
 DECAY = {  # _target_ of an optimizer: its weight decay where none is given
     "optax.adam": 0.0,
     "optax.adamw": 1e-4,
@@ -112,6 +120,15 @@ NOT_BUILT = {  # group=NAME of what has no like here
 }  # fmt: skip
 OTHER_PROCESS = "choose training_data_generator=mess3 or another of python train_ghmm.py --help"
 OTHER_MODEL = "choose predictive_model=gru_rnn or predictive_model=transformer_lens_2L2H"
+
+
+def speaks(given: dict[str, Any]) -> bool:
+    """Whether a file's list of defaults is of the source's parts."""
+    chosen = given.get("defaults")
+    for item in chosen if isinstance(chosen, list) else ():
+        if isinstance(item, dict) and any(str(key).split("@")[0] in PROCESS + MODEL for key in item):
+            return True
+    return False
 
 
 def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -272,14 +289,20 @@ def of_model(given: dict, names: dict, values: dict, fields: dict) -> dict[str, 
     if "embedding_size" in names:
         more["one_hot"] = False  # the one version whose GRU had an embedding
     if model == "transformer":
-        more |= of_transformer(names, values | more, fields)
+        own = PLAIN in (name, target.rsplit(".build_")[-1])
+        more |= of_transformer(names, values | more, fields, 1.0 if own else 0.8)
+        if own:
+            note("attention and unembedding of pytorch_transformer have no biases; here they have, 0 at first")
     if "device" not in fields:
         more["device"] = names.get("cfg.device") or names.get("instance.device") or values["device"]
     return more
 
 
-def of_transformer(names: dict, values: dict, fields: dict) -> dict[str, Any]:
-    """Sizes and initial weights of a HookedTransformer (or of the like of it) where they are not given."""
+def of_transformer(names: dict, values: dict, fields: dict, scale: float) -> dict[str, Any]:
+    """Sizes and initial weights of a HookedTransformer (or of the like of it) where they are not given.
+
+    scale: all matrices have the standard deviation scale / sqrt(d_model), those that write to the stream as well.
+    """
     if is_true(names.get("attn_only")):
         raise ValueError("attn_only: a transformer without MLPs is not built here: attn_only=false")
     if names.get("init_mode") not in (None, "gpt2"):
@@ -288,8 +311,11 @@ def of_transformer(names: dict, values: dict, fields: dict) -> dict[str, Any]:
     D = values["d_model"]
     if "d_mlp" not in fields:
         more["d_mlp"] = 4 * D
-    if int(names.get("n_heads") or values["n_heads"]) < 1 or "n_heads" not in fields:
-        more["n_heads"] = D // (values["d_head"] or D)
+    heads = names.get("cfg.n_heads")  # -1: as many as fit
+    if is_number(heads) and int(heads) > 0 and fields.get("n_heads") != "command line":
+        more["n_heads"] = int(heads)
+    elif is_number(heads) or "n_heads" not in fields:
+        more["n_heads"] = max(1, D // (values["d_head"] or D))
     kinds = {"standard": "learned", "learned": "learned", "rotary": "rope", "rope": "rope", "none": "none"}
     kind = names.get("cfg.positional_embedding_type")
     if kind is not None:
@@ -298,8 +324,6 @@ def of_transformer(names: dict, values: dict, fields: dict) -> dict[str, Any]:
         more["positional"] = kinds[kind]
     if names.get("act_type") is not None:
         more["act"] = str(names["act_type"]).lower()
-    # All matrices of standard deviation 0.8 / sqrt(d_model), those that write to the stream as well.
-    scale = 0.8
     if is_number(names.get("initializer_range")) and float(names["initializer_range"]) > 0:
         scale = float(names["initializer_range"]) * D**0.5
     for setting, value in (("init_scale", scale), ("writer_scale", 1.0), ("norm_eps", 1e-5)):
@@ -360,10 +384,6 @@ def say_what_differs(given: dict, names: dict, values: dict) -> None:
     seeds = {str(names[key]) for key in ("cfg.seed", "instance.seed") if names.get(key) is not None}
     if seeds and seeds != {str(values["seed"])} and not any("${" in seed for seed in seeds):
         note(f"one seed is for model and data: seed = {values['seed']}")
-    if str(given.get("predictive_model", "")) == "pytorch_transformer" or any(
-        str(value).endswith("build_pytorch_transformer") for value in given.values()
-    ):
-        note("attention and unembedding of pytorch_transformer have no biases; here they have")
 
 
 def is_true(value: Any) -> bool:
@@ -375,3 +395,201 @@ def is_number(value: Any) -> bool:
         return value is not None and convert(value, float) is not None
     except ValueError:
         return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: state dicts of HookedTransformer and pytorch_transformer (.pt), leaves of the GRU (.eqx of Equinox)
+# ---------------------------------------------------------------------------------------------------------------
+HOOKED = "blocks.0.attn.W_Q"  # a weight that every HookedTransformer has
+Weights = dict[str, torch.Tensor]
+
+
+def is_source_checkpoint(path: str | Path) -> bool:
+    """Whether a file is a checkpoint of the source rather than of this repository."""
+    if is_equinox(path):
+        return True
+    if not Path(path).is_file():
+        return False
+    try:
+        contents = read_checkpoint(path, mmap=True)
+    except CheckpointError:  # what is wrong with it is told by whoever reads it
+        return False
+    return isinstance(contents, dict) and HOOKED in plain_weights(contents)
+
+
+def convert_checkpoint(path: str | Path) -> tuple[dict[str, Any], Weights, int]:
+    """(settings that the weights tell, weights by our names, steps done) of a checkpoint of the source.
+
+    "vocab_size" and "rows" (of the table of positions) are told as well. The steps are those of the folder that it is
+    in, as the source names it: STEP/model.pt, step_STEP/model.pt.
+    Raises CheckpointError where the file is damaged or of another model.
+    """
+    path = Path(path)
+    step = re.fullmatch(r"(?:step_)?(\d+)", path.resolve().parent.name)
+    if is_equinox(path):
+        settings, weights = from_gru(read_leaves(path), path)
+    else:
+        settings, weights = from_hooked(plain_weights(read_checkpoint(path)), path)
+    return settings, weights, int(step[1]) if step else 0
+
+
+def config_beside(path: str | Path) -> Path:
+    """The config.yaml of a checkpoint's run: beside it, or in the folders above, where Hydra's .hydra may hold it.
+
+    Raises CheckpointError where there is none: weights do not tell the process, nor the nonlinearity.
+    """
+    for folder in list(Path(path).resolve().parents)[:3]:
+        for place in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
+            if place.is_file():
+                note(f"{path} is read as of the run of {place}")
+                return place
+    raise CheckpointError(
+        f"{path} is a checkpoint of Simplexity without the config.yaml of its run, which says the process and the "
+        "nonlinearity: put it beside the checkpoint"
+    )
+
+
+def agree(told: dict[str, Any], config: dict[str, Any], vocab_size: int, path: str | Path) -> dict[str, Any]:
+    """Settings with what the weights tell of them. vocab_size: of the process of the settings.
+
+    Raises CheckpointError where the weights are not of a model of these settings.
+    """
+    told = dict(told)
+    size = told.pop("vocab_size")
+    rows = told.pop("rows", None)
+    wrong = [f"{name} = {config[name]}, the weights {told[name]}" for name in ("model", "normalization", "positional")
+             if told.get(name, config[name]) != config[name]]  # fmt: skip
+    if size != vocab_size:
+        wrong.append(f"a process of {vocab_size} tokens, the weights {size}")
+    if rows is not None and rows < config["n_ctx"]:
+        wrong.append(f"n_ctx = {config['n_ctx']}, the weights {rows}")
+    if told["model"] == "transformer" and "normalization" not in told and config["normalization"] in ("LN", "RMS"):
+        wrong.append(f"normalization = {config['normalization']}, the weights none that is learned")
+    if wrong:
+        raise CheckpointError(f"{path} is not of the run that its config.yaml is of: it says {'; '.join(wrong)}")
+    return config | told
+
+
+def plain_weights(contents: dict) -> Weights:
+    """A state dict without what torch.compile, DistributedDataParallel and a wrapper put before its names."""
+    if not isinstance(contents, dict):
+        return {}
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+    weights = {}
+    for name, value in contents.items():
+        if isinstance(value, torch.Tensor):
+            plain = str(name).replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
+            weights[plain] = value
+    return weights
+
+
+def from_hooked(source: Weights, path: Path) -> tuple[dict[str, Any], Weights]:
+    """(settings, weights) of a HookedTransformer: ours has its matrices transposed, and its heads side by side."""
+    if "blocks.0.attn.b_Q" not in source:
+        source = as_hooked(source)
+    heads, D, C = source[HOOKED].shape
+    layers = {name.split(".")[1] for name in source if name.startswith("blocks.")}
+    settings = {"model": "transformer", "n_layers": len(layers), "n_heads": heads, "d_model": D, "d_head": C}
+    norms = {"attention_norm": "ln1", "mlp_norm": "ln2"}
+    learned = [part for part in ("w", "b") if f"ln_final.{part}" in source]
+    if learned:
+        settings["normalization"] = "LN" if "b" in learned else "RMS"
+    ours = {}
+    try:
+        settings["vocab_size"] = len(source["embed.W_E"])
+        settings["d_mlp"] = source["blocks.0.mlp.W_in"].shape[1]
+        ours["embed.weight"] = source["embed.W_E"]
+        if "pos_embed.W_pos" in source:
+            settings |= {"positional": "learned", "rows": len(source["pos_embed.W_pos"])}
+            ours["position"] = source["pos_embed.W_pos"]
+        else:
+            settings["positional"] = "rope" if "blocks.0.attn.rotary_sin" in source else "none"
+        for i in range(len(layers)):
+            block = f"blocks.{i}."
+            attention = block + "attn."
+            # [H, D, C] of each to [3 H C, D] of all three.
+            matrices = [source[f"{attention}W_{kind}"].transpose(1, 2).flatten(0, 1) for kind in "QKV"]
+            ours[block + "qkv.weight"] = torch.cat(matrices)
+            ours[block + "qkv.bias"] = torch.cat([source[f"{attention}b_{kind}"].flatten() for kind in "QKV"])
+            ours[block + "attention_out.weight"] = source[attention + "W_O"].flatten(0, 1).T.contiguous()
+            ours[block + "attention_out.bias"] = source[attention + "b_O"]
+            for layer in ("in", "out"):
+                ours[f"{block}mlp_{layer}.weight"] = source[f"{block}mlp.W_{layer}"].T.contiguous()
+                ours[f"{block}mlp_{layer}.bias"] = source[f"{block}mlp.b_{layer}"]
+            for norm, theirs in norms.items():
+                for part in learned:
+                    ours[f"{block}{norm}.{'weight' if part == 'w' else 'bias'}"] = source[f"{block}{theirs}.{part}"]
+        for part in learned:
+            ours["final_norm." + ("weight" if part == "w" else "bias")] = source[f"ln_final.{part}"]
+        ours["unembed.weight"] = source["unembed.W_U"].T.contiguous()
+        ours["unembed.bias"] = source["unembed.b_U"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} is a HookedTransformer that is not built here: it has no weights {error.args[0]}"
+        ) from error
+    return settings, ours
+
+
+def as_hooked(source: Weights) -> Weights:
+    """Weights of the source's own pytorch_transformer as a HookedTransformer has them: transposed, with biases of 0."""
+    hooked = {}
+    for name, value in source.items():
+        part, weight = name.rsplit(".", 1)
+        if weight in ("W_Q", "W_K", "W_V"):
+            hooked[name] = value.transpose(1, 2)
+            hooked[f"{part}.b_{weight[-1]}"] = torch.zeros_like(value[..., 0])
+        elif weight == "W_O":
+            heads, C, _ = source[f"{part}.W_Q"].shape
+            hooked[name] = value.T.unflatten(0, (heads, C))
+            hooked[f"{part}.b_O"] = torch.zeros_like(value[:, 0])
+        elif weight in ("W_E", "W_in", "W_out"):
+            hooked[name] = value.T
+        else:
+            hooked[name] = value
+    if "unembed.W_U" in source:
+        hooked["unembed.b_U"] = torch.zeros_like(source["unembed.W_U"][0])
+    return hooked
+
+
+def read_leaves(path: Path) -> list[torch.Tensor]:
+    """The arrays of an .eqx file in their order; nothing in it is executed. Raises CheckpointError if it is damaged."""
+    leaves = []
+    try:
+        with open(path, "rb") as file:
+            while file.peek(1):
+                leaves.append(torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False)))
+    except (ValueError, EOFError, OSError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+    return leaves
+
+
+def from_gru(leaves: list[torch.Tensor], path: Path) -> tuple[dict[str, Any], Weights]:
+    """(settings, weights) of the source's GRU: for each layer weight_ih, weight_hh, bias, bias_n, then the last layer.
+
+    Gates are in the order r, z, n, as here. Its bias has no part of its own for the hidden state but that of n.
+    """
+    *cells, W, b = leaves if len(leaves) > 5 else [None] * 3
+    layers = [cells[i : i + 4] for i in range(0, len(cells), 4)]
+    ours = {}
+    H = 0 if W is None or W.ndim != 2 else W.shape[1]
+    width = len(b) if H else 0  # V: tokens are read as one-hot vectors
+    for i, layer in enumerate(layers):
+        shapes = [tuple(leaf.shape) for leaf in layer if leaf is not None]
+        if not H or shapes != [(3 * H, width), (3 * H, H), (3 * H,), (H,)]:
+            raise CheckpointError(
+                f"{path} holds the leaves of a model that is not built here; the GRU of Simplexity is, whose layers "
+                f"are as wide as each other"
+            )
+        weight_ih, weight_hh, bias, bias_n = layer
+        zeros = torch.zeros(2 * H, dtype=bias.dtype)
+        ours |= {
+            f"layers.{i}.weight_ih_l0": weight_ih,
+            f"layers.{i}.weight_hh_l0": weight_hh,
+            f"layers.{i}.bias_ih_l0": bias,
+            f"layers.{i}.bias_hh_l0": torch.cat([zeros, bias_n]),
+        }
+        width = H
+    ours |= {"unembed.weight": W, "unembed.bias": b}
+    return {"model": "gru", "one_hot": True, "n_layers": len(layers), "d_model": H, "vocab_size": len(b)}, ours
