@@ -235,7 +235,7 @@ class Settings:
         self.dialects, self.dialect = dialects, None
         self.group_names = {name for dialect in dialects for name in dialect.groups if name not in self.kinds}
         self.given: dict[str, Any] = {}  # {dotted key: value as written}
-        self.fields: dict[str, str] = {}  # {field that was set: where}
+        self.fields: dict[str, str] = {}  # {field that was set, or dotted key to READ: where}
         strays = set(self.aliases.values()) - {*self.kinds, IGNORED, READ}
         assert not strays, f"aliases for fields that {Config.__name__} does not have: {sorted(strays)}"
 
@@ -291,6 +291,7 @@ class Settings:
         where = f"{source}: {key if key.isprintable() and key == key.strip() and len(key) < 80 else _short(key)}"
         name, inside = self.resolve(parts)
         if name == READ and self.dialect:
+            self.fields[key] = source
             return None
         name = None if name == READ else name
         plain = key.replace("-", "_")
@@ -401,11 +402,14 @@ class Settings:
         """Add what the dialect makes of all settings together."""
         try:
             more = self.dialect.completed(self.given, self.values, self.fields)
-            for name, value in more.items():
-                self.values[name] = convert(value, self.kinds[name])
         except ValueError as error:
             self.errors.append(str(error))
             return
+        for name, value in more.items():
+            try:
+                self.values[name] = convert(value, self.kinds[name])
+            except ValueError as error:
+                self.errors.append(f"{name} = {_short(value)}: {error}")
         if "device" in more and self.fields.get("device"):
             note(f"device = cuda of {self.fields['device']} is not there: device = {more['device']}")
 

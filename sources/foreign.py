@@ -43,7 +43,7 @@ class Dialect:
         Args:
             given: {dotted key of the source: value as written}, of files, groups and the command line.
             values: {our setting: value}.
-            fields: {our setting that somebody set: by which file, or "command line"}.
+            fields: {our setting that somebody set, or dotted key that is READ: by which file, or "command line"}.
         Raises ValueError, whose text is the error to tell, for what cannot be what it was there.
         """
         more = self.complete(given, values, fields) if self.complete else {}

@@ -161,21 +161,27 @@ def by_name(given: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def chosen(given: dict[str, Any], groups: tuple[str, ...]) -> tuple[str, str]:
-    """(group=NAME, `_target_`) of a part of the configuration; a NAME replaces what a file has in its place."""
-    target = ""
+def chosen(given: dict[str, Any], fields: dict[str, str], groups: tuple[str, ...]) -> tuple[str, str]:
+    """(NAME of group=NAME, "") or ("", `_target_`) of a part of the configuration.
+
+    A NAME replaces what a file has in its place, and a `_target_` on the command line what NAME has.
+    """
+    name = target = ""
     for key, value in given.items():
         first, _, rest = key.partition(".")
-        if rest.endswith("instance._target_") and first.split("@")[-1] in groups:
-            target = value
-        if "." not in key and key.split("@")[-1].split("/")[0] in groups and isinstance(value, str):
-            return value, ""
-    return "", target
+        part = first.split("@")[-1]
+        if rest.endswith("instance._target_") and part in groups:
+            target = str(value)
+            if fields.get(key) == "command line":
+                return "", target
+        elif not rest and part.split("/")[0] in groups and isinstance(value, str):
+            name = value
+    return (name, "") if name else ("", target)
 
 
 def of_process(given: dict, names: dict, values: dict, fields: dict) -> dict[str, Any]:
     """process, its parameters and components."""
-    name, target = chosen(given, PROCESS)
+    name, target = chosen(given, fields, PROCESS)
     if name in NOT_BUILT or target and target not in BUILDERS:
         what = NOT_BUILT.get(name, target)
         raise ValueError(f"{PROCESS[0]}: {what} is no process of this page: {OTHER_PROCESS}")
@@ -230,12 +236,12 @@ def components_of(names: dict[str, Any]) -> list[dict[str, Any]] | None:
 def of_tokens(given: dict, names: dict, values: dict, fields: dict) -> dict[str, Any]:
     """add_bos, n_ctx and carry_state."""
     more = {}
-    if names.get("eos_token") is not None or is_true(names.get("use_eos")):
+    if names.get("eos_token") is not None or is_true(names, "use_eos"):
         raise ValueError("eos_token: a token after the last of every sequence says nothing of the process and is not "
                          "built here: leave it out (eos_token=null, use_eos=false)")
     # A BOS of the data stands before sequence_len tokens; one of the builder is the first of them.
     outside = values["add_bos"] if "add_bos" in fields else names.get("bos_token") is not None
-    bos = outside or is_true(names.get("add_bos_token"))
+    bos = outside or is_true(names, "add_bos_token")
     more["add_bos"] = bos
     check_vocabulary(names, values, bos)
     room = names.get("cfg.n_ctx") or names.get("instance.n_ctx")
@@ -275,7 +281,7 @@ def check_vocabulary(names: dict, values: dict, bos: bool) -> None:
 
 def of_model(given: dict, names: dict, values: dict, fields: dict) -> dict[str, Any]:
     """Which network, its sizes and initial weights."""
-    name, target = chosen(given, MODEL)
+    name, target = chosen(given, fields, MODEL)
     if name in NOT_BUILT or target and target not in MODELS:
         what = NOT_BUILT.get(name, target)
         raise ValueError(f"{MODEL[0]}: {what} is no model of this page: {OTHER_MODEL}")
@@ -293,8 +299,10 @@ def of_model(given: dict, names: dict, values: dict, fields: dict) -> dict[str, 
         more |= of_transformer(names, values | more, fields, 1.0 if own else 0.8)
         if own:
             note("attention and unembedding of pytorch_transformer have no biases; here they have, 0 at first")
-    if "device" not in fields:
-        more["device"] = names.get("cfg.device") or names.get("instance.device") or values["device"]
+    device = names.get("cfg.device") or names.get("instance.device")
+    if device and "device" not in fields:
+        there = not str(device).startswith("cuda") or torch.cuda.is_available()
+        more["device"] = device if there else "auto"
     return more
 
 
@@ -303,7 +311,7 @@ def of_transformer(names: dict, values: dict, fields: dict, scale: float) -> dic
 
     scale: all matrices have the standard deviation scale / sqrt(d_model), those that write to the stream as well.
     """
-    if is_true(names.get("attn_only")):
+    if is_true(names, "attn_only"):
         raise ValueError("attn_only: a transformer without MLPs is not built here: attn_only=false")
     if names.get("init_mode") not in (None, "gpt2"):
         raise ValueError(f"init_mode = {names['init_mode']}: initial weights are normal here, as in init_mode=gpt2")
@@ -334,7 +342,7 @@ def of_transformer(names: dict, values: dict, fields: dict, scale: float) -> dic
 
 def of_optimizer(given: dict, names: dict, values: dict, fields: dict) -> dict[str, Any]:
     """Both betas and the weight decay; refused is what is neither Adam nor AdamW."""
-    name, target = chosen(given, OPTIMIZER)
+    name, target = chosen(given, fields, OPTIMIZER)
     if target and target not in DECAY:
         raise ValueError(f"optimizer: {target} is not built here: Adam and AdamW are, as _target_={list(DECAY)[2]}")
     for schedule in ("lr_scheduler", "learning_rate_scheduler"):
@@ -342,15 +350,20 @@ def of_optimizer(given: dict, names: dict, values: dict, fields: dict) -> dict[s
             raise ValueError(f"{schedule}: not built here: leave it out, and set schedule=constant or schedule=cosine "
                              "and warmup_steps instead")
     for switch in ("nesterov", "amsgrad"):
-        if is_true(names.get(switch)):
+        if is_true(names, switch):
             raise ValueError(f"optimizer: {switch} is not built here: {switch}=false is plain Adam")
     for number, usual in (("eps", 1e-8), ("eps_root", 0.0)):
         if f"cfg.{number}" not in names and is_number(names.get(number)) and float(names[number]) != usual:
             raise ValueError(f"optimizer: {number} = {names[number]}: it is {usual:g} here and no setting")
     more = {}
     if names.get("betas") is not None:
-        more["beta1"], more["beta2"] = convert(names["betas"], tuple[float, float])
-    if target and "weight_decay" not in fields:
+        try:
+            more["beta1"], more["beta2"] = convert(names["betas"], tuple[float, float])
+        except ValueError as error:
+            raise ValueError(f"betas = {names['betas']}: {error}") from error
+    # No file of Adam names a weight decay: that of a group is ours, to replace what was there.
+    of_group = "=" in fields.get("weight_decay", "") and not values["weight_decay"]
+    if target and (of_group or "weight_decay" not in fields):
         more["weight_decay"] = DECAY[target]
     elif target.endswith(("adam", "Adam")) and values["weight_decay"]:
         raise ValueError(f"weight_decay = {values['weight_decay']:g} of {target} is added to the gradient; here it is "
@@ -375,10 +388,10 @@ def of_intervals(names: dict, values: dict, fields: dict) -> dict[str, Any]:
 
 def say_what_differs(given: dict, names: dict, values: dict) -> None:
     """A line for each choice that changes no result, but where it is found."""
-    logger, logs = chosen(given, ("logging",))
+    logger, logs = chosen(given, {}, ("logging",))
     if "mlflow" in f"{logger}{logs}".lower():
         note("nothing is sent to MLflow: metrics go to metrics.jsonl in out_dir; --tensorboard and --wandb log as well")
-    persister, stores = chosen(given, ("persistence", "persister"))
+    persister, stores = chosen(given, {}, ("persistence", "persister"))
     if any(word in f"{persister}{stores}".lower() for word in ("s3", "mlflow")):
         note("checkpoints are written to out_dir on this machine, not to S3 or MLflow")
     seeds = {str(names[key]) for key in ("cfg.seed", "instance.seed") if names.get(key) is not None}
@@ -386,8 +399,14 @@ def say_what_differs(given: dict, names: dict, values: dict) -> None:
         note(f"one seed is for model and data: seed = {values['seed']}")
 
 
-def is_true(value: Any) -> bool:
-    return value is not None and convert(value, bool)
+def is_true(names: dict[str, Any], name: str) -> bool:
+    """Whether a switch is there and on. Raises ValueError where it is neither on nor off."""
+    if names.get(name) is None:
+        return False
+    try:
+        return convert(names[name], bool)
+    except ValueError as error:
+        raise ValueError(f"{name} = {names[name]}: {error}") from error
 
 
 def is_number(value: Any) -> bool:
@@ -560,7 +579,7 @@ def read_leaves(path: Path) -> list[torch.Tensor]:
         with open(path, "rb") as file:
             while file.peek(1):
                 leaves.append(torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False)))
-    except (ValueError, EOFError, OSError, TypeError) as error:
+    except (ValueError, EOFError, OSError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
     return leaves
 

@@ -106,6 +106,8 @@ LINES = {  # of its READMEs and its documentation
     "training.optimizer.instance.betas=[0.8,0.95]": {"beta1": 0.8, "beta2": 0.95},
     "training.optimizer.instance.b1=0.7 training.optimizer.instance.b2=0.98": {"beta1": 0.7, "beta2": 0.98},
     "training.optimizer.instance._target_=torch.optim.AdamW": {"weight_decay": 0.01},
+    "training=medium training.optimizer.instance._target_=torch.optim.AdamW": {"weight_decay": 0.01},
+    "training/optimizer=adamw training.optimizer.instance._target_=torch.optim.AdamW": {"weight_decay": 1e-4},
     "training.optimizer.instance._target_=optax.adamw training.optimizer.instance.weight_decay=0.3":
         {"weight_decay": 0.3},
     "training.validate_every=null training.log_every=null training.checkpoint_every=null training.num_steps=77":
@@ -152,6 +154,11 @@ REFUSALS = {
     "training.optimizer.instance._target_=torch.optim.SGD": "torch.optim.SGD is not built here: Adam and AdamW are",
     "training.optimizer.instance._target_=torch.optim.Adam training.optimizer.instance.weight_decay=0.1":
         "added to the gradient",
+    "training=medium training.optimizer.instance._target_=torch.optim.SGD": "torch.optim.SGD is not built here",
+    "predictive_model=gru_rnn predictive_model.instance._target_=my.Net": "my.Net is no model of this page",
+    "training.optimizer.instance.betas=0.9": "betas = 0.9: needs 2 values",
+    "training.optimizer.instance.betas=[0.9,1]": "beta2 = 1.0: must be in [0, 1)",
+    "generative_process.use_eos=maybe": "use_eos = maybe: not one of",
     "training.optimizer.instance.nesterov=true": "nesterov=false is plain Adam",
     "training.optimizer.instance.amsgrad=true": "amsgrad=false",
     "training.optimizer.instance.eps=1e-3": "eps = 1e-3: it is 1e-08 here",
@@ -352,6 +359,13 @@ def test_matrices_of_a_file_are_the_process():
                                    "    transition_matrices: [[[0.3]], [[0.7]]]\n")
     process = train_ghmm.build_process(read("config.yaml"))
     assert math.isclose(process.word_probability([1]), 0.7, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_device_of_the_model_that_is_not_there_is_no_demand(there, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    Path("config.yaml").write_text("predictive_model: {instance: {cfg: {device: cuda}}}")
+    assert read("config.yaml").device == ("cuda" if there else "auto")
 
 
 # ------------------------------------------------------------------------------------------------------ the model
