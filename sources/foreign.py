@@ -98,6 +98,8 @@ GHMM_MODELS = {
     "rnn": GRU,
     "small_rnn": GRU | {"n_layers": 2, "d_model": 16},
     "transformer_lens_2L2H": HOOKED,
+    "tiny_transformer": HOOKED
+    | {"n_layers": 1, "d_model": 1, "d_head": 1, "d_mlp": 1, "act": "relu", "cfg": {"n_heads": 1, "n_ctx": 128}},
     "pytorch_transformer": PLAIN,
     "transformer": {},
     "small_transformer": {},
@@ -155,6 +157,9 @@ GHMM_LOOPS = {
     "test": _loop(16, 64, 100, 10, 50, None),
     "phase_change": _loop(100, 512, 120, 1, 1, -1),
     "transformerlens": _loop(6, 32, 100, 10, 20, 50),
+    # Of the newest layout, whose loop evaluates instead of validating.
+    "minimal": _loop(2, 1, 10, 1, 2, 5) | {"evaluate_every": 2},
+    "full": _loop(65, 64, 100_000, 10, 100, 20_000) | {"evaluate_every": 100},
 }
 GHMM_FILES = {  # of --config-name
     "train_model": {},

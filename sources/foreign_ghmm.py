@@ -258,7 +258,7 @@ def of_tokens(given: dict, names: dict, values: dict, fields: dict) -> dict[str,
     elif "n_ctx" not in fields:
         more["n_ctx"] = values["n_ctx"] + outside
     # Its loop goes on with the process where the batch before ended; the newer one starts it anew for each.
-    newer = any(key.startswith("optimizer.") for key in given) or "evaluate_every" in names
+    newer = any(key.split(".")[0] == "optimizer" for key in given) or "evaluate_every" in names
     if "carry_state" not in fields:
         more["carry_state"] = not (bos or newer or values["initial_state"])
         if bos and not newer:
