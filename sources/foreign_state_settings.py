@@ -14,7 +14,7 @@ from typing import Any
 
 from common import checkpoint
 from common.errors import InputError
-from configurator import note
+from configurator import READ, note
 from sources.foreign_checkpoints import system_of
 
 ALIASES: dict[str, str | None] = {  # names of the sources' settings; None: without effect, there or here
@@ -80,18 +80,17 @@ ALIASES: dict[str, str | None] = {  # names of the sources' settings; None: with
         "input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim", "latent_dim", "n_cell_types",
         "n_perts", "n_batches", "gene_names", "datasets", "training_spec", "zeroshot", "fewshot", "state_path",
         # Read by complete_state and complete_smolstate.
-        "name", "overwrite", "use_wandb", "devices", "downsample", "finetune_vci_decoder", "nb_decoder",
+        "downsample", "finetune_vci_decoder", "nb_decoder",
         "log1p_from_raw_counts", "zero_perturbation_encoder", "int_counts", "exp_counts", "drop_last",
         "cache_perturbation_control_pairs",
     )),
+    **dict.fromkeys(("name", "overwrite", "use_wandb", "devices"), READ),
 }  # fmt: skip
 SMOLSTATE_MARKS = ("training_spec.", "state_path")  # keys of SmolState alone, and beginnings of such
 STATE_MARKS = (  # of both
     "data.kwargs.", "model.kwargs.", "kwargs.", "training.", "wandb_track", "use_mfu", "train_seed", "val_freq",
     "ckpt_every_n_steps", "gradient_clip_val", "use_wandb", "local_wandb_dir",
 )  # fmt: skip
-# Which have an effect, though no setting of their own.
-READS = ("name", "overwrite", "use_wandb", "devices", "training.devices")
 REFUSED = {  # what has no effect with this value alone, or with null, and what to do instead of another
     "downsample": ("1.0", "counts are not thinned here: thin those of the h5ad before"),
     "finetune_vci_decoder": ("false", "the embedding model of State is not here: leave it out"),
