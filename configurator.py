@@ -46,6 +46,7 @@ BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "of
          "1": True, "0": False}
 NONES = {"none": None, "null": None}
 IGNORED = "(ignored)"  # where the keys go that an alias sends to None
+READ = "(read by the dialect)"  # what an alias is of a key that only a dialect's `complete` knows how to read
 CONFIG_GROUP = "config_name"  # of a dialect: what --config-name=NAME stands for
 BARE = "files go bare, without --{key}: {value}"
 ELSEWHERE = {  # names of other systems, for which a page has its own way: what a refusal adds
@@ -88,7 +89,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     """A Config from its defaults, then the config files in argv in their order, then the overrides in theirs.
 
     aliases: foreign names, plain or dotted ("optim.learning_rate"), and the fields they mean; None is a name
-    that is accepted and has no effect here (one warning lists those met). A dotted alias beats a plain one. A name of
+    that is accepted and has no effect here (one warning lists those met), READ one that a dialect makes something of
+    once all settings are known. A dotted alias beats a plain one. A name of
     another unit is Derived(field, function): {"min_lr_ratio": Derived("min_lr", lambda ratio, cfg: ratio * cfg["lr"])}.
     dialects: of sources.foreign.Dialect. That of the settings, or that of --dialect=NAME, gives defaults of its own to
     what they leave out; --dialect=none takes no notice of any.
@@ -112,7 +114,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     overrides = settings.apply_groups(overrides)
     for key, raw in overrides:
         settings.given[key] = raw
-        settings.assign(key.split("."), raw, "command line")
+        if not settings.is_absent(key.split("."), raw):
+            settings.assign(key.split("."), raw, "command line")
     cfg = settings.build()
     if show & set(argv):
         _show(print_config(cfg))
@@ -233,8 +236,8 @@ class Settings:
         self.dialects, self.dialect = dialects, None
         self.group_names = {name for dialect in dialects for name in dialect.groups if name not in self.kinds}
         self.given: dict[str, Any] = {}  # {dotted key: value as written}
-        self.fields: dict[str, str] = {}  # {field that was set: where}
-        strays = set(self.aliases.values()) - {*self.kinds, IGNORED}
+        self.fields: dict[str, str] = {}  # {field that was set, or dotted key to READ: where}
+        strays = set(self.aliases.values()) - {*self.kinds, IGNORED, READ}
         assert not strays, f"aliases for fields that {Config.__name__} does not have: {sorted(strays)}"
 
     def build(self, check: bool = True) -> Any:
@@ -288,11 +291,17 @@ class Settings:
         key = ".".join(parts)
         where = f"{source}: {key if key.isprintable() and key == key.strip() and len(key) < 80 else _short(key)}"
         name, inside = self.resolve(parts)
+        if name == READ and self.dialect:
+            self.fields[key] = source
+            return None
+        name = None if name == READ else name
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
             hint = ELSEWHERE[plain].format(key=key, value=raw)
             if plain == "checkpoint" and "resume" in self.kinds:
                 hint = f"--resume={raw} goes on from it, --analyze={raw} measures it, sample.py {raw} uses it"
+            if plain == "cfg" and raw in ("job", "hydra", "all"):
+                hint = "--print_config prints all settings, and stops"
             self.errors.append(f"{where}: {hint}")
         elif name is None and parts[0].startswith("hydra"):
             self.ignored.append(key)
@@ -349,6 +358,8 @@ class Settings:
         if self.dialect:
             for name, value in copy.deepcopy(self.dialect.defaults).items():
                 self.values[name] = convert(value, self.kinds[name])
+            if self.dialect.refusal and (why := self.dialect.refusal(self.given)):
+                fail(why)
             note(f"read as {self.dialect.title}: absent keys take its defaults (--dialect=none: ours)")
         return overrides
 
@@ -374,12 +385,13 @@ class Settings:
             return
         self.given[key] = value
         for parts, raw in self.leaves(known[value], lambda value: value, f"{key}={value}"):
-            self.assign(parts, raw, f"{key}={value}")
+            if not self.is_absent(parts, raw):
+                self.assign(parts, raw, f"{key}={value}")
 
     def apply_groups(self, overrides: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         """Read the groups among the overrides, which come before these in Hydra; the overrides without them."""
         rest = []
-        for key, raw in overrides:
+        for key, raw in sorted(overrides, key=lambda pair: pair[0].replace("-", "_") != CONFIG_GROUP):
             plain = key.replace("-", "_")
             if self.dialect and plain in self.group_names & set(self.dialect.groups):
                 self.add_group(plain, raw, "command line")
@@ -393,11 +405,14 @@ class Settings:
         """Add what the dialect makes of all settings together."""
         try:
             more = self.dialect.completed(self.given, self.values, self.fields)
-            for name, value in more.items():
-                self.values[name] = convert(value, self.kinds[name])
         except ValueError as error:
             self.errors.append(str(error))
             return
+        for name, value in more.items():
+            try:
+                self.values[name] = convert(value, self.kinds[name])
+            except ValueError as error:
+                self.errors.append(f"{name} = {_short(value)}: {error}")
         if "device" in more and self.fields.get("device"):
             note(f"device = cuda of {self.fields['device']} is not there: device = {more['device']}")
 
@@ -406,12 +421,18 @@ class Settings:
         name, inside = self.resolve(parts)
         return name, *inside
 
-    def is_absent(self, parts: list[str]) -> bool:
-        """Whether a null of another system leaves a setting to its default: none is no value of it here."""
+    def is_absent(self, parts: list[str], raw: Any) -> bool:
+        """Whether a value of another system leaves a setting to its default.
+
+        That is OmegaConf's ???, for what is still to be set, and a null where none is no value of the setting here.
+        """
+        if not self.dialect or raw == "???":
+            return bool(self.dialect)
         name, inside = self.resolve(parts)
+        if raw is not None and not (isinstance(raw, Text) and raw.lower() in NONES):
+            return False
         unit = parts[-1].replace("-", "_") in self.units
-        return bool(self.dialect and name in self.kinds and not inside
-                    and (unit or "none" not in _words(self.kinds[name])))
+        return name in self.kinds and not inside and (unit or "none" not in _words(self.kinds[name]))
 
     # ------------------------------------------------------------------------------------------- command line
 
@@ -463,7 +484,7 @@ class Settings:
         # Nulls come last: they never compete with a value.
         for parts, raw in sorted(settings, key=lambda setting: setting[1] is None):
             key = ".".join(parts)
-            if raw is None and (self.place(parts) in seen or self.is_absent(parts)):
+            if self.is_absent(parts, raw) or raw is None and self.place(parts) in seen:
                 continue
             place = self.assign(parts, raw, name)
             if place:
@@ -710,6 +731,7 @@ def _to_union(value: Any, kinds: tuple) -> Any:
 
 
 def _to_choice(value: Any, choices: tuple) -> Any:
+    value = "none" if value is None else value  # null of YAML, where none is a choice
     for choice in sorted(choices, key=lambda choice: type(choice) is not type(value)):
         try:
             if convert(value, type(choice)) == choice:

@@ -292,6 +292,8 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
     page = importlib.import_module(f"train_{system}")
+    if system == "ghmm":
+        return import_ghmm(page, file, folder)
     options = {"attention": source_attention} if system == "state" else {}
     cfg, model, step, extra = page.load_run(file, **options)
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,6 +313,22 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
     print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
+
+
+def import_ghmm(page, file: Path, folder: Path) -> dict:
+    """A checkpoint of Simplexity, whose process is in the config.yaml of its run, as a run of train_ghmm.py."""
+    cfg, process, model, step = page.load_run(file)
+    cfg.out_dir = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_dict(cfg)
+    write_json(folder / "config.json", config)
+    extra = {"data": page.data_of(cfg, process)}
+    checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{file}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
+    print(f"  python sample.py {folder}")
+    print(f"  python train_ghmm.py --analyze={folder}")
+    return {"experiment": "ghmm", "step": step, "parameters": count, "out_dir": str(folder)}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from configurator import (
 from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
 from measure.tracker import MetricTracker
 from sources.foreign import SIMPLEXITY
+from sources.foreign_ghmm import ALIASES, agree, config_beside, convert_checkpoint, is_source_checkpoint
 from sources.processes import (  # noqa: F401
     PROCESSES,
     Process,
@@ -92,10 +93,13 @@ class Config:
     n_heads: Count = 1  # transformer: attention heads
     d_head: Count | None = None  # transformer: width of a head; default d_model / n_heads
     d_mlp: Count = 256  # transformer: width of the MLP
-    act: Literal["relu", "gelu"] = "relu"  # transformer: nonlinearity of the MLP
+    act: Literal["relu", "gelu", "silu"] = "relu"  # transformer: nonlinearity of the MLP
     positional: Literal["learned", "rope", "none"] = "learned"  # transformer: positional encoding
-    normalization: Literal["LN", "RMS", "none"] = "LN"  # transformer: normalization before each block and at the end
+    normalization: Literal["LN", "LNPre", "RMS", "RMSPre", "none"] = "LN"  # transformer; Pre learns no scale and shift
+    norm_eps: Positive | None = None  # transformer: added to what a normalization divides by; default PyTorch's
+    one_hot: bool = False  # recurrent: the first layer reads tokens as they are, without an embedding
     init_scale: Positive = 1.0  # factor on initial weight matrices; below 1 a network learns fewer, cleaner features
+    writer_scale: Positive | None = None  # transformer: one more on those that write to the stream; default GPT-2's
     # optimizer
     batch_size: Count = 512  # sequences a step, over all ranks and micro-steps
     grad_accum: Count = 1  # micro-steps a step
@@ -144,29 +148,6 @@ class Config:
         if self.carry_state and (self.initial_state or self.add_bos):
             wrong.append("carry_state continues sequences, so it goes with neither initial_state nor add_bos")
         return wrong
-
-
-ALIASES = {  # names of the source's command lines and YAML files, then those that a setting had here before
-    "process_name": "process",
-    "sequence_len": "n_ctx",
-    "num_layers": "n_layers",
-    "hidden_size": "d_model",
-    "embedding_dim": "d_model",
-    "embedding_size": "d_model",
-    "num_heads": "n_heads",
-    "mlp_hidden_dim": "d_mlp",
-    "act_fn": "act",
-    "positional_embedding_type": "positional",
-    "normalization_type": "normalization",
-    "learning_rate": "lr",
-    "num_train_steps": "max_steps",
-    "num_steps": "max_steps",
-    "log_every": "log_interval",
-    "validate_every": "eval_interval",
-    "checkpoint_every": "save_interval",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,7 +273,12 @@ def final_contexts(process: Process, cfg: Config) -> Contexts:
 # Model
 # ---------------------------------------------------------------------------------------------------------------
 def build_norm(cfg: Config) -> nn.Module:
-    return {"LN": nn.LayerNorm, "RMS": nn.RMSNorm, "none": nn.Identity}[cfg.normalization](cfg.d_model)
+    learned = not cfg.normalization.endswith("Pre")
+    if cfg.normalization.startswith("LN"):
+        return nn.LayerNorm(cfg.d_model, cfg.norm_eps or 1e-5, elementwise_affine=learned)
+    if cfg.normalization.startswith("RMS"):
+        return nn.RMSNorm(cfg.d_model, cfg.norm_eps, elementwise_affine=learned)
+    return nn.Identity()
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -324,7 +310,8 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(width, cfg.d_model)
         self.mlp_in = nn.Linear(cfg.d_model, cfg.d_mlp)
         self.mlp_out = nn.Linear(cfg.d_mlp, cfg.d_model)
-        self.act = {"relu": F.relu_, "gelu": F.gelu}[cfg.act]  # in place: half the memory traffic of the widest tensor
+        # In place: half the memory traffic of the widest tensor.
+        self.act = {"relu": F.relu_, "gelu": F.gelu, "silu": F.silu}[cfg.act]
 
     def forward(self, x: torch.Tensor, B: int) -> torch.Tensor:
         """x [B*T, D] -> [B*T, D]. Rows stay flat: in-place operations on views of 3-D tensors would copy them."""
@@ -354,12 +341,12 @@ class Transformer(nn.Module):
         self.unembed = nn.Linear(cfg.d_model, vocab_size)
         # Weights of standard deviation D^-1/2 keep the scale of what they read. What writes to the stream, twice a
         # layer, is smaller by the root of the number of writers, so that their sum does not grow with depth (GPT-2).
+        writer_scale = cfg.writer_scale or (2 * cfg.n_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith("_out.weight"):
-                writers = 2 * cfg.n_layers
-                nn.init.normal_(parameter, std=writers**-0.5 * cfg.d_model**-0.5)
+                nn.init.normal_(parameter, std=writer_scale * cfg.d_model**-0.5)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=cfg.d_model**-0.5)
 
@@ -386,14 +373,17 @@ class Recurrent(nn.Module):
         super().__init__()
         layer = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cfg.model]
         D = cfg.d_model
-        self.embed = nn.Embedding(vocab_size, D)
+        self.embed = None if cfg.one_hot else nn.Embedding(vocab_size, D)
+        self.register_buffer("identity", torch.eye(vocab_size) if cfg.one_hot else None, persistent=False)
         # One layer a module instead of one module of n layers, which would return the last layer's states only.
-        self.layers = nn.ModuleList(layer(D, D, batch_first=True) for _ in range(cfg.n_layers))
+        first = vocab_size if cfg.one_hot else D
+        widths = [first] + [D] * (cfg.n_layers - 1)
+        self.layers = nn.ModuleList(layer(width, D, batch_first=True) for width in widths)
         self.unembed = nn.Linear(D, vocab_size)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """tokens [B, T] -> logits [B, T, V], activations [n_layers + 1] of [B, T, D]."""
-        x = self.embed(tokens)
+        x = F.embedding(tokens, self.identity) if self.embed is None else self.embed(tokens)
         activations = [x]
         for layer in self.layers:
             x, _ = layer(x)  # [B, T, D] its hidden state after every token
@@ -693,8 +683,11 @@ def data_of(cfg: Config, process: Process) -> dict[str, str]:
 def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Module, int]:
     """(settings, process, model, steps done) of a run folder or checkpoint, on the CPU; the settings name `device`.
 
+    A checkpoint of Simplexity is read with the config.yaml of its run.
     Raises CheckpointError for a missing, damaged or foreign file.
     """
+    if is_source_checkpoint(path):
+        return load_source(path, device)
     state = checkpoint.load(path, __file__)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)
     cfg.device = device  # that of this machine, not of the one it was trained on
@@ -703,6 +696,20 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     model = build_model(cfg, process.vocab_size)
     checkpoint.load_weights(model, state["model"], path)
     return cfg, process, model, state["step"]
+
+
+def load_source(path: Path, device: str) -> tuple[Config, Process, nn.Module, int]:
+    """What load_run returns, of a checkpoint of Simplexity."""
+    cfg = configure(Config, [str(config_beside(path)), "--dialect=simplexity"], ALIASES, SIMPLEXITY)
+    process = build_process(cfg)
+    told, weights, step = convert_checkpoint(path)
+    cfg = Config(**agree(told, config_dict(cfg), process.vocab_size, path))
+    cfg.device = device
+    if "position" in weights:
+        weights["position"] = weights["position"][: cfg.n_ctx]  # it was trained on no longer sequences
+    model = build_model(cfg, process.vocab_size)
+    checkpoint.load_weights(model, weights, path)
+    return cfg, process, model, step
 
 
 def analyze(cfg: Config) -> dict:

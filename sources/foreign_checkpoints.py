@@ -77,11 +77,23 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 
 
 # What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder.", "ghmm": "blocks.0.attn.W_Q"}
+NUMPY = b"\x93NUMPY"  # what an array in a file begins with
+
+
+def is_equinox(path: str | Path) -> bool:
+    """Whether a file holds arrays one after the other, as Equinox writes the leaves of a model (Simplexity's .eqx)."""
+    path = Path(path)
+    if path.suffix == ".npy" or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(NUMPY)) == NUMPY
 
 
 def system_of(path: Path) -> str:
-    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
+    """apelr (APEL-R), state (arc-state, SmolState) or ghmm (Simplexity): whose checkpoint a file is; "" for none's."""
+    if is_equinox(path):
+        return "ghmm"
     try:
         contents = read_checkpoint(path, mmap=True)
     except CheckpointError:
@@ -93,7 +105,7 @@ def system_of(path: Path) -> str:
             contents = contents[key]
     for name in contents:
         # What torch.compile and DistributedDataParallel put in front is no part of a name.
-        plain = str(name).replace("_orig_mod.", "").removeprefix("module.")
+        plain = str(name).replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
         for system, beginning in SYSTEMS.items():
             if plain.startswith(beginning):
                 return system
@@ -102,14 +114,17 @@ def system_of(path: Path) -> str:
 
 def importable(path: Path) -> str:
     """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
+    if (path / "_METADATA").exists():
+        raise CheckpointError(f"{path} is a checkpoint of Penzai (Orbax), whose networks are not built here")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
     page = checkpoint.experiment_of(path)
     if page:
         raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
-    read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
+    if not is_equinox(path):
+        read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
-        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
-                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state, SmolState or Simplexity: it has no "
+                              f"weights {SYSTEMS['apelr']}, {SYSTEMS['state']}* or {SYSTEMS['ghmm']}")
     return system

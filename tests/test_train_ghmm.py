@@ -285,7 +285,7 @@ def test_published_configs_do_not_write_over_each_other():
 
 
 @pytest.mark.parametrize("theirs, ours", [pair.split(" -> ") for pair in """learning_rate=0.1 -> lr=0.1
-num_steps=7 -> max_steps=7, num_train_steps=7 -> max_steps=7, sequence_len=7 -> n_ctx=7, hidden_size=24 -> d_model=24
+num_steps=7 -> max_steps=7, num_train_steps=7 -> max_steps=7, sequence_len=7 -> n_ctx=6, hidden_size=24 -> d_model=24
 embedding_dim=24 -> d_model=24, embedding_size=24 -> d_model=24, num_layers=7 -> n_layers=7, num_heads=2 -> n_heads=2
 process_name=rrxor -> process=rrxor, process_params.x=0.1 -> x=0.1, +process_params.p1=0.2 -> p1=0.2
 act_fn=gelu -> act=gelu, normalization_type=RMS -> normalization=RMS, positional_embedding_type=none -> positional=none
@@ -297,8 +297,8 @@ def test_a_name_of_the_source_means_ours(theirs, ours):
 
 def test_a_run_in_the_words_of_the_source_is_the_same_run():
     Path("source.yaml").write_text("process_name: mess3\nprocess_params: {x: 0.1, a: 0.7}\nmodel: {hidden_size: 12}\n"
-                                   "training: {learning_rate: 1e-2, num_steps: 3, sequence_len: 5, log_every: 1}\n")
-    theirs = train_ghmm.main([*FEW, "source.yaml", "process_params.a=0.8", "num_layers=2", "sequence_len=4",
+                                   "loop: {learning_rate: 1e-2, num_steps: 3, sequence_len: 6, log_every: 1}\n")
+    theirs = train_ghmm.main([*FEW, "source.yaml", "process_params.a=0.8", "num_layers=2", "sequence_len=5",
                               "hidden_size=12", "num_steps=3"])  # TINY's own flags come after a file
     ours = train_ghmm.main([*FEW, "--x=0.1", "--a=0.8", "--n_layers=2", "--n_ctx=4", "--d_model=12", "--lr=1e-2",
                             "--out_dir=ours"])
