@@ -275,6 +275,8 @@ class Settings:
         path = [part.replace("-", "_") for part in parts]
         if "" in path:
             return None, []
+        if path[0] == "hydra" and ".".join(path) not in self.aliases:
+            return IGNORED, []  # of what starts runs: its sweeper's seed is no setting of a run
         if (whole := self.field_at(path, len(path))) not in (None, path[-1]):
             return whole, []  # an alias is more deliberate than the name of a dict on the way
         for end in range(1, len(path)):
@@ -303,7 +305,7 @@ class Settings:
             if plain == "cfg" and raw in ("job", "hydra", "all"):
                 hint = "--print_config prints all settings, and stops"
             self.errors.append(f"{where}: {hint}")
-        elif name is None and parts[0].startswith("hydra"):
+        elif name is None and parts[0].startswith("hydra/"):
             self.ignored.append(key)
         elif name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")

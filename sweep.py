@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from measure.sweeps import OBJECTIVES, in_words, record, table
 from sources.shared import counted
 from sources.sweeps import (
     HYDRA,
+    SEARCHING,
     Sweeper,
     Word,
     digest,
@@ -108,39 +110,47 @@ def import_page(word: str) -> tuple[ModuleType, Path]:
 
 def settings_of(page: ModuleType, words: list[str], show_notes: bool = False) -> Any:
     """The Config that the page makes of a command line; where it makes none, exits with the page's own errors."""
-    told, warned, values = io.StringIO(), io.StringIO(), {}
+    out, err, values = io.StringIO(), io.StringIO(), {}
     code = 0
-    try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(warned):
-            page.main([*words, "--print_config"])
-    except SystemExit as end:
-        code = end.code
-    for line in warned.getvalue().splitlines():
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                page.main([*words, "--print_config"])
+        except SystemExit as end:
+            code = end.code
+    for line in err.getvalue().splitlines():
         if line.startswith("error: ") or (show_notes and line.startswith("note: ")):
             print(line, file=sys.stderr)
     if code:
         raise SystemExit(code)
-    exec(told.getvalue(), {}, values)  # what is printed is a configuration file in Python
+    for warning in warned if show_notes else ():
+        note(str(warning.message))
+    exec(out.getvalue(), {}, values)  # what is printed is a configuration file in Python
     return page.Config(**values)
 
 
-def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> list[list[Word]]:
-    """The words that may take the place of each word of a command line: one, or one for each value it lists."""
-    choices = []
+def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tuple[list[list[Word]], list[str]]:
+    """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
+    choices, listed = [], []
     for word in words:
+        if word.key.replace("-", "_") == "config_name" and word.value in SEARCHING:
+            raise InputError(f"{word.key}={word.value} searches over intervals, which needs Optuna: leave it out, and "
+                             "list values instead, as in lr=1e-3,1e-4")
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
         values = listed_values(word.key, word.value, is_list, sweeper.inclusive) if word.key else [word.value]
         choices.append([word._replace(value=value) for value in values])
-    # The same setting twice is a mistake where it is listed; else the last word holds, as on a page.
-    listed = [options[0].key for options in choices if len(options) > 1]
+        if values != [word.value]:
+            listed.append(word.key)
+    if not listed:
+        raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
+                         "some, or run the page by itself")
     for key in listed:
+        # The last of two words for a setting holds, as on a page; of two lists one is a mistake.
         if listed.count(key) > 1:
             raise InputError(f"{key} lists values twice: list them once")
-    if not listed and not any(word.key for word in words):
-        raise InputError("no setting lists values, as lr=1e-3,1e-4 does: list some, or run the page by itself")
-    return choices
+    return choices, listed
 
 
 def draw(choices: list[list[Word]], cfg: Config) -> list[tuple[Word, ...]]:
@@ -178,10 +188,9 @@ def plan(page: ModuleType, argv: list[str]) -> tuple[Config, Path, list[Run]]:
     typed = [word.key for word in words]
     words = [Word(key, f"{key}=", value) for key, value in sweeper.params.items() if key not in typed] + words
 
-    choices = listed_words(words, settings, sweeper)
+    choices, swept = listed_words(words, settings, sweeper)
     combinations = draw(choices, cfg)
-    swept = [options[0].key for options in choices if len(options) > 1]
-    constant = [options[0].head + options[0].value for options in choices if len(options) == 1]
+    constant = [word.head + word.value for word in words if word.key not in swept]
     # Where a single run would go, and beside it: the same command finds its sweep again.
     first = settings_of(page, [word.head + word.value for word in combinations[0]], show_notes=True)
     default = f"{first.out_dir}_sweep_{digest(json.dumps([constant, swept]))}"

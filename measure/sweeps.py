@@ -49,22 +49,31 @@ def number(value: Any) -> str:
 
 def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:
     """The lines of a table of the runs that are done, the best by shown[0] first; then a line of each other run."""
-    def rank(line: dict) -> tuple[bool, float]:
-        value = line["summary"].get(shown[0]) if shown else None
-        if not isinstance(value, float | int):
-            return True, 0.0  # behind all that have a number
-        return False, value if less_is_better else -value
-
-    done = [line for line in told if line["status"] == "done"]
-    rows = [[*told[0]["settings"], *shown, "seconds", "folder"]]
-    for line in sorted(done, key=rank):
-        results = [number(line["summary"].get(name)) for name in shown]
-        rows.append([*line["settings"].values(), *results, number(line["seconds"]), line["folder"]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = []
+    for line in best_first(told, shown, less_is_better):
+        rows.append(list(line["settings"].values()))
+        rows[-1] += [number(line["summary"].get(name)) for name in shown]
+        rows[-1] += [number(line["seconds"]), line["folder"]]
     lines = []
-    for row in rows if done else []:
-        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+    if rows:
+        rows.insert(0, [*told[0]["settings"], *shown, "seconds", "folder"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = map(str.ljust, row, widths)
+            lines.append("  ".join(cells).rstrip())
     for line in told:
         if line["status"] != "done":
             lines.append(f"{line['run']}: {in_words(line, shown)}")
     return lines
+
+
+def best_first(told: list[dict], shown: list[str], less_is_better: bool) -> list[dict]:
+    """The runs that are done by their shown[0]; those that have no such number are last."""
+    known, unknown = [], []
+    for line in told:
+        if line["status"] == "done":
+            value = line["summary"].get(shown[0]) if shown else None
+            group = known if isinstance(value, float | int) else unknown
+            group.append(line)
+    known.sort(key=lambda line: line["summary"][shown[0]], reverse=not less_is_better)
+    return known + unknown

@@ -23,6 +23,7 @@ LAUNCHERS = ("basic", "joblib")
 OPTUNA_TRIALS = "20"  # hydra-optuna-sweeper 1.3: n_trials where nobody says
 # What Hydra does with values beyond listing them.
 ABSENT = ("interval", "tag", "int", "float", "str", "bool", "json_str", "sort", "shuffle", "glob", "extend_list")
+SEARCHING = ("experiment", "experiment.yaml")  # values of --config-name: Simplexity's file of a search over intervals
 MOST_VALUES = 10_000  # of one range
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 

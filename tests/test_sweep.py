@@ -139,7 +139,7 @@ def refused(capsys, *words: str) -> str:
         ("range(3)", ["0", "1", "2"]),
         ("range(1,5)", ["1", "2", "3", "4"]),
         ("range(1, 6, step=2)", ["1", "3", "5"]),
-        ("range(0,1,0.25)", ["0", "0.25", "0.50", "0.75"]),
+        ("range(0,1,0.25)", ["0.00", "0.25", "0.50", "0.75"]),
         ("range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),
         ("range(5,1,-2)", ["5", "3"]),
         ("range(start=2,stop=4)", ["2", "3"]),
@@ -209,7 +209,7 @@ def test_the_combinations_are_in_the_order_of_nested_loops(capsys):
 
 
 def test_what_a_page_takes_for_a_list_stays_one_value(capsys):
-    assert planned(capsys, "--widths=1,2", "--seed=0,1") == [["--widths=1,2", "seed=0".replace("seed", "--seed")],
+    assert planned(capsys, "--widths=1,2", "--seed=0,1") == [["--widths=1,2", "--seed=0"],
                                                              ["--widths=1,2", "--seed=1"]]
     assert planned(capsys, "--widths=[1,2],[3]") == [["'--widths=[1,2]'"], ["'--widths=[3]'"]]
 
@@ -233,25 +233,26 @@ def test_hydra_words_mean_what_they_mean_there(capsys):
     words = ("-m", "learning_rate=choice(0.1,0.2)", "seed=range(2)", "hydra.sweep.dir=there", "hydra.launcher.n_jobs=2")
     sweep.main(["train_tiny.py", *words, "--print_config"])
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 4 and out[0].split()[1:] == [
-        "train_tiny.py", "learning_rate=0.1", "seed=0", "'--out_dir=there/learning_rate=0.1,seed=0'"]
+    place = "--out_dir=there/learning_rate=0.1,seed=0"
+    assert len(out) == 4 and out[0] == f"python train_tiny.py learning_rate=0.1 seed=0 {place}"
     assert read_sweeper({"hydra.launcher.n_jobs": "2"}).ours == {"jobs": "2"}
     assert read_sweeper({"hydra/launcher": "joblib"}).ours == {"jobs": "-1"}
 
 
 def test_the_sweeper_of_a_yaml_file_is_read_and_the_command_line_wins(capsys):
     Path("experiment.yaml").write_text(
-        "defaults:\n  - _self_\n  - override hydra/sweeper: optuna\nseed: 7\nhydra:\n  sweeper:\n    n_trials: 3\n"
+        "seed: 7\nhydra:\n  sweeper:\n    n_trials: 3\n"
         "    study_name: a\n    sampler:\n      seed: ${seed}\n    params:\n      train.lr: choice(0.1, 0.2, 0.3)\n"
         "      seed: range(1, 2)\n"
     )
     Path("plain.yaml").write_text("seed: 7\n")
-    everything = [[lr, seed] for lr in ("train.lr=0.1", "train.lr=0.2", "train.lr=0.3") for seed in ("seed=1", "seed=2")]
+    rates = [f"train.lr={lr}" for lr in (0.1, 0.2, 0.3)]
+    everything = [[rate, f"seed={seed}"] for rate in rates for seed in (1, 2)]
     runs = planned(capsys, "experiment.yaml")
     assert len(runs) == 3 and [run[:2] for run in runs] == sorted(run[:2] for run in runs)
     assert all(run[2] == "experiment.yaml" and run[:2] in everything for run in runs)
     assert planned(capsys, "experiment.yaml", "seed=5", "hydra.sweeper.n_trials=9") == [
-        [lr, "experiment.yaml", "seed=5"] for lr in ("train.lr=0.1", "train.lr=0.2", "train.lr=0.3")]
+        [rate, "experiment.yaml", "seed=5"] for rate in rates]
     told = hydra_settings({"defaults": [{"override hydra/sweeper": "optuna"}, "_self_"], "hydra.sweeper.n_trials": 3,
                            "hydra.sweeper.sampler.seed": "${seed}", "seed": 7, "hydra.sweeper.storage": None})
     assert told == {"hydra/sweeper": "optuna", "hydra.sweeper.n_trials": "3", "hydra.sweeper.sampler.seed": "7"}
@@ -308,6 +309,8 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["lr=0.1,0.2", "lr=0.3,0.4"], "lr lists values twice"),
         (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
         ([], "no setting lists values"),
+        (["--lr=0.1"], "no setting lists values"),
+        (["-m", "--config-name=experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
         (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1, got '0'"),
         (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1, got 'many'"),
         (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
@@ -408,7 +411,7 @@ def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
     assert {line["status"] for line in swept("--lr=0.1,0.2")} == {"done"}
 
 
-LONG = ("train_tiny.py", "--lr=0.1,0.2", "--seed=0,1", "--max_steps=60", "--out_dir=sweep")
+LONG = ("train_tiny.py", "--lr=0.1,0.2", "--seed=0,1", "--max_steps=40", "--out_dir=sweep")
 
 
 def test_a_killed_sweep_goes_on_and_no_run_is_started_twice(capsys):
@@ -463,16 +466,37 @@ def test_every_page_can_be_swept(script, capsys):
 def test_lists_of_real_pages(capsys):
     assert planned(capsys, "--decoder_hidden_dims=[8],[8,16]", page="train_state.py") == [
         ["'--decoder_hidden_dims=[8]'"], ["'--decoder_hidden_dims=[8,16]'"]]
-    assert planned(capsys, "--categories=cs.DS,cs.PL", page="train_arxiv.py") == [["--categories=cs.DS,cs.PL"]]
+    assert planned(capsys, "--categories=cs.DS,cs.PL", "--seed=0,1", page="train_arxiv.py") == [
+        ["--categories=cs.DS,cs.PL", "--seed=0"], ["--categories=cs.DS,cs.PL", "--seed=1"]]
     assert planned(capsys, "process=mess3,rrxor", page="train_ghmm.py") == [["process=mess3"], ["process=rrxor"]]
     assert "study=all is no training" in refusal(capsys, sweep.main, "train_arxiv.py", "--study=all", "--seed=0,1")
 
 
 def test_a_page_hands_over_what_hydra_calls_a_multirun():
-    done = python(ROOT / "train_ghmm.py", "-m", "seed=0,1", "n_layers=1", "d_model=8", "d_mlp=8", "n_ctx=4", "num_steps=1",
-                  "batch_size=4", "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep", folder=Path.cwd())
+    done = python(ROOT / "train_ghmm.py", "-m", "seed=0,1", "n_layers=1", "d_model=8", "d_mlp=8", "n_ctx=4",
+                  "num_steps=1", "batch_size=4", "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep",
+                  folder=Path.cwd())
     assert done.returncode == 0, done.stderr
     told = lines()
     assert [(line["run"], line["status"]) for line in told] == [("seed=0", "done"), ("seed=1", "done")]
     assert told[0]["summary"]["excess_loss"] != told[1]["summary"]["excess_loss"] and told[0]["summary"]["steps"] == 1
     assert "[2/2] seed=1: excess_loss " in done.stdout
+
+
+def test_a_process_of_the_source_is_swept_by_its_own_words(capsys):
+    words = ("-m", "training_data_generator=mess3,rrxor", "seed=0,1")
+    sweep.main(["train_ghmm.py", *words, "--print_config"])
+    told = capsys.readouterr()
+    assert told.err.count("read as Simplexity") == 1
+    names = [line.rpartition("/")[2] for line in told.out.splitlines()]
+    assert names == [f"training_data_generator={name},seed={seed}" for name in ("mess3", "rrxor") for seed in (0, 1)]
+    Path("mine.yaml").write_text(
+        "defaults:\n  - _self_\n  - generative_process: mess3\n  - override hydra/sweeper: optuna\nseed: 3\n"
+        "hydra:\n  sweeper:\n    n_trials: 2\n    sampler:\n      seed: ${seed}\n    params:\n"
+        "      train.batch_size: choice(16, 32, 64)\n  run:\n    dir: x/${hydra.job.num}\n"
+    )
+    runs = planned(capsys, "mine.yaml", page="train_ghmm.py")
+    assert len(runs) == 2 and {run[0] for run in runs} < {f"train.batch_size={size}" for size in (16, 32, 64)}
+    interval = "hydra:\n  sweeper:\n    params:\n      train.lr: tag(log, interval(1e-4, 1e-1))\n"
+    Path("interval.yaml").write_text(interval)
+    assert "tag() needs Optuna" in refusal(capsys, sweep.main, "train_ghmm.py", "interval.yaml")
