@@ -43,6 +43,7 @@ from configurator import Count, Range, Settings, Whole, configure, differences, 
 from measure.sweeps import OBJECTIVES, in_words, record, table
 from sources.shared import counted
 from sources.sweeps import (
+    CONFIG_NAME,
     HYDRA,
     SEARCHING,
     Sweeper,
@@ -133,7 +134,7 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
     """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
     choices, listed = [], []
     for word in words:
-        if word.key.replace("-", "_") == "config_name" and word.value in SEARCHING:
+        if word.key.replace("-", "_") == CONFIG_NAME and word.value in SEARCHING:
             raise InputError(f"{word.key}={word.value} searches over intervals, which needs Optuna: leave it out, and "
                              "list values instead, as in lr=1e-3,1e-4")
         field, inside = settings.resolve(word.key.split("."))

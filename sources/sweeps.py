@@ -23,6 +23,7 @@ LAUNCHERS = ("basic", "joblib")
 OPTUNA_TRIALS = "20"  # hydra-optuna-sweeper 1.3: n_trials where nobody says
 # What Hydra does with values beyond listing them.
 ABSENT = ("interval", "tag", "int", "float", "str", "bool", "json_str", "sort", "shuffle", "glob", "extend_list")
+CONFIG_NAME = "config_name"
 SEARCHING = ("experiment", "experiment.yaml")  # values of --config-name: Simplexity's file of a search over intervals
 MOST_VALUES = 10_000  # of one range
 PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -61,8 +62,8 @@ def take_apart(argv: list[str], own_names: Collection[str]) -> tuple[dict[str, s
         match = re.fullmatch(r"(--|\+{0,2})(\w[\w./@-]*)=(.*)", typed, re.DOTALL)
         if not match and typed.startswith("--") and left and not left[0].startswith("--"):
             # A switch before a file looks the same. It is left alone, as is a single value, which the page reads.
-            lists = re.search("[,(]", left[0])
-            if lists or typed[2:].replace("-", "_") in own_names:
+            name = typed[2:].replace("-", "_")
+            if re.search("[,(]", left[0]) or name in own_names or name == CONFIG_NAME:
                 match = re.fullmatch(r"(--)(.*?)=(.*)", f"{typed}={left.popleft()}", re.DOTALL)
         if not match:
             words.append(Word("", "", typed))

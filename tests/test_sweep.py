@@ -311,6 +311,7 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         ([], "no setting lists values"),
         (["--lr=0.1"], "no setting lists values"),
         (["-m", "--config-name=experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
+        (["--config-name", "experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
         (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1, got '0'"),
         (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1, got 'many'"),
         (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
@@ -472,15 +473,18 @@ def test_lists_of_real_pages(capsys):
     assert "study=all is no training" in refusal(capsys, sweep.main, "train_arxiv.py", "--study=all", "--seed=0,1")
 
 
-def test_a_page_hands_over_what_hydra_calls_a_multirun():
-    done = python(ROOT / "train_ghmm.py", "-m", "seed=0,1", "n_layers=1", "d_model=8", "d_mlp=8", "n_ctx=4",
-                  "num_steps=1", "batch_size=4", "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep",
-                  folder=Path.cwd())
+def test_a_page_hands_over_what_hydra_calls_a_multirun(capsys):
+    words = ("seed=0,1", "n_layers=1", "d_model=8", "d_mlp=8", "n_ctx=4", "num_steps=1", "batch_size=4",
+             "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep")
+    done = python(ROOT / "train_ghmm.py", "-m", *words, folder=Path.cwd())
     assert done.returncode == 0, done.stderr
     told = lines()
     assert [(line["run"], line["status"]) for line in told] == [("seed=0", "done"), ("seed=1", "done")]
     assert told[0]["summary"]["excess_loss"] != told[1]["summary"]["excess_loss"] and told[0]["summary"]["steps"] == 1
     assert "[2/2] seed=1: excess_loss " in done.stdout
+    # The settings that a run saves are those that it was planned with.
+    sweep.main(["train_ghmm.py", *words, "--jobs=2"])
+    assert "2 runs of train_ghmm.py in sweep, 2 ended before" in capsys.readouterr().out
 
 
 def test_a_process_of_the_source_is_swept_by_its_own_words(capsys):
