@@ -324,10 +324,14 @@ def run_sweep(page: ModuleType, script: Path, jobs: int, folder: Path, runs: lis
     before = f", {len(told)} ended before" if told else ""
     print(f"{counted(len(runs), 'run')} of {script.name} in {folder}{before}", flush=True)
     spent = []  # seconds of each run that ended now
-    with open(folder / "sweep.jsonl", "w", encoding="utf-8") as file, signals() as came:
+    with (
+        open(folder / "sweep.jsonl", "w", encoding="utf-8") as file,
+        signals() as came,
+        contextlib.closing(run_all(script, todo, jobs, lock, came)) as ends,
+    ):
         for line in told:
             file.write(json.dumps(line) + "\n")
-        for run, code, seconds in run_all(script, todo, jobs, lock, came):
+        for run, code, seconds in ends:
             done = code == 0 and (run.folder / "summary.json").exists()
             status = "done" if done else "stopped" if came else "failed"
             told.append(record(run.folder, run.values, status, code, seconds))
@@ -370,6 +374,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 return run_sweep(page, script, jobs, folder, runs, lock)
         except KeyboardInterrupt:  # before the first run, or after the last
             leave("interrupted", 128 + signal.SIGINT)
+        except OSError as error:  # a full disk, a file where a folder should be; the runs at work save
+            leave(f"{error.filename or folder}: {error.strerror}; the same command goes on once that is mended", 1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sw
 ROOT = Path(__file__).resolve().parents[1]
 # A page without torch, that starts within a tenth of a second: it trains by waiting.
 PAGE = '''
-import json, signal, sys, time
+import json, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from configurator import config_dict, config_hash, configure
@@ -58,15 +58,19 @@ def main(argv=None):
         print("a first line")
         sys.exit("error: the loss is not finite")
     Path(f"seed{cfg.seed}").touch()
+    began = time.monotonic()
     while step < cfg.max_steps:
+        if time.monotonic() > began + 20:
+            sys.exit("error: nobody came")
         time.sleep(0.01)
         step += not cfg.meets or Path(cfg.meets).exists()
         write(last, step)
         if stops:
             print(f"stopped after {step}")
             return
-    write(folder / "summary.json", {"excess_loss": cfg.lr + cfg.seed / 100, "loss": 1 + cfg.lr, "seconds": 2.0,
-                                    "loss_by_position": [1], "config_hash": config_hash(cfg)})
+    facts = {"seconds": 2.0, "own_session": os.getsid(0) == os.getpid(), "config_hash": config_hash(cfg)}
+    results = {"excess_loss": cfg.lr + cfg.seed / 100, "loss": 1 + cfg.lr, "loss_by_position": [1]}
+    write(folder / "summary.json", results | facts)
 
 if __name__ == "__main__":
     main()
@@ -346,8 +350,9 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
     assert [line["run"] for line in told] == ["lr=0.2,seed=0", "lr=0.2,seed=1", "lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert {line["status"] for line in told} == {"done"} and {line["exit_code"] for line in told} == {0}
     assert told[1]["settings"] == {"lr": "0.2", "seed": "1"}
+    assert told[1]["summary"]["own_session"]  # so that Ctrl-C at the terminal does not reach it twice
     assert told[1]["folder"] == "sweep/lr=0.2,seed=1"
-    assert told[1]["summary"].keys() == {"excess_loss", "loss", "seconds", "config_hash"}
+    assert told[1]["summary"].keys() == {"excess_loss", "loss", "seconds", "own_session", "config_hash"}
     assert told[1]["summary"]["excess_loss"] == pytest.approx(0.21)
     out = capsys.readouterr().out
     assert "[4/4] lr=0.1,seed=1: excess_loss 0.11, loss 1.1 | " in out and " left" in out
@@ -410,6 +415,15 @@ def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
         path.unlink()
     Path("sweep/lr=0.1").rmdir()
     assert {line["status"] for line in swept("--lr=0.1,0.2")} == {"done"}
+
+
+def test_what_cannot_be_written_is_one_sentence(capsys):
+    Path("sweep").mkdir()
+    Path("sweep/lr=0.2").touch()
+    told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep", code=1)
+    assert "sweep/lr=0.2: File exists; the same command goes on" in told
+    Path("sweep/lr=0.2").unlink()
+    assert [line["status"] for line in swept("--lr=0.1,0.2")] == ["done", "done"] and starts("lr=0.1") == [0]
 
 
 LONG = ("train_tiny.py", "--lr=0.1,0.2", "--seed=0,1", "--max_steps=40", "--out_dir=sweep")
