@@ -254,6 +254,8 @@ class Settings:
                 self.errors += cfg.check()
         if self.errors:
             fail(*self.errors)
+        read = tuple(f".{name}" for name in getattr(self.dialect, "reads", ()))
+        self.ignored = [key for key in self.ignored if not f".{key.replace('-', '_')}".endswith(read)]
         if self.ignored:
             warnings.warn(f"settings without effect here: {', '.join(self.ignored)}", stacklevel=3)
         return cfg
@@ -509,7 +511,7 @@ class Settings:
                 continue  # the file's own names: anchors, _target_
             field = self.resolve(parts)[0]
             whole = self.takes_dict(field)
-            if field == IGNORED:
+            if field == IGNORED or field is None and parts[0] == "hydra":
                 yield parts, value  # whatever it refers to
                 continue
             try:

@@ -77,11 +77,14 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 
 
 # What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+SYSTEMS = {"apelr": "token_emb.weight", "arxiv": "token_embeddings.weight", "state": "pert_encoder."}
 
 
 def system_of(path: Path) -> str:
-    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
+    """apelr (APEL-R), arxiv (ICL-non-ergodic-arxiv) or state (arc-state, SmolState): whose checkpoint a file is.
+
+    "" where it is of none.
+    """
     try:
         contents = read_checkpoint(path, mmap=True)
     except CheckpointError:
@@ -110,6 +113,7 @@ def importable(path: Path) -> str:
     read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
-        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
-                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
+        known = ", ".join(f"{beginning}*" for beginning in SYSTEMS.values())
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, ICL-non-ergodic-arxiv, arc-state or SmolState: it "
+                              f"has no weights {known}")
     return system
