@@ -139,11 +139,15 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
             raise ValueError(f"{name} = {found}: the page has {value} alone ({reason}): leave it out, or edit the page")
     rate = latest(given, "attention_probs_dropout_prob", float, values["dropout"])
     if rate != values["dropout"]:
-        raise ValueError(f"attention_probs_dropout_prob = {rate} beside hidden_dropout_prob = {values['dropout']}: the "
-                         "page has one rate for both; give the same, as --dropout=RATE")
+        raise ValueError(
+            f"attention_probs_dropout_prob = {rate} beside hidden_dropout_prob = {values['dropout']}: the "
+            "page has one rate for both; give the same, as --dropout=RATE"
+        )
     if values["resume"] not in ("auto", "never") and is_source_checkpoint(values["resume"]):
-        raise ValueError(f"resume_from_checkpoint = {values['resume']}: a run of the source does not go on here; "
-                         f"--analyze={values['resume']} measures it, python sample.py {values['resume']} uses it")
+        raise ValueError(
+            f"resume_from_checkpoint = {values['resume']}: a run of the source does not go on here; "
+            f"--analyze={values['resume']} measures it, python sample.py {values['resume']} uses it"
+        )
     more = batches(given, values) | stopping(given, values) | precision(given, values)
     # A file of the group `training` has a rate that is not used: the optimizer's is.
     if "learning_rate" in given and fields.get("lr") != "command line" and latest(given, "lr", float, None) is None:
@@ -157,8 +161,10 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
     first = latest(given, "num_top_categories", int, 0)
     if first and "categories" not in fields:
         if not 1 <= first <= len(CATEGORIES):
-            raise ValueError(f"num_top_categories = {first} is not between 1 and {len(CATEGORIES)}; other categories "
-                             "by name: --categories=A,B")
+            raise ValueError(
+                f"num_top_categories = {first} is not between 1 and {len(CATEGORIES)}; other categories "
+                "by name: --categories=A,B"
+            )
         more["categories"] = CATEGORIES[:first]
     stem = latest(given, "custom_hdf5_chunked_output_path_base", str, "")
     if stem and "data" not in fields:
@@ -190,8 +196,10 @@ def stopping(given: dict, values: dict) -> dict:
     if not latest(given, "early_stopping_enabled", bool, True):
         return {"patience": 0}
     if values["patience"] == 0:
-        raise ValueError("early_stopping_patience = 0 ends a run at its first validation there: epochs=1 does so here, "
-                         "early_stopping_enabled=false never stops")
+        raise ValueError(
+            "early_stopping_patience = 0 ends a run at its first validation there: epochs=1 does so here, "
+            "early_stopping_enabled=false never stops"
+        )
     return {}
 
 
@@ -215,8 +223,14 @@ def earlier(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str
     names = list(ELEVEN)
     random.Random(values["seed"]).shuffle(names)
     chosen = ",".join(sorted(names[:k]))
-    words = ["--data=data/arxiv", f"--categories={chosen}", "--n_layers=6", "--d_model=512", "--n_heads=8",
-             "--d_mlp=2048"]
+    words = [
+        "--data=data/arxiv",
+        f"--categories={chosen}",
+        "--n_layers=6",
+        "--d_model=512",
+        "--n_heads=8",
+        "--d_mlp=2048",
+    ]
     batch = values["batch_size"] * values["grad_accum"]
     words += [f"--batch_size={batch}", f"--grad_accum={values['grad_accum']}", f"--lr={values['lr']:g}"]
     budget = latest(given, "token_budget", int, 0)
@@ -225,15 +239,20 @@ def earlier(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str
         words.append(f"--max_steps={max(1, budget // (batch * length))}")
     else:
         words.append(f"--epochs={values['epochs']}")
-    words += [f"--warmup_steps={values['warmup_steps']}", f"--weight_decay={values['weight_decay']:g}",
-              f"--seed={values['seed']}"]
+    words += [
+        f"--warmup_steps={values['warmup_steps']}",
+        f"--weight_decay={values['weight_decay']:g}",
+        f"--seed={values['seed']}",
+    ]
     saves = latest(given, "checkpoint_interval_steps", int, 0)
     if saves:
         kept = latest(given, "max_step_checkpoints", int, 3)
         words += [f"--save_interval={saves}", f"--keep_last={kept or -1}"]
-    raise ValueError("that is a command line of the earlier train.py, whose model is Pythia's GPT-NeoX on windows "
-                     "drawn anew at every step: this page has neither. Nearest to it, after python prepare_data.py "
-                     f"arxiv --categories={','.join(ELEVEN)}: python train_arxiv.py {' '.join(words)}")
+    raise ValueError(
+        "that is a command line of the earlier train.py, whose model is Pythia's GPT-NeoX on windows "
+        "drawn anew at every step: this page has neither. Nearest to it, after python prepare_data.py "
+        f"arxiv --categories={','.join(ELEVEN)}: python train_arxiv.py {' '.join(words)}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -276,8 +295,10 @@ def source_checkpoint(path: Path) -> dict:
     saved = contents.get("hydra_config_resolved") or {}
     architecture = (saved.get("model") or {}).get("architecture") or {}
     if "n_heads" not in architecture:
-        raise CheckpointError(f"{path} does not say its number of heads (hydra_config_resolved.model.architecture): "
-                              "use the .pt file that the source saved, not the weights alone")
+        raise CheckpointError(
+            f"{path} does not say its number of heads (hydra_config_resolved.model.architecture): "
+            "use the .pt file that the source saved, not the weights alone"
+        )
     for name, kind, value, reason in FIXED:
         found = convert(architecture.get(name, value), kind)
         if found != value:
@@ -290,7 +311,15 @@ def source_checkpoint(path: Path) -> dict:
     model = translated(weights, path)
     model["position"] = model["position"][:n_ctx].clone()
     categories = saved.get("experiment", {}).get("active_categories", [])
+    training = saved.get("training", {})
+    data = saved.get("dataset", {}).get("hdf5_chunked_output_path", CHUNKS)
+    batch = {"batch_size": training.get("batch_size", 32), "grad_accum": 1}
     config = {
+        "data": data,
+        "choice": "first",
+        **batches(training, batch),
+        "epochs": training.get("epochs", 20),
+        "lr": saved.get("optimizer", {}).get("lr", 5e-4),
         "n_layers": sum(name.endswith("qkv.weight") for name in model),
         "d_model": width,
         "n_heads": architecture["n_heads"],
@@ -300,8 +329,25 @@ def source_checkpoint(path: Path) -> dict:
         "categories": list(categories) or None,
         "seed": saved.get("seed", 42),
     }
-    extra = {"vocab_size": vocab_size, "n_ctx": n_ctx, "chunk_size": n_ctx + 1, "categories": list(categories)}
+    extra = {
+        "vocab_size": vocab_size,
+        "n_ctx": n_ctx,
+        "chunk_size": n_ctx + 1,
+        "categories": list(categories),
+        "data": {data: ""},
+    }
+    tokenizer = tokenizer_above(path, str(saved.get("model", {}).get("custom_tokenizer_path") or ""))
+    if tokenizer:
+        extra["tokenizer_file"] = str(tokenizer)
     return {"config": config, "model": model, "step": contents.get("step", 0), "extra": extra}
+
+
+def tokenizer_above(path: Path, named: str) -> Path | None:
+    """The tokenizer that a checkpoint names from the root of its project, a folder above it or where we are."""
+    for folder in (*path.resolve().parents, Path()):
+        if named and (folder / named).is_file():
+            return folder / named
+    return None
 
 
 def translated(weights: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
