@@ -56,15 +56,10 @@ def cut_papers(
     sizes = {}
     with Workshop(out_dir) as shop:
         for split in SPLITS:
-            here = set(splits.get(split, ()))
             chunks = ChunkSpool(shop.folder, split, chunk_size, VOCAB_SIZE)
             with contextlib.closing(chunks):
                 for category in categories or known:
-                    found = [paper for paper in papers if paper["cat"] == category]
-                    found = [paper for paper in found if paper["paper_id"] in here]
-                    for paper in found[:max_documents]:
-                        begin = paper["offset"]
-                        end = begin + paper["length"]
+                    for begin, end in places(papers, category, splits.get(split, ()))[:max_documents]:
                         chunks.add(category, tokens[begin:end])
                 if not chunks.sizes:
                     continue
@@ -78,3 +73,14 @@ def cut_papers(
         shop.finish(*(f"{split}.h5" for split in sizes))
     print(f"tokens as they were, without their tokenizer: samples are token ids; written to {out_dir}")
     return sizes
+
+
+def places(papers: list[dict], category: str, names: list[str]) -> list[tuple[int, int]]:
+    """(first token, the one after the last) of the documents of a category among those of these names."""
+    here = set(names)
+    found = []
+    for paper in papers:
+        if paper["cat"] == category and paper["paper_id"] in here:
+            begin = paper["offset"]
+            found.append((begin, begin + paper["length"]))
+    return found
