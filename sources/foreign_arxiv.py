@@ -156,7 +156,7 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
     more |= {"beta1": beta1, "beta2": beta2}
     # Its cosine ends at 0, whatever min_lr_ratio says.
     if fields.get("min_lr") and "min_lr" not in given:
-        note("min_lr_ratio has no effect there, where the cosine ends at 0: so it does here (else --min_lr=RATE)")
+        note("min_lr_ratio: the source's cosine ends at 0 whatever it says, and so it does here (else --min_lr=RATE)")
         more["min_lr"] = 0.0
     first = latest(given, "num_top_categories", int, 0)
     if first and "categories" not in fields:
@@ -175,6 +175,8 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
         raise ValueError(f"wandb.mode = {mode}: it is online, offline or disabled")
     if mode:
         more["wandb"] = mode if mode != "disabled" else False
+    elif any(key.startswith("wandb.") for key in given) and "wandb" not in given:
+        note("W&B is off, as it is here where nobody asks: wandb.mode=online or offline does")
     return more
 
 

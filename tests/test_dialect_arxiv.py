@@ -514,6 +514,30 @@ def test_warm_up_is_no_longer_than_all_epochs_where_the_source_s_is_not():
     assert [record["lr"] for record in metrics("train")] == pytest.approx([5e-4 * i / 5 for i in range(1, 6)])
 
 
+def test_its_script_of_experiments_is_a_study_of_nested_sets(capsys):
+    small_data()
+    table = train_small("--study=nested:1,2", "--categories=math.ST,cs.DS", "training.epochs=1", "--out_dir=study")
+    assert table.keys() == {1, 2} and all(xe > 0 for xe in table.values())
+    runs = sorted(path.name for path in Path("study").glob("K*"))
+    assert [name.split("_")[0] for name in runs] == ["K1", "K2"] and "math.ST" in runs[0]
+
+
+def test_inspect_finds_documents_of_validation_in_a_file_of_all_splits(capsys):
+    small_data()
+    with pytest.raises(DataError):
+        prepare_data.inspect("data/nothing.hdf5")
+    found = prepare_data.main(["inspect", f"data/{STEM}_validation.hdf5"])
+    assert f"8 chunks are in {STEM}.hdf5 too: the splits leak" in found["problems"]
+    assert list(prepare_data.main(["inspect", "data"])) == [STEM, f"{STEM}_validation"]
+    assert "the splits leak" in capsys.readouterr().out
+
+
+def test_without_validation_a_run_is_measured_at_its_end_alone():
+    small_data()
+    train_small("training.perform_validation=False", "training.epochs=3")
+    assert [record["step"] for record in metrics("eval")] == [8]  # 3 epochs of 20 / 8
+
+
 def test_its_weights_start_and_decay_as_there():
     cfg = read("--dialect=icl")
     torch.manual_seed(0)
@@ -582,6 +606,11 @@ def test_wandb_takes_its_key_mode_project_and_entity_from_the_file(board):
     assert started["environment"] == {"WANDB_API_KEY": "secret # no comment", "WANDB_MODE": "offline"}
     train_small("wandb.mode=online", "wandb.project=typed", "--resume=never")
     assert (board[1]["project"], board[1]["mode"]) == ("typed", "online")
+
+
+def test_a_file_that_speaks_of_wandb_and_does_not_turn_it_on_is_told(board, capsys):
+    train_small("wandb.project=typed")
+    assert board == [] and "note: W&B is off" in capsys.readouterr().err
 
 
 def test_the_environment_wins_over_the_file_and_disabled_over_all(board, capsys):
