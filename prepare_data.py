@@ -342,7 +342,7 @@ ALIASES = {  # names of the sources
     "state": {"adata": "input"},
     "cells": {"toml_config_path": "toml"},
     "arxiv": {"output_dir": "out_dir", **dict.fromkeys(("full_dataset", "raw_cache_dir", "dataset", "model",
-                                                        "tokenization_batch_size"))},
+                                                        "tokenization_batch_size", "target_split"))},
 }
 EXAMPLES = {  # of the jobs whose first argument is a file
     "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",

@@ -99,7 +99,7 @@ class Config:
     n_heads: Count = 2
     d_mlp: Count = 256
     dropout: Share = 0.0
-    init: Literal["waves", "normal"] = "waves"  # positions begin as sinusoids, writes small | all matrices normal
+    init: Literal["waves", "normal"] = "waves"  # positions start as sinusoids, writes to the stream small | all alike
     # optimizer
     batch_size: Count = 32  # chunks a step, over all ranks and micro-steps
     grad_accum: Count = 1  # micro-steps a step
@@ -111,7 +111,7 @@ class Config:
     epochs: Count = 4  # passes over the training chunks
     max_steps: Count | None = None  # optimizer steps; default as the epochs have
     weight_decay: NonNegative = 0.1
-    decay: Literal["matrices", "all"] = "matrices"  # matrices: not norms and biases
+    decay: Literal["matrices", "all"] = "matrices"  # what decays; all: norms and biases too
     beta1: Share = 0.9
     beta2: Share = 0.95
     grad_clip: NonNegative = 1.0  # largest gradient norm; 0 does not clip

@@ -23,6 +23,7 @@ from common import checkpoint, runlog
 from common.errors import CheckpointError, DataError
 from configurator import configure
 from measure import speed
+from measure.curves import draw_history
 from sources.chunks import chunk_arrays, split_paths, train_and_validation
 from sources.foreign import ICL, ICL_NEWEST
 from sources.foreign_arxiv import ALIASES, CATEGORIES, source_checkpoint
@@ -382,6 +383,24 @@ def test_documents_of_the_earlier_fetch_arxiv_py_are_cut_into_chunks(capsys):
     assert "aws s3 cp" in refusal(capsys, prepare_data.main, "arxiv", "--download_from_s3", "--s3_bucket", "b")
 
 
+def test_words_of_its_scripts_of_preparation_are_understood():
+    text = " ".join(f"word{i % 7}" for i in range(60))
+    documents = []
+    for name in "ab":
+        for split in ("train", "validation"):
+            documents.append({"text": f"{name} {split} {text}", "label": name, "split": split})
+    Path("docs.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    words = "dataset=arxiv_custom_filtered model=micro_decoder training.tokenization_batch_size=64 seed=42"
+    small = ("arxiv", "--input=docs.jsonl", "--vocab_size=260", "--chunk_size=10")
+    with pytest.warns(UserWarning, match="dataset, model, training.tokenization_batch_size"):
+        prepare_data.main([*small, *words.split(), "dataset.target_split=train"])
+    with pytest.warns(UserWarning, match="without effect here: full_dataset"):
+        sizes = prepare_data.main([*small, "--output_dir=fetched", "--full_dataset"])
+    assert sizes.keys() == {"train", "validation"} and Path("fetched/train.h5").exists()
+    with h5py.File("data/arxiv/train.h5") as file:
+        assert file.attrs["seed"] == 42
+
+
 # ------------------------------------------------------------------------------------------------------------ chunks
 
 
@@ -724,6 +743,11 @@ def test_a_checkpoint_of_the_source_predicts_what_it_predicts_there():
     for row, sequence in zip(logits, tokens, strict=True):
         expected = plain_logits(weights, sequence)
         assert float(expected.std()) > 0.5 and float((row - expected).abs().max()) < 1e-5
+
+
+def test_of_a_run_without_a_history_no_losses_are_drawn():
+    draw_history(Path("plots"), "imported", [])
+    assert not Path("plots").exists()
 
 
 def test_a_compiled_checkpoint_reads_the_same():
