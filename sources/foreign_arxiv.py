@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, reason
 from configurator import Derived, convert, note
 from sources.foreign_checkpoints import read_checkpoint
 
@@ -133,10 +133,10 @@ FIXED = (
 
 def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """What several settings of the source mean together: see foreign.Dialect.completed."""
-    for name, kind, value, reason in FIXED:
+    for name, kind, value, why in FIXED:
         found = latest(given, name, kind, value)
         if found != value:
-            raise ValueError(f"{name} = {found}: the page has {value} alone ({reason}): leave it out, or edit the page")
+            raise ValueError(f"{name} = {found}: the page has {value} alone ({why}): leave it out, or edit the page")
     rate = latest(given, "attention_probs_dropout_prob", float, values["dropout"])
     if rate != values["dropout"]:
         raise ValueError(
@@ -291,36 +291,35 @@ def source_checkpoint(path: Path) -> dict:
     if not is_source_checkpoint(path):
         return {}
     contents = read_checkpoint(path)
+    try:
+        return as_ours(contents, path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is no whole checkpoint of the source ({reason(error)})") from error
+
+
+def as_ours(contents: dict, path: Path) -> dict:
+    """What a checkpoint of the source holds, under our keys; see source_checkpoint."""
     weights = {}
     for name, weight in contents.get("model_state_dict", contents).items():
         weights[str(name).replace("_orig_mod.", "").removeprefix("module.")] = weight
     saved = contents.get("hydra_config_resolved") or {}
-    architecture = (saved.get("model") or {}).get("architecture") or {}
-    if "n_heads" not in architecture:
-        raise CheckpointError(
-            f"{path} does not say its number of heads (hydra_config_resolved.model.architecture): "
-            "use the .pt file that the source saved, not the weights alone"
-        )
-    for name, kind, value, reason in FIXED:
-        found = convert(architecture.get(name, value), kind)
-        if found != value:
-            raise CheckpointError(f"{path} has {name} = {found}: the page has {value} alone ({reason})")
-    head = weights.pop("lm_head.weight", weights["token_embeddings.weight"])
-    if not torch.equal(head, weights["token_embeddings.weight"]):
-        raise CheckpointError(f"{path} has a head of its own: the page's is the embedding read backwards")
-    vocab_size, width = head.shape
-    n_ctx = min(len(weights["position_embeddings.weight"]), saved.get("dataset", {}).get("token_chunk_size", 100) - 1)
+    architecture = saved.get("model", {}).get("architecture", {})
+    refuse_other_models(weights, architecture, path)
+    vocab_size, width = weights["token_embeddings.weight"].shape
+    dataset = {"token_chunk_size": 100, "hdf5_chunked_output_path": CHUNKS} | saved.get("dataset", {})
+    # The last position predicts a token that no chunk has.
+    n_ctx = min(len(weights["position_embeddings.weight"]), dataset["token_chunk_size"] - 1)
     model = translated(weights, path)
     model["position"] = model["position"][:n_ctx].clone()
-    categories = saved.get("experiment", {}).get("active_categories", [])
-    training = saved.get("training", {})
-    data = saved.get("dataset", {}).get("hdf5_chunked_output_path", CHUNKS)
-    batch = {"batch_size": training.get("batch_size", 32), "grad_accum": 1}
+    categories = list(saved.get("experiment", {}).get("active_categories", []))
+    training = {"batch_size": 32, "epochs": 20} | saved.get("training", {})
     config = {
-        "data": data,
+        "data": dataset["hdf5_chunked_output_path"],
         "choice": "first",
-        **batches(training, batch),
-        "epochs": training.get("epochs", 20),
+        **batches(training, {"batch_size": training["batch_size"], "grad_accum": 1}),
+        "epochs": training["epochs"],
         "lr": saved.get("optimizer", {}).get("lr", 5e-4),
         "n_layers": sum(name.endswith("qkv.weight") for name in model),
         "d_model": width,
@@ -328,20 +327,31 @@ def source_checkpoint(path: Path) -> dict:
         "d_mlp": len(model["blocks.0.mlp_in.weight"]),
         "dropout": architecture.get("hidden_dropout_prob", 0.1),
         "init": "normal",
-        "categories": list(categories) or None,
+        "categories": categories or None,
         "seed": saved.get("seed", 42),
     }
-    extra = {
-        "vocab_size": vocab_size,
-        "n_ctx": n_ctx,
-        "chunk_size": n_ctx + 1,
-        "categories": list(categories),
-        "data": {data: ""},
-    }
+    extra = {"vocab_size": vocab_size, "n_ctx": n_ctx, "chunk_size": n_ctx + 1, "categories": categories}
+    extra["data"] = {config["data"]: ""}
     tokenizer = tokenizer_above(path, str(saved.get("model", {}).get("custom_tokenizer_path") or ""))
     if tokenizer:
         extra["tokenizer_file"] = str(tokenizer)
     return {"config": config, "model": model, "step": contents.get("step", 0), "extra": extra}
+
+
+def refuse_other_models(weights: dict[str, torch.Tensor], architecture: dict, path: Path) -> None:
+    """Raises CheckpointError for a model that the page's is not."""
+    if "n_heads" not in architecture:
+        raise CheckpointError(
+            f"{path} does not say its number of heads (hydra_config_resolved.model.architecture): "
+            "use the .pt file that the source saved, not the weights alone"
+        )
+    for name, kind, value, why in FIXED:
+        found = convert(architecture.get(name, value), kind)
+        if found != value:
+            raise CheckpointError(f"{path} has {name} = {found}: the page has {value} alone ({why})")
+    embedding = weights["token_embeddings.weight"]
+    if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
+        raise CheckpointError(f"{path} has a head of its own: the page's is the embedding read backwards")
 
 
 def tokenizer_above(path: Path, named: str) -> Path | None:

@@ -790,6 +790,10 @@ def test_a_checkpoint_of_the_source_is_imported_sampled_and_measured(capsys):
         ),
         (lambda weights: torch.save(weights, "x.pt"), "does not say its number of heads"),
         (
+            lambda weights: write_source("x.pt", {name: w for name, w in weights.items() if "mlp" not in name}),
+            "no whole checkpoint of the source .KeyError: 'blocks.0.mlp_in.weight'",
+        ),
+        (
             lambda weights: write_source("x.pt", weights | {"layers.0.adapter.weight": torch.ones(2, 2)}),
             "layers.0.adapter",
         ),
