@@ -530,7 +530,7 @@ class Settings:
                 continue  # the file's own names: anchors, _target_
             field = self.resolve(parts)[0]
             whole = self.takes_dict(field)
-            if field == IGNORED:
+            if field == IGNORED or field is None and parts[0] == "hydra":
                 yield parts, value  # whatever it refers to
                 continue
             try:

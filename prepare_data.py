@@ -10,7 +10,7 @@
     python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
     python prepare_data.py cells --toml=my.toml             # make cells ready for train_state.py, which else does it
     python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
-    python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of APEL-R, arc-state or SmolState to ours
+    python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of a source system to ours
     python prepare_data.py arxiv --help                     # the settings of a job
 
 Files are written beside their final place and renamed at the end: what exists is complete. N chunks, n tokens of a
@@ -36,6 +36,7 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
+from sources.papers import cut_papers, holds_papers
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
@@ -266,6 +267,12 @@ def state(action: str, **settings) -> dict:
     return work(**{name: settings[name] for name in signature(work).parameters})
 
 
+def arxiv(**settings) -> dict:
+    """Labelled documents, or those that the source's fetch_arxiv.py has made tokens, to chunks."""
+    work = cut_papers if holds_papers(settings["input"]) else prepare_chunks
+    return work(**{name: settings[name] for name in signature(work).parameters})
+
+
 def inspect(path: str, tokens: int = 20, **columns) -> dict:
     """Print what a file, folder or experiment on cells holds (HDF5 chunks, train.bin, cells), and its faults."""
     file = Path(path)
@@ -304,14 +311,19 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     if system == "apelr" and (file.parent / "tokenizer.json").exists():
         extra["tokenizer_hash"] = load_tokenizer(file.parent / "tokenizer.json").hash()
         shutil.copyfile(file.parent / "tokenizer.json", folder / "tokenizer.json")
+    if system == "arxiv" and "tokenizer_file" in extra:
+        shutil.copyfile(extra.pop("tokenizer_file"), folder / "tokenizer.json")
     config = config_dict(cfg)
     write_json(folder / "config.json", config)
     checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
     print(f"{path}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
-    data = {"apelr": "--data=FOLDER", "state": "--toml=my.toml"}[system]
+    data = {"apelr": "--data=FOLDER", "arxiv": "--data=FOLDER", "state": "--toml=my.toml"}[system]
     print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
-    print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
+    if system == "arxiv":
+        print(f"  python train_arxiv.py --analyze={folder} {data}")
+    else:
+        print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 
@@ -337,14 +349,19 @@ def import_ghmm(page, file: Path, folder: Path) -> dict:
 JOBS = {
     "text": (TextConfig, prepare_text),
     "planted": (PlantedConfig, planted),
-    "arxiv": (ArxivConfig, prepare_chunks),
+    "arxiv": (ArxivConfig, arxiv),
     "ergodic": (ErgodicConfig, ergodic),
     "state": (StateConfig, state),
     "cells": (CellsConfig, prepare_cells),
     "inspect": (InspectConfig, inspect),
     "import": (ImportConfig, import_run),
 }
-ALIASES = {"state": {"adata": "input"}, "cells": {"toml_config_path": "toml"}}  # names of the sources
+ALIASES = {  # names of the sources
+    "state": {"adata": "input"},
+    "cells": {"toml_config_path": "toml"},
+    "arxiv": {"output_dir": "out_dir", **dict.fromkeys(("full_dataset", "raw_cache_dir", "dataset", "model",
+                                                        "tokenization_batch_size", "target_split"))},
+}
 EXAMPLES = {  # of the jobs whose first argument is a file
     "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",
     "import": "FILE.pt --out_dir=out/x",
@@ -368,6 +385,9 @@ def main(argv: list[str] | None = None) -> dict:
     if argv[0] == "state" and argv[1:] and re.fullmatch(r"\w+", argv[1]):
         argv = bare_action(argv[1:])
     job, *words = argv
+    if job == "arxiv" and any(word.startswith(("--download_from_s3", "--upload_to_s3")) for word in words):
+        fail("arxiv: folders in S3 are copied first: aws s3 cp --recursive s3://BUCKET/PREFIX data/papers, then python "
+             "prepare_data.py arxiv --input=data/papers")
     if job not in JOBS:
         fail(f"no job {job!r}{closest(job, JOBS)} Jobs: {', '.join(JOBS)}")
     files = []

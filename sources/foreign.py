@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sources import foreign_ghmm, foreign_state_settings
+from sources import foreign_arxiv, foreign_ghmm, foreign_state_settings
 
 Complete = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], dict[str, Any]]
 
@@ -332,4 +332,62 @@ SIMPLEXITY = (
 # ---------------------------------------------------------------------------------------------------------------
 # ICL-non-ergodic-arxiv (train_arxiv.py)
 # ---------------------------------------------------------------------------------------------------------------
-ICL = ()
+ICL_NEWEST = Dialect(
+    name="icl",
+    title="ICL-non-ergodic-arxiv",
+    commit="4a47ff0403556cbe8002591b4c462ef3c6bea4d2",
+    marks=foreign_arxiv.MARKS,
+    defaults={  # of configs/, as src/main_hydra_app.py uses them
+        "data": foreign_arxiv.CHUNKS,
+        "categories": ["cs.DS"],
+        "choice": "first",
+        "allow_short": True,
+        "n_layers": 2,
+        "d_model": 128,
+        "n_heads": 2,
+        "d_mlp": 512,
+        "dropout": 0.1,
+        "init": "normal",
+        "batch_size": 32,  # of a micro-step: 16 of them are a step of 512
+        "lr": 5e-4,
+        "min_lr": 0.0,
+        "schedule": "cosine",
+        "schedule_over": "epochs",
+        "warmup_steps": 1_000,
+        "epochs": 20,
+        "weight_decay": 0.1,
+        "decay": "all",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "patience": 10,
+        "min_delta": 1e-3,
+        "log_interval": 100,
+        "save_interval": 1_000,
+        "eval_chunks": foreign_arxiv.NEVER,  # all
+        "seed": 42,
+        "precision": "fp32",
+    },
+    groups={
+        "config_name": {"config": {}},
+        "dataset": {"default_dataset": {}, "arxiv_custom_filtered": {}},
+        "model": {
+            "default_model": {"architecture": {"d_model": 128, "n_layers": 2, "n_heads": 2, "d_ff": 512}},
+            "micro_decoder": {"architecture": {"d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 1_024}},
+        },
+        "training": {"default_training": {}},
+        "optimizer": {"adamw": {}},
+        "scheduler": {"cosine_warmup": {}},
+        "experiment": foreign_arxiv.experiments(),
+    },
+    complete=foreign_arxiv.completed,
+)
+ICL_EARLY = Dialect(
+    name="icl_early",
+    title="ICL-non-ergodic-arxiv, its earlier train.py",
+    commit="093404ae2a0c7c6b98f31483ba0afa654c0a11ac",
+    marks=foreign_arxiv.EARLY,
+    defaults={"batch_size": 8, "lr": 5e-5, "warmup_steps": 0, "weight_decay": 0.01, "epochs": 3, "seed": 42},
+    complete=foreign_arxiv.earlier,
+)
+ICL = (ICL_NEWEST, ICL_EARLY)

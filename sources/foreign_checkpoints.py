@@ -77,7 +77,12 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 
 
 # What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder.", "ghmm": "blocks.0.attn.W_Q"}
+SYSTEMS = {
+    "apelr": "token_emb.weight",
+    "arxiv": "token_embeddings.weight",
+    "ghmm": "blocks.0.attn.W_Q",
+    "state": "pert_encoder.",
+}
 NUMPY = b"\x93NUMPY"  # what an array in a file begins with
 
 
@@ -91,7 +96,10 @@ def is_equinox(path: str | Path) -> bool:
 
 
 def system_of(path: Path) -> str:
-    """apelr (APEL-R), state (arc-state, SmolState) or ghmm (Simplexity): whose checkpoint a file is; "" for none's."""
+    """Whose checkpoint a file is: apelr (APEL-R), arxiv (ICL-non-ergodic-arxiv), ghmm (Simplexity) or state.
+
+    "" where it is of none.
+    """
     if is_equinox(path):
         return "ghmm"
     try:
@@ -125,6 +133,7 @@ def importable(path: Path) -> str:
         read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
-        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state, SmolState or Simplexity: it has no "
-                              f"weights {SYSTEMS['apelr']}, {SYSTEMS['state']}* or {SYSTEMS['ghmm']}")
+        known = ", ".join(f"{beginning}*" for beginning in SYSTEMS.values())
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, ICL-non-ergodic-arxiv, arc-state, SmolState "
+                              f"or Simplexity: it has no weights {known}")
     return system

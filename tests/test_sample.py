@@ -260,7 +260,7 @@ def test_what_cannot_be_imported_is_refused_in_one_sentence(repository, data, ca
     torch.save({"model_state_dict": {"token_emb.weight": torch.zeros(3, 4)}, "model_version": "v9"}, "future.pt")
     for path, words in (("run/last.pt", "is a checkpoint of train_mine.py already"), ("run", "is a folder"),
                         ("text.pt", "is damaged or no checkpoint"), ("nowhere.pt", "there is no checkpoint nowhere.pt"),
-                        ("foreign.pt", "is no checkpoint of APEL-R, arc-state,"), ("future.pt", "v9")):
+                        ("foreign.pt", "is no checkpoint of APEL-R"), ("future.pt", "v9")):
         assert words in refused(capsys, "import", path, main=prepare_data.main)
     assert "import needs a file" in refused(capsys, "import", main=prepare_data.main)
     assert not Path("out").exists()
