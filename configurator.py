@@ -28,7 +28,6 @@ import math
 import numbers
 import os
 import re
-import subprocess
 import sys
 import textwrap
 import tokenize
@@ -142,7 +141,9 @@ def _hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
     script = _script(Config)
     sweep = Path(__file__).with_name("sweep.py")
     words = [word for word in argv if word not in ("-m", "--multirun")]
-    raise SystemExit(subprocess.call([sys.executable, str(sweep), str(script), *words]))
+    # In the place of this process: one that waited for it would kill it at Ctrl-C, before its runs have saved.
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(sweep), str(script), *words])
 
 
 def print_config(cfg: Any) -> str:

@@ -908,7 +908,13 @@ def test_names_that_other_programs_have_for_files(capsys, words, hint):
 
 def test_many_runs_are_left_to_sweep(monkeypatch):
     called = []
-    monkeypatch.setattr(configurator.subprocess, "call", lambda command: called.append(command) or 5)
+
+    def call(program: str, command: list[str]) -> None:  # never returns
+        assert program == sys.executable
+        called.append(command)
+        raise SystemExit(5)
+
+    monkeypatch.setattr(configurator.os, "execv", call)
     for words in (["lr=1,2", "-m"], ["--multirun", "lr=1,2"], ["hydra.sweeper.n_trials=3", "lr=1,2"]):
         with pytest.raises(SystemExit) as stop:
             configure(Config, words)

@@ -1,0 +1,478 @@
+"""sweep.py: what a command line lists, what is run, what a killed, stopped or failing run leaves, and the table."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from commands import SCRIPTS, Job, python, refusal, wait_for
+
+import sweep
+from measure.sweeps import OBJECTIVES, table
+from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
+
+ROOT = Path(__file__).resolve().parents[1]
+# A page without torch, that starts within a tenth of a second: it trains by waiting.
+PAGE = '''
+import json, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from configurator import config_dict, config_hash, configure
+
+EXPERIMENT = "ghmm"
+ALIASES = {"learning_rate": "lr"}
+
+@dataclass
+class Config:
+    out_dir: str = "out/tiny"
+    resume: str = "auto"
+    analyze: str = ""
+    lr: float = 0.1
+    seed: int = 0
+    act: str = "relu"
+    widths: list[int] | None = None
+    max_steps: int = 1  # of 10 ms
+    meets: str = ""  # a file that another run makes
+
+    def check(self):
+        return ["lr = 0.5 goes with no seed"] if self.lr == 0.5 else []
+
+def write(path, value):
+    path.with_suffix(".new").write_text(json.dumps(value))
+    path.with_suffix(".new").rename(path)
+
+def main(argv=None):
+    cfg = configure(Config, argv, ALIASES)
+    folder, stops = Path(cfg.out_dir), []
+    signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    write(folder / "config.json", config_dict(cfg))
+    (folder / "train_tiny.py").write_bytes(Path(__file__).read_bytes())
+    last = folder / "last.pt"
+    step = json.loads(last.read_text()) if last.exists() and cfg.resume == "auto" else 0
+    with open(folder / "starts", "a") as starts:
+        starts.write(f"{step}\\n")
+    if cfg.lr > 1:
+        print("a first line")
+        sys.exit("error: the loss is not finite")
+    Path(f"seed{cfg.seed}").touch()
+    while step < cfg.max_steps:
+        time.sleep(0.01)
+        step += not cfg.meets or Path(cfg.meets).exists()
+        write(last, step)
+        if stops:
+            print(f"stopped after {step}")
+            return
+    write(folder / "summary.json", {"excess_loss": cfg.lr + cfg.seed / 100, "loss": 1 + cfg.lr, "seconds": 2.0,
+                                    "loss_by_position": [1], "config_hash": config_hash(cfg)})
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+@pytest.fixture(autouse=True)
+def page(in_a_folder_of_its_own, monkeypatch):
+    """The page, in the folder where the test stands."""
+    Path("train_tiny.py").write_text(PAGE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield
+    sys.modules.pop("train_tiny", None)
+
+
+def swept(*words: str, code: int = 0) -> list[dict]:
+    """The lines of sweep.jsonl in the folder `sweep`, after the command has ended with this code."""
+    command = ["train_tiny.py", *words, "--out_dir=sweep"]
+    if code:
+        with pytest.raises(SystemExit) as end:
+            sweep.main(command)
+        assert end.value.code == code
+    else:
+        sweep.main(command)
+    return lines()
+
+
+def lines() -> list[dict]:
+    return [json.loads(line) for line in Path("sweep/sweep.jsonl").read_text().splitlines()]
+
+
+def planned(capsys, *words: str, page: str = "train_tiny.py") -> list[list[str]]:
+    """The words of each run that a command line would start, but for its folder."""
+    capsys.readouterr()
+    assert sweep.main([page, *words, "--print_config"]) == []
+    return [command.split()[2:-1] for command in capsys.readouterr().out.splitlines()]
+
+
+def starts(name: str) -> list[int]:
+    """At which step a run began, each time that it was started."""
+    path = Path("sweep", name, "starts")
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def refused(capsys, *words: str) -> str:
+    told = refusal(capsys, sweep.main, "train_tiny.py", *words)
+    assert not Path("out").exists() and not Path("sweep").exists()
+    return told
+
+
+# ------------------------------------------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-3,1e-4", ["1e-3", "1e-4"]),
+        ("1e-3", ["1e-3"]),
+        ("", [""]),
+        ("a, b", ["a", "b"]),
+        ("'a,b',c", ["a,b", "c"]),
+        ('"a,b"', ['"a,b"']),  # one value: nothing is listed, the page reads it
+        ("don't,do", ["don't", "do"]),
+        ("[1,2],[3]", ["[1,2]", "[3]"]),
+        ("[1,2]", ["[1,2]"]),
+        ("{a: 1, b: 2},{a: 2}", ["{a: 1, b: 2}", "{a: 2}"]),
+        ("choice(1,2)", ["1", "2"]),
+        ("choice(7)", ["7"]),
+        ("choice([1,2],[3])", ["[1,2]", "[3]"]),
+        ("range(3)", ["0", "1", "2"]),
+        ("range(1,5)", ["1", "2", "3", "4"]),
+        ("range(1, 6, step=2)", ["1", "3", "5"]),
+        ("range(0,1,0.25)", ["0", "0.25", "0.50", "0.75"]),
+        ("range(0.1,0.4,0.1)", ["0.1", "0.2", "0.3"]),
+        ("range(5,1,-2)", ["5", "3"]),
+        ("range(start=2,stop=4)", ["2", "3"]),
+        ("f(1,2)", ["f(1,2)"]),
+    ],
+)
+def test_values_that_a_word_lists(text, values):
+    assert listed_values("x", text) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1,2", ["1,2"]),
+        ("[1,2],[3]", ["[1,2]", "[3]"]),
+        ("[1,2]", ["[1,2]"]),
+        ("(1,2),(3,)", ["(1,2)", "(3,)"]),
+        ("choice([1,2],3)", ["[1,2]", "3"]),
+    ],
+)
+def test_a_list_is_one_value_of_a_setting_that_is_a_list(text, values):
+    assert listed_values("x", text, is_list=True) == values
+
+
+def test_optuna_draws_the_end_of_a_range_too():
+    assert listed_values("x", "range(1,5)", inclusive=True) == ["1", "2", "3", "4", "5"]
+    assert listed_values("x", "range(1,6,2)", inclusive=True) == ["1", "3", "5"]
+    assert listed_values("x", "range(2,2)", inclusive=True) == ["2"]
+    assert read_sweeper({"hydra/sweeper": "optuna"}).inclusive
+    assert not read_sweeper({"hydra/sweeper": "optuna", "hydra/sweeper/sampler": "grid"}).inclusive
+    assert not read_sweeper({}).inclusive
+
+
+def test_words_of_all_forms_are_taken_apart():
+    own, words = take_apart(
+        ["a.py", "--jobs", "2", "--lr=1,2", "--seed", "0,1", "+x.y=3", "--wandb", "b.yaml", "--n", "4", "out_dir=o"],
+        ("jobs", "out_dir"),
+    )
+    assert own == {"jobs": "2", "out_dir": "o"}
+    assert [(word.key, word.head + word.value) for word in words] == [
+        ("", "a.py"), ("lr", "--lr=1,2"), ("seed", "--seed=0,1"), ("x.y", "+x.y=3"), ("", "--wandb"), ("", "b.yaml"),
+        ("", "--n"), ("", "4"),
+    ]  # fmt: skip
+
+
+def test_a_run_is_named_by_what_differs():
+    assert run_name({"lr": "0.001", "seed": "0"}) == "lr=0.001,seed=0"
+    assert run_name({}) == "run"
+    assert labels(["optim.lr", "seed"]) == ["lr", "seed"]
+    assert labels(["train.size", "eval.size"]) == ["train.size", "eval.size"]
+    paths = {run_name({"data": path}) for path in ("a/b", "a-b", "a b", "../a/b")}
+    assert len(paths) == 4 and not any("/" in path or " " in path for path in paths)
+    long = {run_name({f"setting{i}": "x" * 100 + end for i in range(9)}) for end in "ab"}
+    assert len(long) == 2 and all(len(name) < 220 for name in long)
+
+
+def test_one_number_is_written_in_one_way():
+    texts = ("1e-3", "0.0010", "1e5", "007", "1.0", "-2", "1e-5", "inf", "relu", "123456789012345678")
+    assert [plain(text) for text in texts] == [
+        "0.001", "0.001", "100000", "7", "1", "-2", "1e-05", "inf", "relu", "123456789012345678"]  # fmt: skip
+
+
+def test_the_combinations_are_in_the_order_of_nested_loops(capsys):
+    assert planned(capsys, "--lr=1e-3,1e-4", "--act=gelu", "seed=0,1") == [
+        ["--lr=1e-3", "--act=gelu", "seed=0"], ["--lr=1e-3", "--act=gelu", "seed=1"],
+        ["--lr=1e-4", "--act=gelu", "seed=0"], ["--lr=1e-4", "--act=gelu", "seed=1"]]  # fmt: skip
+
+
+def test_what_a_page_takes_for_a_list_stays_one_value(capsys):
+    assert planned(capsys, "--widths=1,2", "--seed=0,1") == [["--widths=1,2", "seed=0".replace("seed", "--seed")],
+                                                             ["--widths=1,2", "--seed=1"]]
+    assert planned(capsys, "--widths=[1,2],[3]") == [["'--widths=[1,2]'"], ["'--widths=[3]'"]]
+
+
+def test_the_folder_is_beside_that_of_a_single_run_and_the_same_for_more_values(capsys):
+    def folder(*words: str) -> str:
+        sweep.main(["train_tiny.py", *words, "--print_config"])
+        return capsys.readouterr().out.split()[-1].removeprefix("--out_dir=").rpartition("/")[0]
+
+    assert folder("--lr=1,2").startswith("out/tiny_sweep_")
+    assert folder("--lr=1,2") == folder("--lr=1,2,3")
+    assert len({folder("--lr=1,2"), folder("--lr=1,2", "--seed=3"), folder("--seed=1,2")}) == 3
+    Path("own.py").write_text("out_dir = 'elsewhere'")
+    assert folder("own.py", "--lr=1,2").startswith("elsewhere_sweep_")
+
+
+# ---------------------------------------------------------------------------------------------- Hydra's words
+
+
+def test_hydra_words_mean_what_they_mean_there(capsys):
+    words = ("-m", "learning_rate=choice(0.1,0.2)", "seed=range(2)", "hydra.sweep.dir=there", "hydra.launcher.n_jobs=2")
+    sweep.main(["train_tiny.py", *words, "--print_config"])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 4 and out[0].split()[1:] == [
+        "train_tiny.py", "learning_rate=0.1", "seed=0", "'--out_dir=there/learning_rate=0.1,seed=0'"]
+    assert read_sweeper({"hydra.launcher.n_jobs": "2"}).ours == {"jobs": "2"}
+    assert read_sweeper({"hydra/launcher": "joblib"}).ours == {"jobs": "-1"}
+
+
+def test_the_sweeper_of_a_yaml_file_is_read_and_the_command_line_wins(capsys):
+    Path("experiment.yaml").write_text(
+        "defaults:\n  - _self_\n  - override hydra/sweeper: optuna\nseed: 7\nhydra:\n  sweeper:\n    n_trials: 3\n"
+        "    study_name: a\n    sampler:\n      seed: ${seed}\n    params:\n      train.lr: choice(0.1, 0.2, 0.3)\n"
+        "      seed: range(1, 2)\n"
+    )
+    Path("plain.yaml").write_text("seed: 7\n")
+    everything = [[lr, seed] for lr in ("train.lr=0.1", "train.lr=0.2", "train.lr=0.3") for seed in ("seed=1", "seed=2")]
+    runs = planned(capsys, "experiment.yaml")
+    assert len(runs) == 3 and [run[:2] for run in runs] == sorted(run[:2] for run in runs)
+    assert all(run[2] == "experiment.yaml" and run[:2] in everything for run in runs)
+    assert planned(capsys, "experiment.yaml", "seed=5", "hydra.sweeper.n_trials=9") == [
+        [lr, "experiment.yaml", "seed=5"] for lr in ("train.lr=0.1", "train.lr=0.2", "train.lr=0.3")]
+    told = hydra_settings({"defaults": [{"override hydra/sweeper": "optuna"}, "_self_"], "hydra.sweeper.n_trials": 3,
+                           "hydra.sweeper.sampler.seed": "${seed}", "seed": 7, "hydra.sweeper.storage": None})
+    assert told == {"hydra/sweeper": "optuna", "hydra.sweeper.n_trials": "3", "hydra.sweeper.sampler.seed": "7"}
+
+
+def test_of_more_combinations_than_trials_some_are_drawn_and_more_trials_keep_them(capsys):
+    words = ("--lr=0.1,0.2,0.3", "--seed=0,1,2")
+    draws = {trials: planned(capsys, *words, f"--trials={trials}") for trials in (2, 4, 9, 20)}
+    assert [len(runs) for runs in draws.values()] == [2, 4, 9, 9]
+    for fewer, more in ((2, 4), (4, 9)):
+        assert all(run in draws[more] for run in draws[fewer])
+    assert draws[9] == draws[20] == planned(capsys, *words)
+    assert len({str(planned(capsys, *words, "--trials=2", f"--trials_seed={seed}")) for seed in range(6)}) > 1
+    sweep.main(["train_tiny.py", *words, "hydra.sweeper.n_trials=4", "--print_config"])
+    assert "trials = 4 of 9 combinations" in capsys.readouterr().err
+    assert len(planned(capsys, "seed=range(30)", "hydra/sweeper=optuna")) == 20  # hydra-optuna-sweeper's own default
+
+
+def test_hydra_words_without_effect_are_named(capsys):
+    sweep.main(["train_tiny.py", "seed=0,1", "hydra.sweeper.storage=x", "hydra.sweep.dir=${now:%H}", "--print_config"])
+    told = capsys.readouterr()
+    assert "note: without effect here: hydra.sweeper.storage, hydra.sweep.dir" in told.err
+    assert "out/tiny_sweep_" in told.out and "storage" not in told.out
+
+
+def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
+    Path("plain.yaml").write_text("seed: 7\n")
+    assert planned(capsys, "plain.yaml", "lr=0.1,0.2") == [["plain.yaml", "lr=0.1"], ["plain.yaml", "lr=0.2"]]
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--lr=0.1,abc"], "lr: expected float, got 'abc'"),
+        (["--lrr=0.1,0.2"], "lrr: no such setting, did you mean lr?"),
+        (["--lr=0.1,0.5"], "lr = 0.5 goes with no seed"),
+        (["--seed=range(1.5,3)"], "seed: expected int, got '1.5'"),
+        (["--lr=0.1,,0.2"], "one of the listed values is empty"),
+        (["--lr=choice()"], "one of the listed values is empty"),
+        (["--lr=range(3,1)"], "there is no number from 3 up to 1 by steps of 1"),
+        (["--lr=range(1,1)"], "there is no number from 1 up to 1"),
+        (["--lr=range(a,b)"], "expected range(STOP), range(START, STOP) or range(START, STOP, STEP)"),
+        (["--lr=range(1,2,0)"], "expected range(STOP)"),
+        (["--lr=range(1,inf)"], "expected range(STOP)"),
+        (["--lr=range(0,1,1e-9)"], "more than 10000 values"),
+        (["--lr=interval(0.1,0.2)"], "interval() needs Optuna, which sweep.py does not call: list values instead"),
+        (["hydra.sweeper.params.lr=tag(log,interval(0.1,0.2))"], "tag() needs Optuna"),
+        (["--seed=int(interval(1,4))"], "int() needs Optuna"),
+        (["lr=sort(1,2)"], "sort() is not read: list values instead"),
+        (["--lr=0.1,0.10"], "lr=0.1 would be run twice"),
+        (["lr=0.1,0.2", "lr=0.3,0.4"], "lr lists values twice"),
+        (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
+        ([], "no setting lists values"),
+        (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1, got '0'"),
+        (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1, got 'many'"),
+        (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
+        (["--lr=0.1,0.2", "hydra/sweeper=ax"], "hydra/sweeper=ax"),
+        (["--lr=0.1,0.2", "hydra.sweeper.search_space.lr.type=float"], "does not read search spaces"),
+        (["--lr=0.1,0.2", "--analyze=run"], "analyze=run is no training of one model"),
+        (["--lr=0.1,0.2", "--out_dir=s3://bucket/x"], "is a URL"),
+        (["--lr=0.1,0.2", "--out_dir=train_tiny.py"], "the folder train_tiny.py cannot be used"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_the_first_run(capsys, words, sentence):
+    assert sentence in refused(capsys, *words)
+
+
+def test_what_is_no_page_is_refused(capsys):
+    Path("broken.py").write_text("import nothing_of_this_name")
+    Path("settings.py").write_text("lr = 1")
+    for name, sentence in (("absent.py", "the first word is the page to run"), ("--lr=1,2", "the first word"),
+                           ("broken.py", "cannot be imported (ModuleNotFoundError"), ("settings.py", "is no page")):
+        assert sentence in refusal(capsys, sweep.main, name, "--lr=1,2")
+    assert str(Path.cwd()) not in sys.path
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
+    told = swept("--lr=0.2,0.1", "--seed=0,1", "learning_rate=0.3")[0]
+    # The last of two names of one setting holds, as on a page.
+    assert told["summary"]["excess_loss"] == 0.3
+    told = swept("--lr=0.2,0.1", "--seed=0,1", "--resume=never")
+    assert [line["run"] for line in told] == ["lr=0.2,seed=0", "lr=0.2,seed=1", "lr=0.1,seed=0", "lr=0.1,seed=1"]
+    assert {line["status"] for line in told} == {"done"} and {line["exit_code"] for line in told} == {0}
+    assert told[1]["settings"] == {"lr": "0.2", "seed": "1"}
+    assert told[1]["folder"] == "sweep/lr=0.2,seed=1"
+    assert told[1]["summary"].keys() == {"excess_loss", "loss", "seconds", "config_hash"}
+    assert told[1]["summary"]["excess_loss"] == pytest.approx(0.21)
+    out = capsys.readouterr().out
+    assert "[4/4] lr=0.1,seed=1: excess_loss 0.11, loss 1.1 | " in out and " left" in out
+    assert "by excess_loss, of which less is better:" in out
+    rows = [line.split()[:4] for line in out.splitlines()[-4:]]
+    assert rows == [["0.1", "0", "0.1", "1.1"], ["0.1", "1", "0.11", "1.1"], ["0.2", "0", "0.2", "1.2"],
+                    ["0.2", "1", "0.21", "1.2"]]
+
+
+def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(capsys):
+    swept("--lr=0.1,0.2")
+    again = swept("--lr=0.1,0.2")
+    assert starts("lr=0.1") == starts("lr=0.2") == [0]
+    assert [line["summary"]["loss"] for line in again] == [1.1, 1.2] and again[0]["seconds"] == 2
+    assert "2 runs of train_tiny.py in sweep, 2 ended before" in capsys.readouterr().out
+    assert [line["run"] for line in swept("--lr=0.1,0.2,0.3")] == ["lr=0.1", "lr=0.2", "lr=0.3"]
+    assert starts("lr=0.1") == starts("lr=0.3") == [0]
+
+
+def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys):
+    told = swept("--lr=7,0.1", code=1)
+    assert [(line["run"], line["status"], line["exit_code"]) for line in told] == [
+        ("lr=7", "failed", 1), ("lr=0.1", "done", 0)]
+    assert told[0]["last_lines"] == ["a first line", "error: the loss is not finite"] and "summary" not in told[0]
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "lr=7: failed (exit code 1): error: the loss is not finite"
+    swept("--lr=7,0.1", code=1)
+    assert starts("lr=7") == [0, 0] and starts("lr=0.1") == [0]
+
+
+def test_two_runs_at_a_time_are_two(capsys):
+    # Each ends only when the other has begun; one at a time, the first would wait for ever.
+    told = swept("--seed=0,1", "--meets=seed1", "--jobs=2")
+    assert {line["status"] for line in told} == {"done"}
+
+
+def test_other_settings_are_not_mixed_into_a_sweep(capsys):
+    swept("--lr=0.1,0.2")
+    told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--max_steps=2", "--out_dir=sweep")
+    assert "sweep/lr=0.1 holds a run with other settings (max_steps: 1 -> 2)" in told and "--resume=never" in told
+    assert starts("lr=0.1") == [0]
+    # They are trained anew where that is asked for, and once.
+    for _ in range(2):
+        swept("--lr=0.1,0.2", "--max_steps=2", "--resume=never")
+    assert starts("lr=0.1") == [0, 0]
+    # So is what an edited page made.
+    Path("train_tiny.py").write_text(PAGE + "\n# edited\n")
+    told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--max_steps=2", "--out_dir=sweep")
+    assert "train_tiny.py: edited since" in told
+    swept("--lr=0.1,0.2", "--max_steps=2", "--resume=never")
+    assert starts("lr=0.1") == [0, 0, 0]
+
+
+def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
+    swept("--lr=0.1,0.2")
+    Path("sweep/lr=0.1/config.json").write_text("{")
+    assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in refusal(
+        capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+    for path in Path("sweep/lr=0.1").iterdir():
+        path.unlink()
+    Path("sweep/lr=0.1").rmdir()
+    assert {line["status"] for line in swept("--lr=0.1,0.2")} == {"done"}
+
+
+LONG = ("train_tiny.py", "--lr=0.1,0.2", "--seed=0,1", "--max_steps=60", "--out_dir=sweep")
+
+
+def test_a_killed_sweep_goes_on_and_no_run_is_started_twice(capsys):
+    job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
+    wait_for(lambda: len(starts("lr=0.1,seed=1")) > 0, job, "the second run")
+    job.kill()
+    job.process.join()
+    # The run at work was not killed: the sweep that goes on waits for its end, and takes it as it is.
+    assert not Path("sweep/lr=0.1,seed=1/summary.json").exists()
+    sweep.main(list(LONG))
+    assert "at work here: waiting for its end" in capsys.readouterr().out
+    assert [line["status"] for line in lines()] == ["done"] * 4
+    for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"):
+        assert starts(name) == [0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(number):
+    job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
+    wait_for(lambda: Path("sweep/lr=0.1,seed=0/last.pt").exists(), job, "the first run")
+    job.send_signal(number)
+    assert job.wait() == 128 + number
+    assert "stopped after" in Path("sweep/lr=0.1,seed=0/console.log").read_text()
+    assert [(line["run"], line["status"]) for line in lines()] == [("lr=0.1,seed=0", "stopped")]
+    assert "error: stopped by a signal, 3 not begun; the same command goes on from there" in job.console.read_text()
+    saved = json.loads(Path("sweep/lr=0.1,seed=0/last.pt").read_text())
+    sweep.main(list(LONG))
+    assert starts("lr=0.1,seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 4
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def test_what_has_no_number_is_last_in_the_table():
+    told = [{"run": f"a={i}", "status": "done", "folder": f"f{i}", "seconds": None, "settings": {"a": str(i)},
+             "summary": {"pearson_delta": value}} for i, value in enumerate([None, 0.1, 0.9])]
+    rows = [line.split() for line in table(told, ["pearson_delta"], less_is_better=False)]
+    assert rows == [["a", "pearson_delta", "seconds", "folder"], ["2", "0.9", "-", "f2"], ["1", "0.1", "-", "f1"],
+                    ["0", "-", "-", "f0"]]
+
+
+# -------------------------------------------------------------------------------------------------- real pages
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_page_can_be_swept(script, capsys):
+    assert planned(capsys, "--seed=0,1", page=f"{script}.py") == [["--seed=0"], ["--seed=1"]]
+    assert OBJECTIVES.keys() >= {sys.modules[script].EXPERIMENT}
+    assert "lr: expected float >= 0, got 'much'" in refusal(capsys, sweep.main, f"{script}.py", "--lr=1e-3,much")
+
+
+def test_lists_of_real_pages(capsys):
+    assert planned(capsys, "--decoder_hidden_dims=[8],[8,16]", page="train_state.py") == [
+        ["'--decoder_hidden_dims=[8]'"], ["'--decoder_hidden_dims=[8,16]'"]]
+    assert planned(capsys, "--categories=cs.DS,cs.PL", page="train_arxiv.py") == [["--categories=cs.DS,cs.PL"]]
+    assert planned(capsys, "process=mess3,rrxor", page="train_ghmm.py") == [["process=mess3"], ["process=rrxor"]]
+    assert "study=all is no training" in refusal(capsys, sweep.main, "train_arxiv.py", "--study=all", "--seed=0,1")
+
+
+def test_a_page_hands_over_what_hydra_calls_a_multirun():
+    done = python(ROOT / "train_ghmm.py", "-m", "seed=0,1", "n_layers=1", "d_model=8", "d_mlp=8", "n_ctx=4", "num_steps=1",
+                  "batch_size=4", "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep", folder=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    told = lines()
+    assert [(line["run"], line["status"]) for line in told] == [("seed=0", "done"), ("seed=1", "done")]
+    assert told[0]["summary"]["excess_loss"] != told[1]["summary"]["excess_loss"] and told[0]["summary"]["steps"] == 1
+    assert "[2/2] seed=1: excess_loss " in done.stdout
