@@ -254,10 +254,9 @@ class Settings:
                 self.errors += cfg.check()
         if self.errors:
             fail(*self.errors)
-        read = tuple(f".{name}" for name in getattr(self.dialect, "reads", ()))
-        self.ignored = [key for key in self.ignored if not f".{key.replace('-', '_')}".endswith(read)]
-        if self.ignored:
-            warnings.warn(f"settings without effect here: {', '.join(self.ignored)}", stacklevel=3)
+        ignored = [key for key in self.ignored if not (self.dialect and self.dialect.makes_use_of(key))]
+        if ignored:
+            warnings.warn(f"settings without effect here: {', '.join(ignored)}", stacklevel=3)
         return cfg
 
     def field_at(self, path: list[str], end: int) -> str | None:

@@ -28,7 +28,7 @@ class Dialect:
     groups: dict[str, dict[str, dict]] = field(default_factory=dict)  # Hydra's group=NAME: settings, by its own names
     speaks: Callable[[dict[str, Any]], bool] | None = None  # of {dotted key: value as written}, beyond the marks
     complete: Complete | None = None  # see completed
-    reads: tuple[str, ...] = ()  # names that aliases send to None and complete reads: they do have an effect
+    reads: tuple[str, ...] = ()  # keys, their last parts or their beginnings that `complete` makes something of
 
     def is_spoken(self, given: dict[str, Any]) -> bool:
         """Whether settings {dotted key: value as written} are of this source."""
@@ -37,6 +37,12 @@ class Dialect:
             if key in self.marks or key.startswith(tuple(beginnings)):
                 return True
         return bool(self.speaks and self.speaks(given))
+
+    def makes_use_of(self, key: str) -> bool:
+        """Whether a dotted key has an effect though its alias is None."""
+        plain = key.replace("-", "_")
+        beginnings = tuple(name for name in self.reads if name.endswith("."))
+        return plain.startswith(beginnings) or any(f".{plain}".endswith(f".{name}") for name in self.reads)
 
     def completed(self, given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
         """More settings, once all that was given is known: {our setting: value}.
