@@ -36,6 +36,7 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
+from sources.foreign_arxiv import training_state
 from sources.papers import cut_papers, holds_papers
 from sources.planted import planted
 from sources.populations import synthetic
@@ -315,13 +316,20 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
         shutil.copyfile(extra.pop("tokenizer_file"), folder / "tokenizer.json")
     config = config_dict(cfg)
     write_json(folder / "config.json", config)
-    checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
+    state = checkpoint.weights_alone(page.__file__, config, step, model, extra)
+    if system == "arxiv":
+        training = training_state(file, model, page.parameter_groups(model, cfg))
+        extra |= training.pop("patience", {})
+        state |= training
+    checkpoint.save(state, folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
     print(f"{path}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
     data = {"apelr": "--data=FOLDER", "arxiv": "--data=FOLDER", "state": "--toml=my.toml"}[system]
     print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
     if system == "arxiv":
         print(f"  python train_arxiv.py --analyze={folder} {data}")
+        if state["optimizer"]:
+            print(f"  python train_arxiv.py {folder}/config.json --resume={folder}/last.pt {data} --out_dir=out/on")
     else:
         print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}

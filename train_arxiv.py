@@ -728,7 +728,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
     path = Path(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
-    state = source_checkpoint(path) or without_last_position(checkpoint.load(path, __file__), path)
+    state = source_checkpoint(path, ICL[0].defaults) or without_last_position(checkpoint.load(path, __file__), path)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
     extra = state["extra"]

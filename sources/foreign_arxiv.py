@@ -4,6 +4,7 @@ Its settings are Hydra's, of configs/ and src/main_hydra_app.py. An earlier trai
 what its command lines are answered is here too.
 """
 
+import math
 import random
 import zipfile
 from itertools import permutations
@@ -146,8 +147,8 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
         )
     if values["resume"] not in ("auto", "never") and is_source_checkpoint(values["resume"]):
         raise ValueError(
-            f"resume_from_checkpoint = {values['resume']}: a run of the source does not go on here; "
-            f"--analyze={values['resume']} measures it, python sample.py {values['resume']} uses it"
+            f"resume = {values['resume']} is of the source: python prepare_data.py import {values['resume']} "
+            "--out_dir=out/there makes it ours, and --resume=out/there/last.pt goes on from it"
         )
     more = batches(given, values) | stopping(given, values) | precision(given, values)
     # A file of the group `training` has a rate that is not used: the optimizer's is.
@@ -261,6 +262,10 @@ def earlier(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
+SAVED = (  # settings that a checkpoint tells, and that say how a run goes on
+    "data", "validation_data", "categories", "epochs", "batch_size", "grad_accum", "lr", "weight_decay",
+    "warmup_steps", "grad_clip", "patience", "min_delta", "seed",
+)  # fmt: skip
 BLOCK_NAMES = {  # parts of a block there and here; what it calls weight of c_* is stored [in, out]
     "ln_1": "attention_norm", "attn.c_attn": "qkv", "attn.c_proj": "attention_out",
     "ln_2": "mlp_norm", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out",
@@ -282,25 +287,27 @@ def is_source_checkpoint(path: str | Path) -> bool:
         return False
 
 
-def source_checkpoint(path: Path) -> dict:
+def source_checkpoint(path: Path, defaults: dict[str, Any]) -> dict:
     """A checkpoint of the source, src/checkpoint_utils.py's, as one of ours without an optimizer; {} for other files.
 
     Its MicroDecoderModel, with GPT-2's attention and MLP of transformers, is the GPT of the page with the same names
     of sizes. It has a position more than it predicts from: see without_last_position.
+
+    defaults: of the source, by our names, for what the checkpoint does not say.
     Raises CheckpointError for what it does not say, and for an architecture that the page has not.
     """
     if not is_source_checkpoint(path):
         return {}
     contents = read_checkpoint(path)
     try:
-        return as_ours(contents, path)
+        return as_ours(contents, path, defaults)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is no whole checkpoint of the source ({reason(error)})") from error
 
 
-def as_ours(contents: dict, path: Path) -> dict:
+def as_ours(contents: dict, path: Path, defaults: dict[str, Any]) -> dict:
     """What a checkpoint of the source holds, under our keys; see source_checkpoint."""
     weights = {}
     for name, weight in contents.get("model_state_dict", contents).items():
@@ -309,34 +316,43 @@ def as_ours(contents: dict, path: Path) -> dict:
     architecture = saved.get("model", {}).get("architecture", {})
     refuse_other_models(weights, architecture, path)
     vocab_size, width = weights["token_embeddings.weight"].shape
-    dataset = {"token_chunk_size": 100, "hdf5_chunked_output_path": CHUNKS} | saved.get("dataset", {})
     # The last position predicts a token that no chunk has.
-    n_ctx = min(len(weights["position_embeddings.weight"]), dataset["token_chunk_size"] - 1)
+    n_ctx = min(len(weights["position_embeddings.weight"]), saved.get("dataset", {}).get("token_chunk_size", 100) - 1)
     model = translated(weights, path)
     model["position"] = model["position"][:n_ctx].clone()
-    categories = list(saved.get("experiment", {}).get("active_categories", []))
-    training = {"batch_size": 32, "epochs": 20} | saved.get("training", {})
-    config = {
-        "data": dataset["hdf5_chunked_output_path"],
-        "choice": "first",
-        **batches(training, {"batch_size": training["batch_size"], "grad_accum": 1}),
-        "epochs": training["epochs"],
-        "lr": saved.get("optimizer", {}).get("lr", 5e-4),
+    config = defaults | settings_of(saved)
+    config |= {
         "n_layers": sum(name.endswith("qkv.weight") for name in model),
         "d_model": width,
         "n_heads": architecture["n_heads"],
         "d_mlp": len(model["blocks.0.mlp_in.weight"]),
-        "dropout": architecture.get("hidden_dropout_prob", 0.1),
-        "init": "normal",
-        "categories": categories or None,
-        "seed": saved.get("seed", 42),
+        "dropout": architecture.get("hidden_dropout_prob", defaults["dropout"]),
     }
+    categories = config["categories"]
     extra = {"vocab_size": vocab_size, "n_ctx": n_ctx, "chunk_size": n_ctx + 1, "categories": categories}
     extra["data"] = {config["data"]: ""}
     tokenizer = tokenizer_above(path, str(saved.get("model", {}).get("custom_tokenizer_path") or ""))
     if tokenizer:
         extra["tokenizer_file"] = str(tokenizer)
     return {"config": config, "model": model, "step": contents.get("step", 0), "extra": extra}
+
+
+def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of training in a resolved configuration of the source, by our names, where it says them."""
+    given = {}
+    for group in ("dataset", "training", "optimizer", "scheduler", "experiment"):
+        for name, value in saved.get(group, {}).items():
+            given[f"{group}.{name}"] = value
+    settings = {}
+    for key, value in (given | {"seed": saved.get("seed")}).items():
+        _, _, name = key.rpartition(".")
+        ours = ALIASES.get(key, ALIASES.get(name, name))
+        if isinstance(ours, str) and ours in SAVED and value is not None:
+            settings[ours] = value
+    beta1, beta2 = latest(given, "betas", tuple[float, float], (0.9, 0.95))
+    micro = {"batch_size": settings.get("batch_size", 32), "grad_accum": settings.get("grad_accum", 1)}
+    limit = positive(latest(given, "max_global_steps", int, -1))
+    return settings | batches(given, micro) | {"beta1": beta1, "beta2": beta2, "max_steps": limit}
 
 
 def refuse_other_models(weights: dict[str, torch.Tensor], architecture: dict, path: Path) -> None:
@@ -353,6 +369,40 @@ def refuse_other_models(weights: dict[str, torch.Tensor], architecture: dict, pa
     embedding = weights["token_embeddings.weight"]
     if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
         raise CheckpointError(f"{path} has a head of its own: the page's is the embedding read backwards")
+
+
+def training_state(path: Path, model: torch.nn.Module, groups: list[dict]) -> dict:
+    """What a run goes on with from a checkpoint of the source: the optimizer's state, of our parameters, and patience.
+
+    Args:
+        model: of the page, with the weights of the checkpoint. groups: of its parameters, as for AdamW.
+    Returns {} where the checkpoint has no state of AdamW. Its best loss is not carried over: it is of other chunks.
+    """
+    contents = read_checkpoint(path)
+    saved = contents.get("optimizer_state_dict") or {}
+    if not saved.get("state"):
+        return {}
+    # The source's optimizer counts its parameters in the order of its weights, of which the head is the embedding.
+    names = [name for name in contents["model_state_dict"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
+    names = [name for name in names if not name.endswith("lm_head.weight")]
+    if saved["state"].keys() != set(range(len(names))):
+        note(f"the optimizer's state in {path} is not of its weights: it is left out, and the run cannot go on")
+        return {}
+    moments = {kind: {} for kind in ("exp_avg", "exp_avg_sq")}
+    steps = 0
+    for number, name in enumerate(names):
+        plain = name.replace("_orig_mod.", "").removeprefix("module.")
+        for kind in moments:
+            moments[kind][plain] = saved["state"][number][kind]
+        steps = saved["state"][number]["step"]
+    ours = {kind: translated(found, path) for kind, found in moments.items()}
+    optimizer = torch.optim.AdamW(groups)
+    for name, parameter in model.named_parameters():
+        state = {"step": torch.tensor(float(steps))}
+        for kind in ours:
+            state[kind] = ours[kind][name][: len(parameter)].clone()  # of positions, those that predict
+        optimizer.state[parameter] = state
+    return {"optimizer": optimizer.state_dict(), "patience": {"reference": math.inf, "waited": 0, "ended": False}}
 
 
 def tokenizer_above(path: Path, named: str) -> Path | None:

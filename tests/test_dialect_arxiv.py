@@ -21,12 +21,13 @@ import sample
 import train_arxiv
 from common import checkpoint, runlog
 from common.errors import CheckpointError, DataError
+from common.runtime import Runtime
 from configurator import configure
 from measure import speed
 from measure.curves import draw_history
 from sources.chunks import chunk_arrays, split_paths, train_and_validation
 from sources.foreign import ICL, ICL_NEWEST
-from sources.foreign_arxiv import ALIASES, CATEGORIES, source_checkpoint
+from sources.foreign_arxiv import ALIASES, CATEGORIES, source_checkpoint, translated
 from train_arxiv import Config
 
 STEM = "custom_tokenized_data_chunked_len100"
@@ -705,14 +706,22 @@ def plain_logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
     return norm(x, "final_ln") @ weights["token_embeddings.weight"].T
 
 
-def write_source(path: str = "latest.pt", weights: dict | None = None, **architecture) -> dict[str, torch.Tensor]:
+def parameters_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that an optimizer has: no masks, and the head is the embedding."""
+    return {name: w for name, w in weights.items() if ".attn.bias" not in name and name != "lm_head.weight"}
+
+
+def write_source(
+    path: str = "latest.pt", weights: dict | None = None, optimizer: dict | None = None, **architecture
+) -> dict[str, torch.Tensor]:
     weights = source_weights() if weights is None else weights
     settings = {
         "seed": 5,
         "model": {"architecture": SIZES | architecture, "custom_tokenizer_path": "models/tok.json"},
         "dataset": {"token_chunk_size": 12, "hdf5_chunked_output_path": f"data/{STEM}.hdf5"},
         "training": {"batch_size": 4, "effective_batch_size": 9, "epochs": 3},
-        "optimizer": {"lr": 2e-3},
+        "optimizer": {"lr": 2e-3, "betas": [0.8, 0.9]},
+        "scheduler": {"num_warmup_steps": 5},
         "experiment": {"active_categories": ["cs.DS", "math.ST"]},
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -721,7 +730,7 @@ def write_source(path: str = "latest.pt", weights: dict | None = None, **archite
             "epoch": 1,
             "step": 77,
             "model_state_dict": weights,
-            "optimizer_state_dict": {},
+            "optimizer_state_dict": optimizer or {},
             "metrics": {"val_loss": 3.0},
             "hydra_config_resolved": settings,
             "best_metric_value_at_save": math.inf,
@@ -753,7 +762,9 @@ def test_of_a_run_without_a_history_no_losses_are_drawn():
 def test_a_compiled_checkpoint_reads_the_same():
     write_source("plain.pt")
     write_source("compiled.pt", {f"_orig_mod.{name}": weight for name, weight in source_weights().items()})
-    plain, compiled = (source_checkpoint(Path(name))["model"] for name in ("plain.pt", "compiled.pt"))
+    plain, compiled = (
+        source_checkpoint(Path(name), ICL_NEWEST.defaults)["model"] for name in ("plain.pt", "compiled.pt")
+    )
     assert plain.keys() == compiled.keys() and all(torch.equal(plain[name], compiled[name]) for name in plain)
 
 
@@ -805,10 +816,57 @@ def test_a_checkpoint_that_the_page_cannot_be_is_refused(spoil, sentence):
         train_arxiv.load_run(Path("x.pt"))
 
 
-def test_a_run_of_the_source_does_not_go_on_and_says_what_it_is_good_for(capsys):
-    write_source()
+def test_a_run_of_the_source_goes_on_from_what_is_imported(capsys):
+    """Two of its steps there and one here, against three with its parameters, all of one group of AdamW."""
+    start = source_weights()
+    plain = {name: weight.clone().requires_grad_() for name, weight in parameters_of(start).items()}
+    optimizer = torch.optim.AdamW(plain.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(9)
+    gradients = [{name: torch.randn(w.shape, generator=generator) for name, w in plain.items()} for _ in range(3)]
+    for gradient in gradients[:2]:
+        for name, weight in plain.items():
+            weight.grad = gradient[name]
+        optimizer.step()
+    saved = {name: weight.detach().clone() for name, weight in plain.items()}
+    saved["lm_head.weight"] = saved["token_embeddings.weight"]
+    write_source(weights=saved, optimizer=optimizer.state_dict())
     told = refused(capsys, "training.resume_from_checkpoint=latest.pt")
-    assert "--analyze=latest.pt measures it, python sample.py latest.pt uses it" in told
+    assert "prepare_data.py import latest.pt --out_dir=out/there makes it ours, and --resume=out/there/last.pt" in told
+    prepare_data.main(["import", "latest.pt", "--out_dir=out/there"])
+    assert "--resume=out/there/last.pt" in capsys.readouterr().out
+    cfg, model, _, _ = train_arxiv.load_run(Path("out/there/last.pt"), "cpu")
+    with Runtime(cfg) as rt:
+        ours = rt.adamw(train_arxiv.parameter_groups(model, cfg), lr=1e-2, betas=(cfg.beta1, cfg.beta2))
+    ours.load_state_dict(checkpoint.load(Path("out/there"))["optimizer"])
+    for group in ours.param_groups:
+        group.update(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for name, weight in model.named_parameters():
+        weight.grad = translated(gradients[2], Path("x"))[name][: len(weight)].clone()
+    ours.step()
+    for name, weight in plain.items():
+        weight.grad = gradients[2][name]
+    optimizer.step()
+    expected = translated({name: weight.detach() for name, weight in plain.items()}, Path("x"))
+    for name, weight in model.named_parameters():
+        assert float((weight.detach() - expected[name][: len(weight)]).abs().max()) < 1e-6, name
+
+
+def test_an_imported_run_has_the_settings_it_had_and_trains_on():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(weight) for weight in parameters_of(source_weights()).values()])
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    write_source(optimizer=optimizer.state_dict())
+    prepare_data.main(["import", "latest.pt", "--out_dir=there"])
+    for split in ("train", "validation"):
+        write_chunks(Path(f"data/s_{split}.hdf5"), {"cs.DS": 400, "math.ST": 400}, size=12, vocab=17)
+    words = ("--resume=there/last.pt", "--data=data", "--out_dir=run", "--bootstrap=5", "--no-probe", "--max_steps=79")
+    result = train_arxiv.main(["there/config.json", *words, "--validation_data=", "--log_level=DEBUG", "--device=cpu"])
+    saved = json.loads(Path("run/config.json").read_text())
+    names = ("lr", "batch_size", "warmup_steps", "decay", "schedule_over", "min_lr", "beta1", "epochs", "choice")
+    assert [saved[name] for name in names] == [2e-3, 8, 5, "all", "epochs", 0.0, 0.8, 3, "first"]
+    assert result["steps"] == 79 and [record["step"] for record in metrics("train")] == [78, 79]
 
 
 def test_every_subset_of_the_five_categories_is_an_experiment_in_any_order():
