@@ -480,6 +480,8 @@ def load_text_tokenizer(source: str, lowercase: bool) -> Tokenizer:
         tokenizer.spec["lowercase"] = True
     if "eos" not in tokenizer.special:
         raise DataError(f"{source} has no eos, which ends every document: use one of this job, or gpt2")
+    if tokenizer.spec.get("normalizer"):  # of Hugging Face's files, APEL-R's byte pairs among them
+        print(f"note: {source} rewrites text before it cuts it, by its normalizer: tokens do not spell all of the text")
     return tokenizer
 
 
@@ -497,8 +499,12 @@ def batches(texts: Iterable[str], most: int = BATCH_CHARACTERS) -> Iterator[list
 
 
 def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int) -> dict:
-    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes, sha256}."""
+    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes, sha256}.
+
+    Says how many tokens are unk: tokenizers of others have no token for some characters.
+    """
     sizes = {"tokens": 0, "documents": 0, "bytes": 0}
+    unk, unknown = tokenizer.special.get("unk", -1), 0
     digest = hashlib.sha256()
     eos, dtype = tokenizer.special["eos"], stream_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
@@ -517,10 +523,14 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             data = ids.astype(dtype)
             data.tofile(file)
             digest.update(data)
+            unknown += int((ids == unk).sum())
             sizes["tokens"] += len(ids)
             sizes["documents"] += len(batch)
             sizes["bytes"] += sum(map(size_of, batch))
             bar.update(len(batch))
+    if unknown:
+        print(f"note: {unknown:,} of {sizes['tokens']:,} tokens of the {split} text are unk: characters that the "
+              "tokenizer has no token for, which are lost")
     sizes["sha256"] = digest.hexdigest()
     return sizes
 
