@@ -36,12 +36,13 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
+from sources.foreign_apelr import checkpoint_in
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
 from sources.text import inspect_stream, prepare_text
-from sources.tokenizer import HALF_BYTES, SPECIAL, load_tokenizer
+from sources.tokenizer import HALF_BYTES, SPECIAL
 
 
 def at_least(least: int):
@@ -284,9 +285,32 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
     return inspect_chunks(path, tokens)
 
 
+def features_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_state.py: what its perturbations mean."""
+    if cfg.perturbation_features_file:
+        features = shutil.copyfile(cfg.perturbation_features_file, folder / "pert_onehot_map.pt")
+        cfg.perturbation_features_file = str(features)
+
+
+def tokenizer_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_apelr.py: the tokenizer whose hash is in `extra`."""
+    known = extra.pop("tokenizer_file", None)
+    if known:
+        shutil.copyfile(known, folder / "tokenizer.json")
+    else:
+        print(f"note: there is no tokenizer.json beside {file}: prompts and samples will be token ids")
+
+
+# By page: what an imported run needs beside its weights, and the data that the commands it is told of read.
+IMPORTS = {
+    "apelr": (tokenizer_beside, "", "--data=FOLDER"),
+    "state": (features_beside, " --toml=my.toml", "--toml=my.toml"),
+}
+
+
 def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> dict:
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
-    file = Path(path)
+    file = checkpoint_in(Path(path))
     folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
     system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
@@ -296,19 +320,14 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     cfg, model, step, extra = page.load_run(file, **options)
     folder.mkdir(parents=True, exist_ok=True)
     cfg.out_dir = str(folder)
-    if system == "state" and cfg.perturbation_features_file:
-        features = shutil.copyfile(cfg.perturbation_features_file, folder / "pert_onehot_map.pt")
-        cfg.perturbation_features_file = str(features)
-    if system == "apelr" and (file.parent / "tokenizer.json").exists():
-        extra["tokenizer_hash"] = load_tokenizer(file.parent / "tokenizer.json").hash()
-        shutil.copyfile(file.parent / "tokenizer.json", folder / "tokenizer.json")
+    put_beside, sampled, data = IMPORTS[system]
+    put_beside(file, cfg, extra, folder)
     config = config_dict(cfg)
     write_json(folder / "config.json", config)
     checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
-    data = {"apelr": "--data=FOLDER", "state": "--toml=my.toml"}[system]
-    print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
+    print(f"{file}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
+    print(f"  python sample.py {folder}{sampled}")
     print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 

@@ -57,7 +57,8 @@ from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
-from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
+from sources.foreign_apelr import ALIASES, checkpoint_in, convert, fill, is_source_checkpoint, known_beside
+from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
 from sources.shared import make_once
 from sources.text import prepare_text
 
@@ -1034,10 +1035,9 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     if cfg.compare_baseline and not (rehearsal_only or beside):
         return compare_baseline.train_beside(cfg, train, build_model)
     folder = checkpoint.local_folder(cfg.out_dir)
-    # A checkpoint of the source has weights to start from, but no state of ours to go on with.
-    if is_source_checkpoint(cfg.resume):
-        cfg.init_from, cfg.resume = cfg.resume, "auto"
+    cfg, source = to_go_on(cfg)  # a checkpoint of the source, whose sizes, weights, step and AdamW this run takes over
     with Runtime(cfg) as rt:
+        cfg, weights = start_from(cfg, Config(), rt.is_main)
         rt.divide(cfg.batch_size, cfg.grad_accum)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
@@ -1048,8 +1048,8 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
             return summary
         model = build_model(cfg, corpus.vocab_size)
-        if cfg.init_from and not state:
-            start_from_weights(model, cfg)
+        if not state:
+            put_in(model, weights, cfg, corpus)
         model.to(rt.device)
         # Before step 0: whatever the end of the run asks of an edited copy fails now.
         rehearse(model, corpus, rt, cfg)
@@ -1064,6 +1064,8 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             if batch_size == "auto":
                 batch_size = extra["batch_size"]
         else:
+            if source:
+                step, resumed = go_on(source, corpus, model, optimizer, cfg.max_steps)
             if batch_size == "auto":
                 batch_size = fitting_batch_size(rt, model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
@@ -1090,6 +1092,8 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             log.say(plans.describe(model, corpus, batch_size, DEMO_WEIGHTS))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+            elif source:
+                log.say(resumed)
             meter.start(step)
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
@@ -1164,7 +1168,8 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
     """
     if is_source_checkpoint(path):
         model = load_source_checkpoint(path, Config(device=device))
-        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size}
+        extra = {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
+        return model.cfg, model, convert(path)[2], extra
     state = checkpoint.load(checkpoint.best_of(path), __file__)
     cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
     model = build_model(cfg, state["extra"]["vocab_size"])
@@ -1185,16 +1190,6 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     return model.eval()
 
 
-def start_from_weights(model: Baseline, cfg: Config) -> None:
-    """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
-    path = cfg.init_from
-    if is_source_checkpoint(path):
-        weights = load_source_checkpoint(path).state_dict()
-    else:
-        weights = checkpoint.load(checkpoint.best_of(path))["model"]
-    checkpoint.load_weights(model, weights, path)
-
-
 def same_tokenizer(extra: dict, corpus: Corpus, path: Path) -> None:
     if extra.get("tokenizer_hash", corpus.tokenizer_hash) != corpus.tokenizer_hash:
         raise DataError(f"{path} was trained with another tokenizer than {corpus.name} has")
@@ -1202,7 +1197,7 @@ def same_tokenizer(extra: dict, corpus: Corpus, path: Path) -> None:
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = checkpoint_in(Path(cfg.analyze))
     default = Config()
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.

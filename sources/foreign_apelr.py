@@ -1,16 +1,19 @@
 """APEL-R, the source of train_apelr.py: its names of settings, and its checkpoints as our settings and weights.
 
 A checkpoint of the source is a dict of model_state_dict, model_config, model_version (missing in the oldest, which are
-of version 1) and global_step; a bare state dict is read too, its sizes from the shapes.
+of version 1), global_step, optimizer_state_dict (AdamW over all parameters in the order of the weights), where its
+tokenizer is, and train_config, the YAML; a bare state dict is read too, its sizes from the shapes.
 """
 
+import hashlib
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DataError
 from configurator import Derived
+from sources.tokenizer import hash_of, read_spec
 
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
 NO_EFFECT = (  # data.* and tokenizer.* are prepare_data.py's
@@ -47,6 +50,12 @@ MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
 V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bias")  # ours are in model.experts
 
 
+def checkpoint_in(path: Path) -> Path:
+    """checkpoint.pt of a run folder of the source; any other path as it is."""
+    file = path / "checkpoint.pt"
+    return file if file.is_file() and not (path / "last.pt").exists() else path
+
+
 def is_source_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of the source rather than of this repository; reads no tensor."""
     try:
@@ -62,8 +71,8 @@ def is_source_checkpoint(path: str | Path) -> bool:
 def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], int]:
     """(settings of Config, weights by our parameter names, steps done) of a checkpoint of the source.
 
-    The settings are those the checkpoint tells, and compat=source. A weight that we have no name for keeps its own; a
-    head that is missing is zero, and printed. Raises CheckpointError where it is no such checkpoint.
+    The settings are those of the model, and compat=source. A weight that we have no name for keeps its own; a head that
+    is missing is zero, and printed. Raises CheckpointError where it is no such checkpoint.
     """
     if isinstance(source, (str, Path)):
         source = read(source)
@@ -79,17 +88,24 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
             settings[name] = value
     if settings["version"] == V1:  # has neither lookahead nor a temperature
         settings |= {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}
-        return settings, v1_names(weights), steps(source)
-    if settings["version"] != V2:
+    elif settings["version"] != V2:
         raise CheckpointError(f"a source checkpoint of model version {settings['version']!r} cannot be read")
-    if saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead
+    elif saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead
         settings |= {"carry_posterior": False, "lookahead_feedback_scale": 0.0}
-    return settings, stack_heads(weights, settings.get("num_plan_states", 0)), steps(source)
+    return settings, our_names(weights, settings), steps(source)
+
+
+def our_names(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:
+    """Tensors by names of the source, by ours: weights, or what an optimizer knows of each."""
+    if settings["version"] == V1:
+        return v1_names(weights)
+    return stack_heads(weights, settings.get("num_plan_states", 0))
 
 
 def read(path: str | Path) -> dict:
+    """What is in a checkpoint, on the CPU; its tensors are read when they are used."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
@@ -159,3 +175,42 @@ def fill(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict
         if names:
             print(f"note: {what} weights in the source checkpoint: {', '.join(sorted(names))}")
     return {name: weights.get(name, value) for name, value in own.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What lies beside a checkpoint
+# ---------------------------------------------------------------------------------------------------------------
+def tokenizer_file(path: str | Path) -> Path | None:
+    """The tokenizer of a checkpoint: beside it, or where it says that it was; None where there is none.
+
+    Raises DataError where it is not the one that the checkpoint was trained with, by its digest.
+    """
+    path = Path(path)
+    source = read(path)
+    written = str(source.get("tokenizer_path") or "tokenizer.json")
+    beside = PureWindowsPath(written).name  # which takes either slash
+    places = [path.parent / beside, path.parent / "tokenizer.json", Path(written)]
+    files = [place for place in places if place.is_file()]
+    if not files:
+        return None
+    digest = source.get("tokenizer_hash")
+    for file in files:
+        if not digest or digest in digests(file):
+            return file
+    raise DataError(
+        f"{files[0]} is not the tokenizer that {path} was trained with (its SHA-256 is not {digest}): put that one "
+        "beside the checkpoint"
+    )
+
+
+def digests(file: Path) -> set[str]:
+    """SHA-256 of a text file, with line ends as it has them, as on Windows and as elsewhere."""
+    content = file.read_bytes()
+    plain = content.replace(b"\r\n", b"\n")
+    return {hashlib.sha256(form).hexdigest() for form in (content, plain, plain.replace(b"\n", b"\r\n"))}
+
+
+def known_beside(path: str | Path) -> dict:
+    """What a run of ours would keep in `extra` of the tokenizer of a checkpoint: its hash, and where it is."""
+    file = tokenizer_file(path)
+    return {"tokenizer_hash": hash_of(read_spec(file)), "tokenizer_file": str(file)} if file else {}

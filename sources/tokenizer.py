@@ -245,8 +245,10 @@ def copy_tokenizer(data: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json (ours, APEL-R's {"itos": [...]}, or a Hugging Face one: pip install tokenizers),
-    or gpt2. Raises DataError."""
+    """The tokenizer of a tokenizer.json, or gpt2. Raises DataError.
+
+    Such a file is ours, APEL-R's {"itos": [...]}, or one of Hugging Face (pip install tokenizers).
+    """
     if str(source) == "gpt2":
         return gpt2_tokenizer({"kind": "gpt2"})
     spec = read_spec(source)

@@ -318,7 +318,7 @@ def test_weights_to_start_from_come_from_ours_and_from_the_source(text, writers)
     state = source_checkpoint(writers[V2])
     torch.save(state, "source.pt")
     for option in ("--init_from=source.pt", "--resume=source.pt"):
-        run(text, option, "--lr=0", "--weight_decay=0", "--compat=source", f"--out_dir={option[2:6]}")
+        run(text, option, "--lr=0", "--weight_decay=0", "--compat=source", "--max_steps=9", f"--out_dir={option[2:6]}")
         assert not unequal(checkpoint.load(Path(option[2:6]))["model"], best["model"])
 
 
@@ -700,7 +700,7 @@ def test_a_comparison_that_cannot_be_is_refused_before_anything_is_written(argv,
 def test_weights_of_the_source_are_no_start_for_a_comparison(text, writers, capsys):
     torch.save(source_checkpoint(writers[V2]), "source.pt")
     assert "which is no fair comparison" in refused(
-        capsys, *TINY, f"--data={text}", *BESIDE, "--resume=source.pt", "--compat=source")
+        capsys, *TINY, f"--data={text}", *BESIDE, "--resume=source.pt", "--compat=source", "--max_steps=9")
     assert not Path("run").exists()
 
 
