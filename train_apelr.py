@@ -1032,10 +1032,10 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     Raises InputError (bad input, before anything is written) and FloatingPointError (the loss).
     """
     began = time.perf_counter()
+    cfg, source = to_go_on(cfg)  # a checkpoint of the source, whose sizes, weights, step and AdamW this run takes over
     if cfg.compare_baseline and not (rehearsal_only or beside):
         return compare_baseline.train_beside(cfg, train, build_model)
     folder = checkpoint.local_folder(cfg.out_dir)
-    cfg, source = to_go_on(cfg)  # a checkpoint of the source, whose sizes, weights, step and AdamW this run takes over
     with Runtime(cfg) as rt:
         cfg, weights = start_from(cfg, Config(), rt.is_main)
         rt.divide(cfg.batch_size, cfg.grad_accum)
