@@ -930,14 +930,15 @@ def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Co
 
 
 def parameter_groups(model: Baseline, cfg: Config) -> list[dict]:
-    """Matrices decay; biases, norms and the planner's own logits do not."""
+    """Matrices decay; biases, norms and the planner's own logits do not, unless compat=source."""
     matrices = []
     others = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # Decay would pull transitions towards even ones and biases towards even words: a prior that nobody asked for.
-        if parameter.ndim < 2 or name.endswith(("bias", "_logits")):
+        # Decay would pull transitions towards even ones and biases towards even words: a prior that nobody asked for,
+        # and that the source has.
+        if not cfg.compat and (parameter.ndim < 2 or name.endswith(("bias", "_logits"))):
             others.append(parameter)
         else:
             matrices.append(parameter)

@@ -82,6 +82,7 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
     if "model_state_dict" in source:
         saved = source.get("model_config") or {}
         settings["version"] = source.get("model_version", V1)
+        settings |= window_of(source)
     for name, value in saved.items():
         name = ALIASES.get(name, name)
         if name in MODEL_SETTINGS:
@@ -93,6 +94,14 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
     elif saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead
         settings |= {"carry_posterior": False, "lookahead_feedback_scale": 0.0}
     return settings, our_names(weights, settings), steps(source)
+
+
+def window_of(source: dict) -> dict[str, int]:
+    """{"seq_len": tokens} of the windows that a checkpoint was trained on, where it says so."""
+    trained = source.get("train_config")
+    for name in ("train", "seq_len"):
+        trained = trained.get(name) if isinstance(trained, dict) else None
+    return {"seq_len": trained} if isinstance(trained, int) else {}
 
 
 def our_names(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:
