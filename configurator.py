@@ -54,6 +54,7 @@ ELSEWHERE = {  # names of other systems, for which a page has its own way: what 
     "config_path": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "config_dir": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "checkpoint": BARE,
+    "set": "settings go bare too, without --{key}: {value}",
 }  # fmt: skip
 
 
@@ -254,8 +255,9 @@ class Settings:
                 self.errors += cfg.check()
         if self.errors:
             fail(*self.errors)
-        if self.ignored:
-            warnings.warn(f"settings without effect here: {', '.join(self.ignored)}", stacklevel=3)
+        ignored = [key for key in self.ignored if not (self.dialect and self.dialect.makes_use_of(key))]
+        if ignored:
+            warnings.warn(f"settings without effect here: {', '.join(ignored)}", stacklevel=3)
         return cfg
 
     def field_at(self, path: list[str], end: int) -> str | None:
@@ -278,6 +280,9 @@ class Settings:
             if self.takes_dict(name):
                 return name, parts[end:]
         return whole, []
+
+    def names_inside(self, key: str) -> bool:
+        return any(alias.startswith(f"{key}.") for alias in self.aliases)
 
     def takes_dict(self, name: str | None) -> bool:
         return name == IGNORED or name in self.kinds and _takes_dict(self.kinds[name])
@@ -508,8 +513,10 @@ class Settings:
             if parts[-1].startswith("_"):
                 continue  # the file's own names: anchors, _target_
             field = self.resolve(parts)[0]
-            whole = self.takes_dict(field)
-            if field == IGNORED:
+            # Of a mapping without effect as a whole, some settings may have one: a dotted alias names them.
+            opens = field == IGNORED and isinstance(value, dict) and self.names_inside(parts[-1])
+            whole = self.takes_dict(field) and not opens
+            if field == IGNORED and not opens:
                 yield parts, value  # whatever it refers to
                 continue
             try:

@@ -101,6 +101,9 @@ class TextConfig:
     max_documents: Count | None = None
     val_fraction: Part = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
     val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
+    min_chars: Whole = 0  # documents with fewer characters, blanks around them aside, are left out
+    max_tokens: Count | None = None  # of training; the document that goes beyond is the first to be left out
+    max_val_tokens: Count | None = None  # of validation
     # tokens
     tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos
     vocab_size: int | None = None  # of a trained one, 4 or 20 special tokens among them; default: bpe 4,096, char all

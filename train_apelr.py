@@ -40,6 +40,7 @@ from configurator import (
     Fraction,
     NonNegative,
     Positive,
+    Probability,
     Share,
     Whole,
     config_dict,
@@ -52,13 +53,15 @@ from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
 from kernels.token_terms import check_terms, chunk_bow, chunk_targets, recent_tokens, repetition
 from measure import compare_baseline, plans
-from measure.plans import entropy
+from measure.plans import entropy, kl_to_uniform
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
 from sources.foreign_apelr import ALIASES, checkpoint_in, convert, fill, is_source_checkpoint, known_beside
 from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
+from sources.foreign_plans import commit_source, cross_source, start_as_source
+from sources.prepared import check_prepared
 from sources.shared import make_once
 from sources.text import prepare_text
 
@@ -82,13 +85,15 @@ class Config:
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
     # data
     data: str = OFFLINE  # folder of train.bin, val.bin and meta.json, by prepare_data.py text or planted
+    prepare: dict | None = None  # settings of prepare_data.py text that must have made it; checked at the start
     seq_len: Count = 128  # tokens predicted in a window, L
     # model
-    version: Literal["v1_filtered_mixture", "v2_planner_required", "baseline"] = "v2_planner_required"
-    backbone: Literal["gru", "transformer"] = "gru"
+    version: Literal["v1_filtered_mixture", "v2_planner_required", "baseline", "transformer_lm"] = "v2_planner_required"
+    backbone: Literal["gru", "transformer"] = "gru"  # version=transformer_lm is baseline with a transformer
     n_layers: Count = 2
     d_model: Count = 128  # H
     n_heads: Count = 4  # of backbone=transformer
+    d_ff: Count | None = None  # of backbone=transformer, width of its MLP; default 4 * d_model
     dropout: Share = 0.0
     vocab_size: Count | None = None  # default that of the data
     token_dim: Count = 96  # of token embeddings
@@ -97,7 +102,7 @@ class Config:
     experts: Literal["full", "bias"] = "full"  # of v2. full: K heads | bias: one head and K vocabulary biases
     chunk_size: Count = 16  # tokens that share a plan, C
     fusion_dim: Count = 128  # of v1: where state and plan meet
-    compat: Literal["", "source"] = ""  # source: boundary, lookahead feedback and repetition window as the source has
+    compat: Literal["", "source"] = ""  # source: boundary, lookahead, repetition, samples, start, decay as it has them
     boundary: Literal["iohmm", "source"] | None = None  # iohmm: exact, default | source: bias after the transition
     planner_context_scale: float = 1.0  # weight of the text in a transition
     planner_self_bias: float | None = None  # initial logit of staying in a plan; default 1.5 (v1), 1.8 (v2)
@@ -108,7 +113,7 @@ class Config:
     lookahead_horizon: Whole = 2  # plans ahead that are mixed into the gate, S
     lookahead_feedback_scale: NonNegative | None = None  # a, their share; default 0 (exact), 0.25 with compat=source
     # loss
-    entropy_reg_weight: NonNegative = 0.0  # v1: entropy of the belief; v2: boundary_entropy, if loss_weights lacks it
+    entropy_reg_weight: float = 0.0  # v1: entropy of the belief; v2: boundary_entropy, if loss_weights lacks it
     usage_balance_weight: NonNegative | None = None  # KL(mean belief || uniform); v2: as entropy_reg_weight
     chunk_bow_weight: NonNegative = 0.0  # v1: bag of words of the chunk under the plan believed at its start
     chunk_bow_warmup_steps: Whole = 0  # linear warm-up of chunk_bow_weight
@@ -124,12 +129,16 @@ class Config:
     # commitment (v2)
     plan_commitment: Literal["soft", "gumbel_st"] = "soft"  # gumbel_st: a straight-through sample at each chunk's start
     commitment_warmup_steps: Whole = 0  # soft until then
-    commitment_ramp_steps: Whole = 0  # then the sample's share grows to 1
+    commitment_ramp_steps: Whole = 0  # then the sample's share grows, in so many steps to 1
+    commitment_max_hard_fraction: Probability = 1.0  # but no further than this
     plan_temperature_start: Positive | None = None  # tau over training, linear; default planner_temperature
-    plan_temperature_end: Positive | None = None
+    plan_temperature_end: Positive | None = None  # and of evaluations
     # optimizer
     batch_size: Count | Literal["auto"] = 16  # windows a step, over all ranks and micro-steps; auto: what fits a GPU
     cpu_batch_size: Count = 16  # of batch_size=auto without a GPU
+    batch_size_min: Count = 1  # of batch_size=auto on a GPU, windows of a rank's micro-step
+    batch_size_cap: Count = 4_096
+    batch_size_safety: Fraction = 0.85  # share of the GPU's memory that it may fill
     grad_accum: Count = 1  # micro-steps a step
     lr: NonNegative = 8e-3  # peak learning rate of AdamW
     min_lr: NonNegative | None = None  # what cosine ends at; default lr / 10
@@ -143,7 +152,7 @@ class Config:
     # evaluation
     eval_interval: Count = 200  # steps between evaluations
     log_interval: Count = 20  # steps between log lines
-    save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
+    save_interval: Whole | None = None  # steps between saves of last.pt; default, and 0: eval_interval
     keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
     eval_batches: Count = 8  # validation batches of 16 windows during training
     final_eval_batches: Count = 64  # and at the end
@@ -158,6 +167,9 @@ class Config:
     tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
+        if self.version == "transformer_lm":
+            self.version = "baseline"
+            self.backbone = "transformer"
         if self.min_lr is None:
             self.min_lr = 0.1 * self.lr
         # Weights that are given are all there are; a weight beside them adds what they lack (see weights).
@@ -296,8 +308,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(H, 3 * H)
         self.out = nn.Linear(H, H)
         self.mlp_norm = nn.LayerNorm(H)
-        self.mlp_in = nn.Linear(H, 4 * H)
-        self.mlp_out = nn.Linear(4 * H, H)
+        self.mlp_in = nn.Linear(H, cfg.d_ff or 4 * H)
+        self.mlp_out = nn.Linear(cfg.d_ff or 4 * H, H)
 
     def forward(self, x: Tensor, angle: Tensor, past: tuple | None):
         """(x [B, L, H], (keys, values)); past: keys and values of the tokens before, where L is 1."""
@@ -466,12 +478,6 @@ def cross_iohmm(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
     return torch.logsumexp(belief[:, :, None] + log_P, 1)
 
 
-def cross_source(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
-    """softmax(log(b P) + g), the source's rule: it renormalises over all plans at once, as no chain does."""
-    log_bP = torch.logsumexp(belief[:, :, None] + F.log_softmax(transition, 1), 1)
-    return F.log_softmax(log_bP + context, 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------
@@ -551,6 +557,7 @@ class Planner(Baseline):
         self.planner_transition_logits = nn.Parameter(stay * torch.eye(K))
         self.rule = cross_iohmm if cfg.boundary_rule() == "iohmm" else cross_source
         self.offset = 0  # y_t is in chunk (t + offset) // C
+        self.tau, _ = commitment(cfg.max_steps, cfg)  # of evaluation and writing: where the schedule ends
 
     def filter(
         self,
@@ -570,7 +577,7 @@ class Planner(Baseline):
         """
         cfg = self.cfg
         C = cfg.chunk_size
-        tau = tau or cfg.planner_temperature
+        tau = tau or self.tau
         fixed = self.fixed_belief(planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
@@ -666,6 +673,8 @@ class Planner(Baseline):
         """What a chunk works with, given the log belief [B, K] at its start."""
         if not hard_fraction:
             return belief
+        if self.cfg.compat:
+            return commit_source(belief, tau, hard_fraction)
         # Straight-through sample: one plan going forward, the softmax of (log b + Gumbel noise) / tau going back.
         sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief)
         mixed = hard_fraction * sample + (1 - hard_fraction) * belief.exp()
@@ -849,7 +858,7 @@ class PlannerRequired(Planner):
             values["usage_balance"] = kl_to_uniform(state.exp().mean((0, 1)))
         # future_contrastive = InfoNCE: the chunk's plan tells its own future chunks from those of the batch
         if "future_contrastive" in terms:
-            values["future_contrastive"] = self.future_contrastive(h, state)
+            values["future_contrastive"] = self.future_contrastive(h, state, tau)
         # plan_js_div = mean over t and pairs i < j of JS(p_{t,i}, p_{t,j}): large where experts predict otherwise
         if "plan_js_div" in terms:
             x = self.experts.inputs(h.flatten(0, 1)[self.aux_rows(h)])
@@ -859,8 +868,11 @@ class PlannerRequired(Planner):
             values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
         return values | plans.usage_metrics(state)
 
-    def future_contrastive(self, h: Tensor, state: Tensor) -> Tensor:
+    def future_contrastive(self, h: Tensor, state: Tensor, tau: float | None = None) -> Tensor:
         """InfoNCE (van den Oord et al. 2018) over the batch, of plan vectors and the chunks d = 1, 2, ... ahead."""
+        # The source's older v2 has a temperature that no schedule moves.
+        if tau is None or not self.cfg.carry_posterior:
+            tau = self.cfg.planner_temperature
         with torch.autocast(h.device.type, enabled=False):
             means = self.chunk_means(h)
             n = means.shape[1]
@@ -872,7 +884,7 @@ class PlannerRequired(Planner):
                 anchor = plan[:, :-d].flatten(0, 1)
                 positive = future[:, d:].flatten(0, 1)
                 # Scores [B (n - d), B (n - d)]: a chunk's own future is on the diagonal, all others are negatives.
-                scores = anchor @ positive.t() / self.cfg.planner_temperature
+                scores = anchor @ positive.t() / tau
                 terms.append(-scores.log_softmax(1).diagonal().mean())
         return torch.stack(terms).mean() if terms else h.new_zeros(())
 
@@ -884,31 +896,33 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
         raise ValueError("build_model needs cfg.vocab_size, or the vocabulary of the data")
     # The one place where a model asks which version it is: what a version does is in its class.
     if cfg.version == "baseline":
-        return Baseline(cfg, V, LinearExperts)
-    if cfg.version == "v1_filtered_mixture":
-        return FilteredMixture(cfg, V, TanhExperts)
-    return PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
+        model = Baseline(cfg, V, LinearExperts)
+    elif cfg.version == "v1_filtered_mixture":
+        model = FilteredMixture(cfg, V, TanhExperts)
+    else:
+        model = PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
+    if cfg.compat:
+        start_as_source(model, HEAD_GAIN)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------------------------
-def kl_to_uniform(p: Tensor) -> Tensor:
-    """KL(p || uniform) in nats, p [K]."""
-    return math.log(len(p)) - entropy(p.clamp_min(torch.finfo(p.dtype).tiny).log())
-
-
 def commitment(step: int, cfg: Config) -> tuple[float, float]:
     """(tau, hard fraction) of a training step."""
     # Temperature: a straight line over the run.
     first = cfg.plan_temperature_start or cfg.planner_temperature
     last = cfg.plan_temperature_end or first
     tau = first + (last - first) * min(1.0, step / max(1, cfg.max_steps - 1))
-    # Hard fraction: 0 during the warm-up, then a ramp to 1.
+    # Hard fraction: 0 during the warm-up, then a ramp.
     done = step - cfg.commitment_warmup_steps
     if cfg.plan_commitment == "soft" or done < 0:
         return tau, 0.0
-    return tau, min(1.0, done / cfg.commitment_ramp_steps) if cfg.commitment_ramp_steps else 1.0
+    ramped = done / cfg.commitment_ramp_steps if cfg.commitment_ramp_steps else 1.0
+    # The source samples from the ramp's first step on, when no share of the sample is hard yet.
+    least = 1e-9 if cfg.compat else 0.0
+    return tau, max(least, min(cfg.commitment_max_hard_fraction, ramped))
 
 
 def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Config) -> dict[str, Tensor]:
@@ -958,9 +972,6 @@ def trial(model: Baseline, windows: int, rt: Runtime, cfg: Config) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
-SHOWN = ("val_nll", "val_ppl", "plan_gain", "planner_mask_delta_loss", "oracle_nll", "plan_nmi")
-
-
 @torch.no_grad()
 def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, cfg: Config, batch: int = 16) -> dict:
     """Losses on validation windows in nats a token, and what the plan is worth. Collective: ranks share the windows.
@@ -1040,6 +1051,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     with Runtime(cfg) as rt:
         cfg, weights = start_from(cfg, Config(), rt.is_main)
         rt.divide(cfg.batch_size, cfg.grad_accum)
+        check_prepared(cfg.data, cfg.prepare)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
         path, state, changes = checkpoint.start_from(
@@ -1060,7 +1072,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         best = math.inf
         batch_size = cfg.batch_size
         if state:
-            same_tokenizer(state["extra"], corpus, path)
+            corpus.same_tokenizer(state["extra"], path)
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             if batch_size == "auto":
                 batch_size = extra["batch_size"]
@@ -1129,8 +1141,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                     improved = metrics["val_nll"] < best
                     best = min(best, metrics["val_nll"])
                     log.metrics(step, "eval", metrics)
-                    shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
-                    log.say(" | ".join([f"step {step:>6} eval", *shown]) + (" *" if improved else ""))
+                    log.say(plans.evaluation_line(step, metrics) + (" *" if improved else ""))
                     if cfg.preview_tokens and rt.is_main:
                         log.say("  " + preview(model, corpus, rt, cfg.preview_tokens))
                 if due.saves or improved:
@@ -1191,11 +1202,6 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     return model.eval()
 
 
-def same_tokenizer(extra: dict, corpus: Corpus, path: Path) -> None:
-    if extra.get("tokenizer_hash", corpus.tokenizer_hash) != corpus.tokenizer_hash:
-        raise DataError(f"{path} was trained with another tokenizer than {corpus.name} has")
-
-
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = checkpoint_in(Path(cfg.analyze))
@@ -1208,7 +1214,7 @@ def analyze(cfg: Config) -> dict:
             setattr(saved, name, asked)
     with Runtime(saved) as rt:
         corpus = open_data(saved)
-        same_tokenizer(extra, corpus, path)
+        corpus.same_tokenizer(extra, path)
         checkpoint.same_data(extra, {saved.data: corpus.fingerprint}, path)
         folder = checkpoint.analysis_of(path)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)

@@ -83,7 +83,7 @@ def predict(
 
     cfg = model.cfg
     if tau is None:
-        tau = cfg.planner_temperature
+        tau = model.tau
     if horizon is None:
         horizon = cfg.lookahead_horizon
     if feedback is None:

@@ -1,4 +1,4 @@
-"""APEL-R, the source of train_apelr.py: its names of settings, and its checkpoints as our settings and weights.
+"""APEL-R, the source of train_apelr.py: its settings, and its checkpoints as our settings and weights.
 
 A checkpoint of the source is a dict of model_state_dict, model_config, model_version (missing in the oldest, which are
 of version 1), global_step, optimizer_state_dict (AdamW over all parameters in the order of the weights), where its
@@ -6,25 +6,37 @@ tokenizer is, and train_config, the YAML; a bare state dict is read too, its siz
 """
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import torch
 
 from common.errors import CheckpointError, DataError
-from configurator import Derived
+from configurator import BOOLS, Derived, note
+from sources.corpus import folder_of
+from sources.prepared import place_for
+from sources.text import HUB
 from sources.tokenizer import hash_of, read_spec
 
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
-NO_EFFECT = (  # data.* and tokenizer.* are prepare_data.py's
-    "tokenizer", "adaptive_batch", "distributed", "async_planner", "compile.mode", "compile.fullgraph",
-    "compile.dynamic", "fused_adamw", "allow_tf32", "matmul_precision", "save_optimizer_state", "stride",
-    "max_nonfinite_steps", "preview_interval", "max_train_examples", "max_val_examples", "min_chars",
-    "max_train_chars", "max_val_chars", "streaming", "train_split", "val_split", "cache_dir", "token_cache",
-    "token_cache_dir", "reuse_token_cache", "max_train_tokens", "max_val_tokens", "train_token_file", "val_token_file",
-    "tokenizer_fit_split", "tokenizer_fit_max_examples", "tokenizer_fit_max_chars", "tokenizer_fit_streaming",
-    "eval_planner_diagnostics", "final_eval_planner_diagnostics", "allow_zero_v2_planner_losses", "num_workers",
-    "pin_memory", "persistent_workers", "prefetch_factor", "drop_last")  # fmt: skip
+NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, or what is printed on the way
+    "tokenizer", "adaptive_batch", "adaptive_batch.enabled", "adaptive_batch.probe_batch_size",
+    "adaptive_batch.reprobe_interval_steps", "batch_size_probe", "distributed", "async_planner", "compile.mode",
+    "compile.fullgraph", "compile.dynamic", "fused_adamw", "allow_tf32", "matmul_precision", "save_optimizer_state",
+    "stride", "max_nonfinite_steps", "preview_interval", "max_train_examples", "max_val_examples",
+    "max_train_chars", "max_val_chars", "min_chars", "streaming", "train_split", "val_split", "cache_dir",
+    "token_cache", "token_cache_dir", "reuse_token_cache", "max_train_tokens", "max_val_tokens",
+    "train_token_file", "val_token_file", "tokenizer_fit_split", "tokenizer_fit_max_examples",
+    "tokenizer_fit_max_chars", "tokenizer_fit_streaming", "eval_planner_diagnostics",
+    "final_eval_planner_diagnostics", "allow_zero_v2_planner_losses", "num_workers", "pin_memory",
+    "pin_memory_device", "persistent_workers", "prefetch_factor", "drop_last", "max_seq_len")  # fmt: skip
+READS = (  # but for these, of which `complete` makes something
+    "tokenizer", "tokenizer.", "data.max_train_examples", "data.max_val_examples", "data.max_train_chars",
+    "data.min_chars", "data.max_train_tokens", "data.max_val_tokens", "data.tokenizer_fit_max_chars",
+    "data.train_split", "data.val_split", "data.train_token_file", "data.val_token_file", "model.max_seq_len",
+    "train.adaptive_batch", "train.adaptive_batch.enabled", "train.allow_zero_v2_planner_losses")  # fmt: skip
 ALIASES = {  # names of the source, and of older versions of train_apelr.py, and ours
     "architecture": "version",
     "num_layers": "n_layers",
@@ -41,6 +53,9 @@ ALIASES = {  # names of the source, and of older versions of train_apelr.py, and
     "resume_from": "resume",
     "compile.enabled": "compile",
     "data.source": "data",
+    "adaptive_batch.min_batch_size": "batch_size_min",
+    "adaptive_batch.max_batch_size": "batch_size_cap",
+    "adaptive_batch.safety_factor": "batch_size_safety",
     **dict.fromkeys(NO_EFFECT),
 }
 MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
@@ -50,6 +65,199 @@ MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
 V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bias")  # ours are in model.experts
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: what no table of defaults can say. given {dotted key of the source: value as written}, values {our setting:
+# value}, fields {our setting that somebody set: where}. A name without a section, as in --batch_size=4, is ours.
+# ---------------------------------------------------------------------------------------------------------------
+def has_its_sections(given: dict[str, Any]) -> bool:
+    """Whether settings are in the sections without which the source reads no file."""
+    return all(any(key.startswith(section) for key in given) for section in ("model.", "train."))
+
+
+def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """The rest of what the source trains. Raises ValueError for what it refuses, and for what has no place here."""
+    return completed(given, values, fields, early=False)
+
+
+def complete_early(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """As complete, for a version 2 that neither looks ahead nor carries what tokens said across boundaries."""
+    return completed(given, values, fields, early=True)
+
+
+def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str], early: bool) -> dict[str, Any]:
+    for key, name in (("train.seq_len", "seq_len"), ("train.lr", "lr"), ("train.max_steps", "max_steps"),
+                      ("data.source", "data")):
+        if name not in fields:
+            raise ValueError(f"{key} is missing, and the source has no default for it")
+    more = {"version": version_of(values, fields), "final_eval_batches": values["eval_batches"]}
+    if more["version"] == V2:
+        more |= loss_of_v2(given, values, early) | planner_of_v2(values, early)
+    elif more["version"] == V1:
+        # It has one temperature, looks nowhere ahead, samples no plan and learns from every token.
+        more |= {"planner_temperature": 1.0, "plan_temperature_start": None, "plan_temperature_end": None,
+                 "lookahead_feedback_scale": 0.0, "plan_commitment": "soft", "token_filtering": True}
+    else:
+        more |= transformer(given, values, fields)
+    if values["schedule"] == "constant":
+        more["warmup_steps"] = 0  # the source warms up to a cosine alone
+    more |= precision_of(given, values, fields) | batch_of(given, values)
+    return more | data_of(given, values)
+
+
+def version_of(values: dict[str, Any], fields: dict[str, str]) -> str:
+    """The version to train: that of the file, of the checkpoint that it goes on from, or the default."""
+    if "version" in fields:
+        return values["version"]
+    if is_source_checkpoint(values["resume"]):
+        return convert(values["resume"])[0]["version"]
+    note(f"model.version is absent: {values['version']} (v1 before February 15: --dialect=apelr_early, v2 since)")
+    return values["version"]
+
+
+def planner_of_v2(values: dict[str, Any], early: bool) -> dict[str, Any]:
+    # The temperature of the contrastive loss of the early version, and what a checkpoint of it says.
+    start = values["plan_temperature_start"] or values["planner_temperature"]
+    if not early:
+        return {"planner_temperature": start}
+    return {"planner_temperature": start, "carry_posterior": False, "lookahead_feedback_scale": 0.0,
+            "token_filtering": True, "commitment_ramp_steps": 0, "commitment_max_hard_fraction": 1.0}
+
+
+def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> dict[str, Any]:
+    weights = dict(values["loss_weights"] or {})
+    if early:
+        weights.setdefault("boundary_entropy", 0.0)  # entropy_reg_weight is of version 1
+    if not (weights.get("rep_window") or values["rep_window"]):
+        weights.pop("rep_unlikelihood", None)  # a mean over no tokens, which is 0
+    core = {"boundary_entropy": values["entropy_reg_weight"], "usage_balance": values["usage_balance_weight"]}
+    core |= {name: weight for name, weight in weights.items() if not name.startswith("rep_")}
+    if not (early or any(core.values()) or is_true(given, "train.allow_zero_v2_planner_losses")):
+        raise ValueError("no loss_weights of future_contrastive, plan_js_div, boundary_entropy and usage_balance is "
+                         "above 0, which the source refuses: set one, or train.allow_zero_v2_planner_losses=true")
+    return {"loss_weights": weights}
+
+
+def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """transformer_lm: its own sizes where they are absent, and embeddings as wide as the model."""
+    longest = whole(given, "model.max_seq_len") or 1_024
+    if values["seq_len"] > longest:
+        raise ValueError(f"train.seq_len = {values['seq_len']} is more than model.max_seq_len = {longest}, which the "
+                         "source refuses: set model.max_seq_len as well")
+    sizes = {"d_model": 512, "n_layers": 6, "n_heads": 8}
+    sizes = {name: size for name, size in sizes.items() if name not in fields}
+    if values["version"] != "transformer_lm":
+        return {}
+    note("transformer_lm is version=baseline, backbone=transformer: rotary positions in place of learned ones")
+    return sizes | {"token_dim": sizes.get("d_model", values["d_model"])}
+
+
+def precision_of(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """fp16 on CUDA where nothing is said; half precision is for CUDA alone."""
+    if "precision" in given:
+        return {}
+    on_cuda = torch.cuda.is_available() and values["device"].startswith(("auto", "cuda"))
+    if on_cuda:
+        return {} if "precision" in fields else {"precision": "fp16"}
+    if "precision" in fields and values["precision"] != "fp32":
+        note(f"precision = {values['precision']} of {fields['precision']} is for CUDA alone: precision = fp32")
+    return {"precision": "fp32"}
+
+
+def batch_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """batch_size of a whole step, which the source names for one rank and micro-step."""
+    parts = values["grad_accum"] * int(os.environ.get("WORLD_SIZE", 1))
+    size, alone = values["batch_size"], values["cpu_batch_size"]
+    if size != "auto" and is_true(given, "train.adaptive_batch.enabled", "train.adaptive_batch"):
+        if torch.cuda.is_available() and values["device"] != "cpu":
+            raise ValueError(f"train.adaptive_batch.enabled makes the source take {size} windows for a measure: write "
+                             f"train.batch_size=auto to fill the GPU, or train.adaptive_batch.enabled=false for {size}")
+        size = alone if "train.cpu_batch_size" in given else size
+    more = {}
+    if size != "auto" and "batch_size" not in given:
+        more["batch_size"] = size * parts
+    if "cpu_batch_size" not in given:
+        more["cpu_batch_size"] = alone * parts
+    return more
+
+
+def data_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The folder of the text, and the settings of prepare_data.py text that make it (see sources/prepared.py)."""
+    source, prepare = values["data"], tokenizer_of(given)
+    if "data" in given:  # --data=FOLDER: a text of the user's own choice
+        return {"prepare": prepare}
+    if (folder_of(source) / "meta.json").exists() and source not in HUB:
+        return {"prepare": prepare}
+    for key in ("data.train_token_file", "data.val_token_file"):
+        if given.get(key):
+            raise ValueError(f"{key} = {given[key]}: prepare_data.py text makes the tokens here, leave it out")
+    for key, known in (("data.train_split", ("train",)), ("data.val_split", ("validation", "train"))):
+        if given.get(key) not in (None, *known):
+            raise ValueError(f"{key} = {given[key]}: prepare_data.py text reads {' or '.join(known)}, leave it out")
+    prepare = {"input": source} | prepare | limits(given, source)
+    return {"data": str(place_for(prepare)), "prepare": prepare}
+
+
+def tokenizer_of(given: dict[str, Any]) -> dict[str, Any]:
+    kind = str(given.get("tokenizer.type") or "char").lower()
+    if kind not in ("char", "bpe"):
+        raise ValueError(f"tokenizer.type = {kind}: the source has char and bpe")
+    prepare = {"tokenizer": kind}
+    if kind == "char":
+        return prepare
+    if "tokenizer.byte_level" in given and not is_true(given, "tokenizer.byte_level"):
+        raise ValueError("tokenizer.byte_level = false: the BPE here is of bytes, leave it out")
+    names = given.get("tokenizer.special_tokens")
+    if names and sorted(map(str, names)) != ["<bos>", "<eos>", "<pad>", "<unk>"]:
+        raise ValueError("tokenizer.special_tokens: the BPE here has <pad>, <bos>, <eos> and <unk>, leave it out")
+    prepare["vocab_size"] = whole(given, "tokenizer.vocab_size") or 4_096
+    if is_true(given, "tokenizer.lowercase"):
+        prepare["lowercase"] = True
+    return prepare
+
+
+def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
+    """How much of the text is read, by settings of prepare_data.py text."""
+    prepare = {"min_chars": whole(given, "data.min_chars") or 8}
+    documents, held_out = whole(given, "data.max_train_examples"), whole(given, "data.max_val_examples")
+    # Its documents of WikiText are lines, ours articles: their number says nothing here.
+    if documents and held_out and not source.startswith("wikitext"):
+        total = documents if source in HUB and HUB[source].has_validation else documents + held_out
+        prepare |= {"max_documents": total, "val_fraction": round(min(held_out / total, 0.5), 6)}
+    characters = whole(given, "data.max_train_chars")
+    tokens = whole(given, "data.max_train_tokens")
+    if characters or tokens:
+        prepare["max_bytes"] = characters or 8 * tokens  # more than a token of English has
+    if tokens:
+        prepare["max_tokens"] = tokens
+    if whole(given, "data.max_val_tokens"):
+        prepare["max_val_tokens"] = whole(given, "data.max_val_tokens")
+    if whole(given, "data.tokenizer_fit_max_chars"):
+        prepare["tokenizer_chars"] = whole(given, "data.tokenizer_fit_max_chars")
+    return prepare
+
+
+def whole(given: dict[str, Any], key: str) -> int | None:
+    """A whole number as written, or None where it is absent or null."""
+    written = given.get(key)
+    if written is None:
+        return None
+    try:
+        return int(float(written))
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} = {written}: expected a whole number") from None
+
+
+def is_true(given: dict[str, Any], *keys: str) -> bool:
+    """Whether the first of the keys that is given says yes."""
+    for key in keys:
+        if key in given:
+            return BOOLS.get(str(given[key]).lower(), False)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
 def checkpoint_in(path: Path) -> Path:
     """checkpoint.pt of a run folder of the source; any other path as it is."""
     file = path / "checkpoint.pt"
