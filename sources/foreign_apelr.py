@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from common.errors import CheckpointError, DataError
-from configurator import BOOLS, Derived, note
+from configurator import BOOLS, NONES, Derived, note
 from sources.corpus import folder_of
 from sources.prepared import place_for
 from sources.text import HUB
@@ -222,7 +222,7 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
     # Its documents of WikiText are lines, ours articles: their number says nothing here.
     if documents and held_out and not source.startswith("wikitext"):
         total = documents if source in HUB and HUB[source].has_validation else documents + held_out
-        prepare |= {"max_documents": total, "val_fraction": round(min(held_out / total, 0.5), 6)}
+        prepare |= {"max_documents": total, "val_fraction": min(held_out * 10**6 // total / 10**6, 0.5)}
     characters = whole(given, "data.max_train_chars")
     tokens = whole(given, "data.max_train_tokens")
     if characters or tokens:
@@ -239,7 +239,7 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
 def whole(given: dict[str, Any], key: str) -> int | None:
     """A whole number as written, or None where it is absent or null."""
     written = given.get(key)
-    if written is None:
+    if str(written).lower() in NONES:
         return None
     try:
         return int(float(written))

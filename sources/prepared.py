@@ -20,16 +20,21 @@ def command(prepare: dict, folder: str | Path) -> str:
     return shlex.join(words)
 
 
-def words_for(source: str, kind: str, vocab_size: int | None, lowercase: bool) -> str:
-    """A text and its vocabulary in a few words."""
-    size = f" of {vocab_size:,} tokens" if vocab_size else ""
-    return f"{source} in {'lower case ' if lowercase else ''}{kind}{size}"
+def words_for(source: str | None, kind: str, vocab_size: int | None, lowercase: bool) -> str:
+    """A text, unless it may be any, and its vocabulary in a few words."""
+    words = [source, "in"] if source else []
+    if lowercase:
+        words.append("lower case")
+    words.append(kind)
+    if vocab_size:
+        words.append(f"of {vocab_size:,} tokens")
+    return " ".join(words)
 
 
 def wanted(prepare: dict) -> str:
     """What the settings ask for, in words."""
-    source = prepare.get("input", "any text")
-    return words_for(source, prepare["tokenizer"], prepare.get("vocab_size"), prepare.get("lowercase", False))
+    size = prepare.get("vocab_size")
+    return words_for(prepare.get("input"), prepare["tokenizer"], size, prepare.get("lowercase", False))
 
 
 def found(folder: Path, prepare: dict) -> str:
@@ -39,11 +44,11 @@ def found(folder: Path, prepare: dict) -> str:
         if not meta["tokenizer"]:
             return f"{meta['kind']} tokens, and no text"
         tokenizer = load_tokenizer(folder / meta["tokenizer"])
-        source = meta["source"] if "input" in prepare else "any text"
+        source = meta["source"] if "input" in prepare else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no folder of prepare_data.py text ({type(error).__name__}: {error})") from error
-    # Byte-level BPE is that whoever trained it, and characters are as many as the text has.
-    kind = "bpe" if tokenizer.kind == "huggingface" else tokenizer.kind
+    # Byte-level BPE is that whoever trained it, and so are characters, which are as many as the text has.
+    kind = {"huggingface": "bpe", "listed": "char"}.get(tokenizer.kind, tokenizer.kind)
     size = tokenizer.vocab_size if prepare.get("vocab_size") else None
     return words_for(source, kind, size, bool(tokenizer.spec.get("lowercase")))
 
@@ -57,12 +62,15 @@ def fits(folder: Path, prepare: dict) -> bool:
 
 
 def place_for(prepare: dict) -> Path:
-    """Where text of these settings is, or may be put: a folder of data/ named after it that fits, or does not exist."""
+    """Where text of these settings is, or else may be put: a folder of data/ named after it."""
     name = Path(prepare["input"]).stem
     named = f"{name}_{prepare['tokenizer']}"
     folders = [DATA / name, DATA / named, DATA / f"{named}_{prepare.get('vocab_size', 'other')}"]
     for folder in folders:
-        if not folder.exists() or fits(folder, prepare):
+        if folder.exists() and fits(folder, prepare):
+            return folder
+    for folder in folders:
+        if not folder.exists():
             return folder
     return folders[-1]
 
