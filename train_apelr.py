@@ -61,6 +61,7 @@ from sources.foreign import APELR
 from sources.foreign_apelr import ALIASES, checkpoint_in, convert, fill, is_source_checkpoint, known_beside
 from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
 from sources.foreign_plans import commit_source, cross_source, start_as_source
+from sources.foreign_transformer import TransformerLM, plain_head
 from sources.prepared import check_prepared
 from sources.shared import make_once
 from sources.text import prepare_text
@@ -89,11 +90,13 @@ class Config:
     seq_len: Count = 128  # tokens predicted in a window, L
     # model
     version: Literal["v1_filtered_mixture", "v2_planner_required", "baseline", "transformer_lm"] = "v2_planner_required"
-    backbone: Literal["gru", "transformer"] = "gru"  # version=transformer_lm is baseline with a transformer
+    backbone: Literal["gru", "transformer", "transformer_lm"] = "gru"  # transformer_lm: the source's own, with learned
+    # ^ positions; version=transformer_lm is baseline with it
     n_layers: Count = 2
     d_model: Count = 128  # H
-    n_heads: Count = 4  # of backbone=transformer
-    d_ff: Count | None = None  # of backbone=transformer, width of its MLP; default 4 * d_model
+    n_heads: Count = 4  # of a transformer
+    d_ff: Count | None = None  # of a transformer, width of its MLP; default 4 * d_model
+    max_seq_len: Count = 1_024  # of backbone=transformer_lm: tokens that it has positions for
     dropout: Share = 0.0
     vocab_size: Count | None = None  # default that of the data
     token_dim: Count = 96  # of token embeddings
@@ -169,7 +172,7 @@ class Config:
     def __post_init__(self):
         if self.version == "transformer_lm":
             self.version = "baseline"
-            self.backbone = "transformer"
+            self.backbone = "transformer_lm"
         if self.min_lr is None:
             self.min_lr = 0.1 * self.lr
         # Weights that are given are all there are; a weight beside them adds what they lack (see weights).
@@ -368,7 +371,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-BACKBONES = {"gru": GRU, "transformer": Transformer}
+BACKBONES = {"gru": GRU, "transformer": Transformer, "transformer_lm": TransformerLM}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -901,7 +904,9 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
         model = FilteredMixture(cfg, V, TanhExperts)
     else:
         model = PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
-    if cfg.compat:
+    if cfg.backbone == "transformer_lm":
+        plain_head(model)
+    elif cfg.compat:
         start_as_source(model, HEAD_GAIN)
     return model
 

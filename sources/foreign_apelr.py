@@ -31,11 +31,11 @@ NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, o
     "train_token_file", "val_token_file", "tokenizer_fit_split", "tokenizer_fit_max_examples",
     "tokenizer_fit_max_chars", "tokenizer_fit_streaming", "eval_planner_diagnostics",
     "final_eval_planner_diagnostics", "allow_zero_v2_planner_losses", "num_workers", "pin_memory",
-    "pin_memory_device", "persistent_workers", "prefetch_factor", "drop_last", "max_seq_len")  # fmt: skip
+    "pin_memory_device", "persistent_workers", "prefetch_factor", "drop_last")  # fmt: skip
 READS = (  # but for these, of which `complete` makes something
     "tokenizer", "tokenizer.", "data.max_train_examples", "data.max_val_examples", "data.max_train_chars",
     "data.min_chars", "data.max_train_tokens", "data.max_val_tokens", "data.tokenizer_fit_max_chars",
-    "data.train_split", "data.val_split", "data.train_token_file", "data.val_token_file", "model.max_seq_len",
+    "data.train_split", "data.val_split", "data.train_token_file", "data.val_token_file",
     "train.adaptive_batch", "train.adaptive_batch.enabled", "train.allow_zero_v2_planner_losses")  # fmt: skip
 ALIASES = {  # names of the source, and of older versions of train_apelr.py, and ours
     "architecture": "version",
@@ -139,15 +139,13 @@ def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> di
 
 def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """transformer_lm: its own sizes where they are absent, and embeddings as wide as the model."""
-    longest = whole(given, "model.max_seq_len") or 1_024
-    if values["seq_len"] > longest:
-        raise ValueError(f"train.seq_len = {values['seq_len']} is more than model.max_seq_len = {longest}, which the "
-                         "source refuses: set model.max_seq_len as well")
+    if values["seq_len"] > values["max_seq_len"]:
+        raise ValueError(f"train.seq_len = {values['seq_len']} is more than model.max_seq_len = "
+                         f"{values['max_seq_len']}, which the source refuses: set model.max_seq_len as well")
     sizes = {"d_model": 512, "n_layers": 6, "n_heads": 8}
     sizes = {name: size for name, size in sizes.items() if name not in fields}
     if values["version"] != "transformer_lm":
         return {}
-    note("transformer_lm is version=baseline, backbone=transformer: rotary positions in place of learned ones")
     return sizes | {"token_dim": sizes.get("d_model", values["d_model"])}
 
 
@@ -270,7 +268,8 @@ def is_source_checkpoint(path: str | Path) -> bool:
         with zipfile.ZipFile(path) as file:
             index = next(name for name in file.namelist() if name.endswith("data.pkl"))
             names = file.read(index)
-            bare = b"token_emb.weight" in names and b"format_version" not in names  # a state dict and nothing else
+            of_it = any(name in names for name in (b"token_emb.weight", b"tok_emb.weight"))
+            bare = of_it and b"format_version" not in names  # a state dict and nothing else
             return bare or b"model_state_dict" in names
     except (OSError, zipfile.BadZipFile, StopIteration):  # what is wrong with it is told by whoever reads it
         return False
@@ -291,15 +290,17 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
         saved = source.get("model_config") or {}
         settings["version"] = source.get("model_version", V1)
         settings |= window_of(source)
+    if "tok_emb.weight" in weights:
+        settings |= transformer_sizes(weights, saved)
     for name, value in saved.items():
         name = ALIASES.get(name, name)
         if name in MODEL_SETTINGS:
             settings[name] = value
     if settings["version"] == V1:  # has neither lookahead nor a temperature
         settings |= {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}
-    elif settings["version"] != V2:
+    elif settings["version"] not in (V2, "baseline"):
         raise CheckpointError(f"a source checkpoint of model version {settings['version']!r} cannot be read")
-    elif saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead
+    elif settings["version"] == V2 and saved and "lookahead_horizon" not in saved:  # older than lookahead
         settings |= {"carry_posterior": False, "lookahead_feedback_scale": 0.0}
     return settings, our_names(weights, settings), steps(source)
 
@@ -316,6 +317,8 @@ def our_names(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, tor
     """Tensors by names of the source, by ours: weights, or what an optimizer knows of each."""
     if settings["version"] == V1:
         return v1_names(weights)
+    if settings["version"] == "baseline":
+        return transformer_names(weights)
     return stack_heads(weights, settings.get("num_plan_states", 0))
 
 
@@ -338,14 +341,15 @@ def plain_weights(source: dict) -> dict[str, torch.Tensor]:
     for name, value in saved.items() if isinstance(saved, dict) else ():
         if isinstance(name, str) and isinstance(value, torch.Tensor):
             weights[name.replace("_orig_mod.", "").removeprefix("module.")] = value
-    if "token_emb.weight" not in weights or weights["token_emb.weight"].ndim != 2:
+    embeddings = weights.get("token_emb.weight", weights.get("tok_emb.weight"))
+    if embeddings is None or embeddings.ndim != 2:
         raise CheckpointError("this is no APEL-R checkpoint: it has no weights token_emb.weight [V, D]")
     return weights
 
 
 def sizes_of(weights: dict[str, torch.Tensor]) -> dict:
     """Settings that the shapes of a source state dict tell."""
-    vocab_size, token_dim = weights["token_emb.weight"].shape
+    vocab_size, token_dim = weights.get("token_emb.weight", weights.get("tok_emb.weight")).shape
     layers = {name.rsplit("_", 1)[1] for name in weights if name.startswith("backbone.")}
     settings = {"vocab_size": vocab_size, "token_dim": token_dim, "backbone": "gru", "dropout": 0.0,
                 "n_layers": len(layers), "num_experts": None, "experts": "full",
@@ -358,6 +362,31 @@ def sizes_of(weights: dict[str, torch.Tensor]) -> dict:
         if name in weights:
             settings[setting] = weights[name].shape[axis]
     return settings
+
+
+def transformer_sizes(weights: dict[str, torch.Tensor], saved: dict) -> dict:
+    """Settings of transformer_lm, whose shapes tell all but the number of heads. Raises CheckpointError without it."""
+    missing = {"pos_emb.weight", "blocks.0.mlp.fc1.weight"} - weights.keys()
+    if missing or "n_heads" not in saved:
+        raise CheckpointError(
+            f"this transformer_lm cannot be read without {', '.join(sorted(missing)) or 'n_heads of its model_config'}"
+        )
+    d_ff, H = weights["blocks.0.mlp.fc1.weight"].shape
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    return {"version": "baseline", "backbone": "transformer_lm", "n_layers": len(layers), "n_heads": saved["n_heads"],
+            "d_model": H, "token_dim": H, "d_ff": d_ff, "max_seq_len": len(weights["pos_emb.weight"])}  # fmt: skip
+
+
+def transformer_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """experts.weight [1, V, H] for lm_head.weight, backbone.blocks for blocks, and so on; a bias that is 0."""
+    ours = {}
+    for name, value in weights.items():
+        if name == "lm_head.weight":
+            ours["experts.weight"] = value[None]
+            ours["experts.bias"] = value.new_zeros(1, len(value)) if value.ndim else value[None]
+        else:
+            ours["token_emb.weight" if name == "tok_emb.weight" else "backbone." + name] = value
+    return ours
 
 
 def v1_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

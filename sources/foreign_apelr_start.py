@@ -25,7 +25,7 @@ from sources.foreign_apelr import (
 )
 
 SIZES = ("version", "backbone", "experts", "n_layers", "d_model", "n_heads", "token_dim", "num_plan_states",
-         "num_experts", "fusion_dim", "d_ff")  # settings that decide the shapes of weights
+         "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that decide the shapes of weights
 RULES = ("compat", "boundary", "chunk_size", "carry_posterior", "token_filtering", "planner_context_scale",
          "planner_temperature", "lookahead_horizon", "lookahead_feedback_scale")  # and how a model computes with them
 

@@ -77,7 +77,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 
 
 # What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+SYSTEMS = {"apelr": ("token_emb.weight", "tok_emb.weight"), "state": ("pert_encoder.",)}
 
 
 def system_of(path: Path) -> str:
@@ -111,5 +111,5 @@ def importable(path: Path) -> str:
     system = system_of(path)
     if not system:
         raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
-                              f"{SYSTEMS['apelr']} nor {SYSTEMS['state']}*")
+                              f"{SYSTEMS['apelr'][0]} nor {SYSTEMS['state'][0]}*")
     return system

@@ -287,18 +287,19 @@ def test_its_transformer_is_a_baseline_of_its_sizes(capsys):
     base = {"data": LEAST["data"], "model": {"version": "transformer_lm"},
             "train": {"out_dir": "runs/t", "seq_len": 96, "lr": 0.001, "max_steps": 3}}  # fmt: skip
     cfg = read(base=base)
-    assert (cfg.version, cfg.backbone, cfg.weights()) == ("baseline", "transformer", {})
+    assert (cfg.version, cfg.backbone, cfg.weights()) == ("baseline", "transformer_lm", {})
     assert (cfg.d_model, cfg.token_dim, cfg.n_layers, cfg.n_heads, cfg.d_ff, cfg.dropout) == (512, 512, 6, 8, None, 0.1)
-    assert "rotary positions in place of learned ones" in capsys.readouterr().err
+    assert cfg.max_seq_len == 1_024
     sizes = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "max_seq_len": 96, "token_dim": 7}
     cfg = read({"model": sizes}, base=base)
     model = build_model(cfg, 11)
     assert model.token_emb.weight.shape == (11, 24) and len(model.backbone.layers) == 2
-    assert model.backbone.layers[0].mlp_in.weight.shape == (40, 24)
-    assert model.backbone.layers[0].mlp_out.weight.shape == (24, 40)
+    assert model.backbone.pos_emb.weight.shape == (96, 24)
+    assert model.backbone.blocks[0].mlp.fc1.weight.shape == (40, 24)
+    assert model.backbone.blocks[0].mlp.fc2.weight.shape == (24, 40)
     told = refused(capsys, written({"model": {"max_seq_len": 95}}, base))
     assert "train.seq_len = 96 is more than model.max_seq_len = 95, which the source refuses" in told
-    assert Config(version="transformer_lm").backbone == "transformer"
+    assert Config(version="transformer_lm").backbone == "transformer_lm"
     assert build_model(Config(backbone="transformer", d_model=16), 5).backbone.layers[0].mlp_in.weight.shape == (64, 16)
 
 

@@ -332,6 +332,127 @@ def test_what_cannot_go_on_is_one_sentence(itos, text, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Its transformer
+# ---------------------------------------------------------------------------------------------------------------
+TRANSFORMER = {"vocab_size": len(ITOS), "max_seq_len": 20, "d_model": 12, "n_layers": 2, "n_heads": 3, "d_ff": 20,
+               "dropout": 0.1, "eps": 1e-5}  # fmt: skip
+
+
+def transformer_weights() -> dict[str, torch.Tensor]:
+    """Random weights by the names of the source, which are not small, so that everything counts."""
+    H, V, F = TRANSFORMER["d_model"], len(ITOS), TRANSFORMER["d_ff"]
+    shapes = {"tok_emb.weight": (V, H), "pos_emb.weight": (TRANSFORMER["max_seq_len"], H)}
+    for i in range(TRANSFORMER["n_layers"]):
+        block = {"ln1.weight": (H,), "ln1.bias": (H,), "attn.qkv.weight": (3 * H, H), "attn.out.weight": (H, H),
+                 "ln2.weight": (H,), "ln2.bias": (H,), "mlp.fc1.weight": (F, H), "mlp.fc1.bias": (F,),
+                 "mlp.fc2.weight": (H, F), "mlp.fc2.bias": (H,)}  # fmt: skip
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= {"ln_f.weight": (H,), "ln_f.bias": (H,), "lm_head.weight": (V, H)}
+    draws = torch.Generator().manual_seed(3)
+    return {name: 0.3 * torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+
+
+def transformer_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+    """Logits [L, V] of one text by sums over single tokens and heads, as the source's architecture has them."""
+    H, heads = TRANSFORMER["d_model"], TRANSFORMER["n_heads"]
+    R = H // heads
+    norm = torch.nn.functional.layer_norm
+    x = torch.stack([weights["tok_emb.weight"][token] + weights["pos_emb.weight"][i] for i, token in enumerate(ids)])
+    for i in range(TRANSFORMER["n_layers"]):
+        of = {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"blocks.{i}.")}
+        q, k, v = (norm(x, (H,), of["ln1.weight"], of["ln1.bias"]) @ of["attn.qkv.weight"].t()).split(H, 1)
+        rows = []
+        for t in range(len(ids)):
+            parts = []
+            for h in range(heads):
+                part = slice(h * R, (h + 1) * R)
+                scores = k[: t + 1, part] @ q[t, part] / R**0.5
+                parts.append(scores.softmax(0) @ v[: t + 1, part])
+            rows.append(torch.cat(parts))
+        x = x + torch.stack(rows) @ of["attn.out.weight"].t()
+        hidden = norm(x, (H,), of["ln2.weight"], of["ln2.bias"]) @ of["mlp.fc1.weight"].t() + of["mlp.fc1.bias"]
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+        x = x + hidden @ of["mlp.fc2.weight"].t() + of["mlp.fc2.bias"]
+    return norm(x, (H,), weights["ln_f.weight"], weights["ln_f.bias"]) @ weights["lm_head.weight"].t()
+
+
+def transformer_run(folder: str, tokenizer: Path, **more) -> Path:
+    return source_run(folder, tokenizer, model_state_dict=transformer_weights(), model_version="transformer_lm",
+                      model_config=TRANSFORMER, **more)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_the_transformer_of_the_source_predicts_what_it_predicted(prefix, itos, text):
+    path = transformer_run("runs/x", itos)
+    state = torch.load(path)
+    weights = state["model_state_dict"]
+    torch.save(state | {"model_state_dict": {prefix + name: value for name, value in weights.items()}}, path)
+    prepare_data.main(["import", "runs/x", "--out_dir=out/x"])
+    cfg, model, step, _ = train_apelr.load_run(Path("out/x"))
+    assert (cfg.version, cfg.backbone, cfg.max_seq_len, step) == ("baseline", "transformer_lm", 20, 7)
+    ids = [1, 5, 9, 4, 17, 8, 8, 6, 12, 4, 5, 2]
+    expected = -transformer_logits(weights, ids[:-1]).log_softmax(1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    tokens = torch.tensor([ids])
+    for found in (model.eval(), load_source_checkpoint(path)):
+        nll = -found.look_up(found.read(tokens[:, :-1])[0], tokens[:, 1:, None])[0, :, 0, 0]
+        torch.testing.assert_close(nll, expected)
+    assert train_apelr.main([*TINY, f"--data={text}", "--analyze=out/x"])["val_nll"] > 0
+
+
+def test_the_transformer_of_the_source_writes_on_beyond_its_positions(itos):
+    """It then reads the last max_seq_len tokens anew, from the first position on."""
+    path = transformer_run("runs/x", itos)
+    found = sample.main([str(path), "--prompt=Once upon", "--max_new_tokens=30", "--temperature=0", "--device=cpu"])
+    tokens, weights = found["samples"][0]["tokens"], transformer_weights()
+    for t in range(10, len(tokens)):
+        seen = tokens[max(0, t - TRANSFORMER["max_seq_len"]) : t]
+        assert tokens[t] == int(transformer_logits(weights, seen)[-1].argmax())
+    assert len(tokens) > TRANSFORMER["max_seq_len"] + 3 or tokens[-1] == 2
+
+
+def test_the_transformer_of_the_source_trains_on_and_its_head_gets_no_bias(itos, text, capsys):
+    weights = transformer_weights()
+    expected = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    optimizer = torch.optim.AdamW(expected.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.2)
+    with Runtime(Config(device="cpu", precision="fp32")) as rt:
+        batches = Batches(rt, read_corpus(str(text)), Config(seq_len=19, version="baseline"), 2)
+        for step in range(4):
+            if step == 2:
+                saved = {name: value.detach().clone() for name, value in expected.items()}
+                state = json_free(optimizer.state_dict())
+            tokens = batches(step)
+            losses = [torch.nn.functional.cross_entropy(transformer_logits(expected, row[:-1].tolist()), row[1:])
+                      for row in tokens]  # fmt: skip
+            torch.stack(losses).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    path = source_run("runs/x", itos, model_state_dict=saved, model_version="transformer_lm", global_step=2,
+                      model_config=TRANSFORMER, optimizer_state_dict=state)  # fmt: skip
+    train_apelr.main([*TINY, f"--data={text}", f"--resume={path}", "--max_steps=4", "--batch_size=2", "--grad_clip=0",
+                      "--lr=0.01", "--schedule=constant"])  # fmt: skip
+    assert f"AdamW's moments of {len(weights)} of {len(weights)} tensors" in capsys.readouterr().out
+    found = checkpoint.load(Path("run"))["model"]
+    assert torch.equal(found.pop("experts.bias"), torch.zeros(1, len(ITOS)))
+    names = {"tok_emb.weight": "token_emb.weight", "lm_head.weight": "experts.weight"}
+    for name, value in expected.items():
+        ours = found[names.get(name, f"backbone.{name}")].reshape(value.shape)
+        moved = (value - saved[name]).abs().mean()
+        assert (ours - value).abs().mean() < 1e-3 * moved, name
+
+
+def test_what_the_transformer_of_the_source_cannot_do_is_one_sentence(itos, text, capsys):
+    path = transformer_run("runs/x", itos)
+    told = refused(capsys, *TINY, f"--data={text}", f"--init_from={path}", "--seq_len=21")
+    assert "21 tokens at once, and max_seq_len = 20 positions" in told and not Path("run").exists()
+    assert "force_state needs a planner" in refused(capsys, path, "--force_state=0", "--prompt=a", main=sample.main)
+    torch.save(transformer_weights(), "bare.pt")
+    assert "cannot be read without n_heads of its model_config" in refused(
+        capsys, "import", "bare.pt", main=prepare_data.main)  # fmt: skip
+    told = refused(capsys, *TINY, f"--data={text}", "--version=transformer_lm", "--d_model=10", "--token_dim=10")
+    assert "d_model = 10 must be a multiple of n_heads = 4" in told
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The sampler
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.fixture
