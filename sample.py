@@ -299,7 +299,7 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
     cfg = with_defaults(cfg, OF_SOURCE if is_source else PLAIN)
     if is_source:
         check_tokenizer(tokenizer, path, extra, cfg)
-        print(source_note(run, cfg))
+        print(source_note(run, getattr(model, "tau", 1.0), cfg))
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
     plans = run.plans()
     note = f", {plans} plans" if plans > 1 else ""
@@ -339,15 +339,17 @@ def check_tokenizer(tokenizer: Tokenizer | None, path: Path, extra: dict, cfg: C
         raise DataError(f"{extra['tokenizer_file']} has no <bos>, with which APEL-R begins a prompt")
 
 
-def source_note(run, cfg: Config) -> str:
+def source_note(run, tau: float, cfg: Config) -> str:
     """What a checkpoint of APEL-R is sampled with: its sampler's defaults, but the planner as it was trained."""
     note = f"read as APEL-R: temperature {cfg.temperature}, top_k {cfg.top_k}, bos before a prompt of words"
     if run.version != "v2_planner_required":
         return note
     # APEL-R's own sampler has 1 and 2 here, whatever the checkpoint was trained with.
-    return (f"{note}; planner_temperature {cfg.planner_temperature or run.planner_temperature}, lookahead_steps "
-            f"{run.lookahead_horizon if cfg.lookahead_steps is None else cfg.lookahead_steps} as the checkpoint has "
-            "them (APEL-R's sampler: 1, 2)")
+    if cfg.planner_temperature is None and tau != 1:
+        note += f"; planner_temperature {tau:g} as trained (APEL-R's sampler: 1)"
+    if cfg.lookahead_steps is None and run.lookahead_horizon != SOURCE_FORECAST:
+        note += f"; lookahead_steps {run.lookahead_horizon} as trained (APEL-R's sampler: {SOURCE_FORECAST})"
+    return note
 
 
 def prompts_of(cfg: Config, tokenizer: Tokenizer | None, vocab_size: int, is_source: bool = False) -> list[list[int]]:

@@ -79,10 +79,11 @@ HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nat
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
-    resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
+    resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint,
+    # ^ ours or the source's
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     compare_baseline: bool = False  # first train a baseline of equal size on the same batches, in out_dir/baseline
-    init_from: str = ""  # weights to start from: a checkpoint of this repository or of the source
+    init_from: str = ""  # weights to start from, with their sizes: a checkpoint of this repository or of the source
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
     # data
     data: str = OFFLINE  # folder of train.bin, val.bin and meta.json, by prepare_data.py text or planted

@@ -410,7 +410,8 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
                 values = [r[key] for r in records]
                 axes.plot(steps, values, style, marker=".", label=label, linewidth=width)  # one point shows too
         axes.set(xlabel="step", ylabel="nats a token", title=title)
-        axes.legend(fontsize=8)
+        if axes.lines:  # a checkpoint of the source has no history here
+            axes.legend(fontsize=8)
 
 
 @torch.no_grad()

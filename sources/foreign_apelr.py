@@ -289,7 +289,7 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
     if "model_state_dict" in source:
         saved = source.get("model_config") or {}
         settings["version"] = source.get("model_version", V1)
-        settings |= window_of(source)
+        settings |= of_training(source)
     if "tok_emb.weight" in weights:
         settings |= transformer_sizes(weights, saved)
     for name, value in saved.items():
@@ -305,12 +305,22 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
     return settings, our_names(weights, settings), steps(source)
 
 
-def window_of(source: dict) -> dict[str, int]:
-    """{"seq_len": tokens} of the windows that a checkpoint was trained on, where it says so."""
-    trained = source.get("train_config")
-    for name in ("train", "seq_len"):
-        trained = trained.get(name) if isinstance(trained, dict) else None
-    return {"seq_len": trained} if isinstance(trained, int) else {}
+def trained_with(source: dict, section: str, name: str):
+    """A setting of the YAML that a checkpoint was trained with; None where it is not known."""
+    found = source.get("train_config")
+    for key in (section, name):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def of_training(source: dict) -> dict:
+    """What a model of ours needs of the YAML: tokens of a window, and where the gate's temperature ended."""
+    known = {}
+    for section, name in (("train", "seq_len"), ("model", "plan_temperature_end")):
+        value = trained_with(source, section, name)
+        if isinstance(value, (int, float)) and value > 0:
+            known[name] = value
+    return known
 
 
 def our_names(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from sources.foreign_apelr import (
     read,
     steps,
     tokenizer_file,
+    trained_with,
 )
 
 SIZES = ("version", "backbone", "experts", "n_layers", "d_model", "n_heads", "token_dim", "num_plan_states",
@@ -153,10 +154,14 @@ def go_on(
     optimizer.load_state_dict({"state": state, "param_groups": ours})
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     adam = f"AdamW's moments of {carried} of {count} tensors" if carried else "no state of AdamW, which starts anew"
-    return done, (
+    said = (
         f"resumed from {path} of APEL-R at step {done}: its weights, {adam}, the rate of that step; it keeps no random "
-        "numbers and no loss scale. Batches are ours"
+        "numbers and no loss scale, and batches are ours"
     )
+    before, now = trained_with(source, "train", "lr"), optimizer.defaults["lr"]
+    if before not in (None, now):
+        said += f". It was trained with lr = {before} and goes on with {now}: name its YAML file to train as there"
+    return done, said
 
 
 def adam_state(source: dict) -> dict[str, dict[str, torch.Tensor]]:

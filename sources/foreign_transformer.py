@@ -27,13 +27,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, past: tuple | None) -> tuple[Tensor, tuple]:
         """(what x [B, L, H] attends to, (keys, values)); past: those of the tokens before, where L is 1."""
         B, L, _ = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, L, R]
+        qkv = self.qkv(x).view(B, L, 3, self.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, L, R]
         if past:
             k = torch.cat([past[0], k], 2)
             v = torch.cat([past[1], v], 2)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=past is None)
-        return self.out(attended.transpose(1, 2).reshape(B, L, -1)), (k, v)
+        attended = attended.transpose(1, 2).reshape(B, L, -1)
+        return self.out(attended), (k, v)
 
 
 class MLP(nn.Module):
@@ -44,7 +46,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(width, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = F.gelu(self.fc1(x))
+        return self.fc2(hidden)
 
 
 class Block(nn.Module):
@@ -61,7 +64,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, past: tuple | None) -> tuple[Tensor, tuple]:
         attended, past = self.attn(self.ln1(x), past)
         x = x + self.drop(attended)
-        return x + self.drop(self.mlp(self.ln2(x))), past
+        hidden = self.mlp(self.ln2(x))
+        return x + self.drop(hidden), past
 
 
 class TransformerLM(nn.Module):
@@ -75,10 +79,12 @@ class TransformerLM(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         H = cfg.d_model
-        if cfg.token_dim != H or H % cfg.n_heads:
+        if H % cfg.n_heads:
+            raise InputError(f"backbone=transformer_lm: d_model = {H} must be a multiple of n_heads = {cfg.n_heads}")
+        if cfg.token_dim != H:
             raise InputError(
-                f"backbone=transformer_lm: d_model = {H} must be a multiple of n_heads = {cfg.n_heads}, and token_dim "
-                f"= {cfg.token_dim} must be d_model"
+                f"backbone=transformer_lm: token_dim = {cfg.token_dim} must equal d_model = {H}, for token embeddings "
+                "are what its first block reads"
             )
         self.places = cfg.max_seq_len
         self.pos_emb = nn.Embedding(self.places, H)
@@ -99,7 +105,8 @@ class TransformerLM(nn.Module):
     def read(self, x: Tensor, pasts: list) -> tuple[Tensor, list]:
         """x [B, L, H] after the tokens of pasts: (h [B, L, H], keys and values of every layer)."""
         before = pasts[0][0].shape[2] if pasts[0] else 0
-        places = torch.arange(before, before + x.shape[1], device=x.device)
+        after = before + x.shape[1]
+        places = torch.arange(before, after, device=x.device)
         x = self.drop(x + self.pos_emb(places))
         states = []
         for block, past in zip(self.blocks, pasts, strict=True):
@@ -120,6 +127,7 @@ class TransformerLM(nn.Module):
         seen, pasts = state
         seen = torch.cat([seen, x[:, None]], 1)
         if seen.shape[1] > self.places:
+            # Without the first of them all others are at other places.
             h, state = self(seen[:, -self.places :])
             return h[:, -1], state
         h, pasts = self.read(x[:, None], pasts)
@@ -130,6 +138,7 @@ def plain_head(model: nn.Module) -> None:
     """Embeddings and the head of a model as transformer_lm starts with them, without a bias; in place."""
     nn.init.normal_(model.token_emb.weight, std=START)
     nn.init.normal_(model.experts.weight, std=START)
+    # Its head has no bias: 0, and nothing that trains.
     bias = torch.zeros_like(model.experts.bias.data)
     del model.experts.bias
-    model.experts.register_buffer("bias", bias)  # 0, and nothing that trains
+    model.experts.register_buffer("bias", bias)

@@ -303,11 +303,12 @@ class ModelNames:
 def test_without_the_moments_the_same_run_would_end_elsewhere(text, capsys):
     """What the test above holds on to."""
     saved, expected = trained_separately(text, V2, first=5, last=9)
-    torch.save(saved | {"optimizer_state_dict": None}, "source.pt")
+    torch.save(saved | {"optimizer_state_dict": None, "train_config": {"train": {"lr": 0.5}}}, "source.pt")
     terms = [f"--{name}={value}" for name, value in TERMS[V2].items()]
     train_apelr.main([*CONTINUED, f"--data={text}", "--resume=source.pt", *terms, "--weight_decay=0.3", "--beta1=0.8",
                       "--beta2=0.9"])  # fmt: skip
-    assert "no state of AdamW, which starts anew" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no state of AdamW, which starts anew" in told and "trained with lr = 0.5 and goes on with 0.02" in told
     found = checkpoint.load(Path("run"))["model"]["experts.weight"]
     start = our_weights(saved["model_state_dict"], ModelNames(expected))["experts.weight"]
     end = expected["experts.weight"]
@@ -648,6 +649,16 @@ def test_apelr_reference_losses_are_those_of_an_imported_checkpoint(path, capsys
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(value, abs=1e-4), name
     assert "nll" in expected
+
+
+def test_the_temperature_of_the_gate_is_that_at_the_end_of_training(itos, asked, capsys):
+    path = source_run("runs/x", itos, train_config={"model": {"plan_temperature_end": 0.7}, "train": {"lr": 0.5}})
+    prepare_data.main(["import", str(path), "--out_dir=out/x"])
+    assert train_apelr.load_run(Path("out/x"))[1].tau == pytest.approx(0.7)
+    sample.main([str(path), "--prompt=a cat", "--device=cpu"])
+    assert "planner_temperature 0.7 as trained (APEL-R's sampler: 1)" in capsys.readouterr().out
+    sample.main([str(path), "--prompt=a cat", "--device=cpu", "--planner-temperature=1"])
+    assert "as trained" not in capsys.readouterr().out and asked[-1]["tau"] == 1
 
 
 def test_a_file_of_no_system_is_refused(capsys):

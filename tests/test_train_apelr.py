@@ -342,6 +342,7 @@ ON_META = {
     "v2": {"plan_commitment": "gumbel_st", "loss_weights": dict.fromkeys(train_apelr.V2_TERMS, 0.1), "rep_window": 3},
     "v2-bias": {"experts": "bias"}, "v2-source": {"compat": "source", "planner_temperature": 0.8},
     "transformer": {"backbone": "transformer"}, "baseline": {"version": "baseline"},
+    "transformer_lm": {"version": "transformer_lm", "token_dim": 128},
 }
 
 
