@@ -17,6 +17,7 @@ from commands import two_ranks
 
 import prepare_data
 import train_apelr
+from common.errors import DataError
 from configurator import config_dict, configure
 from measure.speed import fitting_batch_size
 from sources import foreign_plans, prepared
@@ -434,6 +435,22 @@ def test_a_folder_as_source_and_other_tokens_than_text(hub, capsys):
     assert "data/odd is no folder of prepare_data.py text" in refused(capsys, written(chars), "--data=data/odd")
     assert read({}, "--data=data/planted").prepare is None  # where no tokenizer is asked for, any vocabulary is right
     assert read({"data": {"source": None}}, "--data=data/planted").data == "data/planted"
+
+
+@pytest.mark.parametrize("prepare, words", [
+    ({"input": "a.jsonl"}, ""), ({"tokenizer": "bpe", "vocab_size": 300}, ""),
+    ({"vocab_size": 299}, "bpe of 299 tokens"),
+    ({"tokenizer": "data/a/tokenizer.json"}, ""), ({"lowercase": True}, "ask for lower case bpe:"),
+    ({"tokenizer": "char"}, "holds bpe, but the settings ask for char: python prepare_data.py text --input=a.jsonl "
+     "--tokenizer=char --out_dir=data/a_char, and --data=data/a_char"),
+])  # fmt: skip
+def test_a_config_of_ours_may_say_how_its_text_is_prepared(prepare, words):
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, stories(40))))
+    prepare_data.main(["text", "--input=a.jsonl", "--vocab_size=300", "--val_fraction=0.3", "--out_dir=data/a"])
+    if not words:
+        return prepared.check_prepared("a", prepare)
+    with pytest.raises(DataError, match=re.escape(words)):
+        prepared.check_prepared("a", prepare)
 
 
 def test_short_documents_are_left_out_and_the_tokens_end_with_a_document(capsys):
