@@ -10,6 +10,7 @@ the loss is a likelihood, and on planted data both loss and plan have a known op
     python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 2 minutes
     python train_apelr.py config/v2_fast.py           # TinyStories on one GPU, after prepare_data.py text
     torchrun --nproc_per_node=8 train_apelr.py config/v2_fast.py
+    python train_apelr.py theirs.yaml                 # a file of APEL-R: what it leaves out has the defaults of there
     python sample.py out/apelr --prompt="The" --sweep_states
 
 Versions: v1_filtered_mixture (one head fed by state and plan), v2_planner_required (K expert heads, no shared one),

@@ -139,13 +139,13 @@ def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> di
 
 def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """transformer_lm: its own sizes where they are absent, and embeddings as wide as the model."""
+    if values["version"] != "transformer_lm":  # a baseline of ours
+        return {}
     if values["seq_len"] > values["max_seq_len"]:
         raise ValueError(f"train.seq_len = {values['seq_len']} is more than model.max_seq_len = "
                          f"{values['max_seq_len']}, which the source refuses: set model.max_seq_len as well")
     sizes = {"d_model": 512, "n_layers": 6, "n_heads": 8}
     sizes = {name: size for name, size in sizes.items() if name not in fields}
-    if values["version"] != "transformer_lm":
-        return {}
     return sizes | {"token_dim": sizes.get("d_model", values["d_model"])}
 
 
@@ -180,18 +180,17 @@ def batch_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def data_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The folder of the text, and the settings of prepare_data.py text that make it (see sources/prepared.py)."""
-    source, prepare = values["data"], tokenizer_of(given)
-    if "data" in given:  # --data=FOLDER: a text of the user's own choice
-        return {"prepare": prepare}
+    source = values["data"]
+    if "data" in given or "data.source" not in given:
+        # --data=FOLDER is a text of the user's own choice, whose vocabulary is held against the file's.
+        return {"prepare": tokenizer_of(given) if any(key.startswith("tokenizer.") for key in given) else None}
     if (folder_of(source) / "meta.json").exists() and source not in HUB:
-        return {"prepare": prepare}
-    for key in ("data.train_token_file", "data.val_token_file"):
-        if given.get(key):
-            raise ValueError(f"{key} = {given[key]}: prepare_data.py text makes the tokens here, leave it out")
-    for key, known in (("data.train_split", ("train",)), ("data.val_split", ("validation", "train"))):
-        if given.get(key) not in (None, *known):
-            raise ValueError(f"{key} = {given[key]}: prepare_data.py text reads {' or '.join(known)}, leave it out")
-    prepare = {"input": source} | prepare | limits(given, source)
+        return {"prepare": tokenizer_of(given)}
+    held_out = "train" if source in HUB and not HUB[source].has_validation else "validation"
+    for key, known in (("data.train_split", "train"), ("data.val_split", held_out)):
+        if given.get(key) not in (None, known):
+            raise ValueError(f"{key} = {given[key]}: of {source} prepare_data.py text reads {known}, leave it out")
+    prepare = {"input": source} | tokenizer_of(given) | limits(given, source)
     return {"data": str(place_for(prepare)), "prepare": prepare}
 
 
@@ -215,22 +214,25 @@ def tokenizer_of(given: dict[str, Any]) -> dict[str, Any]:
 
 def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
     """How much of the text is read, by settings of prepare_data.py text."""
-    prepare = {"min_chars": whole(given, "data.min_chars") or 8}
+    shortest = whole(given, "data.min_chars")
+    prepare = {"min_chars": 8 if shortest is None else shortest}
     documents, held_out = whole(given, "data.max_train_examples"), whole(given, "data.max_val_examples")
     # Its documents of WikiText are lines, ours articles: their number says nothing here.
     if documents and held_out and not source.startswith("wikitext"):
         total = documents if source in HUB and HUB[source].has_validation else documents + held_out
         prepare |= {"max_documents": total, "val_fraction": min(held_out * 10**6 // total / 10**6, 0.5)}
-    characters = whole(given, "data.max_train_chars")
-    tokens = whole(given, "data.max_train_tokens")
-    if characters or tokens:
-        prepare["max_bytes"] = characters or 8 * tokens  # more than a token of English has
-    if tokens:
-        prepare["max_tokens"] = tokens
-    if whole(given, "data.max_val_tokens"):
-        prepare["max_val_tokens"] = whole(given, "data.max_val_tokens")
-    if whole(given, "data.tokenizer_fit_max_chars"):
-        prepare["tokenizer_chars"] = whole(given, "data.tokenizer_fit_max_chars")
+    wanted = {"max_bytes": "data.max_train_chars"}
+    if is_true(given, "data.token_cache"):
+        wanted |= {"max_tokens": "data.max_train_tokens", "max_val_tokens": "data.max_val_tokens",
+                   "tokenizer_chars": "data.tokenizer_fit_max_chars"}
+        for key in ("data.train_token_file", "data.val_token_file"):
+            if given.get(key):
+                raise ValueError(f"{key} = {given[key]}: prepare_data.py text makes the tokens here, leave it out")
+    for name, key in wanted.items():
+        if whole(given, key):
+            prepare[name] = whole(given, key)
+    if "max_tokens" in prepare:
+        prepare.setdefault("max_bytes", 8 * prepare["max_tokens"])  # more than so many tokens of English have
     return prepare
 
 

@@ -12,7 +12,8 @@ def cross_source(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
 
     Log beliefs [B, K] in and out. transition: logits [K, K] (from, to); context: g [B, K].
     """
-    log_bP = torch.logsumexp(belief[:, :, None] + F.log_softmax(transition, 1), 1)
+    log_P = F.log_softmax(transition, 1)
+    log_bP = torch.logsumexp(belief[:, :, None] + log_P, 1)
     return F.log_softmax(log_bP + context, 1)
 
 
@@ -27,7 +28,8 @@ def commit_source(belief: Tensor, tau: float, hard_fraction: float) -> Tensor:
     hard = chosen - soft.detach() + soft
     mixed = hard_fraction * hard + (1 - hard_fraction) * soft
     # Floor: the sample has zeros, and gradients pass through their logarithm.
-    return (mixed.clamp_min(0) + 1e-9).log().to(belief)
+    floored = mixed.clamp_min(0) + 1e-9
+    return floored.log().to(belief)
 
 
 @torch.no_grad()

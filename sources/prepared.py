@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from sources.corpus import folder_of
-from sources.tokenizer import load_tokenizer
+from sources.tokenizer import OURS, Tokenizer, load_tokenizer
 
 DATA = Path("data")
 
@@ -31,10 +31,17 @@ def words_for(source: str | None, kind: str, vocab_size: int | None, lowercase: 
     return " ".join(words)
 
 
+def kind_of(tokenizer: Tokenizer) -> str:
+    """Byte-level BPE is that whoever trained it, and so are characters."""
+    return {"huggingface": "bpe", "listed": "char"}.get(tokenizer.kind, tokenizer.kind)
+
+
 def wanted(prepare: dict) -> str:
-    """What the settings ask for, in words."""
-    size = prepare.get("vocab_size")
-    return words_for(prepare.get("input"), prepare["tokenizer"], size, prepare.get("lowercase", False))
+    """What the settings ask for, in words. Raises DataError for a tokenizer that cannot be read."""
+    kind = prepare.get("tokenizer", "bpe")
+    if kind not in OURS:  # a file
+        kind = kind_of(load_tokenizer(kind))
+    return words_for(prepare.get("input"), kind, prepare.get("vocab_size"), prepare.get("lowercase", False))
 
 
 def found(folder: Path, prepare: dict) -> str:
@@ -47,10 +54,9 @@ def found(folder: Path, prepare: dict) -> str:
         source = meta["source"] if "input" in prepare else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is no folder of prepare_data.py text ({type(error).__name__}: {error})") from error
-    # Byte-level BPE is that whoever trained it, and so are characters, which are as many as the text has.
-    kind = {"huggingface": "bpe", "listed": "char"}.get(tokenizer.kind, tokenizer.kind)
+    # Where no size is asked for, as of characters, which are as many as the text has, none is told.
     size = tokenizer.vocab_size if prepare.get("vocab_size") else None
-    return words_for(source, kind, size, bool(tokenizer.spec.get("lowercase")))
+    return words_for(source, kind_of(tokenizer), size, bool(tokenizer.spec.get("lowercase")))
 
 
 def fits(folder: Path, prepare: dict) -> bool:
@@ -64,7 +70,7 @@ def fits(folder: Path, prepare: dict) -> bool:
 def place_for(prepare: dict) -> Path:
     """Where text of these settings is, or else may be put: a folder of data/ named after it."""
     name = Path(prepare["input"]).stem
-    named = f"{name}_{prepare['tokenizer']}"
+    named = f"{name}_{Path(prepare.get('tokenizer', 'bpe')).stem}"
     folders = [DATA / name, DATA / named, DATA / f"{named}_{prepare.get('vocab_size', 'other')}"]
     for folder in folders:
         if folder.exists() and fits(folder, prepare):

@@ -17,6 +17,7 @@ from commands import two_ranks
 
 import prepare_data
 import train_apelr
+from common.errors import DataError
 from configurator import config_dict, configure
 from measure.speed import fitting_batch_size
 from sources import foreign_plans, prepared
@@ -297,6 +298,8 @@ def test_its_transformer_is_a_baseline_of_its_sizes(capsys):
     assert model.backbone.pos_emb.weight.shape == (96, 24)
     assert model.backbone.blocks[0].mlp.fc1.weight.shape == (40, 24)
     assert model.backbone.blocks[0].mlp.fc2.weight.shape == (24, 40)
+    ours = read({"model": {"version": "baseline"}, "train": {"seq_len": 2000}}, base=base)
+    assert (ours.backbone, ours.n_layers, ours.token_dim) == ("gru", 2, 256)
     told = refused(capsys, written({"model": {"max_seq_len": 95}}, base))
     assert "train.seq_len = 96 is more than model.max_seq_len = 95, which the source refuses" in told
     assert Config(version="transformer_lm").backbone == "transformer_lm"
@@ -308,8 +311,10 @@ def test_its_transformer_is_a_baseline_of_its_sizes(capsys):
     ({"type": "bpe", "byte_level": False}, {}, "the BPE here is of bytes"),
     ({"type": "bpe", "special_tokens": ["<s>", "</s>"]}, {}, "has <pad>, <bos>, <eos> and <unk>"),
     ({"type": "bpe", "vocab_size": "many"}, {}, "tokenizer.vocab_size = many: expected a whole number"),
-    ({}, {"val_split": "test"}, "data.val_split = test: prepare_data.py text reads validation or train"),
-    ({}, {"train_token_file": "x.bin"}, "data.train_token_file = x.bin: prepare_data.py text makes the tokens here"),
+    ({}, {"val_split": "test"}, "data.val_split = test: of tinystories prepare_data.py text reads validation"),
+    ({}, {"val_split": "train"}, "data.val_split = train: of tinystories prepare_data.py text reads validation"),
+    ({}, {"train_token_file": "x.bin", "token_cache": True},
+     "data.train_token_file = x.bin: prepare_data.py text makes the tokens here"),
 ])  # fmt: skip
 def test_what_has_no_place_here_is_refused(tokenizer, data, words, capsys):
     assert words in refused(capsys, written({"tokenizer": tokenizer, "data": data}))
@@ -350,9 +355,11 @@ def hub(monkeypatch):
       "val_fraction": 0.25}),
     ({"data": {"source": "wikitext2"}}, {"tokenizer": "char", "min_chars": 8}),  # lines there, articles here
     ({"data": {"source": "fineweb_edu", "max_train_examples": 90, "max_train_tokens": 1000, "max_val_tokens": 50,
-               "tokenizer_fit_max_chars": 400}},
+               "tokenizer_fit_max_chars": 400, "token_cache": True, "val_split": "train"}},
      {"tokenizer": "char", "min_chars": 8, "max_documents": 100, "val_fraction": 0.1, "max_bytes": 8000,
       "max_tokens": 1000, "max_val_tokens": 50, "tokenizer_chars": 400}),
+    ({"data": {"max_train_tokens": 1000, "tokenizer_fit_max_chars": 400, "train_token_file": "x.bin", "min_chars": 0}},
+     {"tokenizer": "char", "min_chars": 0, "max_documents": 40, "val_fraction": 0.25}),  # of a token_cache
     ({"data": {"max_train_chars": 5000, "max_train_examples": 18_000, "max_val_examples": 1_200}},
      {"tokenizer": "char", "min_chars": 8, "max_documents": 18_000, "val_fraction": 0.066666, "max_bytes": 5000}),
 ])  # fmt: skip
@@ -423,9 +430,28 @@ def test_a_folder_as_source_and_other_tokens_than_text(hub, capsys):
     assert (cfg.data, cfg.prepare) == ("mine", {"tokenizer": "char"})
     prepare_data.main(["planted", "--num_plans=2", "--vocab_size=5", "--train_documents=5", "--validation_documents=2",
                        "--out_dir=data/planted"])  # fmt: skip
-    assert "data/planted holds planted tokens, and no text" in refused(capsys, written(), "--data=data/planted")
+    chars = {"tokenizer": {"type": "char"}}
+    assert "data/planted holds planted tokens, and no text" in refused(capsys, written(chars), "--data=data/planted")
     Path("data/odd").mkdir()
-    assert "data/odd is no folder of prepare_data.py text" in refused(capsys, written(), "--data=data/odd")
+    assert "data/odd is no folder of prepare_data.py text" in refused(capsys, written(chars), "--data=data/odd")
+    assert read({}, "--data=data/planted").prepare is None  # where no tokenizer is asked for, any vocabulary is right
+    assert read({"data": {"source": None}}, "--data=data/planted").data == "data/planted"
+
+
+@pytest.mark.parametrize("prepare, words", [
+    ({"input": "a.jsonl"}, ""), ({"tokenizer": "bpe", "vocab_size": 300}, ""),
+    ({"vocab_size": 299}, "bpe of 299 tokens"),
+    ({"tokenizer": "data/a/tokenizer.json"}, ""), ({"lowercase": True}, "ask for lower case bpe:"),
+    ({"tokenizer": "char"}, "holds bpe, but the settings ask for char: python prepare_data.py text --input=a.jsonl "
+     "--tokenizer=char --out_dir=data/a_char, and --data=data/a_char"),
+])  # fmt: skip
+def test_a_config_of_ours_may_say_how_its_text_is_prepared(prepare, words):
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, stories(40))))
+    prepare_data.main(["text", "--input=a.jsonl", "--vocab_size=300", "--val_fraction=0.3", "--out_dir=data/a"])
+    if not words:
+        return prepared.check_prepared("a", prepare)
+    with pytest.raises(DataError, match=re.escape(words)):
+        prepared.check_prepared("a", prepare)
 
 
 def test_short_documents_are_left_out_and_the_tokens_end_with_a_document(capsys):
