@@ -88,7 +88,10 @@ def taken_over(saved: dict, current: dict, default: dict) -> dict:
     names = [*SIZES]
     if saved.get("compat"):
         names += [name for name in RULES if current[name] == default[name]]
-    return {name: saved[name] for name in names if name in saved and saved[name] != current.get(name)}
+    taken = {name: saved[name] for name in names if name in saved and saved[name] != current.get(name)}
+    if current.get("num_experts") == saved.get("num_plan_states"):
+        taken.pop("num_experts", None)  # as many as plans, which None says too
+    return taken
 
 
 def check_vocabulary(weights: dict[str, torch.Tensor], vocab_size: int, path: str | Path, data: str) -> None:
