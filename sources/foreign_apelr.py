@@ -6,6 +6,7 @@ tokenizer is, and train_config, the YAML; a bare state dict is read too, its siz
 """
 
 import hashlib
+import json
 import os
 import zipfile
 from pathlib import Path, PureWindowsPath
@@ -462,10 +463,20 @@ def tokenizer_file(path: str | Path) -> Path | None:
 
 
 def digests(file: Path) -> set[str]:
-    """SHA-256 of a text file, with line ends as it has them, as on Windows and as elsewhere."""
+    """SHA-256 of a tokenizer.json as it is, and as the source would have written the same, here or on Windows.
+
+    A copy by prepare_data.py or in a run of ours says the same in other words.
+    """
     content = file.read_bytes()
-    plain = content.replace(b"\r\n", b"\n")
-    return {hashlib.sha256(form).hexdigest() for form in (content, plain, plain.replace(b"\n", b"\r\n"))}
+    forms = {content, content.replace(b"\r\n", b"\n")}
+    try:
+        spec = json.loads(content)
+    except ValueError:
+        spec = None  # told by whoever reads it
+    for is_ascii in (True, False):  # characters, byte pairs
+        written = json.dumps(spec, indent=2, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
+        forms |= {written, written.replace(b"\n", b"\r\n")}
+    return {hashlib.sha256(form).hexdigest() for form in forms}
 
 
 def untold(path: str | Path) -> str:

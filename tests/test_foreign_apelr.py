@@ -170,6 +170,8 @@ def test_the_tokenizer_of_a_checkpoint_is_the_one_whose_digest_it_has(itos):
     assert tokenizer_file(path) == beside  # its path was that of another machine
     beside.write_bytes(beside.read_bytes().replace(b"\n", b"\r\n"))
     assert tokenizer_file(path) == beside  # line ends of Windows
+    load_tokenizer(beside).save(beside)
+    assert tokenizer_file(path) == beside  # the same, as a run of ours keeps it
     beside.write_text(json.dumps({"itos": [*ITOS[:-1], "!"]}))
     with pytest.raises(DataError, match="is not the tokenizer that runs/x/checkpoint.pt was trained with"):
         tokenizer_file(path)
