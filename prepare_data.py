@@ -36,7 +36,7 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
-from sources.foreign_apelr import checkpoint_in
+from sources.foreign_apelr import checkpoint_in, untold
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
@@ -297,6 +297,8 @@ def features_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
 
 def tokenizer_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
     """For an imported run of train_apelr.py: the tokenizer whose hash is in `extra`."""
+    if untold(file):
+        print(untold(file))
     known = extra.pop("tokenizer_file", None)
     if known:
         shutil.copyfile(known, folder / "tokenizer.json")

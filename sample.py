@@ -43,7 +43,7 @@ from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
 from sources import foreign_checkpoints
 from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
-from sources.foreign_apelr import checkpoint_in, is_source_checkpoint
+from sources.foreign_apelr import checkpoint_in, is_source_checkpoint, untold
 from sources.h5ad import H5ad, write_h5ad
 from sources.shared import counted
 from sources.tokenizer import Tokenizer, load_tokenizer
@@ -299,7 +299,8 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
     cfg = with_defaults(cfg, OF_SOURCE if is_source else PLAIN)
     if is_source:
         check_tokenizer(tokenizer, path, extra, cfg)
-        print(source_note(run, getattr(model, "tau", 1.0), cfg))
+        notes = untold(path), source_note(run, getattr(model, "tau", 1.0), cfg)
+        print("\n".join(note for note in notes if note))
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
     plans = run.plans()
     note = f", {plans} plans" if plans > 1 else ""

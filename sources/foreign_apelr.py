@@ -468,6 +468,14 @@ def digests(file: Path) -> set[str]:
     return {hashlib.sha256(form).hexdigest() for form in (content, plain, plain.replace(b"\n", b"\r\n"))}
 
 
+def untold(path: str | Path) -> str:
+    """What a bare state dict leaves to our defaults, as a note; "" for a whole checkpoint."""
+    if "model_state_dict" in read(path):
+        return ""
+    return (f"note: {path} is a bare state dict, which tells sizes and no more: chunk_size, planner_context_scale, "
+            "planner_temperature, lookahead and steps are our defaults")
+
+
 def known_beside(path: str | Path) -> dict:
     """What a run of ours would keep in `extra` of the tokenizer of a checkpoint: its hash, and where it is."""
     file = tokenizer_file(path)

@@ -594,6 +594,7 @@ def test_every_kind_of_checkpoint_is_imported_with_its_tokenizer(version, kind, 
     torch.save(saved, path)
     done = prepare_data.main(["import", "runs/x", "--out_dir=out/x"])
     assert (done["experiment"], done["step"]) == ("apelr", 0 if kind == "bare" else 7)
+    assert ("is a bare state dict, which tells sizes and no more" in capsys.readouterr().out) is (kind == "bare")
     files = {file.name for file in Path("out/x").iterdir()}
     assert files == {"config.json", "last.pt", "best.pt", "tokenizer.json"}
     assert load_tokenizer("out/x/tokenizer.json").hash() == load_tokenizer(itos).hash()
