@@ -92,8 +92,8 @@ class Config:
     seq_len: Count = 128  # tokens predicted in a window, L
     # model
     version: Literal["v1_filtered_mixture", "v2_planner_required", "baseline", "transformer_lm"] = "v2_planner_required"
-    backbone: Literal["gru", "transformer", "transformer_lm"] = "gru"  # transformer_lm: the source's own, with learned
-    # ^ positions; version=transformer_lm is baseline with it
+    backbone: Literal["transformer_lm"] | Literal["gru", "transformer"] = "gru"  # transformer_lm: the source's,
+    # ^ with learned positions; version=transformer_lm is baseline with it
     n_layers: Count = 2
     d_model: Count = 128  # H
     n_heads: Count = 4  # of a transformer
@@ -373,7 +373,8 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-BACKBONES = {"gru": GRU, "transformer": Transformer, "transformer_lm": TransformerLM}
+BACKBONES = {"gru": GRU, "transformer": Transformer}
+BACKBONES["transformer_lm"] = TransformerLM  # the source's own, for what it trained
 
 
 # ---------------------------------------------------------------------------------------------------------------
