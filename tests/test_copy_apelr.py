@@ -28,8 +28,8 @@ OWN_DATA = [(
     corpus = Corpus(walks[0], walks[1], vocab_size=12)
 ''')]
 OWN_BACKBONE = [
-    ('Literal["gru", "transformer", "transformer_lm"] = "gru"', 'Literal["gru", "transformer", "window"] = "window"'),
-    ('''BACKBONES = {"gru": GRU, "transformer": Transformer, "transformer_lm": TransformerLM}
+    ('Literal["gru", "transformer"] = "gru"', 'Literal["gru", "transformer", "window"] = "window"'),
+    ('''BACKBONES = {"gru": GRU, "transformer": Transformer}
 ''', '''class Window(nn.Module):
     """Reads the four newest tokens."""
 
