@@ -54,6 +54,7 @@ ELSEWHERE = {  # names of other systems, for which a page has its own way: what 
     "config_path": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "config_dir": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "checkpoint": BARE,
+    "set": "settings go bare too, without --{key}: {value}",
 }  # fmt: skip
 
 
@@ -294,7 +295,6 @@ class Settings:
         if name == READ and self.dialect:
             self.fields[key] = source
             return None
-        name = None if name == READ else name
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
             hint = ELSEWHERE[plain].format(key=key, value=raw)
@@ -307,7 +307,7 @@ class Settings:
             self.ignored.append(key)
         elif name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")
-        elif name == IGNORED:
+        elif name in (IGNORED, READ):
             self.ignored.append(key)
         else:
             try:

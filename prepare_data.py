@@ -36,6 +36,7 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
+from sources.foreign_apelr import checkpoint_in, untold
 from sources.foreign_arxiv import training_state
 from sources.papers import cut_papers, holds_papers
 from sources.planted import planted
@@ -43,7 +44,7 @@ from sources.populations import synthetic
 from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
 from sources.text import inspect_stream, prepare_text
-from sources.tokenizer import HALF_BYTES, SPECIAL, load_tokenizer
+from sources.tokenizer import HALF_BYTES, SPECIAL
 
 
 def at_least(least: int):
@@ -102,6 +103,9 @@ class TextConfig:
     max_documents: Count | None = None
     val_fraction: Part = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
     val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
+    min_chars: Whole = 0  # documents with fewer characters, blanks around them aside, are left out
+    max_tokens: Count | None = None  # of training; the document that goes beyond is the first to be left out
+    max_val_tokens: Count | None = None  # of validation
     # tokens
     tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos
     vocab_size: int | None = None  # of a trained one, 4 or 20 special tokens among them; default: bpe 4,096, char all
@@ -292,28 +296,65 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
     return inspect_chunks(path, tokens)
 
 
+def features_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_state.py: what its perturbations mean."""
+    if cfg.perturbation_features_file:
+        features = shutil.copyfile(cfg.perturbation_features_file, folder / "pert_onehot_map.pt")
+        cfg.perturbation_features_file = str(features)
+
+
+def tokenizer_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_apelr.py: the tokenizer whose hash is in `extra`."""
+    if untold(file):
+        print(untold(file))
+    known = extra.pop("tokenizer_file", None)
+    if known:
+        shutil.copyfile(known, folder / "tokenizer.json")
+    else:
+        print(f"note: there is no tokenizer.json beside {file}: prompts and samples will be token ids")
+
+
+def vocabulary_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_arxiv.py: the tokenizer, where there is one."""
+    if "tokenizer_file" in extra:
+        shutil.copyfile(extra.pop("tokenizer_file"), folder / "tokenizer.json")
+
+
+TUNED = "python train_{page}.py --init_from={run} {data} --out_dir=out/tuned"
+# By page: what puts beside an imported run what it needs, and the commands that may follow.
+IMPORTS = {
+    "apelr": (tokenizer_beside, ["python sample.py {run}", TUNED]),
+    "arxiv": (vocabulary_beside, ["python sample.py {run}", "python train_arxiv.py --analyze={run} {data}"]),
+    "ghmm": (None, ["python sample.py {run}", "python train_ghmm.py --analyze={run}"]),
+    "state": (features_beside, ["python sample.py {run} {data}", TUNED]),
+}
+GO_ON = "python train_arxiv.py {run}/config.json --resume={run}/last.pt {data} --out_dir=out/on"
+
+
+def load_foreign(page, system: str, file: Path, source_attention: str) -> tuple:
+    """(settings, model, steps done, `extra` of a checkpoint) of a checkpoint of a source, as a page reads it."""
+    if system == "ghmm":
+        cfg, process, model, step = page.load_run(file)
+        return cfg, model, step, {"data": page.data_of(cfg, process)}
+    if system == "state":
+        return page.load_run(file, attention=source_attention)
+    return page.load_run(file)
+
+
 def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> dict:
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
-    file = Path(path)
+    file = checkpoint_in(Path(path))
     folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
     system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
     page = importlib.import_module(f"train_{system}")
-    if system == "ghmm":
-        return import_ghmm(page, file, folder)
-    options = {"attention": source_attention} if system == "state" else {}
-    cfg, model, step, extra = page.load_run(file, **options)
+    cfg, model, step, extra = load_foreign(page, system, file, source_attention)
     folder.mkdir(parents=True, exist_ok=True)
     cfg.out_dir = str(folder)
-    if system == "state" and cfg.perturbation_features_file:
-        features = shutil.copyfile(cfg.perturbation_features_file, folder / "pert_onehot_map.pt")
-        cfg.perturbation_features_file = str(features)
-    if system == "apelr" and (file.parent / "tokenizer.json").exists():
-        extra["tokenizer_hash"] = load_tokenizer(file.parent / "tokenizer.json").hash()
-        shutil.copyfile(file.parent / "tokenizer.json", folder / "tokenizer.json")
-    if system == "arxiv" and "tokenizer_file" in extra:
-        shutil.copyfile(extra.pop("tokenizer_file"), folder / "tokenizer.json")
+    put_beside, commands = IMPORTS[system]
+    if put_beside:
+        put_beside(file, cfg, extra, folder)
     config = config_dict(cfg)
     write_json(folder / "config.json", config)
     state = checkpoint.weights_alone(page.__file__, config, step, model, extra)
@@ -321,34 +362,14 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
         training = training_state(file, model, page.parameter_groups(model, cfg))
         extra |= training.pop("patience", {})
         state |= training
+        commands = commands + [GO_ON] if state["optimizer"] else commands
     checkpoint.save(state, folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
-    data = {"apelr": "--data=FOLDER", "arxiv": "--data=FOLDER", "state": "--toml=my.toml"}[system]
-    print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
-    if system == "arxiv":
-        print(f"  python train_arxiv.py --analyze={folder} {data}")
-        if state["optimizer"]:
-            print(f"  python train_arxiv.py {folder}/config.json --resume={folder}/last.pt {data} --out_dir=out/on")
-    else:
-        print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
-    return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
-
-
-def import_ghmm(page, file: Path, folder: Path) -> dict:
-    """A checkpoint of Simplexity, whose process is in the config.yaml of its run, as a run of train_ghmm.py."""
-    cfg, process, model, step = page.load_run(file)
-    cfg.out_dir = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = config_dict(cfg)
-    write_json(folder / "config.json", config)
-    extra = {"data": page.data_of(cfg, process)}
-    checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
-    count = sum(p.numel() for p in model.parameters())
     print(f"{file}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
-    print(f"  python sample.py {folder}")
-    print(f"  python train_ghmm.py --analyze={folder}")
-    return {"experiment": "ghmm", "step": step, "parameters": count, "out_dir": str(folder)}
+    data = "--toml=my.toml" if system == "state" else "--data=FOLDER"
+    for command in commands:
+        print(" ", command.format(page=system, run=folder, data=data))
+    return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -78,10 +78,10 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 
 # What a system is known by: how the names of some of its weights begin.
 SYSTEMS = {
-    "apelr": "token_emb.weight",
-    "arxiv": "token_embeddings.weight",
-    "ghmm": "blocks.0.attn.W_Q",
-    "state": "pert_encoder.",
+    "apelr": ("token_emb.weight", "tok_emb.weight"),
+    "arxiv": ("token_embeddings.weight",),
+    "ghmm": ("blocks.0.attn.W_Q",),
+    "state": ("pert_encoder.",),
 }
 NUMPY = b"\x93NUMPY"  # what an array in a file begins with
 
@@ -114,8 +114,8 @@ def system_of(path: Path) -> str:
     for name in contents:
         # What torch.compile and DistributedDataParallel put in front is no part of a name.
         plain = str(name).replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
-        for system, beginning in SYSTEMS.items():
-            if plain.startswith(beginning):
+        for system, beginnings in SYSTEMS.items():
+            if plain.startswith(beginnings):
                 return system
     return ""
 
@@ -133,7 +133,7 @@ def importable(path: Path) -> str:
         read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
-        known = ", ".join(f"{beginning}*" for beginning in SYSTEMS.values())
+        known = ", ".join(f"{beginnings[0]}*" for beginnings in SYSTEMS.values())
         raise CheckpointError(f"{path} is no checkpoint of APEL-R, ICL-non-ergodic-arxiv, arc-state, SmolState "
                               f"or Simplexity: it has no weights {known}")
     return system

@@ -201,7 +201,8 @@ def source_of_apelr(path: str = "source.pt", **more) -> Path:
 
 
 def test_an_imported_apelr_checkpoint_is_a_run_that_writes_the_same_and_is_started_from(data, capsys):
-    source, asked = source_of_apelr(), ("--prompt=9,1,2", "--max_new_tokens=20", "--num_samples=2", "--device=cpu")
+    source, asked = source_of_apelr(), ("--prompt=9,1,2", "--max_new_tokens=20", "--num_samples=2", "--device=cpu",
+                                        "--temperature=0.8", "--top_k=5", "--lookahead_steps=2")
     done = prepare_data.main(["import", str(source), "--out_dir=out/x"])
     assert (done["experiment"], done["step"], done["out_dir"]) == ("apelr", 7, "out/x")
     assert {path.name for path in Path("out/x").iterdir()} == {"config.json", "last.pt", "best.pt"}
