@@ -235,6 +235,7 @@ class Settings:
         self.errors: list[str] = []
         self.ignored: list[str] = []
         self.dialects, self.dialect = dialects, None
+        self.is_ours = False  # by --dialect=none
         self.group_names = {name for dialect in dialects for name in dialect.groups if name not in self.kinds}
         self.given: dict[str, Any] = {}  # {dotted key: value as written}
         self.fields: dict[str, str] = {}  # {field that was set, or dotted key to READ: where}
@@ -295,6 +296,8 @@ class Settings:
         if name == READ and self.dialect:
             self.fields[key] = source
             return None
+        if name == READ:  # of a file that --dialect=none reads as ours, such a key has no effect; else it is a mistake
+            name = IGNORED if self.is_ours else None
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
             hint = ELSEWHERE[plain].format(key=key, value=raw)
@@ -307,7 +310,7 @@ class Settings:
             self.ignored.append(key)
         elif name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")
-        elif name in (IGNORED, READ):
+        elif name == IGNORED:
             self.ignored.append(key)
         else:
             try:
@@ -351,6 +354,7 @@ class Settings:
             self.given |= {key.replace("-", "_"): raw for key, raw in overrides}
         if forced:
             self.dialect = names[forced[-1]]
+            self.is_ours = self.dialect is None
         else:
             groups = self.group_names & set(self.given)
             spoken = (d for d in self.dialects if d.is_spoken(self.given) or not groups.isdisjoint(d.groups))
