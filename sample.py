@@ -628,7 +628,7 @@ def refuse_others(cfg: Config, experiment: str) -> None:
 def page_stem(path: Path) -> str:
     """The name of the page that made a run or checkpoint, or that reads it, where it is of a source."""
     stem = checkpoint.experiment_of(path)
-    if not stem and path.is_file():
+    if not stem:
         system = foreign_checkpoints.system_of(path)
         stem = f"train_{system}" if system else ""
     return stem or checkpoint.load(path)["experiment"]  # which says what is wrong with it

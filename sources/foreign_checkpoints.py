@@ -26,6 +26,9 @@ class Inert(dict):
     def __setitem__(self, key, value) -> None:
         type(self).kind = OrderedDict
 
+    def __hash__(self) -> int:  # it may stand for a key, such as a text of numpy
+        return id(self)
+
     def append(self, item) -> None:
         type(self).kind = list
 
@@ -80,10 +83,29 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
 SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
 
 
+def source_file(path: Path) -> Path | None:
+    """The checkpoint of another system that a file or a run folder of it stands for; None: it is ours, or no such.
+
+    Of a folder that is final.ckpt, which the source's own tools take too, last.ckpt, best.ckpt, the newest of a step.
+    """
+    if checkpoint.experiment_of(path):
+        return None
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        steps = sorted(folder.glob("step*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in (folder / "final.ckpt", folder / "last.ckpt", folder / "best.ckpt", *steps):
+            if file.is_file():
+                return file
+    return None
+
+
 def system_of(path: Path) -> str:
-    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
+    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file or the one in a run folder is; "" where
+    it is of neither."""
+    file = source_file(path)
     try:
-        contents = read_checkpoint(path, mmap=True)
+        contents = read_checkpoint(file, mmap=True) if file else None
     except CheckpointError:
         return ""
     if not isinstance(contents, dict):
@@ -102,12 +124,12 @@ def system_of(path: Path) -> str:
 
 def importable(path: Path) -> str:
     """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
     page = checkpoint.experiment_of(path)
     if page:
         raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
-    read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
+    if path.is_dir() and not source_file(path):
+        raise CheckpointError(f"{path} is a folder without checkpoints/*.ckpt: name the checkpoint, a .pt or .ckpt")
+    read_checkpoint(source_file(path) or path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
         raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
