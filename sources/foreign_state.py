@@ -306,7 +306,7 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
     for place in (_inside(content, "config", "model", "kwargs"), _inside(content, "hyper_parameters")):
         for name, value in place.items():
             if value or not isinstance(value, Inert):
-                keywords[name] = value.item() if isinstance(value, np.generic) else value
+                keywords[name] = without_numpy(value)
     backbone = dict(_inside(keywords, "transformer_backbone_kwargs"))
     # Before release 0.9.32 every Llama of State was bidirectional, and so is SmolState's, whatever the settings say.
     # That release brought the setting, and the argument basal_mapping_strategy, which Lightning saves with the others.
@@ -320,6 +320,17 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
         keywords.setdefault("embed_key", of_data.get("embed_key"))
     step = content.get("global_step", content.get("step", 0))
     return weights, keywords, int(step) if isinstance(step, (int, np.integer)) else 0
+
+
+def without_numpy(value):
+    """Settings with numbers and texts of numpy, which an imported run could not be read back with, as plain ones."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict) and not isinstance(value, Inert):
+        return {without_numpy(key): without_numpy(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(without_numpy, value))
+    return value
 
 
 def _inside(content: dict, *keys: str) -> dict:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pickle
+import re
 import shutil
 import tomllib
 from collections import OrderedDict
@@ -279,6 +280,11 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if smol:
         shutil.copyfile(run / "pert_onehot_map.pt", folder / "pert_onehot_map.pt")
+    # Where their tools, on the same weights and cells, compute something else.
+    if not model.clips and model.gene_decoder is None:
+        print("note: the tools of the source clip embeddings at 0: with compat_relu = true this run would, too")
+    if cfg.counts == "convert":
+        print("note: the tools of the source read X as it is in its file, not normalised as here")
     tables = tomllib.loads(cells.toml.read_text(encoding="utf-8-sig"))
     for name, text in tables["datasets"].items():
         tables["datasets"][name] = str((cells.toml.parent / Path(text).expanduser()).resolve())
@@ -329,15 +335,20 @@ def toml_lines(table: dict, names: tuple[str, ...] = ()) -> list[str]:
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
     lines = []
     if plain and names:
-        lines.append(f"[{'.'.join(quoted(name) for name in names)}]")
-    lines += [f"{quoted(key)} = {quoted(value)}" for key, value in plain.items()]
+        lines.append(f"[{'.'.join(map(toml_key, names))}]")
+    lines += [f"{toml_key(key)} = {quoted(value)}" for key, value in plain.items()]
     for key, value in table.items():
         if isinstance(value, dict):
             lines += toml_lines(value, (*names, key))
     return lines
 
 
-def quoted(value) -> str:
+def toml_key(name: str) -> str:
+    is_bare = re.fullmatch(r"[\w-]+", name, re.ASCII)
+    return name if is_bare else quoted(name)
+
+
+def quoted(value: str | list[str]) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
