@@ -348,6 +348,8 @@ class Settings:
         if self.dialect:
             for name, value in copy.deepcopy(self.dialect.defaults).items():
                 self.values[name] = convert(value, self.kinds[name])
+            if self.dialect.refusal and (why := self.dialect.refusal(self.given)):
+                fail(why)
             note(f"read as {self.dialect.title}: absent keys take its defaults (--dialect=none: ours)")
         return overrides
 
@@ -397,6 +399,7 @@ class Settings:
         except ValueError as error:
             self.errors.append(str(error))
             return
+        self.ignored = [key for key in self.ignored if key.split(".")[-1] not in self.dialect.reads]
         if "device" in more and self.fields.get("device"):
             note(f"device = cuda of {self.fields['device']} is not there: device = {more['device']}")
 

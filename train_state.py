@@ -7,7 +7,7 @@ types and perturbations that were never seen together, beside three baselines th
 
     python train_state.py      # synthetic cells, 4 minutes on two CPU cores: Pearson delta 0.950, best baseline 0.697
     python train_state.py config/state_sm.py --toml=data/my.toml --embed_key=X_hvg        # your own h5ad files
-    python train_state.py --toml=data/my.toml data.kwargs.pert_col=target_gene training.max_steps=400
+    python train_state.py tx train model=state_sm data.kwargs.toml_config_path=data/my.toml    # as State's own command
     python prepare_data.py state inspect data/my.toml          # what a TOML selects, before any training
     torchrun --nproc_per_node=8 train_state.py config/state.py --toml=data/my.toml
 
@@ -53,16 +53,9 @@ from sources.cells import Cells, open_cells
 from sources.foreign import STATE
 from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
 from sources.foreign_checkpoints import source_file
-from sources.foreign_state import (
-    ALIASES,
-    SHAPE,
-    load_parts,
-    load_source_state_dict,
-    source_device,
-    source_words,
-    translate,
-)
+from sources.foreign_state import SHAPE, load_parts, load_source_state_dict, translate
 from sources.foreign_state_files import convert, convert_whole, unlike_smolstate, write_maps, write_source_files
+from sources.foreign_state_settings import ALIASES, command, from_the_source
 from sources.populations import synthetic
 from sources.shared import counted, counter_rng, make_once
 from sources.splits import SPLITS, grouped
@@ -74,7 +67,7 @@ SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 @dataclass
 class Config:
     # output
-    out_dir: str | None = checkpoint.default_out_dir(__file__)  # run folder
+    out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -185,9 +178,6 @@ class Config:
     wandb_project: str = ""
     wandb_entity: str = ""
     tensorboard: bool = False  # log to TensorBoard
-
-    def __post_init__(self):
-        self.out_dir = self.out_dir or type(self).out_dir  # null in files of the source
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -991,6 +981,7 @@ def train(cfg: Config) -> dict:
 
     Raises InputError (before anything is written) and FloatingPointError (the loss).
     """
+    cfg = from_the_source(cfg)
     began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
     with Runtime(cfg) as rt:
         rt.divide(cfg.batch_size, cfg.grad_accum)
@@ -1186,8 +1177,7 @@ def analyze(cfg: Config) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     words = sys.argv[1:] if argv is None else argv
     with clear_errors():
-        cfg = configure(Config, source_words(words), ALIASES, STATE)
-        cfg.device = source_device(cfg.device, words)
+        cfg = configure(Config, command(words), ALIASES, STATE)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

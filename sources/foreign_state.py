@@ -10,124 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import CheckpointError, InputError
+from common.errors import CheckpointError
 from sources.foreign_checkpoints import Inert, read_checkpoint
-from sources.shared import suggest
+from sources.foreign_state_settings import ALIASES, DEFAULTS, GPT2_DEFAULTS
 
-ALIASES: dict[str, str | None] = {  # names of the source's settings; None: without effect, there or here
-    "toml": "toml_config_path",
-    "output_dir": "out_dir",
-    "hidden_dim": "d_model",
-    "num_hidden_layers": "n_layers",
-    "n_layer": "n_layers",
-    "num_attention_heads": "n_heads",
-    "n_head": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "intermediate_size": "d_mlp",
-    "n_inner": "d_mlp",
-    "attn_pdrop": "attention_dropout",
-    "resid_pdrop": "residual_dropout",
-    "embd_pdrop": "embedding_dropout",
-    "cell_sentence_len": "cell_set_len",
-    "freeze_pert": "freeze_pert_backbone",
-    "decoder_loss_weight": "decoder_weight",
-    "lora.enable": "lora",
-    "lora.r": "lora_r",
-    "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout",
-    "lora.adapt_mlp": "lora_mlp",
-    "train_seed": "seed",
-    "random_seed": "seed",
-    "wd": "weight_decay",
-    "gradient_clip_val": "grad_clip",
-    "head_dim": "d_head",
-    "d_ff": "d_mlp",
-    "rms_norm_eps": "norm_eps",
-    "layer_norm_epsilon": "norm_eps",
-    "gradient_accumulation_steps": "grad_accum",
-    "val_freq": "eval_interval",
-    "ckpt_every_n_steps": "save_interval",
-    "log_every_n_steps": "log_interval",
-    "wandb.entity": "wandb_entity",
-    "wandb.project": "wandb_project",
-    **dict.fromkeys((
-        "lora.bias", "lora.target", "lora.task_type", "lora.merge_on_eval", "lora.target_modules",
-        "wandb.local_wandb_dir", "wandb.tags",
-        # The backbone's width is d_model and its cells have no positions, whatever these say.
-        "hidden_size", "n_embd", "max_position_embeddings", "n_positions", "extra_tokens", "use_cache", "pad_token_id",
-        "hidden_dropout", "layer_norm_eps", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rotary_dim",
-        "use_rotary_embeddings", "name", "checkpoint", "softplus", "confidence_head", "transformer_decoder",
-        "finetune_vci_decoder", "use_effect_gating_token", "nb_decoder", "batch_predictor", "llm_name", "wandb_track",
-        "use_wandb", "loss_fn", "devices", "strategy", "use_mfu", "mfu_kwargs", "cumulative_flops_use_backward",
-        "overwrite", "return_adatas", "pred_adata_path", "true_adata_path", "debug", "num_workers", "pin_memory",
-        "pert_rep", "basal_rep", "embed_size", "downsample", "additional_obs", "store_raw_basal", "int_counts",
-        "barcode", "use_consecutive_loading", "val_subsample_fraction", "normalize", "pseudobulk", "load_from_path",
-        "sampling_random_state", "split_random_state", "predict_mean", "wandb_dir",
-    )),
-}  # fmt: skip
-SIZES = {  # model=NAME of the source's command lines: a file of config/
-    "state": "state",
-    "state_sm": "state_sm",
-    "state_lg": "state_lg",
-    "tahoe_llama_212693232": "state_lg",
-    "tahoe_llama_62089464": "state_tahoe",
-    "tahoe_best": "state_tahoe_best",
-    "pertsets": "state_pertsets",
-    "smolstate": "state_smol",
-}
 SHAPE = (  # settings that decide what the weights of a checkpoint mean
     "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "transformer_backbone_key",
     "bidirectional_attention", "rotary", "n_encoder_layers", "n_decoder_layers", "use_basal_projection", "activation",
     "predict_residual", "pert_norm",
 )  # fmt: skip
-DEFAULTS = {  # what the source has where a setting of its model is absent, under our names
-    "d_model": None,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": None,
-    "d_head": None,
-    "d_mlp": 11_008,
-    "transformer_backbone_key": "GPT2",
-    "bidirectional_attention": False,
-    "rope_theta": 10_000.0,
-    "norm_eps": None,
-    "rotary": None,  # as a causal Llama of transformers has, and a bidirectional one of State has not
-    "n_encoder_layers": 2,
-    "n_decoder_layers": 2,
-    "use_basal_projection": True,
-    "activation": "gelu",
-    "dropout": 0.1,
-    "attention_dropout": 0.0,
-    "residual_dropout": 0.0,
-    "embedding_dropout": 0.0,
-    "predict_residual": True,
-    "pert_norm": False,
-    "batch_encoder": False,
-    "use_batch_token": False,
-    "confidence_token": False,
-    "mask_attn": False,
-    "compat_relu": False,
-    "freeze_pert_backbone": False,
-    "cell_set_len": 256,
-    "basal_mapping_strategy": "random",
-    "output_space": "gene",
-    "loss": "energy",
-    "distributional_loss": "energy",
-    "blur": 0.05,
-    "sinkhorn_weight": 0.01,
-    "energy_weight": 1.0,
-    "mmd_num_chunks": 1,
-    "randomize_mmd_chunks": False,
-    "decoder_weight": 1.0,
-    "detach_decoder": False,
-    "regularization": 0.0,
-    "batch_token_weight": 0.1,
-    "confidence_target_scale": 10.0,
-    "confidence_weight": 0.01,
-    "confidence_per_set": True,
-}
-GPT2_DEFAULTS = {"n_layers": 12, "n_heads": 12, "d_mlp": None, "bidirectional_attention": True, "rotary": False,
-                 "attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1}
 # Not among the source's own keywords, but in transformer_backbone_kwargs.
 OF_BACKBONE = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_mlp", "bidirectional_attention", "rotary",
                "rope_theta", "norm_eps", "attention_dropout", "residual_dropout", "embedding_dropout")
@@ -251,39 +142,6 @@ def source_settings(cfg, dims: dict) -> dict:
             "adapt_mlp": cfg.lora_mlp,
         }
     return keywords
-
-
-def source_words(words: list[str]) -> list[str]:
-    """A command line of the source as one of ours: model=state_sm is config/state_sm.py, other groups are left out.
-
-    Where its training YAML, which does not say how it trains, is among the configuration files: State trains by Adam at
-    a constant rate, SmolState by AdamW along a cosine. Raises InputError for an unknown model.
-    """
-    ours = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key.lstrip("-") == "model":
-            if value not in SIZES:
-                raise InputError(f"there is no model {value!r}{suggest(value, SIZES)}")
-            word = f"config/{SIZES[value]}.py"
-        if word not in ("data=perturbation", "training=default", "wandb=default"):
-            ours.append(word)
-    for path in (Path(word) for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if "train_seed:" in text and "gradient_clip_val:" in text:
-            optimizer, schedule = ("adam", "constant") if "use_mfu:" in text else ("adamw", "cosine")
-            print(f"note: as the source of {path} trains: optimizer={optimizer}, schedule={schedule}, warmup_steps=0")
-            return [f"--optimizer={optimizer}", f"--schedule={schedule}", "--warmup_steps=0", *ours]
-    return ours
-
-
-def source_device(device: str, words: list[str]) -> str:
-    """device = cuda of a file of the source is no demand where there is no CUDA: the source ignores it."""
-    asked = any(re.match(r"-*([\w.]+\.)?device(=|$)", word) for word in words)
-    if device != "cuda" or asked or torch.cuda.is_available():
-        return device
-    print("note: device = cuda of the configuration file is not there: device = auto")
-    return "auto"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """train_state.py and sample.py as a user runs them: files, resuming, ranks, the source's settings, predictions."""
 
 import csv
-import importlib.util
 import json
 import re
-import runpy
 import shutil
 import signal
 from collections import Counter
@@ -15,7 +13,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-import yaml
 from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
 from comparison import apart, unequal
 from scipy.sparse import csr_array
@@ -26,11 +23,9 @@ import train_state
 from common import checkpoint
 from common.errors import DataError
 from common.runtime import Runtime
-from configurator import configure
 from sources import h5ad as h5ad_source
 from sources.cells import read_toml
 from sources.controls import names_in
-from sources.foreign_state import ALIASES, SIZES
 from train_state import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -516,162 +511,7 @@ def test_accumulated_steps_are_one_step_of_the_whole_batch(data):
         assert (weights("one")[name] - value).abs().mean() < 2e-5, name
 
 
-# ------------------------------------------------------------------------------------------ settings of the source
-
-SPEC = {  # hidden, layers, d_mlp, heads, head_dim, set, MLP layers
-    "state": (768, 8, 3072, 12, 64, 512, 1), "tahoe_llama_62089464": (696, 8, 2784, 12, 58, 512, 4),
-    "state_sm": (672, 4, 2688, 8, 84, 128, 4), "state_lg": (1488, 6, 5952, 12, 124, 512, 4),
-    "tahoe_llama_212693232": (1488, 6, 5952, 12, 124, 512, 4), "tahoe_best": (1440, 4, 4416, 12, 120, 512, 4),
-    "smolstate": (672, 6, 2688, 12, 84, 256, 4), "pertsets": (328, 8, None, 8, None, 512, 4),
-}  # fmt: skip
-
-
-def sizes(cfg: Config) -> tuple:
-    return (cfg.d_model, cfg.n_layers, cfg.d_mlp, cfg.n_heads, cfg.d_head, cfg.cell_set_len, cfg.n_encoder_layers)
-
-
-def source_yaml(name: str) -> Path:
-    """A file of the structure of the source's configurations: nested, with references and keys without effect."""
-    hidden, layers, wide, heads, head_dim, length, deep = SPEC[name]
-    shape = {"n_positions": "${model.kwargs.cell_set_len}", "n_embd": "${model.kwargs.hidden_dim}", "n_layer": layers,
-             "n_head": heads, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    if name != "pertsets":
-        shape = {"bidirectional_attention": True, "hidden_size": "${model.kwargs.hidden_dim}",
-                 "max_position_embeddings": "${model.kwargs.cell_set_len}", "intermediate_size": wide,
-                 "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
-                 "head_dim": head_dim, "use_cache": False, "attention_dropout": 0.0, "rotary_dim": 0}
-    kwargs = {"cell_set_len": length, "hidden_dim": hidden, "n_encoder_layers": deep, "n_decoder_layers": deep,
-              "loss": "energy", "softplus": True, "confidence_head": False, "transformer_decoder": False,
-              "use_effect_gating_token": False, "init_from": None, "use_basal_projection": False, "blur": 0.05,
-              "transformer_backbone_key": "GPT2" if name == "pertsets" else "llama",
-              "transformer_backbone_kwargs": shape, "lora": {"enable": False, "r": 16, "alpha": 32, "bias": "none"}}
-    path = Path(f"{name}.yaml")
-    path.write_text(yaml.safe_dump({"name": "state", "checkpoint": None, "device": "cuda", "kwargs": kwargs}))
-    return path
-
-
-def assert_of_the_spec(cfg: Config, name: str) -> None:
-    expected, found = SPEC[name], sizes(cfg)
-    assert all(mine == theirs for mine, theirs in zip(found, expected, strict=True) if theirs is not None)
-    assert cfg.n_decoder_layers == expected[-1] and cfg.attention_dropout == 0 and not cfg.lora
-    assert cfg.transformer_backbone_key == ("GPT2" if name == "pertsets" else "llama")
-
-
-@pytest.mark.parametrize("name", SPEC)
-def test_a_yaml_of_the_source_gives_the_sizes_of_the_spec(name):
-    with pytest.warns(UserWarning, match="without effect") as told:
-        cfg = configure(Config, [str(source_yaml(name))], ALIASES)
-    assert_of_the_spec(cfg, name)
-    assert "use_effect_gating_token" in str(told[0].message) and "softplus" in str(told[0].message)
-    assert (cfg.d_model, cfg.blur, cfg.use_basal_projection) == (SPEC[name][0], 0.05, False)
-
-
-TRAINING = {"wandb_track": True, "weight_decay": 0.002, "batch_size": 8, "lr": "3e-4", "max_steps": 700,
-            "train_seed": 7, "val_freq": 30, "ckpt_every_n_steps": 20, "gradient_clip_val": 3,
-            "gradient_accumulation_steps": 2, "loss_fn": "mse", "devices": 1, "strategy": "auto", "use_mfu": False,
-            "mfu_kwargs": {"available_flops": "60e12", "window_size": 2}}
-DATA = {"name": "PerturbationDataModule", "kwargs": {
-    "toml_config_path": "x.toml", "embed_key": "X_hvg", "output_space": "all", "pert_rep": "onehot", "num_workers": 12,
-    "n_basal_samples": 2, "downsample": None, "downsample_cells": None, "basal_mapping_strategy": "batch",
-    "should_yield_control_cells": False, "batch_col": "plate", "pert_col": "drug", "cell_type_key": "line",
-    "control_pert": "DMSO_TF", "map_controls": False, "perturbation_features_file": None, "barcode": True},
-    "output_dir": None, "debug": True}
-MEANT = {"weight_decay": 0.002, "batch_size": 8, "lr": 3e-4, "max_steps": 700, "seed": 7, "eval_interval": 30,
-         "save_interval": 20, "grad_clip": 3.0, "grad_accum": 2, "toml_config_path": "x.toml", "embed_key": "X_hvg",
-         "output_space": "all", "n_basal_samples": 2, "basal_mapping_strategy": "batch", "batch_col": "plate",
-         "should_yield_control_cells": False, "pert_col": "drug", "cell_type_key": "line", "map_controls": False,
-         "control_pert": "DMSO_TF", "downsample_cells": None, "loss": "energy"}
-
-
-@pytest.mark.filterwarnings("ignore:settings without effect")
-@pytest.mark.parametrize("whole_file", [False, True])
-def test_training_and_data_of_the_source_mean_ours(whole_file):
-    files = {"training.yaml": TRAINING, "data.yaml": DATA}
-    if whole_file:  # as the source saves it in a run folder
-        files = {"config.yaml": {"training": TRAINING, "data": {k: DATA[k] for k in ("name", "kwargs")},
-                                 "model": yaml.safe_load(source_yaml("state_sm").read_text()),
-                                 "wandb": {"entity": "e", "project": "p", "local_wandb_dir": "w", "tags": ["x"]},
-                                 "name": "n", "output_dir": "out", "use_wandb": True, "overwrite": False}}
-    for name, content in files.items():
-        Path(name).write_text(yaml.safe_dump(content))
-    cfg = configure(Config, [*files], ALIASES)
-    assert {k: getattr(cfg, k) for k in MEANT} == MEANT
-    if whole_file:
-        assert_of_the_spec(cfg, "state_sm")
-        assert (cfg.out_dir, cfg.wandb_entity, cfg.wandb_project) == ("out", "e", "p")
-
-
-@pytest.mark.filterwarnings("ignore:settings without effect")
-def test_the_files_of_arc_state_give_the_sizes_of_the_spec():
-    found = importlib.util.find_spec("state")
-    if found is None or not (folder := Path(found.origin or "/").parent / "configs").exists():
-        pytest.skip("arc-state is not installed")
-    names = [path.stem for path in (folder / "model").glob("*.yaml") if path.stem in SPEC]
-    assert len(names) >= 7
-    for name in names:
-        parts = [folder / part for part in ("data/perturbation.yaml", "training/default.yaml")]
-        files = [*map(str, parts), str(folder / f"model/{name}.yaml"), "data.kwargs.toml_config_path=x.toml"]
-        assert_of_the_spec(configure(Config, files, ALIASES), name)
-
-
-@pytest.mark.filterwarnings("ignore:settings without effect")
-def test_a_command_line_of_the_source_means_ours(monkeypatch):
-    line = ("data.kwargs.toml_config_path=x.toml data.kwargs.embed_key=X_hvg data.kwargs.num_workers=12 "
-            "data.kwargs.batch_col=gem_group data.kwargs.pert_col=target_gene data.kwargs.cell_type_key=cell_line "
-            "data.kwargs.control_pert=DMSO_TF training.max_steps=400 training.val_freq=100 training.batch_size=8 "
-            "training.ckpt_every_n_steps=50 model.kwargs.cell_set_len=64 model.kwargs.hidden_dim=504 model=state_sm "
-            "training.lr=1e-4 wandb.tags=[x] output_dir=out name=test use_wandb=false overwrite=true "
-            "model.kwargs.batch_encoder=false model.kwargs.nb_decoder=false")
-    seen = []
-    monkeypatch.setattr(train_state, "train", lambda cfg: seen.append(cfg) or {})
-    train_state.main(line.split())
-    cfg = seen[0]
-    assert (cfg.d_model, cfg.n_layers, cfg.d_head, cfg.cell_set_len, cfg.d_mlp) == (504, 4, 84, 64, 2688)
-    assert (cfg.max_steps, cfg.eval_interval, cfg.save_interval, cfg.batch_size, cfg.lr) == (400, 100, 50, 8, 1e-4)
-    assert (cfg.pert_col, cfg.cell_type_key, cfg.batch_col, cfg.control_pert, cfg.out_dir) == (
-        "target_gene", "cell_line", "gem_group", "DMSO_TF", "out")
-
-
-@pytest.mark.filterwarnings("ignore:settings without effect")
-@pytest.mark.parametrize("extra, wanted", [({"use_mfu": False}, ("adam", "constant")), ({}, ("adamw", "cosine"))])
-def test_the_training_files_of_the_sources_train_as_they_do(monkeypatch, extra, wanted):
-    """What State (whose file has use_mfu) and SmolState do without a setting for it."""
-    training = {k: v for k, v in TRAINING.items() if k != "use_mfu"} | extra
-    Path("training.yaml").write_text(yaml.safe_dump(training))
-    seen = []
-    monkeypatch.setattr(train_state, "train", lambda cfg: seen.append(cfg) or {})
-    train_state.main(["training.yaml"])
-    train_state.main(["training.yaml", "--schedule=cosine", "--warmup_steps=9"])
-    assert (seen[0].optimizer, seen[0].schedule, seen[0].warmup_steps) == (*wanted, 0)
-    assert (seen[1].schedule, seen[1].warmup_steps) == ("cosine", 9)
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_every_model_of_the_source_can_be_named(name, monkeypatch):
-    monkeypatch.setattr(train_state, "train", lambda cfg: cfg)
-    assert_of_the_spec(train_state.main([f"model={name}", "--device=cpu"]), name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-@pytest.mark.filterwarnings("ignore:settings without effect")
-def test_cuda_in_a_file_of_the_source_is_no_demand_but_on_the_command_line_it_is(data, capsys):
-    Path("m.yaml").write_text("device: cuda\nkwargs: {softplus: true, cell_set_len: 4}\n")
-    small = [a for a in TINY if "device" not in a] + ["--max_steps=1", f"--toml={data / 'synthetic.toml'}"]
-    assert train_state.main(["m.yaml", *small])["device"] == "cpu"
-    assert train_state.main(["m.yaml", *small, "training.devices=1", "--resume=never"])["device"] == "cpu"
-    assert "CUDA" in refused(capsys, "m.yaml", *small, "--device=cuda", "--out_dir=other")
-    assert not Path("other").exists()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("state*.py")), ids=lambda path: path.stem)
-def test_a_published_config_is_accepted(path):
-    chosen = {ALIASES.get(k, k): v for k, v in runpy.run_path(str(path)).items() if not k.startswith("_")}
-    cfg = configure(Config, [str(path)], ALIASES)
-    assert len(chosen) >= 4 and {key: getattr(cfg, key) for key in chosen} == chosen
-    spec = {"state": "state", "state_sm": "state_sm", "state_lg": "state_lg", "state_tahoe": "tahoe_llama_62089464",
-            "state_smol": "smolstate"}
-    if path.stem in spec:
-        assert_of_the_spec(cfg, spec[path.stem])
+# ----------------------------------------------------------------------------------------------------------- config/
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("state*.toml")), ids=lambda path: path.stem)
@@ -1062,7 +902,7 @@ def spoil(name: str) -> None:
     ("", "--dropout=1", "dropout: expected float in [0, 1)"),
     ("", "--cell_set_len=-4", "cell_set_len: expected int >= 1"), ("", "--d_modl=4", "did you mean"),
     ("", "--loss=enery", "energy"), ("", "--ram_budget_gb=0", "ram_budget_gb"),
-    ("", "model=state_s", "state_s"), ("", "--toml=", "empty")])
+    ("", "--toml=", "empty")])
 def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):
     Path("d").mkdir()
     shutil.copy(data / "synthetic.h5ad", "d/s.h5ad")
