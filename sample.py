@@ -543,6 +543,9 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
             wanted = [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
         batches = None
+        if reads_batches and "batches" not in extra:
+            raise InputError(f"{cfg.adata}: this model reads batches, and its checkpoint does not name them: it needs "
+                             "the batch_onehot_map of its run folder beside it")
         if reads_batches:
             codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
             batches = np.array(codes)[controls.batch]

@@ -370,8 +370,9 @@ def load_table(file, path: str | Path) -> dict:
             table = read_checkpoint(path)
         except CheckpointError:
             table = None
-        # Whatever else was in there is a dict now, or what was to fill one.
-        if not isinstance(table, dict) or not all(isinstance(value, torch.Tensor) for value in table.values()):
+        # Whatever else was in there is an empty dict now.
+        is_table = isinstance(table, dict) and table
+        if not is_table or not all(isinstance(value, torch.Tensor) for value in table.values()):
             raise
         return table
 
