@@ -90,7 +90,7 @@ def as_arc_state(run: Path, target: str, decoder: bool = True) -> Path:
         (folder / name).unlink()
     for name in ("pert_onehot_map.pt", "batch_onehot_map.torch", "cell_type_onehot_map.torch"):
         vectors = torch.load(folder / name, weights_only=True)
-        torch.save({np.str_(key): vector for key, vector in vectors.items()}, folder / name)
+        torch.save({np.str_(key): vector for key, vector in reversed(vectors.items())}, folder / name)
     sizes = pickle.loads((folder / "var_dims.pkl").read_bytes())
     sizes |= {"gene_dim": np.int64(sizes["gene_dim"]), "pert_names": list(map(np.str_, sizes["pert_names"]))}
     (folder / "var_dims.pkl").write_bytes(pickle.dumps(sizes))
@@ -453,9 +453,19 @@ def test_the_evaluation_of_arc_state_runs_on_a_run_of_ours(runs):
     done = python("-c", "from state.__main__ import main; main()", "tx", "predict", "--output-dir", run,
                   "--checkpoint", "final.ckpt", "--predict-only", folder=Path.cwd())
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs, ours = cells_of(run / "eval_final.ckpt/adata_pred.h5ad"), predicted(run, "a")
+    predicted(run, "a")
+    for name in PERTS[1:]:
+        theirs, ours = perturbed(run / "eval_final.ckpt/adata_pred.h5ad", name), perturbed("a/pred.h5ad", name)
+        assert len(theirs) == len(ours) == 10
+        assert abs(theirs.mean(0) - ours.mean(0)).max() < 0.1 < ours.mean(0).std()  # they draw other control cells
     shutil.rmtree(run / "eval_final.ckpt")
-    assert abs(theirs.mean(0) - ours.mean(0)).max() < 0.1 < ours.mean(0).std()  # they draw other control cells
+
+
+def perturbed(path: Path | str, name: str) -> np.ndarray:
+    """The cells of an h5ad under this perturbation."""
+    with H5ad(path) as file:
+        codes, names = file.column("target")
+    return cells_of(path)[codes == names.index(name)]
 
 
 # ------------------------------------------------------------------------------------- numbers of the source itself
