@@ -497,10 +497,9 @@ def test_state_reference_numbers_after_import(path):
 
 MINIMAL = """
 from configurator import configure
-from train_state import ALIASES, STATE, Config, open_data, train
-words = ["--dialect=smolstate", "--toml=starter.toml", "model.kwargs.hidden_dim=64", "training.max_steps=2"]
+from train_state import ALIASES, STATE, Config, train
+words = "--dialect=smolstate --toml=starter.toml training.max_steps=2 hidden_dim=64 cell_set_len=32".split()
 cfg = configure(Config, words, ALIASES, STATE)  # absent settings are SmolState's
-dims = open_data(cfg).dims()  # input_dim, output_dim, pert_dim, ...
 summary = train(cfg)  # into cfg.out_dir
 """
 
@@ -515,7 +514,7 @@ def test_the_minimal_training_run_from_python(data):
     shutil.copy(data / "cells.toml", "starter.toml")
     names = {}
     exec(MINIMAL, names)  # noqa: S102
-    assert names["dims"]["pert_dim"] == 3 and names["summary"]["steps"] == 2
+    assert names["summary"]["steps"] == 2 and names["summary"]["conditions"] == 2
     cfg = names["cfg"]
     assert (cfg.d_model, cfg.n_layers, cfg.optimizer, cfg.pert_col) == (64, 6, "adamw", "target_gene")
     assert (Path(cfg.out_dir) / "last.pt").exists()
