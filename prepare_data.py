@@ -291,6 +291,8 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder} holds what is to be imported: name another folder, --out_dir=out/x")
     page = importlib.import_module(f"train_{system}")
     options = {"attention": source_attention} if system == "state" else {}
     cfg, model, step, extra = page.load_run(file, **options)

@@ -122,7 +122,7 @@ class Config:
     mask_attn: bool = False  # each cell sees only itself
     compat_relu: bool = False  # clip embeddings at 0 without a decoder, as the source does
     freeze_pert_backbone: bool = False  # train neither the transformer nor project_out
-    init_from: str | None = None  # checkpoint to start from, ours or the source's; its sizes are taken over
+    init_from: str | None = None  # run or checkpoint to start from, ours or the source's; its sizes are taken over
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a source checkpoint
     # gene decoder, from embedding to genes
     gene_decoder_bool: bool | None = None  # default: where there are counts to learn from

@@ -88,7 +88,7 @@ def source_file(path: Path) -> Path | None:
 
     Of a folder that is final.ckpt, which the source's own tools take too, last.ckpt, best.ckpt, the newest of a step.
     """
-    if checkpoint.experiment_of(path):
+    if checkpoint.experiment_of(path) or (path / "last.pt").exists():  # a damaged one is ours, too
         return None
     if path.is_file():
         return path

@@ -125,8 +125,8 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     Returns: (settings of train_state.py, weights under its names, steps done, what its numbers mean, notes to tell).
     What they mean: dims, sizes of the data, and as far as the checkpoint or the files of its run folder say:
     genes, count_genes, perturbations and batches, lists of names.
-    Settings are empty where the file does not say them: such weights can be trained from, but not be used by
-    themselves. Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
+    Settings are empty where the file does not say them, or says a part that is not here (the note is which): such
+    weights can be trained from, but not be used by themselves. Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
     """
     weights, keywords, step = read_source_checkpoint(path)
     if not {"input_dim", "output_dim", "pert_dim", "hidden_dim"} <= keywords.keys():
@@ -135,6 +135,8 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     if complete_decoder(keywords, weights):
         notes.append(f"the gene decoder of {path} is left out: its cells are genes already, so it was never trained")
         weights = {name: value for name, value in weights.items() if not name.startswith("gene_decoder.")}
+    elif keywords.get("finetune_vci_decoder"):
+        return {}, weights, step, {}, [f"{path} makes genes by the decoder of an embedding model (finetune_vci_decoder)"]
     keywords.setdefault("compat_relu", True)  # as it computed
     # Older releases pass over the settings of parts that they have not.
     for name, part in (("lora", "lora_"), ("use_batch_token", "batch_token")):
@@ -172,9 +174,9 @@ def convert_whole(path: str | Path, attention: str = "auto") -> tuple[dict, dict
     """
     settings, weights, step, known, notes = convert(path, attention)
     if not settings:
-        raise CheckpointError(f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...): it "
-                              "can be trained from, python train_state.py --init_from=FILE --toml=my.toml with the "
-                              "sizes of its model, but not be used by itself")
+        why = f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...)"
+        raise CheckpointError(f"{notes[0] if notes else why}: it can be trained from, python train_state.py "
+                              "--init_from=FILE --toml=my.toml with the sizes of its model, but not be used by itself")
     for note in notes:
         print(f"note: {note}")
     return settings, weights, step, known

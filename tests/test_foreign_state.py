@@ -215,6 +215,19 @@ def test_the_checkpoint_of_a_folder_is_the_final_one_or_the_last_or_the_best_or_
 def test_a_run_of_ours_with_source_files_stays_ours(runs):
     run = runs("--source_files")
     assert source_file(run) is None and train_state.load_run(run)[3]["cell_types"]
+    shutil.copytree(run, "torn")
+    for name in ("last.pt", "best.pt"):
+        (Path("torn") / name).write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="best.pt is damaged"):
+        train_state.load_run("torn")
+
+
+def test_a_run_is_not_imported_into_its_own_folder(runs, capsys):
+    folder = as_arc_state(runs("--source_files"), "out/theirs")
+    before = sorted(folder.rglob("*"))
+    for words in ((folder,), (folder / "checkpoints/final.ckpt", f"--out_dir={folder}")):
+        told = refusal(capsys, prepare_data.main, "import", *map(str, words))
+        assert "holds what is to be imported" in told and sorted(folder.rglob("*")) == before
 
 
 def test_a_checkpoint_that_does_not_say_its_cells_asks_for_them(runs, capsys):
@@ -229,6 +242,9 @@ def test_weights_alone_are_refused_with_what_they_are_good_for(runs, capsys):
     for command in (prepare_data.main, sample.main):
         words = ("import", "weights.ckpt") if command is prepare_data.main else ("weights.ckpt",)
         assert "--init_from=FILE --toml=my.toml with the sizes of its model" in refusal(capsys, command, *words)
+    content["hyper_parameters"] |= {"embed_key": "X_state", "finetune_vci_decoder": True}
+    torch.save(content, "weights.ckpt")
+    assert "the decoder of an embedding model (finetune_vci_decoder)" in refusal(capsys, sample.main, "weights.ckpt")
     assert not Path("out").exists()
 
 
