@@ -126,7 +126,8 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     What they mean: dims, sizes of the data, and as far as the checkpoint or the files of its run folder say:
     genes, count_genes, perturbations and batches, lists of names.
     Settings are empty where the file does not say them, or says a part that is not here (the note is which): such
-    weights can be trained from, but not be used by themselves. Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
+    weights can be trained from, but not be used by themselves.
+    Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
     """
     weights, keywords, step = read_source_checkpoint(path)
     if not {"input_dim", "output_dim", "pert_dim", "hidden_dim"} <= keywords.keys():
@@ -136,7 +137,8 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
         notes.append(f"the gene decoder of {path} is left out: its cells are genes already, so it was never trained")
         weights = {name: value for name, value in weights.items() if not name.startswith("gene_decoder.")}
     elif keywords.get("finetune_vci_decoder"):
-        return {}, weights, step, {}, [f"{path} makes genes by the decoder of an embedding model (finetune_vci_decoder)"]
+        why = f"{path} makes genes by the decoder of an embedding model (finetune_vci_decoder)"
+        return {}, weights, step, {}, [why]
     keywords.setdefault("compat_relu", True)  # as it computed
     # Older releases pass over the settings of parts that they have not.
     for name, part in (("lora", "lora_"), ("use_batch_token", "batch_token")):
