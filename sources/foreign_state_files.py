@@ -8,6 +8,7 @@ pert_onehot_map.pt; of cell types and batches NAME_onehot_map.torch, .pt or .pkl
 import io
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -29,6 +30,7 @@ from sources.foreign_state import (
     source_weights,
     translate,
 )
+from sources.splits import pattern_of
 
 # Settings of the source's data that are settings of ours, and what values of them may be.
 OF_DATA = {
@@ -291,7 +293,7 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
         print("note: the tools of the source read X as it is in its file, not normalised as here")
     tables = tomllib.loads(cells.toml.read_text(encoding="utf-8-sig"))
     for name, text in tables["datasets"].items():
-        tables["datasets"][name] = str((cells.toml.parent / Path(text).expanduser()).resolve())
+        tables["datasets"][name] = os.path.abspath(pattern_of(cells.toml, text))
     (folder / "data.toml").write_text("\n".join(toml_lines(tables)) + "\n", encoding="utf-8")
 
     keywords = source_settings(cfg, cells.dims())
