@@ -30,7 +30,7 @@ from sources.foreign_state import (
     source_weights,
     translate,
 )
-from sources.splits import pattern_of
+from sources.splits import TABLES, pattern_of
 
 # Settings of the source's data that are settings of ours, and what values of them may be.
 OF_DATA = {
@@ -284,18 +284,14 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
     smol = cfg.source_files == "smolstate"
     folder = run / "smolstate" if smol else run
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if smol:
-        shutil.copyfile(run / "pert_onehot_map.pt", folder / "pert_onehot_map.pt")
     # Where their tools, on the same weights and cells, compute something else.
     if not model.clips and model.gene_decoder is None:
         print("note: the tools of the source clip embeddings at 0: with compat_relu = true this run would, too")
     if cfg.counts == "convert":
         print("note: the tools of the source read X as it is in its file, not normalised as here")
-    tables = tomllib.loads(cells.toml.read_text(encoding="utf-8-sig"))
-    for name, text in tables["datasets"].items():
-        tables["datasets"][name] = os.path.abspath(pattern_of(cells.toml, text))
-    (folder / "data.toml").write_text("\n".join(toml_lines(tables)) + "\n", encoding="utf-8")
 
+    tables = whole_tables(cells.toml)
+    (folder / "data.toml").write_text("\n".join(toml_lines(tables)) + "\n", encoding="utf-8")
     keywords = source_settings(cfg, cells.dims())
     config = source_config(folder, cfg, keywords)
     of_data = config["data"]["kwargs"] | {
@@ -305,27 +301,18 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
         "is_log1p": True,
     }
     if smol:
-        of_data = {name: of_data[name] for name in OF_SMOLSTATE}
         config = as_smolstate(config, tables)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        of_data = {name: of_data[name] for name in OF_SMOLSTATE}
+        shutil.copyfile(run / "pert_onehot_map.pt", folder / "pert_onehot_map.pt")
     else:
         write_yaml(folder / "config.yaml", config)
     torch.save(of_data, folder / "data_module.torch")
+    write_names(folder, cells, smol)
 
-    names = {"gene_names": list(map(str, cells.genes)), "pert_names": cells.perturbations}
-    if cells.count_genes is not None:
-        names["gene_names"] = list(map(str, cells.count_genes))
-    (folder / "var_dims.pkl").write_bytes(pickle.dumps({name: keywords[name] for name in SIZES_OF_DATA} | names))
-    for name, values in zip(CONTEXTS, (cells.cell_types, cells.batches), strict=True):
-        vectors = dict(zip(values, map(torch.clone, torch.eye(len(values))), strict=True))
-        if smol:
-            (folder / f"{name}.pkl").write_bytes(pickle.dumps(vectors))
-        else:
-            torch.save(vectors, folder / f"{name}.torch")
-
+    files = [run / "last.pt", *run.glob("step_*.pt")] if smol else [run / "last.pt", run / "best.pt"]
     saved = {"final": (model.state_dict(), step)}
-    steps = run.glob("step_*.pt") if smol else [run / "best.pt"]
-    for file in (run / "last.pt", *steps):
+    for file in files:
         if file.is_file():
             state = checkpoint.load(file)
             saved[file.stem] = state["model"], state["step"]
@@ -334,6 +321,30 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
         if smol:
             content = of_smolstate(weights, done, keywords, cfg, config)
         torch.save(content, folder / "checkpoints" / f"{name}.ckpt")
+
+
+def write_names(folder: Path, cells, smol: bool) -> None:
+    """var_dims.pkl, and what the numbers of cell types and batches mean, as pickles if smol."""
+    dims = cells.dims()
+    genes = cells.genes if cells.count_genes is None else cells.count_genes
+    sizes = {name: dims[name] for name in SIZES_OF_DATA}
+    names = {"gene_names": list(map(str, genes)), "pert_names": cells.perturbations}
+    (folder / "var_dims.pkl").write_bytes(pickle.dumps(sizes | names))
+    for name, values in zip(CONTEXTS, (cells.cell_types, cells.batches), strict=True):
+        vectors = dict(zip(values, map(torch.clone, torch.eye(len(values))), strict=True))
+        if smol:
+            (folder / f"{name}.pkl").write_bytes(pickle.dumps(vectors))
+        else:
+            torch.save(vectors, folder / f"{name}.torch")
+
+
+def whole_tables(toml: Path) -> dict:
+    """The tables of the TOML of an experiment that mean something, with whole paths of files."""
+    tables = tomllib.loads(toml.read_text(encoding="utf-8-sig"))
+    tables = {name: tables[name] for name in TABLES if name in tables}
+    for name, text in tables["datasets"].items():
+        tables["datasets"][name] = os.path.abspath(pattern_of(toml, str(text)))
+    return tables
 
 
 def toml_lines(table: dict, names: tuple[str, ...] = ()) -> list[str]:
@@ -355,7 +366,7 @@ def toml_key(name: str) -> str:
 
 
 def quoted(value: str | list[str]) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 OF_SMOLSTATE = ("toml_config_path", "batch_size", "num_workers", "random_seed", "pert_col", "batch_col",
