@@ -477,6 +477,40 @@ def test_the_evaluation_of_arc_state_runs_on_a_run_of_ours(runs):
     shutil.rmtree(run / "eval_final.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore")  # of its packages
+@pytest.mark.parametrize("space", [("X_hvg", "gene"), ("X_state", "gene"), ("null", "all")])
+def test_a_folder_that_arc_state_itself_wrote_predicts_the_same(space, data, tmp_path):
+    pytest.importorskip("state")
+    text = (data / "cells.toml").read_text().replace("cells.h5ad", str(data / "cells.h5ad"))
+    Path("whole.toml").write_text(text)
+    kwargs = {"toml_config_path": Path("whole.toml").resolve(), "embed_key": space[0], "output_space": space[1],
+              "num_workers": 0, **COLUMNS}
+    backbone = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "head_dim": 8}
+    words = [f"data.kwargs.{name}={value}" for name, value in kwargs.items()]
+    words += [f"model.kwargs.transformer_backbone_kwargs.{name}={value}" for name, value in backbone.items()]
+    words += ["model.kwargs.cell_set_len=4", "model.kwargs.hidden_dim=16", "model.kwargs.batch_encoder=true",
+              "training.max_steps=2", "training.batch_size=2", "training.val_freq=2", "use_wandb=false", "name=theirs",
+              f"output_dir={Path.cwd()}"]
+    done = python("-c", "from state.__main__ import main; main()", "tx", "train", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    from state.tx.models.state_transition import StateTransitionPerturbationModel
+
+    peer = StateTransitionPerturbationModel.load_from_checkpoint("theirs/checkpoints/final.ckpt", weights_only=False)
+    cfg, model, step, extra = train_state.load_run("theirs", "cpu")
+    assert step == 2 and extra["batches"] == list(BATCHES) and cfg.pert_col == "target"
+    cells = torch.rand(5, peer.input_dim)
+    batch = {"ctrl_cell_emb": cells, "pert_emb": torch.eye(3)[[1] * 5], "batch": torch.ones(5, dtype=torch.long)}
+    with torch.no_grad():
+        theirs = peer.eval().predict_step(batch, 0, padded=False)
+        ours = model.eval()(batch, padded=False)
+        torch.testing.assert_close(ours, theirs["preds"], atol=1e-5, rtol=1e-5)
+        written = theirs["pert_cell_counts_preds" if space[0] == "X_state" else "preds"]  # what its own tools write
+        torch.testing.assert_close(train_state.expressed(model, ours), written, atol=1e-5, rtol=1e-5)
+    assert predicted("theirs", "a").shape[1] == {"X_hvg": HVGS, "X_state": HVGS, "null": GENES}[space[0]]
+
+
 def perturbed(path: Path | str, name: str) -> np.ndarray:
     """The cells of an h5ad under this perturbation."""
     with H5ad(path) as file:
