@@ -253,15 +253,51 @@ def complete_both(values: dict[str, Any], fields: dict[str, str]) -> dict[str, A
     if "transformer_backbone_key" in by_file or len(by_file) > 1:
         # A file, or model=NAME, replaces another model whole: what it leaves out is the default of the code.
         more = {name: value for name, value in DEFAULTS.items() if name not in NOT_OF_MODEL_FILES}
-        more |= {"lora_dropout": 0.0} | (GPT2_DEFAULTS if gpt2 else {})
+        more |= {"lora_dropout": 0.0, "gene_decoder_bool": None, "decoder_hidden_dims": [1_024, 1_024, 512]}
+        more |= GPT2_DEFAULTS if gpt2 else {}
     elif gpt2:
         # On top of the default Llama, whose names of the dropouts a GPT-2 does not know.
         more = {name: value for name, value in GPT2_DEFAULTS.items() if name.endswith("_dropout")}
     if gpt2:
         more["d_mlp"] = 4 * values["d_model"]
-    more = {name: value for name, value in more.items() if name not in fields}
+    # That of a model which another took the place of, as model=NAME does with that of a list of defaults, is gone.
+    chosen = fields.get("transformer_backbone_key")
+    gone = {name for name, where in fields.items() if where.startswith("model=") and where != chosen}
+    more = {name: value for name, value in more.items() if name not in fields or name in gone}
     if gpt2:
         more |= {"d_head": None, "n_kv_heads": None, "bidirectional_attention": True, "rotary": False}
+    return more
+
+
+def llama_of_state(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """Whether cells see each other, and have positions, in a Llama of State."""
+    more = {}
+    # In the first months each was bidirectional, without a setting; then transformers' own became the default.
+    named = {str(given.get(key)).lower() for key in ("name", "model.name")}
+    old = value_of(given, "freeze_pert") or value_of(given, "nb_decoder") or "pertsets" in named
+    if old and "bidirectional_attention" not in fields:
+        more["bidirectional_attention"] = True
+    bidirectional = (values | more)["bidirectional_attention"]
+    if "rotary" not in fields:
+        more["rotary"] = not bidirectional
+    if not bidirectional:
+        note("without bidirectional_attention = true a Llama of State is causal, with rotary positions: the order of "
+             "cells counts")
+    return more
+
+
+def units_of_lightning(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """A batch there is that of one micro-step on one device, and validation counts micro-steps."""
+    more = {}
+    accumulated = values["grad_accum"] if value_of(given, "gradient_accumulation_steps") else 1
+    written = value_of(given, "devices") or "1"
+    devices = int(written) if written.isdigit() else 1
+    if value_of(given, "batch_size") or "batch_size" not in fields:
+        more["batch_size"] = values["batch_size"] * accumulated * devices
+    if value_of(given, "val_freq") or "eval_interval" not in fields:
+        more["eval_interval"] = -(-values["eval_interval"] // accumulated)
+    if written != "1":
+        note(f"devices = {written}: torchrun --nproc_per_node=N starts a run on N; a batch is that of {devices}")
     return more
 
 
@@ -269,26 +305,9 @@ def complete_state(given: dict[str, Any], values: dict[str, Any], fields: dict[s
     """What arc-state makes of settings together: see Dialect.completed."""
     more = complete_both(values, fields)
     now = values | more
-    # Every Llama of the first months was bidirectional, without a setting; then transformers' own became the default.
     if now["transformer_backbone_key"] == "llama":
-        old = any(value_of(given, name) for name in ("freeze_pert", "nb_decoder"))
-        if "bidirectional_attention" not in fields and (old or str(given.get("name")).lower() == "pertsets"):
-            more["bidirectional_attention"] = True
-        now |= more
-        if not now["bidirectional_attention"]:
-            note("without bidirectional_attention = true State's Llama is causal, with rotary positions: the order of "
-                 "cells counts")
-        if "rotary" not in fields:
-            more["rotary"] = not now["bidirectional_attention"]
-    # A batch there is of one micro-step and one device, and validation counts micro-steps.
-    devices = value_of(given, "devices") or "1"
-    accumulated = values["grad_accum"] if value_of(given, "gradient_accumulation_steps") else 1
-    if value_of(given, "batch_size") or "batch_size" not in fields:
-        more["batch_size"] = values["batch_size"] * accumulated * (int(devices) if devices.isdigit() else 1)
-    if value_of(given, "val_freq") or "eval_interval" not in fields:
-        more["eval_interval"] = -(-values["eval_interval"] // accumulated)
-    if devices not in ("1", "auto", "-1"):
-        note(f"devices = {devices}: start the run by torchrun --nproc_per_node={devices}; its batch is as of so many")
+        more |= llama_of_state(given, now, fields)
+    more |= units_of_lightning(given, values, fields)
     if not values["toml_config_path"]:
         raise ValueError("data.kwargs.toml_config_path is empty: it names the TOML that says which cells train")
     # What it switches off or replaces.

@@ -50,7 +50,7 @@ def differs(cfg: Config, expected: dict) -> dict:
 # By reading State's configs/config.yaml and what its code and cell-load add.
 OF_STATE = {
     "pert_col": "gene", "cell_type_key": "cell_type", "batch_col": "gem_group", "control_pert": "DMSO_TF",
-    "embed_key": None, "output_space": "all", "basal_mapping_strategy": "random", "n_basal_samples": 1,
+    "embed_key": None, "output_space": "all", "strict": False, "basal_mapping_strategy": "random", "n_basal_samples": 1,
     "should_yield_control_cells": True, "map_controls": True, "downsample_cells": None, "val_fraction": 0.0,
     "zeroshot_controls": True, "cell_set_len": 512, "d_model": 768, "n_layers": 8, "n_heads": 12, "n_kv_heads": 12,
     "d_head": 64, "d_mlp": 3072, "n_encoder_layers": 1, "n_decoder_layers": 1, "use_basal_projection": True,
@@ -193,8 +193,9 @@ def test_a_llama_that_does_not_say_so_is_causal_in_this_state_and_bidirectional_
     old = [content | {"name": "PertSets"}, content | {"kwargs": content["kwargs"] | {"freeze_pert": False}},
            content | {"kwargs": content["kwargs"] | {"nb_decoder": False}}]
     for i, file in enumerate(old):
-        cfg = read(write(f"old{i}.yaml", file), TOML)
-        assert (cfg.bidirectional_attention, cfg.rotary) == (True, False)
+        for whole in (file, {"model": file}):
+            cfg = read(write(f"old{i}.yaml", whole), TOML)
+            assert (cfg.bidirectional_attention, cfg.rotary) == (True, False)
     cfg = read("train", "m.yaml")  # as SmolState has it always
     assert (cfg.bidirectional_attention, cfg.rotary) == (True, False)
     assert "causal" not in capsys.readouterr().err
@@ -267,7 +268,10 @@ def test_the_template_of_state_is_read_with_its_list_of_defaults():
                       "hydra": {"output_subdir": None, "run": {"dir": "."}, "job_logging": {"root": {"level": "INFO"}}}}
     cfg = read(write("config.yaml", template), TOML)
     assert sizes(cfg) == SPEC["state_sm"] and differs(cfg, {"out_dir": "here/n", "max_steps": 400_000}) == {}
-    assert sizes(read("config.yaml", TOML, "model=tahoe_best")) == SPEC["tahoe_best"]
+    # Of the model that another takes the place of nothing is left.
+    for name in ("tahoe_best", "pertsets"):
+        alone = read(TOML, f"model={name} output_dir=here name=x wandb.entity=e wandb.project=p")
+        assert read("config.yaml", TOML, f"model={name}", "name=x") == alone
 
 
 def test_references_are_filled_in():
@@ -291,7 +295,7 @@ def test_a_batch_is_that_of_all_micro_steps_and_devices(capsys):
     assert differs(read(t, TOML), {"batch_size": 32, "grad_accum": 4, "eval_interval": 8, "max_steps": 700}) == {}
     cfg = read(t, TOML, "training.batch_size=3", "training.devices=2")
     assert differs(cfg, {"batch_size": 24, "grad_accum": 4, "save_interval": 20}) == {}
-    assert "torchrun --nproc_per_node=2" in capsys.readouterr().err
+    assert "devices = 2: torchrun --nproc_per_node" in capsys.readouterr().err
     # Our own words mean ours.
     cfg = read(TOML, "--grad_accum=2", "--batch_size=6", "--eval_interval=50")
     assert differs(cfg, {"batch_size": 6, "grad_accum": 2, "eval_interval": 50}) == {}
