@@ -632,7 +632,7 @@ def page_stem(path: Path) -> str:
     """The name of the page that made a run or checkpoint, or that reads it, where it is of a source."""
     stem = checkpoint.experiment_of(path)
     if not stem:
-        system = foreign_checkpoints.system_of(path)
+        system = foreign_checkpoints.system_of(foreign_checkpoints.source_file(path) or path)
         stem = f"train_{system}" if system else ""
     return stem or checkpoint.load(path)["experiment"]  # which says what is wrong with it
 

@@ -79,10 +79,6 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
 
-# What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
-
-
 def source_file(path: Path) -> Path | None:
     """The checkpoint of another system that a file or a run folder of it stands for; None: it is ours, or no such.
 
@@ -100,12 +96,14 @@ def source_file(path: Path) -> Path | None:
     return None
 
 
+# What a system is known by: how the names of some of its weights begin.
+SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder."}
+
+
 def system_of(path: Path) -> str:
-    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file or the one in a run folder is; "" where
-    it is of neither."""
-    file = source_file(path)
+    """apelr (APEL-R) or state (arc-state, SmolState): whose checkpoint a file is; "" where it is of neither."""
     try:
-        contents = read_checkpoint(file, mmap=True) if file else None
+        contents = read_checkpoint(path, mmap=True)
     except CheckpointError:
         return ""
     if not isinstance(contents, dict):
@@ -124,12 +122,12 @@ def system_of(path: Path) -> str:
 
 def importable(path: Path) -> str:
     """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
     page = checkpoint.experiment_of(path)
     if page:
         raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
-    if path.is_dir() and not source_file(path):
-        raise CheckpointError(f"{path} is a folder without checkpoints/*.ckpt: name the checkpoint, a .pt or .ckpt")
-    read_checkpoint(source_file(path) or path, mmap=True)  # which says what is wrong with a file that cannot be read
+    read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
         raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state or SmolState: it has neither weights "
