@@ -345,9 +345,11 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
     file = checkpoint_in(Path(path))
     folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
-    system = foreign_checkpoints.importable(file)
+    system = foreign_checkpoints.importable(foreign_checkpoints.source_file(file) or file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder} holds what is to be imported: name another folder, --out_dir=out/x")
     page = importlib.import_module(f"train_{system}")
     cfg, model, step, extra = load_foreign(page, system, file, source_attention)
     folder.mkdir(parents=True, exist_ok=True)

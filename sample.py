@@ -609,6 +609,9 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
             wanted = [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
         batches = None
+        if reads_batches and "batches" not in extra:
+            raise InputError(f"{cfg.adata}: this model reads batches, and its checkpoint does not name them: it needs "
+                             "the batch_onehot_map of its run folder beside it")
         if reads_batches:
             codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
             batches = np.array(codes)[controls.batch]
@@ -694,8 +697,8 @@ def refuse_others(cfg: Config, experiment: str) -> None:
 def page_stem(path: Path) -> str:
     """The name of the page that made a run or checkpoint, or that reads it, where it is of a source."""
     stem = checkpoint.experiment_of(path)
-    if not stem and path.is_file():
-        system = foreign_checkpoints.system_of(path)
+    if not stem:
+        system = foreign_checkpoints.system_of(foreign_checkpoints.source_file(path) or path)
         stem = f"train_{system}" if system else ""
     return stem or checkpoint.load(path)["experiment"]  # which says what is wrong with it
 

@@ -26,6 +26,9 @@ class Inert(dict):
     def __setitem__(self, key, value) -> None:
         type(self).kind = OrderedDict
 
+    def __hash__(self) -> int:  # it may stand for a key, such as a text of numpy
+        return id(self)
+
     def append(self, item) -> None:
         type(self).kind = list
 
@@ -74,6 +77,23 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+
+
+def source_file(path: Path) -> Path | None:
+    """The checkpoint of another system that a file or a run folder of it stands for; None: it is ours, or no such.
+
+    Of a folder that is final.ckpt, which the source's own tools take too, last.ckpt, best.ckpt, the newest of a step.
+    """
+    if checkpoint.experiment_of(path) or (path / "last.pt").exists():  # a damaged one is ours, too
+        return None
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        steps = sorted(folder.glob("step*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in (folder / "final.ckpt", folder / "last.ckpt", folder / "best.ckpt", *steps):
+            if file.is_file():
+                return file
+    return None
 
 
 # What a system is known by: how the names of some of its weights begin.
