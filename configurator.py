@@ -54,6 +54,7 @@ ELSEWHERE = {  # names of other systems, for which a page has its own way: what 
     "config_path": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "config_dir": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "checkpoint": BARE,
+    "set": "settings go bare too, without --{key}: {value}",
 }  # fmt: skip
 
 
@@ -234,6 +235,7 @@ class Settings:
         self.errors: list[str] = []
         self.ignored: list[str] = []
         self.dialects, self.dialect = dialects, None
+        self.is_ours = False  # by --dialect=none
         self.group_names = {name for dialect in dialects for name in dialect.groups if name not in self.kinds}
         self.given: dict[str, Any] = {}  # {dotted key: value as written}
         self.fields: dict[str, str] = {}  # {field that was set, or dotted key to READ: where}
@@ -296,7 +298,8 @@ class Settings:
         if name == READ and self.dialect:
             self.fields[key] = source
             return None
-        name = None if name == READ else name
+        if name == READ:  # of a file that --dialect=none reads as ours, such a key has no effect; else it is a mistake
+            name = IGNORED if self.is_ours else None
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
             hint = ELSEWHERE[plain].format(key=key, value=raw)
@@ -353,6 +356,7 @@ class Settings:
             self.given |= {key.replace("-", "_"): raw for key, raw in overrides}
         if forced:
             self.dialect = names[forced[-1]]
+            self.is_ours = self.dialect is None
         else:
             groups = self.group_names & set(self.given)
             spoken = (d for d in self.dialects if d.is_spoken(self.given) or not groups.isdisjoint(d.groups))
@@ -533,7 +537,7 @@ class Settings:
                 continue  # the file's own names: anchors, _target_
             field = self.resolve(parts)[0]
             whole = self.takes_dict(field)
-            if field == IGNORED:
+            if field == IGNORED or field is None and parts[0] == "hydra":
                 yield parts, value  # whatever it refers to
                 continue
             try:

@@ -10,7 +10,7 @@
     python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
     python prepare_data.py cells --toml=my.toml             # make cells ready for train_state.py, which else does it
     python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
-    python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of APEL-R, arc-state or SmolState to ours
+    python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of a source system to ours
     python prepare_data.py arxiv --help                     # the settings of a job
 
 Files are written beside their final place and renamed at the end: what exists is complete. N chunks, n tokens of a
@@ -36,12 +36,15 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
+from sources.foreign_apelr import checkpoint_in, untold
+from sources.foreign_arxiv import training_state
+from sources.papers import cut_papers, holds_papers
 from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
 from sources.text import inspect_stream, prepare_text
-from sources.tokenizer import HALF_BYTES, SPECIAL, load_tokenizer
+from sources.tokenizer import HALF_BYTES, SPECIAL
 
 
 def at_least(least: int):
@@ -100,6 +103,9 @@ class TextConfig:
     max_documents: Count | None = None
     val_fraction: Part = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
     val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
+    min_chars: Whole = 0  # documents with fewer characters, blanks around them aside, are left out
+    max_tokens: Count | None = None  # of training; the document that goes beyond is the first to be left out
+    max_val_tokens: Count | None = None  # of validation
     # tokens
     tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos
     vocab_size: int | None = None  # of a trained one, 4 or 20 special tokens among them; default: bpe 4,096, char all
@@ -266,6 +272,12 @@ def state(action: str, **settings) -> dict:
     return work(**{name: settings[name] for name in signature(work).parameters})
 
 
+def arxiv(**settings) -> dict:
+    """Labelled documents, or those that the source's fetch_arxiv.py has made tokens, to chunks."""
+    work = cut_papers if holds_papers(settings["input"]) else prepare_chunks
+    return work(**{name: settings[name] for name in signature(work).parameters})
+
+
 def inspect(path: str, tokens: int = 20, **columns) -> dict:
     """Print what a file, folder or experiment on cells holds (HDF5 chunks, train.bin, cells), and its faults."""
     file = Path(path)
@@ -284,51 +296,82 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
     return inspect_chunks(path, tokens)
 
 
-def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> dict:
-    """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
-    file = Path(path)
-    folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
-    system = foreign_checkpoints.importable(file)
-    if (folder / "last.pt").exists():
-        raise DataError(f"{folder} holds a run: use another out_dir")
-    page = importlib.import_module(f"train_{system}")
-    if system == "ghmm":
-        return import_ghmm(page, file, folder)
-    options = {"attention": source_attention} if system == "state" else {}
-    cfg, model, step, extra = page.load_run(file, **options)
-    folder.mkdir(parents=True, exist_ok=True)
-    cfg.out_dir = str(folder)
-    if system == "state" and cfg.perturbation_features_file:
+def features_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_state.py: what its perturbations mean."""
+    if cfg.perturbation_features_file:
         features = shutil.copyfile(cfg.perturbation_features_file, folder / "pert_onehot_map.pt")
         cfg.perturbation_features_file = str(features)
-    if system == "apelr" and (file.parent / "tokenizer.json").exists():
-        extra["tokenizer_hash"] = load_tokenizer(file.parent / "tokenizer.json").hash()
-        shutil.copyfile(file.parent / "tokenizer.json", folder / "tokenizer.json")
-    config = config_dict(cfg)
-    write_json(folder / "config.json", config)
-    checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{path}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
-    data = {"apelr": "--data=FOLDER", "state": "--toml=my.toml"}[system]
-    print(f"  python sample.py {folder}" + (f" {data}" if system == "state" else ""))
-    print(f"  python train_{system}.py --init_from={folder} {data} --out_dir=out/tuned")
-    return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 
-def import_ghmm(page, file: Path, folder: Path) -> dict:
-    """A checkpoint of Simplexity, whose process is in the config.yaml of its run, as a run of train_ghmm.py."""
-    cfg, process, model, step = page.load_run(file)
-    cfg.out_dir = str(folder)
+def tokenizer_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_apelr.py: the tokenizer whose hash is in `extra`."""
+    if untold(file):
+        print(untold(file))
+    known = extra.pop("tokenizer_file", None)
+    if known:
+        shutil.copyfile(known, folder / "tokenizer.json")
+    else:
+        print(f"note: there is no tokenizer.json beside {file}: prompts and samples will be token ids")
+
+
+def vocabulary_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
+    """For an imported run of train_arxiv.py: the tokenizer, where there is one."""
+    if "tokenizer_file" in extra:
+        shutil.copyfile(extra.pop("tokenizer_file"), folder / "tokenizer.json")
+
+
+TUNED = "python train_{page}.py --init_from={run} {data} --out_dir=out/tuned"
+# By page: what puts beside an imported run what it needs, and the commands that may follow.
+IMPORTS = {
+    "apelr": (tokenizer_beside, ["python sample.py {run}", TUNED]),
+    "arxiv": (vocabulary_beside, ["python sample.py {run}", "python train_arxiv.py --analyze={run} {data}"]),
+    "ghmm": (None, ["python sample.py {run}", "python train_ghmm.py --analyze={run}"]),
+    "state": (features_beside, ["python sample.py {run} {data}", TUNED]),
+}
+GO_ON = "python train_arxiv.py {run}/config.json --resume={run}/last.pt {data} --out_dir=out/on"
+
+
+def load_foreign(page, system: str, file: Path, source_attention: str) -> tuple:
+    """(settings, model, steps done, `extra` of a checkpoint) of a checkpoint of a source, as a page reads it."""
+    if system == "ghmm":
+        cfg, process, model, step = page.load_run(file)
+        return cfg, model, step, {"data": page.data_of(cfg, process)}
+    if system == "state":
+        return page.load_run(file, attention=source_attention)
+    return page.load_run(file)
+
+
+def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> dict:
+    """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
+    file = checkpoint_in(Path(path))
+    folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
+    system = foreign_checkpoints.importable(foreign_checkpoints.source_file(file) or file)
+    if (folder / "last.pt").exists():
+        raise DataError(f"{folder} holds a run: use another out_dir")
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder} holds what is to be imported: name another folder, --out_dir=out/x")
+    page = importlib.import_module(f"train_{system}")
+    cfg, model, step, extra = load_foreign(page, system, file, source_attention)
     folder.mkdir(parents=True, exist_ok=True)
+    cfg.out_dir = str(folder)
+    put_beside, commands = IMPORTS[system]
+    if put_beside:
+        put_beside(file, cfg, extra, folder)
     config = config_dict(cfg)
     write_json(folder / "config.json", config)
-    extra = {"data": page.data_of(cfg, process)}
-    checkpoint.save(checkpoint.weights_alone(page.__file__, config, step, model, extra), folder, is_best=True)
+    state = checkpoint.weights_alone(page.__file__, config, step, model, extra)
+    if system == "arxiv":
+        training = training_state(file, model, page.parameter_groups(model, cfg))
+        extra |= training.pop("patience", {})
+        state |= training
+        commands = commands + [GO_ON] if state["optimizer"] else commands
+    checkpoint.save(state, folder, is_best=True)
     count = sum(p.numel() for p in model.parameters())
     print(f"{file}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
-    print(f"  python sample.py {folder}")
-    print(f"  python train_ghmm.py --analyze={folder}")
-    return {"experiment": "ghmm", "step": step, "parameters": count, "out_dir": str(folder)}
+    data = "--toml=my.toml" if system == "state" else "--data=FOLDER"
+    for command in commands:
+        print(" ", command.format(page=system, run=folder, data=data))
+    return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,14 +380,19 @@ def import_ghmm(page, file: Path, folder: Path) -> dict:
 JOBS = {
     "text": (TextConfig, prepare_text),
     "planted": (PlantedConfig, planted),
-    "arxiv": (ArxivConfig, prepare_chunks),
+    "arxiv": (ArxivConfig, arxiv),
     "ergodic": (ErgodicConfig, ergodic),
     "state": (StateConfig, state),
     "cells": (CellsConfig, prepare_cells),
     "inspect": (InspectConfig, inspect),
     "import": (ImportConfig, import_run),
 }
-ALIASES = {"state": {"adata": "input"}, "cells": {"toml_config_path": "toml"}}  # names of the sources
+ALIASES = {  # names of the sources
+    "state": {"adata": "input"},
+    "cells": {"toml_config_path": "toml"},
+    "arxiv": {"output_dir": "out_dir", **dict.fromkeys(("full_dataset", "raw_cache_dir", "dataset", "model",
+                                                        "tokenization_batch_size", "target_split"))},
+}
 EXAMPLES = {  # of the jobs whose first argument is a file
     "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",
     "import": "FILE.pt --out_dir=out/x",
@@ -368,6 +416,9 @@ def main(argv: list[str] | None = None) -> dict:
     if argv[0] == "state" and argv[1:] and re.fullmatch(r"\w+", argv[1]):
         argv = bare_action(argv[1:])
     job, *words = argv
+    if job == "arxiv" and any(word.startswith(("--download_from_s3", "--upload_to_s3")) for word in words):
+        fail("arxiv: folders in S3 are copied first: aws s3 cp --recursive s3://BUCKET/PREFIX data/papers, then python "
+             "prepare_data.py arxiv --input=data/papers")
     if job not in JOBS:
         fail(f"no job {job!r}{closest(job, JOBS)} Jobs: {', '.join(JOBS)}")
     files = []

@@ -12,7 +12,8 @@
 
 ghmm: tokens with their log-probabilities under the true process, and how far the model's predictions are from the
 optimal ones at each position. arxiv: text that goes on from the prompt, with the cross entropy of every token. apelr:
-text and the belief about its plan, which can be read, forced and frozen; a checkpoint of the source will do. state:
+text and the belief about its plan, which can be read, forced and frozen; a checkpoint.pt of the source will do, with
+the defaults of its sampler. state:
 cells, written as h5ad; a .ckpt of the source will do, with --toml. A copy of a page is sampled as what its EXPERIMENT
 says; the page must still be in the folder of this script.
 """
@@ -20,8 +21,9 @@ says; the page must still be in the folder of this script.
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -41,6 +43,7 @@ from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
 from sources import foreign_checkpoints
 from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
+from sources.foreign_apelr import checkpoint_in, is_source_checkpoint, untold
 from sources.h5ad import H5ad, write_h5ad
 from sources.shared import counted
 from sources.tokenizer import Tokenizer, load_tokenizer
@@ -56,21 +59,23 @@ COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key"
 @dataclass
 class Config:
     # sampling
-    num_samples: Count = 4  # sequences of the model, and as many of the process
+    num_samples: Count | None = None  # sequences of the model, and as many of the process; default 4
     length: Count | None = None  # tokens a sequence, prompt included; default the model's n_ctx; apelr: 200 new ones
     max_new_tokens: Count | None = None  # instead of length: tokens to write after the prompt
     prompt: str = ""  # what every sequence begins with: token ids like 0,1,2, or text where the run has a tokenizer
-    temperature: Temperature = 1.0  # divides the logits; 1 samples what the model believes, 0 takes the likeliest token
-    top_k: Count | None = None  # sample from the k likeliest tokens only
+    temperature: Temperature | None = None  # divides the logits; 1, the default, samples what the model believes, 0
+    # ^ takes the likeliest token
+    top_k: Whole | None = None  # sample from the k likeliest tokens only; 0, the default: from all
     # sampling, of apelr
     top_p: Fraction = 1.0  # sample from the fewest tokens that have this share of the probability
     repetition_penalty: Penalty = 1.0  # its logarithm is taken off tokens that the text has already
     no_repeat_ngram_size: Whole = 0  # never write n tokens a second time; 0: do
     # planner, of apelr
-    lookahead_steps: Whole | None = None  # print forecasts of the plan this many chunks ahead; v2 also looks that far
+    lookahead_steps: Whole | None = None  # print forecasts of the plan this many chunks ahead; v2 also looks that far,
+    # ^ by default as far as trained
     lookahead_feedback_scale: Probability | None = None  # v2: share of the forecast in the gate; default as trained
     force_state: int | None = None  # write by this plan alone
-    freeze_planner: bool = False  # v2: the belief stays what the prompt made it
+    freeze_planner: bool = False  # v2: the belief stays what the prompt made it; of a source checkpoint: the prior
     planner_temperature: Positive | None = None  # v2: sharpness of the gate; default as trained
     async_planner: bool = False  # v2: forecasts are computed beside the writing, by a thread; the same text
     show_plan: bool = False  # print the belief under the text, and draw it
@@ -102,6 +107,15 @@ class Config:
         return wrong
 
 
+PLAIN = {"num_samples": 4, "temperature": 1.0, "top_k": 0}  # what is not asked for
+OF_SOURCE = {"num_samples": 1, "temperature": 0.9, "top_k": 40}  # by APEL-R's sampler, of its checkpoints
+
+
+def with_defaults(cfg: Config, defaults: dict) -> Config:
+    """The settings with what is not asked for."""
+    return replace(cfg, **{name: value for name, value in defaults.items() if getattr(cfg, name) is None})
+
+
 def length_of(cfg: Config, prompt_length: int, default: int) -> int:
     """Tokens of a sequence, prompt included."""
     if cfg.max_new_tokens:
@@ -126,9 +140,9 @@ def run_folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def tokenizer_of(path: Path) -> Tokenizer | None:
-    """The tokenizer that lies beside a checkpoint, if there is one."""
-    file = run_folder(path) / "tokenizer.json"
+def tokenizer_of(path: Path, known: str | None = None) -> Tokenizer | None:
+    """The tokenizer that lies beside a checkpoint, if there is one, or that is known to be of it."""
+    file = Path(known) if known else run_folder(path) / "tokenizer.json"
     return load_tokenizer(file) if file.exists() else None
 
 
@@ -144,6 +158,7 @@ def spell(tokens: list[int], tokenizer: Tokenizer | None) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 def sample_ghmm(page: ModuleType, path: Path, cfg: Config) -> dict:
     """Sequences from the model and from the process, each token's true log-probability, and the KL by position."""
+    cfg = with_defaults(cfg, PLAIN)
     run, process, model, step = page.load_run(path, cfg.device)
     run.seed = cfg.seed
     run.precision = "fp32"
@@ -208,6 +223,7 @@ def show_ghmm(result: dict, title: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 def sample_arxiv(page: ModuleType, path: Path, cfg: Config) -> dict:
     """Texts that go on from the prompt, with the model's cross entropy of every token, prompt included."""
+    cfg = with_defaults(cfg, PLAIN)
     run, model, step, extra = page.load_run(path, cfg.device)
     run.seed = cfg.seed
     run.precision = "fp32"
@@ -263,6 +279,8 @@ def show_judged(tokens: list[int], xe: list[float], tokenizer: Tokenizer | None)
 # ---------------------------------------------------------------------------------------------------------------
 V2_ONLY = ("freeze_planner", "planner_temperature", "lookahead_feedback_scale", "async_planner")
 OF_PLANNER = (*V2_ONLY, "force_state", "sweep_states", "show_plan", "lookahead_steps")
+SOURCE_PROMPT = "Once upon a time"  # of APEL-R's sampler
+SOURCE_FORECAST = 2  # chunks ahead that it prints
 SHADES = " .:-=+*#%@"  # a belief of 0 to 1
 STRIP = 100  # tokens in a line of a printed belief
 DRAWN = 96  # tokens of a drawn belief
@@ -273,10 +291,16 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
     run, model, step, extra = page.load_run(path, cfg.device)
     run.seed = cfg.seed
     run.precision = "fp32"
-    tokenizer = tokenizer_of(path)
+    is_source = is_source_checkpoint(path)
+    tokenizer = tokenizer_of(path, extra.get("tokenizer_file"))
     if tokenizer and extra.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
         raise DataError(f"{run_folder(path) / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
     check_planner(run, cfg)
+    cfg = with_defaults(cfg, OF_SOURCE if is_source else PLAIN)
+    if is_source:
+        check_tokenizer(tokenizer, path, extra, cfg)
+        notes = untold(path), source_note(run, getattr(model, "tau", 1.0), cfg)
+        print("\n".join(note for note in notes if note))
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
     plans = run.plans()
     note = f", {plans} plans" if plans > 1 else ""
@@ -286,9 +310,9 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
         states = [None, *range(plans)]  # None: by the belief
     with Runtime(run) as rt:
         model.to(rt.device).eval()
-        for ids in prompts_of(cfg, tokenizer, extra["vocab_size"]):
+        for ids in prompts_of(cfg, tokenizer, extra["vocab_size"], is_source):
             for state in states:
-                written = write_texts(model, run, ids, tokenizer, state, cfg, rt)
+                written = write_texts(model, run, ids, tokenizer, state, cfg, rt, is_source)
                 entries = [entry_of(written, row, ids, tokenizer, state) for row in range(cfg.num_samples)]
                 result["samples"] += entries
                 for entry in entries:
@@ -300,13 +324,49 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
     return result
 
 
-def prompts_of(cfg: Config, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
-    """Token ids of the prompt, or of every line of stdin where that is a pipe and there is no prompt."""
+def check_tokenizer(tokenizer: Tokenizer | None, path: Path, extra: dict, cfg: Config) -> None:
+    """Raises DataError where the prompt of a source checkpoint cannot be read, or only by another tokenizer."""
+    if tokenizer is None and not cfg.prompt.replace(",", "").strip().isdigit():
+        raise DataError(
+            f"the tokenizer of {path} is neither where it says nor beside it: put its tokenizer.json beside it, or "
+            "give token ids as the prompt, like --prompt=1,17,5"
+        )
+    if tokenizer and tokenizer.vocab_size != extra["vocab_size"]:
+        raise DataError(
+            f"{extra['tokenizer_file']} has {tokenizer.vocab_size:,} tokens and {path} knows {extra['vocab_size']:,}: "
+            "put the tokenizer that it was trained with beside it"
+        )
+    if tokenizer and "bos" not in tokenizer.special:
+        raise DataError(f"{extra['tokenizer_file']} has no <bos>, with which APEL-R begins a prompt")
+
+
+def source_note(run, tau: float, cfg: Config) -> str:
+    """What a checkpoint of APEL-R is sampled with: its sampler's defaults, but the planner as it was trained."""
+    note = f"read as APEL-R: temperature {cfg.temperature}, top_k {cfg.top_k}, bos before a prompt of words"
+    if run.version != "v2_planner_required":
+        return note
+    # APEL-R's own sampler has 1 and 2 here, whatever the checkpoint was trained with.
+    if cfg.planner_temperature is None and tau != 1:
+        note += f"; planner_temperature {tau:g} as trained (APEL-R's sampler: 1)"
+    if cfg.lookahead_steps is None and run.lookahead_horizon != SOURCE_FORECAST:
+        note += f"; lookahead_steps {run.lookahead_horizon} as trained (APEL-R's sampler: {SOURCE_FORECAST})"
+    return note
+
+
+def prompts_of(cfg: Config, tokenizer: Tokenizer | None, vocab_size: int, is_source: bool = False) -> list[list[int]]:
+    """Token ids of the prompt, or of every line of stdin where that is a pipe and there is no prompt.
+
+    is_source: begin with bos, and where nothing is given with the prompt of APEL-R's sampler.
+    """
     lines = [cfg.prompt]
     is_piped = sys.stdin is not None and not sys.stdin.isatty()
     if is_piped and not cfg.prompt:
         lines = sys.stdin.read().splitlines()
-    lines = [line for line in lines if line.strip()] or [""]
+    lines = [line for line in lines if line.strip()]
+    if is_source and tokenizer:
+        bos = tokenizer.special["bos"]
+        return [[bos, *tokenizer.encode(line)] for line in lines or [SOURCE_PROMPT]]
+    lines = lines or [""]
     start = [vocab_size - 1]  # planted documents begin with their last token
     if tokenizer:
         for name in ("bos", "eos"):  # eos where it has both
@@ -344,14 +404,18 @@ def write_texts(
     state: int | None,
     cfg: Config,
     rt: Runtime,
+    is_source: bool = False,
 ):
-    """num_samples texts that go on from one prompt, by one plan if there is a state."""
+    """num_samples texts that go on from one prompt, by one plan if there is a state; is_source: as APEL-R writes."""
     tokens = length_of(cfg, len(ids), len(ids) + 200) - len(ids)
     planner = {}
+    forecast_steps = cfg.lookahead_steps or 0
     if run.version != "baseline":
+        if is_source and cfg.lookahead_steps is None:
+            forecast_steps = SOURCE_FORECAST
         planner["tau"] = cfg.planner_temperature
         planner["feedback"] = cfg.lookahead_feedback_scale
-    if run.version == "v2_planner_required" and cfg.lookahead_steps:
+    if run.version == "v2_planner_required" and cfg.lookahead_steps is not None:
         planner["horizon"] = cfg.lookahead_steps
     if state is not None:
         planner["planner_mode"] = "forced_state"
@@ -368,7 +432,9 @@ def write_texts(
         no_repeat_ngram_size=cfg.no_repeat_ngram_size,
         eos_id=tokenizer.special.get("eos") if tokenizer else None,
         frozen=cfg.freeze_planner,
-        forecast_steps=cfg.lookahead_steps or 0,
+        unread=cfg.freeze_planner and is_source,
+        tempers_plans=is_source and run.version == "v1_filtered_mixture",
+        forecast_steps=forecast_steps,
         background=cfg.async_planner,
         head_type=torch.bfloat16 if cfg.precision == "bf16" else None,
         **planner,
@@ -543,6 +609,9 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
             wanted = [name for name in known if name != run.control_pert]
         page.codes_of(wanted, list(known), "perturbation", cfg.adata)
         batches = None
+        if reads_batches and "batches" not in extra:
+            raise InputError(f"{cfg.adata}: this model reads batches, and its checkpoint does not name them: it needs "
+                             "the batch_onehot_map of its run folder beside it")
         if reads_batches:
             codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
             batches = np.array(codes)[controls.batch]
@@ -628,8 +697,8 @@ def refuse_others(cfg: Config, experiment: str) -> None:
 def page_stem(path: Path) -> str:
     """The name of the page that made a run or checkpoint, or that reads it, where it is of a source."""
     stem = checkpoint.experiment_of(path)
-    if not stem and path.is_file():
-        system = foreign_checkpoints.system_of(path)
+    if not stem:
+        system = foreign_checkpoints.system_of(foreign_checkpoints.source_file(path) or path)
         stem = f"train_{system}" if system else ""
     return stem or checkpoint.load(path)["experiment"]  # which says what is wrong with it
 
@@ -677,18 +746,30 @@ def as_one_text(argv: list[str], setting: str) -> list[str]:
     return words
 
 
+def bare_command(argv: list[str]) -> str:
+    """What to type instead of a command line that does not begin with a run folder or checkpoint."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name == "--checkpoint":
+            file = value or "".join(words[i + 1 : i + 2]) or "CHECKPOINT"
+            rest = words[:i] + words[i + (1 if value else 2) :]
+            return f"a checkpoint goes bare, before the options: {shlex.join(['python', 'sample.py', file, *rest])}"
+    return f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}"
+
+
 def main(argv: list[str] | None = None) -> dict:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         configure(Config, ["--help"])
     if argv[0].startswith("-"):
-        fail(f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}")
+        fail(bare_command(argv))
     cfg = configure(Config, as_one_text(argv[1:], "perturbations"))
     if cfg.json:
         target = Path(cfg.json)
         if target.is_dir() or not target.resolve().parent.is_dir():
             fail(f"json = {cfg.json}: not a file in a folder that exists")
-    path = Path(argv[0])
+    path = checkpoint_in(Path(argv[0]))
     with clear_errors():
         stem = page_stem(path)
         page = import_page(stem, path)

@@ -10,6 +10,7 @@ the loss is a likelihood, and on planted data both loss and plan have a known op
     python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 2 minutes
     python train_apelr.py config/v2_fast.py           # TinyStories on one GPU, after prepare_data.py text
     torchrun --nproc_per_node=8 train_apelr.py config/v2_fast.py
+    python train_apelr.py theirs.yaml                 # a file of APEL-R: what it leaves out has the defaults of there
     python sample.py out/apelr --prompt="The" --sweep_states
 
 Versions: v1_filtered_mixture (one head fed by state and plan), v2_planner_required (K expert heads, no shared one),
@@ -40,6 +41,7 @@ from configurator import (
     Fraction,
     NonNegative,
     Positive,
+    Probability,
     Share,
     Whole,
     config_dict,
@@ -52,12 +54,16 @@ from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
 from kernels.token_terms import check_terms, chunk_bow, chunk_targets, recent_tokens, repetition
 from measure import compare_baseline, plans
-from measure.plans import entropy
+from measure.plans import entropy, kl_to_uniform
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
-from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint
+from sources.foreign_apelr import ALIASES, checkpoint_in, convert, fill, is_source_checkpoint, known_beside
+from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
+from sources.foreign_plans import commit_source, cross_source, start_as_source
+from sources.foreign_transformer import TransformerLM, plain_head
+from sources.prepared import check_prepared
 from sources.shared import make_once
 from sources.text import prepare_text
 
@@ -74,20 +80,25 @@ HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nat
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
-    resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
+    resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint,
+    # ^ ours or the source's
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     compare_baseline: bool = False  # first train a baseline of equal size on the same batches, in out_dir/baseline
-    init_from: str = ""  # weights to start from: a checkpoint of this repository or of the source
+    init_from: str = ""  # weights to start from, with their sizes: a checkpoint of this repository or of the source
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
     # data
     data: str = OFFLINE  # folder of train.bin, val.bin and meta.json, by prepare_data.py text or planted
+    prepare: dict | None = None  # settings of prepare_data.py text that must have made it; checked at the start
     seq_len: Count = 128  # tokens predicted in a window, L
     # model
-    version: Literal["v1_filtered_mixture", "v2_planner_required", "baseline"] = "v2_planner_required"
-    backbone: Literal["gru", "transformer"] = "gru"
+    version: Literal["v1_filtered_mixture", "v2_planner_required", "baseline", "transformer_lm"] = "v2_planner_required"
+    backbone: Literal["transformer_lm"] | Literal["gru", "transformer"] = "gru"  # transformer_lm: the source's,
+    # ^ with learned positions; version=transformer_lm is baseline with it
     n_layers: Count = 2
     d_model: Count = 128  # H
-    n_heads: Count = 4  # of backbone=transformer
+    n_heads: Count = 4  # of a transformer
+    d_ff: Count | None = None  # of a transformer, width of its MLP; default 4 * d_model
+    max_seq_len: Count = 1_024  # of backbone=transformer_lm: tokens that it has positions for
     dropout: Share = 0.0
     vocab_size: Count | None = None  # default that of the data
     token_dim: Count = 96  # of token embeddings
@@ -96,7 +107,7 @@ class Config:
     experts: Literal["full", "bias"] = "full"  # of v2. full: K heads | bias: one head and K vocabulary biases
     chunk_size: Count = 16  # tokens that share a plan, C
     fusion_dim: Count = 128  # of v1: where state and plan meet
-    compat: Literal["", "source"] = ""  # source: boundary, lookahead feedback and repetition window as the source has
+    compat: Literal["", "source"] = ""  # source: boundary, lookahead, repetition, samples, start, decay as it has them
     boundary: Literal["iohmm", "source"] | None = None  # iohmm: exact, default | source: bias after the transition
     planner_context_scale: float = 1.0  # weight of the text in a transition
     planner_self_bias: float | None = None  # initial logit of staying in a plan; default 1.5 (v1), 1.8 (v2)
@@ -107,7 +118,7 @@ class Config:
     lookahead_horizon: Whole = 2  # plans ahead that are mixed into the gate, S
     lookahead_feedback_scale: NonNegative | None = None  # a, their share; default 0 (exact), 0.25 with compat=source
     # loss
-    entropy_reg_weight: NonNegative = 0.0  # v1: entropy of the belief; v2: boundary_entropy, if loss_weights lacks it
+    entropy_reg_weight: float = 0.0  # v1: entropy of the belief; v2: boundary_entropy, if loss_weights lacks it
     usage_balance_weight: NonNegative | None = None  # KL(mean belief || uniform); v2: as entropy_reg_weight
     chunk_bow_weight: NonNegative = 0.0  # v1: bag of words of the chunk under the plan believed at its start
     chunk_bow_warmup_steps: Whole = 0  # linear warm-up of chunk_bow_weight
@@ -123,12 +134,16 @@ class Config:
     # commitment (v2)
     plan_commitment: Literal["soft", "gumbel_st"] = "soft"  # gumbel_st: a straight-through sample at each chunk's start
     commitment_warmup_steps: Whole = 0  # soft until then
-    commitment_ramp_steps: Whole = 0  # then the sample's share grows to 1
+    commitment_ramp_steps: Whole = 0  # then the sample's share grows, in so many steps to 1
+    commitment_max_hard_fraction: Probability = 1.0  # but no further than this
     plan_temperature_start: Positive | None = None  # tau over training, linear; default planner_temperature
-    plan_temperature_end: Positive | None = None
+    plan_temperature_end: Positive | None = None  # and of evaluations
     # optimizer
     batch_size: Count | Literal["auto"] = 16  # windows a step, over all ranks and micro-steps; auto: what fits a GPU
     cpu_batch_size: Count = 16  # of batch_size=auto without a GPU
+    batch_size_min: Count = 1  # of batch_size=auto on a GPU, windows of a rank's micro-step
+    batch_size_cap: Count = 4_096
+    batch_size_safety: Fraction = 0.85  # share of the GPU's memory that it may fill
     grad_accum: Count = 1  # micro-steps a step
     lr: NonNegative = 8e-3  # peak learning rate of AdamW
     min_lr: NonNegative | None = None  # what cosine ends at; default lr / 10
@@ -142,7 +157,7 @@ class Config:
     # evaluation
     eval_interval: Count = 200  # steps between evaluations
     log_interval: Count = 20  # steps between log lines
-    save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
+    save_interval: Whole | None = None  # steps between saves of last.pt; default, and 0: eval_interval
     keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
     eval_batches: Count = 8  # validation batches of 16 windows during training
     final_eval_batches: Count = 64  # and at the end
@@ -157,6 +172,9 @@ class Config:
     tensorboard: bool = False  # log to TensorBoard
 
     def __post_init__(self):
+        if self.version == "transformer_lm":
+            self.version = "baseline"
+            self.backbone = "transformer_lm"
         if self.min_lr is None:
             self.min_lr = 0.1 * self.lr
         # Weights that are given are all there are; a weight beside them adds what they lack (see weights).
@@ -295,8 +313,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(H, 3 * H)
         self.out = nn.Linear(H, H)
         self.mlp_norm = nn.LayerNorm(H)
-        self.mlp_in = nn.Linear(H, 4 * H)
-        self.mlp_out = nn.Linear(4 * H, H)
+        self.mlp_in = nn.Linear(H, cfg.d_ff or 4 * H)
+        self.mlp_out = nn.Linear(cfg.d_ff or 4 * H, H)
 
     def forward(self, x: Tensor, angle: Tensor, past: tuple | None):
         """(x [B, L, H], (keys, values)); past: keys and values of the tokens before, where L is 1."""
@@ -356,6 +374,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 BACKBONES = {"gru": GRU, "transformer": Transformer}
+BACKBONES["transformer_lm"] = TransformerLM  # the source's own, for what it trained
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -465,12 +484,6 @@ def cross_iohmm(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
     return torch.logsumexp(belief[:, :, None] + log_P, 1)
 
 
-def cross_source(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
-    """softmax(log(b P) + g), the source's rule: it renormalises over all plans at once, as no chain does."""
-    log_bP = torch.logsumexp(belief[:, :, None] + F.log_softmax(transition, 1), 1)
-    return F.log_softmax(log_bP + context, 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------
@@ -550,6 +563,7 @@ class Planner(Baseline):
         self.planner_transition_logits = nn.Parameter(stay * torch.eye(K))
         self.rule = cross_iohmm if cfg.boundary_rule() == "iohmm" else cross_source
         self.offset = 0  # y_t is in chunk (t + offset) // C
+        self.tau, _ = commitment(cfg.max_steps, cfg)  # of evaluation and writing: where the schedule ends
 
     def filter(
         self,
@@ -569,7 +583,7 @@ class Planner(Baseline):
         """
         cfg = self.cfg
         C = cfg.chunk_size
-        tau = tau or cfg.planner_temperature
+        tau = tau or self.tau
         fixed = self.fixed_belief(planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
@@ -665,6 +679,8 @@ class Planner(Baseline):
         """What a chunk works with, given the log belief [B, K] at its start."""
         if not hard_fraction:
             return belief
+        if self.cfg.compat:
+            return commit_source(belief, tau, hard_fraction)
         # Straight-through sample: one plan going forward, the softmax of (log b + Gumbel noise) / tau going back.
         sample = F.gumbel_softmax(belief.float(), tau, hard=True, dim=1).to(belief)
         mixed = hard_fraction * sample + (1 - hard_fraction) * belief.exp()
@@ -848,7 +864,7 @@ class PlannerRequired(Planner):
             values["usage_balance"] = kl_to_uniform(state.exp().mean((0, 1)))
         # future_contrastive = InfoNCE: the chunk's plan tells its own future chunks from those of the batch
         if "future_contrastive" in terms:
-            values["future_contrastive"] = self.future_contrastive(h, state)
+            values["future_contrastive"] = self.future_contrastive(h, state, tau)
         # plan_js_div = mean over t and pairs i < j of JS(p_{t,i}, p_{t,j}): large where experts predict otherwise
         if "plan_js_div" in terms:
             x = self.experts.inputs(h.flatten(0, 1)[self.aux_rows(h)])
@@ -858,8 +874,11 @@ class PlannerRequired(Planner):
             values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
         return values | plans.usage_metrics(state)
 
-    def future_contrastive(self, h: Tensor, state: Tensor) -> Tensor:
+    def future_contrastive(self, h: Tensor, state: Tensor, tau: float | None = None) -> Tensor:
         """InfoNCE (van den Oord et al. 2018) over the batch, of plan vectors and the chunks d = 1, 2, ... ahead."""
+        # The source's older v2 has a temperature that no schedule moves.
+        if tau is None or not self.cfg.carry_posterior:
+            tau = self.cfg.planner_temperature
         with torch.autocast(h.device.type, enabled=False):
             means = self.chunk_means(h)
             n = means.shape[1]
@@ -871,7 +890,7 @@ class PlannerRequired(Planner):
                 anchor = plan[:, :-d].flatten(0, 1)
                 positive = future[:, d:].flatten(0, 1)
                 # Scores [B (n - d), B (n - d)]: a chunk's own future is on the diagonal, all others are negatives.
-                scores = anchor @ positive.t() / self.cfg.planner_temperature
+                scores = anchor @ positive.t() / tau
                 terms.append(-scores.log_softmax(1).diagonal().mean())
         return torch.stack(terms).mean() if terms else h.new_zeros(())
 
@@ -883,31 +902,35 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
         raise ValueError("build_model needs cfg.vocab_size, or the vocabulary of the data")
     # The one place where a model asks which version it is: what a version does is in its class.
     if cfg.version == "baseline":
-        return Baseline(cfg, V, LinearExperts)
-    if cfg.version == "v1_filtered_mixture":
-        return FilteredMixture(cfg, V, TanhExperts)
-    return PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
+        model = Baseline(cfg, V, LinearExperts)
+    elif cfg.version == "v1_filtered_mixture":
+        model = FilteredMixture(cfg, V, TanhExperts)
+    else:
+        model = PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
+    if cfg.backbone == "transformer_lm":
+        plain_head(model)
+    elif cfg.compat:
+        start_as_source(model, HEAD_GAIN)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loss
 # ---------------------------------------------------------------------------------------------------------------
-def kl_to_uniform(p: Tensor) -> Tensor:
-    """KL(p || uniform) in nats, p [K]."""
-    return math.log(len(p)) - entropy(p.clamp_min(torch.finfo(p.dtype).tiny).log())
-
-
 def commitment(step: int, cfg: Config) -> tuple[float, float]:
     """(tau, hard fraction) of a training step."""
     # Temperature: a straight line over the run.
     first = cfg.plan_temperature_start or cfg.planner_temperature
     last = cfg.plan_temperature_end or first
     tau = first + (last - first) * min(1.0, step / max(1, cfg.max_steps - 1))
-    # Hard fraction: 0 during the warm-up, then a ramp to 1.
+    # Hard fraction: 0 during the warm-up, then a ramp.
     done = step - cfg.commitment_warmup_steps
     if cfg.plan_commitment == "soft" or done < 0:
         return tau, 0.0
-    return tau, min(1.0, done / cfg.commitment_ramp_steps) if cfg.commitment_ramp_steps else 1.0
+    ramped = done / cfg.commitment_ramp_steps if cfg.commitment_ramp_steps else 1.0
+    # The source samples from the ramp's first step on, when no share of the sample is hard yet.
+    least = 1e-9 if cfg.compat else 0.0
+    return tau, max(least, min(cfg.commitment_max_hard_fraction, ramped))
 
 
 def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Config) -> dict[str, Tensor]:
@@ -929,14 +952,15 @@ def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Co
 
 
 def parameter_groups(model: Baseline, cfg: Config) -> list[dict]:
-    """Matrices decay; biases, norms and the planner's own logits do not."""
+    """Matrices decay; biases, norms and the planner's own logits do not, unless compat=source."""
     matrices = []
     others = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # Decay would pull transitions towards even ones and biases towards even words: a prior that nobody asked for.
-        if parameter.ndim < 2 or name.endswith(("bias", "_logits")):
+        # Decay would pull transitions towards even ones and biases towards even words: a prior that nobody asked for,
+        # and that the source has.
+        if not cfg.compat and (parameter.ndim < 2 or name.endswith(("bias", "_logits"))):
             others.append(parameter)
         else:
             matrices.append(parameter)
@@ -956,9 +980,6 @@ def trial(model: Baseline, windows: int, rt: Runtime, cfg: Config) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
-SHOWN = ("val_nll", "val_ppl", "plan_gain", "planner_mask_delta_loss", "oracle_nll", "plan_nmi")
-
-
 @torch.no_grad()
 def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, cfg: Config, batch: int = 16) -> dict:
     """Losses on validation windows in nats a token, and what the plan is worth. Collective: ranks share the windows.
@@ -1031,14 +1052,14 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     Raises InputError (bad input, before anything is written) and FloatingPointError (the loss).
     """
     began = time.perf_counter()
+    cfg, source = to_go_on(cfg)  # a checkpoint of the source, whose sizes, weights, step and AdamW this run takes over
     if cfg.compare_baseline and not (rehearsal_only or beside):
         return compare_baseline.train_beside(cfg, train, build_model)
     folder = checkpoint.local_folder(cfg.out_dir)
-    # A checkpoint of the source has weights to start from, but no state of ours to go on with.
-    if is_source_checkpoint(cfg.resume):
-        cfg.init_from, cfg.resume = cfg.resume, "auto"
     with Runtime(cfg) as rt:
+        cfg, weights = start_from(cfg, Config(), rt.is_main)
         rt.divide(cfg.batch_size, cfg.grad_accum)
+        check_prepared(cfg.data, cfg.prepare)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
         path, state, changes = checkpoint.start_from(
@@ -1048,8 +1069,8 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
             return summary
         model = build_model(cfg, corpus.vocab_size)
-        if cfg.init_from and not state:
-            start_from_weights(model, cfg)
+        if not state:
+            put_in(model, weights, cfg, corpus)
         model.to(rt.device)
         # Before step 0: whatever the end of the run asks of an edited copy fails now.
         rehearse(model, corpus, rt, cfg)
@@ -1059,11 +1080,13 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         best = math.inf
         batch_size = cfg.batch_size
         if state:
-            same_tokenizer(state["extra"], corpus, path)
+            corpus.same_tokenizer(state["extra"], path)
             step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
             if batch_size == "auto":
                 batch_size = extra["batch_size"]
         else:
+            if source:
+                step, resumed = go_on(source, corpus, model, optimizer, cfg.max_steps)
             if batch_size == "auto":
                 batch_size = fitting_batch_size(rt, model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
@@ -1090,6 +1113,8 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             log.say(plans.describe(model, corpus, batch_size, DEMO_WEIGHTS))
             if state:
                 log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+            elif source:
+                log.say(resumed)
             meter.start(step)
             while step < cfg.max_steps:
                 tokens = batches(step)  # [B, L + 1]
@@ -1124,8 +1149,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                     improved = metrics["val_nll"] < best
                     best = min(best, metrics["val_nll"])
                     log.metrics(step, "eval", metrics)
-                    shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name) is not None]
-                    log.say(" | ".join([f"step {step:>6} eval", *shown]) + (" *" if improved else ""))
+                    log.say(plans.evaluation_line(step, metrics) + (" *" if improved else ""))
                     if cfg.preview_tokens and rt.is_main:
                         log.say("  " + preview(model, corpus, rt, cfg.preview_tokens))
                 if due.saves or improved:
@@ -1164,7 +1188,8 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
     """
     if is_source_checkpoint(path):
         model = load_source_checkpoint(path, Config(device=device))
-        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size}
+        extra = {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
+        return model.cfg, model, convert(path)[2], extra
     state = checkpoint.load(checkpoint.best_of(path), __file__)
     cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
     model = build_model(cfg, state["extra"]["vocab_size"])
@@ -1185,24 +1210,9 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     return model.eval()
 
 
-def start_from_weights(model: Baseline, cfg: Config) -> None:
-    """Weights of cfg.init_from, by any page or by the source; raises CheckpointError where they do not fit."""
-    path = cfg.init_from
-    if is_source_checkpoint(path):
-        weights = load_source_checkpoint(path).state_dict()
-    else:
-        weights = checkpoint.load(checkpoint.best_of(path))["model"]
-    checkpoint.load_weights(model, weights, path)
-
-
-def same_tokenizer(extra: dict, corpus: Corpus, path: Path) -> None:
-    if extra.get("tokenizer_hash", corpus.tokenizer_hash) != corpus.tokenizer_hash:
-        raise DataError(f"{path} was trained with another tokenizer than {corpus.name} has")
-
-
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = checkpoint_in(Path(cfg.analyze))
     default = Config()
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.
@@ -1212,7 +1222,7 @@ def analyze(cfg: Config) -> dict:
             setattr(saved, name, asked)
     with Runtime(saved) as rt:
         corpus = open_data(saved)
-        same_tokenizer(extra, corpus, path)
+        corpus.same_tokenizer(extra, path)
         checkpoint.same_data(extra, {saved.data: corpus.fingerprint}, path)
         folder = checkpoint.analysis_of(path)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)

@@ -38,7 +38,6 @@ from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_j
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
-    Derived,
     NonNegative,
     Share,
     Whole,
@@ -65,12 +64,11 @@ from measure.curves import (
 )
 from measure.report import make_report, plan_study, row_key, row_sentence, run_count, run_name, training_facts
 from measure.speed import matmul_rate
-from sources.chunks import train_and_validation
+from sources.chunks import copy_tokenizer, train_and_validation, whole_documents
 from sources.ergodic import ergodic
 from sources.foreign import ICL
-from sources.foreign_arxiv import without_last_position
+from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
 from sources.shared import closest, counted, counter_rng, make_once, quoted
-from sources.tokenizer import copy_tokenizer
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/ergodic"  # made when it is missing
@@ -87,7 +85,8 @@ class Config:
     study_seeds: list[Whole] = field(default_factory=list)  # seeds of each run of a study; default seed alone
     report: str = ""  # folder of runs to report on instead of training
     # data
-    data: str = SYNTHETIC  # folder of train.h5 and validation.h5, by prepare_data.py arxiv or ergodic
+    data: str = SYNTHETIC  # folder of train.h5 and validation.h5, by prepare_data.py arxiv or ergodic; or one of them
+    validation_data: str = ""  # file of validation chunks, where it is not beside the other
     categories: list[str] | None = None  # what to train on, K names; default all in the file. Others count as unseen
     budget: Literal["constant", "tokens", "proportional"] = "constant"  # constant: smallest category / K chunks of each
     budget_tokens: Count | None = None  # of budget=tokens: all categories together
@@ -100,23 +99,27 @@ class Config:
     n_heads: Count = 2
     d_mlp: Count = 256
     dropout: Share = 0.0
+    init: Literal["waves", "normal"] = "waves"  # positions start as sinusoids, writes to the stream small | all alike
     # optimizer
     batch_size: Count = 32  # chunks a step, over all ranks and micro-steps
     grad_accum: Count = 1  # micro-steps a step
     lr: NonNegative = 4e-3  # peak learning rate of AdamW
     min_lr: NonNegative | None = None  # what cosine ends at; default lr / 10
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    schedule_over: Literal["steps", "epochs"] = "steps"  # epochs: as if max_steps did not stop it before their end
     warmup_steps: Whole = 100  # linear warm-up
     epochs: Count = 4  # passes over the training chunks
     max_steps: Count | None = None  # optimizer steps; default as the epochs have
-    weight_decay: NonNegative = 0.1  # of matrices, not of norms and biases
+    weight_decay: NonNegative = 0.1
+    decay: Literal["matrices", "all"] = "matrices"  # what decays; all: norms and biases too
     beta1: Share = 0.9
     beta2: Share = 0.95
     grad_clip: NonNegative = 1.0  # largest gradient norm; 0 does not clip
     patience: Whole | None = None  # evaluations without improvement to stop after; 0: never; default 10, in a study 0
     min_delta: NonNegative = 1e-3  # improvement in nats that counts
     # evaluation
-    eval_interval: Count | None = None  # steps between evaluations; default an epoch
+    eval_interval: Count | None = None  # steps between evaluations; default eval_epochs
+    eval_epochs: Count = 1  # epochs between evaluations
     log_interval: Count = 50  # steps between log lines
     save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
     keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
@@ -132,6 +135,7 @@ class Config:
     wandb_project: str = ""
     wandb_entity: str = ""
     tensorboard: bool = False  # log to TensorBoard
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"  # DEBUG: every step, all settings
 
     def __post_init__(self):
         if self.min_lr is None:
@@ -150,16 +154,6 @@ class Config:
         if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):
             wrong.append(f"categories = {self.categories}: name at least one, and each once")
         return wrong
-
-
-ALIASES = {  # names of the source's settings, and those that older runs were saved with
-    "learning_rate": "lr", "n_layer": "n_layers", "n_head": "n_heads", "n_embd": "d_model", "d_ff": "d_mlp",
-    "num_epochs": "epochs", "max_global_steps": "max_steps", "warmup": "warmup_steps", "adam_beta1": "beta1",
-    "adam_beta2": "beta2", "gradient_accumulation_steps": "grad_accum", "grad_accum_steps": "grad_accum",
-    "selected_categories": "categories", "early_stopping_patience": "patience", "max_grad_norm": "grad_clip",
-    "lr_schedule": "schedule", "output_dir": "out_dir",
-    "min_lr_ratio": Derived("min_lr", lambda ratio, settings: round(ratio * settings["lr"], 12)),
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,12 +190,11 @@ class Chunks:
         return np.flatnonzero(self.codes == self.code(name))
 
 
-def open_data(cfg: Config) -> tuple[Chunks, Chunks]:
-    """(train, validation); the synthetic default is made where it is missing."""
-    folder = Path(cfg.data)
+def open_data(cfg: Config, vocab_size: int = 0) -> tuple[Chunks, Chunks]:
+    """(train, validation); the synthetic default is made where it is missing. vocab_size: the least, if known."""
     if cfg.data == SYNTHETIC:
-        make_once(folder / "validation.h5", lambda: ergodic(out_dir=cfg.data))
-    train, validation = train_and_validation(folder)
+        make_once(Path(cfg.data) / "validation.h5", lambda: ergodic(out_dir=cfg.data))
+    train, validation = train_and_validation(cfg.data, cfg.validation_data, vocab_size)
     return Chunks(**train), Chunks(**validation)
 
 
@@ -251,13 +244,6 @@ def training_rows(train: Chunks, active: list[str], cfg: Config) -> np.ndarray:
             rows = whole_documents(rows, train.documents, rng) if cfg.random_windows else rng.permutation(rows)
         chosen.append(rows[:share])
     return np.sort(np.concatenate(chosen))
-
-
-def whole_documents(rows: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The rows, document after document in random order, those of each document in theirs."""
-    names, place = np.unique(documents[rows], return_inverse=True)
-    rank = rng.permutation(len(names))  # of each document
-    return rows[np.argsort(rank[place], kind="stable")]
 
 
 class Batches:
@@ -377,8 +363,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
                 # What writes to the stream shrinks with depth, as in GPT-2: the sum of 2 L writes keeps its size.
-                writes = 2 * cfg.n_layers if "_out" in name else 1
+                writes = 2 * cfg.n_layers if "_out" in name and cfg.init == "waves" else 1
                 nn.init.normal_(parameter, std=0.02 * writes**-0.5)
+        if cfg.init == "normal":
+            return
         # Learned positions that start as sinusoids (Vaswani et al. 2017), larger than tokens: "k tokens ago" is then
         # one linear map from the first step on. Random ones must find it for each position by itself, and the last,
         # which no later token attends to, lags behind: 2.8% above the optimum on synthetic data, not 0.7%.
@@ -418,11 +406,12 @@ def build_model(cfg: Config, vocab_size: int, n_ctx: int) -> nn.Module:
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
-    """Matrices decay; norms, biases and other vectors do not."""
+    """Matrices decay; norms, biases and other vectors do not, unless all are to."""
     # A norm or a bias has one number a channel: little to overfit with, and nothing gained by shrinking it.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    rest = cfg.weight_decay if cfg.decay == "all" else 0.0
+    return [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": rest}]
 
 
 def flops_per_token(model: nn.Module, cfg: Config, n_ctx: int) -> float:
@@ -622,8 +611,14 @@ def train(cfg: Config) -> dict:
 
         # Steps follow from the epochs. An epoch is as long for every K: the budget is.
         epoch_steps = math.ceil(len(rows) / cfg.batch_size)
-        max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
-        eval_interval = cfg.eval_interval or epoch_steps
+        all_steps = math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
+        max_steps = cfg.max_steps or all_steps
+        # What the learning rate falls over, and its warm-up.
+        fall, pace = max_steps, cfg
+        if cfg.schedule_over == "epochs":
+            fall, pace = all_steps, replace(cfg, warmup_steps=min(cfg.warmup_steps, all_steps))
+        eval_interval = cfg.eval_interval or cfg.eval_epochs * epoch_steps
+        log_interval = 1 if cfg.log_level == "DEBUG" else cfg.log_interval
         # Evaluations during training see the first chunks of each category alone, for speed.
         codes = [validation.code(name) for name in active]
         watched = np.concatenate([validation.rows(name)[: cfg.eval_chunks] for name in active])
@@ -651,7 +646,7 @@ def train(cfg: Config) -> dict:
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
-                copy_tokenizer(Path(cfg.data), folder)  # now: an interrupted run can be prompted too
+                copy_tokenizer(cfg.data, folder)  # now: an interrupted run can be prompted too
                 # Those of an earlier run: like summary.json they are there when the run has ended, and only then.
                 (folder / "results.json").unlink(missing_ok=True)
             log.say(rt.describe())
@@ -664,14 +659,14 @@ def train(cfg: Config) -> dict:
             meter.start(step)
             while step < max_steps and not progress.ended:
                 tokens = batches(step)  # [B / ranks, n]
-                lr = learning_rate(step, cfg, max_steps)
+                lr = learning_rate(step, pace, fall)
                 loss = train_step(trained, tokens, rt, cfg)
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)
                 step += 1
                 meter.check(step, loss)  # on the device, like the means: nobody waits
                 meter.add({"loss": loss})
                 log.progress(step)
-                due = rt.due(step, max_steps, cfg.log_interval, eval_interval, cfg.save_interval)
+                due = rt.due(step, max_steps, log_interval, eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
 
@@ -726,11 +721,14 @@ def train(cfg: Config) -> dict:
 # Runs again: load, analyze, study, report
 # ---------------------------------------------------------------------------------------------------------------
 def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, dict]:
-    """(settings, model, steps done, extra state) of a run folder or checkpoint. Raises CheckpointError."""
+    """(settings, model, steps done, extra state) of a run folder or checkpoint, also the source's.
+
+    Raises CheckpointError.
+    """
     path = Path(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
-    state = without_last_position(checkpoint.load(path, __file__), path)
+    state = source_checkpoint(path, ICL[0].defaults) or without_last_position(checkpoint.load(path, __file__), path)
     cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
     extra = state["extra"]
@@ -744,11 +742,11 @@ def analyze(cfg: Config) -> dict:
     path = Path(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device)
-    for name in ("precision", "bootstrap", "probe", "data"):  # what may differ from the run, if asked to
+    for name in ("precision", "bootstrap", "probe", "data", "validation_data"):  # may differ from the run, if asked to
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
-        chunks, validation = open_data(saved)
+        chunks, validation = open_data(saved, extra["vocab_size"])
         data = {saved.data: chunks.fingerprint + validation.fingerprint}
         checkpoint.same_data(extra, data, path)
         if (validation.vocab_size, validation.n_ctx) != (extra["vocab_size"], extra["n_ctx"]):

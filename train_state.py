@@ -52,16 +52,9 @@ from sources.cell_sets import choose, codes_of, control_pools, known_perturbatio
 from sources.cells import Cells, open_cells
 from sources.foreign import STATE
 from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
-from sources.foreign_state import (
-    SHAPE,
-    convert,
-    convert_whole,
-    load_parts,
-    load_source_state_dict,
-    translate,
-    write_maps,
-    write_source_files,
-)
+from sources.foreign_checkpoints import source_file
+from sources.foreign_state import SHAPE, load_parts, load_source_state_dict, translate
+from sources.foreign_state_files import convert, convert_whole, unlike_smolstate, write_maps, write_source_files
 from sources.foreign_state_settings import ALIASES, command, from_the_source
 from sources.populations import synthetic
 from sources.shared import counted, counter_rng, make_once
@@ -78,7 +71,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
-    source_files: bool = False  # also write the file names of the source: final.ckpt, var_dims.pkl, *_onehot_map.torch
+    source_files: bool | Literal["state", "smolstate"] = False  # also write the run as arc-state (true) or SmolState do
     # data
     toml_config_path: str | None = SYNTHETIC  # or --toml: which cells train, validate and test
     strict: bool = True  # false: where the source has a trap, do as it does and warn
@@ -129,7 +122,7 @@ class Config:
     mask_attn: bool = False  # each cell sees only itself
     compat_relu: bool = False  # clip embeddings at 0 without a decoder, as the source does
     freeze_pert_backbone: bool = False  # train neither the transformer nor project_out
-    init_from: str | None = None  # checkpoint to start from, ours or the source's; its sizes are taken over
+    init_from: str | None = None  # run or checkpoint to start from, ours or the source's; its sizes are taken over
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a source checkpoint
     # gene decoder, from embedding to genes
     gene_decoder_bool: bool | None = None  # default: where there are counts to learn from
@@ -203,6 +196,8 @@ class Config:
         widths = self.decoder_hidden_dims
         if self.residual_decoder and widths[: len(widths) // 2 * 2 : 2] != widths[1::2]:
             wrong.append(f"residual_decoder needs hidden layers of equal width in pairs, not {widths}")
+        if self.source_files == "smolstate":
+            wrong += unlike_smolstate(self)
         if not self.toml_config_path:
             wrong.append("toml_config_path is empty: name the TOML of your data, or leave it out for synthetic cells")
         return wrong
@@ -895,15 +890,13 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
 def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     """For init_from: (cfg with the shape of that checkpoint, its weights). Raises CheckpointError."""
     path = Path(cfg.init_from)
-    path = path / "best.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise CheckpointError(f"init_from = {cfg.init_from}: there is no checkpoint {path}")
-    # Ours, of this page or of a copy, or the source's. Only what decides the shape is taken over from its settings.
-    if checkpoint.experiment_of(path):
-        state = checkpoint.load(path)
-        weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
+    source = source_file(path)
+    # The source's, or ours, of this page or of a copy. Only what decides the shape is taken over from its settings.
+    if source:
+        saved, weights, *_ = convert(source, cfg.source_attention)
     else:
-        saved, weights, *_ = convert(path, cfg.source_attention)
+        state = checkpoint.load(checkpoint.best_of(path))
+        weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
     taken = {name: saved[name] for name in SHAPE if name in saved and saved[name] != getattr(cfg, name)}
     if taken:
         print(f"note: taken over from {path}: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
@@ -1127,8 +1120,9 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
     attention: of a source checkpoint, see foreign_state.translate. Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_file() and not checkpoint.experiment_of(path):
-        return load_source_run(path, device, attention)
+    source = source_file(path)
+    if source:
+        return load_source_run(source, device, attention)
     # What a run was measured with: its best weights, or the last where nothing validated.
     folder = path if path.is_dir() else path.parent
     state = checkpoint.load(checkpoint.best_of(path), __file__)
@@ -1144,19 +1138,21 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
 
 
 def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn.Module, int, dict]:
-    """The same of a .ckpt of the source; its perturbations mean what pert_onehot_map.pt of its run folder says."""
-    settings, weights, step, dims = convert_whole(path, attention)
+    """The same of a .ckpt of the source; what its numbers mean is in the files of its run folder."""
+    settings, weights, step, known = convert_whole(path, attention)
     try:
         cfg = Config(device=device, **settings)
-        model = build_model(cfg, dims)
+        model = build_model(cfg, known["dims"])
     except (TypeError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
     load_source_state_dict(model, weights)
-    return cfg, model, step, {"dims": dims}  # no names: its folder's pert_onehot_map.pt has those of perturbations
+    return cfg, model, step, known
 
 
 def open_run_data(cfg: Config, extra: dict) -> Cells:
     """The cells of a run's settings, with the run's numbers for perturbations and batches, whatever its TOML."""
+    if not cfg.toml_config_path:
+        raise DataError("this checkpoint does not say which cells it is of: name your TOML, --toml=my.toml")
     cells = open_data(cfg)
     checkpoint.same_data(extra, {cfg.toml_config_path: cells.fingerprint}, Path(cfg.out_dir))
     return renumber(cells, extra, not cfg.perturbation_features_file, cfg.batch_encoder)

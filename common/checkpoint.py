@@ -19,7 +19,7 @@ from common.runtime import Meter, Runtime
 
 FORMAT_VERSION = 1
 # Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval",
+NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval", "log_level",
                "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")

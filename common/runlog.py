@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.errors import leave
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 
 
@@ -34,10 +36,12 @@ class RunLog:
     def __init__(self, rt, cfg, config: dict, folder: Path, script: str, start_step: int, max_steps: int):
         self.active, self.folder, self.began = rt.is_main, folder, time.perf_counter()
         self.bar = self.board = self.wandb = None
+        self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
         if not self.active:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
-        self.wandb = _optional("wandb", "wandb") if cfg.wandb else None
+        off = _dotenv("WANDB_MODE") == "disabled"  # whatever the settings say
+        self.wandb = _optional("wandb", "wandb") if cfg.wandb and not off else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -55,13 +59,21 @@ class RunLog:
             known = name.read_text() if start_step and name.exists() else None
             project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or Path(script).stem
             entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
-            mode = cfg.wandb if isinstance(cfg.wandb, str) else None
+            for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):  # what the package reads itself
+                if _dotenv(variable):
+                    os.environ[variable] = _dotenv(variable)
+            mode = cfg.wandb if isinstance(cfg.wandb, str) else None  # else as WANDB_MODE says
             run = self.wandb.init(project=project, entity=entity, mode=mode, config=config, dir=str(folder), id=known,
                                   resume="allow")
             name.write_text(run.id)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
                         mininterval=0.5, leave=False)
+
+        if cfg.wandb and off:
+            self.say("W&B is off: WANDB_MODE=disabled")
+        for name, value in config.items():
+            self.say(f"  {name} = {value!r}", "DEBUG")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -79,9 +91,9 @@ class RunLog:
         if self.wandb:
             self.wandb.finish(exit_code=int(error is not None))
 
-    def say(self, text: str) -> None:
-        """A line for the console and train.log."""
-        if self.active:
+    def say(self, text: str, level: str = "INFO") -> None:
+        """A line for the console and train.log, where the setting log_level is not above its level."""
+        if self.active and LEVELS.index(level) >= self.level:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
             self._text.write(text + "\n")
@@ -168,12 +180,24 @@ def _lines(summary: dict) -> list[str]:
 
 
 def _dotenv(name: str) -> str | None:
-    """A variable of the environment, or else of a file .env of NAME=VALUE lines in the current folder."""
-    if name not in os.environ and os.path.exists(".env"):
-        with open(".env", encoding="utf-8") as file:
-            pairs = [line.strip().removeprefix("export ").split("=", 1) for line in file if "=" in line]
-        return {k.strip(): v.strip().strip("\"'") for k, v in pairs}.get(name)
-    return os.environ.get(name)
+    """A variable of the environment, or else of a file .env in the current folder.
+
+    Its lines are NAME=VALUE, also with `export` before and a comment behind. Spaces around either do not count, and a
+    value in quotes is what stands between them.
+    """
+    if name in os.environ or not os.path.exists(".env"):
+        return os.environ.get(name)
+    values = {}
+    for line in Path(".env").read_text(encoding="utf-8-sig").splitlines():
+        key, equals, value = line.strip().removeprefix("export ").partition("=")
+        value = value.strip()
+        end = value.find(value[:1], 1)  # of a quoted value
+        if value[:1] in ("'", '"') and end > 0:
+            value = value[1:end]
+        elif equals:
+            value = re.split(r"(?:^|\s)#", value)[0].rstrip()
+        values[key.strip()] = value
+    return values.get(name)
 
 
 def read_metrics(folder: Path) -> list[dict]:

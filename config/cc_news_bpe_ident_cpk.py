@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # News: are plans still found away from stories?
 # Before: python prepare_data.py text --input=cc_news --vocab_size=8192 --out_dir=data/cc_news
 from pathlib import Path

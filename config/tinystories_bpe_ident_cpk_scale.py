@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # As tinystories_bpe_ident_iter.py at the published size, with a recognizer pulled towards the posterior. One GPU.
 from pathlib import Path
 

@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # Version 1 on BPE tokens with the losses that make plans identifiable.
 # Before: python prepare_data.py text --input=tinystories --vocab_size=4096 --out_dir=data/tinystories
 out_dir = "out/tinystories_bpe_ident_iter"

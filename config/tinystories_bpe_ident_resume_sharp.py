@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # Goes on from tinystories_bpe_ident_cpk_scale.py with sharper plans.
 from pathlib import Path
 

@@ -1,18 +1,46 @@
-# Version 1 on characters of TinyStories: does everything run? A minute on two cores.
-# Before: python prepare_data.py text --input=tinystories --tokenizer=char --max_bytes=5e6 \
-#   --out_dir=data/tinystories_char
+# APEL-R's configs/tinystories_smoke.yaml, values and defaults of what it leaves out (its commit 284801eb): version 2 on
+# characters of TinyStories. Its first commit has version 1 alone: --version=v1_filtered_mixture
+# --lookahead_feedback_scale=0.
+# Before: python prepare_data.py text --input=tinystories --tokenizer=char --min_chars=16 --max_documents=2000 \
+#   --val_fraction=0.15 --out_dir=data/tinystories_smoke
 out_dir = "out/tinystories_smoke"
-data = "data/tinystories_char"
-version = "v1_filtered_mixture"
-seq_len = 128
-num_plan_states = 4
-token_dim = 64
-d_model = 128
-fusion_dim = 96
-n_layers = 1
-batch_size = 16
-lr = 3e-3
-max_steps = 100
-eval_interval = 50
-entropy_reg_weight = 1e-3
-usage_balance_weight = 0.02
+data = "data/tinystories_smoke"
+prepare = {"input": "tinystories", "tokenizer": "char", "min_chars": 16, "max_documents": 2_000, "val_fraction": 0.15}
+seq_len = 96
+compat = "source"
+version = "v2_planner_required"
+num_plan_states = 6
+num_experts = 6
+chunk_size = 16
+token_dim = 192
+d_model = 512
+n_heads = 8
+fusion_dim = 384
+n_layers = 2
+dropout = 0.1
+lookahead_horizon = 2
+lookahead_feedback_scale = 0.25
+batch_size = 12
+cpu_batch_size = 1
+batch_size_cap = 1_024
+lr = 8e-4
+schedule = "constant"
+warmup_steps = 0
+weight_decay = 0.01
+grad_clip = 1.0
+max_steps = 80
+log_interval = 10
+eval_interval = 40
+eval_batches = 10
+final_eval_batches = 10
+save_interval = 0
+preview_prompt = "Once upon a time"
+preview_tokens = 100
+entropy_reg_weight = 0.01
+usage_balance_weight = 0.2
+loss_weights = {}
+aux_token_fraction = 1.0
+seed = 42
+device = "cpu"
+precision = "fp32"
+compile = "false"

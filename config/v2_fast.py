@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # Planner-required experts on TinyStories, quick to iterate on: one GPU, bf16 where the GPU has it.
 # Before: python prepare_data.py text --input=tinystories --vocab_size=4096 --out_dir=data/tinystories
 out_dir = "out/v2_fast"

@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # The same on WikiText-2.
 # Before: python prepare_data.py text --input=wikitext2 --vocab_size=4096 --out_dir=data/wikitext2
 from pathlib import Path

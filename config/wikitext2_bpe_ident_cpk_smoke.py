@@ -1,3 +1,4 @@
+# The name is that of a file of APEL-R that was never public: the values are ours.
 # The same, short and small: two minutes on two cores.
 from pathlib import Path
 

@@ -570,7 +570,9 @@ def draw_probe(folder: Path, title: str, probed: dict) -> None:
 
 
 def draw_history(folder: Path, title: str, history: list[dict]) -> None:
-    """Training and validation XE by step."""
+    """Training and validation XE by step; nothing where no step is known, as of an imported run."""
+    if not history:
+        return
     curves = (("train", "loss", "training"), ("eval", "val_xe", "validation"))
     with figure(folder, "loss", title=title) as axes:
         for split, key, label in curves:

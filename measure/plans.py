@@ -29,6 +29,11 @@ def entropy(log_p: torch.Tensor) -> torch.Tensor:
     return -(log_p.exp() * log_p.clamp_min(least)).sum(-1)
 
 
+def kl_to_uniform(p: torch.Tensor) -> torch.Tensor:
+    """KL(p || uniform) in nats, p [K]."""
+    return math.log(len(p)) - entropy(p.clamp_min(torch.finfo(p.dtype).tiny).log())
+
+
 @torch.no_grad()
 def compare_experts(model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Jensen-Shannon divergence of every pair of plans [K, K], mean probability of every token [K, V]), h [T, H]."""
@@ -352,6 +357,13 @@ def describe(model, corpus, batch_size: int, demo: dict[str, float]) -> str:
     return text
 
 
+def evaluation_line(step: int, metrics: dict) -> str:
+    """What an evaluation during training says."""
+    names = ("val_nll", "val_ppl", "plan_gain", "planner_mask_delta_loss", "oracle_nll", "plan_nmi")
+    shown = [f"{name} {metrics[name]:.4f}" for name in names if metrics.get(name) is not None]
+    return " | ".join([f"step {step:>6} eval", *shown])
+
+
 def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float | None:
     """I(a; b) / sqrt(H(a) H(b)) of two labellings, in [0, 1].
 
@@ -398,7 +410,8 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
                 values = [r[key] for r in records]
                 axes.plot(steps, values, style, marker=".", label=label, linewidth=width)  # one point shows too
         axes.set(xlabel="step", ylabel="nats a token", title=title)
-        axes.legend(fontsize=8)
+        if axes.lines:  # a checkpoint of the source has no history here
+            axes.legend(fontsize=8)
 
 
 @torch.no_grad()

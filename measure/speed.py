@@ -25,32 +25,34 @@ def matmul_rate(rt) -> float:
     return float(np.median(rates))
 
 
-def fitting_batch_size(rt, model: torch.nn.Module, cfg, loss_of, most: int = 4_096) -> int:
-    """What batch_size=auto comes to: on a GPU the largest power of two a micro-step that leaves 15% of it free.
+def fitting_batch_size(rt, model: torch.nn.Module, cfg, loss_of) -> int:
+    """What batch_size=auto comes to: on a GPU the most windows a micro-step that leave the rest of its memory free.
 
-    Probed with a forward and a backward pass of loss_of(size) at doubling sizes; every rank takes the smallest of
-    all. Without a GPU it is cpu_batch_size. Reads cpu_batch_size and grad_accum of cfg.
+    Probed with a forward and a backward pass of loss_of(size), from batch_size_min at doubling sizes up to
+    batch_size_cap, in batch_size_safety of the memory; every rank takes the smallest of all. Without a GPU it is
+    cpu_batch_size. Reads these and grad_accum of cfg.
     """
     parts = rt.world_size * cfg.grad_accum
     if rt.device.type != "cuda":
         return max(1, cfg.cpu_batch_size // parts) * parts
-    size = 1
+    size = cfg.batch_size_min
     total = torch.cuda.get_device_properties(rt.device).total_memory
     weights = sum(p.numel() for p in model.parameters())
     optimizer_bytes = 8 * weights  # AdamW's two moments in float32, which the first step makes
-    while size < most:
+    while size < cfg.batch_size_cap:
+        larger = min(2 * size, cfg.batch_size_cap)
         try:
             torch.cuda.reset_peak_memory_stats(rt.device)
-            loss_of(2 * size).backward()
+            loss_of(larger).backward()
             peak = torch.cuda.max_memory_allocated(rt.device) + optimizer_bytes
         except torch.cuda.OutOfMemoryError:
             break
         finally:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        if peak > 0.85 * total:
+        if peak > cfg.batch_size_safety * total:
             break
-        size *= 2
+        size = larger
     return min(rt.gather(size)) * parts
 
 

@@ -64,8 +64,12 @@ def predict(
     tau: float | None = None,
     feedback: float | None = None,
     horizon: int | None = None,
+    plan_temperature: float = 1.0,
 ):
-    """(log p of the next token [B, V], log p_k [B, K, V]) of a state; what is None is the model's."""
+    """(log p of the next token [B, V], log p_k [B, K, V]) of a state; what is None is the model's.
+
+    plan_temperature divides the logits of every plan before p mixes them; log p_k stays as it is.
+    """
     x = model.experts.inputs(state["h"])
     x = x.to(state["head"].dtype)
     # log softmax in place; what the mixture needs, exp of the shifted logits and their sums, is kept on the way.
@@ -79,7 +83,7 @@ def predict(
 
     cfg = model.cfg
     if tau is None:
-        tau = cfg.planner_temperature
+        tau = model.tau
     if horizon is None:
         horizon = cfg.lookahead_horizon
     if feedback is None:
@@ -88,6 +92,9 @@ def predict(
         feedback = 0.0  # a belief that is fixed is not looked ahead from
     belief = believed(model, state, planner_mode, forced_state)
     gate = model.gate(belief, tau, feedback, horizon)
+    if plan_temperature != 1:
+        probs = (logs / plan_temperature).exp()
+        total = probs.sum(2)
     # p = sum_k gate_k p_k, as one small matrix product a text
     weights = gate.exp() / total  # [B, K]
     mixture = (weights[:, None] @ probs)[:, 0]
@@ -183,6 +190,8 @@ def generate(
     head_type: torch.dtype | None = None,
     planner_mode: str = "normal",
     forced_state: int | None = None,
+    unread: bool = False,
+    tempers_plans: bool = False,
     **gate,
 ) -> Written:
     """Go on from prompts [B, P] for at most `tokens` tokens.
@@ -190,7 +199,8 @@ def generate(
     Args:
         repetition_penalty: log of it is taken off the log-probability of every token already in the text.
         no_repeat_ngram_size: no n tokens twice; eos_id: a text that has it is complete, and filled up with it.
-        frozen: the belief stays what the prompt made it. gate: tau, feedback, horizon of predict.
+        frozen: the belief stays what the prompt made it; unread: what it was before the prompt.
+        tempers_plans: temperature is of every plan, and not of their mixture. gate: tau, feedback, horizon of predict.
         forecast_steps: chunks ahead to forecast the plan; background: by a thread, while the next token is written.
     """
     B = len(prompt)
@@ -198,6 +208,11 @@ def generate(
     forecaster = ThreadPoolExecutor(1) if background else None
     model.eval()
     state = prefill(model, prompt, head_type)
+    if unread and "belief" in state:
+        state["belief"] = model.planner_init_logits.log_softmax(0).expand_as(state["belief"])
+    if tempers_plans and temperature > 0:
+        gate["plan_temperature"] = temperature
+        temperature = 1.0
     mode = planner_mode, forced_state
     V = state["bias"].shape[1]
     done = torch.zeros(B, dtype=torch.bool, device=device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import DataError
+from common.errors import CheckpointError, DataError
 from sources.cell_store import (
     Dense,
     Sparse,
@@ -25,6 +25,7 @@ from sources.cell_store import (
     wait_for_store,
     write_store,
 )
+from sources.foreign_checkpoints import read_checkpoint
 from sources.h5ad import H5ad
 from sources.shared import counted, suggest
 from sources.splits import SPLITS, Plan, assign_splits, check_controls, in_split, objection, read_toml
@@ -337,7 +338,7 @@ def load_features(path: str | Path) -> dict[str, torch.Tensor]:
             if str(path).endswith(".npz"):
                 table = dict(np.load(file))
             else:
-                table = torch.load(file, "cpu", weights_only=True)
+                table = load_table(file, path)
         vectors = {str(name): torch.as_tensor(vector, dtype=torch.float32) for name, vector in table.items()}
     except (
         OSError,
@@ -358,6 +359,22 @@ def load_features(path: str | Path) -> dict[str, torch.Tensor]:
     if not of_one_length or not all(vector.isfinite().all() for vector in vectors.values()):
         raise DataError(f"{path} should hold finite vectors of one length; their shapes are {shapes}")
     return vectors
+
+
+def load_table(file, path: str | Path) -> dict:
+    """What torch.save wrote, names of numpy (as other systems have them) among it. No code of it runs."""
+    try:
+        return torch.load(file, "cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        try:
+            table = read_checkpoint(path)
+        except CheckpointError:
+            table = None
+        # Whatever else was in there is an empty dict now.
+        is_table = isinstance(table, dict) and table
+        if not is_table or not all(isinstance(value, torch.Tensor) for value in table.values()):
+            raise
+        return table
 
 
 def read_features(path: str | Path, perturbations: list[str], control_pert: str, strict: bool) -> torch.Tensor:

@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import hashlib
+import json
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +17,8 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, reason
+from configurator import note
 from sources.digests import ChunkDigest, fingerprint, sample
 from sources.files import kind_of, text_files
 from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report
@@ -30,6 +33,8 @@ MOST_CATEGORIES = 256  # more of them are no categories: each holds a file open 
 LONGEST_NAME = 200  # bytes of a category's: an HDF5 file holds all names in 64 kB
 BLOCK = 1 << 16  # chunks read or copied at once
 BATCH_DOCUMENTS = 512  # to the tokenizer at once
+TOKENIZER_NAME = "tokenizer_name_or_path"  # attribute of the source's files
+SPLIT_END = re.compile(rf"(^|_)({'|'.join(SPLITS)})$")  # of the name of a file of one split
 
 # ----------------------------------------------------------------------------------------------------------- documents
 
@@ -195,9 +200,9 @@ def gather(
 def say_gathered(documents: int, categories: int, left_out: Counter, others: int) -> None:
     """What was gathered, and what was not; left_out: documents by reason."""
     dropped = [f"{left_out['empty or repeated']:,} empty or repeated", f"{others:,} of other categories"]
-    for reason in ("without text", "without a label"):
-        if left_out[reason]:
-            dropped.append(f"{left_out[reason]:,} {reason}")
+    for lack in ("without text", "without a label"):
+        if left_out[lack]:
+            dropped.append(f"{left_out[lack]:,} {lack}")
     kinds = counted(categories, "category", "categories")
     print(f"documents: {documents:,} of {kinds}; dropped {', '.join(dropped)}")
 
@@ -409,8 +414,8 @@ def open_chunks(path: str | Path) -> tuple[h5py.File, list[str], np.ndarray]:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        reason = "damaged or no HDF5 file" if Path(path).exists() else "no such file"
-        raise DataError(f"{path}: {reason}; make it with python prepare_data.py arxiv or ergodic") from error
+        lack = "damaged or no HDF5 file" if Path(path).exists() else "no such file"
+        raise DataError(f"{path}: {lack}; make it with python prepare_data.py arxiv or ergodic") from error
     for name, ndim in (("token_chunks", 2), ("category_for_chunk", 1), ("doc_idx_for_chunk", 1)):
         if name not in file or file[name].ndim != ndim:
             raise DataError(f"{path} has no dataset {name!r} of {ndim} dimensions; it has {', '.join(file) or 'none'}")
@@ -463,7 +468,7 @@ def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
     with file:
         tokens = map_tokens(file)
         low, top = token_range(tokens)
-        size = int(file.attrs.get("vocab_size", max(vocab_size, top + 1)))
+        size = int(file.attrs.get("vocab_size", 0)) or vocabulary_of(path, file, vocab_size, top + 1)
         if low < 0 or top >= size:
             wrong = low if low < 0 else top
             raise DataError(
@@ -494,20 +499,121 @@ def chunk_fingerprint(file: h5py.File, tokens: np.ndarray, codes: np.ndarray, na
     return fingerprint(sample(tokens), sample(codes), *names)
 
 
-def train_and_validation(folder: Path) -> tuple[dict, dict]:
-    """(train, validation) of a folder with train.h5 and validation.h5, over one vocabulary and size of chunks."""
+def train_and_validation(data: str | Path, validation_data: str = "", vocab_size: int = 0) -> tuple[dict, dict]:
+    """(train, validation), as chunk_arrays has them, of one vocabulary and size of chunks.
+
+    Args:
+        data, validation_data: see split_paths.
+        vocab_size: the least that the vocabulary counts as, where the files do not say it.
+    """
+    train_path, validation_path = split_paths(Path(data), validation_data)
+    if train_path.suffix == ".hdf5" and not SPLIT_END.search(train_path.stem):
+        note(f"{train_path} may hold the documents of validation too, as the source makes it: python prepare_data.py "
+             f"inspect {validation_path} tells")
     # A file of the source does not say its vocabulary: what the tokens of both need counts.
-    validation = chunk_arrays(folder / "validation.h5")
-    train = chunk_arrays(folder / "train.h5", validation["vocab_size"])
+    validation = chunk_arrays(validation_path, vocab_size)
+    train = chunk_arrays(train_path, validation["vocab_size"])
     if train["vocab_size"] > validation["vocab_size"]:
-        validation = chunk_arrays(folder / "validation.h5", train["vocab_size"])
+        validation = chunk_arrays(validation_path, train["vocab_size"])
     same_size = train["tokens"].shape[1] == validation["tokens"].shape[1]
     if not same_size or train["vocab_size"] != validation["vocab_size"]:
         raise DataError(
-            f"train.h5 and validation.h5 of {folder} differ in chunk size or vocabulary: "
+            f"{train_path.name} and {validation_path.name} of {train_path.parent} differ in chunk size or vocabulary: "
             "they are not of one preparation"
         )
     return train, validation
+
+
+def split_paths(data: Path, validation_data: str = "") -> tuple[Path, Path]:
+    """The files of training and of validation chunks in a folder, or those that a file of one split belongs to.
+
+    Ours are called train.h5 and validation.h5. Where these are not there, the names of the source are looked for: of
+    its STEM_train.hdf5, STEM_validation.hdf5 and STEM.hdf5, which holds all splits and trains where there is no other.
+
+    Args:
+        data: a folder, or a file of any split.
+        validation_data: the file of validation chunks, where it is not beside the other.
+    Raises DataError for a folder that leaves the choice, or is of the source's older fetch_arxiv.py.
+    """
+    if data.suffix not in (".h5", ".hdf5"):
+        data = file_in(data)
+    stem = SPLIT_END.sub("", data.stem)  # "" for ours
+    whole = data.with_name(f"{stem}{data.suffix}")
+    of_split = {split: data.with_name(f"{stem}_{split}".removeprefix("_") + data.suffix) for split in SPLITS}
+    train = of_split["train"]
+    if whole.exists() and (data == whole or not train.exists()):
+        train = whole
+    return train, Path(validation_data) if validation_data else of_split["validation"]
+
+
+def file_in(folder: Path) -> Path:
+    """The file of training chunks in a folder, or what it would be called."""
+    ours = folder / "train.h5"
+    theirs = sorted(folder.glob("*_validation.hdf5"))
+    if ours.exists() or (folder / "validation.h5").exists() or not folder.is_dir():
+        return ours
+    if len(theirs) > 1:
+        names = ", ".join(file.name for file in theirs)
+        raise DataError(f"{folder} has several files of validation chunks ({names}): name the one with --data=FILE")
+    if not theirs and (folder / "tokens.bin").exists():
+        raise DataError(
+            f"{folder} holds whole documents (tokens.bin, index.jsonl), not chunks: python prepare_data.py arxiv "
+            f"--input={folder} --out_dir=data/arxiv cuts them"
+        )
+    return theirs[0] if theirs else ours
+
+
+def vocabulary_of(path: Path, file: h5py.File, least: int, needed: int) -> int:
+    """Tokens of the vocabulary of a file of the source: of the tokenizer that it names, or else as many as needed.
+
+    least: what another file of the same vocabulary needs, 0 where this is the first.
+    """
+    named = str(file.attrs.get(TOKENIZER_NAME, ""))
+    tokenizer = tokenizer_beside(path, named)
+    if tokenizer:
+        try:
+            spec = json.loads(tokenizer.read_text(encoding="utf-8"))
+            tokens = {*spec["model"]["vocab"], *(token["content"] for token in spec.get("added_tokens") or ())}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"cannot read the tokenizer {tokenizer}, which {path} names: {reason(error)}") from error
+        return max(least, needed, len(tokens))
+    if named.endswith(".json") and not least:
+        note(f"{path} names the tokenizer {named}, which is not there: the vocabulary counts as its tokens need it")
+    return max(least, needed)
+
+
+def tokenizer_beside(path: Path, named: str) -> Path | None:
+    """The tokenizer that a file of chunks names: beside it, as ours do, or from the root of a project with data/."""
+    for folder in (path.parent, path.parent.parent, Path()):
+        if named and (folder / named).is_file():
+            return folder / named
+    return None
+
+
+def copy_tokenizer(data: str | Path, folder: Path) -> None:
+    """The tokenizer of chunks into a run folder, where sample.py reads prompts with it; one of others does not stay.
+
+    data: see split_paths.
+    """
+    path, _ = split_paths(Path(data))
+    target = folder / "tokenizer.json"
+    tokenizer = path.with_name(target.name)
+    if not tokenizer.is_file():
+        tokenizer = None
+    if path.is_file() and not tokenizer:
+        with open_chunks(path)[0] as file:
+            tokenizer = tokenizer_beside(path, str(file.attrs.get(TOKENIZER_NAME, "")))
+    if tokenizer:
+        shutil.copyfile(tokenizer, target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def whole_documents(rows: np.ndarray, documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows, document after document in random order, those of each document in theirs."""
+    names, place = np.unique(documents[rows], return_inverse=True)
+    rank = rng.permutation(len(names))  # of each document
+    return rows[np.argsort(rank[place], kind="stable")]
 
 
 def token_range(tokens: np.ndarray) -> tuple[int, int]:
@@ -583,9 +689,9 @@ def inspect_folder(folder: Path, tokens: int = 20) -> dict:
 
 
 def split_files(folder: Path) -> list[Path]:
-    """The files of chunks in a folder."""
+    """The files of chunks in a folder: ours, or those of the source."""
     files = [folder / f"{split}.h5" for split in SPLITS]
-    return [file for file in files if file.exists()]
+    return [file for file in files if file.exists()] or sorted(folder.glob("*.hdf5"))
 
 
 def count_tokens(chunks: h5py.Dataset, vocab_size: int) -> tuple[np.ndarray, int]:
@@ -621,7 +727,7 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
     repeated = len(digests) - len(np.unique(digests))
     if repeated:
         problems.append(f"{counted(repeated, 'chunk repeats', 'chunks repeat')} an earlier one")
-    for other in sorted(path.parent.glob("*.h5")):
+    for other in sorted(path.parent.glob(f"*{path.suffix}")):
         if other.resolve() == path.resolve():
             continue
         file, _, _ = open_chunks(other)

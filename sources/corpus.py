@@ -119,6 +119,11 @@ class Corpus:
             return self.tokenizer.encode(prompt)
         return [self.first_id]
 
+    def same_tokenizer(self, extra: dict, path: Path) -> None:
+        """Raises DataError where the checkpoint `path`, with extra state of this kind, is of another tokenizer."""
+        if extra.get("tokenizer_hash", self.tokenizer_hash) != self.tokenizer_hash:
+            raise DataError(f"{path} was trained with another tokenizer than {self.name} has")
+
     def copy_tokenizer(self, folder: Path) -> None:
         """Put the tokenizer beside a run, so that its checkpoints can be sampled anywhere; none of other data stays."""
         if self.tokenizer and self.folder:
@@ -135,15 +140,19 @@ class Corpus:
         return " ".join(str(token) for token in tokens)
 
 
+def folder_of(name: str) -> Path:
+    """The folder of that name, or data/NAME where there is none."""
+    path = Path(name)
+    below_data = Path("data") / name
+    return below_data if not path.exists() and below_data.exists() else path
+
+
 def read_corpus(folder: str) -> Corpus:
     """The corpus of a folder, or of data/FOLDER.
 
     Raises DataError for a folder that is missing, damaged, or whose tokenizer is not the one its tokens were made with.
     """
-    path = Path(folder)
-    below_data = Path("data") / folder
-    if not path.exists() and below_data.exists():
-        path = below_data
+    path = folder_of(folder)
     meta, streams = read_stream(path)
     vocab_size = meta["vocab_size"]
     for name, tokens in streams.items():

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from sources import foreign_ghmm, foreign_state_settings
+from sources import foreign_apelr, foreign_arxiv, foreign_ghmm, foreign_state_settings
+from sources.foreign_apelr import V1, V2
 
 Complete = Callable[[dict[str, Any], dict[str, Any], dict[str, str]], dict[str, Any]]
 
@@ -32,9 +33,9 @@ class Dialect:
 
     def is_spoken(self, given: dict[str, Any]) -> bool:
         """Whether settings {dotted key: value as written} are of this source."""
+        beginnings = tuple(mark for mark in self.marks if mark.endswith("."))
         for key in given:
-            beginnings = (mark for mark in self.marks if mark.endswith("."))
-            if key in self.marks or key.startswith(tuple(beginnings)):
+            if key in self.marks or key.startswith(beginnings):
                 return True
         return bool(self.speaks and self.speaks(given))
 
@@ -58,7 +59,83 @@ class Dialect:
 # ---------------------------------------------------------------------------------------------------------------
 # APEL-R (train_apelr.py)
 # ---------------------------------------------------------------------------------------------------------------
-APELR = ()
+APELR_DEFAULTS = {
+    # Of model.*, the defaults of its model classes where its training wants a value.
+    "compat": "source",
+    "version": V2,
+    "backbone": "gru",
+    "n_layers": 2,
+    "d_model": 768,
+    "n_heads": 8,
+    "dropout": 0.1,
+    "token_dim": 256,
+    "num_plan_states": 8,
+    "chunk_size": 16,
+    "fusion_dim": 512,
+    "planner_context_scale": 1.0,
+    "planner_self_bias": None,  # 1.5 of version 1, 1.8 of version 2, as ours
+    "planner_temperature": 1.0,
+    "token_filtering": True,
+    "future_horizon_chunks": 2,
+    "lookahead_horizon": 2,
+    "lookahead_feedback_scale": None,  # 0.25 with compat=source
+    "plan_commitment": "soft",
+    "commitment_warmup_steps": 0,
+    "commitment_ramp_steps": 0,
+    "commitment_max_hard_fraction": 1.0,
+    # Of train.*; seq_len, lr and max_steps have none.
+    "batch_size": 1,
+    "cpu_batch_size": 1,
+    "batch_size_min": 1,
+    "batch_size_cap": 1_024,
+    "batch_size_safety": 0.85,
+    "grad_accum": 1,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "min_lr": None,  # a tenth of lr, as ours
+    "weight_decay": 0.01,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "log_interval": 20,
+    "eval_interval": 200,
+    "eval_batches": 20,
+    "aux_token_fraction": 1.0,
+    "save_interval": 0,
+    "preview_prompt": "Once upon a time",
+    "preview_tokens": 120,
+    "entropy_reg_weight": 0.0,
+    "usage_balance_weight": 0.0,
+    "chunk_bow_weight": 0.0,
+    "chunk_bow_warmup_steps": 0,
+    "plan_mi_weight": 0.0,
+    "chunk_post_kl_weight": 0.0,
+    "loss_weights": {},
+    "compile": "false",
+    "seed": 42,
+}
+APELR_MARKS = ("tokenizer.", "data.source", "data.max_train_examples", "model.hidden_dim", "model.num_layers",
+               "train.lr_schedule", "train.val_batches", "train.grad_accum_steps")  # fmt: skip
+APELR_NEWEST = Dialect(
+    name="apelr",
+    title="APEL-R, newest commit",
+    commit="284801eb5e08b46d5af565c9e91b551ae836305a",
+    marks=APELR_MARKS,
+    defaults=APELR_DEFAULTS,
+    speaks=foreign_apelr.has_its_sections,
+    complete=foreign_apelr.complete,
+)
+# Its version 2 knows neither lookahead nor what a chunk learned from its tokens, and samples no share of a plan.
+APELR_EARLY = Dialect(
+    name="apelr_early",
+    title="APEL-R, commit before February 15",
+    commit="9cebc4175274dab3ddaa1e217c45ce51a71c7191",
+    marks=APELR_MARKS,
+    defaults=APELR_DEFAULTS | {"version": V1},
+    speaks=foreign_apelr.has_its_sections,
+    complete=foreign_apelr.complete_early,
+)
+APELR = (APELR_NEWEST, APELR_EARLY)  # what both could have written is of the newest
 
 # ---------------------------------------------------------------------------------------------------------------
 # Arc State, SmolState (train_state.py)
@@ -332,4 +409,62 @@ SIMPLEXITY = (
 # ---------------------------------------------------------------------------------------------------------------
 # ICL-non-ergodic-arxiv (train_arxiv.py)
 # ---------------------------------------------------------------------------------------------------------------
-ICL = ()
+ICL_NEWEST = Dialect(
+    name="icl",
+    title="ICL-non-ergodic-arxiv",
+    commit="4a47ff0403556cbe8002591b4c462ef3c6bea4d2",
+    marks=foreign_arxiv.MARKS,
+    defaults={  # of configs/, as src/main_hydra_app.py uses them
+        "data": foreign_arxiv.CHUNKS,
+        "categories": ["cs.DS"],
+        "choice": "first",
+        "allow_short": True,
+        "n_layers": 2,
+        "d_model": 128,
+        "n_heads": 2,
+        "d_mlp": 512,
+        "dropout": 0.1,
+        "init": "normal",
+        "batch_size": 32,  # of a micro-step: 16 of them are a step of 512
+        "lr": 5e-4,
+        "min_lr": 0.0,
+        "schedule": "cosine",
+        "schedule_over": "epochs",
+        "warmup_steps": 1_000,
+        "epochs": 20,
+        "weight_decay": 0.1,
+        "decay": "all",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "patience": 10,
+        "min_delta": 1e-3,
+        "log_interval": 100,
+        "save_interval": 1_000,
+        "eval_chunks": foreign_arxiv.NEVER,  # all
+        "seed": 42,
+        "precision": "fp32",
+    },
+    groups={
+        "config_name": {"config": {}},
+        "dataset": {"default_dataset": {}, "arxiv_custom_filtered": {}},
+        "model": {
+            "default_model": {"architecture": {"d_model": 128, "n_layers": 2, "n_heads": 2, "d_ff": 512}},
+            "micro_decoder": {"architecture": {"d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 1_024}},
+        },
+        "training": {"default_training": {}},
+        "optimizer": {"adamw": {}},
+        "scheduler": {"cosine_warmup": {}},
+        "experiment": foreign_arxiv.experiments(),
+    },
+    complete=foreign_arxiv.completed,
+)
+ICL_EARLY = Dialect(
+    name="icl_early",
+    title="ICL-non-ergodic-arxiv, its earlier train.py",
+    commit="093404ae2a0c7c6b98f31483ba0afa654c0a11ac",
+    marks=foreign_arxiv.EARLY,
+    defaults={"batch_size": 8, "lr": 5e-5, "warmup_steps": 0, "weight_decay": 0.01, "epochs": 3, "seed": 42},
+    complete=foreign_arxiv.earlier,
+)
+ICL = (ICL_NEWEST, ICL_EARLY)

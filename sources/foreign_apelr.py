@@ -1,27 +1,45 @@
-"""APEL-R, the source of train_apelr.py: its names of settings, and its checkpoints as our settings and weights.
+"""APEL-R, the source of train_apelr.py: its settings, and its checkpoints as our settings and weights.
 
 A checkpoint of the source is a dict of model_state_dict, model_config, model_version (missing in the oldest, which are
-of version 1) and global_step; a bare state dict is read too, its sizes from the shapes.
+of version 1), global_step, optimizer_state_dict (AdamW over all parameters in the order of the weights), where its
+tokenizer is, and train_config, the YAML; a bare state dict is read too, its sizes from the shapes.
 """
 
+import hashlib
+import json
+import os
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import torch
 
-from common.errors import CheckpointError
-from configurator import Derived
+from common.errors import CheckpointError, DataError
+from configurator import BOOLS, NONES, READ, Derived, note
+from sources.corpus import folder_of
+from sources.prepared import place_for
+from sources.text import HUB
+from sources.tokenizer import hash_of, read_spec
 
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
-NO_EFFECT = (  # data.* and tokenizer.* are prepare_data.py's
-    "tokenizer", "adaptive_batch", "distributed", "async_planner", "compile.mode", "compile.fullgraph",
-    "compile.dynamic", "fused_adamw", "allow_tf32", "matmul_precision", "save_optimizer_state", "stride",
-    "max_nonfinite_steps", "preview_interval", "max_train_examples", "max_val_examples", "min_chars",
-    "max_train_chars", "max_val_chars", "streaming", "train_split", "val_split", "cache_dir", "token_cache",
-    "token_cache_dir", "reuse_token_cache", "max_train_tokens", "max_val_tokens", "train_token_file", "val_token_file",
-    "tokenizer_fit_split", "tokenizer_fit_max_examples", "tokenizer_fit_max_chars", "tokenizer_fit_streaming",
-    "eval_planner_diagnostics", "final_eval_planner_diagnostics", "allow_zero_v2_planner_losses", "num_workers",
-    "pin_memory", "persistent_workers", "prefetch_factor", "drop_last")  # fmt: skip
+NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, or what is printed on the way
+    "adaptive_batch.probe_batch_size",
+    "adaptive_batch.reprobe_interval_steps", "batch_size_probe", "distributed", "async_planner", "compile.mode",
+    "compile.fullgraph", "compile.dynamic", "fused_adamw", "allow_tf32", "matmul_precision", "save_optimizer_state",
+    "stride", "max_nonfinite_steps", "preview_interval", "max_train_examples", "max_val_examples",
+    "max_train_chars", "max_val_chars", "min_chars", "streaming", "train_split", "val_split", "cache_dir",
+    "token_cache", "token_cache_dir", "reuse_token_cache", "max_train_tokens", "max_val_tokens",
+    "train_token_file", "val_token_file", "tokenizer_fit_split", "tokenizer_fit_max_examples",
+    "tokenizer_fit_max_chars", "tokenizer_fit_streaming", "eval_planner_diagnostics",
+    "final_eval_planner_diagnostics", "allow_zero_v2_planner_losses", "num_workers", "pin_memory",
+    "pin_memory_device", "persistent_workers", "prefetch_factor", "drop_last")  # fmt: skip
+TOGETHER = (  # but for these, of which `complete` makes something
+    "tokenizer.type", "tokenizer.vocab_size", "tokenizer.min_frequency", "tokenizer.byte_level",
+    "tokenizer.lowercase", "tokenizer.special_tokens",
+    "data.max_train_examples", "data.max_val_examples", "data.max_train_chars",
+    "data.min_chars", "data.max_train_tokens", "data.max_val_tokens", "data.tokenizer_fit_max_chars",
+    "data.train_split", "data.val_split", "data.train_token_file", "data.val_token_file",
+    "adaptive_batch", "adaptive_batch.enabled", "train.allow_zero_v2_planner_losses")  # fmt: skip
 ALIASES = {  # names of the source, and of older versions of train_apelr.py, and ours
     "architecture": "version",
     "num_layers": "n_layers",
@@ -38,7 +56,11 @@ ALIASES = {  # names of the source, and of older versions of train_apelr.py, and
     "resume_from": "resume",
     "compile.enabled": "compile",
     "data.source": "data",
+    "adaptive_batch.min_batch_size": "batch_size_min",
+    "adaptive_batch.max_batch_size": "batch_size_cap",
+    "adaptive_batch.safety_factor": "batch_size_safety",
     **dict.fromkeys(NO_EFFECT),
+    **dict.fromkeys(TOGETHER, READ),
 }
 MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
     "vocab_size", "num_plan_states", "num_experts", "chunk_size", "token_dim", "d_model", "fusion_dim", "n_layers",
@@ -47,13 +69,213 @@ MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
 V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bias")  # ours are in model.experts
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: what no table of defaults can say. given {dotted key of the source: value as written}, values {our setting:
+# value}, fields {our setting that somebody set: where}. A name without a section, as in --batch_size=4, is ours.
+# ---------------------------------------------------------------------------------------------------------------
+def has_its_sections(given: dict[str, Any]) -> bool:
+    """Whether settings are in the sections without which the source reads no file."""
+    return all(any(key.startswith(section) for key in given) for section in ("model.", "train."))
+
+
+def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """The rest of what the source trains. Raises ValueError for what it refuses, and for what has no place here."""
+    return completed(given, values, fields, early=False)
+
+
+def complete_early(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """As complete, for a version 2 that neither looks ahead nor carries what tokens said across boundaries."""
+    return completed(given, values, fields, early=True)
+
+
+def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str], early: bool) -> dict[str, Any]:
+    for key, name in (("train.seq_len", "seq_len"), ("train.lr", "lr"), ("train.max_steps", "max_steps"),
+                      ("data.source", "data")):
+        if name not in fields:
+            raise ValueError(f"{key} is missing, and the source has no default for it")
+    more = {"version": version_of(values, fields), "final_eval_batches": values["eval_batches"]}
+    if more["version"] == V2:
+        more |= loss_of_v2(given, values, early) | planner_of_v2(values, early)
+    elif more["version"] == V1:
+        # It has one temperature, looks nowhere ahead, samples no plan and learns from every token.
+        more |= {"planner_temperature": 1.0, "plan_temperature_start": None, "plan_temperature_end": None,
+                 "lookahead_feedback_scale": 0.0, "plan_commitment": "soft", "token_filtering": True}
+    else:
+        more |= transformer(given, values, fields)
+    if values["schedule"] == "constant":
+        more["warmup_steps"] = 0  # the source warms up to a cosine alone
+    more |= precision_of(given, values, fields) | batch_of(given, values)
+    return more | data_of(given, values)
+
+
+def version_of(values: dict[str, Any], fields: dict[str, str]) -> str:
+    """The version to train: that of the file, of the checkpoint that it goes on from, or the default."""
+    if "version" in fields:
+        return values["version"]
+    if is_source_checkpoint(values["resume"]):
+        return convert(values["resume"])[0]["version"]
+    note(f"model.version is absent: {values['version']} (v1 before February 15: --dialect=apelr_early, v2 since)")
+    return values["version"]
+
+
+def planner_of_v2(values: dict[str, Any], early: bool) -> dict[str, Any]:
+    # The temperature of the contrastive loss of the early version, and what a checkpoint of it says.
+    start = values["plan_temperature_start"] or values["planner_temperature"]
+    if not early:
+        return {"planner_temperature": start}
+    return {"planner_temperature": start, "carry_posterior": False, "lookahead_feedback_scale": 0.0,
+            "token_filtering": True, "commitment_ramp_steps": 0, "commitment_max_hard_fraction": 1.0}
+
+
+def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> dict[str, Any]:
+    weights = dict(values["loss_weights"] or {})
+    if early:
+        weights.setdefault("boundary_entropy", 0.0)  # entropy_reg_weight is of version 1
+    if not (weights.get("rep_window") or values["rep_window"]):
+        weights.pop("rep_unlikelihood", None)  # a mean over no tokens, which is 0
+    core = {"boundary_entropy": values["entropy_reg_weight"], "usage_balance": values["usage_balance_weight"]}
+    core |= {name: weight for name, weight in weights.items() if not name.startswith("rep_")}
+    if not (early or any(core.values()) or is_true(given, "train.allow_zero_v2_planner_losses")):
+        raise ValueError("no loss_weights of future_contrastive, plan_js_div, boundary_entropy and usage_balance is "
+                         "above 0, which the source refuses: set one, or train.allow_zero_v2_planner_losses=true")
+    return {"loss_weights": weights}
+
+
+def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """transformer_lm: its own sizes where they are absent, and embeddings as wide as the model."""
+    if values["version"] != "transformer_lm":  # a baseline of ours
+        return {}
+    if values["seq_len"] > values["max_seq_len"]:
+        raise ValueError(f"train.seq_len = {values['seq_len']} is more than model.max_seq_len = "
+                         f"{values['max_seq_len']}, which the source refuses: set model.max_seq_len as well")
+    sizes = {"d_model": 512, "n_layers": 6, "n_heads": 8}
+    sizes = {name: size for name, size in sizes.items() if name not in fields}
+    return sizes | {"token_dim": sizes.get("d_model", values["d_model"])}
+
+
+def precision_of(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """fp16 on CUDA where nothing is said; half precision is for CUDA alone."""
+    if "precision" in given:
+        return {}
+    on_cuda = torch.cuda.is_available() and values["device"].startswith(("auto", "cuda"))
+    if on_cuda:
+        return {} if "precision" in fields else {"precision": "fp16"}
+    if "precision" in fields and values["precision"] != "fp32":
+        note(f"precision = {values['precision']} of {fields['precision']} is for CUDA alone: precision = fp32")
+    return {"precision": "fp32"}
+
+
+def batch_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """batch_size of a whole step, which the source names for one rank and micro-step."""
+    parts = values["grad_accum"] * int(os.environ.get("WORLD_SIZE", 1))
+    size, alone = values["batch_size"], values["cpu_batch_size"]
+    if size != "auto" and is_true(given, "train.adaptive_batch.enabled", "train.adaptive_batch"):
+        if torch.cuda.is_available() and values["device"] != "cpu":
+            raise ValueError(f"train.adaptive_batch.enabled makes the source take {size} windows for a measure: write "
+                             f"train.batch_size=auto to fill the GPU, or train.adaptive_batch.enabled=false for {size}")
+        size = alone if "train.cpu_batch_size" in given else size
+    more = {}
+    if size != "auto" and "batch_size" not in given:
+        more["batch_size"] = size * parts
+    if "cpu_batch_size" not in given:
+        more["cpu_batch_size"] = alone * parts
+    return more
+
+
+def data_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The folder of the text, and the settings of prepare_data.py text that make it (see sources/prepared.py)."""
+    source = values["data"]
+    if "data" in given or "data.source" not in given:
+        # --data=FOLDER is a text of the user's own choice, whose vocabulary is held against the file's.
+        return {"prepare": tokenizer_of(given) if any(key.startswith("tokenizer.") for key in given) else None}
+    if (folder_of(source) / "meta.json").exists() and source not in HUB:
+        return {"prepare": tokenizer_of(given)}
+    held_out = "train" if source in HUB and not HUB[source].has_validation else "validation"
+    for key, known in (("data.train_split", "train"), ("data.val_split", held_out)):
+        if given.get(key) not in (None, known):
+            raise ValueError(f"{key} = {given[key]}: of {source} prepare_data.py text reads {known}, leave it out")
+    prepare = {"input": source} | tokenizer_of(given) | limits(given, source)
+    return {"data": str(place_for(prepare)), "prepare": prepare}
+
+
+def tokenizer_of(given: dict[str, Any]) -> dict[str, Any]:
+    kind = str(given.get("tokenizer.type") or "char").lower()
+    if kind not in ("char", "bpe"):
+        raise ValueError(f"tokenizer.type = {kind}: the source has char and bpe")
+    prepare = {"tokenizer": kind}
+    if kind == "char":
+        return prepare
+    if "tokenizer.byte_level" in given and not is_true(given, "tokenizer.byte_level"):
+        raise ValueError("tokenizer.byte_level = false: the BPE here is of bytes, leave it out")
+    names = given.get("tokenizer.special_tokens")
+    if names and sorted(map(str, names)) != ["<bos>", "<eos>", "<pad>", "<unk>"]:
+        raise ValueError("tokenizer.special_tokens: the BPE here has <pad>, <bos>, <eos> and <unk>, leave it out")
+    prepare["vocab_size"] = whole(given, "tokenizer.vocab_size") or 4_096
+    if is_true(given, "tokenizer.lowercase"):
+        prepare["lowercase"] = True
+    return prepare
+
+
+def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
+    """How much of the text is read, by settings of prepare_data.py text."""
+    shortest = whole(given, "data.min_chars")
+    prepare = {"min_chars": 8 if shortest is None else shortest}
+    documents, held_out = whole(given, "data.max_train_examples"), whole(given, "data.max_val_examples")
+    # Its documents of WikiText are lines, ours articles: their number says nothing here.
+    if documents and held_out and not source.startswith("wikitext"):
+        total = documents if source in HUB and HUB[source].has_validation else documents + held_out
+        prepare |= {"max_documents": total, "val_fraction": min(held_out * 10**6 // total / 10**6, 0.5)}
+    wanted = {"max_bytes": "data.max_train_chars"}
+    if is_true(given, "data.token_cache"):
+        wanted |= {"max_tokens": "data.max_train_tokens", "max_val_tokens": "data.max_val_tokens",
+                   "tokenizer_chars": "data.tokenizer_fit_max_chars"}
+        for key in ("data.train_token_file", "data.val_token_file"):
+            if given.get(key):
+                raise ValueError(f"{key} = {given[key]}: prepare_data.py text makes the tokens here, leave it out")
+    for name, key in wanted.items():
+        if whole(given, key):
+            prepare[name] = whole(given, key)
+    if "max_tokens" in prepare:
+        prepare.setdefault("max_bytes", 8 * prepare["max_tokens"])  # more than so many tokens of English have
+    return prepare
+
+
+def whole(given: dict[str, Any], key: str) -> int | None:
+    """A whole number as written, or None where it is absent or null."""
+    written = given.get(key)
+    if str(written).lower() in NONES:
+        return None
+    try:
+        return int(float(written))
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} = {written}: expected a whole number") from None
+
+
+def is_true(given: dict[str, Any], *keys: str) -> bool:
+    """Whether the first of the keys that is given says yes."""
+    for key in keys:
+        if key in given:
+            return BOOLS.get(str(given[key]).lower(), False)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+def checkpoint_in(path: Path) -> Path:
+    """checkpoint.pt of a run folder of the source; any other path as it is."""
+    file = path / "checkpoint.pt"
+    return file if file.is_file() and not (path / "last.pt").exists() else path
+
+
 def is_source_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of the source rather than of this repository; reads no tensor."""
     try:
         with zipfile.ZipFile(path) as file:
             index = next(name for name in file.namelist() if name.endswith("data.pkl"))
             names = file.read(index)
-            bare = b"token_emb.weight" in names and b"format_version" not in names  # a state dict and nothing else
+            of_it = any(name in names for name in (b"token_emb.weight", b"tok_emb.weight"))
+            bare = of_it and b"format_version" not in names  # a state dict and nothing else
             return bare or b"model_state_dict" in names
     except (OSError, zipfile.BadZipFile, StopIteration):  # what is wrong with it is told by whoever reads it
         return False
@@ -62,8 +284,8 @@ def is_source_checkpoint(path: str | Path) -> bool:
 def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], int]:
     """(settings of Config, weights by our parameter names, steps done) of a checkpoint of the source.
 
-    The settings are those the checkpoint tells, and compat=source. A weight that we have no name for keeps its own; a
-    head that is missing is zero, and printed. Raises CheckpointError where it is no such checkpoint.
+    The settings are those of the model, and compat=source. A weight that we have no name for keeps its own; a head that
+    is missing is zero, and printed. Raises CheckpointError where it is no such checkpoint.
     """
     if isinstance(source, (str, Path)):
         source = read(source)
@@ -73,23 +295,53 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
     if "model_state_dict" in source:
         saved = source.get("model_config") or {}
         settings["version"] = source.get("model_version", V1)
+        settings |= of_training(source)
+    if "tok_emb.weight" in weights:
+        settings |= transformer_sizes(weights, saved)
     for name, value in saved.items():
         name = ALIASES.get(name, name)
         if name in MODEL_SETTINGS:
             settings[name] = value
     if settings["version"] == V1:  # has neither lookahead nor a temperature
         settings |= {"lookahead_feedback_scale": 0.0, "planner_temperature": 1.0}
-        return settings, v1_names(weights), steps(source)
-    if settings["version"] != V2:
+    elif settings["version"] not in (V2, "baseline"):
         raise CheckpointError(f"a source checkpoint of model version {settings['version']!r} cannot be read")
-    if saved and "lookahead_horizon" not in saved:  # a version 2 that is older than lookahead
+    elif settings["version"] == V2 and saved and "lookahead_horizon" not in saved:  # older than lookahead
         settings |= {"carry_posterior": False, "lookahead_feedback_scale": 0.0}
-    return settings, stack_heads(weights, settings.get("num_plan_states", 0)), steps(source)
+    return settings, our_names(weights, settings), steps(source)
+
+
+def trained_with(source: dict, section: str, name: str):
+    """A setting of the YAML that a checkpoint was trained with; None where it is not known."""
+    found = source.get("train_config")
+    for key in (section, name):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def of_training(source: dict) -> dict:
+    """What a model of ours needs of the YAML: tokens of a window, and where the gate's temperature ended."""
+    known = {}
+    for section, name in (("train", "seq_len"), ("model", "plan_temperature_end")):
+        value = trained_with(source, section, name)
+        if isinstance(value, (int, float)) and value > 0:
+            known[name] = value
+    return known
+
+
+def our_names(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:
+    """Tensors by names of the source, by ours: weights, or what an optimizer knows of each."""
+    if settings["version"] == V1:
+        return v1_names(weights)
+    if settings["version"] == "baseline":
+        return transformer_names(weights)
+    return stack_heads(weights, settings.get("num_plan_states", 0))
 
 
 def read(path: str | Path) -> dict:
+    """What is in a checkpoint, on the CPU; its tensors are read when they are used."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
@@ -105,14 +357,15 @@ def plain_weights(source: dict) -> dict[str, torch.Tensor]:
     for name, value in saved.items() if isinstance(saved, dict) else ():
         if isinstance(name, str) and isinstance(value, torch.Tensor):
             weights[name.replace("_orig_mod.", "").removeprefix("module.")] = value
-    if "token_emb.weight" not in weights or weights["token_emb.weight"].ndim != 2:
+    embeddings = weights.get("token_emb.weight", weights.get("tok_emb.weight"))
+    if embeddings is None or embeddings.ndim != 2:
         raise CheckpointError("this is no APEL-R checkpoint: it has no weights token_emb.weight [V, D]")
     return weights
 
 
 def sizes_of(weights: dict[str, torch.Tensor]) -> dict:
     """Settings that the shapes of a source state dict tell."""
-    vocab_size, token_dim = weights["token_emb.weight"].shape
+    vocab_size, token_dim = weights.get("token_emb.weight", weights.get("tok_emb.weight")).shape
     layers = {name.rsplit("_", 1)[1] for name in weights if name.startswith("backbone.")}
     settings = {"vocab_size": vocab_size, "token_dim": token_dim, "backbone": "gru", "dropout": 0.0,
                 "n_layers": len(layers), "num_experts": None, "experts": "full",
@@ -125,6 +378,31 @@ def sizes_of(weights: dict[str, torch.Tensor]) -> dict:
         if name in weights:
             settings[setting] = weights[name].shape[axis]
     return settings
+
+
+def transformer_sizes(weights: dict[str, torch.Tensor], saved: dict) -> dict:
+    """Settings of transformer_lm, whose shapes tell all but the number of heads. Raises CheckpointError without it."""
+    missing = {"pos_emb.weight", "blocks.0.mlp.fc1.weight"} - weights.keys()
+    if missing or "n_heads" not in saved:
+        raise CheckpointError(
+            f"this transformer_lm cannot be read without {', '.join(sorted(missing)) or 'n_heads of its model_config'}"
+        )
+    d_ff, H = weights["blocks.0.mlp.fc1.weight"].shape
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    return {"version": "baseline", "backbone": "transformer_lm", "n_layers": len(layers), "n_heads": saved["n_heads"],
+            "d_model": H, "token_dim": H, "d_ff": d_ff, "max_seq_len": len(weights["pos_emb.weight"])}  # fmt: skip
+
+
+def transformer_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """experts.weight [1, V, H] for lm_head.weight, backbone.blocks for blocks, and so on; a bias that is 0."""
+    ours = {}
+    for name, value in weights.items():
+        if name == "lm_head.weight":
+            ours["experts.weight"] = value[None]
+            ours["experts.bias"] = value.new_zeros(1, len(value)) if value.ndim else value[None]
+        else:
+            ours["token_emb.weight" if name == "tok_emb.weight" else "backbone." + name] = value
+    return ours
 
 
 def v1_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -159,3 +437,60 @@ def fill(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict
         if names:
             print(f"note: {what} weights in the source checkpoint: {', '.join(sorted(names))}")
     return {name: weights.get(name, value) for name, value in own.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What lies beside a checkpoint
+# ---------------------------------------------------------------------------------------------------------------
+def tokenizer_file(path: str | Path) -> Path | None:
+    """The tokenizer of a checkpoint: beside it, or where it says that it was; None where there is none.
+
+    Raises DataError where it is not the one that the checkpoint was trained with, by its digest.
+    """
+    path = Path(path)
+    source = read(path)
+    written = str(source.get("tokenizer_path") or "tokenizer.json")
+    beside = PureWindowsPath(written).name  # which takes either slash
+    places = [path.parent / beside, path.parent / "tokenizer.json", Path(written)]
+    files = [place for place in places if place.is_file()]
+    if not files:
+        return None
+    digest = source.get("tokenizer_hash")
+    for file in files:
+        if not digest or digest in digests(file):
+            return file
+    raise DataError(
+        f"{files[0]} is not the tokenizer that {path} was trained with (its SHA-256 is not {digest}): put that one "
+        "beside the checkpoint"
+    )
+
+
+def digests(file: Path) -> set[str]:
+    """SHA-256 of a tokenizer.json as it is, and as the source would have written the same, here or on Windows.
+
+    A copy by prepare_data.py or in a run of ours says the same in other words.
+    """
+    content = file.read_bytes()
+    forms = {content, content.replace(b"\r\n", b"\n")}
+    try:
+        spec = json.loads(content)
+    except ValueError:
+        spec = None  # told by whoever reads it
+    for is_ascii in (True, False):  # characters, byte pairs
+        written = json.dumps(spec, indent=2, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
+        forms |= {written, written.replace(b"\n", b"\r\n")}
+    return {hashlib.sha256(form).hexdigest() for form in forms}
+
+
+def untold(path: str | Path) -> str:
+    """What a bare state dict leaves to our defaults, as a note; "" for a whole checkpoint."""
+    if "model_state_dict" in read(path):
+        return ""
+    return (f"note: {path} is a bare state dict, which tells sizes and no more: chunk_size, planner_context_scale, "
+            "planner_temperature, lookahead and steps are our defaults")
+
+
+def known_beside(path: str | Path) -> dict:
+    """What a run of ours would keep in `extra` of the tokenizer of a checkpoint: its hash, and where it is."""
+    file = tokenizer_file(path)
+    return {"tokenizer_hash": hash_of(read_spec(file)), "tokenizer_file": str(file)} if file else {}

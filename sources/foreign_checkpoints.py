@@ -26,6 +26,9 @@ class Inert(dict):
     def __setitem__(self, key, value) -> None:
         type(self).kind = OrderedDict
 
+    def __hash__(self) -> int:  # it may stand for a key, such as a text of numpy
+        return id(self)
+
     def append(self, item) -> None:
         type(self).kind = list
 
@@ -76,8 +79,30 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
 
+def source_file(path: Path) -> Path | None:
+    """The checkpoint of another system that a file or a run folder of it stands for; None: it is ours, or no such.
+
+    Of a folder that is final.ckpt, which the source's own tools take too, last.ckpt, best.ckpt, the newest of a step.
+    """
+    if checkpoint.experiment_of(path) or (path / "last.pt").exists():  # a damaged one is ours, too
+        return None
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        steps = sorted(folder.glob("step*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in (folder / "final.ckpt", folder / "last.ckpt", folder / "best.ckpt", *steps):
+            if file.is_file():
+                return file
+    return None
+
+
 # What a system is known by: how the names of some of its weights begin.
-SYSTEMS = {"apelr": "token_emb.weight", "state": "pert_encoder.", "ghmm": "blocks.0.attn.W_Q"}
+SYSTEMS = {
+    "apelr": ("token_emb.weight", "tok_emb.weight"),
+    "arxiv": ("token_embeddings.weight",),
+    "ghmm": ("blocks.0.attn.W_Q",),
+    "state": ("pert_encoder.",),
+}
 NUMPY = b"\x93NUMPY"  # what an array in a file begins with
 
 
@@ -91,7 +116,10 @@ def is_equinox(path: str | Path) -> bool:
 
 
 def system_of(path: Path) -> str:
-    """apelr (APEL-R), state (arc-state, SmolState) or ghmm (Simplexity): whose checkpoint a file is; "" for none's."""
+    """Whose checkpoint a file is: apelr (APEL-R), arxiv (ICL-non-ergodic-arxiv), ghmm (Simplexity) or state.
+
+    "" where it is of none.
+    """
     if is_equinox(path):
         return "ghmm"
     try:
@@ -106,8 +134,8 @@ def system_of(path: Path) -> str:
     for name in contents:
         # What torch.compile and DistributedDataParallel put in front is no part of a name.
         plain = str(name).replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
-        for system, beginning in SYSTEMS.items():
-            if plain.startswith(beginning):
+        for system, beginnings in SYSTEMS.items():
+            if plain.startswith(beginnings):
                 return system
     return ""
 
@@ -125,6 +153,7 @@ def importable(path: Path) -> str:
         read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)
     if not system:
-        raise CheckpointError(f"{path} is no checkpoint of APEL-R, arc-state, SmolState or Simplexity: it has no "
-                              f"weights {SYSTEMS['apelr']}, {SYSTEMS['state']}* or {SYSTEMS['ghmm']}")
+        known = ", ".join(f"{beginnings[0]}*" for beginnings in SYSTEMS.values())
+        raise CheckpointError(f"{path} is no checkpoint of APEL-R, ICL-non-ergodic-arxiv, arc-state, SmolState "
+                              f"or Simplexity: it has no weights {known}")
     return system

@@ -4,15 +4,13 @@ Both systems build their model from keyword arguments, which also hold the setti
 and of PEFT. Here these become settings of train_state.py (`translate`), and ours become theirs (`source_settings`).
 """
 
-import json
-import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.errors import CheckpointError, reason
+from common.errors import CheckpointError
 from sources.foreign_checkpoints import Inert, read_checkpoint
 from sources.foreign_state_settings import ALIASES, DEFAULTS, GPT2_DEFAULTS
 
@@ -149,58 +147,6 @@ def source_settings(cfg, dims: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
-def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int, dict, list[str]]:
-    """A .ckpt of arc-state, of the State of July 2025 or of SmolState, or a bare state dict, as ours.
-
-    Args:
-        attention: auto | bidirectional | causal | rotary, see `translate`.
-    Returns: (settings of train_state.py, weights under its names, steps done, sizes of the data, notes to tell).
-    Settings and sizes are empty where the file does not say them: such weights can be trained from, but not be used by
-    themselves. Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
-    """
-    weights, keywords, step = read_source_checkpoint(path)
-    if not {"input_dim", "output_dim", "pert_dim", "hidden_dim"} <= keywords.keys():
-        return {}, weights, step, {}, []
-    complete_decoder(keywords, weights)
-    keywords.setdefault("compat_relu", True)  # as it computed
-    # Older releases pass over the settings of parts that they have not.
-    for name, part in (("lora", "lora_"), ("use_batch_token", "batch_token")):
-        if not any(part in weight for weight in weights):
-            keywords[name] = None
-    try:
-        settings, dims = translate(keywords, attention)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(error)})") from error
-    notes = []
-    if not settings["bidirectional_attention"]:
-        positions = " with rotary positions" if settings["rotary"] else ""
-        notes.append(f"{path} is causal{positions}: the order of cells counts. If it was trained otherwise: "
-                     "source_attention=bidirectional")
-    if settings["batch_encoder"]:
-        notes.append(f"{path} knows batches by number: those of other data, or in another order, are others to it")
-    folder = Path(path).parent
-    features = [file for file in (folder / "pert_onehot_map.pt", folder.parent / "pert_onehot_map.pt") if file.exists()]
-    if features:
-        settings["perturbation_features_file"] = str(features[0])
-    else:
-        notes.append(f"there is no pert_onehot_map.pt beside {path}: perturbations are numbered as sorted in the TOML")
-    return settings, weights, step, dims, notes
-
-
-def convert_whole(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int, dict]:
-    """(settings, weights, steps done, sizes of the data) of a checkpoint that can be used by itself; prints notes.
-
-    Raises CheckpointError for one that holds weights only.
-    """
-    settings, weights, step, dims, notes = convert(path, attention)
-    if not settings:
-        raise CheckpointError(f"{path} has weights but not the settings of its model (input_dim, hidden_dim, ...): it "
-                              "can be trained from with init_from, but not be used by itself")
-    for note in notes:
-        print(f"note: {note}")
-    return settings, weights, step, dims
-
-
 def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
     """(weights, keyword arguments of the source's model, steps done)."""
     content = read_checkpoint(path)
@@ -218,7 +164,7 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
     for place in (_inside(content, "config", "model", "kwargs"), _inside(content, "hyper_parameters")):
         for name, value in place.items():
             if value or not isinstance(value, Inert):
-                keywords[name] = value.item() if isinstance(value, np.generic) else value
+                keywords[name] = without_numpy(value)
     backbone = dict(_inside(keywords, "transformer_backbone_kwargs"))
     # Before release 0.9.32 every Llama of State was bidirectional, and so is SmolState's, whatever the settings say.
     # That release brought the setting, and the argument basal_mapping_strategy, which Lightning saves with the others.
@@ -226,8 +172,23 @@ def read_source_checkpoint(path: str | Path) -> tuple[dict, dict, int]:
     if smol or old:
         backbone.setdefault("bidirectional_attention", True)
     keywords |= {"transformer_backbone_kwargs": backbone, "pert_norm": "pert_norm.weight" in weights}
+    # SmolState's model is not told what its cells are read from; the settings of its data, at the root, say it.
+    of_data = _inside(content, "config", "kwargs")
+    if smol and of_data:
+        keywords.setdefault("embed_key", of_data.get("embed_key"))
     step = content.get("global_step", content.get("step", 0))
     return weights, keywords, int(step) if isinstance(step, (int, np.integer)) else 0
+
+
+def without_numpy(value):
+    """Settings with numbers and texts of numpy, which an imported run could not be read back with, as plain ones."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict) and not isinstance(value, Inert):
+        return {without_numpy(key): without_numpy(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(without_numpy, value))
+    return value
 
 
 def _inside(content: dict, *keys: str) -> dict:
@@ -238,8 +199,12 @@ def _inside(content: dict, *keys: str) -> dict:
     return content
 
 
-def complete_decoder(keywords: dict, weights: dict) -> None:
-    """Settings of the gene decoder that its weights tell: whether there is one, and in old releases its sizes."""
+def complete_decoder(keywords: dict, weights: dict) -> bool:
+    """Settings of the gene decoder that its weights tell: whether there is one, and in old releases its sizes.
+
+    Returns whether it is to be left out: where cells are genes already, the source builds one too, but never trains it
+    and does not ask it for predictions.
+    """
     linear = [value for name, value in weights.items() if name.startswith("gene_decoder.") and value.ndim == 2]
     if not linear:
         keywords["gene_decoder_bool"] = False
@@ -251,6 +216,12 @@ def complete_decoder(keywords: dict, weights: dict) -> None:
             "hidden_dims": [len(weight) for weight in linear[:-1]],
             "residual_decoder": "gene_decoder.final_layer.0.weight" in weights,
         }
+    embed_key = keywords.get("embed_key", "")  # "": not said
+    is_genes = embed_key is None or (embed_key == "X_hvg" and keywords.get("output_space", "gene") == "gene")
+    if not linear or not is_genes:
+        return False
+    keywords["gene_decoder_bool"] = False
+    return True
 
 
 def plain_name(name: str) -> str:
@@ -320,65 +291,20 @@ def load_parts(model: torch.nn.Module, weights: dict, anew: set[str], where: str
 
 
 def source_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights as the source names them, with its frozen embedding of zeros."""
-    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    """The weights of a model of train_state.py as the source names them."""
+    return source_weights(model.state_dict(), model.cfg)
+
+
+def source_weights(weights: dict, cfg) -> dict[str, torch.Tensor]:
+    """A state dict of a model of settings cfg as the source names it, with its frozen embedding of zeros."""
+    weights = {name: value.detach().cpu() for name, value in weights.items()}
     prefix = "transformer_backbone."
     if any("lora_A" in name for name in weights):
         prefix = "transformer_backbone.base_model.model."
         weights = {name.replace("transformer_backbone.", prefix): value for name, value in weights.items()}
-    width = model.cfg.d_model
+    width = cfg.d_model
     if prefix + "norm.weight" in weights:  # a Llama
         return weights | {prefix + "embed_tokens.weight": torch.zeros(32_000, width)}
-    tokens = model.cfg.cell_set_len + model.cfg.use_batch_token + model.cfg.confidence_token
+    tokens = cfg.cell_set_len + cfg.use_batch_token + cfg.confidence_token
     return weights | {prefix + "wte.weight": torch.zeros(50_257, width),
                       prefix + "wpe.weight": torch.zeros(tokens, width)}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Run folders
-# ---------------------------------------------------------------------------------------------------------------
-def write_maps(folder: Path, cells) -> None:
-    """var_dims.json, pert_onehot_map.pt, cell_type_map.json and batch_map.json: what the model's numbers mean.
-
-    cells: a Cells of sources.cells.
-    """
-    dims = cells.dims()
-    names = {"gene_names": cells.count_genes if dims["decodes"] else cells.genes, "pert_names": cells.perturbations}
-    (folder / "var_dims.json").write_text(json.dumps(dims | names, indent=1) + "\n", encoding="utf-8")
-    features = torch.as_tensor(cells.perturbation_features)
-    torch.save(dict(zip(cells.perturbations, features, strict=True)), folder / "pert_onehot_map.pt")
-    for name, values in (("cell_type", cells.cell_types), ("batch", cells.batches)):
-        codes = {value: code for code, value in enumerate(values)}
-        (folder / f"{name}_map.json").write_text(json.dumps(codes, indent=1) + "\n", encoding="utf-8")
-
-
-def write_source_files(folder: Path, model: torch.nn.Module, cells, step: int) -> None:
-    """The run as arc-state lays it out, for its own tools (`state tx infer`): config.yaml, var_dims.pkl,
-    checkpoints/final.ckpt, *_onehot_map.torch."""
-    import yaml
-
-    cfg, dims = model.cfg, cells.dims()
-    keywords = source_settings(cfg, dims)
-    columns = ("toml_config_path", "embed_key", "output_space", "pert_col", "cell_type_key", "batch_col",
-               "control_pert", "basal_mapping_strategy")
-    (folder / "config.yaml").write_text(yaml.safe_dump({
-        "data": {"name": "PerturbationDataModule", "kwargs": {name: getattr(cfg, name) for name in columns}},
-        "model": {"name": "state", "kwargs": keywords},
-        "training": {"max_steps": cfg.max_steps, "lr": cfg.lr},
-    }))
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    torch.save({
-        "state_dict": source_state_dict(model),
-        "hyper_parameters": keywords,
-        "global_step": step,
-        "epoch": 0,
-        "pytorch-lightning_version": "2.5.0",
-        "loops": {},
-        "callbacks": {},
-        "optimizer_states": [],
-        "lr_schedulers": [],
-    }, folder / "checkpoints" / "final.ckpt")
-    names = {"gene_names": list(map(str, cells.genes)), "pert_names": cells.perturbations}
-    (folder / "var_dims.pkl").write_bytes(pickle.dumps({name: dims[name] for name in SIZES_OF_DATA} | names))
-    for name, values in (("cell_type", cells.cell_types), ("batch", cells.batches)):
-        torch.save(dict(zip(values, torch.eye(len(values)), strict=True)), folder / f"{name}_onehot_map.torch")

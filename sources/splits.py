@@ -176,7 +176,7 @@ def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
     if not isinstance(text, str):
         raise DataError(f"{toml}: [datasets] {name} = {text!r} should be a path or a pattern in quotes")
     by_stem: dict[str, Path] = {}
-    for pattern in expand_braces(os.path.join(toml.parent, os.path.expanduser(text))):
+    for pattern in expand_braces(pattern_of(toml, text)):
         matches = match_files(pattern)
         if not matches:
             objection(strict, f"{toml}: [datasets] {name} = {text!r}: there is no h5 or h5ad file at {pattern}")
@@ -193,6 +193,17 @@ def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
     if not by_stem:
         raise DataError(f"{toml}: [datasets] {name} = {text!r} has no file")
     return list(by_stem.values())
+
+
+def pattern_of(toml: Path, text: str) -> str:
+    """A text of [datasets] as a pattern of files: relative to its TOML, or where nothing is there, to the working
+    directory, as cell-load has it."""
+    here = os.path.expanduser(text)
+    beside = os.path.join(toml.parent, here)
+    for pattern in (beside, here):
+        if any(match_files(part) for part in expand_braces(pattern)):
+            return pattern
+    return beside
 
 
 def match_files(pattern: str) -> list[str]:

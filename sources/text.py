@@ -330,6 +330,7 @@ class Reading(NamedTuple):
     max_bytes: int | None  # of text, UTF-8
     max_documents: int | None
     val_fraction: float  # of documents; of the limits for validation text of its own
+    min_chars: int = 0  # shorter documents are left out, like those without a text
 
 
 def source_records(source: str, column: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -362,7 +363,7 @@ def documents_of(source: str, split: str, reading: Reading, empty: Counter) -> I
     with contextlib.closing(source_records(source, column, split)) as records:
         for where, record in progress(records, f"{split} documents read", "doc"):
             text = "" if is_missing(record, column) else text_of(where, record, column)
-            if not text.strip():
+            if len(text.strip()) < max(1, reading.min_chars):
                 empty[split] += 1
                 continue
             yield text
@@ -443,7 +444,8 @@ def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool
                         "name a val_input")
     note = f"; left out {left_out:,} of training that are in validation too" if left_out else ""
     if empty:
-        note += f"; skipped {counted(empty.total(), 'document')} without text"
+        kind = f"of less than {counted(reading.min_chars, 'character')}" if reading.min_chars else "without text"
+        note += f"; skipped {counted(empty.total(), 'document')} {kind}"
     print(f"documents: {train:,} for training, {val:,} for validation{note}")
 
 
@@ -480,6 +482,8 @@ def load_text_tokenizer(source: str, lowercase: bool) -> Tokenizer:
         tokenizer.spec["lowercase"] = True
     if "eos" not in tokenizer.special:
         raise DataError(f"{source} has no eos, which ends every document: use one of this job, or gpt2")
+    if tokenizer.spec.get("normalizer"):  # of Hugging Face's files, APEL-R's byte pairs among them
+        print(f"note: {source} rewrites text before it cuts it, by its normalizer: tokens do not spell all of the text")
     return tokenizer
 
 
@@ -496,9 +500,15 @@ def batches(texts: Iterable[str], most: int = BATCH_CHARACTERS) -> Iterator[list
         yield batch
 
 
-def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int) -> dict:
-    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes, sha256}."""
+def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int, most: int | None = None
+                 ) -> dict:
+    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes, sha256}.
+
+    most: the stream ends before the document that would make it longer than so many tokens.
+    Says how many tokens are unk: tokenizers of others have no token for some characters.
+    """
     sizes = {"tokens": 0, "documents": 0, "bytes": 0}
+    unk, unknown = tokenizer.special.get("unk", -1), 0
     digest = hashlib.sha256()
     eos, dtype = tokenizer.special["eos"], stream_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
@@ -507,9 +517,17 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
         bar = stack.enter_context(progress(None, f"{split} tokens", "doc", spool.counts[split, ""]))
         for batch in batches(texts):
             flat = []
+            fits = 0  # documents of the batch
             for row in tokenizer.encode_batch(batch, threads):
+                if most and sizes["tokens"] + len(flat) + len(row) + 1 > most:
+                    break
                 flat += row
                 flat.append(eos)
+                fits += 1
+            if not flat:
+                break
+            full = fits < len(batch)
+            batch = batch[:fits]
             ids = np.array(flat, np.int64)
             # A tokenizer.json of others may claim fewer tokens than it gives.
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
@@ -517,10 +535,18 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             data = ids.astype(dtype)
             data.tofile(file)
             digest.update(data)
+            unknown += int((ids == unk).sum())
             sizes["tokens"] += len(ids)
             sizes["documents"] += len(batch)
             sizes["bytes"] += sum(map(size_of, batch))
             bar.update(len(batch))
+            if full:
+                break
+    if not sizes["tokens"]:
+        raise DataError(f"the first document of {split} has more than {most:,} tokens: allow more")
+    if unknown:
+        print(f"note: {unknown:,} of {sizes['tokens']:,} tokens of the {split} text are unk: characters that the "
+              "tokenizer has no token for, which are lost")
     sizes["sha256"] = digest.hexdigest()
     return sizes
 
@@ -537,6 +563,9 @@ def prepare_text(
     max_documents: int | None = None,
     val_fraction: float = 0.05,
     val_input: str = "",
+    min_chars: int = 0,
+    max_tokens: int | None = None,
+    max_val_tokens: int | None = None,
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
     min_frequency: int = 1,
@@ -552,15 +581,15 @@ def prepare_text(
     # A tokenizer that cannot be read is found before all documents are.
     encoder = None if trains else load_text_tokenizer(tokenizer, lowercase)
     with Workshop(out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
-        reading = Reading(text_column, max_bytes, max_documents, val_fraction)
+        reading = Reading(text_column, max_bytes, max_documents, val_fraction, min_chars)
         gather_text(input, val_input, reading, seed, spool)
         if trains:
             texts = progress(sampled(spool, tokenizer_chars), "training the tokenizer", "doc")
             encoder = text_tokenizer(tokenizer, texts, vocab_size, min_frequency, lowercase)
         encoder.save(shop.folder / "tokenizer.json")
         sizes = {}
-        for split in ("train", "val"):
-            sizes[split] = write_tokens(shop.folder / f"{split}.bin", spool, split, encoder, threads)
+        for split, most in (("train", max_tokens), ("val", max_val_tokens)):
+            sizes[split] = write_tokens(shop.folder / f"{split}.bin", spool, split, encoder, threads, most)
         meta = write_meta(
             shop.folder,
             "text",

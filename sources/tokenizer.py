@@ -65,6 +65,24 @@ class Characters:
         return text.encode("utf-8", "surrogateescape")
 
 
+class ListedCharacters:
+    """A vocabulary of APEL-R's files: characters by their place in a list, and unk for all others."""
+
+    def __init__(self, texts: list[str], special: dict[str, int]):
+        silent = set(special.values())
+        self.texts = ["" if i in silent else text for i, text in enumerate(texts)]
+        self.n_vocab = len(texts)
+        self.places = {text: i for i, text in enumerate(self.texts) if text}
+        self.unk = special["unk"]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return [self.places.get(character, self.unk) for character in text]
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The text of ids; special tokens, unk too, have none."""
+        return "".join([self.texts[i] for i in ids]).encode()
+
+
 def joined_halves(match: re.Match) -> str:
     """The byte of two half bytes, escaped where it is no ASCII."""
     high, low = match.groups()
@@ -75,7 +93,8 @@ def joined_halves(match: re.Match) -> str:
 
 
 class Tokenizer:
-    """Text to token ids and back. Kinds: char and bpe (ours), gpt2, huggingface (somebody's tokenizer.json).
+    """Text to token ids and back. Kinds: char and bpe (ours), gpt2, huggingface (somebody's tokenizer.json), listed
+    (APEL-R's characters).
 
     All but the foreign files lose nothing: decode(encode(text)) is the text and decode_bytes(encode(data)) the data,
     in lower case if the spec says "lowercase". `special` is {name: id}, of those of SPECIAL that there are.
@@ -93,7 +112,7 @@ class Tokenizer:
 
     def hash(self) -> str:
         """The same for the same tokenizer only: sha256 of what its file says."""
-        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+        return hash_of(self.spec)
 
     def encode(self, text: str | bytes) -> list[int]:
         return self.encode_batch([text])[0]
@@ -106,7 +125,7 @@ class Tokenizer:
         if self.kind == "huggingface":
             texts = [ESCAPED.sub("\ufffd", text) for text in texts]
             return [row.ids for row in self.engine.encode_batch(texts, add_special_tokens=False)]
-        if self.kind == "char":
+        if self.kind in ("char", "listed"):
             return [self.engine.encode_ordinary(text) for text in texts]
         plain = all(map(is_unicode, texts)) and not any(map(has_long_space, texts))
         if threads == 1 or not plain:  # a pool of one thread costs a third of the speed
@@ -137,6 +156,10 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.spec, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def hash_of(spec: dict) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
 def has_long_space(text: str) -> bool:
@@ -222,20 +245,36 @@ def copy_tokenizer(data: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json (ours, or a Hugging Face one: pip install tokenizers), or gpt2."""
+    """The tokenizer of a tokenizer.json, or gpt2. Raises DataError.
+
+    Such a file is ours, APEL-R's {"itos": [...]}, or one of Hugging Face (pip install tokenizers).
+    """
     if str(source) == "gpt2":
         return gpt2_tokenizer({"kind": "gpt2"})
+    spec = read_spec(source)
     try:
-        spec = json.loads(Path(source).read_text(encoding="utf-8-sig"))
         if spec.get("kind") in OURS:
             return make_tokenizer(spec)
+        if "itos" in spec:
+            return listed_tokenizer(spec)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"cannot read the tokenizer {source}: {error}") from error
     if "model" not in spec:
-        raise DataError(f"{source} is no tokenizer.json of this repository or of Hugging Face tokenizers")
+        raise DataError(f"{source} is no tokenizer.json of this repository, of APEL-R or of Hugging Face tokenizers")
     return foreign_tokenizer(spec, source)
+
+
+def read_spec(source: str | Path) -> dict:
+    """What a tokenizer.json says, of whatever kind. Raises DataError."""
+    try:
+        spec = json.loads(Path(source).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the tokenizer {source}: {error}") from error
+    if not isinstance(spec, dict):
+        raise DataError(f"cannot read the tokenizer {source}: it is no table of settings")
+    return spec
 
 
 def make_tokenizer(spec: dict) -> Tokenizer:
@@ -259,6 +298,16 @@ def make_tokenizer(spec: dict) -> Tokenizer:
     ranks = {token: i for i, token in enumerate(tokens)}
     engine = tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=spelled)
     return Tokenizer("bpe", engine, spec, special)
+
+
+def listed_tokenizer(spec: dict) -> Tokenizer:
+    """That of APEL-R's characters; raises ValueError, KeyError or TypeError for a damaged list."""
+    texts = spec["itos"]
+    special = {name: texts.index(f"<{name}>") for name in SPECIAL}
+    others = [text for i, text in enumerate(texts) if i not in special.values()]
+    if len(set(texts)) < len(texts) or any(len(text) != 1 or not is_unicode(text) for text in others):
+        raise ValueError("its itos must list <pad>, <bos>, <eos>, <unk> and characters, each once")
+    return Tokenizer("listed", ListedCharacters(texts, special), spec, special)
 
 
 def gpt2_tokenizer(spec: dict) -> Tokenizer:

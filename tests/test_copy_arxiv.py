@@ -25,11 +25,11 @@ PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
          {"name": "b", "process": "mess3", "vocab_map": [0, 1, 2]}]
 
 # Documents that are rows of an integer array, with a label each, in place of HDF5 files.
-DATA = ("""    train, validation = train_and_validation(folder)
+DATA = ("""    train, validation = train_and_validation(cfg.data, cfg.validation_data, vocab_size)
     return Chunks(**train), Chunks(**validation)
 """, """    splits = []
     for split in ("train", "validation"):
-        arrays = np.load(folder / f"{split}.npz")
+        arrays = np.load(Path(cfg.data) / f"{split}.npz")
         tokens, codes = arrays["tokens"], arrays["codes"]
         documents = np.arange(len(codes))
         budget = int(np.bincount(codes).min())

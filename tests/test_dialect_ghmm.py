@@ -195,7 +195,12 @@ def test_every_name_of_a_group_is_settings_or_a_sentence(capsys):
 
 def test_several_runs_are_left_to_sweep(monkeypatch):
     called = []
-    monkeypatch.setattr(configurator.subprocess, "call", lambda command: called.append(command) or 0)
+
+    def call(program: str, command: list[str]) -> None:  # never returns
+        called.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(configurator.os, "execv", call)
     with pytest.raises(SystemExit):
         train_ghmm.main(["--config-name=experiment", "--multirun", "training.batch_size=32,64"])
     assert called[0][2:] == [train_ghmm.__file__, "--config-name=experiment", "training.batch_size=32,64"]

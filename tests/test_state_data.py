@@ -311,6 +311,20 @@ def test_patterns_name_files_relative_to_the_toml(text, expected):
     assert found == {"one": [Path("t") / stems[stem] for stem in stems]}
 
 
+def test_patterns_of_the_source_are_relative_to_where_it_is_started():
+    """Only where nothing is beside the TOML."""
+    for folder in ("t", "d"):
+        Path(folder).mkdir()
+    Path("t/e.toml").write_text('[datasets]\none = "d/{a,b}.h5ad"\n[training]\none = "train"\n')
+    for name in ("d/a.h5ad", "d/b.h5ad"):
+        Path(name).touch()
+    assert read_toml("t/e.toml").datasets == {"one": [Path("d/a.h5ad"), Path("d/b.h5ad")]}
+    Path("t/d").mkdir()
+    for name in ("t/d/a.h5ad", "t/d/b.h5ad"):
+        Path(name).touch()
+    assert read_toml("t/e.toml").datasets == {"one": [Path("t/d/a.h5ad"), Path("t/d/b.h5ad")]}
+
+
 def test_braces_expand_to_every_combination():
     assert expand_braces("a{b, c}d{e,f}") == ["abde", "abdf", "acde", "acdf"] and expand_braces("a") == ["a"]
 

@@ -999,7 +999,8 @@ def test_the_shape_of_a_checkpoint_is_taken_over(tmp_path, capsys):
     dims = dict(input_dim=D, output_dim=D, pert_dim=P, batch_dim=3, gene_dim=G, hvg_dim=D, decodes=False)
     model = ts.build_model(cfg, dims)
     assert all(k.startswith("pert_encoder.") for k in ts.initialise(model, weights, cfg))
-    for wrong in (tmp_path / "absent.ckpt", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for wrong in (tmp_path / "absent.ckpt", tmp_path / "empty"):
         with pytest.raises(CheckpointError, match=wrong.name):
             ts.start_from_checkpoint(ts.Config(init_from=str(wrong)))
 

@@ -318,7 +318,7 @@ def test_weights_to_start_from_come_from_ours_and_from_the_source(text, writers)
     state = source_checkpoint(writers[V2])
     torch.save(state, "source.pt")
     for option in ("--init_from=source.pt", "--resume=source.pt"):
-        run(text, option, "--lr=0", "--weight_decay=0", "--compat=source", f"--out_dir={option[2:6]}")
+        run(text, option, "--lr=0", "--weight_decay=0", "--compat=source", "--max_steps=9", f"--out_dir={option[2:6]}")
         assert not unequal(checkpoint.load(Path(option[2:6]))["model"], best["model"])
 
 
@@ -342,6 +342,7 @@ ON_META = {
     "v2": {"plan_commitment": "gumbel_st", "loss_weights": dict.fromkeys(train_apelr.V2_TERMS, 0.1), "rep_window": 3},
     "v2-bias": {"experts": "bias"}, "v2-source": {"compat": "source", "planner_temperature": 0.8},
     "transformer": {"backbone": "transformer"}, "baseline": {"version": "baseline"},
+    "transformer_lm": {"version": "transformer_lm", "token_dim": 128},
 }
 
 

@@ -155,7 +155,7 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "metrics.csv", "plots",
         "train_state.py", "last.pt", "best.pt", "step_4.pt", "step_5.pt", "step_8.pt", "step_12.pt",
         "var_dims.json", "pert_onehot_map.pt", "cell_type_map.json", "batch_map.json", "checkpoints", "var_dims.pkl",
-        "cell_type_onehot_map.torch", "batch_onehot_map.torch", "config.yaml"}
+        "cell_type_onehot_map.torch", "batch_onehot_map.torch", "config.yaml", "data_module.torch", "data.toml"}
     pictures = {path.stem: matplotlib.image.imread(path) for path in (whole / "plots").iterdir()}
     assert {"delta", "loss", "pearson_delta_by_perturbation", "mae_by_perturbation"} <= pictures.keys()
     for name, image in pictures.items():
