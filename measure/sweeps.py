@@ -21,24 +21,37 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
         values: {setting: value} of what differs between the runs.
         status: done, failed or stopped. code: of the exit. seconds: of its process, or None for what its summary says.
     """
-    told = {"run": folder.name, "status": status, "exit_code": code, "seconds": seconds, "folder": str(folder)}
-    told["settings"] = values
+    told = {
+        "run": folder.name,
+        "status": status,
+        "exit_code": code,
+        "seconds": seconds,
+        "folder": str(folder),
+        "settings": values,
+    }
     if status == "done":
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        text = (folder / "summary.json").read_text(encoding="utf-8")
+        summary = json.loads(text)
+        # What fits into a table; curves and the like stay in summary.json.
         told["summary"] = {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
         if seconds is None:
             told["seconds"] = summary.get("seconds")
     else:
-        console = (folder / "console.log").read_text(encoding="utf-8", errors="replace")
-        told["last_lines"] = [line for line in console.split("\n") if line.strip()][-LAST_LINES:]
+        text = (folder / "console.log").read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.split("\n") if line.strip()]
+        told["last_lines"] = lines[-LAST_LINES:]
     return told
 
 
 def in_words(told: dict, shown: list[str]) -> str:
     """What came of a run, by its record; shown: names in its summary."""
     if told["status"] == "done":
-        return ", ".join(f"{name} {number(told['summary'].get(name))}" for name in shown) or "done"
-    last = told["last_lines"][-1] if told["last_lines"] else "it said nothing"
+        results = [f"{name} {number(told['summary'].get(name))}" for name in shown]
+        return ", ".join(results) or "done"
+    # The last line is the error of a page that refuses, and that of Python's traceback.
+    last = "it said nothing"
+    if told["last_lines"]:
+        last = told["last_lines"][-1]
     return f"{told['status']} (exit code {told['exit_code']}): {last}"
 
 
@@ -51,9 +64,12 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
     """The lines of a table of the runs that are done, the best by shown[0] first; then a line of each other run."""
     rows = []
     for line in best_first(told, shown, less_is_better):
-        rows.append(list(line["settings"].values()))
-        rows[-1] += [number(line["summary"].get(name)) for name in shown]
-        rows[-1] += [number(line["seconds"]), line["folder"]]
+        row = list(line["settings"].values())
+        for name in shown:
+            row.append(number(line["summary"].get(name)))
+        row.append(number(line["seconds"]))
+        row.append(line["folder"])
+        rows.append(row)
     lines = []
     if rows:
         rows.insert(0, [*told[0]["settings"], *shown, "seconds", "folder"])
