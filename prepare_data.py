@@ -36,7 +36,7 @@ from sources.cells import prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
-from sources.foreign_apelr import checkpoint_in, untold
+from sources.foreign_apelr import untold
 from sources.foreign_arxiv import training_state
 from sources.papers import cut_papers, holds_papers
 from sources.planted import planted
@@ -343,9 +343,10 @@ def load_foreign(page, system: str, file: Path, source_attention: str) -> tuple:
 
 def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> dict:
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
-    file = checkpoint_in(Path(path))
-    folder = checkpoint.local_folder(out_dir or f"out/{file.stem}")
-    system = foreign_checkpoints.importable(foreign_checkpoints.source_file(file) or file)
+    file = foreign_checkpoints.checkpoint_in(path)
+    name = Path(path).name if Path(path).is_dir() else file.stem
+    folder = checkpoint.local_folder(out_dir or f"out/{name}")
+    system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
     if file.resolve().is_relative_to(folder.resolve()):

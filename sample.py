@@ -43,7 +43,7 @@ from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate
 from sources import foreign_checkpoints
 from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
-from sources.foreign_apelr import checkpoint_in, is_source_checkpoint, untold
+from sources.foreign_apelr import is_source_checkpoint, untold
 from sources.h5ad import H5ad, write_h5ad
 from sources.shared import counted
 from sources.tokenizer import Tokenizer, load_tokenizer
@@ -137,7 +137,8 @@ def token_ids(prompt: str, vocab_size: int) -> list[int]:
 
 
 def run_folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "checkpoints" else folder  # of a source's run
 
 
 def tokenizer_of(path: Path, known: str | None = None) -> Tokenizer | None:
@@ -698,7 +699,7 @@ def page_stem(path: Path) -> str:
     """The name of the page that made a run or checkpoint, or that reads it, where it is of a source."""
     stem = checkpoint.experiment_of(path)
     if not stem:
-        system = foreign_checkpoints.system_of(foreign_checkpoints.source_file(path) or path)
+        system = foreign_checkpoints.system_of(path)
         stem = f"train_{system}" if system else ""
     return stem or checkpoint.load(path)["experiment"]  # which says what is wrong with it
 
@@ -769,7 +770,7 @@ def main(argv: list[str] | None = None) -> dict:
         target = Path(cfg.json)
         if target.is_dir() or not target.resolve().parent.is_dir():
             fail(f"json = {cfg.json}: not a file in a folder that exists")
-    path = checkpoint_in(Path(argv[0]))
+    path = foreign_checkpoints.checkpoint_in(argv[0])
     with clear_errors():
         stem = page_stem(path)
         page = import_page(stem, path)

@@ -59,8 +59,9 @@ from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
-from sources.foreign_apelr import ALIASES, checkpoint_in, convert, fill, is_source_checkpoint, known_beside
+from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint, known_beside
 from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
+from sources.foreign_checkpoints import checkpoint_in
 from sources.foreign_plans import commit_source, cross_source, start_as_source
 from sources.foreign_transformer import TransformerLM, plain_head
 from sources.prepared import check_prepared
@@ -1212,7 +1213,7 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = checkpoint_in(Path(cfg.analyze))
+    path = checkpoint_in(cfg.analyze)
     default = Config()
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.

@@ -68,6 +68,7 @@ from sources.chunks import copy_tokenizer, train_and_validation, whole_documents
 from sources.ergodic import ergodic
 from sources.foreign import ICL
 from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
+from sources.foreign_checkpoints import checkpoint_in
 from sources.shared import closest, counted, counter_rng, make_once, quoted
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
@@ -725,7 +726,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
 
     Raises CheckpointError.
     """
-    path = Path(path)
+    path = checkpoint_in(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
     state = source_checkpoint(path, ICL[0].defaults) or without_last_position(checkpoint.load(path, __file__), path)

@@ -43,6 +43,7 @@ from configurator import (
 from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
 from measure.tracker import MetricTracker
 from sources.foreign import SIMPLEXITY
+from sources.foreign_checkpoints import checkpoint_in
 from sources.foreign_ghmm import ALIASES, agree, config_beside, convert_checkpoint, is_source_checkpoint
 from sources.processes import (  # noqa: F401
     PROCESSES,
@@ -686,6 +687,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     A checkpoint of Simplexity is read with the config.yaml of its run.
     Raises CheckpointError for a missing, damaged or foreign file.
     """
+    path = checkpoint_in(path)
     if is_source_checkpoint(path):
         return load_source(path, device)
     state = checkpoint.load(path, __file__)

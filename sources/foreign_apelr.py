@@ -262,12 +262,6 @@ def is_true(given: dict[str, Any], *keys: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
-def checkpoint_in(path: Path) -> Path:
-    """checkpoint.pt of a run folder of the source; any other path as it is."""
-    file = path / "checkpoint.pt"
-    return file if file.is_file() and not (path / "last.pt").exists() else path
-
-
 def is_source_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of the source rather than of this repository; reads no tensor."""
     try:

@@ -12,7 +12,6 @@ import torch
 from common import checkpoint
 from common.errors import CheckpointError, DataError, InputError
 from sources.foreign_apelr import (
-    checkpoint_in,
     convert,
     fill,
     is_source_checkpoint,
@@ -24,6 +23,7 @@ from sources.foreign_apelr import (
     tokenizer_file,
     trained_with,
 )
+from sources.foreign_checkpoints import checkpoint_in
 
 SIZES = ("version", "backbone", "experts", "n_layers", "d_model", "n_heads", "token_dim", "num_plan_states",
          "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that decide the shapes of weights

@@ -78,11 +78,16 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
 
+# What the checkpoints in the run folders of other systems are called, the first choice first.
+NAMES = ("final.ckpt", "last.ckpt", "best.ckpt", "checkpoint.pt", "best_model.pt", "latest.pt")
+
 
 def source_file(path: Path) -> Path | None:
     """The checkpoint of another system that a file or a run folder of it stands for; None: it is ours, or no such.
 
-    Of a folder that is final.ckpt, which the source's own tools take too, last.ckpt, best.ckpt, the newest of a step.
+    Of a folder of arc-state or SmolState that is final.ckpt, which their own tools take too, last.ckpt, best.ckpt, or
+    the newest of a step; of APEL-R checkpoint.pt, of ICL-non-ergodic-arxiv the best or latest, of Simplexity the last
+    step.
     """
     if checkpoint.experiment_of(path) or (path / "last.pt").exists():  # a damaged one is ours, too
         return None
@@ -90,10 +95,18 @@ def source_file(path: Path) -> Path | None:
         return path
     for folder in (path / "checkpoints", path):
         steps = sorted(folder.glob("step*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in (folder / "final.ckpt", folder / "last.ckpt", folder / "best.ckpt", *steps):
+        for file in (*(folder / name for name in NAMES), *steps):
             if file.is_file():
                 return file
+        by_step = [file for file in folder.glob("*/model.*") if file.parent.name.isdecimal()]
+        if by_step:
+            return max(by_step, key=lambda file: int(file.parent.name))
     return None
+
+
+def checkpoint_in(path: str | Path) -> Path:
+    """The checkpoint that a run folder of another system stands for; any other path as it is."""
+    return source_file(Path(path)) or Path(path)
 
 
 # What a system is known by: how the names of some of its weights begin.

@@ -288,3 +288,23 @@ def test_no_code_of_a_foreign_checkpoint_runs():
     assert foreign_checkpoints.system_of(Path("evil.ckpt")) == "state" and not Path("it_ran").exists()
     with pytest.raises(CheckpointError):
         foreign_checkpoints.importable(Path("nowhere.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (["checkpoints/step=10.ckpt", "checkpoints/last.ckpt", "checkpoints/final.ckpt"], "checkpoints/final.ckpt"),
+        (["checkpoint.pt", "metrics.json"], "checkpoint.pt"),  # APEL-R
+        (["checkpoints/latest.pt", "checkpoints/best_model.pt"], "checkpoints/best_model.pt"),  # ICL-non-ergodic-arxiv
+        (["checkpoints/900/model.pt", "checkpoints/1000/model.pt"], "checkpoints/1000/model.pt"),  # Simplexity
+        (["9/model.eqx", "10/model.eqx"], "10/model.eqx"),
+        (["checkpoint.pt", "last.pt"], ""),  # ours
+        (["metrics.json"], ""),
+    ],
+)
+def test_a_run_folder_of_a_source_stands_for_its_checkpoint(files, chosen):
+    folder = Path("there")
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert foreign_checkpoints.checkpoint_in(folder) == folder / chosen
