@@ -13,8 +13,8 @@
 ghmm: tokens with their log-probabilities under the true process, and how far the model's predictions are from the
 optimal ones at each position. arxiv: text that goes on from the prompt, with the cross entropy of every token. apelr:
 text and the belief about its plan, which can be read, forced and frozen; a checkpoint.pt of the source will do, with
-the defaults of its sampler. state:
-cells, written as h5ad; a .ckpt of the source will do, with --toml. A copy of a page is sampled as what its EXPERIMENT
+the defaults of its sampler. state: cells, written as h5ad; a .ckpt or run folder of the source will do (a .ckpt with
+--toml). ghmm, arxiv: a checkpoint of the source will do. A copy of a page is sampled as what its EXPERIMENT
 says; the page must still be in the folder of this script.
 """
 
