@@ -343,7 +343,7 @@ def run_sweep(page: ModuleType, script: Path, jobs: int, folder: Path, runs: lis
             if left and not came:
                 line += f" | {tqdm.format_interval(sum(spent) / len(spent) * left / jobs)} left"
             print(line, flush=True)
-    if told and shown:
+    if shown and any(line["status"] == "done" for line in told):
         print(f"\nby {shown[0]}, of which {'less' if less_is_better else 'more'} is better:")
     if told:
         print("\n".join(table(told, shown, less_is_better)))

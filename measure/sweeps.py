@@ -52,7 +52,9 @@ def in_words(told: dict, shown: list[str]) -> str:
     last = "it said nothing"
     if told["last_lines"]:
         last = told["last_lines"][-1]
-    return f"{told['status']} (exit code {told['exit_code']}): {last}"
+    code = told["exit_code"]
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"  # as when memory runs out
+    return f"{told['status']} ({how}): {last}"
 
 
 def number(value: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
-from measure.sweeps import OBJECTIVES, table
+from measure.sweeps import OBJECTIVES, in_words, table
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -466,6 +466,12 @@ def test_what_has_no_number_is_last_in_the_table():
     rows = [line.split() for line in table(told, ["pearson_delta"], less_is_better=False)]
     assert rows == [["a", "pearson_delta", "seconds", "folder"], ["2", "0.9", "-", "f2"], ["1", "0.1", "-", "f1"],
                     ["0", "-", "-", "f0"]]
+
+
+def test_a_run_that_was_killed_says_by_what():
+    told = {"run": "a=0", "status": "failed", "exit_code": -9, "settings": {"a": "0"}, "last_lines": []}
+    assert in_words(told, ["loss"]) == "failed (killed by signal 9): it said nothing"
+    assert table([told], ["loss"], less_is_better=True) == ["a=0: failed (killed by signal 9): it said nothing"]
 
 
 # -------------------------------------------------------------------------------------------------- real pages
