@@ -269,7 +269,7 @@ def signals() -> Iterator[list[int]]:
     """A list of the signals to stop that came. They do nothing else for now."""
     came, before = [], {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             before[number] = signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield came
