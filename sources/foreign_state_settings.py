@@ -7,6 +7,7 @@ of them, what they have and we have not, and the verbs of their commands.
 import importlib.util
 import json
 import re
+import shlex
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -376,6 +377,8 @@ def has_fewshot(path: str) -> bool:
 PROGRAMS = {"state", "state-sets", "smolstate"}  # and python main.py, whose first word is the verb
 VERBS = {"train", "predict", "infer", "preprocess_train", "preprocess_infer", "info"}
 ROOMS = {"tx", "sets", "emb"}  # of State's commands
+EARLY_EMBEDDING = ["state-sets", "state"], ["state", "state"]  # what `emb` was called at first
+UNNEEDED = {"quiet", "verbose", "profile", "predict_only", "skip_adatas"}  # options that change no prediction
 
 
 def command(words: list[str]) -> list[str]:
@@ -384,11 +387,16 @@ def command(words: list[str]) -> list[str]:
     Raises InputError for verbs that other scripts serve, naming the command to type.
     """
     words = list(words)
+    if words[:2] in EARLY_EMBEDDING:
+        raise InputError(NO_EMBEDDING)
     program = words.pop(0) if words and words[0] in PROGRAMS and set(words[1:2]) & (VERBS | ROOMS) else ""
     room = words.pop(0) if words and words[0] in ROOMS else ""
     verb = words.pop(0) if words and words[0] in VERBS else ""
     if room == "emb":
         raise InputError(NO_EMBEDDING)
+    if room and not verb:
+        raise InputError(f"{' '.join([room, *words[:1]])}: of its commands there are {', '.join(sorted(VERBS))}: "
+                         "python train_state.py tx train ...")
     if verb not in ("", "train"):
         raise InputError(f"{' '.join(filter(None, (room, verb)))}: type {command_of(verb, options_of(words))}")
     ours = []
@@ -414,7 +422,7 @@ def options_of(words: list[str]) -> dict[str, str]:
             key = name.lstrip("-").replace("-", "_")
             options[key] = value
         elif key:
-            options[key] = word
+            options[key], key = word, ""
     return options
 
 
@@ -424,15 +432,18 @@ def command_of(verb: str, options: dict[str, str]) -> str:
         return "python bench.py, which begins with what this machine has"
     if verb == "preprocess_train":
         names = {"adata": "input", "output": "output", "num_hvgs": "num_hvgs"}
-        words = ["python prepare_data.py state preprocess", *renamed(options, names)]
-        return f"{' '.join(words)} --target_sum=N, N the median count of a cell, as State has it (ours: 10000)"
+        words = ["python", "prepare_data.py", "state", "preprocess", *renamed(options, names)]
+        return f"{shlex.join(words)} --target_sum=N, N the median count of a cell, as State has it (ours: 10000)"
     if verb == "preprocess_infer":
         return ("python sample.py RUN --adata=FILE --perturbations=NAME,NAME instead of infer: it draws the control "
                 "cells itself")
     folder = options.get("model_dir") or options.get("output_dir") or "RUN"
     checkpoint = options.get("checkpoint", "")
+    last = Path(folder, "checkpoints", "last.ckpt")
     if checkpoint and "/" not in checkpoint:
         checkpoint = f"{folder.rstrip('/')}/checkpoints/{checkpoint}"
+    elif not checkpoint and verb == "predict" and last.is_file():
+        checkpoint = str(last)  # its default, where ours is the final one
     names = {"toml": "toml", "adata": "adata", "seed": "seed"}
     columns = {"pert_col": "columns.pert_col", "celltype_col": "columns.cell_type_key",
                "batch_col": "columns.batch_col", "control_pert": "columns.control_pert",
@@ -440,7 +451,10 @@ def command_of(verb: str, options: dict[str, str]) -> str:
     if verb == "infer":
         names |= {"output": "out"} | columns
         options["output"] = options.get("output", "predictions").rsplit(".", 1)[0]  # ours is a folder
-    return " ".join([f"python sample.py {checkpoint or folder}", *renamed(options, names)])
+    known = {"model_dir", "output_dir", "checkpoint", *names, *UNNEEDED}
+    others = [f"--{name.replace('_', '-')}" for name in options if name not in known]
+    lacking = f" (of which {', '.join(others)} is not here)" if others else ""
+    return shlex.join(["python", "sample.py", checkpoint or folder, *renamed(options, names)]) + lacking
 
 
 def renamed(options: dict[str, str], names: dict[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def refused(capsys, line: str) -> str:
     """The one error line of a command, beside which there may be notes."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        train_state.main(line.split())
+        train_state.main(shlex.split(line))
     told = [row for row in capsys.readouterr().err.splitlines() if not row.startswith("note: ")]
     assert exit_.value.code == 2 and len(told) == 1 and told[0].startswith("error: "), told
     return told[0]
@@ -436,11 +437,24 @@ def test_a_command_of_state_has_no_data_unless_it_names_them(capsys):
     ("tx preprocess_train --adata raw.h5ad --output p.h5ad --num_hvgs 2000",
      "type python prepare_data.py state preprocess --input=raw.h5ad --output=p.h5ad --num_hvgs=2000 --target_sum=N"),
     ("tx preprocess_infer --adata a.h5ad --output b.h5ad --control_condition x --pert_col gene", "sample.py"),
+    ("tx infer --model-dir m --adata c.h5ad --quiet --celltypes k562,rpe1 --tsv pad.tsv",
+     "--adata=c.h5ad --out=predictions (of which --celltypes, --tsv is not here)"),
+    ("state-sets sets predict --output_dir 'a run' --checkpoint last.ckpt", "sample.py 'a run/checkpoints/last.ckpt'"),
+    ("state-sets state train --conf my.yaml", "embed_key"), ("state state embed --input a.h5ad", "embed_key"),
+    ("tx", "python train_state.py tx train"), ("state tx kmeans --k 3", "tx kmeans: of its commands there are"),
     ("emb fit --conf my.yaml", "embed_key"), ("emb transform --model-folder SE --input a.h5ad", "embed_key"),
     ("emb query --lancedb x --k 3", "embed_key"), ("infer --adata a.h5ad", "type python sample.py"),
     ("info", "bench.py")])
 def test_the_other_verbs_name_the_command_to_type(line, words, capsys):
     assert words in refused(capsys, line)
+
+
+def test_what_predict_takes_without_being_told_is_the_last_checkpoint(capsys):
+    Path("run/checkpoints").mkdir(parents=True)
+    assert refused(capsys, "tx predict --output-dir run").endswith("type python sample.py run")
+    Path("run/checkpoints/last.ckpt").write_bytes(b"")
+    assert refused(capsys, "tx predict --output-dir run").endswith("type python sample.py run/checkpoints/last.ckpt")
+    assert "sample.py run --adata=a.h5ad" in refused(capsys, "tx infer --model-dir run --adata a.h5ad")
 
 
 # ----------------------------------------------------------------------------- commands of the READMEs, in small
