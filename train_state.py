@@ -894,6 +894,8 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     # The source's, or ours, of this page or of a copy. Only what decides the shape is taken over from its settings.
     if source:
         saved, weights, *_ = convert(source, cfg.source_attention)
+        if saved:
+            saved = vars(from_dict(Config, {name: saved[name] for name in SHAPE}, str(source)))
     else:
         state = checkpoint.load(checkpoint.best_of(path))
         weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
@@ -1095,8 +1097,11 @@ def train(cfg: Config) -> dict:
             if cfg.source_files and rt.is_main:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
-            facts = run_facts(rt, step, meter, "cells")
-            summary = result | {"val_loss": best if validation else None, **facts, "config_hash": config_hash(cfg)}
+            summary = result | {
+                "val_loss": best if validation else None,
+                **run_facts(rt, step, meter, "cells"),
+                "config_hash": config_hash(cfg),
+            }
             log.summary(summary)
             if rt.is_main:
                 log.say(effects.verdict(result, folder))
@@ -1140,10 +1145,11 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
 def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn.Module, int, dict]:
     """The same of a .ckpt of the source; what its numbers mean is in the files of its run folder."""
     settings, weights, step, known = convert_whole(path, attention)
+    cfg = from_dict(Config, settings, str(path))  # which ends here where a setting has a value that is none of ours
+    cfg.device = device
     try:
-        cfg = Config(device=device, **settings)
         model = build_model(cfg, known["dims"])
-    except (TypeError, ValueError, KeyError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
     load_source_state_dict(model, weights)
     return cfg, model, step, known

@@ -295,7 +295,7 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
     keywords = source_settings(cfg, cells.dims())
     config = source_config(folder, cfg, keywords)
     of_data = config["data"]["kwargs"] | {
-        "batch_size": cfg.batch_size,
+        "batch_size": config["training"]["batch_size"],
         "cell_sentence_len": cfg.cell_set_len,
         "random_seed": cfg.seed,
         "is_log1p": True,
@@ -397,16 +397,18 @@ def source_config(folder: Path, cfg, keywords: dict) -> dict:
         "store_raw_basal": False,
         "barcode": True,
     }
+    # A batch there is that of a micro-step, and validation counts these; SmolState accumulates nothing.
+    micro_steps = 1 if cfg.source_files == "smolstate" else cfg.grad_accum
     training = {
-        "batch_size": cfg.batch_size,
+        "batch_size": cfg.batch_size // micro_steps,
         "lr": cfg.lr,
         "weight_decay": cfg.weight_decay,
         "max_steps": cfg.max_steps,
         "train_seed": cfg.seed,
-        "val_freq": cfg.eval_interval,
+        "val_freq": cfg.eval_interval * micro_steps,
         "ckpt_every_n_steps": cfg.save_interval or cfg.eval_interval,
         "gradient_clip_val": cfg.grad_clip,
-        "gradient_accumulation_steps": cfg.grad_accum,
+        "gradient_accumulation_steps": micro_steps,
         "loss_fn": "mse",
         "devices": 1,
         "strategy": "auto",

@@ -21,6 +21,7 @@ import sample
 import train_state
 from common import checkpoint
 from common.errors import CheckpointError, DataError
+from configurator import configure
 from sources.cells import load_features
 from sources.foreign_checkpoints import source_file
 from sources.foreign_state_files import convert, read_plain, toml_lines
@@ -234,6 +235,21 @@ def test_a_checkpoint_that_does_not_say_its_cells_asks_for_them(runs, capsys):
     assert "name your TOML, --toml=my.toml" in told and not Path("a").exists() and not Path("data").exists()
 
 
+@pytest.mark.parametrize("changed, words", [
+    ({"activation": "silu"}, "activation: expected"), ({"basal_mapping_strategy": "nearest"}, "expected random|batch"),
+    ({"hidden_dim": None}, "d_model: expected"), ({"dropout": 2}, "dropout: expected"),
+    ({"pert_dim": -3}, "its settings make no model")])
+def test_a_checkpoint_whose_settings_mean_nothing_here_makes_no_run(changed, words, runs, capsys):
+    content = torch.load(runs("--source_files") / "checkpoints/final.ckpt", weights_only=True)
+    content["hyper_parameters"] |= changed
+    torch.save(content, "odd.ckpt")
+    assert words in refusal(capsys, prepare_data.main, "import", "odd.ckpt", "--out_dir=ours")
+    assert not Path("ours").exists()
+    if "hidden_dim" in changed:  # to train from it no other is of any matter
+        assert words in refusal(capsys, train_state.main, "--init_from=odd.ckpt", "--out_dir=tuned")
+        assert not Path("tuned").exists()
+
+
 def test_weights_alone_are_refused_with_what_they_are_good_for(runs, capsys):
     content = torch.load(runs("--source_files") / "checkpoints/final.ckpt", weights_only=True)
     torch.save(content["state_dict"], "weights.ckpt")
@@ -396,6 +412,21 @@ def test_source_files_are_what_the_tools_of_arc_state_look_for(data, runs):
         wanted = checkpoint.load(run / weights)
         assert torch.equal(content["state_dict"]["project_out.0.weight"], wanted["model"]["project_out.0.weight"])
         assert content["global_step"] == (4 if name == "final" else wanted["step"])
+
+
+@pytest.mark.filterwarnings("ignore:settings without effect")
+def test_source_files_count_batches_and_steps_as_the_source_does(data, capsys):
+    """A batch of arc-state is that of a micro-step, and its validation counts these; SmolState has no micro-steps."""
+    train(data, "--grad_accum=2", "--source_files", "--out_dir=a", "--max_steps=2")
+    config = yaml.safe_load(Path("a/config.yaml").read_text())
+    named = ("batch_size", "gradient_accumulation_steps", "val_freq", "max_steps")
+    assert [config["training"][name] for name in named] == [2, 2, 4, 2]
+    assert torch.load("a/data_module.torch", weights_only=True)["batch_size"] == 2
+    cfg = configure(train_state.Config, ["a/config.yaml"], train_state.ALIASES, train_state.STATE)  # and back
+    assert (cfg.batch_size, cfg.grad_accum, cfg.eval_interval, cfg.max_steps) == (4, 2, 2, 2)
+    train(data, "--grad_accum=2", "--source_files=smolstate", "--pert_norm", "--out_dir=b", "--max_steps=2")
+    config = json.loads(Path("b/smolstate/config.json").read_text())
+    assert [config["training"][name] for name in named] == [4, 1, 2, 2]
 
 
 def test_where_the_tools_of_the_source_compute_otherwise_is_said(data, capsys):
