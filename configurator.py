@@ -384,7 +384,7 @@ class Settings:
         known = self.dialect.groups.get(key.replace("-", "_"))
         if known is None or value is None:
             return
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             near = _nearest(str(value), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
             self.errors.append(f"{source}: {key}: {self.dialect.title} has no {_short(value)}, {hint}")

@@ -224,7 +224,7 @@ _SMOLSTATE = Dialect(
     name="smolstate",
     title="SmolState",
     commit="005d485168e79cce132cf730b3efb41418163467",
-    marks=foreign_state_settings.SMOLSTATE_MARKS,
+    speaks=foreign_state_settings.is_of_smolstate,
     defaults=_STATE_DEFAULTS | {
         "out_dir": "out/smolstate_run",
         "toml_config_path": "starter.toml",

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import tomllib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,14 +181,24 @@ def value_of(given: dict[str, Any], name: str) -> str | None:
     return None if value is None or str(value).lower() in ("null", "none", "") else str(value)
 
 
+def names_of(keys: Iterable[str]) -> set[str]:
+    """The last words of dotted keys."""
+    return {key.split(".")[-1] for key in keys}
+
+
 def is_on(given: dict[str, Any], name: str) -> bool:
     return str(value_of(given, name)).lower() in ("true", "yes", "on", "1")
 
 
+def is_of_smolstate(given: dict[str, Any]) -> bool:
+    """Whether settings have keys of SmolState, or are those that it writes for the tools of State."""
+    by_project = "wandb.local_wandb_dir" in given and given.get("wandb.project") == "smolstate"
+    return by_project or any(key.startswith(SMOLSTATE_MARKS) for key in given)
+
+
 def is_of_state(given: dict[str, Any]) -> bool:
     """Whether settings have keys of State, and none of SmolState, whose files have State's as well."""
-    smol = any(key.startswith(SMOLSTATE_MARKS) for key in given)
-    return not smol and any(key.startswith(STATE_MARKS) for key in given)
+    return not is_of_smolstate(given) and any(key.startswith(STATE_MARKS) for key in given)
 
 
 def is_file_of_a_part(given: dict[str, Any]) -> bool:
@@ -333,6 +344,9 @@ def complete_state(given: dict[str, Any], values: dict[str, Any], fields: dict[s
             more["wandb"] = True
         else:
             note("use_wandb = true, but wandb is not installed: the run goes on without it, as State does")
+    # No limit, where a null of another setting is none.
+    if "gradient_clip_val" in names_of(given) and not value_of(given, "gradient_clip_val"):
+        more["grad_clip"] = 0.0
     if values["wandb_entity"] == "your_entity_name":
         more["wandb_entity"] = ""
     return more | {"out_dir": run_folder(given, values, "debugging", "debug")}
@@ -347,7 +361,8 @@ def complete_smolstate(given: dict[str, Any], values: dict[str, Any], fields: di
                         ("output_space", "gene")):
         if fields.get(name) != "command line":
             more[name] = value
-    if any(key.startswith("data.kwargs.") for key in given):
+    of_data = names_of(key for key in given if key.startswith("data.kwargs."))
+    if any(fields.get(name) == "command line" for name in of_data):
         note("SmolState passes over data.kwargs of its command line; here they count")
     # Parts of State that it has not.
     lacks = ["lora", "use_batch_token"] + ["freeze_pert_backbone"] * (value_of(given, "freeze_pert") is not None)

@@ -275,6 +275,12 @@ def test_the_template_of_state_is_read_with_its_list_of_defaults():
         assert read("config.yaml", TOML, f"model={name}", "name=x") == alone
 
 
+@pytest.mark.parametrize("listed", [{"training": {"a": "b"}}, {"model": ["state"]}, {"model": "nope"}])
+def test_a_list_of_defaults_that_names_no_file_is_one_sentence(listed, capsys):
+    Path("config.yaml").write_text(yaml.safe_dump({"defaults": ["_self_", listed, {"data": None}]}))
+    assert "State (arc-state 0.11.1) has no" in refused(capsys, f"config.yaml {TOML}")
+
+
 def test_references_are_filled_in():
     content = {"output_dir": "/runs", "name": "${model.name}_${training.train_seed}", "model": model_file(),
                "training": {"train_seed": 7}, "data": {"kwargs": {"toml_config_path": "${output_dir}/${name}.toml"}}}
@@ -353,6 +359,29 @@ def test_what_smolstate_passes_over(capsys):
     Path("few.toml").write_text('[datasets]\nd = "d.h5ad"\n[fewshot."d.k562"]\ntest = ["AARS"]\n')
     read("train --toml-config-path few.toml --name=x")
     assert "SmolState passes over [fewshot]" in capsys.readouterr().err
+
+
+def test_what_smolstate_writes_for_the_tools_of_state_is_smolstates(capsys):
+    files = {"kwargs": {"toml_config_path": "x.toml", "pert_col": "gene", "control_pert": "DMSO_TF"}}
+    wandb = {"entity": "your_entity_name", "project": "smolstate", "local_wandb_dir": "./wandb_logs"}
+    content = {"data": files, "model": model_file(), "wandb": wandb, "name": "smolstate_run", "output_dir": "out"}
+    Path("config.yaml").write_text(yaml.safe_dump(content))
+    cfg = read("config.yaml")
+    assert (cfg.pert_col, cfg.control_pert, cfg.optimizer, cfg.pert_norm) == ("target_gene", "non-targeting", "adamw",
+                                                                              True)
+    told = capsys.readouterr().err
+    assert "read as SmolState" in told and "command line" not in told  # its data.kwargs are those of a file
+    wandb["project"] = "mine"
+    Path("config.yaml").write_text(yaml.safe_dump(content))
+    assert read("config.yaml").optimizer == "adam"
+
+
+def test_a_null_as_the_limit_of_gradients_is_no_limit():
+    assert read("tx train training.gradient_clip_val=null", TOML).grad_clip == 0
+    Path("a.yaml").write_text("training:\n  gradient_clip_val: null\n")
+    assert read("a.yaml", TOML).grad_clip == 0
+    assert read("a.yaml", "training.gradient_clip_val=3", TOML).grad_clip == 3
+    assert read("tx train", TOML).grad_clip == 10
 
 
 def test_use_wandb_is_honoured_where_wandb_is(monkeypatch, capsys):
