@@ -65,7 +65,7 @@ ALIASES: dict[str, str | None] = {  # names of the sources' settings; None: with
         # The backbone's width is d_model and its cells have no positions, whatever these say.
         "hidden_size", "n_embd", "max_position_embeddings", "n_positions", "extra_tokens", "use_cache", "pad_token_id",
         "hidden_dropout", "layer_norm_eps", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rotary_dim",
-        "use_rotary_embeddings", "d_inner",
+        "use_rotary_embeddings", "d_inner", "attn_implementation",
         # Read by no line of the model that the sources train.
         "checkpoint", "softplus", "confidence_head", "transformer_decoder", "use_effect_gating_token", "predict_mean",
         "batch_predictor", "batch_predictor_weight", "llm_name", "decoder_loss_weight", "counts_target_sum",
@@ -219,7 +219,8 @@ def refusal(given: dict[str, Any]) -> str:
         return f"model.name = {model}: there is no such model in State: model=state, state_sm, state_lg, ..."
     if given.get("data") == "default" or "kwargs.k562_rpe1_name" in given:
         return "data=default names no module that loads cells: data=perturbation"
-    module = value_of(given, "data.name") or "PerturbationDataModule"
+    name = str(given.get("name"))
+    module = value_of(given, "data.name") or (name if name.endswith("DataModule") else "PerturbationDataModule")
     if module != "PerturbationDataModule":
         return f"data.name = {module}: there is no such module in cell-load: data.name=PerturbationDataModule"
     for name, (inert, remedy) in REFUSED.items():

@@ -432,6 +432,7 @@ def test_what_is_not_here_is_one_sentence(line, words, capsys):
 
 
 OTHER_FILES = {
+    "module": {"name": "MultiDatasetPerturbationDataModule", "kwargs": {"data_dir": "/x", "dtype": "${precision}"}},
     "cpa": {"name": "CPA", "kwargs": {"n_latent": 84, "recon_loss": "gauss", "n_hidden_adv": 128, "seed": 1}},
     "scgpt": {"name": "scGPT-genetic", "kwargs": {"pad_token": "<pad>", "embsize": 512, "nlayers": 12}},
     "embedsum": {"name": "EmbedSum", "kwargs": {"cell_set_len": 512, "hidden_dim": 512, "embed_key": "X_uce"}},
@@ -444,7 +445,8 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("name, words", [
     ("cpa", "CPA"), ("scgpt", "scGPT-genetic"), ("embedsum", "EmbedSum"), ("means", "baselines"),
-    ("training", "scVI"), ("data", "data=perturbation"), ("embedding", "embed_key")])
+    ("training", "scVI"), ("data", "data=perturbation"), ("module", "MultiDataset"),
+    ("embedding", "embed_key")])
 def test_a_file_of_what_is_not_here_is_one_sentence_and_not_one_a_key(name, words, capsys):
     path = write(f"{name}.yaml", OTHER_FILES[name])
     force = "--dialect=state " if name == "embedding" else ""
