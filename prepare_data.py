@@ -32,7 +32,7 @@ from common.runlog import write_json
 from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
 from sources import foreign_checkpoints
 from sources.cells import inspect as inspect_experiment
-from sources.cells import prepare_cells
+from sources.cells import load_features, prepare_cells
 from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
 from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
 from sources.ergodic import COMPONENTS, ergodic
@@ -296,6 +296,14 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
     return inspect_chunks(path, tokens)
 
 
+def check_features(path: str | None, width: int) -> None:
+    """Raises DataError where the vectors of perturbations that an imported run would take along are no use to it."""
+    vectors = load_features(path) if path else {}
+    found = len(next(iter(vectors.values()), range(width)))
+    if found != width:
+        raise DataError(f"{path} has vectors of {found} numbers, where this checkpoint reads {width}")
+
+
 def features_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
     """For an imported run of train_state.py: what its perturbations mean."""
     if cfg.perturbation_features_file:
@@ -337,7 +345,9 @@ def load_foreign(page, system: str, file: Path, source_attention: str) -> tuple:
         cfg, process, model, step = page.load_run(file)
         return cfg, model, step, {"data": page.data_of(cfg, process)}
     if system == "state":
-        return page.load_run(file, attention=source_attention)
+        run = page.load_run(file, attention=source_attention)
+        check_features(run[0].perturbation_features_file, run[3]["dims"]["pert_dim"])
+        return run
     return page.load_run(file)
 
 

@@ -345,6 +345,7 @@ def load_features(path: str | Path) -> dict[str, torch.Tensor]:
         ValueError,
         TypeError,
         AttributeError,
+        LookupError,
         RuntimeError,
         EOFError,
         pickle.UnpicklingError,

@@ -208,7 +208,7 @@ def names_known(folder: Path, keywords: dict, dims: dict) -> dict[str, list[str]
     """genes, count_genes, perturbations and batches of a run, as far as its checkpoint and folder name them."""
     said = table_in(folder / "var_dims.pkl")
     known = {}
-    genes = list(map(str, keywords.get("gene_names") or said.get("gene_names") or ()))
+    genes = names_in(keywords.get("gene_names")) or names_in(said.get("gene_names"))
     # Where X_hvg has as many columns as X, nobody knows whether the names are in the order of the one or the other.
     sure = keywords.get("output_space") == "all" or dims["hvg_dim"] != dims["gene_dim"]
     is_expression = keywords.get("embed_key", "") in ("X_hvg", None)
@@ -216,7 +216,7 @@ def names_known(folder: Path, keywords: dict, dims: dict) -> dict[str, list[str]
         known["genes"] = genes
     if sure and dims["decodes"] and len(genes) == keywords["decoder_cfg"]["gene_dim"]:
         known["count_genes"] = genes
-    perturbations = list(map(str, said.get("pert_names") or ()))
+    perturbations = names_in(said.get("pert_names"))
     if len(perturbations) == dims["pert_dim"]:
         known["perturbations"] = perturbations
     for ending in ("torch", "pt", "pkl"):
@@ -224,6 +224,11 @@ def names_known(folder: Path, keywords: dict, dims: dict) -> dict[str, list[str]
         if batches and len(batches) == dims["batch_dim"]:
             known["batches"] = batches
     return known
+
+
+def names_in(value) -> list[str]:
+    """The names that a list, a tuple or an array of them holds; empty for anything else."""
+    return list(map(str, value)) if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1 else []
 
 
 def in_order(path: Path) -> list[str]:

@@ -147,6 +147,26 @@ def test_a_run_folder_of_arc_state_is_sampled_imported_and_started_from(data, ru
     assert checkpoint.load(Path("tuned"))["config"]["d_model"] == 16
 
 
+@pytest.mark.parametrize("content, words", [
+    (b"torn", "cannot be read"), ({"p0": 1}, "finite vectors of one length"),
+    ({name: torch.ones(9) for name in PERTS}, "vectors of 9 numbers, where this checkpoint reads 3")])
+def test_a_folder_whose_perturbations_cannot_be_read_makes_no_run(content, words, runs, capsys):
+    folder = as_arc_state(runs("--source_files"), "theirs")
+    path = folder / "pert_onehot_map.pt"
+    torch.save(content, path) if isinstance(content, dict) else path.write_bytes(content)
+    for file in ("data_module.torch", "config.yaml"):
+        (folder / file).unlink()
+    assert words in refusal(capsys, prepare_data.main, "import", "theirs", "--out_dir=ours")
+    assert not Path("ours").exists()
+
+
+def test_names_of_a_wrong_kind_are_not_known(runs):
+    folder = as_arc_state(runs("--source_files"), "theirs")
+    for wrong in (5, "abc", {"p0": 1}, None):
+        (folder / "var_dims.pkl").write_bytes(pickle.dumps({"pert_names": wrong, "gene_names": wrong}))
+        assert "perturbations" not in convert(folder / "checkpoints/final.ckpt")[3]
+
+
 def test_init_from_takes_a_folder_of_the_source(data, runs, capsys):
     folder = as_arc_state(runs("--source_files"), "theirs")
     frozen = ("--lr=0", "--min_lr=0", "--weight_decay=0", "--max_steps=1")
