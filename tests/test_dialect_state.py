@@ -61,7 +61,7 @@ OF_STATE = {
     "optimizer": "adam", "schedule": "constant", "warmup_steps": 0, "lr": 1e-4, "batch_size": 16, "grad_accum": 1,
     "grad_clip": 10.0, "max_steps": 400_000, "eval_interval": 2000, "log_interval": 50, "seed": 42,
     "confidence_weight": 0.01, "confidence_per_set": True, "compat_relu": True, "precision": "fp32",
-    "out_dir": "debugging/debug", "wandb": False, "resume": "auto",
+    "out_dir": "debugging/debug", "wandb": False, "resume": "auto", "save_interval": 2000, "eval_sentences": 1_000_000,
 }  # fmt: skip
 OF_SMOLSTATE = OF_STATE | {
     "pert_col": "target_gene", "batch_col": "batch_var", "control_pert": "non-targeting", "output_space": "gene",
@@ -217,6 +217,12 @@ def test_the_inner_width_of_a_gpt2_is_four_times_its_own_unless_it_is_named(inne
         cfg = read(*words, TOML)
         assert (cfg.residual_dropout, cfg.embedding_dropout, cfg.attention_dropout) == (0.1, 0.1, 0.1)
     assert (cfg.d_mlp, cfg.d_head, cfg.n_heads, cfg.n_layers) == (4 * 768, None, 12, 8)
+
+
+def test_a_gpt2_has_what_a_gpt2_has_whatever_the_llama_before_it_had():
+    cfg = read("tx train model.kwargs.transformer_backbone_key=GPT2", TOML,
+               "model.kwargs.transformer_backbone_kwargs.bidirectional_attention=false")
+    assert (cfg.n_kv_heads, cfg.d_head, cfg.bidirectional_attention, cfg.rotary) == (None, None, True, False)
 
 
 def test_adapters_without_a_table_of_them_have_no_dropout():

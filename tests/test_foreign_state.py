@@ -167,6 +167,34 @@ def test_names_of_a_wrong_kind_are_not_known(runs):
         assert "perturbations" not in convert(folder / "checkpoints/final.ckpt")[3]
 
 
+def test_a_run_with_source_files_goes_on_as_ours_beside_its_own_ckpt(data, capsys):
+    for _ in range(2):
+        train(data, "--source_files", "--max_steps=1", "--out_dir=a")
+    told = capsys.readouterr()
+    assert "nothing was left to train" in told.out and "another system" not in told.err
+
+
+def test_what_a_checkpoint_computed_wins_over_the_data_of_its_folder(runs):
+    folder = as_arc_state(runs("--source_files"), "theirs")
+    for file, content in (("checkpoints/final.ckpt", {"embed_key": "X_hvg"}), ("data_module.torch", {})):
+        stored = torch.load(folder / file, weights_only=False)
+        stored.get("hyper_parameters", stored).update(content or {"embed_key": "X_other"})
+        stored.get("hyper_parameters", {}).pop("compat_relu", None)  # a setting of ours
+        torch.save(stored, folder / file)
+    settings = convert(folder / "checkpoints/final.ckpt")[0]
+    assert settings["embed_key"] == "X_hvg" and settings["compat_relu"] and settings["pert_col"] == "target"
+
+
+def test_a_checkpoint_of_smolstate_reads_the_cells_of_its_settings(runs):
+    folder = runs("--source_files=smolstate", "--pert_norm", "--keep_last=-1") / "smolstate"
+    content = torch.load(folder / "checkpoints/final.ckpt", weights_only=True)
+    for settings in (content["hyper_parameters"], content["config"]["model"]["kwargs"]):
+        settings.pop("embed_key", None)
+    content["config"]["kwargs"]["embed_key"] = "X_state"
+    torch.save(content, "final.ckpt")
+    assert convert("final.ckpt")[0]["embed_key"] == "X_state"
+
+
 def test_init_from_takes_a_folder_of_the_source(data, runs, capsys):
     folder = as_arc_state(runs("--source_files"), "theirs")
     frozen = ("--lr=0", "--min_lr=0", "--weight_decay=0", "--max_steps=1")
@@ -421,6 +449,7 @@ def test_source_files_are_what_the_tools_of_arc_state_look_for(data, runs):
     state = torch.load(run / "data_module.torch", weights_only=True)  # as cell-load reads it
     assert {name: state[name] for name in COLUMNS} == COLUMNS
     assert (state["batch_size"], state["cell_sentence_len"], state["embed_key"]) == (4, 4, "X_hvg")
+    assert state["is_log1p"] is True
     theirs, mine = (tomllib.loads(Path(path).read_text()) for path in (state["toml_config_path"], data / "cells.toml"))
     assert Path(theirs["datasets"].pop("mine")) == (data / "cells.h5ad").resolve()
     del mine["datasets"]
