@@ -139,6 +139,8 @@ def note(message: str) -> None:
 
 def warn(message: str) -> None:
     """A warning that reads as a note: where it comes from is of no use to who typed the settings."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
