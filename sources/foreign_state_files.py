@@ -294,6 +294,8 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
         print("note: the tools of the source clip embeddings at 0: with compat_relu = true this run would, too")
     if cfg.counts == "convert":
         print("note: the tools of the source read X as it is in its file, not normalised as here")
+    if cfg.d_model % cfg.n_heads:
+        print("note: the tools of the source need a transformers that lets d_model be no multiple of n_heads")
 
     tables = whole_tables(cells.toml)
     (folder / "data.toml").write_text("\n".join(toml_lines(tables)) + "\n", encoding="utf-8")

@@ -380,6 +380,7 @@ def test_what_smolstate_writes_for_the_tools_of_state_is_smolstates(capsys):
     wandb["project"] = "mine"
     Path("config.yaml").write_text(yaml.safe_dump(content))
     assert read("config.yaml").optimizer == "adam"
+    assert read("wandb.project=smolstate", TOML).optimizer == "adam"  # a command line of State may call its project so
 
 
 def test_a_null_as_the_limit_of_gradients_is_no_limit():

@@ -480,7 +480,10 @@ def test_source_files_count_batches_and_steps_as_the_source_does(data, capsys):
 
 def test_where_the_tools_of_the_source_compute_otherwise_is_said(data, capsys):
     train(data, "--embed_key=X_state", "--output_space=embedding", "--source_files", "--max_steps=1", "--out_dir=a")
-    assert "clip embeddings at 0" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "clip embeddings at 0" in told and "no multiple" not in told
+    train(data, "--d_model=18", "--n_heads=4", "--d_head=4", "--source_files", "--max_steps=1", "--out_dir=c")
+    assert "d_model be no multiple of n_heads" in capsys.readouterr().out
     train(data, "--source_files", "--max_steps=1", "--out_dir=b", "--batch_col=")
     assert "clip embeddings" not in capsys.readouterr().out
     assert torch.load("b/data_module.torch", weights_only=True)["batch_col"] == "kind"  # it cannot do without
