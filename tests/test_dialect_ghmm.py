@@ -124,6 +124,14 @@ LINES = {  # of its READMEs and its documentation
     "validation_data_generator.instance.process_name=rrxor predictive_model=gru_rnn": {"process": "mess3"},
     "logging.instance.tracking_uri=file:./mlruns logging.instance.experiment_name=x": {"model": "gru"},
     "predictive_model.instance.hidden_sizes=[32,32,32]": {"n_layers": 3, "d_model": 32},
+    "generative_process@training_data_generator=rrxor": {"process": "rrxor", "x": None},
+    "generative_process@validation_data_generator=rrxor training.num_steps=5": {"process": "mess3", "max_steps": 5},
+    "evaluation@validation=medium training.num_steps=5": {"max_steps": 5, "n_ctx": 7},
+    "logging=null persistence=null validation=null training.num_steps=5": {"max_steps": 5, "out_dir": "out/ghmm"},
+    "--config-name=experiment.yaml": {"max_steps": 10_000},
+    "optimizer=pytorch_adam generative_process=mess3": {"add_bos": True, "n_ctx": 8, "carry_state": False},
+    "optimizer=pytorch_adam generative_process=mess3 generative_process.bos_token=null": {"add_bos": False, "n_ctx": 7},
+    "lr_scheduler=null training.num_steps=5": {"max_steps": 5, "schedule": "constant"},
     "predictive_model=pytorch_transformer": {"normalization": "none", "d_model": 128, "n_ctx": 16, "init_scale": 1.0},
 }  # fmt: skip
 
@@ -138,7 +146,8 @@ REFUSALS = {
     "training_data_generator=my_custom_data": "Simplexity (configs/train_model.yaml: mess3, a GRU, Adam) has no",
     "training_data_generator=rpn_arithmetic": "arithmetic is no process of this page: choose",
     "training_data_generator=product_mess3x2": "products of processes is no process of this page",
-    "predictive_model=transformer": "Penzai's transformer (gated MLP, grouped heads) is no model of this page: choose",
+    "predictive_model=medium_transformer":
+        "Penzai's transformer (gated MLP, grouped heads) is no model of this page: choose",
     "predictive_model=gruformer": "choose predictive_model=gru_rnn or predictive_model=transformer_lens_2L2H",
     "predictive_model=gru_rn": "did you mean gru_rnn?",
     "predictive_model.instance._target_=my.Net": "my.Net is no model of this page",
@@ -165,6 +174,10 @@ REFUSALS = {
     "training.optimizer.instance.amsgrad=true": "amsgrad=false",
     "training.optimizer.instance.eps=1e-3": "eps = 1e-3: it is 1e-08 here",
     "lr_scheduler.instance.factor=0.5 training.num_steps=1": "schedule=cosine and warmup_steps instead",
+    "lr_scheduler=linear_warmup training.num_steps=1": "lr_scheduler: not built here",
+    "optimizer=pytorch_adam predictive_model=transformer": "of the newest layout bring a run's config.yaml",
+    "generative_process.instance.process_names=[coin] generative_process.instance.process_kwargs=x":
+        "process_kwargs = x: neither JSON nor a Python literal",
     "training.num_epochs=3": "training.num_epochs: no such setting",
     "training.sequence_len=1": "must be at least 1",
     "generative_process.instance.process_names=[coin,coin] generative_process.instance.process_weights=[1]":
@@ -290,6 +303,38 @@ def test_the_defaults_list_of_a_file_is_followed():
                                    "  - predictive_model: small_rnn\n  - logging: print_logger\n"
                                    "  - override hydra/sweeper: optuna\n  - training: medium\nseed: 9\n")
     assert has(read("config.yaml"), x=0.05, a=0.85, d_model=16, batch_size=128, seed=9, add_bos=True, n_ctx=64)
+
+
+def test_what_hydra_alone_knows_is_left_to_the_default():
+    text = "directory: ${oc.env:CHECKPOINT_DIR,${hydra:runtime.output_dir}/checkpoints}"
+    Path("config.yaml").write_text(f"persistence:\n  instance:\n    {text}\ntraining:\n  num_steps: 3\n")
+    with pytest.warns(UserWarning, match="without effect here: persistence.instance.directory"):
+        assert has(configure(Config, ["config.yaml"], ALIASES, SIMPLEXITY), out_dir="out/ghmm", max_steps=3)
+
+
+def test_parts_that_a_file_goes_without_are_null():
+    Path("config.yaml").write_text("training: {num_steps: 3}\nlogging: null\npersistence: null\nvalidation: null\n"
+                                   "predictive_model: {instance: {_target_: null}}\nlr_scheduler: null\n")  # fmt: skip
+    assert has(read("config.yaml"), max_steps=3, model="gru", schedule="constant")
+
+
+ODD = {
+    "defaults: [5, {training: [a]}]\ntraining: {num_steps: 4}": "has no \"['a']\", there is small, medium",
+    "defaults: [{predictive_model: gru_rnn}, {lr_scheduler: linear_warmup}]": "lr_scheduler: not built here",
+    "generative_process: {instance: {components: [{process_name: mess3, process_params: 5}]}}":
+        "process_params = [5]: not a dict",
+    "generative_process: {instance: {process_names: [coin], process_weights: [x]}}":
+        "process_weights = ['x']: not a number",
+    "predictive_model: {instance: {_target_: 5}}": "5 is no model of this page",
+    "training: {batch_size: [1, 2]}": "training.batch_size (batch_size): expected int >= 1",
+    "training: 5": "training: no such setting",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_file_of_odd_values_is_one_sentence(text, capsys):
+    Path("config.yaml").write_text(text)
+    assert ODD[text] in refused(capsys, "config.yaml")
 
 
 NEWEST = f"""
