@@ -746,7 +746,8 @@ def _to_union(value: Any, kinds: tuple) -> Any:
 
 
 def _to_choice(value: Any, choices: tuple) -> Any:
-    value = "none" if value is None else value  # null of YAML, where none is a choice
+    if value is None or isinstance(value, Text) and value.lower() == "null":
+        value = "none"  # where that is a choice
     for choice in sorted(choices, key=lambda choice: type(choice) is not type(value)):
         try:
             if convert(value, type(choice)) == choice:

@@ -86,7 +86,11 @@ ALIASES = {  # names of the source's command lines and YAML files, then those th
 # ---------------------------------------------------------------------------------------------------------------
 MISSING = "???"  # of OmegaConf: to be set by the program, where nobody has
 PROCESS, MODEL = ("training_data_generator", "generative_process"), ("predictive_model",)
-OPTIMIZER = ("training", "train", "optimizer")
+LOOP = ("training", "train")
+OF_LOOP = {"seed", "sequence_len", "batch_size", "num_steps", "num_train_steps", "log_every", "validate_every",
+           "checkpoint_every", "checkpoint_name", "optimizer", "log_cheap_every", "log_expensive_every",
+           "evaluate_every"}  # fmt: skip
+OPTIMIZER = (*LOOP, "optimizer")
 BUILDERS = {  # _target_ of a process: ours; "" is that of process_name
     "simplexity.generative_processes.builder.build_hidden_markov_model": "",
     "simplexity.generative_processes.builder.build_generalized_hidden_markov_model": "",
@@ -123,8 +127,17 @@ OTHER_MODEL = "choose predictive_model=gru_rnn or predictive_model=transformer_l
 
 
 def speaks(given: dict[str, Any]) -> bool:
-    """Whether a file's list of defaults is of the source's parts."""
-    return any(group.split("@")[0] in PROCESS + MODEL for group in defaults_of(given))
+    """Whether a file's list of defaults is of the source's parts, or all of a section on training is the source's.
+
+    A section of that name in a file of ours has an lr or max_steps as well.
+    """
+    if any(group.split("@")[0] in PROCESS + MODEL for group in defaults_of(given)):
+        return True
+    for section in LOOP:
+        keys = {key.split(".")[1] for key in given if key.startswith(f"{section}.")}
+        if keys and keys <= OF_LOOP:
+            return True
+    return False
 
 
 def defaults_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +205,9 @@ def of_process(given: dict, names: dict, values: dict, fields: dict) -> dict[str
     process = BUILDERS.get(target) or values["process"]
     more = {}
     components = components_of(names)
+    for setting in ("process_params", "process_kwargs"):
+        if components is None and names.get(setting):
+            raise ValueError(f"{setting} = {names[setting]}: write each by its name, as {setting}.x=0.15")
     if components:
         process = "nonergodic"
         more["components"] = components
@@ -415,7 +431,9 @@ def say_what_differs(given: dict, names: dict, values: dict) -> None:
     persister, stores = chosen(given, {}, ("persistence", "persister"))
     if any(word in f"{persister}{stores}".lower() for word in ("s3", "mlflow")):
         note("checkpoints are written to out_dir on this machine, not to S3 or MLflow")
-    seeds = {str(names[key]) for key in ("cfg.seed", "instance.seed") if names.get(key) is not None}
+    elsewhere = ("hydra", "validation", "evaluation")
+    seeds = {str(value) for key, value in given.items()
+             if key.split(".")[-1] == "seed" and not key.startswith(elsewhere) and not is_null(value)}
     if seeds and seeds != {str(values["seed"])} and not any("${" in seed for seed in seeds):
         note(f"one seed is for model and data: seed = {values['seed']}")
 

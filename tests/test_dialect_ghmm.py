@@ -131,6 +131,8 @@ LINES = {  # of its READMEs and its documentation
     "--config-name=experiment.yaml": {"max_steps": 10_000},
     "optimizer=pytorch_adam generative_process=mess3": {"add_bos": True, "n_ctx": 8, "carry_state": False},
     "optimizer=pytorch_adam generative_process=mess3 generative_process.bos_token=null": {"add_bos": False, "n_ctx": 7},
+    "predictive_model=transformer_lens_2L2H predictive_model.instance.cfg.normalization_type=null":
+        {"normalization": "none"},
     "lr_scheduler=null training.num_steps=5": {"max_steps": 5, "schedule": "constant"},
     "predictive_model=pytorch_transformer": {"normalization": "none", "d_model": 128, "n_ctx": 16, "init_scale": 1.0},
 }  # fmt: skip
@@ -178,6 +180,7 @@ REFUSALS = {
     "optimizer=pytorch_adam predictive_model=transformer": "of the newest layout bring a run's config.yaml",
     "generative_process.instance.process_names=[coin] generative_process.instance.process_kwargs=x":
         "process_kwargs = x: neither JSON nor a Python literal",
+    "generative_process.instance.process_params={x:0.3}": "write each by its name, as process_params.x=0.15",
     "training.num_epochs=3": "training.num_epochs: no such setting",
     "training.sequence_len=1": "must be at least 1",
     "generative_process.instance.process_names=[coin,coin] generative_process.instance.process_weights=[1]":
@@ -224,6 +227,8 @@ def test_what_is_kept_elsewhere_is_told(capsys):
     told = capsys.readouterr().err
     assert "checkpoints are written to out_dir on this machine, not to S3" in told
     assert "--tensorboard and --wandb log as well" in told and "one seed is for model and data: seed = 0" in told
+    read("seed=3", "training.seed=5")
+    assert "one seed is for model and data: seed = 5" in capsys.readouterr().err
     read("persister=local", "logging=print_logger", "predictive_model.instance.seed=0")
     assert capsys.readouterr().err.count("\n") == 1  # what it is read as
 
@@ -303,6 +308,13 @@ def test_the_defaults_list_of_a_file_is_followed():
                                    "  - predictive_model: small_rnn\n  - logging: print_logger\n"
                                    "  - override hydra/sweeper: optuna\n  - training: medium\nseed: 9\n")
     assert has(read("config.yaml"), x=0.05, a=0.85, d_model=16, batch_size=128, seed=9, add_bos=True, n_ctx=64)
+
+
+def test_sections_of_a_file_of_ours_are_ours(capsys):
+    Path("ours.yaml").write_text("training: {lr: 0.1, batch_size: 64}\nnetwork: {model: gru}\n")
+    assert read("ours.yaml") == Config(lr=0.1, batch_size=64, model="gru") and not capsys.readouterr().err
+    Path("theirs.yaml").write_text("training: {batch_size: 64, seed: 1}\n")
+    assert has(read("theirs.yaml"), batch_size=64, max_steps=10, seed=1)
 
 
 def test_what_hydra_alone_knows_is_left_to_the_default():
