@@ -137,6 +137,18 @@ def note(message: str) -> None:
         print("note:", message, file=sys.stderr)
 
 
+def warn(message: str) -> None:
+    """A warning that reads as a note: where it comes from is of no use to who typed the settings."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    try:
+        warnings.warn(message, stacklevel=3)
+    finally:
+        warnings.formatwarning = usual
+
+
 def _hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
     """Leave a command line that asks for several runs to sweep.py."""
     script = _script(Config)
@@ -198,7 +210,7 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
     settings = Settings(Config, aliases or {})
     unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) is None]
     if unknown:
-        warnings.warn(f"{where}: ignored settings of another version: {', '.join(unknown)}", stacklevel=2)
+        warn(f"{where}: ignored settings of another version: {', '.join(unknown)}")
     for name in saved:
         if name not in unknown:
             settings.assign([str(name)], saved[name], where)
@@ -261,7 +273,7 @@ class Settings:
         if self.errors:
             fail(*self.errors)
         if self.ignored:
-            warnings.warn(f"settings without effect here: {', '.join(self.ignored)}", stacklevel=3)
+            warn(f"settings without effect here: {', '.join(self.ignored)}")
         return cfg
 
     def field_at(self, path: list[str], end: int) -> str | None:
