@@ -86,7 +86,11 @@ LINES = {  # of its READMEs and its documentation
     "training=test": {"n_ctx": 15, "save_interval": 100, "keep_last": 0},
     "training=minimal predictive_model=tiny_transformer optimizer=pytorch_adam":
         {"n_ctx": 1, "batch_size": 1, "d_model": 1, "n_heads": 1, "act": "relu", "carry_state": False},
-    "training=phase_change": {"save_interval": 1, "keep_last": -1},
+    "training=phase_change": {"save_interval": 1, "keep_last": -1, "max_steps": 120, "n_ctx": 99, "batch_size": 512},
+    "training=full": {"n_ctx": 64, "batch_size": 64, "max_steps": 100_000, "eval_interval": 100, "log_interval": 10},
+    "training.num_steps=3 --carry_state=false": {"carry_state": False},
+    "predictive_model.instance.embedding_size=8": {"one_hot": False, "d_model": 8},
+    "sequence_len=8 use_bos=true --dialect=none": {"n_ctx": 8, "add_bos": True, "model": "transformer"},
     "training/optimizer=adamw": {"weight_decay": 1e-4, "lr": 1e-3},
     "--config-name=experiment": {"model": "gru", "max_steps": 10_000, "batch_size": 128, "process": "mess3"},
     "--config-name=train_rnn": {"process": "nonergodic", "add_bos": True, "d_model": 16, "n_ctx": 100},
@@ -561,6 +565,17 @@ def test_a_hooked_transformer_gives_the_same_logits_here(norm, positional, act):
         logits, _ = model.double()(tokens)
     expected = hooked_logits(weights, tokens, norm, getattr(F, act))
     assert float(expected.std()) > 0.5 and float((logits - expected).abs().max()) < 1e-5
+
+
+def test_weights_are_found_inside_of_what_wraps_them():
+    plain = hooked_weights(norm="LN", rotary=False)
+    path = put(plain, "LN", "standard", "relu")
+    expected = train_ghmm.load_run(path, "cpu")[2].state_dict()
+    wrapped = {f"_orig_mod.module.model.{name}": weight for name, weight in plain.items()}
+    for contents in ({"model_state_dict": plain}, {"state_dict": plain}, wrapped):
+        torch.save(contents, path)
+        found = train_ghmm.load_run(path, "cpu")[2].state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_hooked_transformer_of_transformer_lens_gives_the_same_logits_here():
