@@ -104,7 +104,7 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     dialects = tuple(dialects)
     if "--help" in argv or "-h" in argv:
         _show(help_text(Config, _script(Config).name, dialects))
-    if any(word in ("-m", "--multirun") or re.match(r"-*hydra[./]sweeper", word) for word in argv):
+    if any(word in ("-m", "--multirun") or re.match(r"[-+]*hydra[./]sweeper", word) for word in argv):
         _hand_to_sweep(Config, argv)
     settings = Settings(Config, aliases or {}, dialects)
     show = {"--print_config", "--print-config"}
@@ -394,9 +394,10 @@ class Settings:
     def add_group(self, key: str, value: Any, source: str) -> None:
         """What group=NAME stands for there, as if it were written in its place."""
         known = self.dialect.groups.get(key.replace("-", "_"))
-        if known is None or value is None:
+        if known is None or value is None or isinstance(value, Text) and value.lower() in NONES:
             return
-        if not isinstance(value, str) or value not in known:
+        value = str(value).removesuffix(".yaml") if key == CONFIG_GROUP else str(value)
+        if value not in known:
             near = _nearest(str(value), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
             self.errors.append(f"{source}: {key}: {self.dialect.title} has no {_short(value)}, {hint}")
@@ -446,6 +447,8 @@ class Settings:
         """
         if not self.dialect or raw == "???":
             return bool(self.dialect)
+        if raw is None and len(parts) == 1 and parts[0] in self.dialect.groups:
+            return True  # a part of the other system that a run goes without
         name, inside = self.resolve(parts)
         if raw is not None and not (isinstance(raw, Text) and raw.lower() in NONES):
             return False
@@ -466,6 +469,9 @@ class Settings:
             elif equals and (re.fullmatch(r"\+{0,2}\w[\w.-]*", key) or key.lstrip("+") in self.group_names):
                 # Hydra's +key=value and ++key=value too
                 overrides.append((key.lstrip("+"), Text(value)))
+            elif match := re.fullmatch(r"\+{0,2}[\w/]+@([\w.]+)=.*", word):
+                # group@package=NAME of a group that stands for no settings here
+                overrides.append((match[1], Text(value)))
             elif word.endswith(SUFFIXES) and not word.startswith("-"):
                 files.append(word)
             else:
@@ -551,6 +557,9 @@ class Settings:
             whole = self.takes_dict(field)
             if field == IGNORED or field is None and parts[0] == "hydra":
                 yield parts, value  # whatever it refers to
+                continue
+            if isinstance(value, str) and "${hydra:" in value:
+                self.ignored.append(".".join(parts))  # a place or number that Hydra alone knows
                 continue
             try:
                 value = value if isinstance(value, dict) and not whole else fill(value)
@@ -749,7 +758,8 @@ def _to_union(value: Any, kinds: tuple) -> Any:
 
 
 def _to_choice(value: Any, choices: tuple) -> Any:
-    value = "none" if value is None else value  # null of YAML, where none is a choice
+    if value is None or isinstance(value, Text) and value.lower() == "null":
+        value = "none"  # where that is a choice
     for choice in sorted(choices, key=lambda choice: type(choice) is not type(value)):
         try:
             if convert(value, type(choice)) == choice:
