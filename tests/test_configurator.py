@@ -15,7 +15,17 @@ from typing import Any, Literal, Optional
 import pytest
 
 import configurator
-from configurator import config_dict, config_hash, configure, differences, fail, from_dict, help_text, print_config
+from configurator import (
+    READ,
+    config_dict,
+    config_hash,
+    configure,
+    differences,
+    fail,
+    from_dict,
+    help_text,
+    print_config,
+)
 from sources.foreign import Dialect
 
 ROOT = Path(configurator.__file__).parent
@@ -159,6 +169,12 @@ def test_a_choice_keeps_its_type():
     cls = make_dataclass("Choice", [("x", Literal["1", 1, True, None, 0.5], 1)])
     assert repr(from_dict(cls, {"x": 1}, "here")) == "Choice(x=1)"
     assert [configure(cls, [f"x={word}"]).x for word in ("none", "0.5", "true")] == [None, 0.5, True]
+
+
+def test_a_choice_may_be_typed_in_upper_or_lower_case():
+    assert configure(Config, ["precision=BF16"]).precision == "bf16"
+    cls = make_dataclass("Choice", [("x", Literal["a", "A", "Word"], "a")])
+    assert [configure(cls, [f"x={word}"]).x for word in ("A", "a", "wORD")] == ["A", "a", "Word"]
 
 
 def test_odd_escapes_in_a_value_raise_no_warning():
@@ -849,6 +865,42 @@ def test_a_group_stands_for_its_settings_and_comes_before_what_is_typed(tmp_path
     assert "preset: the other system has no 'smal', did you mean small?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("group", ["preset", "override preset", "/preset", "override /preset@model", "optional preset"])
+def test_a_list_of_defaults_is_enough_to_know_a_system_and_names_groups_as_hydra_does(tmp_path, group):
+    path = write(tmp_path, "a.yaml", f"defaults:\n  - base\n  - {group}: small\n  - _self_\n")
+    assert spoken(path) == Config(lr=0.5, n_layer=2, max_steps=7)
+
+
+def test_a_group_of_many_names_or_of_none_is_one_short_line(tmp_path, capsys):
+    several = write(tmp_path, "a.yaml", "defaults:\n  - preset: [small, large]\n")
+    many = Dialect("many", "that system", "abc", groups={"zoo": {f"animal{number}": {} for number in range(300)}})
+    for argv, told in (([several], "has no ['small', 'large']"), (["zoo=x"], "animal23, ...")):
+        with pytest.raises(SystemExit):
+            configure(Config, argv, OTHER_NAMES, (*DIALECTS, many))
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and told in line and len(line) < 400
+
+
+def test_a_dialect_sees_what_is_typed_after_what_files_say(tmp_path):
+    def last(given: dict, values: dict, fields: dict) -> dict:
+        return {"n_layer": int([raw for key, raw in given.items() if key.endswith("rate_of_x")][-1])}
+
+    groups = {"preset": {"p": {"a.rate_of_x": 2}}}
+    dialect = Dialect("x", "X", "abc", marks=("a.rate_of_x",), groups=groups, complete=last)
+    path = write(tmp_path, "a.yaml", "a: {rate_of_x: 1}\n")
+    for argv, expected in (([path], 1), ([path, "--a.rate-of-x=3"], 3), ([path, "b.rate_of_x=3", "preset=p"], 3)):
+        assert configure(Config, argv, {"rate_of_x": READ}, (dialect,)).n_layer == expected
+
+
+def test_what_only_a_dialect_reads_is_refused_with_its_name(tmp_path, capsys):
+    ours = write(tmp_path, "a.py", "max_steps = 5")
+    for word in ("deep.pace=3", "preset=small"):
+        with pytest.raises(SystemExit):
+            configure(Config, [ours, word], {"pace": READ}, DIALECTS)
+        line = f"error: command line: {word.split('=')[0]}: no setting of ours; --dialect=other reads all of them as"
+        assert capsys.readouterr().err.startswith(line)
+
+
 @pytest.mark.parametrize("text", ["a:\n  lr: 3\nb:\n  lr: null\n", "a:\n  lr: ~\nb:\n  lr: 3\n"])
 def test_null_never_competes_with_a_value(tmp_path, text):
     assert configure(Config, [write(tmp_path, "a.yaml", text)]).lr == 3.0
@@ -891,6 +943,8 @@ def test_references_to_the_time_and_to_the_environment(tmp_path, capsys, monkeyp
 def test_hydra_s_own_settings_have_no_effect(tmp_path):
     with pytest.warns(UserWarning, match=r"without effect here: hydra.run.dir, hydra/job_logging"):
         configure(Config, ["hydra.run.dir=x", "--hydra/job_logging=none"])
+    with pytest.warns(UserWarning, match=r"without effect here: hydra/job_logging"):
+        configure(Config, ["hydra/job_logging=none"])
 
 
 @pytest.mark.parametrize(

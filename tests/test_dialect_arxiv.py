@@ -134,6 +134,10 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
         ("training.mixed_precision_enabled=True --device=cpu", {"device": "cpu"}),
         ("log_level=DEBUG dataset.target_split=all effect", {"log_level": "DEBUG"}),
         ("logging.level=WARNING", {"log_level": "WARNING"}),
+        ("logging.level=debug", {"log_level": "DEBUG"}),  # in capitals there
+        ("optimizer._target_=torch.optim.AdamW model._target_=any.Model", {}),
+        ("training.precision=bf16", {"precision": "bf16"}),
+        ("training.grad-accum=2 training.batch_size=64", {"batch_size": 64, "grad_accum": 2}),
         ("training.learning_rate=1 effect", {}),
         ("learning_rate=1 model=micro_decoder", {"lr": 1.0}),
         (
@@ -145,7 +149,8 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
             "dataset.hdf5_chunked_output_path=a.hdf5 dataset.validation_hdf5_path=b.hdf5",
             {"data": "a.hdf5", "validation_data": "b.hdf5"},
         ),
-        ("++training.epochs=3 hydra.run.dir=x effect", {"epochs": 3}),
+        ("++training.epochs=3 hydra.job.chdir=x effect", {"epochs": 3}),
+        ("training.epochs=3 hydra.run.dir=x", {"epochs": 3, "out_dir": "x"}),
         ("--config-name=config training.num_workers=4 training.pin_memory=true effect", {}),
         # The inner command of scripts/run_k_experiments.py.
         (
@@ -190,6 +195,8 @@ def test_half_precision_is_taken_where_there_is_a_gpu_as_there(monkeypatch):
         ("experiment=k3_csDS_mathST", "experiment: ICL-non-ergodic-arxiv has no 'k3_csDS_mathST', did you mean k"),
         ("model=gpt3", "model: ICL-non-ergodic-arxiv has no 'gpt3'"),
         ("experiment=k1_csDS --config-dir=configs", "name the configuration file itself, bare: FOLDER/NAME.yaml"),
+        ("optimizer._target_=torch.optim.SGD", "optimizer._target_ = torch.optim.SGD: the page has AdamW and a cosine"),
+        ("scheduler._target_=torch.optim.lr_scheduler.StepLR", "_target_ = torch.optim.lr_scheduler.StepLR: the page"),
         ("training.epoch=3", "training.epoch: no such setting, did you mean epochs?"),
     ],
 )
@@ -293,8 +300,21 @@ def test_the_list_of_defaults_of_a_file_chooses_groups_and_a_group_may_be_a_file
     cfg = read("mine.yaml", "adamw.yaml", "effect")
     assert differing(cfg) == {"d_model": 32, "d_mlp": 64, "beta1": 0.7, "beta2": 0.8}
     # The rate of training's file is not used there.
-    Path("training.yaml").write_text("epochs: 3\nlearning_rate: 5e-5\neffective_batch_size: 64\n")
+    Path("training.yaml").write_text("epochs: 3\nlearning_rate: 5e-5\noptimizer: AdamW\neffective_batch_size: 64\n")
     assert differing(read("training.yaml")) == {"epochs": 3, "batch_size": 64, "grad_accum": 2}
+
+
+def test_a_file_of_another_optimizer_or_schedule_is_refused(capsys):
+    Path("a.yaml").write_text("optimizer: {_target_: torch.optim.SGD, lr: 0.1}\n")
+    assert "optimizer._target_ = torch.optim.SGD: the page has AdamW" in refused(capsys, "a.yaml")
+    Path("b.yaml").write_text("_target_: transformers.get_constant_schedule_with_warmup\nnum_warmup_steps: 3\n")
+    assert "_target_ = transformers.get_constant" in refused(capsys, "b.yaml", "--dialect=icl")
+
+
+def test_sections_of_ours_are_not_of_the_source(capsys):
+    Path("a.yaml").write_text("model: {d_model: 32, n_layers: 1}\nseed: 3\n")
+    assert read("a.yaml") == Config(d_model=32, n_layers=1, seed=3)
+    assert capsys.readouterr().err == ""
 
 
 # --------------------------------------------------------------------------------------------- the earlier train.py
