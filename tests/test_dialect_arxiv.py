@@ -636,6 +636,11 @@ def test_dotenv_lines_have_quotes_comments_spaces_and_export(monkeypatch):
     names = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "OTHER", "EMPTY", "ABSENT")
     expected = ["secret # no comment", "from_file", "environment", "offline", "a#b", "", None]
     assert [runlog._dotenv(name) for name in names] == expected
+    Path(".env").write_bytes(b"OTHER=\xff\nWANDB_MODE=offline\n")  # of another encoding
+    assert runlog._dotenv("WANDB_MODE") == "offline"
+    Path(".env").unlink()
+    Path(".env").mkdir()  # a virtual environment
+    assert runlog._dotenv("WANDB_MODE") is None
 
 
 def test_wandb_takes_its_key_mode_project_and_entity_from_the_file(board):
