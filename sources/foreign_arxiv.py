@@ -310,7 +310,7 @@ def source_checkpoint(path: Path, defaults: dict[str, Any]) -> dict:
     contents = read_checkpoint(path)
     try:
         return as_ours(contents, path, defaults)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is no whole checkpoint of the source ({reason(error)})") from error
@@ -343,14 +343,14 @@ def as_ours(contents: dict, path: Path, defaults: dict[str, Any]) -> dict:
     tokenizer = tokenizer_above(path, str(saved.get("model", {}).get("custom_tokenizer_path") or ""))
     if tokenizer:
         extra["tokenizer_file"] = str(tokenizer)
-    return {"config": config, "model": model, "step": contents.get("step", 0), "extra": extra}
+    return {"config": config, "model": model, "step": int(contents.get("step", 0)), "extra": extra}
 
 
 def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
     """The settings of training in a resolved configuration of the source, by our names, where it says them."""
     given = {}
     for group in ("dataset", "training", "optimizer", "scheduler", "experiment"):
-        for name, value in saved.get(group, {}).items():
+        for name, value in (saved.get(group) or {}).items():
             given[f"{group}.{name}"] = value
     settings = {}
     for key, value in (given | {"seed": saved.get("seed")}).items():
@@ -376,6 +376,11 @@ def refuse_other_models(weights: dict[str, torch.Tensor], architecture: dict, pa
         if found != value:
             raise CheckpointError(f"{path} has {name} = {found}: the page has {value} alone ({why})")
     embedding = weights["token_embeddings.weight"]
+    if embedding.shape[1] % architecture["n_heads"]:
+        raise CheckpointError(f"{path} says n_heads = {architecture['n_heads']} of a width of {embedding.shape[1]}")
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite: its training diverged, an earlier file may be whole")
     if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
         raise CheckpointError(f"{path} has a head of its own: the page's is the embedding read backwards")
 

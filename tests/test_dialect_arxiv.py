@@ -737,14 +737,19 @@ def parameters_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_source(
-    path: str = "latest.pt", weights: dict | None = None, optimizer: dict | None = None, **architecture
+    path: str = "latest.pt",
+    weights: dict | None = None,
+    optimizer: dict | None = None,
+    step: int | str = 77,
+    training: dict | None = None,
+    **architecture,
 ) -> dict[str, torch.Tensor]:
     weights = source_weights() if weights is None else weights
     settings = {
         "seed": 5,
         "model": {"architecture": SIZES | architecture, "custom_tokenizer_path": "models/tok.json"},
         "dataset": {"token_chunk_size": 12, "hdf5_chunked_output_path": f"data/{STEM}.hdf5"},
-        "training": {"batch_size": 4, "effective_batch_size": 9, "epochs": 3},
+        "training": training or {"batch_size": 4, "effective_batch_size": 9, "epochs": 3},
         "optimizer": {"lr": 2e-3, "betas": [0.8, 0.9]},
         "scheduler": {"num_warmup_steps": 5},
         "experiment": {"active_categories": ["cs.DS", "math.ST"]},
@@ -753,7 +758,7 @@ def write_source(
     torch.save(
         {
             "epoch": 1,
-            "step": 77,
+            "step": step,
             "model_state_dict": weights,
             "optimizer_state_dict": optimizer or {},
             "metrics": {"val_loss": 3.0},
@@ -825,6 +830,16 @@ def test_a_checkpoint_of_the_source_is_imported_sampled_and_measured(capsys):
             "a head of its own",
         ),
         (lambda weights: torch.save(weights, "x.pt"), "does not say its number of heads"),
+        (lambda weights: write_source("x.pt", weights, n_heads=5), "says n_heads = 5 of a width of 24"),
+        (
+            lambda weights: write_source("x.pt", {name: w * math.nan for name, w in weights.items()}),
+            "token_embeddings.weight is not finite: its training diverged",
+        ),
+        (lambda weights: write_source("x.pt", weights, step="last"), "no whole checkpoint of the source .ValueError"),
+        (
+            lambda weights: write_source("x.pt", weights, training={"batch_size": 0}),
+            "no whole checkpoint of the source .ZeroDivisionError",
+        ),
         (
             lambda weights: write_source("x.pt", {name: w for name, w in weights.items() if "mlp" not in name}),
             "no whole checkpoint of the source .KeyError: 'blocks.0.mlp_in.weight'",
