@@ -198,7 +198,7 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
     if not isinstance(saved, dict):
         fail(f"{where}: expected the settings of a run, got {_short(saved)}")
     settings = Settings(Config, aliases or {})
-    unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) is None]
+    unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) in (None, READ)]
     if unknown:
         warnings.warn(f"{where}: ignored settings of another version: {', '.join(unknown)}", stacklevel=2)
     for name in saved:

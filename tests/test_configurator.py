@@ -632,6 +632,11 @@ def test_from_dict_warns_once_of_unknown_settings_and_defaults_the_missing():
     assert len(caught) == 1 and caught[0].filename == __file__ and cfg == Config(lr=3.0, betas=(1.0, 2.0))
 
 
+def test_from_dict_takes_no_notice_of_what_only_a_dialect_reads():
+    with pytest.warns(UserWarning, match="here: ignored settings of another version: pace"):
+        assert from_dict(Config, {"pace": 3, "lr": 2}, "here", {"pace": READ}) == Config(lr=2.0)
+
+
 @pytest.mark.parametrize("saved, part", [({"lr": "x"}, "config.json: lr"), ([1], "config.json: expected")])
 def test_from_dict_refuses_bad_values(capsys, saved, part):
     with pytest.raises(SystemExit) as stop:
