@@ -305,7 +305,7 @@ class Settings:
             name = IGNORED if self.is_ours else None
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
-            hint = ELSEWHERE[plain].format(key=key, value=raw)
+            hint = ELSEWHERE[plain].format(key=key, value=raw).removesuffix(": true")  # a key without a value
             if plain == "checkpoint" and "resume" in self.kinds:
                 hint = f"--resume={raw} goes on from it, --analyze={raw} measures it, sample.py {raw} uses it"
             if plain == "cfg" and raw in ("job", "hydra", "all"):
@@ -349,6 +349,8 @@ class Settings:
 
         A Python file is ours, and so is a command line with one.
         """
+        if not self.dialects:
+            return overrides
         forced = [raw for key, raw in overrides if key == "dialect" and key not in self.kinds]
         if forced:
             overrides = [(key, raw) for key, raw in overrides if key != "dialect"]

@@ -958,11 +958,14 @@ def test_hydra_s_own_settings_have_no_effect(tmp_path):
         (["--config=a.yaml"], "config: files go bare, without --config: a.yaml"),
         (["--config", "a.yaml"], "config: files go bare, without --config: a.yaml"),
         (["--checkpoint", "x.pt"], "checkpoint: files go bare, without --checkpoint: x.pt"),
+        (["--config"], "config: files go bare, without --config"),
         (["--config-path=conf"], "name the configuration file itself, bare"),
+        (["--dialect=none"], "dialect: no such setting"),  # where there is none to choose
     ],
 )
 def test_names_that_other_programs_have_for_files(capsys, words, hint):
-    assert hint in only_error(capsys, *words)
+    error = only_error(capsys, *words)
+    assert hint in error and "true" not in error
 
 
 def test_many_runs_are_left_to_sweep(monkeypatch):
