@@ -17,6 +17,7 @@ import pytest
 import configurator
 from configurator import (
     READ,
+    Derived,
     config_dict,
     config_hash,
     configure,
@@ -917,6 +918,45 @@ def test_null_of_another_system_is_an_absent_key(tmp_path, capsys):
     assert (cfg.lr, cfg.clip) == (0.5, None)  # clip takes none, lr does not
     capsys.readouterr()
     assert "lr: expected float, got None" in only_error(capsys, write(tmp_path, "b.yaml", "lr: null\n"))
+
+
+def test_null_of_a_name_in_another_unit_is_an_absent_key():
+    aliases = {"ratio": Derived("clip", lambda ratio, settings: ratio * settings["lr"])}
+    dialect = Dialect("x", "X", "abc", marks=("ratio",), defaults={"clip": 5.0})
+    for word, expected in (("null", 5.0), ("2", 2e-3)):
+        assert configure(Config, [f"ratio={word}"], aliases, (dialect,)).clip == expected
+
+
+def test_null_or_to_be_set_in_a_group_leaves_the_default():
+    groups = {"preset": {"open": {"lr": "???", "batch_size": None, "max_steps": 3}}}
+    dialect = Dialect("x", "X", "abc", defaults={"lr": 0.5}, groups=groups)
+    assert configure(Config, ["preset=open"], None, (dialect,)) == Config(lr=0.5, max_steps=3)
+
+
+def test_a_configuration_by_name_comes_before_groups_and_is_a_file_elsewhere(capsys):
+    groups = {"preset": {"small": {"lr": 2}}, "config_name": {"base": {"lr": 0.25}}}
+    dialect = Dialect("x", "X", "abc", groups=groups)
+    assert configure(Config, ["preset=small", "--config-name=base"], None, (dialect,)).lr == 2.0
+    capsys.readouterr()
+    told = only_error(capsys, "--config-name=base")
+    assert "config-name: name the configuration file itself, bare: base.yaml" in told
+
+
+def test_what_only_a_dialect_reads_has_no_effect_where_there_is_to_be_none(tmp_path):
+    path = write(tmp_path, "a.yaml", "model: {deep: {pace: 3, lr: 2}}\n")
+    with pytest.warns(UserWarning, match="without effect here: model.deep.pace"):
+        assert configure(Config, [path, "--dialect=none"], {"pace": READ}, DIALECTS) == Config(lr=2.0)
+
+
+def test_a_dialect_is_not_asked_to_complete_settings_that_are_wrong(capsys):
+    dialect = Dialect("x", "X", "abc", marks=("n_embd",), complete=lambda given, values, fields: 1 / 0)
+    with pytest.raises(SystemExit):
+        configure(Config, ["n_embd=1", "lr=x"], OTHER_NAMES, (dialect,))
+    assert "lr: expected float, got 'x'" in capsys.readouterr().err
+
+
+def test_references_of_a_file_of_a_group_name_the_group(tmp_path):
+    assert configure(Config, [write(tmp_path, "a.yaml", "lr: 2\nclip: ${optim.lr}\n")]).clip == 2.0
 
 
 def test_cuda_of_a_file_of_another_system_is_no_demand(tmp_path, capsys, monkeypatch):

@@ -93,6 +93,7 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
     assert (cfg.patience, cfg.min_delta, cfg.max_steps, cfg.categories) == (10, 1e-3, None, ["cs.DS"])
     assert (cfg.choice, cfg.allow_short, cfg.init, cfg.precision, cfg.wandb) == ("first", True, "normal", "fp32", False)
     assert cfg.data == f"data/{STEM}.hdf5"
+    assert (cfg.log_interval, cfg.save_interval, cfg.eval_chunks, cfg.eval_epochs) == (100, 1_000, 10**9, 1)
     assert "note: read as ICL-non-ergodic-arxiv: absent keys take its defaults" in capsys.readouterr().err
     assert read("--lr=1e-2") == Config(lr=1e-2)  # ours stay where nothing is of the source
 
@@ -104,6 +105,7 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
             "dataset.num_top_categories=3 training.batch_size=64",
             {"categories": ["cs.DS", "math.ST", "math.GR"], "grad_accum": 8},
         ),
+        ("dataset.num_top_categories=3 experiment.active_categories=[cs.IT]", {"categories": ["cs.IT"]}),
         ("wandb.mode=disabled", {}),
         ("wandb.mode=offline", {"wandb": "offline"}),
         ("wandb.mode=online", {"wandb": "online"}),
@@ -145,6 +147,10 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
             {"dropout": 0.0},
         ),
         ("dataset.custom_hdf5_chunked_output_path_base=my/stem", {"data": "my/stem.hdf5"}),
+        (
+            "dataset.custom_hdf5_chunked_output_path_base=my/stem dataset.hdf5_chunked_output_path=a.hdf5",
+            {"data": "a.hdf5"},
+        ),
         (
             "dataset.hdf5_chunked_output_path=a.hdf5 dataset.validation_hdf5_path=b.hdf5",
             {"data": "a.hdf5", "validation_data": "b.hdf5"},
@@ -390,6 +396,7 @@ def test_documents_of_the_earlier_fetch_arxiv_py_are_cut_into_chunks(capsys):
     tokens = write_papers(Path("papers"))
     sizes = prepare_data.main(["arxiv", "--input=papers", "--chunk_size=10", "--out_dir=out"])
     assert sizes == {"train": {"cs.DS": 2, "cs.PL": 1}, "validation": {"cs.DS": 1, "cs.PL": 3}}
+    assert "train: 3 chunks of 10 tokens; 14 tail tokens dropped" in capsys.readouterr().out  # 5 of 25, 9 of 19
     train, validation = train_and_validation("out")
     assert np.array_equal(train["tokens"], [tokens[:10], tokens[10:20], tokens[25:35]])
     assert (train["vocab_size"], train["names"]) == (50_304, ["cs.DS", "cs.PL"])
@@ -796,6 +803,12 @@ def test_a_compiled_checkpoint_reads_the_same():
         source_checkpoint(Path(name), ICL_NEWEST.defaults)["model"] for name in ("plain.pt", "compiled.pt")
     )
     assert plain.keys() == compiled.keys() and all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+def test_a_checkpoint_of_a_run_that_was_to_stop_early_says_when():
+    for limit, expected in ((9, 9), (-1, None)):
+        write_source("x.pt", training={"batch_size": 4, "max_global_steps": limit})
+        assert source_checkpoint(Path("x.pt"), ICL_NEWEST.defaults)["config"]["max_steps"] == expected
 
 
 def test_a_checkpoint_of_the_source_is_imported_sampled_and_measured(capsys):
