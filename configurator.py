@@ -114,7 +114,9 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
         settings.load(name)
     overrides = settings.apply_groups(overrides)
     for key, raw in overrides:
-        settings.given[key] = raw
+        plain = key.replace("-", "_")
+        settings.given.pop(plain, None)  # what is typed comes last, after what a file or a group has of it
+        settings.given[plain] = raw
         if not settings.is_absent(key.split("."), raw):
             settings.assign(key.split("."), raw, "command line")
     cfg = settings.build()
@@ -208,7 +210,7 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
     if not isinstance(saved, dict):
         fail(f"{where}: expected the settings of a run, got {_short(saved)}")
     settings = Settings(Config, aliases or {})
-    unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) is None]
+    unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) in (None, READ)]
     if unknown:
         warn(f"{where}: ignored settings of another version: {', '.join(unknown)}")
     for name in saved:
@@ -310,11 +312,12 @@ class Settings:
         if name == READ and self.dialect:
             self.fields[key] = source
             return None
+        is_foreign = name == READ or key in self.group_names
         if name == READ:  # of a file that --dialect=none reads as ours, such a key has no effect; else it is a mistake
             name = IGNORED if self.is_ours else None
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
-            hint = ELSEWHERE[plain].format(key=key, value=raw)
+            hint = ELSEWHERE[plain].format(key=key, value=raw).removesuffix(": true")  # a key without a value
             if plain == "checkpoint" and "resume" in self.kinds:
                 hint = f"--resume={raw} goes on from it, --analyze={raw} measures it, sample.py {raw} uses it"
             if plain == "cfg" and raw in ("job", "hydra", "all"):
@@ -322,6 +325,9 @@ class Settings:
             self.errors.append(f"{where}: {hint}")
         elif name is None and parts[0].startswith("hydra/"):
             self.ignored.append(key)
+        elif name is None and is_foreign and self.dialects and not self.dialect and not self.is_ours:
+            asked = f"--dialect={self.dialects[0].name}"
+            self.errors.append(f"{where}: no setting of ours; {asked} reads all of them as another system's")
         elif name is None:
             self.errors.append(f"{where}: no such setting{self.suggest(parts[-1])}")
         elif name == IGNORED:
@@ -355,6 +361,8 @@ class Settings:
 
         A Python file is ours, and so is a command line with one.
         """
+        if not self.dialects:
+            return overrides
         forced = [raw for key, raw in overrides if key == "dialect" and key not in self.kinds]
         if forced:
             overrides = [(key, raw) for key, raw in overrides if key != "dialect"]
@@ -386,7 +394,8 @@ class Settings:
         for path in self.places(name):
             if path.suffix in SUFFIXES[1:] and os.path.isfile(path):
                 try:
-                    return dict(_flat(_read_tree(path)))
+                    tree = _read_tree(path)
+                    return dict(_flat(tree)) | dict(_groups(tree.get("defaults")))
                 except Exception:
                     return {}
         return {}
@@ -399,7 +408,8 @@ class Settings:
         value = str(value).removesuffix(".yaml") if key == CONFIG_GROUP else str(value)
         if value not in known:
             near = _nearest(str(value), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
+            more = ", ..." if len(known) > 24 else ""
+            hint = f"did you mean {near[0]}?" if near else f"there is {', '.join([*known][:24])}{more}"
             self.errors.append(f"{source}: {key}: {self.dialect.title} has no {_short(value)}, {hint}")
             return
         self.given[key] = value
@@ -466,7 +476,7 @@ class Settings:
             if word.startswith("--") and key != "--":
                 key = key.removeprefix("--")
                 overrides += [(key, Text(value))] if equals else self.option(key, words)
-            elif equals and (re.fullmatch(r"\+{0,2}\w[\w.-]*", key) or key.lstrip("+") in self.group_names):
+            elif equals and (re.fullmatch(r"\+{0,2}(hydra/)?\w[\w.-]*", key) or key.lstrip("+") in self.group_names):
                 # Hydra's +key=value and ++key=value too
                 overrides.append((key.lstrip("+"), Text(value)))
             elif match := re.fullmatch(r"\+{0,2}[\w/]+@([\w.]+)=.*", word):
@@ -541,9 +551,8 @@ class Settings:
         tree = _read_tree(path)
         is_json = path.suffix == ".json"
         if self.dialect and isinstance(chosen := tree.pop("defaults", None), list):  # Hydra's list of files to add
-            for group in (item for item in chosen if isinstance(item, dict)):
-                for key, value in group.items():
-                    self.add_group(str(key).removeprefix("override "), value, name)
+            for key, value in _groups(chosen):
+                self.add_group(key, value, name)
         return self.leaves(tree, (lambda value: value) if is_json else _reference_filler(tree), name)
 
     def leaves(self, tree: dict, fill: Callable[[Any], Any], source: str, above: Iterable[str] = ()
@@ -577,6 +586,14 @@ def _read_tree(path: Path) -> dict:
     if not isinstance(tree, dict | None):
         raise ValueError(f"expected a mapping of settings at the top, got {_short(tree)}")
     return tree or {}
+
+
+def _groups(defaults: Any) -> Iterator[tuple[str, Any]]:
+    """(group, name) of Hydra's list of defaults, whose items may be "override /group@package: name"."""
+    for item in defaults if isinstance(defaults, list) else ():
+        for key, value in item.items() if isinstance(item, dict) else ():
+            group = re.sub(r"^(optional |override )*/?|@.*$", "", str(key))
+            yield group, value
 
 
 def _flat(tree: dict, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -766,6 +783,9 @@ def _to_choice(value: Any, choices: tuple) -> Any:
                 return choice
         except ValueError:
             continue
+    for choice in choices:  # upper and lower case are the same where no choice is so written
+        if isinstance(choice, str) and isinstance(value, str) and choice.lower() == value.lower():
+            return choice
     raise ValueError("not one of these")
 
 

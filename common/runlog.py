@@ -185,10 +185,10 @@ def _dotenv(name: str) -> str | None:
     Its lines are NAME=VALUE, also with `export` before and a comment behind. Spaces around either do not count, and a
     value in quotes is what stands between them.
     """
-    if name in os.environ or not os.path.exists(".env"):
+    if name in os.environ or not os.path.isfile(".env"):  # a folder .env is a virtual environment
         return os.environ.get(name)
     values = {}
-    for line in Path(".env").read_text(encoding="utf-8-sig").splitlines():
+    for line in Path(".env").read_text(encoding="utf-8-sig", errors="replace").splitlines():
         key, equals, value = line.strip().removeprefix("export ").partition("=")
         value = value.strip()
         end = value.find(value[:1], 1)  # of a quoted value

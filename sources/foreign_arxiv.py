@@ -86,11 +86,15 @@ ALIASES = {  # names of the source's settings, and those that older runs were sa
     "logging.level": "log_level",
     "wandb.project": "wandb_project",
     "wandb.entity": "wandb_entity",
+    "_target_": READ,
+    "optimizer": READ,  # in the file of the group `training`: a label, the optimizer is its _target_
+    "hydra.run.dir": "out_dir",
     "min_lr_ratio": Derived("min_lr", lambda ratio, settings: round(ratio * settings["lr"], 12)),
 }
 MARKS = (  # of the newest settings: groups of Hydra's, and names in them for files that are one group
-    "dataset.", "model.", "architecture.", "experiment.", "training.", "optimizer.", "scheduler.", "logging.",
-    "wandb.", "active_categories", "tokens_per_category", "hdf5_chunked_output_path", *TOGETHER,
+    "dataset.", "model.architecture.", "model.custom_tokenizer_path", "model.name", "model._target_", "architecture.",
+    "experiment.", "training.", "optimizer.", "scheduler.", "logging.", "wandb.", "active_categories",
+    "tokens_per_category", "hdf5_chunked_output_path", *TOGETHER,
 )  # fmt: skip
 
 
@@ -118,6 +122,7 @@ def latest(given: dict[str, Any], name: str, kind: type, default: Any) -> Any:
         raise ValueError(f"{name} = {found[-1]}: {error}") from error
 
 
+TARGETS = ("AdamW", "get_cosine_schedule_with_warmup", "MicroDecoderModel")  # what its files have Hydra make
 # Settings of the source of which this page has one value: (name, kind, that value, what it is).
 FIXED = (
     ("hidden_act", str, "gelu", "the activation of its MLP"),
@@ -139,6 +144,10 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
         found = latest(given, name, kind, value)
         if found != value:
             raise ValueError(f"{name} = {found}: the page has {value} alone ({why}): leave it out, or edit the page")
+    for key in ("optimizer._target_", "scheduler._target_", "_target_"):  # the source does not look at a model's
+        target = given.get(key)
+        if target and str(target).rpartition(".")[2] not in TARGETS:
+            raise ValueError(f"{key} = {target}: the page has AdamW and a cosine alone: leave it out, or edit the page")
     rate = latest(given, "attention_probs_dropout_prob", float, values["dropout"])
     if rate != values["dropout"]:
         raise ValueError(
@@ -150,7 +159,9 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
             f"resume = {values['resume']} is of the source: python prepare_data.py import {values['resume']} "
             "--out_dir=out/there makes it ours, and --resume=out/there/last.pt goes on from it"
         )
-    more = batches(given, values) | stopping(given, values) | precision(given, values)
+    more = batches(given, values) | stopping(given, values)
+    if "precision" not in fields:
+        more |= precision(given, values)
     # A file of the group `training` has a rate that is not used: the optimizer's is.
     if "learning_rate" in given and fields.get("lr") != "command line" and latest(given, "lr", float, None) is None:
         more["lr"] = 5e-4
@@ -184,7 +195,7 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
 
 def batches(given: dict, values: dict) -> dict:
     """The source's batch is of a micro-step, its effective batch of a step; ours is of a step."""
-    if "grad_accum" in given:  # our own name: batch_size is ours too
+    if any(key.rpartition(".")[2] == "grad_accum" for key in given):  # our own name: batch_size is ours too
         return {}
     steps = values["grad_accum"]
     effective = latest(given, "effective_batch_size", int, 512)
@@ -209,8 +220,6 @@ def stopping(given: dict, values: dict) -> dict:
 
 def precision(given: dict, values: dict) -> dict:
     """Half precision where it is asked for and there is a GPU, as there."""
-    if "precision" in given:
-        return {}
     on_gpu = values["device"] != "cpu" and torch.cuda.is_available()
     if not latest(given, "mixed_precision_enabled", bool, False) or not on_gpu:
         return {"precision": "fp32"}
@@ -301,7 +310,7 @@ def source_checkpoint(path: Path, defaults: dict[str, Any]) -> dict:
     contents = read_checkpoint(path)
     try:
         return as_ours(contents, path, defaults)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is no whole checkpoint of the source ({reason(error)})") from error
@@ -334,14 +343,14 @@ def as_ours(contents: dict, path: Path, defaults: dict[str, Any]) -> dict:
     tokenizer = tokenizer_above(path, str(saved.get("model", {}).get("custom_tokenizer_path") or ""))
     if tokenizer:
         extra["tokenizer_file"] = str(tokenizer)
-    return {"config": config, "model": model, "step": contents.get("step", 0), "extra": extra}
+    return {"config": config, "model": model, "step": int(contents.get("step", 0)), "extra": extra}
 
 
 def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
     """The settings of training in a resolved configuration of the source, by our names, where it says them."""
     given = {}
     for group in ("dataset", "training", "optimizer", "scheduler", "experiment"):
-        for name, value in saved.get(group, {}).items():
+        for name, value in (saved.get(group) or {}).items():
             given[f"{group}.{name}"] = value
     settings = {}
     for key, value in (given | {"seed": saved.get("seed")}).items():
@@ -367,6 +376,11 @@ def refuse_other_models(weights: dict[str, torch.Tensor], architecture: dict, pa
         if found != value:
             raise CheckpointError(f"{path} has {name} = {found}: the page has {value} alone ({why})")
     embedding = weights["token_embeddings.weight"]
+    if embedding.shape[1] % architecture["n_heads"]:
+        raise CheckpointError(f"{path} says n_heads = {architecture['n_heads']} of a width of {embedding.shape[1]}")
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite: its training diverged, an earlier file may be whole")
     if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
         raise CheckpointError(f"{path} has a head of its own: the page's is the embedding read backwards")
 

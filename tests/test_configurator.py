@@ -15,7 +15,18 @@ from typing import Any, Literal, Optional
 import pytest
 
 import configurator
-from configurator import config_dict, config_hash, configure, differences, fail, from_dict, help_text, print_config
+from configurator import (
+    READ,
+    Derived,
+    config_dict,
+    config_hash,
+    configure,
+    differences,
+    fail,
+    from_dict,
+    help_text,
+    print_config,
+)
 from sources.foreign import Dialect
 
 ROOT = Path(configurator.__file__).parent
@@ -159,6 +170,12 @@ def test_a_choice_keeps_its_type():
     cls = make_dataclass("Choice", [("x", Literal["1", 1, True, None, 0.5], 1)])
     assert repr(from_dict(cls, {"x": 1}, "here")) == "Choice(x=1)"
     assert [configure(cls, [f"x={word}"]).x for word in ("none", "0.5", "true")] == [None, 0.5, True]
+
+
+def test_a_choice_may_be_typed_in_upper_or_lower_case():
+    assert configure(Config, ["precision=BF16"]).precision == "bf16"
+    cls = make_dataclass("Choice", [("x", Literal["a", "A", "Word"], "a")])
+    assert [configure(cls, [f"x={word}"]).x for word in ("A", "a", "wORD")] == ["A", "a", "Word"]
 
 
 def test_odd_escapes_in_a_value_raise_no_warning():
@@ -616,6 +633,11 @@ def test_from_dict_warns_once_of_unknown_settings_and_defaults_the_missing():
     assert len(caught) == 1 and caught[0].filename == __file__ and cfg == Config(lr=3.0, betas=(1.0, 2.0))
 
 
+def test_from_dict_takes_no_notice_of_what_only_a_dialect_reads():
+    with pytest.warns(UserWarning, match="here: ignored settings of another version: pace"):
+        assert from_dict(Config, {"pace": 3, "lr": 2}, "here", {"pace": READ}) == Config(lr=2.0)
+
+
 @pytest.mark.parametrize("saved, part", [({"lr": "x"}, "config.json: lr"), ([1], "config.json: expected")])
 def test_from_dict_refuses_bad_values(capsys, saved, part):
     with pytest.raises(SystemExit) as stop:
@@ -849,6 +871,42 @@ def test_a_group_stands_for_its_settings_and_comes_before_what_is_typed(tmp_path
     assert "preset: the other system has no 'smal', did you mean small?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("group", ["preset", "override preset", "/preset", "override /preset@model", "optional preset"])
+def test_a_list_of_defaults_is_enough_to_know_a_system_and_names_groups_as_hydra_does(tmp_path, group):
+    path = write(tmp_path, "a.yaml", f"defaults:\n  - base\n  - {group}: small\n  - _self_\n")
+    assert spoken(path) == Config(lr=0.5, n_layer=2, max_steps=7)
+
+
+def test_a_group_of_many_names_or_of_none_is_one_short_line(tmp_path, capsys):
+    several = write(tmp_path, "a.yaml", "defaults:\n  - preset: [small, large]\n")
+    many = Dialect("many", "that system", "abc", groups={"zoo": {f"animal{number}": {} for number in range(300)}})
+    for argv, told in (([several], "has no ['small', 'large']"), (["zoo=x"], "animal23, ...")):
+        with pytest.raises(SystemExit):
+            configure(Config, argv, OTHER_NAMES, (*DIALECTS, many))
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and told in line and len(line) < 400
+
+
+def test_a_dialect_sees_what_is_typed_after_what_files_say(tmp_path):
+    def last(given: dict, values: dict, fields: dict) -> dict:
+        return {"n_layer": int([raw for key, raw in given.items() if key.endswith("rate_of_x")][-1])}
+
+    groups = {"preset": {"p": {"a.rate_of_x": 2}}}
+    dialect = Dialect("x", "X", "abc", marks=("a.rate_of_x",), groups=groups, complete=last)
+    path = write(tmp_path, "a.yaml", "a: {rate_of_x: 1}\n")
+    for argv, expected in (([path], 1), ([path, "--a.rate-of-x=3"], 3), ([path, "b.rate_of_x=3", "preset=p"], 3)):
+        assert configure(Config, argv, {"rate_of_x": READ}, (dialect,)).n_layer == expected
+
+
+def test_what_only_a_dialect_reads_is_refused_with_its_name(tmp_path, capsys):
+    ours = write(tmp_path, "a.py", "max_steps = 5")
+    for word in ("deep.pace=3", "preset=small"):
+        with pytest.raises(SystemExit):
+            configure(Config, [ours, word], {"pace": READ}, DIALECTS)
+        line = f"error: command line: {word.split('=')[0]}: no setting of ours; --dialect=other reads all of them as"
+        assert capsys.readouterr().err.startswith(line)
+
+
 @pytest.mark.parametrize("text", ["a:\n  lr: 3\nb:\n  lr: null\n", "a:\n  lr: ~\nb:\n  lr: 3\n"])
 def test_null_never_competes_with_a_value(tmp_path, text):
     assert configure(Config, [write(tmp_path, "a.yaml", text)]).lr == 3.0
@@ -860,6 +918,45 @@ def test_null_of_another_system_is_an_absent_key(tmp_path, capsys):
     assert (cfg.lr, cfg.clip) == (0.5, None)  # clip takes none, lr does not
     capsys.readouterr()
     assert "lr: expected float, got None" in only_error(capsys, write(tmp_path, "b.yaml", "lr: null\n"))
+
+
+def test_null_of_a_name_in_another_unit_is_an_absent_key():
+    aliases = {"ratio": Derived("clip", lambda ratio, settings: ratio * settings["lr"])}
+    dialect = Dialect("x", "X", "abc", marks=("ratio",), defaults={"clip": 5.0})
+    for word, expected in (("null", 5.0), ("2", 2e-3)):
+        assert configure(Config, [f"ratio={word}"], aliases, (dialect,)).clip == expected
+
+
+def test_null_or_to_be_set_in_a_group_leaves_the_default():
+    groups = {"preset": {"open": {"lr": "???", "batch_size": None, "max_steps": 3}}}
+    dialect = Dialect("x", "X", "abc", defaults={"lr": 0.5}, groups=groups)
+    assert configure(Config, ["preset=open"], None, (dialect,)) == Config(lr=0.5, max_steps=3)
+
+
+def test_a_configuration_by_name_comes_before_groups_and_is_a_file_elsewhere(capsys):
+    groups = {"preset": {"small": {"lr": 2}}, "config_name": {"base": {"lr": 0.25}}}
+    dialect = Dialect("x", "X", "abc", groups=groups)
+    assert configure(Config, ["preset=small", "--config-name=base"], None, (dialect,)).lr == 2.0
+    capsys.readouterr()
+    told = only_error(capsys, "--config-name=base")
+    assert "config-name: name the configuration file itself, bare: base.yaml" in told
+
+
+def test_what_only_a_dialect_reads_has_no_effect_where_there_is_to_be_none(tmp_path):
+    path = write(tmp_path, "a.yaml", "model: {deep: {pace: 3, lr: 2}}\n")
+    with pytest.warns(UserWarning, match="without effect here: model.deep.pace"):
+        assert configure(Config, [path, "--dialect=none"], {"pace": READ}, DIALECTS) == Config(lr=2.0)
+
+
+def test_a_dialect_is_not_asked_to_complete_settings_that_are_wrong(capsys):
+    dialect = Dialect("x", "X", "abc", marks=("n_embd",), complete=lambda given, values, fields: 1 / 0)
+    with pytest.raises(SystemExit):
+        configure(Config, ["n_embd=1", "lr=x"], OTHER_NAMES, (dialect,))
+    assert "lr: expected float, got 'x'" in capsys.readouterr().err
+
+
+def test_references_of_a_file_of_a_group_name_the_group(tmp_path):
+    assert configure(Config, [write(tmp_path, "a.yaml", "lr: 2\nclip: ${optim.lr}\n")]).clip == 2.0
 
 
 def test_cuda_of_a_file_of_another_system_is_no_demand(tmp_path, capsys, monkeypatch):
@@ -897,6 +994,8 @@ def test_a_warning_reads_as_a_note():
 def test_hydra_s_own_settings_have_no_effect(tmp_path):
     with pytest.warns(UserWarning, match=r"without effect here: hydra.run.dir, hydra/job_logging"):
         configure(Config, ["hydra.run.dir=x", "--hydra/job_logging=none"])
+    with pytest.warns(UserWarning, match=r"without effect here: hydra/job_logging"):
+        configure(Config, ["hydra/job_logging=none"])
 
 
 @pytest.mark.parametrize(
@@ -905,11 +1004,14 @@ def test_hydra_s_own_settings_have_no_effect(tmp_path):
         (["--config=a.yaml"], "config: files go bare, without --config: a.yaml"),
         (["--config", "a.yaml"], "config: files go bare, without --config: a.yaml"),
         (["--checkpoint", "x.pt"], "checkpoint: files go bare, without --checkpoint: x.pt"),
+        (["--config"], "config: files go bare, without --config"),
         (["--config-path=conf"], "name the configuration file itself, bare"),
+        (["--dialect=none"], "dialect: no such setting"),  # where there is none to choose
     ],
 )
 def test_names_that_other_programs_have_for_files(capsys, words, hint):
-    assert hint in only_error(capsys, *words)
+    error = only_error(capsys, *words)
+    assert hint in error and "true" not in error
 
 
 def test_many_runs_are_left_to_sweep(monkeypatch):

@@ -93,6 +93,7 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
     assert (cfg.patience, cfg.min_delta, cfg.max_steps, cfg.categories) == (10, 1e-3, None, ["cs.DS"])
     assert (cfg.choice, cfg.allow_short, cfg.init, cfg.precision, cfg.wandb) == ("first", True, "normal", "fp32", False)
     assert cfg.data == f"data/{STEM}.hdf5"
+    assert (cfg.log_interval, cfg.save_interval, cfg.eval_chunks, cfg.eval_epochs) == (100, 1_000, 10**9, 1)
     assert "note: read as ICL-non-ergodic-arxiv: absent keys take its defaults" in capsys.readouterr().err
     assert read("--lr=1e-2") == Config(lr=1e-2)  # ours stay where nothing is of the source
 
@@ -104,6 +105,7 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
             "dataset.num_top_categories=3 training.batch_size=64",
             {"categories": ["cs.DS", "math.ST", "math.GR"], "grad_accum": 8},
         ),
+        ("dataset.num_top_categories=3 experiment.active_categories=[cs.IT]", {"categories": ["cs.IT"]}),
         ("wandb.mode=disabled", {}),
         ("wandb.mode=offline", {"wandb": "offline"}),
         ("wandb.mode=online", {"wandb": "online"}),
@@ -134,6 +136,10 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
         ("training.mixed_precision_enabled=True --device=cpu", {"device": "cpu"}),
         ("log_level=DEBUG dataset.target_split=all effect", {"log_level": "DEBUG"}),
         ("logging.level=WARNING", {"log_level": "WARNING"}),
+        ("logging.level=debug", {"log_level": "DEBUG"}),  # in capitals there
+        ("optimizer._target_=torch.optim.AdamW model._target_=any.Model", {}),
+        ("training.precision=bf16", {"precision": "bf16"}),
+        ("training.grad-accum=2 training.batch_size=64", {"batch_size": 64, "grad_accum": 2}),
         ("training.learning_rate=1 effect", {}),
         ("learning_rate=1 model=micro_decoder", {"lr": 1.0}),
         (
@@ -142,10 +148,15 @@ def test_absent_settings_have_the_source_s_defaults(capsys):
         ),
         ("dataset.custom_hdf5_chunked_output_path_base=my/stem", {"data": "my/stem.hdf5"}),
         (
+            "dataset.custom_hdf5_chunked_output_path_base=my/stem dataset.hdf5_chunked_output_path=a.hdf5",
+            {"data": "a.hdf5"},
+        ),
+        (
             "dataset.hdf5_chunked_output_path=a.hdf5 dataset.validation_hdf5_path=b.hdf5",
             {"data": "a.hdf5", "validation_data": "b.hdf5"},
         ),
-        ("++training.epochs=3 hydra.run.dir=x effect", {"epochs": 3}),
+        ("++training.epochs=3 hydra.job.chdir=x effect", {"epochs": 3}),
+        ("training.epochs=3 hydra.run.dir=x", {"epochs": 3, "out_dir": "x"}),
         ("--config-name=config training.num_workers=4 training.pin_memory=true effect", {}),
         # The inner command of scripts/run_k_experiments.py.
         (
@@ -190,6 +201,8 @@ def test_half_precision_is_taken_where_there_is_a_gpu_as_there(monkeypatch):
         ("experiment=k3_csDS_mathST", "experiment: ICL-non-ergodic-arxiv has no 'k3_csDS_mathST', did you mean k"),
         ("model=gpt3", "model: ICL-non-ergodic-arxiv has no 'gpt3'"),
         ("experiment=k1_csDS --config-dir=configs", "name the configuration file itself, bare: FOLDER/NAME.yaml"),
+        ("optimizer._target_=torch.optim.SGD", "optimizer._target_ = torch.optim.SGD: the page has AdamW and a cosine"),
+        ("scheduler._target_=torch.optim.lr_scheduler.StepLR", "_target_ = torch.optim.lr_scheduler.StepLR: the page"),
         ("training.epoch=3", "training.epoch: no such setting, did you mean epochs?"),
     ],
 )
@@ -293,8 +306,21 @@ def test_the_list_of_defaults_of_a_file_chooses_groups_and_a_group_may_be_a_file
     cfg = read("mine.yaml", "adamw.yaml", "effect")
     assert differing(cfg) == {"d_model": 32, "d_mlp": 64, "beta1": 0.7, "beta2": 0.8}
     # The rate of training's file is not used there.
-    Path("training.yaml").write_text("epochs: 3\nlearning_rate: 5e-5\neffective_batch_size: 64\n")
+    Path("training.yaml").write_text("epochs: 3\nlearning_rate: 5e-5\noptimizer: AdamW\neffective_batch_size: 64\n")
     assert differing(read("training.yaml")) == {"epochs": 3, "batch_size": 64, "grad_accum": 2}
+
+
+def test_a_file_of_another_optimizer_or_schedule_is_refused(capsys):
+    Path("a.yaml").write_text("optimizer: {_target_: torch.optim.SGD, lr: 0.1}\n")
+    assert "optimizer._target_ = torch.optim.SGD: the page has AdamW" in refused(capsys, "a.yaml")
+    Path("b.yaml").write_text("_target_: transformers.get_constant_schedule_with_warmup\nnum_warmup_steps: 3\n")
+    assert "_target_ = transformers.get_constant" in refused(capsys, "b.yaml", "--dialect=icl")
+
+
+def test_sections_of_ours_are_not_of_the_source(capsys):
+    Path("a.yaml").write_text("model: {d_model: 32, n_layers: 1}\nseed: 3\n")
+    assert read("a.yaml") == Config(d_model=32, n_layers=1, seed=3)
+    assert capsys.readouterr().err == ""
 
 
 # --------------------------------------------------------------------------------------------- the earlier train.py
@@ -370,6 +396,7 @@ def test_documents_of_the_earlier_fetch_arxiv_py_are_cut_into_chunks(capsys):
     tokens = write_papers(Path("papers"))
     sizes = prepare_data.main(["arxiv", "--input=papers", "--chunk_size=10", "--out_dir=out"])
     assert sizes == {"train": {"cs.DS": 2, "cs.PL": 1}, "validation": {"cs.DS": 1, "cs.PL": 3}}
+    assert "train: 3 chunks of 10 tokens; 14 tail tokens dropped" in capsys.readouterr().out  # 5 of 25, 9 of 19
     train, validation = train_and_validation("out")
     assert np.array_equal(train["tokens"], [tokens[:10], tokens[10:20], tokens[25:35]])
     assert (train["vocab_size"], train["names"]) == (50_304, ["cs.DS", "cs.PL"])
@@ -616,6 +643,11 @@ def test_dotenv_lines_have_quotes_comments_spaces_and_export(monkeypatch):
     names = ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "OTHER", "EMPTY", "ABSENT")
     expected = ["secret # no comment", "from_file", "environment", "offline", "a#b", "", None]
     assert [runlog._dotenv(name) for name in names] == expected
+    Path(".env").write_bytes(b"OTHER=\xff\nWANDB_MODE=offline\n")  # of another encoding
+    assert runlog._dotenv("WANDB_MODE") == "offline"
+    Path(".env").unlink()
+    Path(".env").mkdir()  # a virtual environment
+    assert runlog._dotenv("WANDB_MODE") is None
 
 
 def test_wandb_takes_its_key_mode_project_and_entity_from_the_file(board):
@@ -712,14 +744,19 @@ def parameters_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_source(
-    path: str = "latest.pt", weights: dict | None = None, optimizer: dict | None = None, **architecture
+    path: str = "latest.pt",
+    weights: dict | None = None,
+    optimizer: dict | None = None,
+    step: int | str = 77,
+    training: dict | None = None,
+    **architecture,
 ) -> dict[str, torch.Tensor]:
     weights = source_weights() if weights is None else weights
     settings = {
         "seed": 5,
         "model": {"architecture": SIZES | architecture, "custom_tokenizer_path": "models/tok.json"},
         "dataset": {"token_chunk_size": 12, "hdf5_chunked_output_path": f"data/{STEM}.hdf5"},
-        "training": {"batch_size": 4, "effective_batch_size": 9, "epochs": 3},
+        "training": training or {"batch_size": 4, "effective_batch_size": 9, "epochs": 3},
         "optimizer": {"lr": 2e-3, "betas": [0.8, 0.9]},
         "scheduler": {"num_warmup_steps": 5},
         "experiment": {"active_categories": ["cs.DS", "math.ST"]},
@@ -728,7 +765,7 @@ def write_source(
     torch.save(
         {
             "epoch": 1,
-            "step": 77,
+            "step": step,
             "model_state_dict": weights,
             "optimizer_state_dict": optimizer or {},
             "metrics": {"val_loss": 3.0},
@@ -768,6 +805,12 @@ def test_a_compiled_checkpoint_reads_the_same():
     assert plain.keys() == compiled.keys() and all(torch.equal(plain[name], compiled[name]) for name in plain)
 
 
+def test_a_checkpoint_of_a_run_that_was_to_stop_early_says_when():
+    for limit, expected in ((9, 9), (-1, None)):
+        write_source("x.pt", training={"batch_size": 4, "max_global_steps": limit})
+        assert source_checkpoint(Path("x.pt"), ICL_NEWEST.defaults)["config"]["max_steps"] == expected
+
+
 def test_a_checkpoint_of_the_source_is_imported_sampled_and_measured(capsys):
     write_tokenizer(17)
     write_source("outputs/runs/day/checkpoints/best_model.pt")
@@ -800,6 +843,16 @@ def test_a_checkpoint_of_the_source_is_imported_sampled_and_measured(capsys):
             "a head of its own",
         ),
         (lambda weights: torch.save(weights, "x.pt"), "does not say its number of heads"),
+        (lambda weights: write_source("x.pt", weights, n_heads=5), "says n_heads = 5 of a width of 24"),
+        (
+            lambda weights: write_source("x.pt", {name: w * math.nan for name, w in weights.items()}),
+            "token_embeddings.weight is not finite: its training diverged",
+        ),
+        (lambda weights: write_source("x.pt", weights, step="last"), "no whole checkpoint of the source .ValueError"),
+        (
+            lambda weights: write_source("x.pt", weights, training={"batch_size": 0}),
+            "no whole checkpoint of the source .ZeroDivisionError",
+        ),
         (
             lambda weights: write_source("x.pt", {name: w for name, w in weights.items() if "mlp" not in name}),
             "no whole checkpoint of the source .KeyError: 'blocks.0.mlp_in.weight'",
