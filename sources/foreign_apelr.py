@@ -24,6 +24,7 @@ from sources.text import HUB
 from sources.tokenizer import hash_of, read_spec
 
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
+OF_V2_ALONE = {"plan_commitment": "soft", "num_experts": None}  # what other versions do not look at
 SPECIAL_TOKENS = ["<bos>", "<eos>", "<pad>", "<unk>"]
 NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, or what is printed on the way
     "adaptive_batch.probe_batch_size",
@@ -79,7 +80,7 @@ V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bia
 # ---------------------------------------------------------------------------------------------------------------
 def has_its_sections(given: dict[str, Any]) -> bool:
     """Whether settings are in the sections without which the source reads no file."""
-    return all(any(key.startswith(section) for key in given) for section in ("model.", "train."))
+    return all(any(key.startswith(section) for key in given) for section in ("data.", "model.", "train."))
 
 
 def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -105,9 +106,9 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
     elif more["version"] == V1:
         # It has one temperature, looks nowhere ahead, samples no plan and learns from every token.
         more |= {"planner_temperature": 1.0, "plan_temperature_start": None, "plan_temperature_end": None,
-                 "lookahead_feedback_scale": 0.0, "plan_commitment": "soft", "token_filtering": True}
+                 "lookahead_feedback_scale": 0.0, "token_filtering": True} | OF_V2_ALONE
     else:
-        more |= transformer(given, values, fields)
+        more |= transformer(values, fields)
     if values["schedule"] == "constant":
         more["warmup_steps"] = 0  # the source warms up to a cosine alone
     more |= precision_of(given, values, fields) | batch_of(given, values)
@@ -153,7 +154,7 @@ def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> di
     return {"loss_weights": weights}
 
 
-def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+def transformer(values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """transformer_lm: its own sizes where they are absent, and embeddings as wide as the model."""
     if values["version"] != "transformer_lm":  # a baseline of ours
         return {}
@@ -162,7 +163,7 @@ def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str,
                          f"{values['max_seq_len']}, which the source refuses: set model.max_seq_len as well")
     sizes = {"d_model": 512, "n_layers": 6, "n_heads": 8}
     sizes = {name: size for name, size in sizes.items() if name not in fields}
-    return sizes | {"token_dim": sizes.get("d_model", values["d_model"])}
+    return sizes | {"token_dim": sizes.get("d_model", values["d_model"])} | OF_V2_ALONE
 
 
 def precision_of(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:

@@ -131,8 +131,18 @@ def test_ours_stay_ours(capsys):
     cfg = configure(Config, ["ours.yaml"], ALIASES, APELR)
     assert (cfg.d_model, cfg.schedule, cfg.seed) == (32, "cosine", 1337)
     assert configure(Config, [str(ROOT / "config/v2_fast.py")], ALIASES, APELR).seed == 1337
+    # Sections alone are no sign: a file of the source names its data too.
+    Path("ours.yaml").write_text("model: {d_model: 32, num_plan_states: 3}\ntrain: {lr: 0.5}\n")
+    assert configure(Config, ["ours.yaml"], ALIASES, APELR).seed == 1337
+    assert configure(Config, ["train.lr=0.5", "model.d_model=16"], ALIASES, APELR).d_model == 16
     assert "read as" not in capsys.readouterr().err
     assert read({}, "--dialect=none").seed == 1337
+    # Nor is what a run of the source leaves behind here: its settings are all said, by our names.
+    cfg = read({"tokenizer": {"type": "bpe"}})
+    Path("config.json").write_text(json.dumps(config_dict(cfg)))
+    capsys.readouterr()
+    assert configure(Config, ["config.json"], ALIASES, APELR) == cfg
+    assert "read as" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["tokenizer.type=bpe", "data.source=tinystories", "model.hidden_dim=8"])
@@ -255,7 +265,9 @@ def test_half_precision_is_for_a_gpu(capsys, monkeypatch):
 
 def test_version_one_has_neither_temperature_nor_samples_nor_a_look_ahead():
     cfg = read({"model": {"version": V1, "plan_temperature": 2.0, "plan_temperature_end": 0.5, "token_filtering": False,
-                          "plan_commitment": "gumbel_st", "lookahead_feedback_scale": 0.5}})  # fmt: skip
+                          "plan_commitment": "gumbel_st", "num_experts": 7,
+                          "lookahead_feedback_scale": 0.5}})  # fmt: skip
+    assert cfg.num_experts is None
     assert (cfg.planner_temperature, cfg.plan_temperature_end, cfg.token_filtering) == (1.0, None, True)
     assert commitment(1, cfg) == (1.0, 0.0) and cfg.feedback() == 0
     assert read({"model": {"version": V1}, "train": {"entropy_reg_weight": -0.1}}).entropy_reg_weight == -0.1
@@ -297,7 +309,8 @@ def test_its_transformer_is_a_baseline_of_its_sizes(capsys):
     assert (cfg.version, cfg.backbone, cfg.weights()) == ("baseline", "transformer_lm", {})
     assert (cfg.d_model, cfg.token_dim, cfg.n_layers, cfg.n_heads, cfg.d_ff, cfg.dropout) == (512, 512, 6, 8, None, 0.1)
     assert cfg.max_seq_len == 1_024
-    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "max_seq_len": 96, "token_dim": 7}
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "max_seq_len": 96, "token_dim": 7,
+             "plan_commitment": "gumbel_st", "num_experts": 7}  # fmt: skip
     cfg = read({"model": sizes}, base=base)
     model = build_model(cfg, 11)
     assert model.token_emb.weight.shape == (11, 24) and len(model.backbone.layers) == 2
