@@ -117,8 +117,8 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
 
 def version_of(values: dict[str, Any], fields: dict[str, str]) -> str:
     """The version to train: that of the file, of the checkpoint that it goes on from, or the default."""
-    path = checkpoint_in(values["resume"])
-    known = convert(path)[0]["version"] if is_source_checkpoint(path) else None
+    path = to_resume(values["resume"], values["out_dir"])
+    known = convert(path)[0]["version"] if path else None
     if "version" in fields:
         version = values["version"]
         if known and known != version.replace("transformer_lm", "baseline"):
@@ -290,6 +290,16 @@ def is_source_checkpoint(path: str | Path) -> bool:
             return bare or b"model_state_dict" in names
     except (OSError, zipfile.BadZipFile, StopIteration):  # what is wrong with it is told by whoever reads it
         return False
+
+
+def to_resume(resume: str, out_dir: str) -> Path | None:
+    """The checkpoint of the source that `resume` names, itself or by its run folder; None where that is none.
+
+    The folder of the run itself stands for it even when checkpoints of ours are there as well: the same command again.
+    """
+    beside = Path(out_dir) / "checkpoint.pt"
+    path = beside if Path(resume) == beside.parent and beside.is_file() else checkpoint_in(resume)
+    return path if is_source_checkpoint(path) else None
 
 
 def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], int]:

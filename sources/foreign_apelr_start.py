@@ -20,6 +20,7 @@ from sources.foreign_apelr import (
     plain_weights,
     read,
     steps,
+    to_resume,
     tokenizer_file,
     trained_with,
 )
@@ -34,16 +35,16 @@ RULES = ("compat", "boundary", "chunk_size", "carry_posterior", "token_filtering
 
 def to_go_on(cfg):
     """(cfg, checkpoint): where resume names a checkpoint of the source, cfg starts from it instead, with the settings
-    of its AdamW; else cfg as it is and ""."""
-    folder = Path(cfg.out_dir)
-    beside = folder / "checkpoint.pt"
-    path = checkpoint_in(cfg.resume)
-    if Path(cfg.resume) == folder and beside.is_file():
-        path = beside  # the same command again, when last.pt of this run is there as well
-    if is_source_checkpoint(path):
+    of its AdamW; else cfg as it is and "".
+
+    Raises InputError where the run would write over one of the source.
+    """
+    path = to_resume(cfg.resume, cfg.out_dir)
+    if path:
         path = str(path)
         return replace(cfg, init_from=path, resume="auto", **optimizer_settings(path)), path
-    if is_source_checkpoint(beside) and not (folder / "last.pt").exists():
+    folder = Path(cfg.out_dir)
+    if is_source_checkpoint(folder / "checkpoint.pt") and not (folder / "last.pt").exists():
         raise InputError(
             f"{folder} is a run folder of APEL-R, of which this run would replace tokenizer.json and metrics.json: "
             f"--resume={folder} goes on with that run, --out_dir=FOLDER trains another"
