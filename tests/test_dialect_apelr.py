@@ -375,6 +375,8 @@ def hub(monkeypatch):
     ({"tokenizer": {"type": "BPE", "vocab_size": 300, "lowercase": True, "min_frequency": 2}},
      {"tokenizer": "bpe", "vocab_size": 300, "lowercase": True, "min_chars": 8, "max_documents": 40,
       "val_fraction": 0.25}),
+    ({"data": {"max_val_examples": 90}},
+     {"tokenizer": "char", "min_chars": 8, "max_documents": 40, "val_fraction": 0.5}),  # the most there is
     ({"data": {"source": "wikitext2"}}, {"tokenizer": "char", "min_chars": 8}),  # lines there, articles here
     ({"data": {"source": "fineweb_edu", "max_train_examples": -10, "min_chars": -3, "max_train_chars": -1}},
      {"tokenizer": "char", "min_chars": 0}),  # no limits

@@ -356,10 +356,11 @@ def test_the_same_command_goes_on_where_the_folder_has_checkpoints_of_both(itos,
 
 def test_a_file_without_a_version_goes_on_twice_with_version_one(itos, text, capsys):
     source_run("runs/x", itos, V1)
+    # Version two would be refused, for nothing here rewards a plan.
     Path("theirs.yaml").write_text(
         "{device: cpu, data: {source: gone}, model: {num_plan_states: 3, chunk_size: 4, token_dim: 8, hidden_dim: 12, "
         "fusion_dim: 10, num_layers: 1, dropout: 0}, train: {out_dir: runs/x, seq_len: 19, batch_size: 4, lr: 0.01, "
-        "max_steps: 8, val_batches: 1, preview_tokens: 0, usage_balance_weight: 0.1}}")  # fmt: skip
+        "max_steps: 8, val_batches: 1, preview_tokens: 0}}")  # fmt: skip
     for told in ("at step 7: its weights", "this run ended at step 8, nothing was left to train"):
         summary = train_apelr.main(["theirs.yaml", f"--data={text}", "--resume=runs/x"])
         assert summary["version"] == V1 and told in capsys.readouterr().out
