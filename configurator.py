@@ -104,7 +104,7 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     dialects = tuple(dialects)
     if "--help" in argv or "-h" in argv:
         _show(help_text(Config, _script(Config).name, dialects))
-    if any(word in ("-m", "--multirun") or re.match(r"-*hydra[./]sweeper", word) for word in argv):
+    if any(word in ("-m", "--multirun") or re.match(r"[-+]*hydra[./]sweeper", word) for word in argv):
         _hand_to_sweep(Config, argv)
     settings = Settings(Config, aliases or {}, dialects)
     show = {"--print_config", "--print-config"}
@@ -135,6 +135,18 @@ def note(message: str) -> None:
     """A line on stderr, where it is in nobody's way; of the processes torchrun starts, one prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("note:", message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """A warning that reads as a note: where it comes from is of no use to who typed the settings."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    try:
+        warnings.warn(message, stacklevel=3)
+    finally:
+        warnings.formatwarning = usual
 
 
 def _hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
@@ -198,7 +210,7 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
     settings = Settings(Config, aliases or {})
     unknown = [str(name) for name in saved if settings.field_at([str(name)], 1) is None]
     if unknown:
-        warnings.warn(f"{where}: ignored settings of another version: {', '.join(unknown)}", stacklevel=2)
+        warn(f"{where}: ignored settings of another version: {', '.join(unknown)}")
     for name in saved:
         if name not in unknown:
             settings.assign([str(name)], saved[name], where)
@@ -261,7 +273,7 @@ class Settings:
         if self.errors:
             fail(*self.errors)
         if self.ignored:
-            warnings.warn(f"settings without effect here: {', '.join(self.ignored)}", stacklevel=3)
+            warn(f"settings without effect here: {', '.join(self.ignored)}")
         return cfg
 
     def field_at(self, path: list[str], end: int) -> str | None:
@@ -382,8 +394,9 @@ class Settings:
     def add_group(self, key: str, value: Any, source: str) -> None:
         """What group=NAME stands for there, as if it were written in its place."""
         known = self.dialect.groups.get(key.replace("-", "_"))
-        if known is None or value is None:
+        if known is None or value is None or isinstance(value, Text) and value.lower() in NONES:
             return
+        value = str(value).removesuffix(".yaml") if key == CONFIG_GROUP else str(value)
         if value not in known:
             near = _nearest(str(value), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}"
@@ -435,6 +448,8 @@ class Settings:
         """
         if not self.dialect or raw == "???":
             return bool(self.dialect)
+        if raw is None and len(parts) == 1 and parts[0] in self.dialect.groups:
+            return True  # a part of the other system that a run goes without
         name, inside = self.resolve(parts)
         if raw is not None and not (isinstance(raw, Text) and raw.lower() in NONES):
             return False
@@ -455,6 +470,9 @@ class Settings:
             elif equals and (re.fullmatch(r"\+{0,2}\w[\w.-]*", key) or key.lstrip("+") in self.group_names):
                 # Hydra's +key=value and ++key=value too
                 overrides.append((key.lstrip("+"), Text(value)))
+            elif match := re.fullmatch(r"\+{0,2}[\w/]+@([\w.]+)=.*", word):
+                # group@package=NAME of a group that stands for no settings here
+                overrides.append((match[1], Text(value)))
             elif word.endswith(SUFFIXES) and not word.startswith("-"):
                 files.append(word)
             else:
@@ -540,6 +558,9 @@ class Settings:
             whole = self.takes_dict(field)
             if field == IGNORED or field is None and parts[0] == "hydra":
                 yield parts, value  # whatever it refers to
+                continue
+            if isinstance(value, str) and "${hydra:" in value:
+                self.ignored.append(".".join(parts))  # a place or number that Hydra alone knows
                 continue
             try:
                 value = value if isinstance(value, dict) and not whole else fill(value)
@@ -738,7 +759,8 @@ def _to_union(value: Any, kinds: tuple) -> Any:
 
 
 def _to_choice(value: Any, choices: tuple) -> Any:
-    value = "none" if value is None else value  # null of YAML, where none is a choice
+    if value is None or isinstance(value, Text) and value.lower() == "null":
+        value = "none"  # where that is a choice
     for choice in sorted(choices, key=lambda choice: type(choice) is not type(value)):
         try:
             if convert(value, type(choice)) == choice:

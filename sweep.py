@@ -269,7 +269,7 @@ def signals() -> Iterator[list[int]]:
     """A list of the signals to stop that came. They do nothing else for now."""
     came, before = [], {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             before[number] = signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield came
@@ -359,12 +359,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or "--help" in argv or "-h" in argv:
         configure(Config, ["--help"])
-    switches = ("-m", "--multirun", "--print_config")
-    words = [word for word in argv[1:] if word not in switches]
+    shows = {"--print_config", "--print-config"} & set(argv)
+    words = [word for word in argv[1:] if word not in ("-m", "--multirun", *shows)]
     with clear_errors():
         page, script = import_page(argv[0])
         cfg, folder, runs = plan(page, words)
-        if "--print_config" in argv:
+        if shows:
             for run in runs:
                 print(shlex.join(["python", argv[0], *run.words]))
             return []

@@ -364,15 +364,16 @@ GHMM_FILES = {  # of --config-name
     "train_rnn": MR_NAMES | GHMM_MODELS["small_rnn"] | _loop(100, 512, 1_000, 1, 10, None),
     "transformerlens_mess3": GHMM_PROCESSES["mess3_085"] | HOOKED | GHMM_LOOPS["transformerlens"] | {"seed": 42},
 }
-SIMPLEXITY_PARTS = ("training_data_generator", "generative_process", "predictive_model", "training", "train",
-                    "persistence", "persister", "logging", "evaluation", "validation", "mlflow")  # fmt: skip
+SIMPLEXITY_PARTS = ("training_data_generator", "generative_process", "predictive_model", "persistence", "persister",
+                    "logging", "evaluation", "validation", "mlflow")  # fmt: skip
 NOWHERE = {}  # where and how a run is kept or judged changes nothing of it
 SIMPLEXITY = (
     Dialect(
         name="simplexity",
         title="Simplexity (configs/train_model.yaml: mess3, a GRU, Adam)",
         commit="82425771604f30fd2c5f215fe2a229df2462f745",
-        marks=(*(f"{part}." for part in SIMPLEXITY_PARTS), "optimizer.instance.", "validation_data_generator."),
+        marks=(*(f"{part}." for part in SIMPLEXITY_PARTS), "optimizer.instance.", "validation_data_generator.",
+               "training.optimizer.", "train.optimizer."),
         defaults=GRU | {
             "process": "mess3", "x": 0.15, "a": 0.6, "n_ctx": 7, "batch_size": 4, "seed": 0, "max_steps": 10,
             "lr": 1e-3, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999,

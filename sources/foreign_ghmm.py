@@ -86,7 +86,11 @@ ALIASES = {  # names of the source's command lines and YAML files, then those th
 # ---------------------------------------------------------------------------------------------------------------
 MISSING = "???"  # of OmegaConf: to be set by the program, where nobody has
 PROCESS, MODEL = ("training_data_generator", "generative_process"), ("predictive_model",)
-OPTIMIZER = ("training", "train", "optimizer")
+LOOP = ("training", "train")
+OF_LOOP = {"seed", "sequence_len", "batch_size", "num_steps", "num_train_steps", "log_every", "validate_every",
+           "checkpoint_every", "checkpoint_name", "optimizer", "log_cheap_every", "log_expensive_every",
+           "evaluate_every"}  # fmt: skip
+OPTIMIZER = (*LOOP, "optimizer")
 BUILDERS = {  # _target_ of a process: ours; "" is that of process_name
     "simplexity.generative_processes.builder.build_hidden_markov_model": "",
     "simplexity.generative_processes.builder.build_generalized_hidden_markov_model": "",
@@ -113,7 +117,7 @@ NOT_BUILT = {  # group=NAME of what has no like here
     "rpn_arithmetic": "arithmetic", "binary_tree_arithmetic": "arithmetic", "single_addition": "arithmetic",
     "product_mess3x2": "products of processes", "product_mess3_zero_one": "products of processes",
     "product_mess3_tom_quantum": "products of processes", "product_even_ones_rrxor": "products of processes",
-    "transformer": "Penzai's transformer (gated MLP, grouped heads)",
+    "transformer": "Penzai's transformer (gated MLP, grouped heads; of the newest layout bring a run's config.yaml)",
     "small_transformer": "Penzai's transformer (gated MLP, grouped heads)",
     "medium_transformer": "Penzai's transformer (gated MLP, grouped heads)",
     "gruformer": "the GRU in a transformer",
@@ -123,12 +127,27 @@ OTHER_MODEL = "choose predictive_model=gru_rnn or predictive_model=transformer_l
 
 
 def speaks(given: dict[str, Any]) -> bool:
-    """Whether a file's list of defaults is of the source's parts."""
-    chosen = given.get("defaults")
-    for item in chosen if isinstance(chosen, list) else ():
-        if isinstance(item, dict) and any(str(key).split("@")[0] in PROCESS + MODEL for key in item):
+    """Whether a file's list of defaults is of the source's parts, or all of a section on training is the source's.
+
+    A section of that name in a file of ours has an lr or max_steps as well.
+    """
+    if any(group.split("@")[0] in PROCESS + MODEL for group in defaults_of(given)):
+        return True
+    for section in LOOP:
+        keys = {key.split(".")[1] for key in given if key.startswith(f"{section}.")}
+        if keys and keys <= OF_LOOP:
             return True
     return False
+
+
+def defaults_of(given: dict[str, Any]) -> dict[str, Any]:
+    """{group: name} of a file's list of defaults."""
+    groups = {}
+    items = given.get("defaults")
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict):
+            groups |= {str(group).removeprefix("override "): name for group, name in item.items()}
+    return groups
 
 
 def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -153,9 +172,7 @@ def by_name(given: dict[str, Any]) -> dict[str, Any]:
         path = key.split(".")
         if path[0].startswith(("validation", "evaluation")):
             continue
-        value = given[key]
-        if isinstance(value, str) and value.lower() in ("", "null", "none"):
-            value = None
+        value = None if is_null(given[key]) else given[key]
         names[path[-1]] = value
         names[".".join(path[-2:])] = value
     return names
@@ -170,7 +187,7 @@ def chosen(given: dict[str, Any], fields: dict[str, str], groups: tuple[str, ...
     for key, value in given.items():
         first, _, rest = key.partition(".")
         part = first.split("@")[-1]
-        if rest.endswith("instance._target_") and part in groups:
+        if rest.endswith("instance._target_") and part in groups and not is_null(value):
             target = str(value)
             if fields.get(key) == "command line":
                 return "", target
@@ -188,6 +205,9 @@ def of_process(given: dict, names: dict, values: dict, fields: dict) -> dict[str
     process = BUILDERS.get(target) or values["process"]
     more = {}
     components = components_of(names)
+    for setting in ("process_params", "process_kwargs"):
+        if components is None and names.get(setting):
+            raise ValueError(f"{setting} = {names[setting]}: write each by its name, as {setting}.x=0.15")
     if components:
         process = "nonergodic"
         more["components"] = components
@@ -204,21 +224,21 @@ def of_process(given: dict, names: dict, values: dict, fields: dict) -> dict[str
 def components_of(names: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Components of a mixture, from lists of their names, parameters, weights and vocabularies, or from dicts."""
     if names.get("process_names") is not None:
-        kinds = convert(names["process_names"], list[str])
-        params = names.get("process_kwargs") or names.get("process_params") or [{}] * len(kinds)
-        params = convert(params, list[dict[str, Any]])
+        kinds = listed(names, "process_names", list[str])
+        params = listed(names, "process_kwargs", list[dict[str, Any]])
+        params = params or listed(names, "process_params", list[dict[str, Any]]) or [{}] * len(kinds)
     elif isinstance(names.get("components"), list | str):
-        parts = convert(names["components"], list[dict[str, Any]])
+        parts = listed(names, "components", list[dict[str, Any]])
         if any("process_name" not in part for part in parts):
             return None  # as this page writes them
         kinds = [part["process_name"] for part in parts]
         params = [part.get("process_params") or {} for part in parts]
+        params = listed({"process_params": params}, "process_params", list[dict[str, Any]])
     else:
         return None
-    weights = names.get("process_weights") or names.get("component_weights") or [1.0] * len(kinds)
-    weights = convert(weights, list[float])
-    maps = names.get("vocab_maps")
-    maps = convert(maps, list[list[int]]) if maps else [None] * len(kinds)
+    weights = listed(names, "process_weights", list[float]) or listed(names, "component_weights", list[float])
+    weights = weights or [1.0] * len(kinds)
+    maps = listed(names, "vocab_maps", list[list[int]]) or [None] * len(kinds)
     if not len(kinds) == len(params) == len(weights) == len(maps):
         raise ValueError("process_names, process_params (or process_kwargs), process_weights and vocab_maps must be "
                          f"as long as each other, not {len(kinds)}, {len(params)}, {len(weights)}, {len(maps)}")
@@ -233,14 +253,30 @@ def components_of(names: dict[str, Any]) -> list[dict[str, Any]] | None:
     return components
 
 
+def is_newest_layout(given: dict, names: dict) -> bool:
+    """Whether the optimizer has a part of its own, and the loop evaluates instead of validating."""
+    return any(key.split(".")[0] == "optimizer" for key in given) or "evaluate_every" in names
+
+
+def listed(names: dict[str, Any], name: str, kind: Any) -> list:
+    """A setting that is a list, empty where it is not there. Raises ValueError, which names it."""
+    try:
+        return convert(names.get(name) or [], kind)
+    except ValueError as error:
+        raise ValueError(f"{name} = {names[name]}: {error}") from error
+
+
 def of_tokens(given: dict, names: dict, values: dict, fields: dict) -> dict[str, Any]:
     """add_bos, n_ctx and carry_state."""
     more = {}
     if names.get("eos_token") is not None or is_true(names, "use_eos"):
         raise ValueError("eos_token: a token after the last of every sequence says nothing of the process and is not "
                          "built here: leave it out (eos_token=null, use_eos=false)")
+    newer = is_newest_layout(given, names)
     # A BOS of the data stands before sequence_len tokens; one of the builder is the first of them.
     outside = values["add_bos"] if "add_bos" in fields else names.get("bos_token") is not None
+    if newer and "bos_token" not in names and chosen(given, fields, PROCESS)[0] == "mess3":
+        outside = True  # the newest layout's file of this name has one
     bos = outside or is_true(names, "add_bos_token")
     more["add_bos"] = bos
     check_vocabulary(names, values, bos)
@@ -258,7 +294,6 @@ def of_tokens(given: dict, names: dict, values: dict, fields: dict) -> dict[str,
     elif "n_ctx" not in fields:
         more["n_ctx"] = values["n_ctx"] + outside
     # Its loop goes on with the process where the batch before ended; the newer one starts it anew for each.
-    newer = any(key.split(".")[0] == "optimizer" for key in given) or "evaluate_every" in names
     if "carry_state" not in fields:
         more["carry_state"] = not (bos or newer or values["initial_state"])
         if bos and not newer:
@@ -298,7 +333,8 @@ def of_model(given: dict, names: dict, values: dict, fields: dict) -> dict[str, 
         own = PLAIN in (name, target.rsplit(".build_")[-1])
         more |= of_transformer(names, values | more, fields, 1.0 if own else 0.8)
         if own:
-            note("attention and unembedding of pytorch_transformer have no biases; here they have, 0 at first")
+            note("attention and unembedding of pytorch_transformer have no biases; here they have, 0 at first, and the "
+                 "unembedding begins with 1 / sqrt(d_model), not with 1 / sqrt(vocabulary)")
     device = names.get("cfg.device") or names.get("instance.device")
     if device and "device" not in fields:
         there = not str(device).startswith("cuda") or torch.cuda.is_available()
@@ -345,8 +381,9 @@ def of_optimizer(given: dict, names: dict, values: dict, fields: dict) -> dict[s
     name, target = chosen(given, fields, OPTIMIZER)
     if target and target not in DECAY:
         raise ValueError(f"optimizer: {target} is not built here: Adam and AdamW are, as _target_={list(DECAY)[2]}")
+    everything = defaults_of(given) | given
     for schedule in ("lr_scheduler", "learning_rate_scheduler"):
-        if any(key.startswith(f"{schedule}.") and value is not None for key, value in given.items()):
+        if any(key.split(".")[0] == schedule and not is_null(value) for key, value in everything.items()):
             raise ValueError(f"{schedule}: not built here: leave it out, and set schedule=constant or schedule=cosine "
                              "and warmup_steps instead")
     for switch in ("nesterov", "amsgrad"):
@@ -394,9 +431,15 @@ def say_what_differs(given: dict, names: dict, values: dict) -> None:
     persister, stores = chosen(given, {}, ("persistence", "persister"))
     if any(word in f"{persister}{stores}".lower() for word in ("s3", "mlflow")):
         note("checkpoints are written to out_dir on this machine, not to S3 or MLflow")
-    seeds = {str(names[key]) for key in ("cfg.seed", "instance.seed") if names.get(key) is not None}
+    elsewhere = ("hydra", "validation", "evaluation")
+    seeds = {str(value) for key, value in given.items()
+             if key.split(".")[-1] == "seed" and not key.startswith(elsewhere) and not is_null(value)}
     if seeds and seeds != {str(values["seed"])} and not any("${" in seed for seed in seeds):
         note(f"one seed is for model and data: seed = {values['seed']}")
+
+
+def is_null(value: Any) -> bool:
+    return value is None or isinstance(value, str) and value.lower() in ("", "null", "none")
 
 
 def is_true(names: dict[str, Any], name: str) -> bool:

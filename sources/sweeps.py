@@ -13,6 +13,7 @@ HYDRA = re.compile(r"hydra[./]")  # how the names of Hydra's own settings begin
 # Hydra's name of what sweep.py has too.
 OURS = {
     "hydra.sweep.dir": "out_dir",
+    "hydra.sweeper.n_jobs": "jobs",  # of Optuna's
     "hydra.launcher.n_jobs": "jobs",
     "hydra.sweeper.n_trials": "trials",
     "hydra.sweeper.sampler.seed": "trials_seed",
@@ -60,7 +61,8 @@ def take_apart(argv: list[str], own_names: Collection[str]) -> tuple[dict[str, s
     while left:
         typed = left.popleft()
         match = re.fullmatch(r"(--|\+{0,2})(\w[\w./@-]*)=(.*)", typed, re.DOTALL)
-        if not match and typed.startswith("--") and left and not left[0].startswith("--"):
+        is_word = left and not left[0].startswith("--") and not re.match(r"\+{0,2}\w[\w./@-]*=", left[0])
+        if not match and typed.startswith("--") and is_word:
             # A switch before a file looks the same. It is left alone, as is a single value, which the page reads.
             name = typed[2:].replace("-", "_")
             if re.search("[,(]", left[0]) or name in own_names or name == CONFIG_NAME:
@@ -161,7 +163,7 @@ def range_values(where: str, inner: str, inclusive: bool) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 def labels(keys: list[str]) -> list[str]:
     """What dotted keys are called: by their last part, where no two have the same."""
-    last_parts = [key.split(".")[-1] for key in keys]
+    last_parts = [re.split("[.@]", key)[-1] for key in keys]
     return [part if last_parts.count(part) == 1 else key for part, key in zip(last_parts, keys, strict=True)]
 
 

@@ -888,6 +888,12 @@ def test_references_to_the_time_and_to_the_environment(tmp_path, capsys, monkeyp
     assert configure(Config, [path, "--name=x"]).name == "x"
 
 
+def test_a_warning_reads_as_a_note():
+    done = subprocess.run([sys.executable, "-c", "from configurator import warn; warn('inert')"],
+                          cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "note: inert\n"
+
+
 def test_hydra_s_own_settings_have_no_effect(tmp_path):
     with pytest.warns(UserWarning, match=r"without effect here: hydra.run.dir, hydra/job_logging"):
         configure(Config, ["hydra.run.dir=x", "--hydra/job_logging=none"])

@@ -86,7 +86,11 @@ LINES = {  # of its READMEs and its documentation
     "training=test": {"n_ctx": 15, "save_interval": 100, "keep_last": 0},
     "training=minimal predictive_model=tiny_transformer optimizer=pytorch_adam":
         {"n_ctx": 1, "batch_size": 1, "d_model": 1, "n_heads": 1, "act": "relu", "carry_state": False},
-    "training=phase_change": {"save_interval": 1, "keep_last": -1},
+    "training=phase_change": {"save_interval": 1, "keep_last": -1, "max_steps": 120, "n_ctx": 99, "batch_size": 512},
+    "training=full": {"n_ctx": 64, "batch_size": 64, "max_steps": 100_000, "eval_interval": 100, "log_interval": 10},
+    "training.num_steps=3 --carry_state=false": {"carry_state": False},
+    "predictive_model.instance.embedding_size=8": {"one_hot": False, "d_model": 8},
+    "sequence_len=8 use_bos=true --dialect=none": {"n_ctx": 8, "add_bos": True, "model": "transformer"},
     "training/optimizer=adamw": {"weight_decay": 1e-4, "lr": 1e-3},
     "--config-name=experiment": {"model": "gru", "max_steps": 10_000, "batch_size": 128, "process": "mess3"},
     "--config-name=train_rnn": {"process": "nonergodic", "add_bos": True, "d_model": 16, "n_ctx": 100},
@@ -124,6 +128,16 @@ LINES = {  # of its READMEs and its documentation
     "validation_data_generator.instance.process_name=rrxor predictive_model=gru_rnn": {"process": "mess3"},
     "logging.instance.tracking_uri=file:./mlruns logging.instance.experiment_name=x": {"model": "gru"},
     "predictive_model.instance.hidden_sizes=[32,32,32]": {"n_layers": 3, "d_model": 32},
+    "generative_process@training_data_generator=rrxor": {"process": "rrxor", "x": None},
+    "generative_process@validation_data_generator=rrxor training.num_steps=5": {"process": "mess3", "max_steps": 5},
+    "evaluation@validation=medium training.num_steps=5": {"max_steps": 5, "n_ctx": 7},
+    "logging=null persistence=null validation=null training.num_steps=5": {"max_steps": 5, "out_dir": "out/ghmm"},
+    "--config-name=experiment.yaml": {"max_steps": 10_000},
+    "optimizer=pytorch_adam generative_process=mess3": {"add_bos": True, "n_ctx": 8, "carry_state": False},
+    "optimizer=pytorch_adam generative_process=mess3 generative_process.bos_token=null": {"add_bos": False, "n_ctx": 7},
+    "predictive_model=transformer_lens_2L2H predictive_model.instance.cfg.normalization_type=null":
+        {"normalization": "none"},
+    "lr_scheduler=null training.num_steps=5": {"max_steps": 5, "schedule": "constant"},
     "predictive_model=pytorch_transformer": {"normalization": "none", "d_model": 128, "n_ctx": 16, "init_scale": 1.0},
 }  # fmt: skip
 
@@ -138,7 +152,8 @@ REFUSALS = {
     "training_data_generator=my_custom_data": "Simplexity (configs/train_model.yaml: mess3, a GRU, Adam) has no",
     "training_data_generator=rpn_arithmetic": "arithmetic is no process of this page: choose",
     "training_data_generator=product_mess3x2": "products of processes is no process of this page",
-    "predictive_model=transformer": "Penzai's transformer (gated MLP, grouped heads) is no model of this page: choose",
+    "predictive_model=medium_transformer":
+        "Penzai's transformer (gated MLP, grouped heads) is no model of this page: choose",
     "predictive_model=gruformer": "choose predictive_model=gru_rnn or predictive_model=transformer_lens_2L2H",
     "predictive_model=gru_rn": "did you mean gru_rnn?",
     "predictive_model.instance._target_=my.Net": "my.Net is no model of this page",
@@ -165,6 +180,11 @@ REFUSALS = {
     "training.optimizer.instance.amsgrad=true": "amsgrad=false",
     "training.optimizer.instance.eps=1e-3": "eps = 1e-3: it is 1e-08 here",
     "lr_scheduler.instance.factor=0.5 training.num_steps=1": "schedule=cosine and warmup_steps instead",
+    "lr_scheduler=linear_warmup training.num_steps=1": "lr_scheduler: not built here",
+    "optimizer=pytorch_adam predictive_model=transformer": "of the newest layout bring a run's config.yaml",
+    "generative_process.instance.process_names=[coin] generative_process.instance.process_kwargs=x":
+        "process_kwargs = x: neither JSON nor a Python literal",
+    "generative_process.instance.process_params={x:0.3}": "write each by its name, as process_params.x=0.15",
     "training.num_epochs=3": "training.num_epochs: no such setting",
     "training.sequence_len=1": "must be at least 1",
     "generative_process.instance.process_names=[coin,coin] generative_process.instance.process_weights=[1]":
@@ -211,6 +231,8 @@ def test_what_is_kept_elsewhere_is_told(capsys):
     told = capsys.readouterr().err
     assert "checkpoints are written to out_dir on this machine, not to S3" in told
     assert "--tensorboard and --wandb log as well" in told and "one seed is for model and data: seed = 0" in told
+    read("seed=3", "training.seed=5")
+    assert "one seed is for model and data: seed = 5" in capsys.readouterr().err
     read("persister=local", "logging=print_logger", "predictive_model.instance.seed=0")
     assert capsys.readouterr().err.count("\n") == 1  # what it is read as
 
@@ -290,6 +312,45 @@ def test_the_defaults_list_of_a_file_is_followed():
                                    "  - predictive_model: small_rnn\n  - logging: print_logger\n"
                                    "  - override hydra/sweeper: optuna\n  - training: medium\nseed: 9\n")
     assert has(read("config.yaml"), x=0.05, a=0.85, d_model=16, batch_size=128, seed=9, add_bos=True, n_ctx=64)
+
+
+def test_sections_of_a_file_of_ours_are_ours(capsys):
+    Path("ours.yaml").write_text("training: {lr: 0.1, batch_size: 64}\nnetwork: {model: gru}\n")
+    assert read("ours.yaml") == Config(lr=0.1, batch_size=64, model="gru") and not capsys.readouterr().err
+    Path("theirs.yaml").write_text("training: {batch_size: 64, seed: 1}\n")
+    assert has(read("theirs.yaml"), batch_size=64, max_steps=10, seed=1)
+
+
+def test_what_hydra_alone_knows_is_left_to_the_default():
+    text = "directory: ${oc.env:CHECKPOINT_DIR,${hydra:runtime.output_dir}/checkpoints}"
+    Path("config.yaml").write_text(f"persistence:\n  instance:\n    {text}\ntraining:\n  num_steps: 3\n")
+    with pytest.warns(UserWarning, match="without effect here: persistence.instance.directory"):
+        assert has(configure(Config, ["config.yaml"], ALIASES, SIMPLEXITY), out_dir="out/ghmm", max_steps=3)
+
+
+def test_parts_that_a_file_goes_without_are_null():
+    Path("config.yaml").write_text("training: {num_steps: 3}\nlogging: null\npersistence: null\nvalidation: null\n"
+                                   "predictive_model: {instance: {_target_: null}}\nlr_scheduler: null\n")  # fmt: skip
+    assert has(read("config.yaml"), max_steps=3, model="gru", schedule="constant")
+
+
+ODD = {
+    "defaults: [5, {training: [a]}]\ntraining: {num_steps: 4}": "has no \"['a']\", there is small, medium",
+    "defaults: [{predictive_model: gru_rnn}, {lr_scheduler: linear_warmup}]": "lr_scheduler: not built here",
+    "generative_process: {instance: {components: [{process_name: mess3, process_params: 5}]}}":
+        "process_params = [5]: not a dict",
+    "generative_process: {instance: {process_names: [coin], process_weights: [x]}}":
+        "process_weights = ['x']: not a number",
+    "predictive_model: {instance: {_target_: 5}}": "5 is no model of this page",
+    "training: {batch_size: [1, 2]}": "training.batch_size (batch_size): expected int >= 1",
+    "training: 5": "training: no such setting",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_file_of_odd_values_is_one_sentence(text, capsys):
+    Path("config.yaml").write_text(text)
+    assert ODD[text] in refused(capsys, "config.yaml")
 
 
 NEWEST = f"""
@@ -504,6 +565,17 @@ def test_a_hooked_transformer_gives_the_same_logits_here(norm, positional, act):
         logits, _ = model.double()(tokens)
     expected = hooked_logits(weights, tokens, norm, getattr(F, act))
     assert float(expected.std()) > 0.5 and float((logits - expected).abs().max()) < 1e-5
+
+
+def test_weights_are_found_inside_of_what_wraps_them():
+    plain = hooked_weights(norm="LN", rotary=False)
+    path = put(plain, "LN", "standard", "relu")
+    expected = train_ghmm.load_run(path, "cpu")[2].state_dict()
+    wrapped = {f"_orig_mod.module.model.{name}": weight for name, weight in plain.items()}
+    for contents in ({"model_state_dict": plain}, {"state_dict": plain}, wrapped):
+        torch.save(contents, path)
+        found = train_ghmm.load_run(path, "cpu")[2].state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_hooked_transformer_of_transformer_lens_gives_the_same_logits_here():

@@ -777,7 +777,8 @@ train: {out_dir: runs/x, seq_len: 64, batch_size: auto, cpu_batch_size: 4, grad_
     rep_unlikelihood: 0.1, rep_window: 16}, compile: {enabled: true, mode: reduce-overhead}}
 """)
     with pytest.warns(UserWarning, match="without effect here: .*max_train_examples"):
-        cfg = configure(Config, [str(tmp_path / "source.yaml"), "train.loss_weights.usage_balance=0.07"], ALIASES)
+        cfg = configure(Config, [str(tmp_path / "source.yaml"), "train.loss_weights.usage_balance=0.07",
+                                 "--dialect=none"], ALIASES)
     assert (cfg.data, cfg.num_plan_states, cfg.batch_size, cfg.lr, cfg.eval_batches) == (
         "tinystories", 6, "auto", 6e-4, 7)
     assert (cfg.compile, cfg.resume, cfg.precision, cfg.plan_temperature_end) == ("true", "old.pt", "bf16", 0.7)
