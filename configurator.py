@@ -437,13 +437,14 @@ class Settings:
         except ValueError as error:
             self.errors.append(str(error))
             return
+        if "device" in more and self.fields.get("device"):
+            asked, where = self.values["device"], self.fields["device"]
+            note(f"device = {asked} of {where} is not there: device = {more['device']}")
         for name, value in more.items():
             try:
                 self.values[name] = convert(value, self.kinds[name])
             except ValueError as error:
                 self.errors.append(f"{name} = {_short(value)}: {error}")
-        if "device" in more and self.fields.get("device"):
-            note(f"device = cuda of {self.fields['device']} is not there: device = {more['device']}")
 
     def place(self, parts: list[str]) -> tuple[str | None, ...]:
         """The field that a dotted key means, and the keys inside of it."""

@@ -51,7 +51,7 @@ class Dialect:
         more = self.complete(given, values, fields) if self.complete else {}
         # A file that asks for CUDA was written for another machine; a command line means this one.
         asked = fields.get("device", "command line") == "command line"
-        if values.get("device") == "cuda" and not asked and not torch.cuda.is_available():
+        if str(values.get("device")).startswith("cuda") and not asked and not torch.cuda.is_available():
             more["device"] = "auto"
         return more
 

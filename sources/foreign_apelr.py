@@ -7,6 +7,7 @@ tokenizer is, and train_config, the YAML; a bare state dict is read too, its siz
 
 import hashlib
 import json
+import numbers
 import os
 import zipfile
 from pathlib import Path, PureWindowsPath
@@ -17,11 +18,14 @@ import torch
 from common.errors import CheckpointError, DataError
 from configurator import BOOLS, NONES, READ, Derived, note
 from sources.corpus import folder_of
+from sources.foreign_checkpoints import checkpoint_in, read_checkpoint
 from sources.prepared import place_for
 from sources.text import HUB
 from sources.tokenizer import hash_of, read_spec
 
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
+OF_V2_ALONE = {"plan_commitment": "soft", "num_experts": None}  # what other versions do not look at
+SPECIAL_TOKENS = ["<bos>", "<eos>", "<pad>", "<unk>"]
 NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, or what is printed on the way
     "adaptive_batch.probe_batch_size",
     "adaptive_batch.reprobe_interval_steps", "batch_size_probe", "distributed", "async_planner", "compile.mode",
@@ -32,10 +36,10 @@ NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, o
     "train_token_file", "val_token_file", "tokenizer_fit_split", "tokenizer_fit_max_examples",
     "tokenizer_fit_max_chars", "tokenizer_fit_streaming", "eval_planner_diagnostics",
     "final_eval_planner_diagnostics", "allow_zero_v2_planner_losses", "num_workers", "pin_memory",
-    "pin_memory_device", "persistent_workers", "prefetch_factor", "drop_last")  # fmt: skip
+    "pin_memory_device", "persistent_workers", "prefetch_factor", "drop_last", "tokenizer.min_frequency")  # fmt: skip
 TOGETHER = (  # but for these, of which `complete` makes something
-    "tokenizer.type", "tokenizer.vocab_size", "tokenizer.min_frequency", "tokenizer.byte_level",
-    "tokenizer.lowercase", "tokenizer.special_tokens",
+    "tokenizer.type", "tokenizer.vocab_size", "tokenizer.byte_level", "tokenizer.lowercase",
+    "tokenizer.special_tokens",
     "data.max_train_examples", "data.max_val_examples", "data.max_train_chars",
     "data.min_chars", "data.max_train_tokens", "data.max_val_tokens", "data.tokenizer_fit_max_chars",
     "data.train_split", "data.val_split", "data.train_token_file", "data.val_token_file",
@@ -66,6 +70,7 @@ MODEL_SETTINGS = (  # what a model_config may say of a model, by our names
     "vocab_size", "num_plan_states", "num_experts", "chunk_size", "token_dim", "d_model", "fusion_dim", "n_layers",
     "dropout", "planner_context_scale", "planner_self_bias", "planner_temperature", "token_filtering",
     "future_horizon_chunks", "lookahead_horizon", "lookahead_feedback_scale", "rep_window")  # fmt: skip
+COUNTS = ("num_plan_states", "chunk_size", "token_dim", "d_model", "fusion_dim", "n_layers")  # of these, 1 or more
 V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bias")  # ours are in model.experts
 
 
@@ -75,7 +80,7 @@ V1_EXPERTS = ("plan_emb", "state_proj", "plan_proj", "out_proj", "plan_vocab_bia
 # ---------------------------------------------------------------------------------------------------------------
 def has_its_sections(given: dict[str, Any]) -> bool:
     """Whether settings are in the sections without which the source reads no file."""
-    return all(any(key.startswith(section) for key in given) for section in ("model.", "train."))
+    return all(any(key.startswith(section) for key in given) for section in ("data.", "model.", "train."))
 
 
 def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -94,14 +99,16 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
         if name not in fields:
             raise ValueError(f"{key} is missing, and the source has no default for it")
     more = {"version": version_of(values, fields), "final_eval_batches": values["eval_batches"]}
+    if not values["resume"]:  # of a file that names none
+        more["resume"] = "auto"
     if more["version"] == V2:
         more |= loss_of_v2(given, values, early) | planner_of_v2(values, early)
     elif more["version"] == V1:
         # It has one temperature, looks nowhere ahead, samples no plan and learns from every token.
         more |= {"planner_temperature": 1.0, "plan_temperature_start": None, "plan_temperature_end": None,
-                 "lookahead_feedback_scale": 0.0, "plan_commitment": "soft", "token_filtering": True}
+                 "lookahead_feedback_scale": 0.0, "token_filtering": True} | OF_V2_ALONE
     else:
-        more |= transformer(given, values, fields)
+        more |= transformer(values, fields)
     if values["schedule"] == "constant":
         more["warmup_steps"] = 0  # the source warms up to a cosine alone
     more |= precision_of(given, values, fields) | batch_of(given, values)
@@ -110,10 +117,16 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
 
 def version_of(values: dict[str, Any], fields: dict[str, str]) -> str:
     """The version to train: that of the file, of the checkpoint that it goes on from, or the default."""
+    path = to_resume(values["resume"], values["out_dir"])
+    known = convert(path)[0]["version"] if path else None
     if "version" in fields:
-        return values["version"]
-    if is_source_checkpoint(values["resume"]):
-        return convert(values["resume"])[0]["version"]
+        version = values["version"]
+        if known and known != version.replace("transformer_lm", "baseline"):
+            raise ValueError(f"model.version = {version}, and {path} is of {known}, which the source refuses: leave "
+                             "model.version out, or go on from another checkpoint")
+        return version
+    if known:
+        return known
     note(f"model.version is absent: {values['version']} (v1 before February 15: --dialect=apelr_early, v2 since)")
     return values["version"]
 
@@ -141,7 +154,7 @@ def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> di
     return {"loss_weights": weights}
 
 
-def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+def transformer(values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """transformer_lm: its own sizes where they are absent, and embeddings as wide as the model."""
     if values["version"] != "transformer_lm":  # a baseline of ours
         return {}
@@ -150,7 +163,7 @@ def transformer(given: dict[str, Any], values: dict[str, Any], fields: dict[str,
                          f"{values['max_seq_len']}, which the source refuses: set model.max_seq_len as well")
     sizes = {"d_model": 512, "n_layers": 6, "n_heads": 8}
     sizes = {name: size for name, size in sizes.items() if name not in fields}
-    return sizes | {"token_dim": sizes.get("d_model", values["d_model"])}
+    return sizes | {"token_dim": sizes.get("d_model", values["d_model"])} | OF_V2_ALONE
 
 
 def precision_of(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -207,8 +220,8 @@ def tokenizer_of(given: dict[str, Any]) -> dict[str, Any]:
         return prepare
     if "tokenizer.byte_level" in given and not is_true(given, "tokenizer.byte_level"):
         raise ValueError("tokenizer.byte_level = false: the BPE here is of bytes, leave it out")
-    names = given.get("tokenizer.special_tokens")
-    if names and sorted(map(str, names)) != ["<bos>", "<eos>", "<pad>", "<unk>"]:
+    names = given.get("tokenizer.special_tokens") or SPECIAL_TOKENS
+    if not isinstance(names, list) or sorted(map(str, names)) != SPECIAL_TOKENS:
         raise ValueError("tokenizer.special_tokens: the BPE here has <pad>, <bos>, <eos> and <unk>, leave it out")
     prepare["vocab_size"] = whole(given, "tokenizer.vocab_size") or 4_096
     if is_true(given, "tokenizer.lowercase"):
@@ -219,10 +232,13 @@ def tokenizer_of(given: dict[str, Any]) -> dict[str, Any]:
 def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
     """How much of the text is read, by settings of prepare_data.py text."""
     shortest = whole(given, "data.min_chars")
-    prepare = {"min_chars": 8 if shortest is None else shortest}
+    prepare = {"min_chars": 8 if shortest is None else max(0, shortest)}
     documents, held_out = whole(given, "data.max_train_examples"), whole(given, "data.max_val_examples")
-    # Its documents of WikiText are lines, ours articles: their number says nothing here.
-    if documents and held_out and not source.startswith("wikitext"):
+    if source.startswith("wikitext"):
+        if documents:
+            note(f"data.max_train_examples and max_val_examples count lines of {source}, of which articles are read "
+                 "here: all of them are")
+    elif documents and held_out and min(documents, held_out) > 0:
         total = documents if source in HUB and HUB[source].has_validation else documents + held_out
         prepare |= {"max_documents": total, "val_fraction": min(held_out * 10**6 // total / 10**6, 0.5)}
     wanted = {"max_bytes": "data.max_train_chars"}
@@ -233,8 +249,9 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
             if given.get(key):
                 raise ValueError(f"{key} = {given[key]}: prepare_data.py text makes the tokens here, leave it out")
     for name, key in wanted.items():
-        if whole(given, key):
-            prepare[name] = whole(given, key)
+        most = whole(given, key)
+        if most and most > 0:  # below that it is no limit, there too
+            prepare[name] = most
     if "max_tokens" in prepare:
         prepare.setdefault("max_bytes", 8 * prepare["max_tokens"])  # more than so many tokens of English have
     return prepare
@@ -247,7 +264,7 @@ def whole(given: dict[str, Any], key: str) -> int | None:
         return None
     try:
         return int(float(written))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{key} = {written}: expected a whole number") from None
 
 
@@ -275,14 +292,23 @@ def is_source_checkpoint(path: str | Path) -> bool:
         return False
 
 
+def to_resume(resume: str, out_dir: str) -> Path | None:
+    """The checkpoint of the source that `resume` names, itself or by its run folder; None where that is none.
+
+    The folder of the run itself stands for it even when checkpoints of ours are there as well: the same command again.
+    """
+    beside = Path(out_dir) / "checkpoint.pt"
+    path = beside if Path(resume) == beside.parent and beside.is_file() else checkpoint_in(resume)
+    return path if is_source_checkpoint(path) else None
+
+
 def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], int]:
     """(settings of Config, weights by our parameter names, steps done) of a checkpoint of the source.
 
     The settings are those of the model, and compat=source. A weight that we have no name for keeps its own; a head that
     is missing is zero, and printed. Raises CheckpointError where it is no such checkpoint.
     """
-    if isinstance(source, (str, Path)):
-        source = read(source)
+    source = read(source) if isinstance(source, (str, Path)) else checked(source, "the source checkpoint")
     weights = plain_weights(source)
     settings = sizes_of(weights) | {"compat": "source"}
     saved = {}
@@ -333,11 +359,31 @@ def our_names(weights: dict[str, torch.Tensor], settings: dict) -> dict[str, tor
 
 
 def read(path: str | Path) -> dict:
-    """What is in a checkpoint, on the CPU; its tensors are read when they are used."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+    """What is in a checkpoint, on the CPU; its tensors are read when they are used. Raises CheckpointError."""
+    return checked(read_checkpoint(path, mmap=True), path)
+
+
+def checked(source: object, where: str | Path) -> dict:
+    """A checkpoint as it is, if its parts are of the kinds that the source writes. Raises CheckpointError."""
+    if not isinstance(source, dict) or "model_state_dict" not in source:
+        return source  # plain_weights tells what is wrong with it
+    model_config = source.get("model_config") or {}
+    wrong = []
+    if not isinstance(source.get("global_step", 0), numbers.Real):
+        wrong.append("global_step")
+    if not isinstance(model_config, dict):
+        wrong.append("model_config")
+        model_config = {}
+    for name, value in model_config.items():
+        setting = ALIASES.get(name, name)
+        fits = setting not in MODEL_SETTINGS or value is None or isinstance(value, numbers.Real)  # a switch is one too
+        if setting in COUNTS:
+            fits = isinstance(value, numbers.Integral) and value >= 1
+        if not fits:
+            wrong.append(f"model_config.{name} = {value}")
+    if wrong:
+        raise CheckpointError(f"{where} is no checkpoint as APEL-R writes it: look at its {', '.join(wrong)}")
+    return source
 
 
 def steps(source: dict) -> int:
@@ -443,7 +489,9 @@ def tokenizer_file(path: str | Path) -> Path | None:
     """
     path = Path(path)
     source = read(path)
-    written = str(source.get("tokenizer_path") or "tokenizer.json")
+    written = source.get("tokenizer_path") or "tokenizer.json"
+    if not isinstance(written, str):  # of a class, which is not built here
+        written = "tokenizer.json"
     beside = PureWindowsPath(written).name  # which takes either slash
     places = [path.parent / beside, path.parent / "tokenizer.json", Path(written)]
     files = [place for place in places if place.is_file()]

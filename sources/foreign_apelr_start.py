@@ -20,6 +20,7 @@ from sources.foreign_apelr import (
     plain_weights,
     read,
     steps,
+    to_resume,
     tokenizer_file,
     trained_with,
 )
@@ -27,17 +28,28 @@ from sources.foreign_checkpoints import checkpoint_in
 
 SIZES = ("version", "backbone", "experts", "n_layers", "d_model", "n_heads", "token_dim", "num_plan_states",
          "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that decide the shapes of weights
+ADAMW = ("exp_avg", "exp_avg_sq", "step")  # what it knows of a weight
 RULES = ("compat", "boundary", "chunk_size", "carry_posterior", "token_filtering", "planner_context_scale",
          "planner_temperature", "lookahead_horizon", "lookahead_feedback_scale")  # and how a model computes with them
 
 
 def to_go_on(cfg):
     """(cfg, checkpoint): where resume names a checkpoint of the source, cfg starts from it instead, with the settings
-    of its AdamW; else cfg as it is and ""."""
-    path = str(checkpoint_in(Path(cfg.resume)))
-    if not is_source_checkpoint(path):
-        return cfg, ""
-    return replace(cfg, init_from=path, resume="auto", **optimizer_settings(path)), path
+    of its AdamW; else cfg as it is and "".
+
+    Raises InputError where the run would write over one of the source.
+    """
+    path = to_resume(cfg.resume, cfg.out_dir)
+    if path:
+        path = str(path)
+        return replace(cfg, init_from=path, resume="auto", **optimizer_settings(path)), path
+    folder = Path(cfg.out_dir)
+    if is_source_checkpoint(folder / "checkpoint.pt") and not (folder / "last.pt").exists():
+        raise InputError(
+            f"{folder} is a run folder of APEL-R, of which this run would replace tokenizer.json and metrics.json: "
+            f"--resume={folder} goes on with that run, --out_dir=FOLDER trains another"
+        )
+    return cfg, ""
 
 
 def start_from(cfg, default, is_main: bool = True):
@@ -108,7 +120,7 @@ def check_vocabulary(weights: dict[str, torch.Tensor], vocab_size: int, path: st
 
 def optimizer_settings(path: str | Path) -> dict:
     """weight_decay, beta1, beta2 of the AdamW in a checkpoint, which the source goes on with whatever its YAML says."""
-    state = read(path).get("optimizer_state_dict")
+    state = adamw_of(read(path))
     if not state:
         return {}
     group = state["param_groups"][0]
@@ -172,9 +184,9 @@ def adam_state(source: dict) -> dict[str, dict[str, torch.Tensor]]:
 
     Raises CheckpointError where there are not as many parameters as weights.
     """
-    found = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
-    state = source.get("optimizer_state_dict")
-    if not state:  # save_optimizer_state: false
+    found = {part: {} for part in ADAMW}
+    state = adamw_of(source)
+    if not state:
         return found
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     # A state dict has the order of parameters() here: no weight of the source is shared, and none is a buffer.
@@ -189,3 +201,24 @@ def adam_state(source: dict) -> dict[str, dict[str, torch.Tensor]]:
                 # A step a weight, so that heads can be stacked as their moments are.
                 found[part][name] = torch.as_tensor(value, dtype=torch.float32) if part == "step" else value
     return found
+
+
+def adamw_of(source: dict) -> dict | None:
+    """The state of AdamW in a checkpoint of the source; None where there is none, by save_optimizer_state: false.
+
+    Raises CheckpointError where it is of another optimizer, or no such state.
+    """
+    state = source.get("optimizer_state_dict") if "model_state_dict" in source else None
+    if not state:
+        return None
+    try:
+        groups = [group[name] for group in state["param_groups"] for name in ("params", "weight_decay", "betas")]
+        moments = [known[part] for known in state["state"].values() for part in ADAMW]
+    except (KeyError, TypeError, AttributeError):
+        groups = moments = None
+    if not groups or moments is None:
+        raise CheckpointError(
+            "the optimizer_state_dict of the source checkpoint is not of AdamW, with which alone a run goes on: "
+            "init_from=CHECKPOINT starts from its weights"
+        )
+    return state

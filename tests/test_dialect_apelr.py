@@ -131,8 +131,18 @@ def test_ours_stay_ours(capsys):
     cfg = configure(Config, ["ours.yaml"], ALIASES, APELR)
     assert (cfg.d_model, cfg.schedule, cfg.seed) == (32, "cosine", 1337)
     assert configure(Config, [str(ROOT / "config/v2_fast.py")], ALIASES, APELR).seed == 1337
+    # Sections alone are no sign: a file of the source names its data too.
+    Path("ours.yaml").write_text("model: {d_model: 32, num_plan_states: 3}\ntrain: {lr: 0.5}\n")
+    assert configure(Config, ["ours.yaml"], ALIASES, APELR).seed == 1337
+    assert configure(Config, ["train.lr=0.5", "model.d_model=16"], ALIASES, APELR).d_model == 16
     assert "read as" not in capsys.readouterr().err
     assert read({}, "--dialect=none").seed == 1337
+    # Nor is what a run of the source leaves behind here: its settings are all said, by our names.
+    cfg = read({"tokenizer": {"type": "bpe"}})
+    Path("config.json").write_text(json.dumps(config_dict(cfg)))
+    capsys.readouterr()
+    assert configure(Config, ["config.json"], ALIASES, APELR) == cfg
+    assert "read as" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["tokenizer.type=bpe", "data.source=tinystories", "model.hidden_dim=8"])
@@ -148,13 +158,17 @@ def test_what_the_source_has_no_default_for_is_asked_for(section, key, capsys):
     assert f"{section}.{key} is missing, and the source has no default for it" in told
 
 
-def test_a_checkpoint_to_go_on_from_says_the_version():
+def test_a_checkpoint_to_go_on_from_says_the_version(capsys):
     weights = {"token_emb.weight": torch.zeros(5, 8), "planner_init_logits": torch.zeros(3)}
     for version in (V1, V2):
         torch.save({"model_state_dict": weights, "model_version": version}, f"{version}.pt")
         assert read({"train": {"resume_from": f"{version}.pt"}}).version == version
         assert read({}, f"--resume={version}.pt").version == version
-    assert read({"model": {"architecture": V2}, "train": {"resume_from": f"{V1}.pt"}}).version == V2
+    # Another than that of the file is refused, as there; an empty name is none.
+    told = refused(capsys, written({"model": {"architecture": V2}, "train": {"resume_from": f"{V1}.pt"}}))
+    assert f"model.version = {V2}, and {V1}.pt is of {V1}, which the source refuses" in told
+    assert read({"model": {"version": V2}, "train": {"resume_from": f"{V2}.pt"}}).version == V2
+    assert read({"train": {"resume_from": ""}}).resume == "auto"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,8 +253,10 @@ def test_half_precision_is_for_a_gpu(capsys, monkeypatch):
     assert read({"train": {"precision": "bf16"}}).precision == "fp32"
     assert "precision = bf16 of theirs.yaml is for CUDA alone: precision = fp32" in capsys.readouterr().err
     assert read({"train": {"precision": "bf16"}}, "--precision=bf16").precision == "bf16"  # asked for here
-    cfg = read({"device": "cuda"})
-    assert (cfg.device, cfg.precision) == ("auto", "fp32")
+    for device in ("cuda", "cuda:1"):
+        cfg = read({"device": device})
+        assert (cfg.device, cfg.precision) == ("auto", "fp32")
+        assert f"note: device = {device} of theirs.yaml is not there: device = auto" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [read(more).precision for more in ({}, {"device": "cpu"}, {"train": {"precision": "bf16"}})] == [
         "fp16", "fp32", "bf16"]
@@ -249,7 +265,9 @@ def test_half_precision_is_for_a_gpu(capsys, monkeypatch):
 
 def test_version_one_has_neither_temperature_nor_samples_nor_a_look_ahead():
     cfg = read({"model": {"version": V1, "plan_temperature": 2.0, "plan_temperature_end": 0.5, "token_filtering": False,
-                          "plan_commitment": "gumbel_st", "lookahead_feedback_scale": 0.5}})  # fmt: skip
+                          "plan_commitment": "gumbel_st", "num_experts": 7,
+                          "lookahead_feedback_scale": 0.5}})  # fmt: skip
+    assert cfg.num_experts is None
     assert (cfg.planner_temperature, cfg.plan_temperature_end, cfg.token_filtering) == (1.0, None, True)
     assert commitment(1, cfg) == (1.0, 0.0) and cfg.feedback() == 0
     assert read({"model": {"version": V1}, "train": {"entropy_reg_weight": -0.1}}).entropy_reg_weight == -0.1
@@ -291,7 +309,8 @@ def test_its_transformer_is_a_baseline_of_its_sizes(capsys):
     assert (cfg.version, cfg.backbone, cfg.weights()) == ("baseline", "transformer_lm", {})
     assert (cfg.d_model, cfg.token_dim, cfg.n_layers, cfg.n_heads, cfg.d_ff, cfg.dropout) == (512, 512, 6, 8, None, 0.1)
     assert cfg.max_seq_len == 1_024
-    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "max_seq_len": 96, "token_dim": 7}
+    sizes = {"d_model": 24, "n_layers": 2, "n_heads": 3, "d_ff": 40, "max_seq_len": 96, "token_dim": 7,
+             "plan_commitment": "gumbel_st", "num_experts": 7}  # fmt: skip
     cfg = read({"model": sizes}, base=base)
     model = build_model(cfg, 11)
     assert model.token_emb.weight.shape == (11, 24) and len(model.backbone.layers) == 2
@@ -311,6 +330,8 @@ def test_its_transformer_is_a_baseline_of_its_sizes(capsys):
     ({"type": "bpe", "byte_level": False}, {}, "the BPE here is of bytes"),
     ({"type": "bpe", "special_tokens": ["<s>", "</s>"]}, {}, "has <pad>, <bos>, <eos> and <unk>"),
     ({"type": "bpe", "vocab_size": "many"}, {}, "tokenizer.vocab_size = many: expected a whole number"),
+    ({"type": "bpe", "special_tokens": math.inf}, {}, "has <pad>, <bos>, <eos> and <unk>"),
+    ({}, {"max_train_examples": math.inf}, "data.max_train_examples = inf: expected a whole number"),
     ({}, {"val_split": "test"}, "data.val_split = test: of tinystories prepare_data.py text reads validation"),
     ({}, {"val_split": "train"}, "data.val_split = train: of tinystories prepare_data.py text reads validation"),
     ({}, {"train_token_file": "x.bin", "token_cache": True},
@@ -321,12 +342,13 @@ def test_what_has_no_place_here_is_refused(tokenizer, data, words, capsys):
 
 
 def test_what_changes_nothing_is_listed_and_what_makes_the_data_is_not():
-    path = written({"tokenizer": {"type": "bpe"}, "train": {"num_workers": 2, "pin_memory_device": "cuda", "stride": 16,
-                                                            "distributed": {"backend": "nccl"}}})  # fmt: skip
+    train = {"num_workers": 2, "pin_memory_device": "cuda", "stride": 16, "distributed": {"backend": "nccl"}}
+    path = written({"tokenizer": {"type": "bpe", "min_frequency": 3}, "train": train})
     with pytest.warns(UserWarning, match="without effect here: ") as caught:
         configure(Config, [path, "tokenizer.vocab_size=300"], ALIASES, APELR)
     listed = str(caught[0].message).split(": ")[1].split(", ")
-    assert sorted(listed) == ["train.distributed", "train.num_workers", "train.pin_memory_device", "train.stride"]
+    assert sorted(listed) == ["tokenizer.min_frequency", "train.distributed", "train.num_workers",
+                              "train.pin_memory_device", "train.stride"]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -353,7 +375,11 @@ def hub(monkeypatch):
     ({"tokenizer": {"type": "BPE", "vocab_size": 300, "lowercase": True, "min_frequency": 2}},
      {"tokenizer": "bpe", "vocab_size": 300, "lowercase": True, "min_chars": 8, "max_documents": 40,
       "val_fraction": 0.25}),
+    ({"data": {"max_val_examples": 90}},
+     {"tokenizer": "char", "min_chars": 8, "max_documents": 40, "val_fraction": 0.5}),  # the most there is
     ({"data": {"source": "wikitext2"}}, {"tokenizer": "char", "min_chars": 8}),  # lines there, articles here
+    ({"data": {"source": "fineweb_edu", "max_train_examples": -10, "min_chars": -3, "max_train_chars": -1}},
+     {"tokenizer": "char", "min_chars": 0}),  # no limits
     ({"data": {"source": "fineweb_edu", "max_train_examples": 90, "max_train_tokens": 1000, "max_val_tokens": 50,
                "tokenizer_fit_max_chars": 400, "token_cache": True, "val_split": "train"}},
      {"tokenizer": "char", "min_chars": 8, "max_documents": 100, "val_fraction": 0.1, "max_bytes": 8000,
@@ -367,6 +393,13 @@ def test_the_settings_that_make_the_text(more, prepare):
     cfg = read(more)
     source = more.get("data", {}).get("source", "tinystories")
     assert cfg.prepare == {"input": source} | prepare and cfg.data == f"data/{source}"
+
+
+def test_limits_that_count_lines_are_said_to_say_nothing_of_articles(capsys):
+    read({"data": {"source": "wikitext2"}})
+    assert "count lines of wikitext2, of which articles are read here" in capsys.readouterr().err
+    read()
+    assert "articles" not in capsys.readouterr().err
 
 
 def asked_for(told: str) -> list[str]:

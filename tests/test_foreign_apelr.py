@@ -334,6 +334,84 @@ def test_what_cannot_go_on_is_one_sentence(itos, text, capsys):
     assert "was trained with the tokenizer runs/x/tokenizer.json" in told and not Path("run").exists()
 
 
+def test_the_same_command_goes_on_where_the_folder_has_checkpoints_of_both(itos, text, capsys):
+    """The source writes into the folder that it goes on from; its AdamW decides after the second start, too."""
+    saved, _ = trained_separately(text, V2, first=5, last=6)
+    source_run("runs/x", itos, **saved)
+    command = [*CONTINUED, f"--data={text}", "--resume=runs/x", "--out_dir=runs/x", "--save_interval=7",
+               "--keep_last=-1", "--loss_weights={}"]  # fmt: skip
+    assert train_apelr.main(command)["steps"] == 9
+    assert "resumed from runs/x/checkpoint.pt of APEL-R at step 5" in capsys.readouterr().out
+    assert train_apelr.main(command)["steps"] == 9
+    assert "this run ended at step 9, nothing was left to train" in capsys.readouterr().out
+    # As if it had been stopped on the way.
+    shutil.copyfile("runs/x/step_7.pt", "runs/x/last.pt")
+    assert train_apelr.main(command)["steps"] == 9
+    told = capsys.readouterr().out.splitlines()
+    where = told.index("resumed from runs/x/last.pt at step 7")
+    assert not told[where + 1].startswith("  ")  # no setting is another
+    config = checkpoint.load(Path("runs/x"))["config"]
+    assert (config["weight_decay"], config["beta1"], config["init_from"]) == (0.3, 0.8, "runs/x/checkpoint.pt")
+
+
+def test_a_file_without_a_version_goes_on_twice_with_version_one(itos, text, capsys):
+    source_run("runs/x", itos, V1)
+    # Version two would be refused, for nothing here rewards a plan.
+    Path("theirs.yaml").write_text(
+        "{device: cpu, data: {source: gone}, model: {num_plan_states: 3, chunk_size: 4, token_dim: 8, hidden_dim: 12, "
+        "fusion_dim: 10, num_layers: 1, dropout: 0}, train: {out_dir: runs/x, seq_len: 19, batch_size: 4, lr: 0.01, "
+        "max_steps: 8, val_batches: 1, preview_tokens: 0}}")  # fmt: skip
+    for told in ("at step 7: its weights", "this run ended at step 8, nothing was left to train"):
+        summary = train_apelr.main(["theirs.yaml", f"--data={text}", "--resume=runs/x"])
+        assert summary["version"] == V1 and told in capsys.readouterr().out
+
+
+def test_a_run_folder_of_the_source_is_not_trained_over(itos, text, capsys):
+    path = source_run("runs/x", itos)
+    before = path.with_name("tokenizer.json").read_bytes()
+    for more in ([], ["--init_from=runs/x"], ["--resume=never"]):
+        told = refused(capsys, *TINY, f"--data={text}", "--out_dir=runs/x", *more)
+        assert "runs/x is a run folder of APEL-R, of which this run would replace tokenizer.json" in told
+        assert "--resume=runs/x goes on with that run, --out_dir=FOLDER trains another" in told
+    assert {file.name for file in path.parent.iterdir()} == {"checkpoint.pt", "tokenizer.json"}
+    assert path.with_name("tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("part, words", [
+    ({"model_config": [1]}, "look at its model_config"), ({"global_step": None}, "look at its global_step"),
+    ({"model_config": {"chunk_size": "four"}}, "look at its model_config.chunk_size = four"),
+    ({"model_config": {"hidden_dim": 0, "dropout": "no"}},
+     "look at its model_config.hidden_dim = 0, model_config.dropout = no"),
+])  # fmt: skip
+def test_a_checkpoint_with_odd_contents_is_one_sentence_at_every_door(part, words, itos, text, capsys):
+    path = source_run("runs/x", itos, **part)
+    for main, *argv in ((prepare_data.main, "import", "runs/x"), (sample.main, path, "--prompt=a"),
+                        (train_apelr.main, *TINY, f"--data={text}", "--resume=runs/x"),
+                        (train_apelr.main, *TINY, f"--data={text}", "--init_from=runs/x"),
+                        (train_apelr.main, f"--data={text}", "--analyze=runs/x")):  # fmt: skip
+        told = refused(capsys, *argv, main=main)
+        assert f"{path} is no checkpoint as APEL-R writes it: {words}" in told
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("state", [[1], {"state": {}}, {"state": {}, "param_groups": [{"params": [0]}]},
+                                   {"state": {0: {"momentum_buffer": 1}}, "param_groups": [
+                                       {"params": [0], "weight_decay": 0, "betas": (0.9, 0.95)}]}])  # fmt: skip
+def test_only_adamw_is_gone_on_with_but_the_weights_are_read(state, itos, text, capsys):
+    source_run("runs/x", itos, optimizer_state_dict=state)
+    told = refused(capsys, *TINY, f"--data={text}", "--resume=runs/x", "--max_steps=9")
+    assert "optimizer_state_dict of the source checkpoint is not of AdamW" in told and "init_from=" in told
+    assert not Path("run").exists()
+    assert prepare_data.main(["import", "runs/x", "--out_dir=out/x"])["step"] == 7
+
+
+def test_a_checkpoint_that_names_numpy_and_pathlib_is_read(itos):
+    path = source_run("runs/x", itos, global_step=np.int64(7), tokenizer_path=Path("gone/tokenizer.json"))
+    assert prepare_data.main(["import", "runs/x", "--out_dir=out/x"])["step"] == 7
+    assert tokenizer_file(path) == path.with_name("tokenizer.json")
+    assert sample.main([str(path), "--prompt=a cat", "--max_new_tokens=2", "--device=cpu"])["step"] == 7
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Its transformer
 # ---------------------------------------------------------------------------------------------------------------
@@ -410,7 +488,15 @@ def test_the_transformer_of_the_source_writes_on_beyond_its_positions(itos):
     for t in range(10, len(tokens)):
         seen = tokens[max(0, t - TRANSFORMER["max_seq_len"]) : t]
         assert tokens[t] == int(transformer_logits(weights, seen)[-1].argmax())
-    assert len(tokens) > TRANSFORMER["max_seq_len"] + 3 or tokens[-1] == 2
+    # Token by token through any text, whatever it would write itself.
+    model = load_source_checkpoint(path)
+    ids = torch.randint(len(ITOS), (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, state = model.read(ids[:, :10])
+        for t in range(10, 30):
+            h, state = model.backbone.step(model.token_emb(ids[:, t]), state)
+            seen = ids[0, max(0, t + 1 - TRANSFORMER["max_seq_len"]) : t + 1].tolist()
+            torch.testing.assert_close(h @ model.experts.weight[0].t(), transformer_logits(weights, seen)[-1:])
 
 
 def test_the_transformer_of_the_source_trains_on_and_its_head_gets_no_bias(itos, text, capsys):
