@@ -323,7 +323,7 @@ class Settings:
             if plain == "cfg" and raw in ("job", "hydra", "all"):
                 hint = "--print_config prints all settings, and stops"
             self.errors.append(f"{where}: {hint}")
-        elif name is None and parts[0].startswith("hydra/"):
+        elif name is None and (parts[0].startswith("hydra/") or raw is None and self.dialect):
             self.ignored.append(key)
         elif name is None and is_foreign and self.dialects and not self.dialect and not self.is_ours:
             asked = f"--dialect={self.dialects[0].name}"
@@ -405,8 +405,9 @@ class Settings:
         known = self.dialect.groups.get(key.replace("-", "_"))
         if known is None or value is None or isinstance(value, Text) and value.lower() in NONES:
             return
-        value = str(value).removesuffix(".yaml") if key == CONFIG_GROUP else str(value)
-        if value not in known:
+        if key == CONFIG_GROUP and isinstance(value, str):
+            value = value.removesuffix(".yaml")
+        if not isinstance(value, str) or value not in known:
             near = _nearest(str(value), known, 1)
             more = ", ..." if len(known) > 24 else ""
             hint = f"did you mean {near[0]}?" if near else f"there is {', '.join([*known][:24])}{more}"

@@ -231,7 +231,7 @@ def _read(path: Path, mmap: bool = False) -> tuple[dict, str]:
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         return {}, f"is damaged or no checkpoint ({type(e).__name__})"
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
-        return {}, "is no checkpoint of this repository"
+        return {}, "is no checkpoint of this repository (prepare_data.py import makes one of another system's)"
     if state["experiment"] in FIRST_NAMES:  # written before a run was known by its script
         state["experiment"] = f"train_{state['experiment']}"
     if state["format_version"] > FORMAT_VERSION:

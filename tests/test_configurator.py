@@ -916,6 +916,8 @@ def test_null_of_another_system_is_an_absent_key(tmp_path, capsys):
     path = write(tmp_path, "a.yaml", "n_embd: 2\nlr: null\nclip: null\n")
     cfg = spoken(path)
     assert (cfg.lr, cfg.clip) == (0.5, None)  # clip takes none, lr does not
+    with pytest.warns(UserWarning, match="without effect here: section_of_another"):
+        assert spoken(write(tmp_path, "c.yaml", "n_embd: 2\nsection_of_another: null\n")).lr == 0.5
     capsys.readouterr()
     assert "lr: expected float, got None" in only_error(capsys, write(tmp_path, "b.yaml", "lr: null\n"))
 

@@ -189,7 +189,7 @@ REFUSALS = {
     "training.sequence_len=1": "must be at least 1",
     "generative_process.instance.process_names=[coin,coin] generative_process.instance.process_weights=[1]":
         "not 2, 2, 1, 2",
-    "--betas=0.9,0.99": "betas: no such setting",
+    "--betas=0.9,0.99": "betas: no setting of ours; --dialect=simplexity",
     "--config-name=my_experiment": "has no 'my_experiment', did you mean experiment?",
     "--config-name=transformerlens_mess predictive_model=gru_rnn": "did you mean transformerlens_mess3?",
     "--config=x.yaml": "files go bare",
@@ -335,7 +335,7 @@ def test_parts_that_a_file_goes_without_are_null():
 
 
 ODD = {
-    "defaults: [5, {training: [a]}]\ntraining: {num_steps: 4}": "has no \"['a']\", there is small, medium",
+    "defaults: [5, {training: [a]}]\ntraining: {num_steps: 4}": "has no ['a'], there is small, medium",
     "defaults: [{predictive_model: gru_rnn}, {lr_scheduler: linear_warmup}]": "lr_scheduler: not built here",
     "generative_process: {instance: {components: [{process_name: mess3, process_params: 5}]}}":
         "process_params = [5]: not a dict",
