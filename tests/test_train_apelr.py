@@ -27,7 +27,7 @@ from common.runtime import Runtime
 from configurator import config_dict, configure, differences, from_dict
 from measure import compare_baseline, plans, speed
 from sources.corpus import Corpus, read_corpus
-from train_apelr import ALIASES, Batches, Config
+from train_apelr import ALIASES, APELR, Batches, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 V1, V2 = "v1_filtered_mixture", "v2_planner_required"
@@ -778,7 +778,7 @@ train: {out_dir: runs/x, seq_len: 64, batch_size: auto, cpu_batch_size: 4, grad_
 """)
     with pytest.warns(UserWarning, match="without effect here: .*max_train_examples"):
         cfg = configure(Config, [str(tmp_path / "source.yaml"), "train.loss_weights.usage_balance=0.07",
-                                 "--dialect=none"], ALIASES)
+                                 "--dialect=none"], ALIASES, APELR)
     assert (cfg.data, cfg.num_plan_states, cfg.batch_size, cfg.lr, cfg.eval_batches) == (
         "tinystories", 6, "auto", 6e-4, 7)
     assert (cfg.compile, cfg.resume, cfg.precision, cfg.plan_temperature_end) == ("true", "old.pt", "bf16", 0.7)
