@@ -27,13 +27,15 @@ def read_papers(folder: Path) -> tuple[np.ndarray, list[dict], dict[str, list[st
     tokens = np.memmap(folder / FILES[0], np.uint16, "r")
     try:
         lines = (folder / FILES[1]).read_text(encoding="utf-8").splitlines()
-        papers = [json.loads(line) for line in lines if line.strip()]
+        papers = list(map(json.loads, filter(str.strip, lines)))
         splits = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
-        end = max(paper["offset"] + paper["length"] for paper in papers)
+        ends = [paper["offset"] + paper["length"] for paper in papers]
+        end = max(ends)
         names = {paper["cat"] for paper in papers}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: {FILES[1]} or {FILES[2]} is not of fetch_arxiv.py: {reason(error)}") from error
-    if end > len(tokens) or not names or not isinstance(splits, dict):
+    fits = end <= len(tokens) and names
+    if not fits or not isinstance(splits, dict):
         raise DataError(f"{folder}: {FILES[1]} speaks of {end:,} tokens, {FILES[0]} has {len(tokens):,}")
     return tokens, papers, splits
 
@@ -58,16 +60,19 @@ def cut_papers(
         for split in SPLITS:
             chunks = ChunkSpool(shop.folder, split, chunk_size, VOCAB_SIZE)
             with contextlib.closing(chunks):
+                ids = splits.get(split, ())
                 for category in categories or known:
-                    for begin, end in places(papers, category, splits.get(split, ()))[:max_documents]:
+                    found = places(papers, category, ids)
+                    for begin, end in found[:max_documents]:
                         chunks.add(category, tokens[begin:end])
                 if not chunks.sizes:
                     continue
                 chunks.write(shop.folder / f"{split}.h5", source=input)
             sizes[split] = dict(chunks.sizes)
             made = counted(chunks.sizes.total(), "chunk")
+            size = counted(chunk_size, "token")
             dropped = counted(chunks.dropped, "tail token")
-            print(f"{split}: {made} of {counted(chunk_size, 'token')}; {dropped} dropped")
+            print(f"{split}: {made} of {size}; {dropped} dropped")
         if "train" not in sizes or "validation" not in sizes:
             raise DataError(f"{input} has no documents to train on or to validate on: see its {FILES[2]}")
         shop.finish(*(f"{split}.h5" for split in sizes))
@@ -80,7 +85,9 @@ def places(papers: list[dict], category: str, names: list[str]) -> list[tuple[in
     here = set(names)
     found = []
     for paper in papers:
-        if paper["cat"] == category and paper["paper_id"] in here:
+        is_here = paper["paper_id"] in here
+        if is_here and paper["cat"] == category:
             begin = paper["offset"]
-            found.append((begin, begin + paper["length"]))
+            end = begin + paper["length"]
+            found.append((begin, end))
     return found
