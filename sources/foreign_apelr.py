@@ -9,16 +9,16 @@ import hashlib
 import json
 import numbers
 import os
-import zipfile
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 
 from common.errors import CheckpointError, DataError
-from configurator import BOOLS, NONES, READ, Derived, note
+from configurator import READ, Derived, note
 from sources.corpus import folder_of
-from sources.foreign_checkpoints import checkpoint_in, read_checkpoint
+from sources.foreign_checkpoints import checkpoint_in, read_checkpoint, system_of
+from sources.given import is_on, value_of
 from sources.prepared import place_for
 from sources.text import HUB
 from sources.tokenizer import hash_of, read_spec
@@ -148,7 +148,7 @@ def loss_of_v2(given: dict[str, Any], values: dict[str, Any], early: bool) -> di
         weights.pop("rep_unlikelihood", None)  # a mean over no tokens, which is 0
     core = {"boundary_entropy": values["entropy_reg_weight"], "usage_balance": values["usage_balance_weight"]}
     core |= {name: weight for name, weight in weights.items() if not name.startswith("rep_")}
-    if not (early or any(core.values()) or is_true(given, "train.allow_zero_v2_planner_losses")):
+    if not (early or any(core.values()) or is_on(given, "train.allow_zero_v2_planner_losses")):
         raise ValueError("no loss_weights of future_contrastive, plan_js_div, boundary_entropy and usage_balance is "
                          "above 0, which the source refuses: set one, or train.allow_zero_v2_planner_losses=true")
     return {"loss_weights": weights}
@@ -182,7 +182,8 @@ def batch_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """batch_size of a whole step, which the source names for one rank and micro-step."""
     parts = values["grad_accum"] * int(os.environ.get("WORLD_SIZE", 1))
     size, alone = values["batch_size"], values["cpu_batch_size"]
-    if size != "auto" and is_true(given, "train.adaptive_batch.enabled", "train.adaptive_batch"):
+    adapts = is_on(given, "train.adaptive_batch.enabled") or is_on(given, "train.adaptive_batch")
+    if size != "auto" and adapts:
         if torch.cuda.is_available() and values["device"] != "cpu":
             raise ValueError(f"train.adaptive_batch.enabled makes the source take {size} windows for a measure: write "
                              f"train.batch_size=auto to fill the GPU, or train.adaptive_batch.enabled=false for {size}")
@@ -218,22 +219,23 @@ def tokenizer_of(given: dict[str, Any]) -> dict[str, Any]:
     prepare = {"tokenizer": kind}
     if kind == "char":
         return prepare
-    if "tokenizer.byte_level" in given and not is_true(given, "tokenizer.byte_level"):
+    if "tokenizer.byte_level" in given and not is_on(given, "tokenizer.byte_level"):
         raise ValueError("tokenizer.byte_level = false: the BPE here is of bytes, leave it out")
     names = given.get("tokenizer.special_tokens") or SPECIAL_TOKENS
     if not isinstance(names, list) or sorted(map(str, names)) != SPECIAL_TOKENS:
         raise ValueError("tokenizer.special_tokens: the BPE here has <pad>, <bos>, <eos> and <unk>, leave it out")
-    prepare["vocab_size"] = whole(given, "tokenizer.vocab_size") or 4_096
-    if is_true(given, "tokenizer.lowercase"):
+    prepare["vocab_size"] = value_of(given, "tokenizer.vocab_size", int) or 4_096
+    if is_on(given, "tokenizer.lowercase"):
         prepare["lowercase"] = True
     return prepare
 
 
 def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
     """How much of the text is read, by settings of prepare_data.py text."""
-    shortest = whole(given, "data.min_chars")
+    shortest = value_of(given, "data.min_chars", int)
     prepare = {"min_chars": 8 if shortest is None else max(0, shortest)}
-    documents, held_out = whole(given, "data.max_train_examples"), whole(given, "data.max_val_examples")
+    documents = value_of(given, "data.max_train_examples", int)
+    held_out = value_of(given, "data.max_val_examples", int)
     if source.startswith("wikitext"):
         if documents:
             note(f"data.max_train_examples and max_val_examples count lines of {source}, of which articles are read "
@@ -242,14 +244,14 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
         total = documents if source in HUB and HUB[source].has_validation else documents + held_out
         prepare |= {"max_documents": total, "val_fraction": min(held_out * 10**6 // total / 10**6, 0.5)}
     wanted = {"max_bytes": "data.max_train_chars"}
-    if is_true(given, "data.token_cache"):
+    if is_on(given, "data.token_cache"):
         wanted |= {"max_tokens": "data.max_train_tokens", "max_val_tokens": "data.max_val_tokens",
                    "tokenizer_chars": "data.tokenizer_fit_max_chars"}
         for key in ("data.train_token_file", "data.val_token_file"):
             if given.get(key):
                 raise ValueError(f"{key} = {given[key]}: prepare_data.py text makes the tokens here, leave it out")
     for name, key in wanted.items():
-        most = whole(given, key)
+        most = value_of(given, key, int)
         if most and most > 0:  # below that it is no limit, there too
             prepare[name] = most
     if "max_tokens" in prepare:
@@ -257,39 +259,12 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
     return prepare
 
 
-def whole(given: dict[str, Any], key: str) -> int | None:
-    """A whole number as written, or None where it is absent or null."""
-    written = given.get(key)
-    if str(written).lower() in NONES:
-        return None
-    try:
-        return int(float(written))
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{key} = {written}: expected a whole number") from None
-
-
-def is_true(given: dict[str, Any], *keys: str) -> bool:
-    """Whether the first of the keys that is given says yes."""
-    for key in keys:
-        if key in given:
-            return BOOLS.get(str(given[key]).lower(), False)
-    return False
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
 def is_source_checkpoint(path: str | Path) -> bool:
-    """Whether a file is a checkpoint of the source rather than of this repository; reads no tensor."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            index = next(name for name in file.namelist() if name.endswith("data.pkl"))
-            names = file.read(index)
-            of_it = any(name in names for name in (b"token_emb.weight", b"tok_emb.weight"))
-            bare = of_it and b"format_version" not in names  # a state dict and nothing else
-            return bare or b"model_state_dict" in names
-    except (OSError, zipfile.BadZipFile, StopIteration):  # what is wrong with it is told by whoever reads it
-        return False
+    """Whether a file is a checkpoint of the source rather than of this repository."""
+    return system_of(Path(path)) == "apelr"
 
 
 def to_resume(resume: str, out_dir: str) -> Path | None:

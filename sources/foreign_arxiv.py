@@ -6,7 +6,6 @@ what its command lines are answered is here too.
 
 import math
 import random
-import zipfile
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 
 from common.errors import CheckpointError, reason
 from configurator import READ, Derived, convert, note
-from sources.foreign_checkpoints import read_checkpoint
+from sources.foreign_checkpoints import read_checkpoint, system_of
+from sources.given import value_of
 
 CATEGORIES = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]  # by their number of chunks, the most first
 ELEVEN = ["cs.AI", "cs.CE", "cs.CV", "cs.DS", "cs.IT", "cs.NE", "cs.PL", "cs.SY", "math.AC", "math.GR", "math.ST"]
@@ -111,17 +111,6 @@ def experiments() -> dict[str, dict]:
     return found
 
 
-def latest(given: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    """What was given last for a name of the source, with or without its group before it, or else the default."""
-    found = [raw for key, raw in given.items() if f".{key}".endswith(f".{name}") and raw is not None]
-    if not found:
-        return default
-    try:
-        return convert(found[-1], kind)
-    except ValueError as error:
-        raise ValueError(f"{name} = {found[-1]}: {error}") from error
-
-
 TARGETS = ("AdamW", "get_cosine_schedule_with_warmup", "MicroDecoderModel")  # what its files have Hydra make
 # Settings of the source of which this page has one value: (name, kind, that value, what it is).
 FIXED = (
@@ -141,14 +130,14 @@ FIXED = (
 def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """What several settings of the source mean together: see foreign.Dialect.completed."""
     for name, kind, value, why in FIXED:
-        found = latest(given, name, kind, value)
+        found = value_of(given, name, kind, value)
         if found != value:
             raise ValueError(f"{name} = {found}: the page has {value} alone ({why}): leave it out, or edit the page")
     for key in ("optimizer._target_", "scheduler._target_", "_target_"):  # the source does not look at a model's
         target = given.get(key)
         if target and str(target).rpartition(".")[2] not in TARGETS:
             raise ValueError(f"{key} = {target}: the page has AdamW and a cosine alone: leave it out, or edit the page")
-    rate = latest(given, "attention_probs_dropout_prob", float, values["dropout"])
+    rate = value_of(given, "attention_probs_dropout_prob", float, values["dropout"])
     if rate != values["dropout"]:
         raise ValueError(
             f"attention_probs_dropout_prob = {rate} beside hidden_dropout_prob = {values['dropout']}: the "
@@ -163,15 +152,15 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
     if "precision" not in fields:
         more |= precision(given, values)
     # A file of the group `training` has a rate that is not used: the optimizer's is.
-    if "learning_rate" in given and fields.get("lr") != "command line" and latest(given, "lr", float, None) is None:
+    if "learning_rate" in given and fields.get("lr") != "command line" and value_of(given, "lr", float, None) is None:
         more["lr"] = 5e-4
-    beta1, beta2 = latest(given, "betas", tuple[float, float], (values["beta1"], values["beta2"]))
+    beta1, beta2 = value_of(given, "betas", tuple[float, float], (values["beta1"], values["beta2"]))
     more |= {"beta1": beta1, "beta2": beta2}
     # Its cosine ends at 0, whatever min_lr_ratio says.
     if fields.get("min_lr") and "min_lr" not in given:
         note("min_lr_ratio: the source's cosine ends at 0 whatever it says, and so it does here (else --min_lr=RATE)")
         more["min_lr"] = 0.0
-    first = latest(given, "num_top_categories", int, 0)
+    first = value_of(given, "num_top_categories", int, 0)
     if first and "categories" not in fields:
         if not 1 <= first <= len(CATEGORIES):
             raise ValueError(
@@ -179,11 +168,11 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
                 "by name: --categories=A,B"
             )
         more["categories"] = CATEGORIES[:first]
-    stem = latest(given, "custom_hdf5_chunked_output_path_base", str, "")
+    stem = value_of(given, "custom_hdf5_chunked_output_path_base", str, "")
     if stem and "data" not in fields:
         more["data"] = f"{stem}.hdf5"
     # What is logged where is the user's to say: nothing is sent to W&B that did not ask for it.
-    mode = latest(given, "wandb.mode", str, "")
+    mode = value_of(given, "wandb.mode", str, "")
     if mode not in ("", "online", "offline", "disabled"):
         raise ValueError(f"wandb.mode = {mode}: it is online, offline or disabled")
     if mode:
@@ -198,7 +187,7 @@ def batches(given: dict, values: dict) -> dict:
     if any(key.rpartition(".")[2] == "grad_accum" for key in given):  # our own name: batch_size is ours too
         return {}
     steps = values["grad_accum"]
-    effective = latest(given, "effective_batch_size", int, 512)
+    effective = value_of(given, "effective_batch_size", int, 512)
     if effective > 0:
         steps = max(1, effective // values["batch_size"])
     return {"batch_size": steps * values["batch_size"], "grad_accum": steps}
@@ -206,9 +195,9 @@ def batches(given: dict, values: dict) -> dict:
 
 def stopping(given: dict, values: dict) -> dict:
     """Without validation, or with early stopping off, a run goes to its end."""
-    if not latest(given, "perform_validation", bool, True):
+    if not value_of(given, "perform_validation", bool, True):
         return {"patience": 0, "eval_interval": NEVER}  # the end is evaluated all the same
-    if not latest(given, "early_stopping_enabled", bool, True):
+    if not value_of(given, "early_stopping_enabled", bool, True):
         return {"patience": 0}
     if values["patience"] == 0:
         raise ValueError(
@@ -221,15 +210,15 @@ def stopping(given: dict, values: dict) -> dict:
 def precision(given: dict, values: dict) -> dict:
     """Half precision where it is asked for and there is a GPU, as there."""
     on_gpu = values["device"] != "cpu" and torch.cuda.is_available()
-    if not latest(given, "mixed_precision_enabled", bool, False) or not on_gpu:
+    if not value_of(given, "mixed_precision_enabled", bool, False) or not on_gpu:
         return {"precision": "fp32"}
-    kind = latest(given, "mixed_precision_dtype", str, "bf16").lower()
+    kind = value_of(given, "mixed_precision_dtype", str, "bf16").lower()
     return {"precision": "bf16" if kind == "bf16" else "fp16"}
 
 
 def earlier(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
     """Raises ValueError: what to type for a command line of the earlier train.py, whose model this page has not."""
-    k = latest(given, "k", int, 1)
+    k = value_of(given, "k", int, 1)
     if not 1 <= k <= len(ELEVEN):
         raise ValueError(f"k = {k} is not between 1 and {len(ELEVEN)}")
     # Its choice of K categories: the first K of a list that the seed shuffles.
@@ -246,8 +235,8 @@ def earlier(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str
     ]
     batch = values["batch_size"] * values["grad_accum"]
     words += [f"--batch_size={batch}", f"--grad_accum={values['grad_accum']}", f"--lr={values['lr']:g}"]
-    budget = latest(given, "token_budget", int, 0)
-    length = latest(given, "sequence_length", int, 100)
+    budget = value_of(given, "token_budget", int, 0)
+    length = value_of(given, "sequence_length", int, 100)
     if budget:
         words.append(f"--max_steps={max(1, budget // (batch * length))}")
     else:
@@ -257,9 +246,9 @@ def earlier(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str
         f"--weight_decay={values['weight_decay']:g}",
         f"--seed={values['seed']}",
     ]
-    saves = latest(given, "checkpoint_interval_steps", int, 0)
+    saves = value_of(given, "checkpoint_interval_steps", int, 0)
     if saves:
-        kept = latest(given, "max_step_checkpoints", int, 3)
+        kept = value_of(given, "max_step_checkpoints", int, 3)
         words += [f"--save_interval={saves}", f"--keep_last={kept or -1}"]
     raise ValueError(
         "that is a command line of the earlier train.py, whose model is Pythia's GPT-NeoX on windows "
@@ -286,14 +275,8 @@ NAMES = {
 
 
 def is_source_checkpoint(path: str | Path) -> bool:
-    """Whether a file is a checkpoint of the source; reads no tensor."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            index = next(name for name in file.namelist() if name.endswith("data.pkl"))
-            names = file.read(index)
-            return b"token_embeddings.weight" in names and b"position_embeddings.weight" in names
-    except (OSError, zipfile.BadZipFile, StopIteration):  # what is wrong with it is told by whoever reads it
-        return False
+    """Whether a file is a checkpoint of the source rather than of this repository."""
+    return system_of(Path(path)) == "arxiv"
 
 
 def source_checkpoint(path: Path, defaults: dict[str, Any]) -> dict:
@@ -358,9 +341,9 @@ def settings_of(saved: dict[str, Any]) -> dict[str, Any]:
         ours = ALIASES.get(key, ALIASES.get(name, name))
         if isinstance(ours, str) and ours in SAVED and value is not None:
             settings[ours] = value
-    beta1, beta2 = latest(given, "betas", tuple[float, float], (0.9, 0.95))
+    beta1, beta2 = value_of(given, "betas", tuple[float, float], (0.9, 0.95))
     micro = {"batch_size": settings.get("batch_size", 32), "grad_accum": settings.get("grad_accum", 1)}
-    limit = positive(latest(given, "max_global_steps", int, -1))
+    limit = positive(value_of(given, "max_global_steps", int, -1))
     return settings | batches(given, micro) | {"beta1": beta1, "beta2": beta2, "max_steps": limit}
 
 

@@ -25,6 +25,7 @@ class Inert(dict):
 
     def __setitem__(self, key, value) -> None:
         type(self).kind = OrderedDict
+        super().__setitem__(key, value)
 
     def __hash__(self) -> int:  # it may stand for a key, such as a text of numpy
         return id(self)
@@ -49,15 +50,20 @@ class Structure(pickle.Unpickler):
         return None
 
 
+def read_structure(path: Path) -> tuple[Structure, object]:
+    """(the names in a checkpoint, its contents with None for every tensor): reads no tensor, and nothing of it runs."""
+    with zipfile.ZipFile(path) as archive:
+        content = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        with archive.open(content) as file:
+            structure = Structure(file)
+            return structure, structure.load()
+
+
 def stand_ins(path: Path) -> list[tuple]:
     """(what to use, name) for all that a checkpoint names beyond what torch's safe reader knows: nothing of it runs."""
     number = np.float64(0).__reduce__()[0]  # makes a numpy scalar of a dtype and bytes
     known = {"numpy.dtype": np.dtype, "numpy.core.multiarray.scalar": number, "numpy._core.multiarray.scalar": number}
-    with zipfile.ZipFile(path) as archive:
-        content = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(content) as file:
-            structure = Structure(file)
-            structure.load()
+    structure, _ = read_structure(path)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     dtypes = [type(np.dtype(kind)) for kind in np.typecodes["All"]]
     return dtypes + [(known.get(name) or structure.named[name].kind or Inert, name) for name in names]
@@ -131,13 +137,13 @@ def is_equinox(path: str | Path) -> bool:
 def system_of(path: Path) -> str:
     """Whose checkpoint a file is: apelr (APEL-R), arxiv (ICL-non-ergodic-arxiv), ghmm (Simplexity) or state.
 
-    "" where it is of none.
+    "" where it is of none, or cannot be read: what is wrong with it, reading it tells. No tensor is read.
     """
     if is_equinox(path):
         return "ghmm"
     try:
-        contents = read_checkpoint(path, mmap=True)
-    except CheckpointError:
+        _, contents = read_structure(path)
+    except Exception:  # pickle raises a dozen kinds for torn files; each means the same here
         return ""
     if not isinstance(contents, dict):
         return ""

@@ -13,7 +13,8 @@ import torch
 
 from common.errors import CheckpointError
 from configurator import READ, Derived, convert, note
-from sources.foreign_checkpoints import is_equinox, read_checkpoint
+from sources.foreign_checkpoints import is_equinox, read_checkpoint, system_of
+from sources.given import is_null, is_on
 from sources.processes import all_parameters, make_process, parameters
 
 
@@ -269,7 +270,7 @@ def listed(names: dict[str, Any], name: str, kind: Any) -> list:
 def of_tokens(given: dict, names: dict, values: dict, fields: dict) -> dict[str, Any]:
     """add_bos, n_ctx and carry_state."""
     more = {}
-    if names.get("eos_token") is not None or is_true(names, "use_eos"):
+    if names.get("eos_token") is not None or is_on(names, "use_eos"):
         raise ValueError("eos_token: a token after the last of every sequence says nothing of the process and is not "
                          "built here: leave it out (eos_token=null, use_eos=false)")
     newer = is_newest_layout(given, names)
@@ -277,7 +278,7 @@ def of_tokens(given: dict, names: dict, values: dict, fields: dict) -> dict[str,
     outside = values["add_bos"] if "add_bos" in fields else names.get("bos_token") is not None
     if newer and "bos_token" not in names and chosen(given, fields, PROCESS)[0] == "mess3":
         outside = True  # the newest layout's file of this name has one
-    bos = outside or is_true(names, "add_bos_token")
+    bos = outside or is_on(names, "add_bos_token")
     more["add_bos"] = bos
     check_vocabulary(names, values, bos)
     room = names.get("cfg.n_ctx") or names.get("instance.n_ctx")
@@ -347,7 +348,7 @@ def of_transformer(names: dict, values: dict, fields: dict, scale: float) -> dic
 
     scale: all matrices have the standard deviation scale / sqrt(d_model), those that write to the stream as well.
     """
-    if is_true(names, "attn_only"):
+    if is_on(names, "attn_only"):
         raise ValueError("attn_only: a transformer without MLPs is not built here: attn_only=false")
     if names.get("init_mode") not in (None, "gpt2"):
         raise ValueError(f"init_mode = {names['init_mode']}: initial weights are normal here, as in init_mode=gpt2")
@@ -387,7 +388,7 @@ def of_optimizer(given: dict, names: dict, values: dict, fields: dict) -> dict[s
             raise ValueError(f"{schedule}: not built here: leave it out, and set schedule=constant or schedule=cosine "
                              "and warmup_steps instead")
     for switch in ("nesterov", "amsgrad"):
-        if is_true(names, switch):
+        if is_on(names, switch):
             raise ValueError(f"optimizer: {switch} is not built here: {switch}=false is plain Adam")
     for number, usual in (("eps", 1e-8), ("eps_root", 0.0)):
         if f"cfg.{number}" not in names and is_number(names.get(number)) and float(names[number]) != usual:
@@ -438,20 +439,6 @@ def say_what_differs(given: dict, names: dict, values: dict) -> None:
         note(f"one seed is for model and data: seed = {values['seed']}")
 
 
-def is_null(value: Any) -> bool:
-    return value is None or isinstance(value, str) and value.lower() in ("", "null", "none")
-
-
-def is_true(names: dict[str, Any], name: str) -> bool:
-    """Whether a switch is there and on. Raises ValueError where it is neither on nor off."""
-    if names.get(name) is None:
-        return False
-    try:
-        return convert(names[name], bool)
-    except ValueError as error:
-        raise ValueError(f"{name} = {names[name]}: {error}") from error
-
-
 def is_number(value: Any) -> bool:
     try:
         return value is not None and convert(value, float) is not None
@@ -468,15 +455,7 @@ Weights = dict[str, torch.Tensor]
 
 def is_source_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of the source rather than of this repository."""
-    if is_equinox(path):
-        return True
-    if not Path(path).is_file():
-        return False
-    try:
-        contents = read_checkpoint(path, mmap=True)
-    except CheckpointError:  # what is wrong with it is told by whoever reads it
-        return False
-    return isinstance(contents, dict) and HOOKED in plain_weights(contents)
+    return system_of(Path(path)) == "ghmm"
 
 
 def convert_checkpoint(path: str | Path) -> tuple[dict[str, Any], Weights, int]:

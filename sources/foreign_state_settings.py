@@ -18,6 +18,7 @@ from common import checkpoint
 from common.errors import InputError
 from configurator import READ, note
 from sources.foreign_checkpoints import system_of
+from sources.given import is_on, value_of
 
 ALIASES: dict[str, str | None] = {  # names of the sources' settings; None: without effect, there or here
     "toml": "toml_config_path",
@@ -172,22 +173,9 @@ TAHOE_CONTROL = "[('DMSO_TF', 0.0, 'uM')]"  # which State sets, for it is hard t
 # ---------------------------------------------------------------------------------------------------------------
 # What depends on several settings: see Dialect.completed
 # ---------------------------------------------------------------------------------------------------------------
-def value_of(given: dict[str, Any], name: str) -> str | None:
-    """A setting as it was last written; None where it is absent or null."""
-    value = None
-    for key, written in given.items():
-        if key == name or key.endswith("." + name):
-            value = written
-    return None if value is None or str(value).lower() in ("null", "none", "") else str(value)
-
-
 def names_of(keys: Iterable[str]) -> set[str]:
     """The last words of dotted keys."""
     return {key.split(".")[-1] for key in keys}
-
-
-def is_on(given: dict[str, Any], name: str) -> bool:
-    return str(value_of(given, name)).lower() in ("true", "yes", "on", "1")
 
 
 def is_of_smolstate(given: dict[str, Any]) -> bool:

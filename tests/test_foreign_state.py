@@ -23,7 +23,7 @@ from common import checkpoint
 from common.errors import CheckpointError, DataError
 from configurator import configure
 from sources.cells import load_features
-from sources.foreign_checkpoints import source_file
+from sources.foreign_checkpoints import read_checkpoint, source_file
 from sources.foreign_state_files import convert, read_plain, toml_lines
 from sources.h5ad import H5ad, as_dense, write_h5ad
 
@@ -92,7 +92,7 @@ def as_arc_state(run: Path, target: str, decoder: bool = True) -> Path:
     for name in ("pert_onehot_map.pt", "batch_onehot_map.torch", "cell_type_onehot_map.torch"):
         vectors = torch.load(folder / name, weights_only=True)
         torch.save({np.str_(key): vector for key, vector in reversed(vectors.items())}, folder / name)
-    sizes = pickle.loads((folder / "var_dims.pkl").read_bytes())
+    sizes = read_plain(folder / "var_dims.pkl")
     sizes |= {"gene_dim": np.int64(sizes["gene_dim"]), "pert_names": list(map(np.str_, sizes["pert_names"]))}
     (folder / "var_dims.pkl").write_bytes(pickle.dumps(sizes))
     for file in (folder / "checkpoints").iterdir():
@@ -177,7 +177,7 @@ def test_a_run_with_source_files_goes_on_as_ours_beside_its_own_ckpt(data, capsy
 def test_what_a_checkpoint_computed_wins_over_the_data_of_its_folder(runs):
     folder = as_arc_state(runs("--source_files"), "theirs")
     for file, content in (("checkpoints/final.ckpt", {"embed_key": "X_hvg"}), ("data_module.torch", {})):
-        stored = torch.load(folder / file, weights_only=False)
+        stored = read_checkpoint(folder / file)
         stored.get("hyper_parameters", stored).update(content or {"embed_key": "X_other"})
         stored.get("hyper_parameters", {}).pop("compat_relu", None)  # a setting of ours
         torch.save(stored, folder / file)
@@ -200,7 +200,7 @@ def test_init_from_takes_a_folder_of_the_source(data, runs, capsys):
     frozen = ("--lr=0", "--min_lr=0", "--weight_decay=0", "--max_steps=1")
     train(data, f"--init_from={folder}", "--n_layers=3", *frozen, "--out_dir=tuned")
     assert "taken over from theirs: n_layers = 1" in capsys.readouterr().out
-    theirs = torch.load(folder / "checkpoints/final.ckpt", weights_only=False)["state_dict"]
+    theirs = read_checkpoint(folder / "checkpoints/final.ckpt")["state_dict"]
     mine = checkpoint.load(Path("tuned"))["model"]
     name = "transformer_backbone.layers.0.mlp.up_proj.weight"
     assert torch.equal(mine[name], theirs[name])
@@ -317,10 +317,10 @@ def older(run: Path, target: str, smol: bool) -> Path:
     """A folder as the State of July 2025 left it, or SmolState, with maps as pickles."""
     folder = as_arc_state(run, target, decoder=False)
     for name in ("batch_onehot_map", "cell_type_onehot_map"):
-        vectors = torch.load(folder / f"{name}.torch", weights_only=False)
+        vectors = read_checkpoint(folder / f"{name}.torch")
         (folder / f"{name}.pkl").write_bytes(pickle.dumps(vectors))
         (folder / f"{name}.torch").unlink()
-    content = torch.load(folder / "checkpoints/final.ckpt", weights_only=False)
+    content = read_checkpoint(folder / "checkpoints/final.ckpt")
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").mkdir()
     settings = content["hyper_parameters"]
@@ -501,7 +501,7 @@ def test_the_layout_of_smolstate(runs):
     assert config["zeroshot"] == {f"mine.k{TYPES - 1}": "test"} and config["training"]["max_steps"] == 4
     state = torch.load(folder / "data_module.torch", weights_only=True)
     assert len(state) == 11 and state["control_pert"] == "ctrl"
-    lanes = pickle.loads((folder / "batch_onehot_map.pkl").read_bytes())
+    lanes = read_plain(folder / "batch_onehot_map.pkl")
     assert {name: vector.tolist() for name, vector in lanes.items()} == {"b0": [1.0, 0.0], "b1": [0.0, 1.0]}
     content = torch.load(folder / "checkpoints/step_2.ckpt", weights_only=True)
     assert content["step"] == 2 and content["config"] == config and content["hyper_parameters"]["pert_dim"] == 3
@@ -644,6 +644,7 @@ def test_the_minimal_training_run_from_python(data):
     write_h5ad("cells.h5ad", X, columns, [f"g{i}" for i in range(GENES)], {"X_hvg": X})
     shutil.copy(data / "cells.toml", "starter.toml")
     names = {}
+    assert MINIMAL in Path(train_state.__file__).with_name("README.md").read_text()
     exec(MINIMAL, names)  # noqa: S102
     assert names["summary"]["steps"] == 2 and names["summary"]["conditions"] == 2
     cfg = names["cfg"]
