@@ -10,7 +10,7 @@ from common.errors import DataError, reason
 from sources.chunks import ChunkSpool
 from sources.shared import SPLITS, Workshop, closest, counted, quoted
 
-FILES = ("tokens.bin", "index.jsonl", "splits.json")
+TOKENS, INDEX, SPLIT_IDS = FILES = ("tokens.bin", "index.jsonl", "splits.json")
 VOCAB_SIZE = 50_304  # rows of the embedding of Pythia, whose tokenizer made the tokens
 
 
@@ -24,19 +24,21 @@ def read_papers(folder: Path) -> tuple[np.ndarray, list[dict], dict[str, list[st
 
     Raises DataError for files that are damaged or do not fit together.
     """
-    tokens = np.memmap(folder / FILES[0], np.uint16, "r")
+    tokens = np.memmap(folder / TOKENS, np.uint16, "r")
     try:
-        lines = (folder / FILES[1]).read_text(encoding="utf-8").splitlines()
+        index = folder / INDEX
+        lines = index.read_text(encoding="utf-8").splitlines()
         papers = list(map(json.loads, filter(str.strip, lines)))
-        splits = json.loads((folder / FILES[2]).read_text(encoding="utf-8"))
+        ids = folder / SPLIT_IDS
+        splits = json.loads(ids.read_text(encoding="utf-8"))
         ends = [paper["offset"] + paper["length"] for paper in papers]
         end = max(ends)
         names = {paper["cat"] for paper in papers}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: {FILES[1]} or {FILES[2]} is not of fetch_arxiv.py: {reason(error)}") from error
+        raise DataError(f"{folder}: {INDEX} or {SPLIT_IDS} is not of fetch_arxiv.py: {reason(error)}") from error
     fits = end <= len(tokens) and names
     if not fits or not isinstance(splits, dict):
-        raise DataError(f"{folder}: {FILES[1]} speaks of {end:,} tokens, {FILES[0]} has {len(tokens):,}")
+        raise DataError(f"{folder}: {INDEX} speaks of {end:,} tokens, {TOKENS} has {len(tokens):,}")
     return tokens, papers, splits
 
 
@@ -74,7 +76,7 @@ def cut_papers(
             dropped = counted(chunks.dropped, "tail token")
             print(f"{split}: {made} of {size}; {dropped} dropped")
         if "train" not in sizes or "validation" not in sizes:
-            raise DataError(f"{input} has no documents to train on or to validate on: see its {FILES[2]}")
+            raise DataError(f"{input} has no documents to train on or to validate on: see its {SPLIT_IDS}")
         shop.finish(*(f"{split}.h5" for split in sizes))
     print(f"tokens as they were, without their tokenizer: samples are token ids; written to {out_dir}")
     return sizes
