@@ -65,7 +65,8 @@ class GPT2Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, H] -> [B, T, H]."""
-        qkv = self.attn["c_attn"](self.ln_1(x))  # [B, T, 3 H]
+        normed = self.ln_1(x)
+        qkv = self.attn["c_attn"](normed)  # [B, T, 3 H]
         q, k, v = qkv.unflatten(-1, (3, self.cfg.n_heads, -1)).unbind(2)  # [B, T, heads, C] each
         q = q.transpose(1, 2)  # [B, heads, T, C]
         k = k.transpose(1, 2)
@@ -75,7 +76,8 @@ class GPT2Block(nn.Module):
             v = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         attended = v.transpose(1, 2).flatten(2)  # [B, T, H]
         x = x + self.drop(self.attn["c_proj"](attended))
-        hidden = self.mlp["c_fc"](self.ln_2(x))
+        normed = self.ln_2(x)
+        hidden = self.mlp["c_fc"](normed)
         hidden = F.gelu(hidden, approximate="tanh")  # as GPT-2 was trained
         return x + self.drop(self.mlp["c_proj"](hidden))
 
