@@ -335,8 +335,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
             context_section(group, arrays, found, out),
         ]
         for part in parts:
-            if part.section:
-                sections.append(part.section)
+            sections += part.sections
             for name, rows in part.tables.items():
                 tables[name] += [named | row for row in rows]
             answers += [f"{group.label}: {line}" if group.label else line for line in part.lines]
@@ -364,9 +363,9 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
 
 
 class Part(NamedTuple):
-    """A section of a group (or None), rows of tables by file, lines for a terminal, and rows by K."""
+    """Sections of a group, rows of tables by file, lines for a terminal, and rows by K."""
 
-    section: Section | None
+    sections: list[Section]
     tables: dict[str, list[dict]] = {}
     lines: list[str] = []
     rows: list[dict] = []
@@ -390,7 +389,7 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
     title = titled("Cross entropy against K", group)
     if found is None:
         line = no_law(arrays.study)
-        return Part(Section(title, [line]), lines=[line])
+        return Part([Section(title, [line])], lines=[line])
     sentences = [law_sentence(group, arrays, found)]
     if optimum:
         sentences.append(optimum_sentence(optimum))
@@ -415,9 +414,12 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
         (out / "plots" / f"{against}.png", said),
         (out / "plots" / f"{slopes}.png", "b of a + b log K by the number of tokens read. Bars: 95%."),
     ]
-    text = [" ".join(sentences), *law_terms(arrays, found)]
+    model, *errors = law_terms(arrays, found)
     tables = [laws, by_position, bars_by_kind(arrays.study)]
-    return Part(Section(title, text, tables, pictures), {"xe_law": rows}, sentences)
+    answer = Section(title, [" ".join(sentences), *errors], tables, pictures)
+    return Part(
+        [answer, Section(titled("How laws are fitted", group), [model], folded=True)], {"xe_law": rows}, sentences
+    )
 
 
 def columns(rows: list[dict], *names: str) -> list[dict]:
@@ -560,71 +562,91 @@ def law_rows(of: str, arrays: Arrays, found: dict) -> list[dict]:
 # Dilution and interference, what is gained elsewhere, the context
 # ---------------------------------------------------------------------------------------------------------------
 PARTS = ("growth", "dilution", "interference")
+INFORMATION = ("information_document", "information_predictions", "information_model", "excess", "worst_excess")
 
 
 def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
     """The growth of XE from K = 1 in two parts, where there are controls."""
     title = titled("Dilution and interference", group)
-    sizes = np.unique(arrays.study.sizes)
     if not arrays.controls:
-        if sizes[-1] == 1:
-            return Part(None)
+        if arrays.study.sizes.max() == 1:
+            return Part([])
         text = (
             "A category among K reads less of its own, and reads others beside it. Which of the two costs how much "
             "is told by runs on it alone, at the share that it has among K: the same command with --controls "
             "trains them."
         )
         line = "Dilution is not told from interference: runs with --controls do that."
-        return Part(Section(title, [text]), lines=[line])
+        return Part([Section(title, [text])], lines=[line])
     parts = growth_parts(arrays.study, arrays.controls)
     missing = without_parts(arrays, parts)
     if not parts:
-        return Part(Section(title, [missing]), lines=[missing])
-    rows = []
-    by_category = []
-    for K in sorted({part["K"] for part in parts}):
-        of_k = [part for part in parts if part["K"] == K]
-        rows.append(parts_row(K, of_k))
-        for part in of_k:
-            row = {"K": K, "category": arrays.names[part["category"]], "seeds": part["seeds"]}
-            row |= {name: float(part[name][-1]) for name in PARTS}
-            row |= {f"{name}_at_{arrays.positions[-1]}": float(part[name][-2]) for name in PARTS}
-            by_category.append(row)
-    largest = rows[-1]
-    n = largest["categories"]
-    words = []
-    for name in PARTS:
-        error = largest[f"{name}_se"]
-        words.append(f"{largest[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
-    sentence = (
-        f"From K = 1 to {largest['K']} XE grows by {words[0]} nats, of which {words[1]} are dilution and {words[2]} "
-        f"are interference (means and standard errors over {counted(n, 'category', 'categories')})."
-    )
+        return Part([Section(title, [missing])], lines=[missing])
+    by_category = [part_row(part, arrays) for part in parts]
+    means = mean_rows(by_category)
+    sentence = parts_sentence(means[-1])
     text = [
         sentence,
         "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
         "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
         "where it is below 0. Differences are paired by category and seed, and averaged over the sets of a "
-        "category first; the error is over categories, of which there are few, and whose sets overlap; low and "
-        "high are 95% by Student's t.",
+        "category first. Errors (se) are over categories, of which there are few, and whose sets overlap.",
     ]
     if missing:
         text.append(missing)
     name = picture_name("dilution", group)
-    draw_controls(out, name, rows, by_category, "What XE grows by from K = 1, by cause")
+    draw_controls(out, name, means, by_category, "What XE grows by from K = 1, by cause")
     caption = "Growth of XE from K = 1 and its parts. Bars: standard errors over categories; points: categories."
-    section = Section(title, text, [rows, by_category], [(out / "plots" / f"{name}.png", caption)])
-    return Part(section, {"xe_controls": by_category}, [sentence])
+    shown = columns(means, "K", "categories", *(f"{name}{error}" for name in PARTS for error in ("", "_se")))
+    section = Section(title, text, [shown, by_category], [(out / "plots" / f"{name}.png", caption)])
+    return Part([section], {"xe_controls": control_table(by_category, means)}, [sentence])
 
 
-def parts_row(K: int, parts: list[dict]) -> dict:
-    """Means over categories, at the mean over positions, with errors."""
-    row = {"K": K, "categories": len(parts)}
+def part_row(part: dict, arrays: Arrays) -> dict:
+    """Growth and its parts of a category at a K: a mean over positions, and at the last."""
+    row = {"K": part["K"], "category": arrays.names[part["category"]], "seeds": part["seeds"]}
     for name in PARTS:
-        values = [float(part[name][-1]) for part in parts]
-        row[name], row[f"{name}_se"] = mean_and_error(values)
-        row[f"{name}_low"], row[f"{name}_high"] = t_interval(values) or (None, None)
+        row[name] = float(part[name][-1])
+    for name in PARTS:
+        row[f"{name}_at_{arrays.positions[-1]}"] = float(part[name][-2])
     return row
+
+
+def mean_rows(by_category: list[dict]) -> list[dict]:
+    """Means over categories by K, with standard errors and 95% by Student's t."""
+    rows = []
+    for K in sorted({row["K"] for row in by_category}):
+        of_k = [row for row in by_category if row["K"] == K]
+        mean = {"K": K, "categories": len(of_k)}
+        for name in PARTS:
+            values = [row[name] for row in of_k]
+            mean[name], mean[f"{name}_se"] = mean_and_error(values)
+            mean[f"{name}_low"], mean[f"{name}_high"] = t_interval(values) or (None, None)
+        rows.append(mean)
+    return rows
+
+
+def parts_sentence(mean: dict) -> str:
+    """What XE grows by to a K, and why."""
+    words = []
+    for name in PARTS:
+        error = mean[f"{name}_se"]
+        words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
+    categories = counted(mean["categories"], "category", "categories")
+    return (
+        f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution, {words[2]} by interference "
+        f"(means and standard errors over {categories})."
+    )
+
+
+def control_table(by_category: list[dict], means: list[dict]) -> list[dict]:
+    """Rows of xe_controls.csv: each category, then the means over them, category "mean", with errors and intervals."""
+    errors = [f"{name}{error}" for name in PARTS for error in ("_se", "_low", "_high")]
+    rows = [row | dict.fromkeys(errors) for row in by_category]
+    for mean in means:
+        row = dict.fromkeys(rows[0]) | {name: value for name, value in mean.items() if name != "categories"}
+        rows.append(row | {"category": "mean"})
+    return rows
 
 
 def without_parts(arrays: Arrays, parts: list[dict]) -> str:
@@ -654,7 +676,7 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     rows = tradeoff(arrays.study)
     both = [row for row in rows if row["unseen_xe"] is not None]
     if not both:
-        return Part(None)
+        return Part([])
     text = []
     lines = []
     if len(both) > 1:
@@ -677,18 +699,19 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     section = Section(
         titled("Specialisation and diversity", group), text, [rows], [(out / "plots" / f"{name}.png", caption)]
     )
-    return Part(section, {"xe_tradeoff": rows}, lines)
+    return Part([section], {"xe_tradeoff": rows}, lines)
 
 
 def context_section(group: Group, arrays: Arrays, found: dict | None, out: Path) -> Part:
     """The in-context score by K; on synthetic documents information and excess, too."""
     rows = context_rows(group, arrays, found)
-    score = f"XE after {arrays.late} tokens less XE after {arrays.early}"
+    said = f"XE after {arrays.late} tokens less XE after {arrays.early}"
     text = [
-        f"The in-context score is {score} (Olsson et al. 2022), a mean over categories: below 0 where the context "
+        f"The in-context score is {said} (Olsson et al. 2022), a mean over categories: below 0 where the context "
         "helps. low and high are 95%, over what the intervals of the law are over."
     ]
-    if any(row["information_predictions"] is not None for row in rows):
+    is_synthetic = rows[0]["information_predictions"] is not None
+    if is_synthetic:
         text.append(
             "Information: what a document tells of its component, I = the sum over its tokens of XE of the exact "
             "mixture less XE with the component known, is at most log K; its predictions are without the first "
@@ -698,13 +721,16 @@ def context_section(group: Group, arrays: Arrays, found: dict | None, out: Path)
         )
     name = picture_name("in_context", group)
     draw_context(out, name, rows, "What the context is worth, by K")
-    caption = f"In-context score: {score}. On synthetic documents: information beside log K, excess over the optimum."
-    table = without_blank_columns(rows)
-    section = Section(titled("In context", group), text, [table], [(out / "plots" / f"{name}.png", caption)])
-    return Part(section, rows=rows)
+    caption = f"In-context score: {said}. On synthetic documents: information beside log K, excess over the optimum."
+    score = columns(rows, "K", "runs", "icl_score", "icl_score_low", "icl_score_high", "optimum_icl_score")
+    tables = [without_blanks(score)]
+    if is_synthetic:
+        tables.append(without_blanks(columns(rows, "K", "log_K", *INFORMATION)))
+    section = Section(titled("In context", group), text, tables, [(out / "plots" / f"{name}.png", caption)])
+    return Part([section], rows=rows)
 
 
-def without_blank_columns(rows: list[dict]) -> list[dict]:
+def without_blanks(rows: list[dict]) -> list[dict]:
     """A table without the columns that no row has a value in."""
     kept = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     return [{name: row[name] for name in kept} for row in rows]
@@ -749,10 +775,9 @@ def information_of(runs: list[dict]) -> dict:
 
     Of runs that do not say their information it is that of the predictions, from the curves of the optimum.
     """
-    keys = ("information_document", "information_predictions", "information_model", "excess", "worst_excess")
     exact = [run for run in runs if "oracle_xe_by_position" in run["groups"]["seen"]]
     if not exact:
-        return dict.fromkeys(keys)
+        return dict.fromkeys(INFORMATION)
     documents, predictions, excesses = [], [], []
     for run in exact:
         seen = run["groups"]["seen"]
@@ -765,7 +790,7 @@ def information_of(runs: list[dict]) -> dict:
     total = float(np.mean(predictions))
     document = None if None in documents else float(np.mean(documents))
     values = (document, total, total + float(excess.sum()), float(excess.mean()), float(excess.max()))
-    return dict(zip(keys, values, strict=True))
+    return dict(zip(INFORMATION, values, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------

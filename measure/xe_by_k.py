@@ -125,8 +125,8 @@ def additive(m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return effects, mean_of(m - effects[..., None, :, :], -2)
 
 
-def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
-    """The mean of what there is along an axis; nan of nothing."""
+def mean_of(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """The mean of what there is along axes; nan of nothing."""
     there = np.isfinite(values)
     count = there.sum(axis)
     total = np.where(there, values, 0.0).sum(axis)
@@ -246,7 +246,7 @@ def held_out_errors(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         said = predicted(law, fit_law(law, rest, sizes), sizes[j : j + 1])
         errors.append((m[..., j : j + 1, :] - said) ** 2)
     together = np.concatenate(errors, -2)
-    return mean_of(mean_of(together, -3), -2)
+    return mean_of(together, (-3, -2))
 
 
 def aicc(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -295,9 +295,10 @@ def resampled_tables(study: Study, sizes: np.ndarray, law: str, resamples: int, 
     """(m [B, C, J, P] as it might have been, what varies: "documents and sets", one of them, or "").
 
     Documents are drawn with replacement. Sets are varied by a wild cluster bootstrap: each adds its delete-one residual
-    times a normal number, which for the slope is the jackknife over clusters (CR3; MacKinnon, Nielsen and Webb 2023,
-    J. Applied Econometrics 38). Drawing sets with replacement would take no account of a K that has one set. Normal
-    numbers and documents are the same for all positions.
+    times a random number, which for the slope is the jackknife over clusters (CR3; MacKinnon, Nielsen and Webb 2023,
+    J. Applied Econometrics 38). Drawing sets with replacement would take no account of a K that has one set. The
+    numbers are Student's with S - 2 degrees of freedom, for sets are few; they and the documents are the same for all
+    positions.
     """
     weights = cell_weights(study, sizes)
     varied = []
@@ -311,8 +312,10 @@ def resampled_tables(study: Study, sizes: np.ndarray, law: str, resamples: int, 
         sets = study.sets
         of_sets = np.stack([weights[sets == number].sum(0) for number in range(len(errors))])  # [S, C, J]
         rng = counter_rng(seed, 7)
-        normal = rng.standard_normal((len(tables), len(errors)))
-        tables = tables + np.einsum("bs,scp,scj->bcjp", normal, errors, of_sets, optimize=True)
+        freedom = max(1, len(errors) - 2)
+        scale = np.sqrt(freedom / rng.chisquare(freedom, (len(tables), 1)))
+        factors = scale * rng.standard_normal((len(tables), len(errors)))
+        tables = tables + np.einsum("bs,scp,scj->bcjp", factors, errors, of_sets, optimize=True)
         varied.append("sets")
     return tables, " and ".join(varied)
 
@@ -338,35 +341,38 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
     """The laws of XE in K, at every position and of their mean; None where no category is in runs of two sizes.
 
     Returns:
-        sizes [J], means [C, J, P], tables [B, C, J, P], varied (what intervals are over), and laws: for each of LAWS
-        fit, b, low, high (nan where nothing varies), rms, aicc, held_out (rms over cells), all [P], and
+        sizes [J], means [C, J, P], tables [B, C, J, P] about a + b log K, varied (what intervals are over), and laws:
+        each with fit, b, low, high (nan where nothing varies), rms, aicc, held_out (rms over cells), all [P], and
         held_out_samples [B, P] of the square of the last.
     """
     sizes = common_sizes(study)
     if len(sizes) < 2:
         return None
     m = cell_means(study.xe, cell_weights(study, sizes))
-    # Sets vary about the law that says most of a K it has not seen; about another they would vary by its misfit.
     held_out = {law: held_out_errors(law, m, sizes) for law in LAWS}
     best = min(LAWS, key=lambda law: held_out[law][-1]) if len(sizes) > 2 else LAWS[0]
-    tables, varied = resampled_tables(study, sizes, best, resamples, seed)
+    # Sets vary about each law by what they are off it: where it does not fit, its own interval is the wider.
+    tables = {law: resampled_tables(study, sizes, law, resamples, seed) for law in LAWS}
     laws = {}
     for law in LAWS:
         fit = fit_law(law, m, sizes)
+        about, varied = tables[law]
         low = high = np.full(fit.b.shape, np.nan)
         if varied:
-            low, high = interval(fit_law(law, tables, sizes).b)
+            low, high = interval(fit_law(law, about, sizes).b)
         laws[law] = {
             "fit": fit,
             "b": fit.b,
             "low": low,
             "high": high,
-            "rms": np.sqrt(mean_of(mean_of(squared_errors(law, m, sizes), 0), 0)),
+            "rms": np.sqrt(mean_of(squared_errors(law, m, sizes), (0, 1))),
             "aicc": aicc(law, m, sizes),
             "held_out": np.sqrt(held_out[law]),
-            "held_out_samples": held_out_errors(law, tables, sizes),
+            # Laws are compared where they vary about the best of them.
+            "held_out_samples": held_out_errors(law, tables[best][0], sizes),
         }
-    return {"sizes": sizes, "means": m, "tables": tables, "varied": varied, "laws": laws}
+    about, varied = tables[LAWS[0]]
+    return {"sizes": sizes, "means": m, "tables": about, "varied": varied, "laws": laws}
 
 
 def told_apart(found: dict, p: int = -1) -> tuple[str, dict[str, bool]]:
@@ -477,12 +483,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 def t_interval(values: list[float]) -> tuple[float, float] | None:
     """The 95% interval of a mean over few independent units, by Student's t; None of a single one."""
-    from scipy.stats import t  # slow to import, and only needed here
+    from scipy.special import stdtrit  # slow to import, and only needed here
 
     mean, error = mean_and_error(values)
     if error is None:
         return None
-    width = float(t.ppf(0.975, len(values) - 1)) * error
+    width = float(stdtrit(len(values) - 1, 0.975)) * error
     return mean - width, mean + width
 
 
