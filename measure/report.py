@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.checkpoint import NO_SETTINGS
-from common.errors import DataError, reason
+from common.errors import reason
 from measure.curves import gain_definition
-from measure.pages import Section, write_page
+from measure.pages import Section
 from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of, reported_positions
 from measure.study_pictures import (
     draw_categories,
@@ -20,7 +20,7 @@ from measure.study_pictures import (
     draw_slopes,
     draw_tradeoff,
 )
-from measure.study_rows import category_rows, row_key, row_of, row_sentence, run_count, run_row, write_csv  # noqa: F401
+from measure.study_rows import category_rows, row_of, row_sentence, run_row, write_csv
 from measure.xe_by_k import (
     LAWS,
     TOLD_APART,
@@ -833,21 +833,3 @@ def shared_sections(groups: list[Group], results: list[dict], tables: dict, out:
 def split_words(results: list[dict]) -> str:
     """What the final numbers are of."""
     return " or ".join(sorted({result.get("final_split", "validation") for result in results}))
-
-
-def make_report(folder: Path) -> list[dict]:
-    """report.html of the runs below a folder, beside the files of study_sections; the rows of xe_by_k.csv."""
-    runs = sorted(path.parent for path in folder.glob("**/results.json"))
-    # A folder that is a run itself has pictures of these names.
-    out = folder / "report" if (folder / "results.json").exists() else folder
-    sections, lines = study_sections(runs, out)
-    if not sections:
-        raise DataError(f"{folder}: {'; '.join(lines)} --out_dir={folder}")
-    write_page(folder / "report.html", "Cross entropy against the number of categories", lines[0], sections)
-    table = []
-    groups, _ = grouped(once(read_results(runs, out)[0])[0])
-    for group in groups:
-        named = {"group": group.label} if group.label else {}
-        positions = reported_positions(1)
-        table += [named | row_of(K, of_k, positions) for K, of_k in group.by_k.items()]
-    return table
