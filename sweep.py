@@ -17,7 +17,6 @@ does not wait for that. Exit code 1 if a run failed.
 """
 
 import contextlib
-import re
 import shlex
 import signal
 import sys
@@ -142,7 +141,7 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     print(f"{counted(len(sweep.runs), 'run')} of {sweep.script.name} in {sweep.folder}{share}{before}", flush=True)
     source, working, failed = Grid(todo), [], False
     steps = {run.name: getattr(run.cfg, "max_steps", None) for run in todo}
-    progress = Progress(len(mine), len(mine) - len(todo), steps)
+    progress = Progress(len(mine), len(mine) - len(todo), steps, jobs)
     with (
         signals() as came,
         contextlib.closing(progress),
@@ -165,7 +164,7 @@ def run_sweep(sweep: Sweep) -> list[dict]:
             if job:
                 text += f" | {seconds:.0f} s"
             left = progress.left()
-            if left and not came:
+            if left and left >= 1 and not came:
                 text += f" | {tqdm.format_interval(left)} left"
             progress.say(text)
     told, missing = look_around(sweep, told)
@@ -220,24 +219,22 @@ def show_comparison(runs: list[Path], folder: Path) -> list[str]:
 
 
 def report(argv: list[str]) -> list[str]:
-    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]."""
+    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
     from measure.comparison import compare, find_runs
 
-    options = [word for word in argv if re.match("--(open$|out[=])", word)]
-    paths = [Path(word) for word in argv if word not in options]
+    options, words = take_apart(argv, ("out", "open"), ("open",))
+    paths = [Path(word.head + word.value) for word in words]
+    usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: no such folder, or no such option: sweep.py report FOLDER... [--out=FOLDER] "
-                             "[--open]")
+            what = "option" if str(path).startswith("--") else "folder"
+            raise InputError(f"{path}: no such {what}: {usage}")
     if not paths:
-        raise InputError("name the folders of runs to compare: sweep.py report FOLDER... [--out=FOLDER] [--open]")
-    out = paths[0]
-    for option in options:
-        if option.startswith("--out="):
-            out = Path(option.partition("=")[2])
+        raise InputError(f"name the folders of runs to compare: {usage}")
+    out = Path(options.get("out", paths[0]))
     lines = compare(find_runs(paths), out)
     print("\n".join(lines))
-    if "--open" in options:
+    if options.get("open") == "True":
         import webbrowser
 
         webbrowser.open((out / "report.html").resolve().as_uri())

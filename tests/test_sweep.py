@@ -391,9 +391,9 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
     assert "by excess_loss, of which less is better:" in out
     rows = out.split("is better:\n")[-1].splitlines()[:3]
     assert [row.split()[:7] for row in rows] == [
-        ["lr", "seeds", "excess_loss", "loss", "seconds", "folder"],
-        ["0.1", "2", "0.105", "±", "0.0071", "1.1", "±"],
-        ["0.2", "2", "0.205", "±", "0.0071", "1.2", "±"]]  # fmt: skip
+        ["lr", "seeds", "excess_loss", "loss", "seconds"],
+        ["0.1", "2", "0.1050", "±", "0.0071", "1.1", "±"],
+        ["0.2", "2", "0.2050", "±", "0.0071", "1.2", "±"]]  # fmt: skip
 
 
 def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(capsys):
@@ -618,25 +618,26 @@ def test_records_are_read_as_they_grow(tmp_path):
 
 
 def test_time_left_is_by_steps(monkeypatch):
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: 100.0)
-
-    def job(name: str, first_step: int, step: int) -> SimpleNamespace:
+    def job(name: str, first_step: int, step: int, began: float = 100.0, seconds: float = 0.0) -> SimpleNamespace:
         run = SimpleNamespace(name=name, cfg=SimpleNamespace(max_steps=400), folder=Path("none"))
         return SimpleNamespace(run=run, records=SimpleNamespace(records=[{"step": step, "loss": 0.5}]), total=None,
-                               first_step=first_step)
+                               first_step=first_step, began=began, seconds=seconds)
 
-    shown = progress.Progress(5, 1, {"a": 400, "b": 400, "c": 400, "d": 200})
-    assert shown.left() is None
-    shown.show([job("a", 100, 200), job("b", 0, 100)])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: 120.0)
-    # 200 steps in 20 s; to do are 200 and 300 of those at work, and 600.
-    assert shown.left() == pytest.approx(110)
-    shown.end("a", job("a", 100, 400))
+    shown = progress.Progress(5, 1, {"a": 400, "b": 400, "c": 400, "d": 200}, at_a_time=2)
+    assert shown.left() is None
+    shown.show([job("a", 100, 100), job("b", 0, 0)])
+    assert shown.left() is None
+    # 0.2 s a step of either: 40 and 60 s of those at work, and 600 steps of those that wait.
+    shown.show([job("a", 100, 200), job("b", 0, 100)])
+    assert shown.left() == pytest.approx((40 + 60 + 120) / 2)
+    # A run that ended tells what a step costs with begin and end: 0.3 s; b has 200 left of 0.1 s, or 400 of 0.3 - 20 s.
+    shown.end("a", job("a", 100, 400, seconds=90))
     shown.show([job("b", 0, 200)])
-    assert shown.left() == pytest.approx((200 + 600) / (500 / 20))
+    assert shown.left() == pytest.approx((100 + 600 * 0.3) / 2)
     assert progress.how_far(job("a", 0, 7)) == (7, 400, 0.5)
     shown.end("c", None)  # by another process
-    assert shown.left() == pytest.approx((200 + 200) / (500 / 20)) and shown.ended == 3
+    assert shown.left() == pytest.approx(100) and shown.ended == 3  # b alone takes longer than its share
     Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
     assert progress.total_steps(Path("train.log")) == 1200 and progress.total_steps(Path("absent")) is None
 
@@ -744,7 +745,7 @@ def test_what_has_no_number_is_last_in_the_table():
     told = [{"run": f"a={i}", "status": "done", "folder": f"f{i}", "seconds": None, "settings": {"a": str(i)},
              "summary": {"pearson_delta": value}} for i, value in enumerate([None, 0.1, 0.9])]
     rows = [line.split() for line in table(told, ["pearson_delta"], less_is_better=False)]
-    assert rows == [["a", "pearson_delta", "seconds", "folder"], ["2", "0.9", "f2"], ["1", "0.1", "f1"], ["0", "f0"]]
+    assert rows == [["a", "pearson_delta", "folder"], ["2", "0.9", "f2"], ["1", "0.1", "f1"], ["0", "f0"]]
 
 
 def test_a_run_that_was_killed_says_by_what():

@@ -600,7 +600,7 @@ def assert_drawn(folder: Path, *names: str) -> None:
 def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     assert {path.name for path in whole.iterdir()} == {
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "documents.npz", "plots",
-        "xe_by_position.csv",
+        "xe_by_position.csv", "report.html",
         "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
     assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
     summary, results = read(whole / "summary.json"), read(whole / "results.json")
