@@ -61,6 +61,7 @@ from measure.curves import (
     write_curves,
     write_documents,
 )
+from measure.pages import run_page
 from measure.report import training_facts
 from measure.speed import matmul_rate
 from sources.chunks import copy_tokenizer, test_chunks, train_and_validation, whole_documents
@@ -741,7 +742,7 @@ def train(cfg: Config) -> dict:
             summary |= run_facts(rt, step, meter)
             log.summary(summary)
             if rt.is_main:
-                log.say(f"done: {summary['verdict']}; pictures in {folder / 'plots'}")
+                log.say("done: " + run_page(folder, Config))
             return summary
 
 
@@ -788,7 +789,7 @@ def analyze(cfg: Config) -> dict:
         lesson = training_facts(config_dict(saved), extra.get("data", data), chunks, step, data)
         result = finish(model.to(rt.device), validation, final, active, lesson, saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: {result['verdict']}; pictures in {folder / 'plots'}")
+            print(f"step {step}: {run_page(folder, Config, result)}")
     return result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
@@ -9,14 +10,16 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import refusal
 
+import sweep
 import train_apelr
 import train_ghmm
 import train_state
 from common.errors import DataError, InputError
 from measure.holdouts import study_sections
 from measure.plans import size_of
-from sources.equal_size import as_large, check_sizes, parameters_of, resize
+from sources.equal_size import parameters_of, resize
 from sources.h5ad import write_h5ad
 from sources.holdouts import plan
 from sources.splits import SPLITS, read_toml
@@ -160,11 +163,11 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
     (section,), lines = study_sections(runs, Path("report"))
     a, b, c, mean = section.tables[0]
     assert a["Pearson delta"] == pytest.approx(0.8) and a["Pearson delta, sd"] == pytest.approx(stdev([0.9, 0.7]))
-    assert (b["Pearson delta"], b["Pearson delta, perturbation_mean"], b["seeds"]) == (0.5, pytest.approx(0.6), 2)
+    assert (b["Pearson delta"], b["Pearson delta, perturbation mean"], b["seeds"]) == (0.5, pytest.approx(0.6), 2)
     assert c["Pearson delta"] == pytest.approx(0.2) and c["energy distance"] is None
     assert mean["held out"] == "mean" and mean["seeds"] is None
     assert mean["Pearson delta"] == pytest.approx((0.8 + 0.5) / 2)
-    assert mean["Pearson delta, perturbation_mean"] == pytest.approx((0.7 + 0.6) / 2)
+    assert mean["Pearson delta, perturbation mean"] == pytest.approx((0.7 + 0.6) / 2)
     assert mean["Pearson delta, sd"] == pytest.approx(stdev([(0.9 + 0.5 + 0.1) / 3, (0.7 + 0.5 + 0.3) / 3]))
     assert mean["energy distance"] == pytest.approx((2.0 + 0.5) / 2) and mean["energy distance, sd"] is None
     assert "+0.000 against the perturbation mean (standard deviation over types 0.141)" in section.text[0]
@@ -204,32 +207,88 @@ def with_corpus(vocab_size: int = 500) -> ModuleType:
 def test_plans_of_any_number_get_one_size(others):
     reference = train_apelr.Config(**others)
     wanted = size_of(train_apelr.build_model(reference, 500))
-    sizes = {}
-    for K in (1, 2, 4, 8):
-        cfg = replace(reference, num_plan_states=K)
-        widths = {name: int(value) for name, value in resize(with_corpus(), cfg, reference).items()}
+    cfgs = [replace(reference, num_plan_states=K) for K in (1, 2, 4, 8)]
+    sizes = []
+    for cfg, settings in zip(cfgs, resize(with_corpus(), reference, cfgs), strict=True):
+        widths = {name: int(value) for name, value in settings.items()}
         assert widths.get("token_dim", widths["d_model"]) == widths["d_model"]
         sized = replace(cfg, **widths)
         assert sized.check() == [] and replace(sized, **{name: getattr(cfg, name) for name in widths}) == cfg
-        sizes[K] = size_of(train_apelr.build_model(sized, 500))
-        assert sizes[K] == parameters_of(train_apelr.build_model, sized, 500)
-        assert abs(sizes[K] / wanted - 1) < 0.03
-    # The reference is one of the runs, and stays as it is.
-    assert sizes[8] == wanted and resize(with_corpus(), reference, reference)["d_model"] == "128"
-    # Fewer plans are wider.
-    assert as_large(train_apelr.build_model, replace(reference, num_plan_states=1), 500, wanted, "")[0]["d_model"] > 128
+        sizes.append(size_of(train_apelr.build_model(sized, 500)))
+        assert sizes[-1] == parameters_of(train_apelr.build_model, sized, 500)
+        assert abs(sizes[-1] / wanted - 1) < 0.03
+        assert sized.d_model > 128 or cfg == reference  # fewer plans are wider
+    # The reference, where it is one of the runs, stays as it is; a run's width is its own, whatever else is listed.
+    assert sizes[-1] == wanted and sized == reference
+    assert resize(with_corpus(), reference, cfgs[1:2]) == resize(with_corpus(), reference, cfgs)[1:2]
 
 
 def test_models_that_cannot_be_of_one_size_are_refused():
     reference = train_apelr.Config()
+    two = replace(reference, num_plan_states=2)
     with pytest.raises(DataError, match="equal_parameters makes models of train_apelr.py equal in size"):
-        resize(train_ghmm, train_ghmm.Config(), train_ghmm.Config())
+        resize(train_ghmm, train_ghmm.Config(), [train_ghmm.Config(n_layers=2)])
     with pytest.raises(DataError, match="equal_parameters decides about d_model: take it out of the lists"):
-        resize(with_corpus(), replace(reference, d_model=64), reference)
+        resize(with_corpus(), reference, [two, replace(reference, d_model=64)])
     with pytest.raises(DataError, match="equal_parameters: all runs have 769,400 parameters as they are"):
-        check_sizes(with_corpus(), [reference, replace(reference, lr=1.0)], reference)
-    check_sizes(with_corpus(), [reference, replace(reference, num_plan_states=2)], reference)
+        resize(with_corpus(), reference, [reference, replace(reference, lr=1.0)])
     wide = replace(reference, backbone="transformer", n_heads=32)
     with pytest.raises(InputError, match=r"equal_parameters: no width has within 3% of the [\d,]+ parameters of .* "
                                          r"\(in steps of 64\): change n_heads"):
-        resize(with_corpus(), replace(wide, num_plan_states=1), wide)
+        resize(with_corpus(), wide, [replace(wide, num_plan_states=1)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As they are typed
+# ---------------------------------------------------------------------------------------------------------------
+def commands_of(capsys, *words: str) -> list[dict[str, str]]:
+    """{setting: value} of each run that a sweep would make, by the commands it shows."""
+    capsys.readouterr()
+    assert sweep.main([*words, "--print_config"]) == []
+    commands = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("python "):
+            commands.append(dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:]))
+    return commands
+
+
+def test_each_type_under_each_seed_is_a_command_that_trains(capsys, quickly):
+    write_cells("one.h5ad", {"a": "ppcc", "b_1": "ppcc"})
+    words = ["--toml=one.h5ad", "--embed_key=", "--output_space=all", "--control_pert=ctrl", "--batch_col=",
+             "--val_fraction=0", "--d_model=8", "--d_mlp=8", "--n_layers=1", "--n_heads=1", "--cell_set_len=4",
+             "--batch_size=2", "--max_steps=2"]  # fmt: skip
+    commands = commands_of(capsys, "train_state.py", "--holdout=each", "--seed=0,1", "--out_dir=out/types", *words)
+    assert [command["out_dir"] for command in commands] == [
+        "out/types/a_seed0", "out/types/b%5F1_seed0", "out/types/a_seed1", "out/types/b%5F1_seed1"]
+    for command in commands[:2]:
+        train_state.main([f"--{name}={value}" for name, value in command.items()])
+    folders = [Path(command["out_dir"]) for command in commands]
+    (section,), _ = study_sections(folders[:2], Path("report"))
+    rows = section.tables[0]
+    assert [row["held out"] for row in rows] == ["a", "b_1", "mean"]
+    for row, folder in zip(rows[:2], folders[:2], strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert row["Pearson delta"] == pytest.approx(summary["pearson_delta"])
+        rival = summary["baselines"]["perturbation_mean"]
+        assert row["energy distance, perturbation mean"] == pytest.approx(rival["energy_distance"])
+
+
+def test_plans_of_one_size_are_swept_over_beside_other_settings(capsys, monkeypatch):
+    monkeypatch.setattr(train_apelr, "open_data", lambda cfg: SimpleNamespace(vocab_size=500))
+    words = ("train_apelr.py", "--num_plan_states=1,8", "--seed=0,1", "--equal_parameters", "--out_dir=out/plans")
+    commands = commands_of(capsys, *words)
+    names = [Path(command["out_dir"]).name for command in commands]
+    assert names == [f"num_plan_states={K},seed={seed}" for K in (1, 8) for seed in (0, 1)]
+    widths = [int(command["d_model"]) for command in commands]
+    assert widths[0] == widths[1] > widths[2] == widths[3] == 128
+
+
+@pytest.mark.parametrize("words, told", [
+    (["train_ghmm.py", "--process=mess3,rrxor", "--x=0.1"], "process rrxor has no parameter 'x': it takes p1, p2"),
+    (["train_ghmm.py", "--process=mess3,rrxo"], "unknown process 'rrxo', did you mean 'rrxor'?"),
+    (["train_ghmm.py", "--holdout=each"], "--holdout is of the study of train_state.py"),
+    (["train_ghmm.py", "--n_layers=2,4", "--equal_parameters"], "makes models of train_apelr.py equal in size"),
+    (["train_apelr.py", "--d_model=64,128", "--equal_parameters"], "equal_parameters decides about d_model"),
+])  # fmt: skip
+def test_what_cannot_be_swept_over_is_refused_before_the_first_run(words, told, capsys):
+    assert told in refusal(capsys, sweep.main, *words) and not Path("out").exists()
