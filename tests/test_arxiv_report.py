@@ -462,6 +462,9 @@ def test_information_and_excess_stand_beside_the_exact_optimum(capsys, monkeypat
     for row in rows_of("runs/xe_by_k.csv"):
         assert float(row["excess"]) == pytest.approx(OPTIMUM) and float(row["worst_excess"]) == pytest.approx(OPTIMUM)
         assert float(row["information_document"]) == 0.6
+    for row in rows_of("runs/xe_controls.csv"):
+        if row["category"] == "mean":
+            assert float(row["optimum_growth"]) == pytest.approx(float(row["growth"]))
     write("older", json.loads(Path("runs/K4_a_b_c_d_seed0/results.json").read_text()) | {"information": None})
     sections, _ = study_sections([Path("older")], Path("report"))
     (section,) = [section for section in sections if section.title == "In context"]
