@@ -56,6 +56,7 @@ ELSEWHERE = {  # names of other systems, for which a page has its own way: what 
     "checkpoint": BARE,
     "set": "settings go bare too, without --{key}: {value}",
 }  # fmt: skip
+SWEEP_WORDS = ("study", "orders", "controls", "holdout", "equal_parameters", "jobs", "report")  # of sweep.py, on a page
 
 
 class Range(NamedTuple):
@@ -95,7 +96,7 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     another unit is Derived(field, function): {"min_lr_ratio": Derived("min_lr", lambda ratio, cfg: ratio * cfg["lr"])}.
     dialects: of sources.foreign.Dialect. That of the settings, or that of --dialect=NAME, gives defaults of its own to
     what they leave out; --dialect=none takes no notice of any.
-    --multirun, -m and hydra.sweeper.* hand the command line to sweep.py.
+    --multirun, -m, hydra.sweeper.* and the words of a study hand the command line to sweep.py.
     If Config has a method check(self) -> list[str], what it returns are errors too.
     If it has a static method more_help() -> str, that is the end of --help.
     Exits: 0 after --help and --print_config, 2 on bad input.
@@ -104,8 +105,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     dialects = tuple(dialects)
     if "--help" in argv or "-h" in argv:
         _show(help_text(Config, _script(Config).name, dialects))
-    if any(word in ("-m", "--multirun") or re.match(r"[-+]*hydra[./]sweeper", word) for word in argv):
-        _hand_to_sweep(Config, argv)
+    if any(_asks_for_several_runs(Config, word) for word in argv):
+        hand_to_sweep(Config, argv)
     settings = Settings(Config, aliases or {}, dialects)
     show = {"--print_config", "--print-config"}
     files, overrides = settings.split(word for word in argv if word not in show)
@@ -151,14 +152,31 @@ def warn(message: str) -> None:
         warnings.formatwarning = usual
 
 
-def _hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
-    """Leave a command line that asks for several runs to sweep.py."""
+def _asks_for_several_runs(Config: type, word: str) -> bool:
+    """Whether a word of a page's command line is one for sweep.py: Hydra's, or that of a study or of its report."""
+    if word in ("-m", "--multirun") or re.match(r"[-+]*hydra[./]sweeper", word):
+        return True
+    name, equals, _ = word.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
+    is_setting = equals or word.startswith("--")
+    is_page = hasattr(sys.modules[Config.__module__], "train")  # sample.py and its like have no runs to start
+    return is_page and is_setting and name in SWEEP_WORDS and name not in Config.__annotations__
+
+
+def hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
+    """Leave a command line that asks for several runs, or for a report of runs, to sweep.py."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("of several runs sweep.py starts each: python sweep.py PAGE ... --launcher='torchrun --nproc_per_node=N'")
     script = _script(Config)
     sweep = Path(__file__).with_name("sweep.py")
-    words = [word for word in argv if word not in ("-m", "--multirun")]
+    words = [str(script), *(word for word in argv if word not in ("-m", "--multirun"))]
+    for place, word in enumerate(argv):
+        name, equals, folder = word.removeprefix("--").partition("=")
+        if name == "report" and name not in Config.__annotations__:
+            words = ["report", *([folder] if equals else argv[place + 1:])]
     # In the place of this process: one that waited for it would kill it at Ctrl-C, before its runs have saved.
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(sweep), str(script), *words])
+    os.execv(sys.executable, [sys.executable, str(sweep), *words])
 
 
 def print_config(cfg: Any) -> str:

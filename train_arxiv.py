@@ -62,7 +62,7 @@ from measure.curves import (
     verdict,
     write_curves,
 )
-from measure.report import make_report, plan_study, row_key, row_sentence, run_count, run_name, training_facts
+from measure.report import make_report, row_key, row_sentence, run_count, training_facts
 from measure.speed import matmul_rate
 from sources.chunks import copy_tokenizer, train_and_validation, whole_documents
 from sources.ergodic import ergodic
@@ -70,6 +70,7 @@ from sources.foreign import ICL
 from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
 from sources.foreign_checkpoints import checkpoint_in
 from sources.shared import closest, counted, counter_rng, make_once, quoted
+from sources.study_arxiv import plan_study, run_name
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/ergodic"  # made when it is missing

@@ -1,13 +1,9 @@
-"""Studies: which sets of categories are trained on, and the report of their runs: tables, pictures, report.html."""
+"""The report of a study's runs, each on a set of categories: tables, pictures, report.html."""
 
 import base64
 import csv
-import itertools
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
@@ -15,99 +11,12 @@ from common.checkpoint import NO_SETTINGS
 from common.errors import DataError
 from measure.curves import binned, blank, gain_definition, is_fit, perplexity
 from measure.figures import figure
-from sources.digests import fingerprint
-from sources.shared import closest, counted
+from sources.shared import counted
 
 # Settings that runs of one study may differ in, and those of the measurements after training.
 APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "data", "budget", "budget_tokens",
          "eval_chunks", "bootstrap", "probe", "precision", "wandb_project", "wandb_entity")  # fmt: skip
 NOT_SAID = "not said"  # by results of older runs
-LONGEST_NAME = 200  # of a run, without its seed: a folder's may have 255 bytes
-
-# ---------------------------------------------------------------------------------------------------------------
-# The plan
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def run_name(categories: list[str], seed: int | None = None) -> str:
-    """K3_cs.DS_cs.IT_cs.PL_seed7 for ["cs.PL", "cs.DS", "cs.IT"] and 7; without seed, what a study calls the set.
-
-    "_" and what a folder cannot have are percent escapes in a category: no two sets of categories have one name. A name
-    too long for a folder ends with a digest.
-    """
-    names = []
-    for category in sorted(categories):
-        names.append(quote(category, safe="").replace("_", "%5F"))
-    name = "_".join([f"K{len(names)}", *names])
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 17]}-{fingerprint(name)}"  # of all of it
-    return name if seed is None else f"{name}_seed{seed}"
-
-
-def older_name(categories: list[str]) -> str:
-    """K3_csDS_csIT_csPL: what a study called the set before, which several sets may share."""
-    names = sorted(category.replace(".", "") for category in categories)
-    return "_".join([f"K{len(names)}", *names])
-
-
-def plan_study(study: str, names: list[str]) -> list[list[str]]:
-    """The sets of categories that a study trains on.
-
-    all31 (or all): every non-empty subset; k=1,2: all of these sizes; nested:1,2,4: the first 1, 2, 4; else run names.
-    Raises DataError for anything else.
-    """
-    if study == "all31" and len(names) != 5:
-        raise DataError(
-            f"study=all31 is about five categories, but there are {len(names)}: use study=all, or choose "
-            "five with categories=a,b,c,d,e"
-        )
-    sizes = re.fullmatch(r"(k=|nested:)(\d+(?:,\d+)*)", study)
-    if not sizes:
-        every = subsets(names, range(1, len(names) + 1))
-        return every if study in ("all", "all31") else named_runs(study, every, names)
-    kind, numbers = sizes.groups()
-    wanted = [int(K) for K in numbers.split(",")]
-    for K in wanted:
-        if not 1 <= K <= len(names):
-            raise DataError(f"study={study}: {K} is not between 1 and the {len(names)} categories")
-    if kind == "nested:":
-        return [names[:K] for K in wanted]
-    return subsets(names, wanted)
-
-
-def subsets(names: list[str], sizes: Iterable[int]) -> list[list[str]]:
-    """All subsets of these sizes, in that order."""
-    sets = []
-    for K in sizes:
-        for subset in itertools.combinations(names, K):
-            sets.append(list(subset))
-    return sets
-
-
-def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[list[str]]:
-    """The sets that are called by their names, K1_a,K2_a_b, or by their older ones.
-
-    Raises DataError for a name that no set has, and for an older one that several have.
-    """
-    known = {}  # sets by name
-    for subset in every:
-        known.setdefault(older_name(subset), []).append(subset)
-    for subset in every:
-        known[run_name(subset)] = [subset]
-    sets = []
-    for name in study.split(","):
-        if name not in known:
-            hint = closest(name, known) or "."
-            raise DataError(
-                f"study={study}: no run is called {name!r}{hint} Use all, all31, k=1,2, nested:1,2,4, or "
-                f"names like {run_name(names[:2])}"
-            )
-        if len(known[name]) > 1:
-            meant = " or ".join(run_name(subset) for subset in known[name])
-            raise DataError(f"study={study}: {name} is not one set of categories: write {meant}")
-        sets += known[name]
-    return sets
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # What runs were trained on

@@ -1,6 +1,10 @@
 """What the runs of a sweep came to: a record of each, and a table with the best first."""
 
+import contextlib
+import fcntl
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,15 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
 
     Args:
         values: {setting: value} of what differs between the runs.
-        status: done, failed or stopped. code: of the exit. seconds: of its process, or None for what its summary says.
+        status: done, failed, stopped or pruned. code: of the exit, None of a run that had ended before. seconds: of its
+            process, or None for what its summary says.
     """
     told = {
         "run": folder.name,
         "status": status,
         "exit_code": code,
         "seconds": seconds,
+        "time": time.time(),  # for people: nothing is decided by it, for clocks of two machines differ
         "folder": str(folder),
         "settings": values,
     }
@@ -37,9 +43,30 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
         if seconds is None:
             told["seconds"] = summary.get("seconds")
     else:
-        text = (folder / "console.log").read_text(encoding="utf-8", errors="replace")
+        try:
+            text = (folder / "console.log").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            text = "its folder was removed while it was at work"
         lines = [line for line in text.split("\n") if line.strip()]
         told["last_lines"] = lines[-LAST_LINES:]
+    return told
+
+
+def append(path: Path, told: dict) -> None:
+    """Add a line to sweep.jsonl, whole, where several processes do so at once."""
+    with open(path, "ab") as file:  # appending, so that all is written behind what there is
+        fcntl.flock(file, fcntl.LOCK_EX)  # a network's file system appends in one piece under a lock alone
+        os.write(file.fileno(), (json.dumps(told) + "\n").encode())
+
+
+def read(path: Path) -> dict[str, dict]:
+    """{name of a run: its last line in sweep.jsonl}; lines that are none are passed over."""
+    told = {}
+    with contextlib.suppress(FileNotFoundError):
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a full disk
+                line = json.loads(text)
+                told[line["run"]] = line
     return told
 
 
@@ -52,6 +79,8 @@ def in_words(told: dict, shown: list[str]) -> str:
     last = "it said nothing"
     if told["last_lines"]:
         last = told["last_lines"][-1]
+    if told["status"] == "pruned":
+        return "pruned: stopped early, for there was no hope for it"
     code = told["exit_code"]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"  # as when memory runs out
     return f"{told['status']} ({how}): {last}"

@@ -54,12 +54,20 @@ class Sweeper(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 # Words and the values that they list
 # ---------------------------------------------------------------------------------------------------------------
-def take_apart(argv: list[str], own_names: Collection[str]) -> tuple[dict[str, str], list[Word]]:
-    """({own name: value}, the other words): --key=value, --key value, key=value, switches and files."""
+def take_apart(argv: list[str], own_names: Collection[str], switches: Collection[str] = ()
+               ) -> tuple[dict[str, str], list[Word]]:
+    """({own name: value}, the other words): --key=value, --key value, key=value, switches and files.
+
+    switches: own names that need no value.
+    """
     own, words = {}, []
     left = deque(argv)
     while left:
         typed = left.popleft()
+        switch = typed.removeprefix("--").replace("-", "_")
+        if typed.startswith("--") and switch.removeprefix("no_") in switches:
+            own[switch.removeprefix("no_")] = str(not switch.startswith("no_"))
+            continue
         match = re.fullmatch(r"(--|\+{0,2})(\w[\w./@-]*)=(.*)", typed, re.DOTALL)
         is_word = left and not left[0].startswith("--") and not re.match(r"\+{0,2}\w[\w./@-]*=", left[0])
         if not match and typed.startswith("--") and is_word:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import train_arxiv
 from common.errors import DataError
 from measure import curves, figures, report
-from measure.report import plan_study, run_name
+from sources.study_arxiv import plan_study, run_name
 
 T = 12
 SETTINGS = {"lr": 1e-3, "d_model": 16, "epochs": 2, "patience": 0}

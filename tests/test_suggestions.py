@@ -12,10 +12,10 @@ from commands import refusal
 import train_arxiv
 import train_state
 from configurator import configure
-from measure.report import named_runs
 from sources.chunks import range_problems
 from sources.processes import ProcessError, make_process
 from sources.shared import closest, counted, nearest, quoted, suggest
+from sources.study_arxiv import named_runs
 
 
 @dataclass

@@ -34,11 +34,11 @@ from configurator import configure
 from measure import curves as curves_room
 from measure import speed
 from measure.curves import Curves, describe_fit, fit_power_law, gains, is_fit, measure, probe, summarize, verdict
-from measure.report import plan_study, run_name
 from measure.sequences import sequence_xe
 from sources import chunks as chunks_source
 from sources.chunks import chunk_arrays
 from sources.processes import make_process
+from sources.study_arxiv import plan_study, run_name
 from train_arxiv import ALIASES, Batches, Chunks, Config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,0 +1,273 @@
+"""From a command line to the runs of a sweep: the page, what is listed, and the folder and settings of each run."""
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import math
+import random
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common import checkpoint
+from common.errors import InputError, reason
+from configurator import Settings, differences, note
+from sources.shared import counted
+from sources.studies import Variation, resized, variations
+from sources.sweeps import CONFIG_NAME, SEARCHING, Sweeper, Word, digest, labels, listed_values, plain, run_name
+
+HERE = Path(__file__).resolve().parents[1]
+MOST_RUNS = 1_000
+STUDIES = ("study", "orders", "controls", "holdout", "equal_parameters")  # settings of a sweep that choose its runs
+NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for something else than to train one model
+
+
+@dataclass
+class Run:
+    """A run of a sweep: {what differs: its value}, the page's command line, its folder, and all its settings."""
+
+    values: dict[str, str]
+    words: list[str]
+    folder: Path
+    cfg: Any
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+class Grid:
+    """The runs of a plan in their order: a source of runs, as a search is one.
+
+    What runs them asks such a source for the next run, and tells it of those at work and of those that ended.
+    """
+
+    def __init__(self, runs: list[Run]):
+        self.waiting = deque(runs)
+
+    def next(self) -> Run | None:
+        """The next run to start; None where there is none now. Asked again as runs end."""
+        return self.waiting.popleft() if self.waiting else None
+
+    def ended(self, run: Run, told: dict) -> None:
+        """Learn what came of a run, by its line of sweep.jsonl."""
+
+    def hopeless(self, run: Run, records: list[dict]) -> bool:
+        """Whether to stop a run at work, by all records of its metrics.jsonl; asked whenever there are new ones."""
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------
+def import_page(word: str) -> tuple[ModuleType, Path]:
+    """The module of a page, and its file. Raises InputError."""
+    places = [path.resolve() for path in (Path(word), HERE / word) if path.is_file() and path.suffix == ".py"]
+    if not places:
+        pages = ", ".join(sorted(path.name for path in HERE.glob("train_*.py")))
+        raise InputError(f"the first word is the page to run, such as {pages}, not {word!r}")
+    script = places[0]
+    sys.path.insert(0, str(script.parent))  # as it is for the page's own process
+    try:
+        page = importlib.import_module(script.stem)
+    except Exception as error:  # an edited page may do anything
+        raise InputError(f"{word} cannot be imported ({reason(error)}): mend it") from error
+    finally:
+        sys.path.remove(str(script.parent))
+    file = getattr(page, "__file__", None) or ""
+    if Path(file).resolve() != script or not hasattr(page, "main") or not hasattr(page, "Config"):
+        raise InputError(f"{word} is no page to train: it needs a Config, a main, and a name that no other module has")
+    return page, script
+
+
+def settings_of(page: ModuleType, words: list[str], show_notes: bool = False) -> Any:
+    """The Config that the page makes of a command line; where it makes none, exits with the page's own errors."""
+    out, err, values = io.StringIO(), io.StringIO(), {}
+    code = 0
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                page.main([*words, "--print_config"])
+        except SystemExit as end:
+            code = end.code
+    for line in err.getvalue().splitlines():
+        if line.startswith("error: ") or (show_notes and line.startswith("note: ")):
+            print(line, file=sys.stderr)
+    if code:
+        raise SystemExit(code)
+    for warning in warned if show_notes else ():
+        note(str(warning.message))
+    exec(out.getvalue(), {}, values)  # what is printed is a configuration file in Python
+    return page.Config(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is listed
+# ---------------------------------------------------------------------------------------------------------------
+def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tuple[list[list[Word]], list[str]]:
+    """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
+    choices, listed = [], []
+    for word in words:
+        if word.key.replace("-", "_") == CONFIG_NAME and word.value in SEARCHING:
+            raise InputError(f"{word.key}={word.value} searches over intervals, which needs Optuna: leave it out, and "
+                             "list values instead, as in lr=1e-3,1e-4")
+        field, inside = settings.resolve(word.key.split("."))
+        kind = str(settings.kinds.get(field)) if not inside else ""
+        is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
+        values = listed_values(word.key, word.value, is_list, sweeper.inclusive) if word.key else [word.value]
+        choices.append([word._replace(value=value) for value in values])
+        if values != [word.value]:
+            listed.append(word.key)
+    for key in listed:
+        # The last of two words for a setting holds, as on a page; of two lists one is a mistake.
+        if listed.count(key) > 1:
+            raise InputError(f"{key} lists values twice: list them once")
+    return choices, listed
+
+
+def draw(combinations: list, trials: int | None, seed: int) -> list:
+    """All combinations, or so many of them, drawn with this seed."""
+    count = len(combinations)
+    if trials is None:
+        return combinations
+    if trials >= count:
+        note(f"trials = {trials}: {counted(count, 'combination')} in all, each is run once")
+        return combinations
+    note(f"trials = {trials} of {count} combinations, drawn with trials_seed = {seed}, not searched for")
+    # The first of a shuffled list: more trials add runs, and keep those that there are.
+    order = random.Random(seed).sample(range(count), count)
+    return [combinations[number] for number in sorted(order[:trials])]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------
+def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -> tuple[Path, list[Run]]:
+    """(the folder of a sweep, its runs), each checked by the page.
+
+    Args:
+        words: of the page. cfg: settings of the sweep.
+    Raises InputError; exits with the page's own errors.
+    """
+    settings = Settings(page.Config, getattr(page, "ALIASES", {}))
+    words = words_of_study(words, settings, cfg)
+    choices, listed = listed_words(words, settings, sweeper)
+    constant = [word.head + word.value for word in words if word.key not in listed]
+    studied = [f"{name}={getattr(cfg, name)}" for name in STUDIES if getattr(cfg, name)]
+    reference, varied = None, [None]
+    if studied:
+        reference = settings_of(page, constant)
+        varied = variations(page, reference, cfg) or varied
+    if not listed and varied == [None]:
+        raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
+                         "some, or run the page by itself")
+    first = settings_of(page, [word.head + word.value for word, *_ in choices], show_notes=True)
+    count = math.prod(map(len, choices)) * len(varied)
+    if count > MOST_RUNS:
+        raise InputError(f"the lists make {count} combinations, more than {MOST_RUNS}: list fewer values")
+    # Nested loops, the variations innermost: a study that is stopped early is whole for the seeds it has.
+    combinations = list(itertools.product(*choices, varied))
+    combinations = draw(combinations, cfg.trials, cfg.trials_seed)
+
+    # Where a single run would go, and beside it: the same command finds its sweep again. A study's runs are in it.
+    default = first.out_dir
+    if not cfg.study:
+        default += f"_sweep_{digest(json.dumps([constant + studied, listed]))}"
+    folder = checkpoint.local_folder(cfg.out_dir or default)
+    runs = []
+    for *combination, variation in combinations:
+        run = make_run(page, combination, listed, variation, folder)
+        if cfg.equal_parameters:
+            sizes = resized(page, run.cfg, reference)
+            run = make_run(page, combination, listed, variation, folder, sizes)
+        runs.append(run)
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name} would be run twice: list each value once")
+    return folder, runs
+
+
+def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word]:
+    """The words with the names that a study has for some of them: its seeds, and no early stopping unless typed."""
+    words = [seeds(word) if word.key in ("study_seeds", "study-seeds") else word for word in words]
+    if cfg.study and "patience" in settings.kinds:
+        typed = {word.key.rpartition(".")[2] for word in words}
+        for word in words:
+            if not word.key:
+                typed |= {key.rpartition(".")[2] for key in settings.peek(word.value)}
+        if "patience" not in typed:
+            words = [Word("patience", "--patience=", "0"), *words]
+    return words
+
+
+def seeds(word: Word) -> Word:
+    """study_seeds=[0,1] as seed=0,1."""
+    return Word("seed", "--seed=", word.value.strip().strip("[]"))
+
+
+def make_run(page: ModuleType, combination: Collection[Word], listed: list[str], variation: Variation | None,
+             folder: Path, sizes: dict[str, str] | None = None) -> Run:
+    """A run of a sweep.
+
+    Args:
+        combination: all words of the page. listed: keys of those that list values.
+        variation: of a study. sizes: {setting: value} beside.
+    Raises InputError; exits with the page's own errors.
+    """
+    chosen = {word.key: plain(word.value) for word in combination if word.key in listed}
+    values = dict(zip(labels(listed), chosen.values(), strict=True))
+    words = [word.head + word.value for word in combination]
+    for settings in (variation.settings if variation else {}, sizes or {}):
+        words += [f"--{name}={value}" for name, value in settings.items()]
+    name = run_name(values)
+    if variation:
+        others = {label: value for label, value in values.items() if label != "seed"}
+        name = f"{variation.name}_seed{settings_of(page, words).seed}"
+        if others:
+            name += "," + run_name(others)
+        values = variation.values | values
+    return run_in(page, words, values, folder / name)
+
+
+def run_in(page: ModuleType, words: list[str], values: dict[str, str], place: Path) -> Run:
+    """The run of a page's command line in this folder. Raises InputError; exits with the page's own errors."""
+    words = [*words, f"--out_dir={place}"]
+    cfg = settings_of(page, words)
+    for setting in NO_TRAINING:
+        if getattr(cfg, setting, ""):
+            raise InputError(f"{setting}={getattr(cfg, setting)} is no training of one model: run the page by itself")
+    if Path(cfg.out_dir) != place:
+        raise InputError(f"a setting puts the run {place.name} into {cfg.out_dir}: leave that out, --out_dir=FOLDER is "
+                         "the folder of the sweep")
+    return Run(values, words, place, cfg)
+
+
+def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
+    """Whether the run was trained to its end before. Raises InputError if its folder holds another run."""
+    ended = (run.folder / "summary.json").exists()
+    if not ended and not (run.folder / "last.pt").exists():
+        return False
+    try:
+        saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+        same_script = (run.folder / script.name).read_bytes() == script.read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run.folder} holds no whole run of {script.name} ({reason(error)}): remove it") from error
+    lines = differences(saved, run.cfg, getattr(page, "ALIASES", {}))
+    changes = [line for line in lines if line.split(":")[0] not in checkpoint.NO_SETTINGS]
+    if not same_script:
+        changes.append(f"{script.name}: edited since")
+    if not changes:
+        return ended
+    if getattr(run.cfg, "resume", "") == "never":
+        return False
+    raise InputError(f"{run.folder} holds a run with other settings ({'; '.join(changes)}): use another --out_dir, "
+                     "or --resume=never to train it anew")
