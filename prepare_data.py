@@ -141,7 +141,7 @@ class ErgodicConfig:
     # documents
     train_documents: Count = 10_000  # of each component
     validation_documents: Count = 1_000
-    test_documents: Whole = 0
+    test_documents: Whole | None = None  # default validation_documents; 0 writes no test.h5
     chunks_per_document: Count = 2
     chunk_size: Count = 100  # tokens
     # output

@@ -53,6 +53,7 @@ from measure.curves import (
     Curves,
     draw_run,
     gains,
+    information,
     measure,
     oracle_curves,
     probe,
@@ -61,10 +62,11 @@ from measure.curves import (
     summarize,
     verdict,
     write_curves,
+    write_documents,
 )
 from measure.report import make_report, row_key, row_sentence, run_count, training_facts
 from measure.speed import matmul_rate
-from sources.chunks import copy_tokenizer, train_and_validation, whole_documents
+from sources.chunks import copy_tokenizer, test_chunks, train_and_validation, whole_documents
 from sources.ergodic import ergodic
 from sources.foreign import ICL
 from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
@@ -83,9 +85,9 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
-    study: str = ""  # all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 (the first 1, 2, 4) | K2_a_b,...
+    study: str = ""  # by sweep.py: all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 | K2_a_b,...
     study_seeds: list[Whole] = field(default_factory=list)  # seeds of each run of a study; default seed alone
-    report: str = ""  # folder of runs to report on instead of training
+    report: str = ""  # by sweep.py: folder of runs to report on instead of training
     # data
     data: str = SYNTHETIC  # folder of train.h5 and validation.h5, by prepare_data.py arxiv or ergodic; or one of them
     validation_data: str = ""  # file of validation chunks, where it is not beside the other
@@ -93,6 +95,7 @@ class Config:
     budget: Literal["constant", "tokens", "proportional"] = "constant"  # constant: smallest category / K chunks of each
     budget_tokens: Count | None = None  # of budget=tokens: all categories together
     choice: Literal["random", "first"] = "random"  # which chunks of a category make its share
+    control_of: Count | None = None  # marks a run on one category, by its share of K: a study has it beside those of K
     allow_short: bool = False  # take what there is where a category has less than its share
     random_windows: bool = False  # start each chunk at a random token, where its document goes on
     # model
@@ -126,6 +129,9 @@ class Config:
     save_interval: Count | None = None  # steps between saves of last.pt; default eval_interval
     keep_last: int = 0  # newest step_N.pt files to keep; 0 writes none, -1 keeps all
     eval_chunks: Count = 1_000  # validation chunks of a category, during training; the final evaluation uses all
+    final_split: Literal["test", "validation"] = "test"  # what the final numbers are of; validation has chosen best.pt
+    icl_early: Count | None = None  # in-context score: XE after icl_late tokens less XE after icl_early; default 10
+    icl_late: Count | None = None  # default all that there are
     bootstrap: Count = 1_000  # resamples of documents for 95% intervals
     probe: bool = True  # linear probe of the component by position and layer
     # system
@@ -173,6 +179,7 @@ class Chunks:
     budget: int  # chunks to train on, whatever K: those of the smallest category
     oracle: np.ndarray | None = None  # [R, all components, n]: log p_k(x_t | x_<t), where the processes are known
     fingerprint: str = ""  # of the content; a checkpoint keeps it
+    split: str = "validation"  # what results call the numbers measured on these
 
     @property
     def size(self) -> int:
@@ -198,6 +205,12 @@ def open_data(cfg: Config, vocab_size: int = 0) -> tuple[Chunks, Chunks]:
         make_once(Path(cfg.data) / "validation.h5", lambda: ergodic(out_dir=cfg.data))
     train, validation = train_and_validation(cfg.data, cfg.validation_data, vocab_size)
     return Chunks(**train), Chunks(**validation)
+
+
+def final_chunks(cfg: Config, train: Chunks, validation: Chunks) -> Chunks:
+    """What the final numbers are measured on: not what has chosen the weights, where there are test data."""
+    test = test_chunks(cfg.data, train) if cfg.final_split == "test" else None
+    return Chunks(**test, split="test") if test else validation
 
 
 def active_categories(train: Chunks, validation: Chunks, cfg: Config) -> list[str]:
@@ -497,47 +510,57 @@ def exact_curves(chunks: Chunks, rows: np.ndarray, active: list[str]) -> tuple[C
     return oracle_curves(chunks.oracle[rows], chunks.codes[rows], chunks.documents[rows], codes)
 
 
-def rehearse(model: nn.Module, validation: Chunks, active: list[str], cfg: Config, rt: Runtime) -> None:
+def rehearse(model: nn.Module, final: Chunks, active: list[str], cfg: Config, rt: Runtime) -> None:
     """A training step, and what the end of the run asks of model and data, on three chunks of each category."""
     with rehearsal():
         # Three: a tensor of two rows would pass for the pair (cross entropy, stream) that a model should return.
-        rows = np.concatenate([validation.rows(name)[:3] for name in active])
-        tokens = torch.from_numpy(validation.tokens[rows].astype(np.int64)).to(rt.device)
+        rows = np.concatenate([final.rows(name)[:3] for name in active])
+        tokens = torch.from_numpy(final.tokens[rows].astype(np.int64)).to(rt.device)
         train_step(model, tokens, rt, replace(cfg, grad_accum=1))
         model.zero_grad(set_to_none=True)
-        curves = evaluate(model, validation, rows, rt)
-        exact = exact_curves(validation, rows, active)
-        measure(curves, validation.names, active, exact, resamples=2, seed=cfg.seed)
+        curves = evaluate(model, final, rows, rt)
+        exact = exact_curves(final, rows, active)
+        measure(curves, final.names, active, exact, 2, cfg.seed, cfg.icl_early, cfg.icl_late)
         if cfg.probe:
-            positions = probed_positions(validation.n_ctx)
-            residual_stream(model, validation.tokens[rows], positions, rt.device)
+            positions = probed_positions(final.n_ctx)
+            residual_stream(model, final.tokens[rows], positions, rt.device)
 
 
-def finish(model: nn.Module, validation: Chunks, active: list[str], lesson: dict, cfg: Config, rt: Runtime,
-           folder: Path) -> dict:
-    """Measure on all validation chunks: results.json, xe_by_position.csv, pictures; returns the summary. Collective.
+def finish(model: nn.Module, validation: Chunks, final: Chunks, active: list[str], lesson: dict, cfg: Config,
+           rt: Runtime, folder: Path) -> dict:
+    """Measure on all final chunks: results.json, tables, pictures; returns the summary. Collective.
 
     lesson: what the run was trained on, and how much, by training_facts.
     """
-    # Categories that the model has not been trained on are evaluated too: "unseen".
-    everything = np.arange(len(validation.codes))
-    curves = evaluate(model, validation, everything, rt)
-    summary = {}
-    if rt.is_main:
+    val_xe = None  # that of the final numbers, unless they are of a test
+    if final is not validation:
         codes = [validation.code(name) for name in active]
         rows = np.flatnonzero(np.isin(validation.codes, codes))
-        exact = exact_curves(validation, rows, active)
+        val_xe = float(evaluate(model, validation, rows, rt).mean_of(codes).mean())
+    # Categories that the model has not been trained on are evaluated too: "unseen".
+    everything = np.arange(len(final.codes))
+    curves = evaluate(model, final, everything, rt)
+    summary = {}
+    if rt.is_main:
+        codes = [final.code(name) for name in active]
+        rows = np.flatnonzero(np.isin(final.codes, codes))
+        exact = exact_curves(final, rows, active)
         # Bootstrap, fits and oracles are the room's matter; the curves they start from are made above.
-        groups = measure(curves, validation.names, active, exact, cfg.bootstrap, cfg.seed)
-        results = {"categories": active, "K": len(active), "seed": cfg.seed, **lesson, "groups": groups}
+        groups = measure(curves, final.names, active, exact, cfg.bootstrap, cfg.seed, cfg.icl_early, cfg.icl_late)
+        results = {"categories": active, "K": len(active), "seed": cfg.seed, "control_of": cfg.control_of,
+                   "final_split": final.split, "final_fingerprint": final.fingerprint, **lesson, "groups": groups}
+        if exact:
+            results["information"] = information(final.oracle[rows], final.codes[rows], codes)
         if cfg.probe and len(active) > 1:  # of one component there is nothing to find out
-            results["probe"] = probe(model, validation, rows, rt.device, cfg.seed)
+            results["probe"] = probe(model, final, rows, rt.device, cfg.seed)
         folder.mkdir(parents=True, exist_ok=True)
+        write_documents(folder / "documents.npz", curves, final.names, np.unique(final.documents), groups)
         write_json(folder / "results.json", results)
         write_curves(folder / "xe_by_position.csv", groups)
         title = f"K = {len(active)}: {', '.join(active)}"
         draw_run(folder, title, results, read_metrics(folder))
-        summary = summarize(groups)
+        summary = summarize(groups, final.split, val_xe)
+        summary["verdict"] = verdict(summary, len(active))
     rt.barrier()
     return summary
 
@@ -603,9 +626,10 @@ def train(cfg: Config) -> dict:
         chunks, validation = open_data(cfg)
         active = active_categories(chunks, validation, cfg)
         rows = training_rows(chunks, active, cfg)
+        final = final_chunks(cfg, chunks, validation)
         # The weights are the same on every rank; random numbers of dropout afterwards are not.
         model = build_model(cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
-        rehearse(model, validation, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
+        rehearse(model, final, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
         rt.reseed(rt.rank)
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
@@ -650,7 +674,8 @@ def train(cfg: Config) -> dict:
                 checkpoint.clear(folder, after=step)
                 copy_tokenizer(cfg.data, folder)  # now: an interrupted run can be prompted too
                 # Those of an earlier run: like summary.json they are there when the run has ended, and only then.
-                (folder / "results.json").unlink(missing_ok=True)
+                for name in ("results.json", "documents.npz"):
+                    (folder / name).unlink(missing_ok=True)
             log.say(rt.describe())
             log.say(describe(chunks, rows, active, model, max_steps, cfg))
             if state:
@@ -707,7 +732,7 @@ def train(cfg: Config) -> dict:
                 best = without_last_position(best, folder / "best.pt")
                 checkpoint.load_weights(model, best["model"], folder / "best.pt")
             lesson = training_facts(config_dict(cfg), data, chunks, step)
-            summary = finish(model, validation, active, lesson, cfg, rt, folder)
+            summary = finish(model, validation, final, active, lesson, cfg, rt, folder)
             summary["K"] = len(active)
             summary["categories"] = active
             summary["train_chunks"] = len(rows)
@@ -715,7 +740,7 @@ def train(cfg: Config) -> dict:
             summary |= run_facts(rt, step, meter)
             log.summary(summary)
             if rt.is_main:
-                log.say("done: " + verdict(summary, len(active), folder))
+                log.say(f"done: {summary['verdict']}; pictures in {folder / 'plots'}")
             return summary
 
 
@@ -744,7 +769,8 @@ def analyze(cfg: Config) -> dict:
     path = Path(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device)
-    for name in ("precision", "bootstrap", "probe", "data", "validation_data"):  # may differ from the run, if asked to
+    # What may differ from the run, if asked to.
+    for name in ("precision", "bootstrap", "probe", "data", "validation_data", "final_split", "icl_early", "icl_late"):
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
@@ -753,14 +779,15 @@ def analyze(cfg: Config) -> dict:
         checkpoint.same_data(extra, data, path)
         if (validation.vocab_size, validation.n_ctx) != (extra["vocab_size"], extra["n_ctx"]):
             raise DataError(f"{saved.data} is not the data of this run: vocabulary or chunk size differ")
+        final = final_chunks(saved, chunks, validation)
         active = extra["categories"]
         # The weights measured are those of the best step; what the run was trained on is up to its last.
         if (path / "last.pt").exists():
             step = checkpoint.load(path)["step"]
         lesson = training_facts(config_dict(saved), extra.get("data", data), chunks, step, data)
-        result = finish(model.to(rt.device), validation, active, lesson, saved, rt, folder)
+        result = finish(model.to(rt.device), validation, final, active, lesson, saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: {verdict(result, len(active), folder)}")
+            print(f"step {step}: {result['verdict']}; pictures in {folder / 'plots'}")
     return result
 
 

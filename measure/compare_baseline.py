@@ -5,40 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from common.errors import InputError
+from sources.equal_size import as_large
 
 BESIDE = "baseline"  # the folder of the baseline's run in that of the planner's
-WITHIN = 0.03  # the share by which sizes may differ
-
-
-def equal_width(size_at: Callable[[int], int], wanted: int, unit: int = 1) -> tuple[int, int]:
-    """(width, parameters) of the model that is nearest in size to `wanted` parameters.
-
-    size_at: parameters of a width, which grow with it. unit: widths are multiples of it. Raises InputError where the
-    nearest is further away than WITHIN.
-    """
-    above = 1
-    while size_at(above * unit) < wanted:
-        above *= 2
-    below = above // 2  # too small, or 0, which is no width
-    while above - below > 1:
-        middle = (above + below) // 2
-        if size_at(middle * unit) < wanted:
-            below = middle
-        else:
-            above = middle
-    widths = [number * unit for number in (below, above) if number]
-    sizes = {width: size_at(width) for width in widths}
-    nearest = min(sizes, key=lambda width: abs(sizes[width] - wanted))
-    if abs(sizes[nearest] - wanted) > WITHIN * wanted:
-        raise InputError(
-            f"compare_baseline: no baseline has within {WITHIN:.0%} of the {wanted:,} parameters of the planner, the "
-            f"nearest has {sizes[nearest]:,} at d_model={nearest} (in steps of {unit}): "
-            "change n_heads, token_dim or n_layers"
-        )
-    return nearest, sizes[nearest]
 
 
 def baseline_settings(cfg, build: Callable, trains: dict):
@@ -59,17 +29,11 @@ def baseline_settings(cfg, build: Callable, trains: dict):
         batch_size=trains["batch_size"],  # the same batches, also where the planner's memory decides about them
     )
 
-    def size_at(width: int) -> int:
-        with torch.device("meta"):  # shapes alone
-            model = build(replace(plain, d_model=width), vocab_size)
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    # Of a transformer a head is a whole number of pairs.
-    unit = 2 * cfg.n_heads if cfg.backbone == "transformer" else 1
-    width, parameters = equal_width(size_at, trains["parameters"], unit)
-    say(f"compare_baseline: a baseline of {parameters:,} parameters (d_model={width}) for the planner of "
+    widths, parameters = as_large(build, plain, vocab_size, trains["parameters"], "compare_baseline")
+    same_size = replace(plain, **widths)
+    say(f"compare_baseline: a baseline of {parameters:,} parameters (d_model={same_size.d_model}) for the planner of "
         f"{trains['parameters']:,}; it trains first, in {plain.out_dir}")  # fmt: skip
-    return replace(plain, d_model=width)
+    return same_size
 
 
 def resume_beside(resume: str) -> str:

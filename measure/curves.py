@@ -5,6 +5,7 @@ Position t = 1..T is the prediction made after t tokens. Everything is in nats.
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.errors import DataError
 from measure.figures import figure
 from sources.ergodic import mixture_log_prob
 from sources.shared import counter_rng
 
 TOGETHER = ("seen", "unseen")  # groups of categories, beside each category by its name
 PROBED = (1, 2, 3, 5, 8, 12, 20, 35, 60)  # positions of the probe, and the last
+REPORTED = (1, 2, 5, 10, 20, 50)  # positions of documents.npz, and the last
+EARLY = 10  # position that the in-context score starts from
 ALPHAS = (0.01, 8.0)  # exponents that a fit looks among
 LEAST_FALL = 1e-4  # nats from the first position to the last: a curve that falls by less is flat, and has no fit
 LEAST_OPTIMUM = 1e-6  # nats: a ratio to less says nothing
@@ -104,6 +108,33 @@ def gains(xe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     gain = xe[..., 0] - xe[..., -1]
     total = (xe - last).sum(-1)
     return gain, total
+
+
+def score_positions(early: int | None, late: int | None, T: int) -> tuple[int, int] | None:
+    """The two positions of the in-context score, by default 10 and T; None in a context of one prediction.
+
+    In a context of 10 or less the early one is by default half of it. Raises DataError for positions that are not
+    1 <= early < late <= T.
+    """
+    if T < 2 and early is None and late is None:
+        return None
+    late = T if late is None else late
+    if early is None:
+        early = EARLY if late > EARLY else max(1, late // 2)
+    if not 1 <= early < late <= T:
+        raise DataError(
+            f"icl_early = {early}, icl_late = {late}: the in-context score is between two positions, the first before "
+            f"the second, of the {T} that predict"
+        )
+    return early, late
+
+
+def score(xe: np.ndarray, early: int, late: int) -> np.ndarray:
+    """The in-context score of curves [..., T]: XE(late) - XE(early), negative where context helps.
+
+    Olsson et al. 2022, "In-context Learning and Induction Heads": there between tokens 500 and 50.
+    """
+    return xe[..., late - 1] - xe[..., early - 1]
 
 
 def gain_definition(T: int) -> str:
@@ -211,6 +242,8 @@ def measure(
     oracle: tuple[Curves, Curves] | None,
     resamples: int,
     seed: int,
+    early: int | None = None,
+    late: int | None = None,
 ) -> dict:
     """The XE by position of each category, of the active ones together ("seen") and of the others ("unseen").
 
@@ -218,7 +251,9 @@ def measure(
 
     Args:
         names: of all categories, in the order of their numbers. oracle: what oracle_curves gave, where it is known.
+        early, late: of the in-context score, as score_positions has them. It raises DataError.
     """
+    positions = score_positions(early, late, curves.sums.shape[1])
     present = [name for code, name in enumerate(names) if (curves.codes == code).any()]
     samples = {}
     groups = {}
@@ -236,6 +271,7 @@ def measure(
         mean = curves.mean_of(codes)
         group_samples = np.mean([samples[name] for name in members], 0)
         results[group] = describe_curve(mean, group_samples)
+        results[group]["icl_score"] = positions and describe_score(mean, group_samples, *positions)
         if oracle and set(members) <= set(active):  # the exact predictor of a mixture of other components is another
             mixture, known = oracle
             results[group] |= describe_excess(mean, mixture.mean_of(codes), known.mean_of(codes))
@@ -264,6 +300,16 @@ def describe_curve(mean: np.ndarray, samples: np.ndarray) -> dict:
     }
 
 
+def describe_score(mean: np.ndarray, samples: np.ndarray, early: int, late: int) -> dict:
+    """The in-context score of a curve [T], with its interval from resamples [resamples, T]."""
+    return {
+        "value": float(score(mean, early, late)),
+        "interval": listed(interval(score(samples, early, late))),
+        "early": early,
+        "late": late,
+    }
+
+
 def perplexity(xe: float) -> float | None:
     """exp(XE); None where that is beyond double precision."""
     return math.exp(xe) if xe < 700 else None
@@ -289,18 +335,58 @@ def describe_excess(mean: np.ndarray, mixture: np.ndarray, known: np.ndarray) ->
     }
 
 
-def summarize(groups: dict) -> dict:
-    """What summary.json takes over of `measure`: of the categories trained on, and the XE of the others."""
+def information(log_prob: np.ndarray, codes: np.ndarray, active: list[int]) -> dict:
+    """What a chunk tells of its component, in nats: the sum over its tokens of (XE of the mixture - XE of the known).
+
+    Over all n tokens that is I(component; chunk), log p_k(x) - log(1/K sum_j p_j(x)) on average, at most log K. Over
+    the T predictions that a model makes it is less by what the first token tells, which nobody predicts.
+
+    Args:
+        log_prob: log p_k(x_t | x_<t) of every component, [R, all components, n]. codes: the true one of each chunk [R].
+        active: the components of the mixture, each of which has a chunk and counts alike.
+    """
+    log_prob = log_prob[:, active].astype(np.float64)  # [R, K, n]
+    document = []
+    predictions = []
+    for k, code in enumerate(active):
+        own = log_prob[codes == code]
+        told = pointwise_information(own.sum(-1), k).mean()
+        document.append(told)
+        predictions.append(told - pointwise_information(own[..., 0], k).mean())
+    return {
+        "document": float(np.mean(document)),
+        "predictions": float(np.mean(predictions)),
+        "log_K": math.log(len(active)),
+    }
+
+
+def pointwise_information(log_prob: np.ndarray, k: int) -> np.ndarray:
+    """log p_k(x) - log(1/K sum_j p_j(x)) of each x, [R], from log p_j(x) [R, K]."""
+    mixture = np.logaddexp.reduce(log_prob, axis=1) - math.log(log_prob.shape[1])
+    return log_prob[:, k] - mixture
+
+
+def summarize(groups: dict, split: str = "validation", val_xe: float | None = None) -> dict:
+    """What summary.json takes over of `measure`: of the categories trained on, and the XE of the others.
+
+    split: what was measured on, "validation" or "test"; of a test val_xe is the XE on validation, by which the weights
+    were chosen.
+    """
     seen = groups["seen"]
     fit = None
     if seen["fit"]:
         fit = {name: parameter["value"] for name, parameter in seen["fit"].items()}
+    xe = {"val_xe": seen["xe"]}
+    if split == "test":
+        xe = {"val_xe": val_xe, "test_xe": seen["xe"]}
     summary = {
-        "val_xe": seen["xe"],
+        **xe,
+        "final_split": split,
         "perplexity": seen["perplexity"],
         "icl_gain": seen["icl_gain"],
         "icl_gain_definition": gain_definition(len(seen["xe_by_position"])),
         "total_gain": seen["total_gain"],
+        "icl_score": seen["icl_score"] and seen["icl_score"]["value"],
         "xe_by_position": seen["xe_by_position"],
         "fit": fit,
     }
@@ -312,19 +398,21 @@ def summarize(groups: dict) -> dict:
     return summary
 
 
-def verdict(summary: dict, K: int, folder: Path) -> str:
+def verdict(summary: dict, K: int) -> str:
     """The result of a run in a sentence, of what is defined: summary as `summarize` makes it."""
-    parts = [f"validation XE {summary['val_xe']:.4f} nats over K = {K}"]
+    xe = f"validation XE {summary['val_xe']:.4f} nats over K = {K}"
+    if "test_xe" in summary:
+        xe = f"test XE {summary['test_xe']:.4f} nats over K = {K} (validation {summary['val_xe']:.4f})"
     gain = f"icl_gain {summary['icl_gain']:.4f} ({summary['icl_gain_definition']}"
     if "oracle_icl_gain" in summary:
         gain += f"; of the exact optimum {summary['oracle_icl_gain']:.4f}"
-    parts.append(gain + ")")
+    parts = [xe, gain + ")"]
     if summary.get("largest_relative_excess") is not None:
         parts.append(f"at most {summary['largest_relative_excess']:.2%} from the optimum at any position")
     elif "largest_excess" in summary:  # percent of an optimum that is 0 somewhere are none
         parts.append(f"at most {summary['largest_excess']:.4f} nats from the optimum at any position")
     parts.append(fit_sentence(summary["fit"]))
-    return f"{', '.join(parts)}; pictures in {folder / 'plots'}"
+    return ", ".join(parts)
 
 
 def fit_sentence(fit: dict | None) -> str:
@@ -481,6 +569,36 @@ def write_curves(path: Path, groups: dict) -> None:
             )
             for position, values in enumerate(columns, 1):
                 table.writerow([name, position, *map(blank, values)])
+
+
+def write_documents(path: Path, curves: Curves, names: list[str], documents: np.ndarray, groups: dict) -> None:
+    """documents.npz: the XE of each document at some positions, for statistics over documents across runs.
+
+    names [C] of categories, codes [M] (the category of each document, a number of names), documents [M] (their numbers
+    in the file), counts [M] (chunks), positions [P] (1 is the prediction after one token; those reported, and of the
+    in-context score), sums [M, P] (nats, over the chunks of a document), total [M] (the same of the mean over all T).
+
+    Args:
+        documents: numbers of the M documents of the curves, ascending. groups: of `measure`.
+    """
+    T = curves.sums.shape[1]
+    positions = {position for position in REPORTED if position <= T} | {T}
+    said = groups["seen"]["icl_score"]
+    if said:
+        positions |= {said["early"], said["late"]}
+    positions = np.array(sorted(positions))
+    arrays = {
+        "names": np.array(names),
+        "codes": curves.codes,
+        "documents": documents,
+        "counts": curves.counts,
+        "positions": positions,
+        "sums": curves.sums[:, positions - 1].astype(np.float32),
+        "total": curves.sums.mean(1).astype(np.float32),
+    }
+    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
+    np.savez(fresh, **arrays)
+    os.replace(fresh, path)
 
 
 def blank(value: float | str | None) -> float | str:

@@ -524,6 +524,30 @@ def train_and_validation(data: str | Path, validation_data: str = "", vocab_size
     return train, validation
 
 
+def test_chunks(data: str | Path, train) -> dict | None:
+    """The test split, as chunk_arrays has it; None, and a note, where there is none or it lacks a category of training.
+
+    Args:
+        data: see split_paths. train: of training chunks, names, vocab_size and size.
+    Raises DataError for a file that is damaged or of another preparation.
+    """
+    path = split_paths(Path(data))[0]
+    path = path.with_name(f"{SPLIT_END.sub('', path.stem)}_test".removeprefix("_") + path.suffix)
+    if not path.exists():
+        note(f"there is no {path}: the final numbers are of validation, by which the weights are chosen too")
+        return None
+    test = chunk_arrays(path, train.vocab_size)
+    if test["vocab_size"] != train.vocab_size or test["tokens"].shape[1] != train.size:
+        raise DataError(f"{path} differs from the training chunks in chunk size or vocabulary: they are not of one "
+                        "preparation; final_split=validation goes without it")
+    lacking = [name for name in train.names if name not in test["names"]]
+    if lacking:  # the same for every run on these data, whichever categories it is about
+        note(f"{path} has no chunk of {quoted(lacking)}: the final numbers are of validation, by which the weights are "
+             "chosen too")
+        return None
+    return test
+
+
 def split_paths(data: Path, validation_data: str = "") -> tuple[Path, Path]:
     """The files of training and of validation chunks in a folder, or those that a file of one split belongs to.
 

@@ -125,7 +125,7 @@ def ergodic(
     components: list[dict] = COMPONENTS,
     train_documents: int = 10_000,
     validation_documents: int = 1_000,
-    test_documents: int = 0,
+    test_documents: int | None = None,
     chunks_per_document: int = 2,
     chunk_size: int = 100,
     out_dir: str = "data/ergodic",
@@ -136,10 +136,14 @@ def ergodic(
     Each document is one sequence of its component. Oracles read a chunk from its first token on, as a model does:
     oracle_log_prob [N, K, n] is log p_k(x_t | x_<t), from which the optimum of any subset of components follows;
     oracle_xe_mixture and oracle_xe_component [K, n] are its averages for all components together.
+    test_documents: default as many as of validation; 0 writes no test.h5. The documents of a split are the same
+    whatever there is of the others.
     """
     names, processes = ergodic_components(components)
     vocab_size = processes[0].vocab_size
     length = chunks_per_document * chunk_size
+    if test_documents is None:
+        test_documents = validation_documents
     sizes = {}
     with Workshop(out_dir) as shop:
         counts = (train_documents, validation_documents, test_documents)
@@ -164,7 +168,8 @@ def ergodic(
             if split != "train":
                 add_oracles(path, np.concatenate(log_prob), np.array(owner))
             sizes[split] = dict(chunks.sizes)
-        shop.finish(*(f"{split}.h5" for split in sizes))
+        # validation.h5 comes last: who waits for it (make_once) finds the others.
+        shop.finish(*(f"{split}.h5" for split in ("train", "test", "validation") if split in sizes))
     listed = ", ".join(f"{split} {counted(sum(counts.values()), 'chunk')}" for split, counts in sizes.items())
     print(f"{counted(len(names), 'component')} over {counted(vocab_size, 'token')}: {listed}; written to {out_dir}")
     return sizes

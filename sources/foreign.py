@@ -443,6 +443,7 @@ ICL_NEWEST = Dialect(
         "log_interval": 100,
         "save_interval": 1_000,
         "eval_chunks": foreign_arxiv.NEVER,  # all
+        "final_split": "validation",
         "seed": 42,
         "precision": "fp32",
     },

@@ -26,6 +26,7 @@ from common.errors import InputError
 from common.runtime import Runtime
 from configurator import config_dict, configure, differences, from_dict
 from measure import compare_baseline, plans, speed
+from sources import equal_size
 from sources.corpus import Corpus, read_corpus
 from train_apelr import ALIASES, APELR, Batches, Config
 
@@ -690,7 +691,7 @@ def test_two_ranks_compare_like_one(text):
 @pytest.mark.parametrize("argv, words", [
     (["--version=baseline"], "compare_baseline is for a planner"),
     (["--init_from=somewhere.pt"], "the baseline has no weights to start from"),
-    (["--backbone=transformer", "--n_heads=8"], "no baseline has within 3% of the"),
+    (["--backbone=transformer", "--n_heads=8"], "no width has within 3% of the"),
     (["--seq_len=5000"], "less than a window of"), (["--resume=nowhere.pt"], "no checkpoint at nowhere.pt"),
     (["--batch_size=7", "--grad_accum=2"], "must be a multiple of"),
 ])
@@ -742,12 +743,12 @@ def test_the_nearest_width_is_found_or_refused():
         for wanted in (999, 5_000, 123_456):
             nearest = min(range(unit, 2_000, unit), key=lambda width: abs(width * width - wanted))
             if abs(nearest**2 - wanted) <= 0.03 * wanted:
-                assert compare_baseline.equal_width(lambda width: width * width, wanted, unit) == (nearest, nearest**2)
+                assert equal_size.equal_width(lambda width: width * width, wanted, unit) == (nearest, nearest**2)
             else:
                 with pytest.raises(InputError, match=f"nearest has {nearest**2:,} at d_model={nearest} "):
-                    compare_baseline.equal_width(lambda width: width * width, wanted, unit)
+                    equal_size.equal_width(lambda width: width * width, wanted, unit)
     with pytest.raises(InputError, match="within 3% of the 5 parameters"):
-        compare_baseline.equal_width(lambda width: 100 * width, 5)
+        equal_size.equal_width(lambda width: 100 * width, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------------

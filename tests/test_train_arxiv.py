@@ -494,17 +494,17 @@ def test_a_curve_without_a_fit_is_said_to_have_none():
     for group in groups.values():
         group["fit"] = None
     summary = summarize(groups)
-    told = verdict(summary, 2, Path("run"))
+    told = verdict(summary, 2)
     assert summary["fit"] is None and "no fit of a power law" in told and "t^" not in told
     falling = summary | {"fit": {"xe_inf": 1.0, "c": 0.5, "alpha": 0.7}}
-    assert "1.0000 + 0.5000 t^-0.700" in verdict(falling, 2, Path("run"))
+    assert "1.0000 + 0.5000 t^-0.700" in verdict(falling, 2)
 
 
 def test_the_verdict_the_summary_and_the_picture_say_what_icl_gain_is(monkeypatch):
     summary = summarize(measure(some_curves(), ["x", "y"], ["x", "y"], None, 50, 1))
     definition = "XE after 1 token less XE after 6, in nats"
     assert summary["icl_gain_definition"] == definition
-    assert f"icl_gain {summary['icl_gain']:.4f} ({definition})" in verdict(summary, 2, Path("run"))
+    assert f"icl_gain {summary['icl_gain']:.4f} ({definition})" in verdict(summary, 2)
     titles = []
 
     @contextlib.contextmanager
@@ -533,11 +533,11 @@ def test_an_optimum_of_zero_is_held_against_in_nats():
     groups = measure(model, ["x"], ["x"], (still, still), 50, 1)
     summary = summarize(groups)
     assert summary["largest_relative_excess"] is None and summary["largest_excess"] == pytest.approx(0.03)
-    assert "at most 0.0300 nats from the optimum" in verdict(summary, 1, Path("run"))
-    assert "%" not in verdict(summary, 1, Path("run"))
+    assert "at most 0.0300 nats from the optimum" in verdict(summary, 1)
+    assert "%" not in verdict(summary, 1)
     half = Curves(xe / 2, np.array([1, 1]), np.array([0, 0]))
     summary = summarize(measure(model, ["x"], ["x"], (half, half), 50, 1))
-    assert "at most 100.00% from the optimum" in verdict(summary, 1, Path("run"))
+    assert "at most 100.00% from the optimum" in verdict(summary, 1)
 
 
 def test_gains_are_first_less_last_and_the_sum_over_the_last():
@@ -598,13 +598,14 @@ def assert_drawn(folder: Path, *names: str) -> None:
 
 def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     assert {path.name for path in whole.iterdir()} == {
-        "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "xe_by_position.csv", "plots",
+        "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "documents.npz", "plots",
+        "xe_by_position.csv",
         "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
     assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
     summary, results = read(whole / "summary.json"), read(whole / "results.json")
     seen, groups = results["groups"]["seen"], results["groups"]
     assert groups.keys() == {"a", "b", "c", "seen", "unseen"} and groups["unseen"] == groups["c"]
-    assert summary["val_xe"] == pytest.approx(np.mean(summary["xe_by_position"])) and summary["K"] == 2
+    assert summary["test_xe"] == pytest.approx(np.mean(summary["xe_by_position"])) and summary["K"] == 2
     assert len(summary["xe_by_position"]) == len(summary["oracle_xe_by_position"]) == 11
     assert summary["icl_gain"] == pytest.approx(summary["xe_by_position"][0] - summary["xe_by_position"][-1])
     assert {"config_hash", "seconds", "tokens_per_second", "torch", "device", "fit", "total_gain"} <= summary.keys()
@@ -615,7 +616,145 @@ def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
         table = list(csv.DictReader(file))
     assert [float(row["xe"]) for row in table if row["group"] == "seen"] == summary["xe_by_position"]
     assert len(table) == 5 * 11 and {row["oracle_xe"] for row in table if row["group"] == "c"} == {""}
-    assert len(results["probe"]["accuracy"]) == 2 and "done: validation XE" in (whole / "train.log").read_text()
+    assert len(results["probe"]["accuracy"]) == 2 and "done: test XE" in (whole / "train.log").read_text()
+
+
+def test_documents_npz_holds_the_sums_that_the_curves_are_made_of(whole, data):
+    """Against each document of the test evaluated by itself."""
+    test = chunks_of(data / "test.h5")
+    _, model, _, _ = train_arxiv.load_run(whole, "cpu")
+    groups = read(whole / "results.json")["groups"]
+    with np.load(whole / "documents.npz", allow_pickle=False) as file:
+        found = dict(file)
+    assert found["names"].tolist() == ["a", "b", "c"] and found["counts"].tolist() == [2] * 18
+    assert found["positions"].tolist() == [1, 2, 5, 10, 11] and found["codes"].tolist() == sorted(found["codes"])
+    for number, code, sums, total in zip(*(found[key] for key in ("documents", "codes", "sums", "total")), strict=True):
+        rows = np.flatnonzero(test.documents == number)
+        assert len(rows) == 2 and (test.codes[rows] == code).all()
+        alone = train_arxiv.evaluate(model, test, rows, runtime()).sums[0]
+        assert sums == pytest.approx(alone[found["positions"] - 1], rel=1e-4) and total == pytest.approx(alone.mean())
+    for code, name in enumerate("abc"):
+        of = found["codes"] == code
+        assert found["total"][of].sum() / found["counts"][of].sum() == pytest.approx(groups[name]["xe"], rel=1e-5)
+
+
+def test_final_numbers_are_of_the_test_and_those_of_before_of_validation(data, whole):
+    """Which split is measured changes nothing of the training, nor by what the weights are chosen."""
+    earlier = run(data, *RUN, "--final_split=validation")
+    now, results = read(whole / "summary.json"), read(whole / "results.json")
+    assert checkpoint.load(Path("run/best.pt"))["best"] == checkpoint.load(whole / "best.pt")["best"]
+    assert earlier["val_xe"] == pytest.approx(now["val_xe"], rel=1e-5) and "test_xe" not in earlier
+    assert (earlier["final_split"], now["final_split"], results["final_split"]) == ("validation", "test", "test")
+    assert earlier["verdict"].startswith(f"validation XE {earlier['val_xe']:.4f} nats over K = 2, icl_gain")
+    assert now["verdict"].startswith(f"test XE {now['test_xe']:.4f} nats over K = 2 (validation {now['val_xe']:.4f}), ")
+    _, model, _, _ = train_arxiv.load_run(Path("run"), "cpu")
+    for split, summary in (("validation", earlier), ("test", now)):
+        chunks = chunks_of(data / f"{split}.h5")
+        curves = train_arxiv.evaluate(model, chunks, np.arange(len(chunks.codes)), runtime())
+        assert summary["xe_by_position"] == pytest.approx(curves.mean_of([0, 1]), rel=1e-4)
+    # An older run is looked at as it was measured then, if that is asked for.
+    again = train_arxiv.main([f"--analyze={whole}", "--device=cpu", "--final_split=validation"])
+    shutil.rmtree(whole / "analysis")
+    assert again["xe_by_position"] == pytest.approx(earlier["xe_by_position"], rel=1e-5)
+
+
+@pytest.mark.parametrize("damage, words", [("missing", "note: there is no data/test.h5: the final numbers are of vali"),
+                                           ("lacks", "note: data/test.h5 has no chunk of 'c': the final numbers are"),
+                                           ("other", "error: data/test.h5 differs from the training chunks")])
+def test_without_a_test_the_final_numbers_are_of_validation_and_a_line_says_so(damage, words, data, capsys):
+    shutil.copytree(data, "data")
+    test = Path("data/test.h5")
+    test.unlink()
+    if damage != "missing":
+        size = 12 if damage == "lacks" else 8
+        corpus({"a": [[0] * size], "b": [[1] * size]}, 4, size)
+        Path("corpus.h5").rename(test)
+    settings = (*TINY, "--data=data", "--categories=a", "--max_steps=2", "--probe=false")
+    if damage == "other":
+        assert words in "error: " + refused(capsys, *settings) and not Path("run").exists()
+        settings = (*settings, "--final_split=validation")
+    summary = train_arxiv.main([*settings])
+    assert summary["final_split"] == "validation" and "test_xe" not in summary
+    assert summary["val_xe"] == pytest.approx(np.mean(summary["xe_by_position"]))
+    assert damage == "other" or words in capsys.readouterr().err
+
+
+def test_the_in_context_score_is_late_less_early_with_its_interval():
+    curves = some_curves()
+    groups = measure(curves, ["x", "y"], ["x", "y"], None, 2_000, 1, early=2, late=5)
+    for code, name in enumerate("xy"):
+        xe = curves.sums[curves.codes == code] / 3
+        difference = xe[:, 4] - xe[:, 1]
+        said = groups[name]["icl_score"]
+        assert said["value"] == pytest.approx(difference.mean()) and (said["early"], said["late"]) == (2, 5)
+        error = difference.std() / math.sqrt(200)  # of paired positions, not of two independent means
+        assert np.ptp(said["interval"]) == pytest.approx(2 * 1.96 * error, rel=0.12)
+        assert said["interval"][0] < said["value"] < said["interval"][1]
+    assert groups["seen"]["icl_score"]["value"] == pytest.approx(
+        (groups["x"]["icl_score"]["value"] + groups["y"]["icl_score"]["value"]) / 2)
+    one = Curves(np.ones((4, 1)), np.ones(4, dtype=int), np.zeros(4, dtype=int))
+    assert measure(one, ["x"], ["x"], None, 9, 1)["x"]["icl_score"] is None
+
+
+@pytest.mark.parametrize("given, T, positions", [
+    ((None, None), 99, (10, 99)), ((None, None), 11, (10, 11)), ((None, None), 10, (5, 10)), ((None, None), 2, (1, 2)),
+    ((None, None), 1, None), ((3, None), 9, (3, 9)), ((None, 30), 99, (10, 30)), ((None, 6), 99, (3, 6))])
+def test_the_positions_of_the_score_follow_the_context(given, T, positions):
+    assert curves_room.score_positions(*given, T) == positions
+
+
+@pytest.mark.parametrize("words", ["--icl_late=12", "--icl_early=11", "--icl_early=9 --icl_late=9", "--icl_late=1"])
+def test_positions_of_the_score_that_the_context_has_not_are_refused(words, data, capsys):
+    told = refused(capsys, *TINY, f"--data={data}", *words.split())
+    assert "of the 11 that predict" in told and not Path("run").exists()
+
+
+@pytest.mark.parametrize("active", ["abc", "ca", "b"])
+def test_information_is_what_the_exact_curves_lose_on_the_way(active, data, monkeypatch):
+    """The sum over predictions of (mixture - known), and with the first token's log p at most log K."""
+    test = chunks_of(data / "test.h5")
+    codes = [test.code(name) for name in active]
+    rows = np.flatnonzero(np.isin(test.codes, codes))
+    found = curves_room.information(test.oracle[rows], test.codes[rows], codes)
+    mixture, known = train_arxiv.exact_curves(test, rows, list(active))
+    lost = (mixture.mean_of(codes) - known.mean_of(codes)).sum()
+    assert found["predictions"] == pytest.approx(lost, abs=1e-6) and found["log_K"] == math.log(len(active))
+    first = np.exp(test.oracle[rows][:, codes, 0].astype(float))  # p_j(first token), [R, K]
+    own = np.array([first[row, active.index(test.names[code])] for row, code in enumerate(test.codes[rows])])
+    told = np.log(own / first.mean(1))  # as many chunks of each component
+    assert found["document"] == pytest.approx(lost + told.mean(), abs=1e-6)
+    assert -1e-9 <= found["document"] <= found["log_K"] + 1e-9
+
+
+def test_results_hold_the_information_and_what_a_run_is_a_control_of(data, whole):
+    found = read(whole / "results.json")
+    assert found["information"]["log_K"] == math.log(2) and found["control_of"] is None
+    run(data, "--categories=b", "--control_of=2", "--budget=tokens", "--budget_tokens=240", "--max_steps=2")
+    assert read("run/results.json")["control_of"] == 2
+
+
+def test_chunks_of_a_control_are_those_of_its_share(data):
+    """The first B / K of the same permutation, whatever others there are."""
+    chunks = some_corpus((60, 60, 60), each=3)
+    for choice, windows in itertools.product(("random", "first"), (False, True)):
+        settings = {"choice": choice, "random_windows": windows, "seed": 5}
+        together = train_arxiv.training_rows(chunks, ["a", "c"], Config(**settings))
+        for name in "ac":
+            alone = train_arxiv.training_rows(
+                chunks, [name], Config(**settings, control_of=2, budget="tokens", budget_tokens=30 * 5))
+            assert alone.tolist() == together[chunks.codes[together] == chunks.code(name)].tolist()
+
+
+def test_test_documents_are_others_and_move_none_of_training_and_validation(data):
+    settings = ["ergodic", f"--components={json.dumps(PARTS)}", "--train_documents=20", "--validation_documents=6",
+                "--chunk_size=12"]
+    prepare_data.main([*settings, "--test_documents=0", "--out_dir=without"])
+    assert not Path("without/test.h5").exists()
+    for split in ("train", "validation"):
+        assert Path(f"without/{split}.h5").read_bytes() == (data / f"{split}.h5").read_bytes()
+    test, validation = (chunks_of(data / f"{split}.h5") for split in ("test", "validation"))
+    assert len(test.tokens) == len(validation.tokens) and (test.tokens != validation.tokens).any()
+    assert test.oracle.shape == validation.oracle.shape
 
 
 def test_results_say_what_the_run_was_trained_on_and_how_much(whole, data):
@@ -770,19 +909,19 @@ def test_a_killed_run_started_again_ends_with_the_same_bits(data):
 
 def test_two_ranks_train_like_one(data):
     settings = [*TINY, f"--data={data}", "--grad_accum=2", "--out_dir=two"]
-    assert two_ranks("test_train_arxiv", *settings, function="quick").count("done: validation XE") == 1
+    assert two_ranks("test_train_arxiv", *settings, function="quick").count("done: test XE") == 1
     alone, two = run(data), read("two/summary.json")
     assert two["xe_by_position"] == pytest.approx(alone["xe_by_position"], rel=1e-3)
     assert two["steps"] == alone["steps"] and [r["step"] for r in evals("two")] == [r["step"] for r in evals("run")]
     told = two_ranks("test_train_arxiv", "--analyze=two", "--device=cpu", function="quick")
-    assert told.count("validation XE") == 1
+    assert told.count("test XE") == 1
 
 
 def test_a_study_of_two_ranks_trains_every_run_and_reports_once(data):
     """Several process groups, one after the other, in the same two processes."""
     settings = [*TINY, f"--data={data}", "--study=nested:1,2,3", "--max_steps=4", "--probe=false", "--out_dir=study"]
     told = two_ranks("train_arxiv", *settings)
-    assert told.count("done: validation XE") == 3 and told.count("report of 3 runs") == 1
+    assert told.count("done: test XE") == 3 and told.count("report of 3 runs") == 1
     assert sorted(path.name for path in Path("study").glob("K*")) == [
         "K1_a_seed1337", "K2_a_b_seed1337", "K3_a_b_c_seed1337"]
 
@@ -839,7 +978,7 @@ def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys)
     assert found.keys() == {1, 2} and {p.name for p in Path("run").glob("K*")} == {"K1_a_seed1337", "K2_a_b_seed1337"}
     before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
     for folder in ("run/K1_a_seed1337", "run/K2_a_b_seed1337"):
-        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["val_xe"]
+        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["test_xe"]
     capsys.readouterr()
     assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
     assert capsys.readouterr().out.count("finished before") == 2

@@ -1,0 +1,155 @@
+"""Leave one cell type out: for each type a TOML of the same cells, of which it is the test and all others train."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from common.errors import DataError
+from sources.digests import fingerprint
+from sources.shared import quoted, suggest
+from sources.splits import check_controls, types_of
+from sources.studies import Variation
+from sources.sweeps import safe, split_list, unquoted
+
+FOLDER = Path("data/holdouts")  # of the TOMLs, beside data/cells, which they share
+LONGEST_NAME = 180  # of a run, without its seed and what else differs: a folder's may have 255 bytes
+
+
+def plan(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
+    """A run for each cell type that words.holdout names, or for "each" that has perturbed cells.
+
+    What the TOML of cfg holds out is not held out here: all cells of its data sets train but those of the type. In its
+    place may be an h5ad file, which is the only data set then. The new TOMLs are in FOLDER/NAME-HASH; the hash is that
+    of the paths of the cells, so that the same command finds them again.
+
+    Args:
+        page: train_state.py or a copy. cfg: its Config.
+    Raises DataError for another page, for a type that is not there or has nothing to test, for cells of one type only,
+    and what opening the cells does.
+    """
+    if getattr(page, "EXPERIMENT", "") != "state":
+        raise DataError("holdout leaves cell types out, which only train_state.py has: leave it out")
+    source = Path(cfg.toml_config_path)
+    if source.suffix in (".h5ad", ".h5"):
+        if not source.is_file():
+            raise DataError(f"there is no file {source}: give an h5ad file, or the TOML of your data")
+        whole = write_toml({source.stem.replace(".", "_"): [source]}, source.stem)
+        cfg = replace(cfg, toml_config_path=str(whole))
+    cells = page.open_data(cfg)
+    # Cells that the given TOML leaves out have not been looked at yet.
+    check_controls(cells, np.ones(len(cells.file), np.uint8), cfg.strict or not cfg.embed_key, cfg.pert_col)
+    variations = []
+    for name in chosen_types(cells, words.holdout):
+        toml = write_toml(files_of(cells), source.stem, name, datasets_of(cells, name))
+        variations.append(Variation(folder_name(name), {"toml_config_path": str(toml)}, {"held_out": name}))
+    return variations
+
+
+def chosen_types(cells, holdout: str) -> list[str]:
+    """The cell types that `holdout` names, separated by commas, or of "each" those with perturbed cells, by name.
+
+    Raises DataError.
+    """
+    perturbed = {cells.cell_types[code] for _, code in types_of(cells, ~cells.is_control)}
+    if len(perturbed) < 2:
+        raise DataError(f"{cells.toml} has perturbed cells of {quoted(sorted(perturbed))} alone: without that type "
+                        "nothing is left to learn an effect from")
+    if holdout == "each":
+        return sorted(perturbed)
+    names = [holdout] if holdout in cells.cell_types else [unquoted(name) for name in split_list(holdout)]
+    for name in names:
+        if name not in cells.cell_types:
+            raise DataError(f"holdout: {cells.toml} has no cell type {name!r}{suggest(name, cells.cell_types)}")
+        if name not in perturbed:
+            raise DataError(f"holdout: {cells.toml} has no perturbed cells of {name!r}, so there is nothing to test; "
+                            f"it has some of {quoted(sorted(perturbed))}")
+        if names.count(name) > 1:
+            raise DataError(f"holdout names {name!r} twice: name it once")
+    return names
+
+
+def files_of(cells) -> dict[str, list[Path]]:
+    """The files of each data set."""
+    datasets = {}
+    for name, file in zip(cells.names, cells.files, strict=True):
+        datasets.setdefault(name, []).append(Path(file))
+    return datasets
+
+
+def datasets_of(cells, cell_type: str) -> list[str]:
+    """The data sets that have cells of this type, in the order of the files."""
+    of_type = cells.cell_type == cells.cell_types.index(cell_type)
+    files = np.unique(cells.file[of_type])
+    return list(dict.fromkeys(cells.names[file] for file in files))
+
+
+def folder_name(cell_type: str) -> str:
+    """A cell type as a part of a path: "_" and what a folder cannot have are percent escapes, so that no two have one
+    name; one that is too long ends with a digest."""
+    name = quote(cell_type, safe="").replace("_", "%5F")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 17]}-{fingerprint(name)}"  # of all of it
+    return name
+
+
+def write_toml(
+    datasets: dict[str, list[Path]],
+    stem: str,
+    cell_type: str | None = None,
+    has_it: Sequence[str] = (),
+) -> Path:
+    """A TOML of these data sets, all of which train but for the cell type; its path. Raises DataError.
+
+    It is complete or not there, and left alone where it is as it should be: a run may be reading it.
+
+    Args:
+        datasets: files by name. stem: what the path begins with. has_it: the data sets that have the type.
+    """
+    sources, training, zeroshot = [], [], []
+    for dataset, files in datasets.items():
+        sources.append(f"{literal(dataset)} = {literal(pattern(files))}")
+        training.append(f'{literal(dataset)} = "train"')
+    for dataset in has_it:
+        key = literal(f"{dataset}.{cell_type}")
+        zeroshot.append(f'{key} = "test"')
+    title = "# all cells train" if cell_type is None else f"# all cells train but those of {literal(cell_type)}"
+    lines = [title, "[datasets]", *sources, "", "[training]", *training, "", "[zeroshot]", *zeroshot]
+    text = "\n".join(lines) + "\n"
+
+    name = f"{safe(stem)}-{fingerprint(*sources)[:12]}"
+    path = FOLDER / f"{name}.toml"
+    if cell_type is not None:
+        path = FOLDER / name / f"{folder_name(cell_type)}.toml"
+    try:
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".saving-{os.getpid()}.toml")
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}): runs read from it who trains") from error
+    return path
+
+
+def pattern(files: list[Path]) -> str:
+    """The files of a data set as [datasets] has them, wherever the TOML is. Raises DataError."""
+    places = [os.path.abspath(file) for file in files]
+    for place in places:
+        # Braces stand for several files, which commas part.
+        if set("{}") & set(place) or (len(places) > 1 and "," in place):
+            raise DataError(f"{place}: [datasets] cannot name a path with braces, or with a comma beside other files: "
+                            "rename it")
+    return places[0] if len(places) == 1 else "{" + ",".join(places) + "}"
+
+
+def literal(text: str) -> str:
+    """A text in quotes, as TOML has it: JSON's, but that it escapes one sign more."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
