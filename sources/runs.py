@@ -22,7 +22,7 @@ from common.errors import InputError, reason
 from configurator import Settings, differences, note
 from sources.shared import counted
 from sources.studies import Variation, resized, variations
-from sources.sweeps import CONFIG_NAME, SEARCHING, Sweeper, Word, digest, labels, listed_values, plain, run_name
+from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
 
 HERE = Path(__file__).resolve().parents[1]
 MOST_RUNS = 1_000
@@ -116,9 +116,6 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
     """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
     choices, listed = [], []
     for word in words:
-        if word.key.replace("-", "_") == CONFIG_NAME and word.value in SEARCHING:
-            raise InputError(f"{word.key}={word.value} searches over intervals, which needs Optuna: leave it out, and "
-                             "list values instead, as in lr=1e-3,1e-4")
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
