@@ -3,6 +3,7 @@
     python sweep.py train_ghmm.py config/ghmm_mess3.py --lr=1e-3,1e-4 --seed=0,1,2 --jobs=2    # 6 runs, 2 at a time
     python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'   # two values of a setting that is a list
     python sweep.py train_arxiv.py --study=nested:1,2,4 --seed=0,1            # the runs of a study
+    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --shard=3/10                 # every tenth run, for an array of jobs
     python sweep.py train_ghmm.py --lr=1e-3,1e-4 --print_config               # the commands that it would run, and stop
     python sweep.py report out/ghmm_sweep_1a2b3c                              # compare runs that there are
     python train_ghmm.py -m lr=1e-3,1e-4 'seed=range(3)' hydra.sweep.dir=out/lr    # the same in Hydra's words
@@ -16,51 +17,81 @@ does not wait for that. Exit code 1 if a run failed.
 """
 
 import contextlib
-import os
 import re
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from tqdm import tqdm
 
 from common.errors import InputError, clear_errors, leave
-from common.jobs import run_all, signals
+from common.jobs import Job, devices, launch, run_all, signals
+from common.progress import Progress
+from common.runlog import write_json
 from configurator import Count, Range, Settings, Whole, configure, note
-from measure.sweeps import OBJECTIVES, append, in_words, read, record, table
+from measure.sweeps import HEADS, append, in_words, objective, read, record, table
 from sources.runs import Grid, Run, has_ended, import_page, plan_runs
-from sources.shared import counted
-from sources.sweeps import HYDRA, Sweeper, Word, hydra_settings, read_sweeper, take_apart
+from sources.search import SEARCHES, Trial
+from sources.shared import closest, counted
+from sources.sweeps import (
+    CONFIG_NAME,
+    HYDRA,
+    Sweeper,
+    Word,
+    hydra_settings,
+    in_shard,
+    labels,
+    read_sweeper,
+    take_apart,
+)
+from sources.trials import Plan, Trials, plan_search
 
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
+CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
 
 
 @dataclass
 class Config:
     out_dir: str = ""  # folder of the sweep; default that of a single run with _sweep_ and a digest of what is constant
-    jobs: Jobs = 1  # runs at a time; -1: one a core
-    trials: Count | None = None  # run only so many of the combinations, drawn at random without repetition
-    trials_seed: Whole = 0  # of that draw
+    jobs: Jobs | None = None  # runs at a time; -1: one a GPU, or a core without any; default 1, or one a GPU of several
+    gpus: Whole | None = None  # give each run one of so many GPUs; default all that are visible; 0: leave them alone
+    launcher: str = ""  # words before the script, such as "torchrun --nproc_per_node=8"; default Python alone
+    shard: str = ""  # K/N: every Nth run from the Kth on, for arrays of jobs
+    objective: str = ""  # what runs are compared by: NAME of a number in summary.json; -NAME: more of it is better
+    trials: Count | None = None  # run only so many of the combinations, drawn at random; of a search, how many in all
+    trials_seed: Whole = 0  # of that draw, and of a search
+    # search, where a setting has a range
+    sampler: Literal["tpe", "random"] | None = None  # default tpe; given, it searches lists alone too
+    storage: str = ""  # of the study: path of a journal file, or URL of a database; default study.journal in out_dir
+    study_name: str = ""  # in that storage; default by its settings
+    prune: bool = True  # stop a run that stays worse than the median of the others
     # studies
     study: str = ""  # of train_arxiv.py, XE against K: all (every subset) | k=1,2 (of these sizes) | nested:1,2,4
     orders: Count | None = None  # of the categories, for nested sets
     controls: bool = False  # beside a study each category alone at its share of the tokens
-    holdout: str = ""  # of train_state.py: leave out each cell type in turn, or NAME,NAME
+    holdout: str = ""  # of train_state.py: leave out "each" cell type in turn, or NAME,NAME
     equal_parameters: bool = False  # choose the width of each run for models of one size
 
 
 @dataclass
 class Sweep:
-    """What is swept: the page, its file, the settings of the sweep, and its folder."""
+    """What is swept: the page, its file, the settings of the sweep, its folder, and its runs, other shards' too."""
 
     page: ModuleType
     script: Path
     cfg: Config
     folder: Path
+    runs: list[Run]
+
+    @property
+    def lines(self) -> Path:
+        return self.folder / "sweep.jsonl"
 
     def has_ended(self, run: Run) -> bool:
         return has_ended(run, self.page, self.script)
@@ -75,69 +106,217 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
     for word in words:
         if not word.key:
             hydra |= hydra_settings(settings.peek(word.value))
+        elif word.key.replace("-", "_") == CONFIG_NAME:
+            hydra |= SEARCHES.get(word.value, {})
     hydra |= {word.key: word.value for word in words if HYDRA.match(word.key)}
     sweeper = read_sweeper(hydra)
     if sweeper.unused:
         note(f"without effect here: {', '.join(sweeper.unused)}")
     cfg = configure(Config, [f"--{name}={value}" for name, value in (sweeper.ours | own).items()])
     words = [word for word in words if not HYDRA.match(word.key)]
-    typed = [word.key for word in words]
-    words = [Word(key, f"{key}=", value) for key, value in sweeper.params.items() if key not in typed] + words
+    typed = [settings.resolve(word.key.split(".")) for word in words if word.key]
+    searched = [Word(key, f"{key}=", value) for key, value in sweeper.params.items()]
+    words = [word for word in searched if settings.resolve(word.key.split(".")) not in typed] + words
     return cfg, words, sweeper
 
 
-def run_sweep(sweep: Sweep, runs: list[Run]) -> list[dict]:
-    """Run what has not ended yet, telling of each; returns its lines of sweep.jsonl. Exits with 1 if a run failed."""
-    cfg, folder, lines = sweep.cfg, sweep.folder, sweep.folder / "sweep.jsonl"
-    shown, less_is_better = OBJECTIVES.get(getattr(sweep.page, "EXPERIMENT", ""), ([], True))
-    before, told, todo = read(lines), {}, []
-    for run in runs:
-        last = before.get(run.name, {})
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
+
+
+def look_back(sweep: Sweep) -> tuple[dict[str, dict], list[Run]]:
+    """({name: line of sweep.jsonl} of the runs that have ended before, the others). Raises InputError."""
+    lines, told, todo = read(sweep.lines), {}, []
+    late = max((line.get("time") or 0 for line in lines.values()), default=0) - time.time()
+    if late > CLOCK_SECONDS:
+        note(f"{sweep.lines} has a line of {tqdm.format_interval(late)} from now: the clocks of two machines differ, "
+             "which changes nothing here")
+    for run in sweep.runs:
+        last = lines.get(run.name, {})
         if sweep.has_ended(run):
-            told[run.name] = record(run.folder, run.values, "done", None, None)
-            if last.get("summary") == told[run.name]["summary"]:
-                told[run.name] = last
-            else:  # a sweep that was killed has not told of it
-                append(lines, told[run.name])
+            told[run.name] = record(run.folder, run.values, "done", None, last.get("seconds"))
+            if last.get("summary") != told[run.name]["summary"]:  # a sweep that was killed has not told of it
+                append(sweep.lines, told[run.name])
             continue
         todo.append(run)
         if last.get("status") == "done":
-            print(f"{run.folder} has ended before and is gone: it is run again")
+            print(f"{run.folder}: a run has ended here, and its results are gone: it is run again")
+    return told, todo
+
+
+def run_sweep(sweep: Sweep) -> list[dict]:
+    """Run what has not ended yet, telling of each; returns the lines of sweep.jsonl. Exits with 1 if a run failed."""
+    cfg = sweep.cfg
+    shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), cfg.objective)
+    mine = in_shard(cfg.shard, sweep.runs)
+    make_folder(sweep.folder)
+
+    told, todo = look_back(sweep)
+    todo = [run for run in todo if run in mine]
     before = f", {len(told)} ended before" if told else ""
-    print(f"{counted(len(runs), 'run')} of {sweep.script.name} in {folder}{before}", flush=True)
-    jobs = (os.cpu_count() or 1) if cfg.jobs == -1 else cfg.jobs
-    source, spent, working = Grid(todo), [], []
-    command = [sys.executable, sweep.script]
-    with signals() as came:
-        events = run_all(source, sweep.has_ended, command, jobs, [], came, working)
-        with contextlib.closing(events):
-            for run, status, code, seconds in events:
-                if run is None:
-                    continue
-                if status == "elsewhere":
-                    print(f"{run.folder}: another process is at work here: waiting for its end", flush=True)
-                    continue
-                told[run.name] = record(run.folder, run.values, status, code, seconds)
-                append(lines, told[run.name])
-                source.ended(run, told[run.name])
-                spent.append(told[run.name]["seconds"] or 0)
-                line = f"[{len(told)}/{len(runs)}] {run.name}: {in_words(told[run.name], shown)} | {spent[-1]:.0f} s"
-                left = len(todo) - len(spent)
-                if left and not came:
-                    line += f" | {tqdm.format_interval(sum(spent) / len(spent) * left / jobs)} left"
-                print(line, flush=True)
-    told = [told[run.name] for run in runs if run.name in told]
-    if shown and any(line["status"] == "done" for line in told):
-        print(f"\nby {shown[0]}, of which {'less' if less_is_better else 'more'} is better:")
-    if told:
-        print("\n".join(table(told, shown, less_is_better)))
+    share = f", {len(mine)} of them in shard {cfg.shard}" if cfg.shard else ""
+    print(f"{counted(len(sweep.runs), 'run')} of {sweep.script.name} in {sweep.folder}{share}{before}", flush=True)
+    steps = {run.name: getattr(run.cfg, "max_steps", None) for run in todo}
+    progress = Progress(len(mine), len(mine) - len(todo), steps)
+
+    def line_of(run: Run, status: str, job: Job | None) -> dict:
+        return record(run.folder, run.values, status, *(job.end() if job else (None, None)))
+
+    new, came = run_and_tell(sweep, Grid(todo), progress, [run.cfg for run in sweep.runs], sweep.has_ended, line_of)
+    told |= new
+    told, missing = look_around(sweep, told)
+    show_table(told, shown, less_is_better)
     if came:
-        begun = f"{len(runs) - len(told)} not begun" if len(told) < len(runs) else "all begun"
+        waiting = len([run for run in missing if run in mine])
+        begun = f"{waiting} not begun" if waiting else "all begun"
         leave(f"stopped by a signal, {begun}; the same command goes on from there", 128 + came[0])
-    show_comparison([Path(line["folder"]) for line in told if line["status"] == "done"], folder)
-    if any(line["status"] == "failed" for line in told):
+    if missing:
+        print(f"{counted(len(missing), 'run')} of other shards not ended yet: the last shard to end compares all runs")
+    else:
+        show_comparison([sweep.folder / line["run"] for line in told if line["status"] == "done"], sweep.folder)
+    if any(line["status"] == "failed" for line in new.values()):
         raise SystemExit(1)
     return told
+
+
+def run_and_tell(sweep: Sweep, source: Grid | Trials, progress: Progress, settings: list, has_ended: Callable,
+                 line_of: Callable) -> tuple[dict[str, dict], list[int]]:
+    """Run what a source has, telling of each; returns ({name: line of sweep.jsonl}, the signals that came).
+
+    Args:
+        settings: the page's Config of the runs, as far as they are known.
+        has_ended: whether a run has. line_of: what came of a run, by its status and job.
+    """
+    cfg = sweep.cfg
+    shown, _ = objective(getattr(sweep.page, "EXPERIMENT", ""), cfg.objective)
+    command = [*launch(cfg.launcher), sweep.script]
+    on_cpu = all(getattr(each, "device", "auto") == "cpu" for each in settings)
+    jobs, gpus = devices(cfg.jobs, 0 if on_cpu and cfg.gpus is None else cfg.gpus, cfg.launcher)
+    told, working = {}, []
+    with (
+        signals() as came,
+        contextlib.closing(progress),
+        contextlib.closing(run_all(source, has_ended, command, jobs, gpus, came, working)) as events,
+    ):
+        for run, status, job in events:
+            progress.show(working)
+            if status == "elsewhere":
+                progress.say(f"{run.folder}: another process is at work here: waiting for its end")
+            if status in ("", "elsewhere"):
+                continue
+            line = line_of(run, status, job)
+            told[run.name] = line
+            append(sweep.lines, line)
+            source.ended(run, line)
+            progress.end(run.name, job)
+            if isinstance(source, Trials):
+                progress.ended = source.count_ended()
+            text = f"[{progress.ended}/{progress.total}] {run.name}: {in_words(line, shown)}"
+            if job:
+                text += f" | {job.seconds:.0f} s"
+            left = progress.left()
+            if left and not came:
+                text += f" | {tqdm.format_interval(left)} left"
+            progress.say(text)
+    return told, came
+
+
+def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
+    """Run what is left of a study, which other processes may do too; returns the lines of all its runs that ended.
+
+    Exits with 1 if a run failed here.
+    """
+    if sweep.cfg.shard:
+        raise InputError("a search has no shards: the same command without --shard, several times at once, shares it")
+    make_folder(sweep.folder)
+    shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), sweep.cfg.objective)
+    source = plan.open()
+    ended = source.count_ended()
+    before = f", {ended} ended before" if ended else ""
+    print(f"a study of {counted(source.total, 'run')} of {sweep.script.name} in {sweep.folder}{before}", flush=True)
+
+    def has_ended(run: Run) -> bool:
+        return source.has_ended(run, sweep.page, sweep.script)
+
+    def line_of(run: Run, status: str, job: Job | None) -> dict:
+        trial = source.trial_of(run)
+        if job is None and trial.state != "running":  # of another process
+            return line_of_trial(source, trial)
+        line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
+        return line | ({"value": trial.value} if status == "pruned" else {})
+
+    progress = Progress(source.total, ended, {})
+    new, came = run_and_tell(sweep, source, progress, [plan.first], has_ended, line_of)
+    trials = source.search.trials()
+    told = [line_of_trial(source, trial) for trial in trials if trial.state != "running"]
+    show_table(told, shown, less_is_better)
+    for trial in trials:
+        if trial.state == "running" and not came:
+            print(f"{source.name_of(trial)}: at work on {trial.host or 'another machine'}, or left by a sweep that was "
+                  "killed there")
+    if came:
+        leave(f"stopped by a signal with {len(told)} of {source.total} ended; the same command goes on from there",
+              128 + came[0])
+    show_best(sweep, source, less_is_better)
+    folders = [Path(line["folder"]) for line in told if line["status"] == "done"]
+    show_comparison([folder for folder in folders if folder.is_dir()], sweep.folder)
+    if any(line["status"] == "failed" for line in new.values()):
+        raise SystemExit(1)
+    return told
+
+
+def line_of_trial(source: Trials, trial: Trial) -> dict:
+    """The line of sweep.jsonl of a run that has ended in this or another process, on this or another machine."""
+    folder, values = source.place_of(trial), source.labelled(trial.values)
+    if folder and (trial.state != "done" or (folder / "summary.json").exists()):
+        line = record(folder, values, trial.state, None, None)
+    else:
+        line = {"run": source.name_of(trial), "status": trial.state, "exit_code": None, "seconds": None,
+                "folder": f"{trial.host}:{trial.folder}", "settings": values, "last_lines": [],
+                "summary": {source.objective: trial.value}}  # fmt: skip
+    return line | ({"value": trial.value} if trial.state == "pruned" else {})
+
+
+def show_best(sweep: Sweep, source: Trials, less_is_better: bool) -> None:
+    """Print the command that repeats the best run of a study, write best.json, and say which settings matter."""
+    done = [trial for trial in source.search.trials() if trial.state == "done"]
+    if not done:
+        return
+    best = min(done, key=lambda trial: trial.value if less_is_better else -trial.value)
+    run = source.run_of(best.values, sweep.folder / source.name_of(best))
+    command = shlex.join(["python", sweep.script.name, *run.words[:-1]])
+    write_json(sweep.folder / "best.json", {"run": run.name, source.objective: best.value, "settings": run.values,
+                                            "command": command})
+    print(f"\nthe best again: {command}")
+    shares = source.search.importances()
+    if shares:
+        names = dict(zip(shares, labels(list(shares)), strict=True))
+        listed = ", ".join(f"{names[key]} {share:.2f}" for key, share in shares.items())
+        print(f"what tells the best quarter of {len(done)} runs from the others (PED-ANOVA): {listed}")
+
+
+def look_around(sweep: Sweep, told: dict[str, dict]) -> tuple[list[dict], list[Run]]:
+    """(lines of all runs of the sweep that have ended, other shards' too; the runs that have not)."""
+    lines, ended, missing = read(sweep.lines), [], []
+    for run in sweep.runs:
+        line = told.get(run.name) or lines.get(run.name)
+        if line and (line["status"] != "done" or run.folder.exists()):
+            ended.append(line)
+        else:
+            missing.append(run)
+    return ended, missing
+
+
+def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None:
+    if shown and any(line["status"] == "done" for line in told):
+        print(f"\nby {HEADS.get(shown[0], shown[0])}, of which {'less' if less_is_better else 'more'} is better:")
+    print("\n".join(table(told, shown, less_is_better)))
+    known = {name for line in told for name, value in line.get("summary", {}).items() if isinstance(value, int | float)}
+    if shown and known and shown[0] not in known:
+        note(f"{shown[0]} is no number in summary.json{closest(shown[0], known)}")
 
 
 def show_comparison(runs: list[Path], folder: Path) -> list[str]:
@@ -191,17 +370,20 @@ def main(argv: list[str] | None = None) -> Any:
             return report(argv[1:])
         page, script = import_page(argv[0])
         cfg, words, sweeper = read_words(page, words)
-        folder, runs = plan_runs(page, words, sweeper, cfg)
+        shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
+        search = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
+        if search and shows:
+            typed = shlex.join(["python", argv[0], *(word.head + word.value for word in words)])
+            print(f"{typed}  # {counted(cfg.trials, 'run')} of a search in {search.folder}")
+            return []
+        folder, runs = (search.folder, []) if search else plan_runs(page, words, sweeper, cfg)
         if shows:
-            for run in runs:
+            for run in in_shard(cfg.shard, runs):
                 print(shlex.join(["python", argv[0], *run.words]))
             return []
+        sweep = Sweep(page, script, cfg, folder, runs)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
-        try:
-            return run_sweep(Sweep(page, script, cfg, folder), runs)
+            return run_search(sweep, search) if search else run_sweep(sweep)
         except KeyboardInterrupt:  # before the first run, or after the last
             leave("interrupted", 128 + signal.SIGINT)
         except OSError as error:  # a full disk, a file where a folder should be; the runs at work save

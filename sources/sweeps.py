@@ -263,3 +263,15 @@ def read_sweeper(given: dict[str, str]) -> Sweeper:
         raise InputError(f"{sampler}: sweep.py samples by tpe or at random: hydra/sweeper/sampler=tpe")
     direction = given.get("hydra.sweeper.direction", "")
     return Sweeper(ours, params, unused, sweeper == "optuna" and sampler not in GRIDS, direction)
+
+
+def in_shard(shard: str, runs: list) -> list:
+    """The runs of shard K/N, every Nth from the Kth on; all of "". Raises InputError."""
+    if not shard:
+        return runs
+    numbers = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", shard)
+    number, shards = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= number <= shards:
+        raise InputError(f"shard={shard}: expected K/N with K from 1 to N, as in --shard=3/10; of an array that counts "
+                         "from 0 it is --shard=$((SLURM_ARRAY_TASK_ID + 1))/10")
+    return runs[number - 1 :: shards]

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import checkpoint
 from common.errors import InputError
@@ -74,6 +74,9 @@ class Trials:
         """Whether a run is over, here or in another process."""
         return self.trial_of(run).state != "running" or has_ended(run, page, script)
 
+    def count_ended(self) -> int:
+        return len([trial for trial in self.search.trials() if trial.state != "running"])
+
     def trial_of(self, run: Run) -> Trial:
         return self.search.trials()[self.numbers[run.name]]
 
@@ -119,6 +122,15 @@ class Trials:
 # ---------------------------------------------------------------------------------------------------------------
 # From a command line to a search
 # ---------------------------------------------------------------------------------------------------------------
+class Plan(NamedTuple):
+    """A search before anything is written: its spaces, folder, the Config of the first values, and what opens it."""
+
+    spaces: dict[str, Space]
+    folder: Path
+    first: Any
+    open: Callable[[], Trials]
+
+
 def read_spaces(words: list[Word], settings: Settings, sweeper: Sweeper, is_asked_for: bool) -> dict[str, Space]:
     """{key: what it is searched in}; none where the words have no range, and only lists or values.
 
@@ -168,8 +180,8 @@ def kind_of(word: Word, settings: Settings) -> tuple[str, bool]:
 
 
 def plan_search(page: ModuleType, script: Path, words: list[Word], sweeper: Sweeper, cfg: Any, objective: str,
-                less_is_better: bool) -> Callable[[], Trials] | None:
-    """What opens the search that the words ask for, its ends checked by the page; None where they ask for none.
+                less_is_better: bool) -> Plan | None:
+    """The search that the words ask for, its ends checked by the page; None where they ask for none.
 
     Args:
         words: of the page. cfg: settings of the sweep. objective: a name in summary.json, "" where the page has none.
@@ -217,7 +229,7 @@ def plan_search(page: ModuleType, script: Path, words: list[Word], sweeper: Swee
         search = open_search(storage, name, spaces, less_is_better, terms, cfg.sampler or "tpe", cfg.trials_seed)
         return Trials(search, run_of, folder, cfg.trials, objective, prunes)
 
-    return open_it
+    return Plan(spaces, folder, first, open_it)
 
 
 def check_ends(page: ModuleType, words: list[Word], spaces: dict[str, Space]) -> Any:
