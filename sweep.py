@@ -244,14 +244,15 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
     def line_of(run: Run, status: str, job: Job | None) -> dict:
         trial = source.trial_of(run)
         if job is None and trial.state != "running":  # of another process
-            return line_of_trial(source, trial)
+            return line_of_trial(source, trial, {})
         line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
         return line | ({"value": trial.value} if status == "pruned" else {})
 
     progress = Progress(source.total, ended, {})
     new, came = run_and_tell(sweep, source, progress, [plan.first], has_ended, line_of)
     trials = source.search.trials()
-    told = [line_of_trial(source, trial) for trial in trials if trial.state != "running"]
+    lines = read(sweep.lines)
+    told = [line_of_trial(source, trial, lines) for trial in trials if trial.state != "running"]
     show_table(told, shown, less_is_better)
     for trial in trials:
         if trial.state == "running" and not came:
@@ -268,11 +269,15 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
     return told
 
 
-def line_of_trial(source: Trials, trial: Trial) -> dict:
-    """The line of sweep.jsonl of a run that has ended in this or another process, on this or another machine."""
+def line_of_trial(source: Trials, trial: Trial, lines: dict[str, dict]) -> dict:
+    """The line of sweep.jsonl of a run that has ended in this or another process, on this or another machine.
+
+    lines: {name: line} of those that sweep.jsonl has.
+    """
     folder, values = source.place_of(trial), source.labelled(trial.values)
     if folder and (trial.state != "done" or (folder / "summary.json").exists()):
-        line = record(folder, values, trial.state, None, None)
+        before = lines.get(folder.name, {})
+        line = record(folder, values, trial.state, before.get("exit_code"), before.get("seconds"))
     else:
         line = {"run": source.name_of(trial), "status": trial.state, "exit_code": None, "seconds": None,
                 "folder": f"{trial.host}:{trial.folder}", "settings": values, "last_lines": [],

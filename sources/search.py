@@ -284,7 +284,10 @@ class Search:
             length = max((max(frozen.intermediate_values, default=0) for frozen in done), default=0)
             if step >= length:  # the end of a run, or longer than any: nothing is to be spared, or to compare with
                 return False
-            self.study.pruner = optuna.pruners.MedianPruner(RUNS_BEFORE_PRUNING, int(length * STEPS_BEFORE_PRUNING))
+            passed = int(length * STEPS_BEFORE_PRUNING)
+            # Of at least so many runs that were evaluated at this very step.
+            enough = RUNS_BEFORE_PRUNING
+            self.study.pruner = optuna.pruners.MedianPruner(enough, passed, n_min_trials=enough)
             return trial.should_prune()
 
     def tell(self, number: int, state: str, value: float | None = None) -> Trial:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from common import checkpoint
 from common.errors import InputError
 from common.jobs import is_free
+from common.runlog import read_metrics
 from configurator import Settings, note
 from sources.runs import STUDIES, Run, has_ended, run_in, settings_of
 from sources.search import Search, Space, Trial, in_words, open_search, read_space
@@ -53,22 +54,26 @@ class Trials:
 
     def ended(self, run: Run, told: dict) -> None:
         """Tell the study what came of a run, by its line of sweep.jsonl. One that was interrupted goes on later."""
-        if told["status"] != "stopped":
-            value = told.get("summary", {}).get(self.objective)
-            self.search.tell(self.numbers[run.name], told["status"], value)
+        if told["status"] == "stopped":
+            return
+        if told["status"] == "done":
+            self.report(run, read_metrics(run.folder))  # others are compared with all of it
+        value = told.get("summary", {}).get(self.objective)
+        self.search.tell(self.numbers[run.name], told["status"], value)
 
     def hopeless(self, run: Run, records: list[dict]) -> bool:
         """Report the evaluations of a run at work; whether it is to be stopped."""
-        if not self.prunes:
-            return False
-        known = self.reported.setdefault(run.name, set())
-        for record in records:
+        return self.report(run, records)
+
+    def report(self, run: Run, records: list[dict]) -> bool:
+        """Report what was not yet; whether the run was hopeless when it was evaluated last."""
+        known, is_hopeless = self.reported.setdefault(run.name, set()), False
+        for record in records if self.prunes else ():
             value, step = record.get(self.objective), record.get("step")
             if record.get("split") == "eval" and isinstance(value, float | int) and step not in known:
                 known.add(step)
-                if self.search.report(self.numbers[run.name], step, value):
-                    return True
-        return False
+                is_hopeless = self.search.report(self.numbers[run.name], step, value)
+        return is_hopeless
 
     def has_ended(self, run: Run, page: ModuleType, script: Path) -> bool:
         """Whether a run is over, here or in another process."""

@@ -1,14 +1,20 @@
-"""sources/search.py: the ranges of a search, and a study that several processes share, that is killed and goes on."""
+"""Searches: what ranges may be typed, a study that processes share, that is killed and goes on, and its runs."""
 
 import json
 import math
 import multiprocessing
 import re
+import signal
 import sys
+import time
 from pathlib import Path
+from statistics import median
 
 import pytest
+from commands import Job, refusal, wait_for
 
+import sweep
+from common import jobs
 from common.errors import InputError
 from sources.search import SEARCHES, Space, open_search, read_space, written
 
@@ -308,3 +314,286 @@ def test_importances_tell_what_matters_and_nothing_of_few_runs(in_a_folder_of_it
         search.tell(trial.number, "done", (math.log10(float(trial.values["lr"])) + 2) ** 2)
     shares = search.importances()
     assert list(shares)[0] == "lr" and shares["lr"] > 0.5 and sum(shares.values()) == pytest.approx(1)
+
+
+# -------------------------------------------------------------------------------------------------------- runs
+
+ROOT = Path(__file__).resolve().parents[1]
+# A page without torch: its loss comes down to |log10(lr) + 2|, by steps of 10 ms.
+PAGE = '''
+import json, math, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from configurator import Count, config_dict, configure
+
+EXPERIMENT = "ghmm"
+
+@dataclass
+class Config:
+    out_dir: str = "out/tiny"
+    resume: str = "auto"
+    lr: float = 0.1
+    layers: Count = 1
+    act: str = "relu"
+    wide: bool = False
+    max_steps: int = 4
+    waits_for: str = ""  # a file without which it takes no second step
+
+    def check(self):
+        return ["wide goes with gelu"] if self.wide and self.act != "gelu" else []
+
+def main(argv=None):
+    cfg = configure(Config, argv)
+    folder, stops = Path(cfg.out_dir), []
+    signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_dict(cfg)))
+    (folder / "train_tiny.py").write_bytes(Path(__file__).read_bytes())
+    last = folder / "last.pt"
+    step = json.loads(last.read_text()) if last.exists() else 0
+    with open(folder / "starts", "a") as starts:
+        starts.write(f"{step}\\n")
+    if cfg.layers == 7:
+        sys.exit("error: the loss is not finite")
+    best, began = abs(math.log10(cfg.lr) + 2), time.monotonic()
+    with open(folder / "metrics.jsonl", "a") as metrics:
+        while step < cfg.max_steps:
+            if time.monotonic() > began + 30:
+                sys.exit("error: nobody came")
+            time.sleep(0.01)
+            if step == 1 and cfg.waits_for and not Path(cfg.waits_for).exists() and not stops:
+                continue
+            step += 1
+            record = {"step": step, "split": "eval", "excess_loss": best + 1 / step}
+            metrics.write(json.dumps(record) + "\\n")
+            metrics.flush()
+            last.with_suffix(".new").write_text(json.dumps(step))
+            last.with_suffix(".new").rename(last)
+            if stops:
+                print(f"stopped after {step}")
+                return
+    summary = {"excess_loss": best + 1 / step, "seconds": 1.0}
+    (folder / "summary.new").write_text(json.dumps(summary))
+    (folder / "summary.new").rename(folder / "summary.json")
+
+if __name__ == "__main__":
+    main()
+'''
+LR = "--lr=log:1e-4..1"
+
+
+@pytest.fixture
+def page(in_a_folder_of_its_own, monkeypatch):
+    """The page, in the folder where the test stands."""
+    pytest.importorskip("optuna")
+    Path("train_tiny.py").write_text(PAGE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "show_comparison", lambda *args: [])
+    yield
+    sys.modules.pop("train_tiny", None)
+
+
+def searched(*words: str, code: int = 0) -> list[dict]:
+    """The lines of sweep.jsonl in the folder `s`, in the order of trials."""
+    command = ["train_tiny.py", *words, "--out_dir=s"]
+    if code:
+        with pytest.raises(SystemExit) as end:
+            sweep.main(command)
+        assert end.value.code == code
+    else:
+        sweep.main(command)
+    return sorted(lines(), key=lambda line: line["run"])
+
+
+def lines() -> list[dict]:
+    return [json.loads(line) for line in Path("s/sweep.jsonl").read_text().splitlines()]
+
+
+def starts(number: int) -> list[int]:
+    """At which step a run began, each time that it was started."""
+    path, = Path("s").glob(f"trial{number:04d},*/starts")
+    return [int(line) for line in path.read_text().split()]
+
+
+def test_a_search_runs_its_trials_shows_the_best_first_and_goes_on_to_more(page, capsys):
+    words = (LR, "--layers=int:1..4", "--act=relu,gelu", "--jobs=2")
+    told = searched(*words, "--trials=4")
+    out = capsys.readouterr().out
+    assert "a study of 4 runs of train_tiny.py in s" in out and "by excess_loss, of which less is better:" in out
+    assert [line["status"] for line in told] == ["done"] * 4 and told[0]["run"].startswith("trial0000,lr=")
+    for line in told:
+        values = line["settings"]
+        assert line["run"][10:] == ",".join(f"{name}={value}" for name, value in values.items())
+        saved = json.loads(Path(line["folder"], "config.json").read_text())
+        assert saved["lr"] == float(values["lr"]) and saved["layers"] == int(values["layers"])
+        assert line["summary"]["excess_loss"] == pytest.approx(abs(math.log10(saved["lr"]) + 2) + 1 / 4)
+    ranked = sorted(told, key=lambda line: line["summary"]["excess_loss"])
+    table = out[out.index("by excess_loss"):].splitlines()[1:6]
+    assert [line.split()[-1] for line in table] == ["folder", *(line["folder"] for line in ranked)]
+    best = json.loads(Path("s/best.json").read_text())
+    chosen = ranked[0]["settings"]
+    assert best["run"] == ranked[0]["run"] and best["excess_loss"] == ranked[0]["summary"]["excess_loss"]
+    assert best["command"] == "python train_tiny.py --lr={lr} --layers={layers} --act={act}".format(**chosen)
+    assert f"the best again: {best['command']}" in out
+
+    # The same command has nothing to do; a larger number adds trials.
+    searched(*words, "--trials=4")
+    again = capsys.readouterr().out
+    assert "in s, 4 ended before" in again and again[again.index("\nby "):] == out[out.index("\nby "):]
+    assert len(searched(*words, "--trials=6")) == 6
+    assert [starts(number) for number in range(6)] == [[0]] * 6
+
+
+def test_hopeless_runs_are_stopped_and_recorded_with_their_last_value(page, capsys):
+    told = searched(LR, "--max_steps=40", "--trials=10")
+    out = capsys.readouterr().out
+    # At every step the page's loss is as far from that of another run as log10(lr) is from -2.
+    losses = [abs(math.log10(float(line["settings"]["lr"])) + 2) for line in told]
+    stopped = [line["status"] == "pruned" for line in told]
+    assert any(stopped) and not any(stopped[:5])
+    for number, line in enumerate(told):
+        before = [loss for loss, pruned in zip(losses[:number], stopped[:number], strict=True) if not pruned]
+        if stopped[number]:
+            assert losses[number] > median(before)
+            step = json.loads((Path(line["folder"]) / "last.pt").read_text())
+            # A quarter of the steps is let pass. What was seen when it was stopped is what it is recorded with.
+            assert 10 <= step < 40 and line["value"] >= losses[number] + 1 / step
+            assert line["exit_code"] == 0 and line["last_lines"] == [f"stopped after {step}"] and "summary" not in line
+            assert f"{line['run']}: pruned at excess_loss {line['value']:.6g}: worse than the median" in out
+        else:
+            assert line["status"] == "done"
+    told = searched(LR, "--max_steps=40", "--trials=14", "--prune=false")
+    assert {line["status"] for line in told[10:]} == {"done"}
+
+
+def test_no_run_is_stopped_where_its_length_is_searched(page, capsys):
+    sweep.main(["train_tiny.py", "--max_steps=int:4..8", "--trials=1", "--out_dir=s", "--print_config"])
+    told = capsys.readouterr()
+    assert "no run is stopped early: max_steps is searched" in told.err
+    assert told.out == "python train_tiny.py --max_steps=int:4..8  # 1 run of a search in s\n"
+    assert not Path("s").exists()
+
+
+def test_a_failing_trial_is_told_and_the_study_goes_on(page, capsys):
+    words = ("--layers=7,8", "--act=gelu,relu", "--wide=false,true", "--sampler=random")
+    told = searched(*words, "--trials=8", code=1)
+    for line in told:
+        values = line["settings"]
+        fails = values["layers"] == "7" or (values["wide"] == "true" and values["act"] == "relu")
+        assert line["status"] == ("failed" if fails else "done")
+    last = {line["last_lines"][-1] for line in told if line["status"] == "failed"}
+    # Settings that do not go together fail as well, and say why.
+    assert last == {"error: the loss is not finite", "error: wide goes with gelu"}
+    assert len(searched(*words, "--trials=8")) == 8 and "8 ended before" in capsys.readouterr().out
+
+
+def test_a_killed_search_goes_on_with_the_trial_that_it_left(page, capsys):
+    words = ("train_tiny.py", LR, "--layers=1,2", "--trials=3", "--waits_for=go", "--out_dir=s")
+    job = Job("sweep", *words, PYTHONPATH=str(ROOT))
+    wait_for(lambda: list(Path("s").glob("trial0000,*/last.pt")), job, "the first run")
+    job.kill()
+    job.process.join()
+    # The run outlives its sweep, and is not begun a second time beside it.
+    folder, = Path("s").glob("trial0000,*")
+    assert not jobs.is_free(folder)
+    Path("go").touch()
+    while not jobs.is_free(folder):
+        time.sleep(0.02)
+    sweep.main(list(words))
+    assert [line["status"] for line in lines()] == ["done"] * 3
+    assert [starts(number) for number in range(3)] == [[0]] * 3
+
+
+def test_a_signal_lets_trials_save_and_they_go_on_with_their_settings(page):
+    words = ("train_tiny.py", LR, "--trials=3", "--waits_for=go", "--out_dir=s")
+    job = Job("sweep", *words, PYTHONPATH=str(ROOT))
+    wait_for(lambda: list(Path("s").glob("trial0000,*/last.pt")), job, "the first run")
+    job.send_signal(signal.SIGINT)
+    assert job.wait() == 128 + signal.SIGINT
+    assert "error: stopped by a signal with 0 of 3 ended; the same command goes on" in job.console.read_text()
+    folder, = Path("s").glob("trial*")
+    Path("go").touch()
+    sweep.main(list(words))
+    assert [line["status"] for line in lines()] == ["stopped", "done", "done", "done"]
+    assert lines()[1]["run"] == folder.name and starts(0) == [0, 2] and starts(2) == [0]
+
+
+def test_two_searches_at_once_share_a_study(page):
+    words = ("train_tiny.py", LR, "--layers=1..4", "--out_dir=s")
+    for total in (6, 8):
+        both = [Job("sweep", *words, f"--trials={total}", console=f"console{i}", PYTHONPATH=str(ROOT)) for i in (0, 1)]
+        assert [job.wait() for job in both] == [0, 0], both[0].console.read_text() + both[1].console.read_text()
+        assert sorted(line["run"][:9] for line in lines()) == [f"trial{number:04d}" for number in range(total)]
+    assert [starts(number) for number in range(8)] == [[0]] * 8
+
+
+def test_machines_without_a_common_disk_share_a_database(page, capsys):
+    words = ("train_tiny.py", LR, "--storage=sqlite:///study.db", "--study_name=a")
+    sweep.main([*words, "--trials=1", "--out_dir=s"])
+    # As if it had been run elsewhere.
+    for path in Path("s").glob("trial*/*"):
+        path.unlink()
+    Path("s").rename("elsewhere")
+    capsys.readouterr()
+    sweep.main([*words, "--trials=2", "--out_dir=there"])
+    assert len(list(Path("there").glob("trial0001,*"))) == 1 and not list(Path("there").glob("trial0000,*"))
+    out = capsys.readouterr().out
+    assert "1 ended before" in out and len(out[out.index("\nby "):].split("\n")[2:5]) == 3
+    told = refusal(capsys, sweep.main, *words, "--trials=2", "--layers=2", "--out_dir=there")
+    assert "the study 'a' in sqlite:///study.db has settings = , and here it is layers=2" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--lr=log:1e-5..1e-2"], "lr=log:float:1e-05..0.01 is searched: say for how many runs, as in --trials=20"),
+        (["--act=1..2", "--trials=2"], "act=1..2: a range is of numbers, and act is a text"),
+        (["--wide=log:1..2", "--trials=2"], "wide=log:1..2: a range is of numbers, and wide is a switch"),
+        (["--layers=float:1..2", "--trials=2"], "layers is a whole number: layers=int:LOW..HIGH"),
+        (["--layers=int:0..2", "--trials=2"], "layers: expected int >= 1, got '0'"),
+        (["--lr=2..1", "--trials=2"], "2 is not below 1"),
+        (["--lr=1..2", "--trials=0"], "trials: expected int >= 1|none, got '0'"),
+        (["--lr=1..2", "lr=3..4", "--trials=2"], "lr is searched twice"),
+        (["--lr=1..2", "--layer=1,2", "--trials=2"], "layer: no such setting, did you mean layers?"),
+        (["--lr=1..2", "--act=a,,b", "--trials=2"], "one of the listed values is empty"),
+        (["--lr=1", "--sampler=tpe", "--trials=2"], "there is nothing to search"),
+        (["--lr=1,2", "--sampler=cmaes", "--trials=2"], "sampler: expected tpe|random|none, got 'cmaes'"),
+        (["--lr=1..2", "--trials=2", "--shard=1/2"], "a search has no shards"),
+        (["--lr=1..2", "--trials=2", "--holdout=each"], "--holdout plans its runs, and a range is searched"),
+        (["--lr=interval(1,2)", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize"], "of which less is better"),
+        (["--lr=interval(1,2)", "hydra/sweeper/sampler=cmaes"], "cmaes: sweep.py samples by tpe or at random"),
+        (["--lr=1..2", "--trials=2", "--storage=nosuch://host/db"], "the study in nosuch://host/db cannot be used"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_the_first_run(page, capsys, words, sentence):
+    told = refusal(capsys, sweep.main, "train_tiny.py", *words)
+    assert sentence in told
+    assert not list(Path(".").rglob("trial*"))
+
+
+def test_hydra_words_mean_a_search(page, capsys):
+    Path("experiment.yaml").write_text(
+        "hydra:\n  sweeper:\n    n_trials: 3\n    direction: minimize\n    study_name: test\n    storage: null\n"
+        "    sampler:\n      _target_: optuna.samplers.TPESampler\n      seed: 5\n"
+        "    params:\n      train.lr: tag(log, interval(1e-4, 1e-1))\n      layers: int(interval(1, 4))\n"
+        "      act: choice(relu, gelu)\n"
+    )
+    told = searched("-m", "experiment.yaml", "layers=range(2,3)")
+    assert len(told) == 3 and all(line["settings"].keys() == {"lr", "act", "layers"} for line in told)
+    assert all(1e-4 <= float(line["settings"]["lr"]) <= 0.1 and line["settings"]["layers"] in "23" for line in told)
+    assert "hydra." not in capsys.readouterr().err  # all of them had an effect
+    # Lists alone are drawn without repetition, unless a sampler is named.
+    sweep.main(["train_tiny.py", "layers=1,2", "act=a,b", "hydra.sweeper.n_trials=3", "--print_config"])
+    assert "drawn with trials_seed = 0, not searched for" in capsys.readouterr().err
+    sweep.main(["train_tiny.py", "layers=1,2", "hydra/sweeper/sampler=tpe", "--trials=3", "--print_config"])
+    assert "# 3 runs of a search in out/tiny_search_" in capsys.readouterr().out
+
+
+def test_the_search_of_the_source_is_planned_for_the_real_page(capsys):
+    sweep.main(["train_ghmm.py", "-m", "--config-name=experiment", "train.batch_size=16,32", "--print_config"])
+    told = capsys.readouterr()
+    words = told.out.split("  # ")
+    assert words[1].startswith("20 runs of a search in out/ghmm_search_")
+    assert "train.optimizer.instance.learning_rate=tag(log, interval(1e-4, 1e-1))" in words[0]
+    assert words[0].count("batch_size") == 1 and "train.batch_size=16,32" in words[0]
