@@ -556,7 +556,7 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
         write_h5ad(folder / f"{name}.h5ad", expression, columns, genes, obs_names=names_of(cells, rows))
     size = counted(len(rows), "cell")
     print(f"written to {folder}: pred.h5ad and real.h5ad ({size}, controls included), metrics.csv, plots")
-    print(f"after {counted(step, 'step')}: " + verdict(result, folder).removeprefix("done: "))
+    print(f"after {counted(step, 'step')}: {verdict(result)}; pictures in {folder / 'plots'}")
     return {"experiment": "state", "step": step, **result}
 
 

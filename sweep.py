@@ -17,7 +17,6 @@ does not wait for that. Exit code 1 if a run failed.
 """
 
 import contextlib
-import re
 import shlex
 import signal
 import sys
@@ -151,6 +150,7 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     """Run what has not ended yet, telling of each; returns the lines of sweep.jsonl. Exits with 1 if a run failed."""
     cfg = sweep.cfg
     shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), cfg.objective)
+    how = processes(sweep, [run.cfg for run in sweep.runs])
     mine = in_shard(cfg.shard, sweep.runs)
     make_folder(sweep.folder)
 
@@ -160,12 +160,14 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     share = f", {len(mine)} of them in shard {cfg.shard}" if cfg.shard else ""
     print(f"{counted(len(sweep.runs), 'run')} of {sweep.script.name} in {sweep.folder}{share}{before}", flush=True)
     steps = {run.name: getattr(run.cfg, "max_steps", None) for run in todo}
-    progress = Progress(len(mine), len(mine) - len(todo), steps)
+    progress = Progress(len(mine), len(mine) - len(todo), steps, how[1])
 
-    def line_of(run: Run, status: str, job: Job | None) -> dict:
-        return record(run.folder, run.values, status, *(job.end() if job else (None, None)))
+    def tell(run: Run, status: str, job: Job | None) -> dict:
+        line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
+        append(sweep.lines, line)
+        return line
 
-    new, came = run_and_tell(sweep, Grid(todo), progress, [run.cfg for run in sweep.runs], sweep.has_ended, line_of)
+    new, came = run_and_tell(sweep, Grid(todo), progress, how, sweep.has_ended, tell)
     told |= new
     told, missing = look_around(sweep, told)
     show_table(told, shown, less_is_better)
@@ -182,24 +184,31 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     return told
 
 
-def run_and_tell(sweep: Sweep, source: Grid | Trials, progress: Progress, settings: list, has_ended: Callable,
-                 line_of: Callable) -> tuple[dict[str, dict], list[int]]:
+def processes(sweep: Sweep, settings: list[Any]) -> tuple[list, int, list[str]]:
+    """(the words before those of a run, runs at a time, the GPUs that they share). Raises InputError.
+
+    settings: the page's Config of the runs, as far as they are known.
+    """
+    cfg = sweep.cfg
+    on_cpu = all(getattr(each, "device", "auto") == "cpu" for each in settings)
+    jobs, gpus = devices(cfg.jobs, 0 if on_cpu and cfg.gpus is None else cfg.gpus, cfg.launcher)
+    return [*launch(cfg.launcher), sweep.script], jobs, gpus
+
+
+def run_and_tell(sweep: Sweep, source: Grid | Trials, progress: Progress, how: tuple[list, int, list[str]],
+                 has_ended: Callable, tell: Callable) -> tuple[dict[str, dict], list[int]]:
     """Run what a source has, telling of each; returns ({name: line of sweep.jsonl}, the signals that came).
 
     Args:
-        settings: the page's Config of the runs, as far as they are known.
-        has_ended: whether a run has. line_of: what came of a run, by its status and job.
+        how: of processes. has_ended: whether a run has.
+        tell: makes the line of a run that ended, of its status and job, and adds it to sweep.jsonl.
     """
-    cfg = sweep.cfg
-    shown, _ = objective(getattr(sweep.page, "EXPERIMENT", ""), cfg.objective)
-    command = [*launch(cfg.launcher), sweep.script]
-    on_cpu = all(getattr(each, "device", "auto") == "cpu" for each in settings)
-    jobs, gpus = devices(cfg.jobs, 0 if on_cpu and cfg.gpus is None else cfg.gpus, cfg.launcher)
+    shown, _ = objective(getattr(sweep.page, "EXPERIMENT", ""), sweep.cfg.objective)
     told, working = {}, []
     with (
         signals() as came,
         contextlib.closing(progress),
-        contextlib.closing(run_all(source, has_ended, command, jobs, gpus, came, working)) as events,
+        contextlib.closing(run_all(source, has_ended, *how, came, working)) as events,
     ):
         for run, status, job in events:
             progress.show(working)
@@ -207,9 +216,8 @@ def run_and_tell(sweep: Sweep, source: Grid | Trials, progress: Progress, settin
                 progress.say(f"{run.folder}: another process is at work here: waiting for its end")
             if status in ("", "elsewhere"):
                 continue
-            line = line_of(run, status, job)
+            line = tell(run, status, job)
             told[run.name] = line
-            append(sweep.lines, line)
             source.ended(run, line)
             progress.end(run.name, job)
             if isinstance(source, Trials):
@@ -218,7 +226,7 @@ def run_and_tell(sweep: Sweep, source: Grid | Trials, progress: Progress, settin
             if job:
                 text += f" | {job.seconds:.0f} s"
             left = progress.left()
-            if left and not came:
+            if left and left >= 1 and not came:
                 text += f" | {tqdm.format_interval(left)} left"
             progress.say(text)
     return told, came
@@ -231,6 +239,7 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
     """
     if sweep.cfg.shard:
         raise InputError("a search has no shards: the same command without --shard, several times at once, shares it")
+    how = processes(sweep, [plan.first])
     make_folder(sweep.folder)
     shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), sweep.cfg.objective)
     source = plan.open()
@@ -241,15 +250,17 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
     def has_ended(run: Run) -> bool:
         return source.has_ended(run, sweep.page, sweep.script)
 
-    def line_of(run: Run, status: str, job: Job | None) -> dict:
+    def tell(run: Run, status: str, job: Job | None) -> dict:
         trial = source.trial_of(run)
-        if job is None and trial.state != "running":  # of another process
+        if job is None and trial.state != "running":  # of another process, which has told of it
             return line_of_trial(source, trial, {})
         line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
-        return line | ({"value": trial.value} if status == "pruned" else {})
+        line |= {"value": trial.value} if status == "pruned" else {}
+        append(sweep.lines, line)
+        return line
 
-    progress = Progress(source.total, ended, {})
-    new, came = run_and_tell(sweep, source, progress, [plan.first], has_ended, line_of)
+    progress = Progress(source.total, ended, {}, how[1])
+    new, came = run_and_tell(sweep, source, progress, how, has_ended, tell)
     trials = source.search.trials()
     lines = read(sweep.lines)
     told = [line_of_trial(source, trial, lines) for trial in trials if trial.state != "running"]
@@ -340,24 +351,22 @@ def show_comparison(runs: list[Path], folder: Path) -> list[str]:
 
 
 def report(argv: list[str]) -> list[str]:
-    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]."""
+    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
     from measure.comparison import compare, find_runs
 
-    options = [word for word in argv if re.match("--(open$|out[=])", word)]
-    paths = [Path(word) for word in argv if word not in options]
+    options, words = take_apart(argv, ("out", "open"), ("open",))
+    paths = [Path(word.head + word.value) for word in words]
+    usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: no such folder, or no such option: sweep.py report FOLDER... [--out=FOLDER] "
-                             "[--open]")
+            what = "option" if str(path).startswith("--") else "folder"
+            raise InputError(f"{path}: no such {what}: {usage}")
     if not paths:
-        raise InputError("name the folders of runs to compare: sweep.py report FOLDER... [--out=FOLDER] [--open]")
-    out = paths[0]
-    for option in options:
-        if option.startswith("--out="):
-            out = Path(option.partition("=")[2])
+        raise InputError(f"name the folders of runs to compare: {usage}")
+    out = Path(options.get("out", paths[0]))
     lines = compare(find_runs(paths), out)
     print("\n".join(lines))
-    if "--open" in options:
+    if options.get("open") == "True":
         import webbrowser
 
         webbrowser.open((out / "report.html").resolve().as_uri())

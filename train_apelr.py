@@ -54,6 +54,7 @@ from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
 from kernels.token_terms import check_terms, chunk_bow, chunk_targets, recent_tokens, repetition
 from measure import compare_baseline, plans
+from measure.pages import run_page
 from measure.plans import entropy, kl_to_uniform
 from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
@@ -1173,8 +1174,10 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
             facts = {"version": cfg.version, "parameters": plans.size_of(model), "config_hash": config_hash(cfg)}
             summary = metrics | facts | (beside or {}) | run_facts(rt, step, meter)
+            summary["verdict"] = plans.verdict(summary)
             log.summary(summary)
-            log.say(plans.verdict(summary, folder))
+            if rt.is_main:
+                log.say("done: " + run_page(folder, Config))
             # A signal that came too late to stop anything here stops what would come next.
             return summary | ({"stopped_at": step} if rt.stopping(0) else {})
 
@@ -1214,13 +1217,11 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = checkpoint_in(cfg.analyze)
-    default = Config()
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.
     for name in ("precision", "data", "seq_len", "final_eval_batches"):
-        asked = getattr(cfg, name)
-        if asked != getattr(default, name):
-            setattr(saved, name, asked)
+        if getattr(cfg, name) != getattr(Config, name):
+            setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         corpus.same_tokenizer(extra, path)
@@ -1228,7 +1229,8 @@ def analyze(cfg: Config) -> dict:
         folder = checkpoint.analysis_of(path)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: " + plans.verdict(metrics, folder).removeprefix("done: "))
+            metrics["verdict"] = plans.verdict(metrics)
+            print(f"step {step}: {run_page(folder, Config, metrics)}")
     return metrics
 
 

@@ -41,6 +41,7 @@ from configurator import (
     from_dict,
 )
 from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
+from measure.pages import run_page
 from measure.tracker import MetricTracker
 from sources.foreign import SIMPLEXITY
 from sources.foreign_checkpoints import checkpoint_in
@@ -522,6 +523,7 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
                     result[name] = value
         plot_run(folder, title, result, analysis, geometry)
         result["exact"] = contexts.exact
+        result["verdict"] = verdict(result)
     rt.barrier()
     return result
 
@@ -657,14 +659,15 @@ def train(cfg: Config) -> dict:
             result = finish(model, final, floor, cfg, rt, folder, title)
             summary = result | run_facts(rt, step, meter) | {"config_hash": config_hash(cfg)}
             log.summary(summary)
-            log.say(verdict(summary, folder))
+            if rt.is_main:
+                log.say("done: " + run_page(folder, Config))
             return summary
 
 
-def verdict(summary: dict, folder: Path) -> str:
+def verdict(summary: dict) -> str:
     """The result in words."""
     # The loss, in percent of its floor where that is above 0.
-    text = f"done: loss {summary['loss']:.5f}"
+    text = f"loss {summary['loss']:.5f}"
     if summary["optimal_loss"] < NO_FLOOR:
         text += " nats"
     else:
@@ -672,7 +675,7 @@ def verdict(summary: dict, folder: Path) -> str:
     # The belief, beside what the network held of it before it was trained.
     if "r2_concat" in summary:
         text += f"; {belief_in_words(summary)}"
-    return f"{text}; pictures in {folder / 'plots'}"
+    return text
 
 
 def data_of(cfg: Config, process: Process) -> dict[str, str]:
@@ -729,9 +732,8 @@ def analyze(cfg: Config) -> dict:
         contexts = final_contexts(process, run)
         title = f"{process.name}, {run.model}, {counted(step, 'step')}"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
-        belief = f"; {belief_in_words(result)}" if "r2_concat" in result else ""
         if rt.is_main:
-            print(f"step {step}: {in_words(result)}{belief}; see {folder / 'plots'}")
+            print(f"step {step}: {run_page(folder, Config, result)}")
     return result
 
 

@@ -48,6 +48,7 @@ from configurator import (
 from kernels.energy import energy_distance
 from kernels.geomloss_distance import geomloss_distance
 from measure import baselines, effects
+from measure.pages import run_page
 from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
 from sources.cells import Cells, open_cells
 from sources.foreign import STATE
@@ -1104,7 +1105,7 @@ def train(cfg: Config) -> dict:
             }
             log.summary(summary)
             if rt.is_main:
-                log.say(effects.verdict(result, folder))
+                log.say("done: " + run_page(folder, Config))
             return summary
 
 
@@ -1176,7 +1177,7 @@ def analyze(cfg: Config) -> dict:
     with Runtime(saved) as rt:
         result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: " + effects.verdict(result, folder).removeprefix("done: "))
+            print(f"step {step}: {run_page(folder, Config, result)}")
     return result
 
 

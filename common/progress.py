@@ -20,13 +20,13 @@ class Progress:
     """Bars where stderr is a terminal; else the same numbers for the lines of runs that end.
 
     Args:
-        total: runs of the sweep. ended: how many of them ended before.
+        total: runs of the sweep. ended: how many of them ended before. at_a_time: how many are at work at once.
         steps: {name of a run that has not ended: its steps, None where its settings do not tell}.
     """
 
-    def __init__(self, total: int, ended: int, steps: dict[str, int | None]):
-        self.ended, self.steps, self.total = ended, dict(steps), total
-        self.began, self.work, self.shown = time.perf_counter(), 0.0, 0.0
+    def __init__(self, total: int, ended: int, steps: dict[str, int | None], at_a_time: int):
+        self.total, self.ended, self.steps, self.at_a_time = total, ended, dict(steps), at_a_time
+        self.steps_done, self.seconds_spent, self.shown = 0.0, 0.0, 0.0
         self.jobs: list[Job] = []
         self.bars: dict[str, tqdm] = {}  # by name of a run
         self.is_terminal = sys.stderr.isatty()
@@ -65,29 +65,41 @@ class Progress:
         if job:
             _, total, _ = how_far(job)
             whole = total or steps or self.usual_steps()
-            self.work += max(0, whole - job.first_step)
+            self.steps_done += max(0, whole - job.first_step)
+            self.seconds_spent += job.seconds
         if name in self.bars:
             self.bars.pop(name).close()
 
     def left(self) -> float | None:
-        """Seconds until the last run of the sweep ends, at the pace since its begin; None where nothing tells it.
+        """Seconds until the last run of the sweep ends; None where nothing tells it yet.
 
-        In steps done and to do, of runs at work too, so that there is an estimate before a run has ended.
+        A step costs what it has cost in the runs that ended here, with their begin and end, or in those at work before
+        one has ended. A run at work takes the longer of what it has left by that and by its own pace.
         """
-        done, todo, usual = self.work, 0.0, self.usual_steps()
-        names = set()
+        now, usual, names = time.perf_counter(), self.usual_steps(), set()
+        done, spent, begun = self.steps_done, self.seconds_spent, []
         for job in self.jobs:
             step, total, _ = how_far(job)
             whole = total or self.steps.get(job.run.name) or usual
-            done += step - job.first_step
-            todo += max(0, whole - step)
+            begun.append((max(0, step - job.first_step), max(0, whole - step), now - job.began))
             names.add(job.run.name)
-        known = [steps or usual for name, steps in self.steps.items() if name not in names]
-        unknown = max(0, self.total - self.ended - len(names) - len(known))  # of a search
-        todo += sum(known) + unknown * usual
-        if done <= 0:
+        if not done:
+            done, spent = sum(steps for steps, _, _ in begun), sum(seconds for _, _, seconds in begun)
+        if not done:
             return None
-        return todo * (time.perf_counter() - self.began) / done
+        price = spent / done  # seconds of a step
+        waiting = [steps or usual for name, steps in self.steps.items() if name not in names]
+        unknown = max(0, self.total - self.ended - len(names) - len(waiting))  # of a search
+        left = (sum(waiting) + unknown * usual) * price
+        longest = 0.0
+        for steps, todo, seconds in begun:
+            rest = max(0.0, (steps + todo) * price - seconds)
+            if 4 * steps > steps + todo:  # before, its pace is that of getting ready
+                rest = max(rest, todo * seconds / steps)
+            longest = max(longest, rest)
+            left += rest
+        # Shared among the runs at a time; the last to end may be one that has no other beside it.
+        return max(longest, left / self.at_a_time)
 
     def usual_steps(self) -> float:
         """Steps of a run that nothing is known of."""

@@ -170,12 +170,14 @@ def ended_before(rt, folder: Path, path: Path | None, state: dict | None, change
     if rt.is_main:
         print(f"{folder}: this run ended at step {state['step']}, nothing was left to train. It said:")
         print("\n".join(_lines(summary)))
+        if "verdict" in summary:
+            print(f"done: {summary['verdict']}")
     return summary
 
 
 def _lines(summary: dict) -> list[str]:
-    """A `name: value` line for each number and text, for people and grep alike."""
-    shown = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
+    """A `name: value` line for each number and text, for people and grep alike. The verdict is the run's last line."""
+    shown = {key: value for key, value in summary.items() if isinstance(value, (int, float, str)) and key != "verdict"}
     return [f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in shown.items()]
 
 

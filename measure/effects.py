@@ -543,8 +543,8 @@ def format_table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def verdict(means: dict, folder: Path) -> str:
-    """The last line of a run: whether the model is better than knowing means. means: as in summary.json."""
+def verdict(means: dict) -> str:
+    """The result of a run in a sentence: whether the model is better than knowing means. means: as in summary.json."""
     conditions = means["conditions"]
     held_out = counted(conditions, "held-out condition")
     judged_on = means.get("conditions_judged", conditions)
@@ -554,19 +554,19 @@ def verdict(means: dict, folder: Path) -> str:
     correlations = {name: values["pearson_delta"] for name, values in means["baselines"].items()}
     best = best_of("pearson_delta", correlations)
     if not is_defined(correlation):
-        line = f"done: nothing to judge on {held_out}: Pearson delta needs an effect, control cells and several genes"
+        line = f"nothing to judge on {held_out}: Pearson delta needs an effect, control cells and several genes"
     elif best is None:
-        line = f"done: no baseline to compare with on {held_out}: Pearson delta {correlation:.4f}"
+        line = f"no baseline to compare with on {held_out}: Pearson delta {correlation:.4f}"
     else:
         judged = f"DOES NOT BEAT the baseline {best}"
         if correlation > correlations[best]:
             all_known = all(map(is_defined, correlations.values()))
             judged = "beats every baseline" if all_known else "beats every baseline that has a figure"
         line = (
-            f"done: the model {judged} on {held_out}: "
+            f"the model {judged} on {held_out}: "
             f"Pearson delta {correlation:.4f}, best baseline {correlations[best]:.4f} ({best})"
         )
-    return f"{line}; {_verdict_on_error(means)}pictures in {folder / 'plots'}"
+    return line + _verdict_on_error(means)
 
 
 def _verdict_on_error(means: dict) -> str:
@@ -577,9 +577,9 @@ def _verdict_on_error(means: dict) -> str:
     errors = {name: values["mae"] for name, values in means["baselines"].items()}
     nearest = best_of("mae", errors)
     if nearest is None:
-        return f"MAE {error:.4f}; "
+        return f"; MAE {error:.4f}"
     worse = " (worse)" if error >= errors[nearest] else ""
-    return f"MAE {error:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest}); "
+    return f"; MAE {error:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest})"
 
 
 def write_metrics(path: Path, results: dict) -> None:
@@ -618,7 +618,8 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
     plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
     model = means.pop("model")
     numbers = {"conditions": conditions, "conditions_judged": int(judged.sum())}
-    return model | {"baselines": means} | numbers
+    summary = model | {"baselines": means} | numbers
+    return summary | {"verdict": verdict(summary)}
 
 
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:

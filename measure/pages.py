@@ -1,18 +1,91 @@
 """Pages of results: one self-contained html file of text, tables to sort and pictures, for a run, a sweep, a study."""
 
 import base64
+import json
 import math
 import numbers
 import os
+import platform
+import shlex
 import struct
+import sys
+import typing
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
+from common.errors import reason
+from configurator import Text, config_dict, convert
+from measure import figures
+
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
+LONG_CELL = 50  # signs
+LONGEST_COMMAND = 100  # signs of a line; a longer command has a line for each setting
+
+# What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
+HEADLINES = {
+    "ghmm": {
+        "loss": "cross entropy of the next token, nats",
+        "optimal_loss": "its floor: the entropy of the process",
+        "excess_loss": "how far the loss is above the floor",
+        "r2_concat": "r2 of the belief, read out of all layers, on held-out contexts",
+        "untrained_r2_concat": "the same of the network before training",
+    },
+    "arxiv": {
+        "test_xe": "cross entropy of the next token on test documents, nats",
+        "val_xe": "cross entropy of the next token on validation documents, nats",
+        "perplexity": "exp of the cross entropy",
+        "icl_gain": "what reading more of the document gains, nats",
+        "oracle_icl_gain": "the same of the exact optimum",
+        "largest_relative_excess": "share above the optimum at the worst position",
+        "K": "components trained on",
+    },
+    "apelr": {
+        "val_nll": "cross entropy of the next token on validation text, nats",
+        "val_ppl": "exp of it",
+        "oracle_nll": "the exact optimum",
+        "plan_gain": "what the belief over plans gains over the best single plan, nats",
+        "planner_mask_delta_loss": "what a uniform belief costs, nats",
+        "plan_nmi": "normalised mutual information of plans and true plans",
+        "baseline_nll": "cross entropy of the baseline of equal size",
+        "parameters": "numbers that are trained",
+    },
+    "state": {
+        "pearson_delta": "correlation of predicted and measured effects on held-out conditions, a mean",
+        "mae": "mean absolute error of a gene",
+        "discrimination": "how well the prediction tells the condition from others: 1 always, 0.5 by chance",
+        "overlap_at_50": "share of the 50 most changed genes that is found",
+        "energy_distance": "between the predicted and the measured cells",
+        "val_loss": "lowest loss on validation conditions",
+        "conditions": "held-out conditions",
+    },
+}
+FIRST_FIGURES = 8  # of an experiment of the user's own
+CAPTIONS = {
+    "beliefs": "Beliefs of the process, and what is read out of the activations.",
+    "belief": "Belief over plans, token by token.",
+    "component_probe": "Which component a document is of, read out of each layer by a linear probe.",
+    "delta": "Predicted and measured effects, gene by gene.",
+    "excess_by_position": "Cross entropy above the exact optimum, by tokens read.",
+    "excess_loss": "Loss above the floor while training.",
+    "loss": "Loss while training.",
+    "loss_by_position": "Loss at each position of the context, beside the floor.",
+    "plan_usage": "How much each plan is used.",
+    "r2_by_layer": "How much of the belief a linear map reads out of each layer, beside controls.",
+    "transition_matrix": "Transitions between plans.",
+    "xe_by_position": "Cross entropy of the next token, by tokens read.",
+}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# A page
+# ---------------------------------------------------------------------------------------------------------------
 @dataclass
 class Section:
     """A part of a page: its paragraphs, commands, pictures and tables, in this order.
@@ -30,11 +103,17 @@ class Section:
 
 
 class Cell(NamedTuple):
-    """Of a table: as it is shown, what it is sorted by, and whether it is a number."""
+    """Of a table: as it is shown, what it is sorted by, and whether it is a number. What is long has several lines."""
 
     text: str
     value: str
     is_number: bool
+
+    @property
+    def style(self) -> str:
+        if self.is_number:
+            return "number"
+        return "long" if len(self.text) > LONG_CELL else ""
 
 
 def write_page(path: Path, title: str, lead: str, sections: list[Section]) -> None:
@@ -42,6 +121,19 @@ def write_page(path: Path, title: str, lead: str, sections: list[Section]) -> No
 
     A picture that is not there or no PNG is a line that says so. Raises OSError where the file cannot be written.
     """
+    text = template().render(title=title, lead=lead, sections=[filled(section) for section in sections])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
+    try:
+        fresh.write_text(text, encoding="utf-8", errors="replace")  # a file name may be no text
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@lru_cache
+def template():
+    """page.html, beside this file."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, and only needed here
 
     environment = Environment(
@@ -52,15 +144,7 @@ def write_page(path: Path, title: str, lead: str, sections: list[Section]) -> No
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    template = environment.get_template("page.html")
-    text = template.render(title=title, lead=lead, sections=[filled(section) for section in sections])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    try:
-        fresh.write_text(text, encoding="utf-8", errors="replace")  # a file name may be no text
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    return environment.get_template("page.html")
 
 
 def filled(section: Section) -> dict:
@@ -123,3 +207,227 @@ def embedded(path: Path) -> dict | None:
         return None
     dots = struct.unpack(">I", data[16:20])[0]  # of the header that every PNG begins with
     return {"base64": base64.b64encode(data).decode(), "width": round(dots / DOTS_PER_PIXEL)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page of a run
+# ---------------------------------------------------------------------------------------------------------------
+def run_page(folder: Path, Config: type, result: dict | None = None) -> str:
+    """Write report.html into a run folder that has its summary.json; returns the run's last line. For rank 0 alone.
+
+    Args:
+        Config: of the page that made the run, whose defaults tell which settings were chosen.
+        result: of a look at a run that is there (folder is then its analysis/): what its summary.json would say.
+    A page that cannot be written is a line on stderr: it ends no run.
+    """
+    page, verdict = folder / "report.html", (result or {}).get("verdict", "")
+    places = f"pictures in {folder / 'plots'}"
+    try:
+        if result is None:
+            result = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            verdict = result.get("verdict", "")
+        write_page(page, title_of(folder, Config), verdict, run_sections(folder, Config, result))
+        places += f", all of it in {page}"
+    except Exception as error:
+        if figures.STRICT:
+            raise
+        print(f"note: {page} was not written ({reason(error)})", file=sys.stderr)
+    return f"{verdict}; {places}" if verdict else places
+
+
+def script_of(Config: type) -> Path:
+    """The file of the page that defines Config."""
+    return Path(sys.modules[Config.__module__].__file__)
+
+
+def title_of(folder: Path, Config: type) -> str:
+    if folder.name == "analysis":
+        return f"{folder.parent.name}: a look at a run of {script_of(Config).name}"
+    return f"{folder.name}: a run of {script_of(Config).name}"
+
+
+def run_sections(folder: Path, Config: type, result: dict) -> list[Section]:
+    """The parts of a run's page: figures, pictures, settings and command, machine, and the rest folded away."""
+    run = folder.parent if folder.name == "analysis" else folder  # what was trained, and how
+    config = None  # of a checkpoint that lies alone
+    if (run / "config.json").exists():
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    experiment = getattr(sys.modules[Config.__module__], "EXPERIMENT", "")
+    headlines, rest = figures_of(result, experiment)
+    sections = [
+        Section("", tables=[headlines]),
+        Section("", pictures=pictures_of(folder)),
+        settings_section(run, Config, config),
+        Section("Machine and time", tables=[machine(run / script_of(Config).name, result)]),
+        Section("All that summary.json says", tables=rest, folded=True),
+    ]
+    return sections
+
+
+def figures_of(result: dict, experiment: str) -> tuple[list[dict], list[list[dict]]]:
+    """(rows of the main figures, tables of all the others)."""
+    known = HEADLINES.get(experiment)
+    if known is None:
+        named = [name for name, value in result.items() if cell_of(value).is_number]
+        known = dict.fromkeys(named[:FIRST_FIGURES])
+    headlines, rows, tables = [], [], []
+    for name, meaning in known.items():
+        if result.get(name) is not None:
+            headlines.append({"figure": name, "value": result[name], "what it is": meaning})
+    for name, value in result.items():
+        if name in known or name == "verdict":
+            continue
+        inner = list(value.values()) if isinstance(value, dict) else []
+        if inner and all(isinstance(part, dict) for part in inner):
+            tables.append([{name: key} | plain_values(part) for key, part in value.items()])
+        else:
+            rows += [{"figure": key, "value": part} for key, part in plain_values({name: value}).items()]
+    return headlines, [rows, *tables]
+
+
+def plain_values(values: dict) -> dict:
+    """Values that fit into a cell: those of a dict under dotted names, a list as a text."""
+    plain = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            plain |= {f"{name}.{key}": part for key, part in plain_values(value).items()}
+        elif isinstance(value, list):
+            cells = [cell_of(part).text for part in value]
+            plain[name] = ", ".join(cells)
+            if len(cells) > FIRST_FIGURES:
+                plain[name] = f"{len(cells)} values, the first {cells[0]}, the last {cells[-1]}"
+        else:
+            plain[name] = value
+    return plain
+
+
+def pictures_of(folder: Path) -> list[tuple[Path, str]]:
+    """The pictures of a run in the order in which they were drawn; not those of an earlier run in its folder."""
+    config = folder / "config.json"
+    begun = config.stat().st_mtime if config.exists() else 0
+    times = {path: path.stat().st_mtime for path in sorted((folder / "plots").glob("*.png"))}
+    pictures = []
+    for path in sorted(times, key=times.get):
+        if times[path] >= begun:
+            pictures.append((path, CAPTIONS.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")))
+    return pictures
+
+
+def settings_section(run: Path, Config: type, config: dict | None) -> Section:
+    """The settings that are not the default, and the command that trains the same."""
+    script = script_of(Config)
+    if config is None:
+        return Section("Settings", [f"{run} has no config.json: its checkpoint knows the settings."])
+    settings = chosen(config, Config)
+    untold = [name for name, value in settings.items() if not can_be_typed(value, name, Config)]
+    text = [f"All {len(config)} settings have their defaults."]
+    if settings:
+        text = [f"{len(settings)} of {len(config)} settings are not the default; all are in {run / 'config.json'}."]
+    text.append("The command repeats the run. As it is, it says again what the run said; with another out_dir, or with "
+                "resume=never, which replaces the run, it trains anew.")  # fmt: skip
+    copy = run / script.name
+    if copy.exists() and copy.read_bytes() != script.read_bytes():
+        text.append(f"{script.name} was edited since: {copy} is what the run began with.")
+    words = [f"--{name}={typed(value)}" for name, value in settings.items()]
+    if untold:
+        text.append(f"What cannot be typed ({', '.join(untold)}) it takes from the file.")
+        words = [str(run / "config.json")]
+    defaults = config_dict(Config())
+    rows = []
+    for name, value in settings.items():
+        rows.append({"setting": name, "value": typed(value), "default": typed(defaults[name])})
+    return Section("Settings", text, tables=[rows], commands=[command_line(script.name, words)])
+
+
+def chosen(config: dict, Config: type) -> dict:
+    """The settings of config.json without which the page would make others: those that are not the default.
+
+    A default may follow from another setting, as a last learning rate does from the first.
+    """
+
+    def misses(settings: dict) -> list[str]:
+        made = config_dict(Config(**settings))
+        return [name for name, value in known.items() if value != made[name]]
+
+    names = config_dict(Config())
+    known = {name: value for name, value in config.items() if name in names}  # of another version, maybe
+    settings = {}
+    while missing := [name for name in misses(settings) if name not in settings]:
+        settings |= {name: known[name] for name in missing}
+    for name in list(settings):
+        others = {other: value for other, value in settings.items() if other != name}
+        if misses(others) == misses(settings):
+            settings = others
+    return {name: value for name, value in known.items() if name in settings}
+
+
+def typed(value: Any) -> str:
+    """A setting as it is typed on a command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def can_be_typed(value: Any, name: str, Config: type) -> bool:
+    """Whether a command line reads a setting as it is. It would read the text "none" as nothing."""
+    try:
+        read = convert(Text(typed(value)), typing.get_type_hints(Config, include_extras=True)[name])
+    except ValueError:
+        return False
+    return (list(read) if isinstance(read, tuple) else read) == value
+
+
+def command_line(script: str, words: list[str]) -> str:
+    """A command to paste into a shell: one line, or where that is long a line for each setting."""
+    line = shlex.join(["python", script, *words])
+    if len(line) <= LONGEST_COMMAND:
+        return line
+    return " \\\n    ".join([shlex.join(["python", script]), *map(shlex.quote, words)])
+
+
+def machine(copy: Path, result: dict) -> list[dict]:
+    """Rows of what the run, or the look at it, was made on, and when. copy: of the script, made at step 0."""
+    facts = {
+        "processor": f"{processor()}, {os.cpu_count()} cores",
+        "memory": memory(),
+        "device": result.get("device"),
+        "ranks": os.environ.get("WORLD_SIZE"),
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    device = str(result.get("device", ""))
+    if device.startswith("cuda"):
+        facts["device"] = f"{device}, {torch.cuda.get_device_name(device)}"
+    if "seconds" in result and copy.exists():
+        facts["begun"] = clock(copy.stat().st_mtime)
+    facts["ended" if "seconds" in result else "measured"] = clock(datetime.now().timestamp())
+    for name, unit in (("seconds", "s"), ("tokens_per_second", "tokens/s"), ("cells_per_second", "cells/s")):
+        if result.get(name) is not None:
+            facts[name.replace("_", " ")] = f"{digits(float(result[name]))} {unit}"
+    return [{"what": name, "value": value} for name, value in facts.items() if value is not None]
+
+
+def clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def processor() -> str:
+    """The model of the processor, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def memory() -> str | None:
+    """The memory of the machine; None where it does not tell."""
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (AttributeError, ValueError, OSError):
+        return None

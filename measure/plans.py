@@ -256,12 +256,12 @@ def plan_metrics(
     return metrics
 
 
-def verdict(metrics: dict, folder: Path) -> str:
+def verdict(metrics: dict) -> str:
     """The run in one line: its loss, whether its plan is used, and whether it beats a baseline of equal size.
 
     A figure that is not there or not defined is left out.
     """
-    parts = [f"done: validation nll {metrics['val_nll']:.4f} nats a token"]
+    parts = [f"validation nll {metrics['val_nll']:.4f} nats a token"]
     if is_number(metrics.get("val_ppl")):
         parts[0] += f", perplexity {metrics['val_ppl']:.2f}"
     if is_number(metrics.get("oracle_nll")):
@@ -272,7 +272,6 @@ def verdict(metrics: dict, folder: Path) -> str:
         parts.append(f"nmi of plans and true plans {metrics['plan_nmi']:.3f}")
     parts += judge_plan(metrics)
     parts += judge_baseline(metrics)
-    parts.append(f"files in {folder}, pictures in {folder / 'plots'}")
     return "; ".join(parts)
 
 

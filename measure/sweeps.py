@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -151,10 +153,18 @@ class Group:
         values = self.values(name)
         text = number(self.mean(name))
         if len(values) > 1:
-            text += f" ± {stdev(values):.2g}"
+            text = with_spread(fmean(values), stdev(values))
         if 0 < len(values) < len(self.runs):
             text += f" ({len(values)} of {len(self.runs)})"
         return text
+
+
+def with_spread(mean: float, spread: float) -> str:
+    """A mean with two digits of its standard deviation, as in 0.0146 ± 0.0034."""
+    if not 0 < spread < math.inf:
+        return f"{number(mean)} ± {number(spread)}"
+    decimals = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Group]:
@@ -188,7 +198,6 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
     ranked = groups(told, shown, less_is_better)
     # Runs of a study need not have the same settings: a control has others than the sets of categories.
     settings = list({name: None for group in ranked for name in group.settings})
-    shown = [name for name in shown if any(group.values(name) for group in ranked)]
     seeds = [line["settings"][SEED] for line in told if SEED in line["settings"]]
     averaged = any(len(group.runs) > 1 for group in ranked)
     rows = [[*settings, *(["seeds" if averaged else SEED] if seeds else []),
@@ -201,7 +210,9 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
         row.append(number(mean_seconds(group)))
         row.append(group.runs[0]["folder"] if len(group.runs) == 1 else "")
         rows.append(row)
-    lines = in_columns(rows) if ranked else []
+    # A column without a text, such as that of folders where all runs are averaged, is left out.
+    filled = [any(column[1:]) for column in zip(*rows, strict=True)]
+    lines = in_columns([list(itertools.compress(row, filled)) for row in rows]) if ranked else []
     for line in told:
         if line["status"] != "done":
             lines.append(f"{line['run']}: {in_words(line, shown)}")

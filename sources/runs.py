@@ -200,11 +200,10 @@ def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word
     """The words with the names that a study has for some of them: its seeds, and no early stopping unless typed."""
     words = [seeds(word) if word.key in ("study_seeds", "study-seeds") else word for word in words]
     if cfg.study and "patience" in settings.kinds:
-        typed = {word.key.rpartition(".")[2] for word in words}
-        for word in words:
-            if not word.key:
-                typed |= {key.rpartition(".")[2] for key in settings.peek(word.value)}
-        if "patience" not in typed:
+        files = [Path(word.value) for word in words if not word.key and Path(word.value).is_file()]
+        typed = any(word.key.endswith("patience") for word in words)
+        typed = typed or any(re.search(r"(?m)^\s*[\w.\"]*patience\"?\s*[:=]", file.read_text()) for file in files)
+        if not typed:
             words = [Word("patience", "--patience=", "0"), *words]
     return words
 
@@ -215,7 +214,7 @@ def seeds(word: Word) -> Word:
 
 
 def named(listed: list[str], settings: Settings) -> dict[str, str]:
-    """{key that lists values: what it is called in names and tables}; seeds by that name, for they are averaged over."""
+    """{key that lists values: what it is called in names and tables}; the seed by that name, to be averaged over."""
     heads = dict(zip(listed, labels(listed), strict=True))
     for key in listed:
         if settings.resolve(key.split("."))[0] == "seed" and "seed" not in heads.values():

@@ -2,13 +2,24 @@
 
 import base64
 import html
+import importlib
+import json
+import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+from commands import SCRIPTS
 
+from common.runlog import write_json
+from configurator import config_dict
+from measure import figures
 from measure.figures import figure
-from measure.pages import Section, cell_of, write_page
+from measure.pages import Section, cell_of, run_page, write_page
 
 
 def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
@@ -52,3 +63,108 @@ def test_what_is_undefined_is_blank_and_numbers_are_short():
 def test_every_html_file_beside_a_module_is_in_the_package():
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert re.search(r'^measure = \["\*\.html"\]$', text, re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page of a run
+# ---------------------------------------------------------------------------------------------------------------
+def run_folder(folder: Path, page, settings: dict, summary: dict) -> Path:
+    """What a run of these settings leaves, without the run."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config_dict(page.Config(**settings)))
+    write_json(folder / "summary.json", summary)
+    shutil.copy(page.__file__, folder)
+    with figure(folder, "loss", 2, 2) as axes:
+        axes.plot([1, 2])
+    return folder
+
+
+def settings_by(page, words: list[str], capsys) -> dict:
+    """All settings that a page makes of a command line, by its --print_config."""
+    with pytest.raises(SystemExit) as end:
+        page.main([*words, "--print_config"])
+    values = {}
+    told = capsys.readouterr()
+    exec(told.out, {}, values)
+    assert not end.value.code and not told.err
+    return config_dict(page.Config(**values))
+
+
+CHOSEN = {  # as configure() fills them in; with values that a shell would take apart
+    "train_ghmm": {"process": "nonergodic", "components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
+                   "open_probs": [1.0, 0.25], "add_bos": True, "lr": 1e-05, "out_dir": "out/a b's $(c)"},
+    "train_arxiv": {"lr": 1e-3, "min_lr": 4e-4, "categories": ["cs.PL", "math, pure"], "patience": 0, "probe": False},
+    "train_apelr": {"lr": 1e-3, "loss_weights": {"usage_balance": 0.1}, "batch_size": "auto", "data": "data/x y"},
+    "train_state": {"embed_key": None, "decoder_hidden_dims": [512], "wandb": "offline", "pert_col": "5",
+                    "rope_theta": 12.5, "perturbation_features_file": "none"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, capsys):
+    page = importlib.import_module(name)
+    folder = run_folder(tmp_path / "run 1", page, CHOSEN[name], {"verdict": "it works", "steps": 3, "torch": "2"})
+    assert run_page(folder, page.Config) == f"it works; pictures in {folder}/plots, all of it in {folder}/report.html"
+    text = html.unescape((folder / "report.html").read_text())
+    command = re.search("<pre>(.*?)</pre>", text, re.DOTALL)[1]
+    python, script, *words = shlex.split(command.replace("\\\n", ""))
+    assert (python, script) == ("python", f"{name}.py") and all(len(line) < 120 for line in command.splitlines())
+    saved = json.loads((folder / "config.json").read_text())
+    assert settings_by(page, words, capsys) == saved
+    told = dict(re.findall(r"<tr>\s*<td[^>]*>(\w+)</td>\s*<td[^>]*>(.*?)</td>\s*<td[^>]*>.*?</td>\s*</tr>", text))
+    if name == "train_state":  # the text none would be read as nothing: the file says it
+        assert words == [str(folder / "config.json")] and "cannot be typed (perturbation_features_file)" in text
+    else:
+        # Those that were chosen, and none that only follows from them: a last learning rate of a tenth of the first.
+        assert sorted(word[2:].split("=")[0] for word in words) == sorted(CHOSEN[name])
+    assert {*CHOSEN[name]} <= told.keys()
+
+
+def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path):
+    page = importlib.import_module("train_state")
+    rivals = {"mean": {"mae": 0.5, "pearson_delta": None}, "control": {"mae": 0.75, "pearson_delta": 0.0}}
+    summary = {"pearson_delta": 0.25, "mae": None, "mse": 1.5, "baselines": rivals, "fit": {"c": 2.0}, "seconds": 12.0,
+               "cells_per_second": 345.6, "xe": list(range(20)), "verdict": "5 < 6", "device": "cpu"}  # fmt: skip
+    folder = run_folder(tmp_path / "run", page, {}, summary)
+    stale = folder / "plots" / "stale.png"
+    shutil.copy(folder / "plots" / "loss.png", stale)
+    os.utime(stale, (1, 1))  # of a run that was here before
+    run_page(folder, page.Config)
+    text = (folder / "report.html").read_text()
+    assert '<p class="lead">5 &lt; 6</p>' in text and text.count("<img") == 1 and "Loss while training." in text
+    cells = re.findall(r'data-value="(.*?)">', text)
+    first = cells.index("pearson_delta")
+    assert cells[first + 1] == "0.25" and "mae" not in cells[first : first + 6]
+    folded = text[text.index("<details>") :]
+    assert re.findall('data-value="(.*?)"', folded)[:4] == ["mse", "1.5", "fit.c", "2.0"]
+    assert "20 values, the first 0, the last 19" in folded and ">control<" in folded and "5 &lt; 6" not in folded
+    for fact in ("12 s", "345.6 cells/s", "begun", "ended", torch.__version__, f"{os.cpu_count()} cores"):
+        assert fact in text, fact
+    assert f"All {len(config_dict(page.Config()))} settings have their defaults" in text and "edited" not in text
+    (folder / "train_state.py").write_text("# edited")
+    run_page(folder, page.Config)
+    assert "train_state.py was edited since" in (folder / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(tmp_path, capsys, monkeypatch):
+    page = importlib.import_module("train_ghmm")
+    folder = run_folder(tmp_path / "run", page, {}, {"loss": 1.0})
+    assert run_page(folder, page.Config).startswith("pictures in ")
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()  # in the way, for root too
+    monkeypatch.setattr(figures, "STRICT", False)
+    assert run_page(folder, page.Config) == f"pictures in {folder}/plots"
+    (folder / "summary.json").write_text("torn {")
+    assert run_page(folder, page.Config, {"verdict": "fine"}) == f"fine; pictures in {folder}/plots"
+    assert run_page(folder, page.Config) == f"pictures in {folder}/plots"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all(line.startswith(f"note: {folder}/report.html was not written (") for line in told)
+    assert not list(folder.glob(".saving-*"))
+
+
+def test_a_look_at_a_checkpoint_alone_has_a_page_without_settings(tmp_path):
+    page = importlib.import_module("train_ghmm")
+    (tmp_path / "imported" / "analysis").mkdir(parents=True)
+    assert run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0}).startswith("v; ")
+    text = (tmp_path / "imported" / "analysis" / "report.html").read_text()
+    assert "imported: a look at a run of train_ghmm.py" in text and "no config.json" in text and "<pre>" not in text

@@ -426,7 +426,7 @@ def controls_of(screen: dict) -> np.ndarray:
 def everything_written(folder, results: dict) -> tuple[dict, list[dict], dict, str]:
     """(summary, rows of the CSV, results.json, verdict) of results; nowhere a nan."""
     summary = effects.write_results(folder, "a title", results)
-    said = effects.verdict(summary, folder)
+    said = summary["verdict"]
     texts = [(folder / name).read_text(encoding="utf-8") for name in ("metrics.csv", "results.json")]
     for text in (*texts, said, format_table(results), json.dumps(summary, allow_nan=False)):
         assert "nan" not in text.replace("perturbation_mean", "").lower()
@@ -527,13 +527,13 @@ def test_a_baseline_is_best_on_defined_figures_alone(table):
     ((None, 1.0), (0.5, 2.0), "nothing to judge on 1 held-out condition: ", "beat"),
     ((0.5, 1.0), (None, 2.0), "no baseline to compare with on 1 held-out condition: Pearson delta 0.5000; MAE", "beat"),
     ((0.5, None), (0.4, None), "beats every baseline on 1 held-out condition: Pearson delta 0.5000", "MAE"),
-    ((0.5, 1.0), (0.4, None), "MAE 1.0000; pictures", "worse")])
-def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent, tmp_path):
+    ((0.5, 1.0), (0.4, None), "; MAE 1.0000", "worse")])
+def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent):
     names = ("pearson_delta", "mae")
     means = dict(zip(names, model, strict=True))
     means |= {"conditions": 1, "baselines": {"b": dict(zip(names, rival, strict=True))}}
-    said = effects.verdict(means, tmp_path)
-    assert words in said and absent not in said and "None" not in said and "pictures in" in said
+    said = effects.verdict(means)
+    assert words in said and absent not in said and "None" not in said and not said.endswith((";", " "))
 
 
 def test_pictures_show_what_is_defined(screen, tmp_path, drawn):

@@ -100,7 +100,7 @@ def assert_drawn(folder: Path) -> None:
 def test_a_run_leaves_the_promised_files_and_no_others(whole):
     assert {path.name for path in whole.folder.iterdir()} == {
         "config.json", "metrics.jsonl", "train.log", "summary.json", "analysis.json", "train_ghmm.py", "plots",
-        "last.pt", "best.pt", "step_10.pt", "step_20.pt"}
+        "report.html", "last.pt", "best.pt", "step_10.pt", "step_20.pt"}
     assert (whole.folder / "train_ghmm.py").read_bytes() == (ROOT / "train_ghmm.py").read_bytes()
     assert read(whole.folder / "config.json") == checkpoint.load(whole.folder)["config"]
     assert read(whole.folder / "config.json")["n_layers"] == 2

@@ -153,7 +153,7 @@ def assert_as_if_uninterrupted(folder: Path | str, whole: Path | str) -> None:
 def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     assert {path.name for path in whole.iterdir()} == {
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "metrics.csv", "plots",
-        "train_state.py", "last.pt", "best.pt", "step_4.pt", "step_5.pt", "step_8.pt", "step_12.pt",
+        "report.html", "train_state.py", "last.pt", "best.pt", "step_4.pt", "step_5.pt", "step_8.pt", "step_12.pt",
         "var_dims.json", "pert_onehot_map.pt", "cell_type_map.json", "batch_map.json", "checkpoints", "var_dims.pkl",
         "cell_type_onehot_map.torch", "batch_onehot_map.torch", "config.yaml", "data_module.torch", "data.toml"}
     pictures = {path.stem: matplotlib.image.imread(path) for path in (whole / "plots").iterdir()}
@@ -225,7 +225,7 @@ def test_a_model_of_one_step_is_said_not_to_beat_the_baselines(data, capsys):
 def test_the_verdict_names_the_best_baseline_and_a_tie_beats_nothing(mine, words):
     result = {"pearson_delta": mine, "mae": 1.0, "conditions": 3, "baselines": {
         "a": {"pearson_delta": 0.1, "mae": 2.0}, "b": {"pearson_delta": 0.5, "mae": 3.0}}}
-    assert words in train_state.effects.verdict(result, Path("run"))
+    assert words in train_state.effects.verdict(result)
 
 
 def test_analyze_repeats_the_numbers(whole):
