@@ -16,7 +16,7 @@ from typing import Any
 OBJECTIVES = {
     "ghmm": (["excess_loss", "excess_percent", "loss", "r2_concat"], True),
     "arxiv": (["val_xe", "test_xe", "icl_gain"], True),
-    "apelr": (["val_nll", "plan_gain"], True),
+    "apelr": (["val_nll", "plan_gain", "parameters"], True),
     "state": (["pearson_delta", "mae", "baselines.perturbation_mean.pearson_delta"], False),
 }
 HEADS = {"baselines.perturbation_mean.pearson_delta": "perturbation_mean"}  # of columns, where the name is long
@@ -186,8 +186,10 @@ def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Gro
 
 
 def number(value: Any) -> str:
-    """A number of a summary; what is undefined there is blank."""
-    return f"{value:.6g}" if isinstance(value, float | int) else ""
+    """A number of a summary, a whole one with all its digits; what is undefined there is blank."""
+    if not isinstance(value, float | int):
+        return ""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
 
 
 def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:
