@@ -88,7 +88,8 @@ def in_words(told: dict, shown: list[str]) -> str:
         last = told["last_lines"][-1]
     if told["status"] == "pruned":
         value = number(told.get("value"))
-        return f"pruned{f' at {shown[0]} {value}' if value and shown else ''}: worse than the median of the others"
+        place = f" at {shown[0]} {value}" if value and shown else ""
+        return f"pruned{place}: no hope beside the median of the others"
     code = told["exit_code"]
     if code is None:  # of a run that another process has seen
         return f"{told['status']}: {last}"
