@@ -635,7 +635,7 @@ def test_time_left_is_by_steps(monkeypatch):
     shown.end("a", job("a", 100, 400, seconds=90))
     shown.show([job("b", 0, 200)])
     assert shown.left() == pytest.approx((100 + 600 * 0.3) / 2)
-    assert progress.how_far(job("a", 0, 7)) == (7, 400, 0.5)
+    assert progress.how_far(job("a", 2, 7)) == (7, 5, 400, 0.5, 20)
     shown.end("c", None)  # by another process
     assert shown.left() == pytest.approx(100) and shown.ended == 3  # b alone takes longer than its share
     Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
