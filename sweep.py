@@ -3,6 +3,7 @@
     python sweep.py train_ghmm.py config/ghmm_mess3.py --lr=1e-3,1e-4 --seed=0,1,2 --jobs=2    # 6 runs, 2 at a time
     python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'   # two values of a setting that is a list
     python sweep.py train_arxiv.py --study=nested:1,2,4 --seed=0,1            # the runs of a study
+    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --shard=3/10                 # every tenth run, for an array of jobs
     python sweep.py train_ghmm.py --lr=1e-3,1e-4 --print_config               # the commands that it would run, and stop
     python sweep.py report out/ghmm_sweep_1a2b3c                              # compare runs that there are
     python train_ghmm.py -m lr=1e-3,1e-4 'seed=range(3)' hydra.sweep.dir=out/lr    # the same in Hydra's words
@@ -16,11 +17,10 @@ does not wait for that. Exit code 1 if a run failed.
 """
 
 import contextlib
-import os
-import re
 import shlex
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,38 +29,49 @@ from typing import Annotated, Any, get_type_hints
 from tqdm import tqdm
 
 from common.errors import InputError, clear_errors, leave
-from common.jobs import run_all, signals
+from common.jobs import devices, launch, run_all, signals
+from common.progress import Progress
 from configurator import Count, Range, Settings, Whole, configure, note
-from measure.sweeps import OBJECTIVES, append, in_words, read, record, table
+from measure.sweeps import HEADS, append, in_words, objective, read, record, table
 from sources.runs import Grid, Run, has_ended, import_page, plan_runs
-from sources.shared import counted
-from sources.sweeps import HYDRA, Sweeper, Word, hydra_settings, read_sweeper, take_apart
+from sources.shared import closest, counted
+from sources.sweeps import HYDRA, Sweeper, Word, hydra_settings, in_shard, read_sweeper, take_apart
 
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
+CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
 
 
 @dataclass
 class Config:
     out_dir: str = ""  # folder of the sweep; default that of a single run with _sweep_ and a digest of what is constant
-    jobs: Jobs = 1  # runs at a time; -1: one a core
+    jobs: Jobs | None = None  # runs at a time; -1: one a GPU, or a core without any; default 1, or one a GPU of several
+    gpus: Whole | None = None  # give each run one of so many GPUs; default all that are visible; 0: leave them alone
+    launcher: str = ""  # words before the script, such as "torchrun --nproc_per_node=8"; default Python alone
+    shard: str = ""  # K/N: every Nth run from the Kth on, for arrays of jobs
+    objective: str = ""  # what runs are compared by: NAME of a number in summary.json; -NAME: more of it is better
     trials: Count | None = None  # run only so many of the combinations, drawn at random without repetition
     trials_seed: Whole = 0  # of that draw
     # studies
     study: str = ""  # of train_arxiv.py, XE against K: all (every subset) | k=1,2 (of these sizes) | nested:1,2,4
     orders: Count | None = None  # of the categories, for nested sets
     controls: bool = False  # beside a study each category alone at its share of the tokens
-    holdout: str = ""  # of train_state.py: leave out each cell type in turn, or NAME,NAME
+    holdout: str = ""  # of train_state.py: leave out "each" cell type in turn, or NAME,NAME
     equal_parameters: bool = False  # choose the width of each run for models of one size
 
 
 @dataclass
 class Sweep:
-    """What is swept: the page, its file, the settings of the sweep, and its folder."""
+    """What is swept: the page, its file, the settings of the sweep, its folder, and its runs, other shards' too."""
 
     page: ModuleType
     script: Path
     cfg: Config
     folder: Path
+    runs: list[Run]
+
+    @property
+    def lines(self) -> Path:
+        return self.folder / "sweep.jsonl"
 
     def has_ended(self, run: Run) -> bool:
         return has_ended(run, self.page, self.script)
@@ -86,58 +97,110 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
     return cfg, words, sweeper
 
 
-def run_sweep(sweep: Sweep, runs: list[Run]) -> list[dict]:
-    """Run what has not ended yet, telling of each; returns its lines of sweep.jsonl. Exits with 1 if a run failed."""
-    cfg, folder, lines = sweep.cfg, sweep.folder, sweep.folder / "sweep.jsonl"
-    shown, less_is_better = OBJECTIVES.get(getattr(sweep.page, "EXPERIMENT", ""), ([], True))
-    before, told, todo = read(lines), {}, []
-    for run in runs:
-        last = before.get(run.name, {})
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
+
+
+def look_back(sweep: Sweep) -> tuple[dict[str, dict], list[Run]]:
+    """({name: line of sweep.jsonl} of the runs that have ended before, the others). Raises InputError."""
+    lines, told, todo = read(sweep.lines), {}, []
+    late = max((line.get("time") or 0 for line in lines.values()), default=0) - time.time()
+    if late > CLOCK_SECONDS:
+        note(f"{sweep.lines} has a line of {tqdm.format_interval(late)} from now: the clocks of two machines differ, "
+             "which changes nothing here")
+    for run in sweep.runs:
+        last = lines.get(run.name, {})
         if sweep.has_ended(run):
-            told[run.name] = record(run.folder, run.values, "done", None, None)
-            if last.get("summary") == told[run.name]["summary"]:
-                told[run.name] = last
-            else:  # a sweep that was killed has not told of it
-                append(lines, told[run.name])
+            told[run.name] = record(run.folder, run.values, "done", None, last.get("seconds"))
+            if last.get("summary") != told[run.name]["summary"]:  # a sweep that was killed has not told of it
+                append(sweep.lines, told[run.name])
             continue
         todo.append(run)
         if last.get("status") == "done":
-            print(f"{run.folder} has ended before and is gone: it is run again")
+            print(f"{run.folder}: a run has ended here, and its results are gone: it is run again")
+    return told, todo
+
+
+def run_sweep(sweep: Sweep) -> list[dict]:
+    """Run what has not ended yet, telling of each; returns the lines of sweep.jsonl. Exits with 1 if a run failed."""
+    cfg = sweep.cfg
+    shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), cfg.objective)
+    command = [*launch(cfg.launcher), sweep.script]
+    on_cpu = all(getattr(run.cfg, "device", "auto") == "cpu" for run in sweep.runs)
+    jobs, gpus = devices(cfg.jobs, 0 if on_cpu and cfg.gpus is None else cfg.gpus, cfg.launcher)
+    mine = in_shard(cfg.shard, sweep.runs)
+    make_folder(sweep.folder)
+
+    told, todo = look_back(sweep)
+    todo = [run for run in todo if run in mine]
     before = f", {len(told)} ended before" if told else ""
-    print(f"{counted(len(runs), 'run')} of {sweep.script.name} in {folder}{before}", flush=True)
-    jobs = (os.cpu_count() or 1) if cfg.jobs == -1 else cfg.jobs
-    source, spent, working = Grid(todo), [], []
-    command = [sys.executable, sweep.script]
-    with signals() as came:
-        events = run_all(source, sweep.has_ended, command, jobs, [], came, working)
-        with contextlib.closing(events):
-            for run, status, code, seconds in events:
-                if run is None:
-                    continue
-                if status == "elsewhere":
-                    print(f"{run.folder}: another process is at work here: waiting for its end", flush=True)
-                    continue
-                told[run.name] = record(run.folder, run.values, status, code, seconds)
-                append(lines, told[run.name])
-                source.ended(run, told[run.name])
-                spent.append(told[run.name]["seconds"] or 0)
-                line = f"[{len(told)}/{len(runs)}] {run.name}: {in_words(told[run.name], shown)} | {spent[-1]:.0f} s"
-                left = len(todo) - len(spent)
-                if left and not came:
-                    line += f" | {tqdm.format_interval(sum(spent) / len(spent) * left / jobs)} left"
-                print(line, flush=True)
-    told = [told[run.name] for run in runs if run.name in told]
-    if shown and any(line["status"] == "done" for line in told):
-        print(f"\nby {shown[0]}, of which {'less' if less_is_better else 'more'} is better:")
-    if told:
-        print("\n".join(table(told, shown, less_is_better)))
+    share = f", {len(mine)} of them in shard {cfg.shard}" if cfg.shard else ""
+    print(f"{counted(len(sweep.runs), 'run')} of {sweep.script.name} in {sweep.folder}{share}{before}", flush=True)
+    source, working, failed = Grid(todo), [], False
+    steps = {run.name: getattr(run.cfg, "max_steps", None) for run in todo}
+    progress = Progress(len(mine), len(mine) - len(todo), steps, jobs)
+    with (
+        signals() as came,
+        contextlib.closing(progress),
+        contextlib.closing(run_all(source, sweep.has_ended, command, jobs, gpus, came, working)) as events,
+    ):
+        for run, status, job in events:
+            progress.show(working)
+            if status == "elsewhere":
+                progress.say(f"{run.folder}: another process is at work here: waiting for its end")
+            if status in ("", "elsewhere"):
+                continue
+            code, seconds = (job.process.poll(), job.seconds) if job else (None, None)
+            line = record(run.folder, run.values, status, code, seconds)
+            told[run.name] = line
+            append(sweep.lines, line)
+            source.ended(run, line)
+            failed = failed or status == "failed"
+            progress.end(run.name, job)
+            text = f"[{progress.ended}/{progress.total}] {run.name}: {in_words(line, shown)}"
+            if job:
+                text += f" | {seconds:.0f} s"
+            left = progress.left()
+            if left and left >= 1 and not came:
+                text += f" | {tqdm.format_interval(left)} left"
+            progress.say(text)
+    told, missing = look_around(sweep, told)
+    show_table(told, shown, less_is_better)
     if came:
-        begun = f"{len(runs) - len(told)} not begun" if len(told) < len(runs) else "all begun"
+        waiting = len([run for run in missing if run in mine])
+        begun = f"{waiting} not begun" if waiting else "all begun"
         leave(f"stopped by a signal, {begun}; the same command goes on from there", 128 + came[0])
-    show_comparison([Path(line["folder"]) for line in told if line["status"] == "done"], folder)
-    if any(line["status"] == "failed" for line in told):
+    if missing:
+        print(f"{counted(len(missing), 'run')} of other shards not ended yet: the last shard to end compares all runs")
+    else:
+        show_comparison([sweep.folder / line["run"] for line in told if line["status"] == "done"], sweep.folder)
+    if failed:
         raise SystemExit(1)
     return told
+
+
+def look_around(sweep: Sweep, told: dict[str, dict]) -> tuple[list[dict], list[Run]]:
+    """(lines of all runs of the sweep that have ended, other shards' too; the runs that have not)."""
+    lines, ended, missing = read(sweep.lines), [], []
+    for run in sweep.runs:
+        line = told.get(run.name) or lines.get(run.name)
+        if line and (line["status"] != "done" or run.folder.exists()):
+            ended.append(line)
+        else:
+            missing.append(run)
+    return ended, missing
+
+
+def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None:
+    if shown and any(line["status"] == "done" for line in told):
+        print(f"\nby {HEADS.get(shown[0], shown[0])}, of which {'less' if less_is_better else 'more'} is better:")
+    print("\n".join(table(told, shown, less_is_better)))
+    known = {name for line in told for name, value in line.get("summary", {}).items() if isinstance(value, int | float)}
+    if shown and known and shown[0] not in known:
+        note(f"{shown[0]} is no number in summary.json{closest(shown[0], known)}")
 
 
 def show_comparison(runs: list[Path], folder: Path) -> list[str]:
@@ -156,24 +219,22 @@ def show_comparison(runs: list[Path], folder: Path) -> list[str]:
 
 
 def report(argv: list[str]) -> list[str]:
-    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]."""
+    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
     from measure.comparison import compare, find_runs
 
-    options = [word for word in argv if re.match("--(open$|out[=])", word)]
-    paths = [Path(word) for word in argv if word not in options]
+    options, words = take_apart(argv, ("out", "open"), ("open",))
+    paths = [Path(word.head + word.value) for word in words]
+    usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: no such folder, or no such option: sweep.py report FOLDER... [--out=FOLDER] "
-                             "[--open]")
+            what = "option" if str(path).startswith("--") else "folder"
+            raise InputError(f"{path}: no such {what}: {usage}")
     if not paths:
-        raise InputError("name the folders of runs to compare: sweep.py report FOLDER... [--out=FOLDER] [--open]")
-    out = paths[0]
-    for option in options:
-        if option.startswith("--out="):
-            out = Path(option.partition("=")[2])
+        raise InputError(f"name the folders of runs to compare: {usage}")
+    out = Path(options.get("out", paths[0]))
     lines = compare(find_runs(paths), out)
     print("\n".join(lines))
-    if "--open" in options:
+    if options.get("open") == "True":
         import webbrowser
 
         webbrowser.open((out / "report.html").resolve().as_uri())
@@ -193,15 +254,11 @@ def main(argv: list[str] | None = None) -> Any:
         cfg, words, sweeper = read_words(page, words)
         folder, runs = plan_runs(page, words, sweeper, cfg)
         if shows:
-            for run in runs:
+            for run in in_shard(cfg.shard, runs):
                 print(shlex.join(["python", argv[0], *run.words]))
             return []
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
-        try:
-            return run_sweep(Sweep(page, script, cfg, folder), runs)
+            return run_sweep(Sweep(page, script, cfg, folder, runs))
         except KeyboardInterrupt:  # before the first run, or after the last
             leave("interrupted", 128 + signal.SIGINT)
         except OSError as error:  # a full disk, a file where a folder should be; the runs at work save

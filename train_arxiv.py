@@ -6,9 +6,9 @@ component's own, and what is lost on the way is information: summed over positio
 component known is I(component; document) <= log K nats. On synthetic documents both are known exactly.
 
     python train_arxiv.py                                      # 4 hidden Markov components beside the exact optimum
-    python train_arxiv.py --study=nested:1,2,4                 # XE against K at equal tokens, 5 minutes on two cores
-    python train_arxiv.py config/arxiv.py --study=all31        # every subset of five arXiv categories, then a report
-    python train_arxiv.py --report=out/arxiv_study             # tables, pictures and report.html of a folder of runs
+    python train_arxiv.py --study=nested:1,2,4 --jobs=2        # XE against K at equal tokens: 9 runs and a report
+    python train_arxiv.py config/arxiv.py --study=all31 --controls     # every subset of five arXiv categories
+    python train_arxiv.py --report=out/arxiv_study             # the report again, of the runs that there are
     torchrun --nproc_per_node=8 train_arxiv.py config/arxiv.py
 
 The default takes 70 seconds on two cores and ends within 1% of the optimum at every position. The model is GPT-2's
@@ -18,12 +18,9 @@ Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is m
 vocabulary, D width, H heads, K components, R chunks, M documents.
 """
 
-import itertools
-import json
 import math
-import os
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +61,8 @@ from measure.curves import (
     write_curves,
     write_documents,
 )
-from measure.report import make_report, row_key, row_sentence, run_count, training_facts
+from measure.pages import run_page
+from measure.report import training_facts
 from measure.speed import matmul_rate
 from sources.chunks import copy_tokenizer, test_chunks, train_and_validation, whole_documents
 from sources.ergodic import ergodic
@@ -72,7 +70,6 @@ from sources.foreign import ICL
 from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
 from sources.foreign_checkpoints import checkpoint_in
 from sources.shared import closest, counted, counter_rng, make_once, quoted
-from sources.study_arxiv import plan_study, run_name
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 SYNTHETIC = "data/ergodic"  # made when it is missing
@@ -85,9 +82,6 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
-    study: str = ""  # by sweep.py: all31 (every subset) | k=1,2 (all of these sizes) | nested:1,2,4 | K2_a_b,...
-    study_seeds: list[Whole] = field(default_factory=list)  # seeds of each run of a study; default seed alone
-    report: str = ""  # by sweep.py: folder of runs to report on instead of training
     # data
     data: str = SYNTHETIC  # folder of train.h5 and validation.h5, by prepare_data.py arxiv or ergodic; or one of them
     validation_data: str = ""  # file of validation chunks, where it is not beside the other
@@ -120,7 +114,7 @@ class Config:
     beta1: Share = 0.9
     beta2: Share = 0.95
     grad_clip: NonNegative = 1.0  # largest gradient norm; 0 does not clip
-    patience: Whole | None = None  # evaluations without improvement to stop after; 0: never; default 10, in a study 0
+    patience: Whole = 10  # evaluations without improvement to stop after; 0: never, as in a study
     min_delta: NonNegative = 1e-3  # improvement in nats that counts
     # evaluation
     eval_interval: Count | None = None  # steps between evaluations; default eval_epochs
@@ -148,9 +142,6 @@ class Config:
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = self.lr / 10
-        # The runs of a study are to train on equally many tokens, which stopping by its own loss would undo.
-        if self.patience is None:
-            self.patience = 0 if self.study else 10
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""
@@ -159,6 +150,8 @@ class Config:
             wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}")
         if (self.budget == "tokens") != (self.budget_tokens is not None):
             wrong.append("budget = tokens and budget_tokens go together")
+        if self.control_of and len(self.categories or ()) != 1:
+            wrong.append(f"control_of = {self.control_of} is of a run on one category: name it with categories")
         if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):
             wrong.append(f"categories = {self.categories}: name at least one, and each once")
         return wrong
@@ -536,7 +529,8 @@ def finish(model: nn.Module, validation: Chunks, final: Chunks, active: list[str
     if final is not validation:
         codes = [validation.code(name) for name in active]
         rows = np.flatnonzero(np.isin(validation.codes, codes))
-        val_xe = float(evaluate(model, validation, rows, rt).mean_of(codes).mean())
+        xe = evaluate(model, validation, rows, rt).mean_of(codes)  # [T]
+        val_xe = float(xe.mean())
     # Categories that the model has not been trained on are evaluated too: "unseen".
     everything = np.arange(len(final.codes))
     curves = evaluate(model, final, everything, rt)
@@ -547,8 +541,16 @@ def finish(model: nn.Module, validation: Chunks, final: Chunks, active: list[str
         exact = exact_curves(final, rows, active)
         # Bootstrap, fits and oracles are the room's matter; the curves they start from are made above.
         groups = measure(curves, final.names, active, exact, cfg.bootstrap, cfg.seed, cfg.icl_early, cfg.icl_late)
-        results = {"categories": active, "K": len(active), "seed": cfg.seed, "control_of": cfg.control_of,
-                   "final_split": final.split, "final_fingerprint": final.fingerprint, **lesson, "groups": groups}
+        results = {
+            "categories": active,
+            "K": len(active),
+            "seed": cfg.seed,
+            "control_of": cfg.control_of,
+            "final_split": final.split,
+            "final_fingerprint": final.fingerprint,
+            **lesson,
+            "groups": groups,
+        }
         if exact:
             results["information"] = information(final.oracle[rows], final.codes[rows], codes)
         if cfg.probe and len(active) > 1:  # of one component there is nothing to find out
@@ -740,12 +742,12 @@ def train(cfg: Config) -> dict:
             summary |= run_facts(rt, step, meter)
             log.summary(summary)
             if rt.is_main:
-                log.say(f"done: {summary['verdict']}; pictures in {folder / 'plots'}")
+                log.say("done: " + run_page(folder, Config))
             return summary
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Runs again: load, analyze, study, report
+# Runs again: load, analyze
 # ---------------------------------------------------------------------------------------------------------------
 def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, dict]:
     """(settings, model, steps done, extra state) of a run folder or checkpoint, also the source's.
@@ -787,59 +789,13 @@ def analyze(cfg: Config) -> dict:
         lesson = training_facts(config_dict(saved), extra.get("data", data), chunks, step, data)
         result = finish(model.to(rt.device), validation, final, active, lesson, saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: {result['verdict']}; pictures in {folder / 'plots'}")
+            print(f"step {step}: {run_page(folder, Config, result)}")
     return result
 
 
-def run_study(cfg: Config) -> dict:
-    """Train every subset of the study in a folder of its own, skipping finished ones, then report."""
-    chunks, validation = open_data(cfg)
-    data = {cfg.data: chunks.fingerprint + validation.fingerprint}
-    names = active_categories(chunks, validation, cfg)
-    seeds = cfg.study_seeds or [cfg.seed]
-    # All subsets of one seed before the next: a study that is stopped early is whole for the seeds it has.
-    runs = list(itertools.product(seeds, plan_study(cfg.study, names)))
-    for number, (seed, subset) in enumerate(runs, 1):
-        name = run_name(subset, seed)
-        folder = Path(cfg.out_dir) / name
-        # A run of its own: the same command without study trains it too, and its folder is like any other.
-        run = replace(cfg, categories=subset, seed=seed, study="", study_seeds=[], out_dir=str(folder))
-        if finished(run, folder, data):
-            print(f"[{number}/{len(runs)}] {name}: finished before")
-            continue
-        print(f"[{number}/{len(runs)}] {name}")
-        result = train(run)
-        if "stopped_at" in result:  # a signal ends the study, not one run of it
-            return result
-    # Each run has closed its process group; the report is written by one of the processes that torchrun started.
-    return report(cfg.out_dir) if int(os.environ.get("RANK", 0)) == 0 else {}
-
-
-def finished(run: Config, folder: Path, data: dict[str, str]) -> bool:
-    """Whether the folder holds the end of a run with these settings. Raises CheckpointError if it is of other data."""
-    if not (folder / "summary.json").exists() or not (folder / "last.pt").exists():
-        return False
-    checkpoint.same_data(checkpoint.load(folder)["extra"], data, folder)
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return not differences(saved, run, ALIASES)
-
-
-def report(folder: str) -> dict:
-    """XE against K over the runs of a folder; returns {K: mean XE}, with the group beside K where there are several."""
-    table = make_report(Path(folder))
-    for row in table:
-        print(row_sentence(row))
-    print(f"report of {run_count(table)} in {Path(folder) / 'report.html'}")
-    return {row_key(row): row["xe"] for row in table}
-
-
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, ICL)
+    cfg = configure(Config, argv, ALIASES, ICL)  # a study, and a report, are sweep.py's from here on
     with clear_errors():
-        if cfg.report:
-            return report(cfg.report)
-        if cfg.study:
-            return run_study(cfg)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -2,16 +2,22 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from common.errors import InputError
 
 LOOK_SECONDS = 1.0  # between two looks at a run of another process, and at metrics.jsonl
 GRACE_SECONDS = 120.0  # for a run that is asked to stop; it ends its step and saves
@@ -47,6 +53,10 @@ class Records:
         return bool(new)
 
 
+    def last_step(self) -> int:
+        return self.records[-1].get("step", 0) if self.records else 0
+
+
 @dataclass
 class Job:
     """A run at work."""
@@ -57,6 +67,9 @@ class Job:
     gpu: str | None
     records: Records
     began: float
+    seconds: float = 0.0  # that it took, once it has ended
+    first_step: int = 0  # that it goes on from
+    total: int | None = None  # of steps, as its log says
     looked: float = 0.0
     pruned: bool = False
     told: list[float] = field(default_factory=list)  # when it was asked to stop
@@ -112,16 +125,19 @@ def start(run: Any, command: list, lock: IO, jobs: int, gpu: str | None) -> Job:
     with open(run.folder / "console.log", "w") as console:
         process = subprocess.Popen([*command, *run.words], env=environment, stdin=subprocess.DEVNULL, stdout=console,
                                    stderr=console, start_new_session=True, pass_fds=[lock.fileno()])
-    return Job(run, process, lock, gpu, Records(run.folder / "metrics.jsonl"), time.perf_counter())
+    job = Job(run, process, lock, gpu, Records(run.folder / "metrics.jsonl"), time.perf_counter())
+    job.records.grown()
+    job.first_step = job.records.last_step()
+    return job
 
 
 def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: int, gpus: list[str], came: list[int],
-            working: list[Job]) -> Iterator[tuple[Any, str, int | None, float | None]]:
-    """(run, status, exit code, seconds) of each run as it ends: done, failed, stopped or pruned.
+            working: list[Job]) -> Iterator[tuple[Any, str, Job | None]]:
+    """(run, status, what it was) of each run as it ends: done, failed, stopped or pruned.
 
-    Exit code and seconds are None of a run that turns out to have ended before, and of one that another process is at
-    work on, whose status is elsewhere: it is told again when it has ended there, or here. None in the place of a run,
-    some twenty times a second, tells that all are at work.
+    There is no job of a run that turns out to have ended before, nor of one that another process is at work on, whose
+    status is elsewhere: it is told again when it has ended there, or here. None in the place of a run, some twenty
+    times a second, tells that all are at work.
 
     Args:
         source: of runs, as sources.runs.Grid is. has_ended: whether a run has ended before.
@@ -136,7 +152,9 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
                 working.remove(job)
                 job.lock.close()
                 asked = 0.0
-                yield job.run, how_it_ended(job, came), job.process.poll(), time.perf_counter() - job.began
+                job.records.grown()
+                job.seconds = time.perf_counter() - job.began
+                yield job.run, how_it_ended(job, came), job
             while len(working) < jobs and not came:
                 now, run = time.monotonic(), None
                 if now >= asked + LOOK_SECONDS:
@@ -149,11 +167,11 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
                 lock = take(run.folder)
                 if lock is None:
                     if looked != now:  # not one that was elsewhere already
-                        yield run, "elsewhere", None, None
+                        yield run, "elsewhere", None
                     elsewhere.append(run)
                 elif has_ended(run):
                     lock.close()
-                    yield run, "done", None, None
+                    yield run, "done", None
                 else:
                     working.append(start(run, command, lock, jobs, least_used(gpus, working)))
             if not working and (came or not elsewhere):
@@ -165,7 +183,7 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
                 passed_on += 1
             for job in working:
                 watch(job, source)
-            yield None, "", None, None
+            yield None, "", None
             time.sleep(0.05)
     finally:
         for job in working:
@@ -188,15 +206,22 @@ def watch(job: Job, source: Any) -> None:
     if now < job.looked + LOOK_SECONDS:
         return
     job.looked = now
-    if job.records.grown() and not job.told and source.hopeless(job.run, job.records.records):
+    if not job.records.grown():
+        return
+    # A run that starts anew in a folder goes back to the first step.
+    job.first_step = min(job.first_step, job.records.last_step())
+    if not job.told and source.hopeless(job.run, job.records.records):
         job.pruned = True
         stop(job, signal.SIGTERM)
 
 
 def stop(job: Job, number: int) -> None:
-    """Ask a run to stop."""
+    """Ask a run to stop; asked a third time, it is not asked any more."""
     job.told.append(time.monotonic())
-    job.process.send_signal(number)
+    if len(job.told) > 2:
+        kill(job)
+    else:
+        job.process.send_signal(number)
 
 
 def kill(job: Job) -> None:
@@ -217,6 +242,53 @@ def descendants(pid: int) -> list[int]:
     for parent in found:
         found += children.get(parent, [])
     return found[1:]
+
+
+def devices(jobs: int | None, gpus: int | None, launcher: str) -> tuple[int, list[str]]:
+    """(runs at a time, names of the GPUs to share among them, one each).
+
+    Args:
+        jobs: that were asked for; -1: one a GPU, or a core without any; None: one a GPU of several, else one.
+        gpus: how many to use; None: all, 0: none. launcher: words; what they start uses GPUs as it likes.
+
+    Raises InputError.
+    """
+    names = [] if launcher or gpus == 0 else visible_gpus()
+    if gpus is not None and gpus > len(names):
+        why = "a launcher starts a run on several" if launcher else f"there are {len(names)} that can be used here"
+        raise InputError(f"gpus={gpus}: {why}: leave it out, or use fewer")
+    names = names[:gpus]
+    at_a_time = jobs or max(1, len(names))
+    if at_a_time == -1:
+        at_a_time = len(names) or os.cpu_count() or 1
+    # The only GPU there is needs no name, unless it was chosen among several.
+    return at_a_time, names if len(names) > 1 or gpus else []
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that may be used."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        import torch
+
+        return [str(number) for number in range(torch.cuda.device_count())]
+    names = [name.strip() for name in given.split(",")]
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # as CUDA reads it
+
+
+def launch(words: str) -> list[str]:
+    """The words of --launcher, which a Python script follows, with its program found. Raises InputError."""
+    if not words.strip():
+        return [sys.executable]
+    try:
+        program, *options = shlex.split(words)
+    except ValueError as error:
+        raise InputError(f"launcher={words}: {error}") from error
+    # Beside Python too: torchrun is there in an environment that was not activated.
+    place = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
+    if not place:
+        raise InputError(f"launcher={words}: there is no program {program}: install it, or give its path")
+    return [place, *options]
 
 
 def least_used(gpus: list[str], working: list[Job]) -> str | None:

@@ -1,8 +1,8 @@
 """One cell type left out at a time: how well each is predicted that was never seen perturbed, and what that is worth.
 
-A run counts once for the cell type that it held out; its numbers are means over the conditions of that type. Runs of
+A run counts once, for the cell type that it held out; its numbers are means over the conditions of that type. Runs of
 several seeds are averaged by type, and the mean over types gives each type the same weight. The types are of one data
-set and learn from one another, so their spread is no error of that mean: it is told, and no interval is made of it.
+set and train each other's models, so their spread is no error of that mean: it is told, and no interval made of it.
 """
 
 import json
@@ -16,41 +16,49 @@ from measure.figures import figure
 from measure.pages import Section
 from sources.shared import counted
 
-RIVAL = "perturbation_mean"  # what is known without a model: the mean effect on the types that train
-METRICS = {"pearson_delta": "Pearson delta", "energy_distance": "energy distance"}
+DELTA = "Pearson delta"
+ENERGY = "energy distance"
+METRICS = {DELTA: "pearson_delta", ENERGY: "energy_distance"}
+BETTER = {DELTA: "more", ENERGY: "less"}
+RIVAL = "perturbation mean"  # what is known without a model: the mean effect on the types that train
 CAPTION = "Rings: the mean effect on the other types. Dots: the model, a small one a seed, a large one their mean."
-APART = (*NO_SETTINGS, "toml_config_path", "seed")  # what runs of one study differ in
+APART = (*NO_SETTINGS, "toml_config_path", "seed")  # settings in which the runs of one study differ
+
+Number = float | None  # None is undefined
 
 
 @dataclass
 class HeldOut:
-    """A run: the type it held out, its seed, {metric: value or None} of the model and of the rival, other settings."""
+    """A run: the cell type that it held out, its seed, what it came to, and {name: JSON} of its other settings."""
 
     cell_type: str
-    seed: int
-    model: dict[str, float | None]
-    rival: dict[str, float | None]
+    seed: int | None
+    model: dict[str, Number]  # by METRICS
+    rival: dict[str, Number]
     settings: dict[str, str]
 
 
 def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str]]:
     """(sections of a page, lines for a terminal) of runs of train_state.py that held out one cell type each.
 
-    Neither, where they are not that or are all of one type. The picture goes to out/plots. Runs of different settings
-    are kept apart: a section each.
+    Neither, where a run is not that, or all are of one type. Runs of other settings are a section of their own. The
+    pictures go to out/plots.
     """
     studies = {}
     for folder in runs:
-        held_out = read_run(folder)
-        if held_out is None:
+        run = read_run(folder)
+        if run is None:
             return [], []
-        studies.setdefault(json.dumps(held_out.settings, sort_keys=True), []).append(held_out)
-    if not any(len({run.cell_type for run in study}) > 1 for study in studies.values()):
+        key = json.dumps(run.settings, sort_keys=True)
+        studies.setdefault(key, []).append(run)
+    studies = list(studies.values())
+    if all(len(by_type(study)) == 1 for study in studies):
         return [], []
     sections, lines = [], []
-    for number, study in enumerate(studies.values()):
-        title = ", ".join(["Each cell type held out", *what_differs(study[0], studies.values())])
-        rows, sentence = table(study)
+    for number, study in enumerate(studies):
+        title = ", ".join(["Each cell type held out", *what_differs(study[0], studies)])
+        rows = table(study)
+        sentence = in_words(study)
         name = f"holdouts_{number}" if number else "holdouts"
         draw(out, name, study)
         picture = out / "plots" / f"{name}.png"
@@ -60,24 +68,30 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
 
 
 def read_run(folder: Path) -> HeldOut | None:
-    """A run by the files in its folder; None if it is not one that tested a single cell type."""
+    """A run by the files in its folder; None if it is none that tested a single cell type."""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         (cell_type,) = {record["cell_type"] for record in results["model"]["per_condition"]}
-        model = dict(results["model"]["mean"])
-        rival = dict(results[RIVAL]["mean"])
+        numbers = []
+        for who in ("model", "perturbation_mean"):
+            means = results[who]["mean"]
+            numbers.append({title: means.get(metric) for title, metric in METRICS.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # not whole, or none of these
-    others = {name: json.dumps(value) for name, value in settings.items() if name not in APART}
-    return HeldOut(cell_type, settings.get("seed"), model, rival, others)
+        return None  # not whole, or of something else
+    others = {}
+    for name, value in settings.items():
+        if name not in APART:
+            others[name] = json.dumps(value)
+    return HeldOut(cell_type, settings.get("seed"), *numbers, others)
 
 
-def what_differs(run: HeldOut, studies) -> list[str]:
-    """name = value of the settings of a run in which studies differ."""
+def what_differs(run: HeldOut, studies: list[list[HeldOut]]) -> list[str]:
+    """name = value of the settings of a run in which the studies differ."""
     texts = []
     for name, value in run.settings.items():
-        if any(other.settings.get(name) != value for study in studies for other in study):
+        values = {study[0].settings.get(name) for study in studies}
+        if len(values) > 1:
             texts.append(f"{name} = {value}")
     return texts
 
@@ -86,80 +100,83 @@ def what_differs(run: HeldOut, studies) -> list[str]:
 # Numbers
 # ---------------------------------------------------------------------------------------------------------------
 def by_type(study: list[HeldOut]) -> dict[str, list[HeldOut]]:
-    """The runs of each cell type, by name."""
+    """The runs of each cell type, by its name."""
     types = {}
     for run in sorted(study, key=lambda run: run.cell_type):
         types.setdefault(run.cell_type, []).append(run)
     return types
 
 
-def mean_of(values: list[float | None]) -> float | None:
+def mean_of(values: list[Number]) -> Number:
     """The mean of the values that are defined; None of none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def table(study: list[HeldOut]) -> tuple[list[dict], str]:
-    """(a row for each cell type and one of their means, a sentence about Pearson delta).
-
-    The last row is over the types for which model and rival both have the figure, by metric.
-    """
-    rows = []
-    for cell_type, runs in by_type(study).items():
-        row = {"held out": cell_type, "seeds": len(runs)}
-        for metric, title in METRICS.items():
-            values = [run.model.get(metric) for run in runs]
-            row[title] = mean_of(values)
-            row[f"{title}, sd"] = spread_of(values)
-            row[f"{title}, {RIVAL}"] = mean_of([run.rival.get(metric) for run in runs])
-        rows.append(row)
-    sentence = in_words(rows, max(row["seeds"] for row in rows))
-    last = {"held out": "mean", "seeds": None}
-    for metric, title in METRICS.items():
-        rival = f"{title}, {RIVAL}"
-        both = [row for row in rows if row[title] is not None and row[rival] is not None]
-        last[title] = mean_of([row[title] for row in both])
-        last[f"{title}, sd"] = spread_of_seeds(study, metric)
-        last[rival] = mean_of([row[rival] for row in both])
-    rows.append(last)
-    if all(len(runs) == 1 for runs in by_type(study).values()):  # then there is no spread
-        for row in rows:
-            for title in METRICS.values():
-                del row[f"{title}, sd"]
-    return rows, sentence
-
-
-def spread_of(values: list[float | None]) -> float | None:
+def spread_of(values: list[Number]) -> Number:
     """The standard deviation of the values that are defined; None of one or none."""
     known = [value for value in values if value is not None]
     return stdev(known) if len(known) > 1 else None
 
 
-def spread_of_seeds(study: list[HeldOut], metric: str) -> float | None:
+def pairs(study: list[HeldOut], metric: str) -> list[tuple[float, float]]:
+    """(model, rival), means over seeds, for each type for which both have this metric."""
+    found = []
+    for runs in by_type(study).values():
+        model = mean_of([run.model[metric] for run in runs])
+        rival = mean_of([run.rival[metric] for run in runs])
+        if None not in (model, rival):
+            found.append((model, rival))
+    return found
+
+
+def table(study: list[HeldOut]) -> list[dict]:
+    """A row for each cell type, and one of the means over the types for which model and rival both have the metric."""
+    types = by_type(study)
+    several = any(len(runs) > 1 for runs in types.values())  # of one seed there is no spread
+    rows = []
+    for cell_type, runs in types.items():
+        row = {"held out": cell_type, "seeds": len(runs)}
+        for metric in METRICS:
+            values = [run.model[metric] for run in runs]
+            row[metric] = mean_of(values)
+            if several:
+                row[f"{metric}, sd"] = spread_of(values)
+            row[f"{metric}, {RIVAL}"] = mean_of([run.rival[metric] for run in runs])
+        rows.append(row)
+    last = {"held out": "mean", "seeds": None}
+    for metric in METRICS:
+        both = pairs(study, metric)
+        last[metric] = mean_of([model for model, _ in both])
+        if several:
+            last[f"{metric}, sd"] = spread_of_seeds(study, metric)
+        last[f"{metric}, {RIVAL}"] = mean_of([rival for _, rival in both])
+    return [*rows, last]
+
+
+def spread_of_seeds(study: list[HeldOut], metric: str) -> Number:
     """The standard deviation over seeds of the mean over types; None unless two seeds or more have all the types."""
     types = by_type(study)
+    seeds = {}
+    for run in study:
+        seeds.setdefault(run.seed, {})[run.cell_type] = run.model[metric]
     means = []
-    for seed in {run.seed for run in study}:
-        values = {run.cell_type: run.model.get(metric) for run in study if run.seed == seed}
+    for values in seeds.values():
         if len(values) == len(types) and None not in values.values():
             means.append(fmean(values.values()))
     return spread_of(means)
 
 
-def in_words(rows: list[dict], seeds: int) -> str:
-    """What the rows of the types come to."""
-    title = METRICS["pearson_delta"]
-    gains = []
-    for row in rows:
-        model, rival = row[title], row[f"{title}, {RIVAL}"]
-        if model is not None and rival is not None:
-            gains.append(model - rival)
+def in_words(study: list[HeldOut]) -> str:
+    """What the study comes to."""
+    gains = [model - rival for model, rival in pairs(study, DELTA)]
     if not gains:
-        return "No type has a Pearson delta of the model and of the perturbation mean: there is nothing to compare."
+        return f"No type has a Pearson delta of the model and of the {RIVAL}: there is nothing to compare."
     better = sum(gain > 0 for gain in gains)
     spread = f" (standard deviation over types {stdev(gains):.3f})" if len(gains) > 1 else ""
+    seeds = max(len(runs) for runs in by_type(study).values())
     return (
-        f"Pearson delta of the model is {fmean(gains):+.3f} against the perturbation mean{spread}, the mean over "
+        f"Pearson delta of the model is {fmean(gains):+.3f} against the {RIVAL}{spread}, the mean over "
         f"{counted(len(gains), 'held-out cell type')} with up to {counted(seeds, 'seed')} each; it is better on "
         f"{better} of {len(gains)}. The types train each other's models: they are no independent repetitions."
     )
@@ -172,36 +189,47 @@ def in_columns(rows: list[dict]) -> list[str]:
     """The lines of a table; numbers with three digits behind the point, None blank."""
     cells = [list(rows[0])]
     for row in rows:
-        line = []
-        for value in row.values():
-            line.append("" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
-        cells.append(line)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        cells.append([short(value) for value in row.values()])
+    columns = list(zip(*cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for line in cells:
+        padded = map(str.ljust, line, widths)
+        text = "  ".join(padded)
+        lines.append(text.rstrip())
+    return lines
+
+
+def short(value) -> str:
+    """A value of the table."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def draw(out: Path, name: str, study: list[HeldOut]) -> None:
     """plots/NAME.png: a line for each type, a panel for each metric."""
     types = by_type(study)
     places = range(len(types))
-    with figure(out, name, 8, 1.3 + 0.3 * len(types), 1, len(METRICS), sharey=True) as axes:
-        for panel, (metric, title) in zip(axes, METRICS.items(), strict=True):
+    height = 1.3 + 0.3 * len(types)
+    with figure(out, name, 8, height, 1, len(METRICS), sharey=True) as axes:
+        for panel, metric in zip(axes, METRICS, strict=True):
             means, rivals = [], []
             for place, runs in enumerate(types.values()):
-                values = [run.model.get(metric) for run in runs]
-                means.append(mean_of(values))
-                rivals.append(mean_of([run.rival.get(metric) for run in runs]))
-                known = [value for value in values if value is not None]
-                panel.plot(known, [place] * len(known), ".", color="C0", markersize=4)
-            panel.plot(numbers(rivals), places, "o", color="k", markerfacecolor="none", markersize=8)
-            panel.plot(numbers(means), places, "o", color="C0", markersize=5)
-            better = "more" if metric == "pearson_delta" else "less"
-            panel.set_xlabel(f"{title} ({better} is better)")
+                values = drawn([run.model[metric] for run in runs])
+                panel.plot(values, [place] * len(runs), ".", color="C0", markersize=4)
+                means.append(mean_of([run.model[metric] for run in runs]))
+                rivals.append(mean_of([run.rival[metric] for run in runs]))
+            ring = {"color": "k", "markersize": 8, "markerfacecolor": "none"}
+            dot = {"color": "C0", "markersize": 5}
+            panel.plot(drawn(rivals), places, "o", **ring)
+            panel.plot(drawn(means), places, "o", **dot)
+            panel.set_xlabel(f"{metric} ({BETTER[metric]} is better)")
             panel.grid(axis="x", linewidth=0.3)
         axes[0].set_yticks(places, list(types), fontsize=8)
         axes[0].invert_yaxis()
 
 
-def numbers(values: list[float | None]) -> list[float]:
-    """None as nan, which is not drawn."""
+def drawn(values: list[Number]) -> list[float]:
+    """What is undefined is not drawn."""
     return [math.nan if value is None else value for value in values]

@@ -1,16 +1,43 @@
 """The report of a study's runs, each on a set of categories: tables, pictures, report.html."""
 
-import base64
-import csv
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.checkpoint import NO_SETTINGS
-from common.errors import DataError
-from measure.curves import binned, blank, gain_definition, is_fit, perplexity
-from measure.figures import figure
+from common.errors import reason
+from measure.curves import gain_definition
+from measure.pages import Section
+from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of, reported_positions
+from measure.study_pictures import (
+    draw_categories,
+    draw_context,
+    draw_controls,
+    draw_curves,
+    draw_law,
+    draw_slopes,
+    draw_tradeoff,
+)
+from measure.study_rows import category_rows, row_of, row_sentence, run_row, write_csv
+from measure.xe_by_k import (
+    LAWS,
+    TOLD_APART,
+    Study,
+    bars_by_kind,
+    cell_means,
+    cell_weights,
+    growth_parts,
+    interval,
+    law_of_k,
+    mean_and_error,
+    mean_of,
+    number,
+    t_interval,
+    told_apart,
+    tradeoff,
+)
 from sources.shared import counted
 
 # Settings that runs of one study may differ in, and those of the measurements after training.
@@ -18,6 +45,7 @@ APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "
          "control_of", "final_split", "icl_early", "icl_late", "eval_chunks", "bootstrap", "probe", "precision",
          "wandb_project", "wandb_entity")  # fmt: skip
 NOT_SAID = "not said"  # by results of older runs
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # What runs were trained on
@@ -61,6 +89,8 @@ def terms_of(result: dict) -> dict:
         "budget": budget.get("kind", NOT_SAID),
         "budget_tokens": budget.get("tokens", NOT_SAID),
         "n_ctx": len(result["groups"]["seen"]["xe_by_position"]),
+        "final_split": result.get("final_split", "validation"),  # of older runs, which knew no other
+        "final_data": result.get("final_fingerprint") or NOT_SAID,
     }
     return terms | result.get("settings", {})
 
@@ -125,15 +155,17 @@ def data_name(result: dict) -> str:
     return f"{path} ({'-'.join(parts)})" if digest else path
 
 
-def once(results: list[dict]) -> list[dict]:
-    """Each run once: of results that agree in everything but where they lie, the one nearest to the folder."""
+def once(results: list[dict]) -> tuple[list[dict], list[str]]:
+    """(each run once, a line for each other): of results that agree in all but their place, the one nearest by."""
     kept = {}
+    repeated = []
     for result in sorted(results, key=lambda result: result["run"].count("/")):
-        key = json.dumps([sorted(result["categories"]), result["seed"], terms_of(result)], sort_keys=True)
+        what = [sorted(result["categories"]), result["seed"], result.get("control_of"), terms_of(result)]
+        key = json.dumps(what, sort_keys=True)
         if key in kept:
-            print(f"{result['run']} is {kept[key]['run']} again: counted once")
+            repeated.append(f"{result['run']} is {kept[key]['run']} again: counted once")
         kept.setdefault(key, result)
-    return list(kept.values())
+    return list(kept.values()), repeated
 
 
 def tokens_sentence(results: list[dict]) -> str:
@@ -149,69 +181,59 @@ def tokens_sentence(results: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The report
+# Runs of a report
 # ---------------------------------------------------------------------------------------------------------------
-def make_report(folder: Path) -> list[dict]:
-    """XE against K over the runs of a folder: xe_by_k.csv, xe_by_category.csv, plots/, a self-contained report.html.
+class Group(NamedTuple):
+    """Runs that may be averaged, and the controls of their shares.
 
-    Runs of one K are averaged where data, budget and settings are the same; others make groups of their own, which the
-    first column then names. Error bars are standard deviations over subsets and seeds. Returns the rows of xe_by_k.csv.
+    label: what it differs from other groups in, "" where it is alone; short: what pictures call it.
     """
-    results = once(read_results(folder))
-    T = min(len(result["groups"]["seen"]["xe_by_position"]) for result in results)
-    positions = sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
-    table = []
-    categories = []
-    by_group = {}  # of groups, of K: their runs
-    for group, runs in alike(results).items():
-        by_k = {}
-        for run in sorted(runs, key=lambda run: run["K"]):
-            by_k.setdefault(run["K"], []).append(run)
-        by_group[group] = by_k
-        named = {"group": group} if group else {}
-        for K, runs_of_k in by_k.items():
-            table.append(named | row_of(K, runs_of_k, positions))
-        for row in category_rows(by_k):
-            categories.append(named | row)
 
-    write_csv(folder / "xe_by_k.csv", table)
-    write_csv(folder / "xe_by_category.csv", categories)
-    tokens = tokens_sentence(results)
-    # What groups differ in may be long: in pictures they have numbers.
-    short = {}
-    for number, group in enumerate(by_group, 1):
-        short[group] = f"group {number}" if group else ""
-    drawn = {short[group]: by_k for group, by_k in by_group.items()}
-    # A folder that is a run itself has pictures of these names.
-    place = folder / "report" if (folder / "results.json").exists() else folder
-    draw_curves(place, drawn, T, tokens)
-    draw_against_k(place, drawn, positions)
-    draw_categories(place, [row | {"group": short[row.get("group", "")]} for row in categories])
-    rows = [run_row(result) for result in results]
-    pictures = place / "plots"
-    write_html(folder, pictures, table, categories, rows, groups=short, tokens=tokens, definition=gain_definition(T))
-    return table
+    label: str
+    short: str
+    runs: list[dict]
+    controls: list[dict]
+
+    @property
+    def by_k(self) -> dict[int, list[dict]]:
+        runs = {}
+        for run in sorted(self.runs, key=lambda run: run["K"]):
+            runs.setdefault(run["K"], []).append(run)
+        return runs
+
+    @property
+    def equal_tokens(self) -> bool:
+        """Whether all runs were trained on as many: to their end, of one budget; or by what they say."""
+        if all(trained_to_the_end(run) for run in self.runs):
+            return True
+        tokens = {run.get("tokens") for run in self.runs}
+        return len(tokens) == 1 and None not in tokens
 
 
-def read_results(folder: Path) -> list[dict]:
-    """results.json of every run below a folder. Raises DataError if there is none or one is damaged."""
+def read_results(folders: list[Path], out: Path) -> tuple[list[dict], list[str]]:
+    """(results.json of the run folders, a line for each that is damaged). A folder without one is a run at work.
+
+    Each is given its folder, and the name of that as seen from `out`.
+    """
     results = []
-    for path in sorted(folder.glob("**/results.json")):
-        looked_at = path.parent.parent / path.name
-        if path.parent.name == "analysis" and looked_at.exists():  # a later look at a run that counts by itself
+    notes = []
+    for folder in folders:
+        path = folder / "results.json"
+        looked_at = folder.parent / path.name
+        if not path.exists() or (folder.name == "analysis" and looked_at.exists()):  # a later look at a run that counts
             continue
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             check_result(result)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged or foreign ({error}): --analyze that run again") from error
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            notes.append(f"{path} is damaged or foreign ({reason(error)}) and left out: --analyze that run again")
+            continue
         if "settings" not in result:
-            result |= older_facts(path.parent)
-        result["run"] = path.parent.relative_to(folder).as_posix()
+            result |= older_facts(folder)
+        result["folder"] = folder
+        result["run"] = (folder.relative_to(out) if folder.is_relative_to(out) else folder).as_posix()
         results.append(result)
-    if not results:
-        raise DataError(f"{folder} holds no run with a results.json: train some with --study=all --out_dir={folder}")
-    return results
+    return results, notes
 
 
 def older_facts(folder: Path) -> dict:
@@ -240,254 +262,574 @@ def check_result(result: dict) -> None:
             _ = fit["alpha"]["value"] + fit["xe_inf"]["value"] + fit["c"]["value"]
 
 
-def fit_of(group: dict) -> dict[str, float] | None:
-    """The fit of a group of categories; None where there is none, or where that of an older run is at its bound."""
-    if group["fit"] is None:
-        return None
-    values = {name: parameter["value"] for name, parameter in group["fit"].items()}
-    T = len(group["xe_by_position"])
-    return values if is_fit([values["xe_inf"], values["c"], values["alpha"]], T) else None
+def grouped(results: list[dict]) -> tuple[list[Group], list[str]]:
+    """(groups of runs that may be averaged, with their controls; a line for each control that is of no group)."""
+    studied = [result for result in results if not result.get("control_of")]
+    controls = [result for result in results if result.get("control_of")]
+    groups = []
+    labelled = alike(studied)
+    for place, (label, runs) in enumerate(labelled.items(), 1):
+        short = f"group {place}" if len(labelled) > 1 else ""
+        groups.append(Group(label, short, runs, []))
+    notes = []
+    for control in controls:
+        owners = [group for group in groups if is_control_of(control, group.runs)]
+        for group in owners:
+            group.controls.append(control)
+        if not owners:
+            notes.append(f"{control['run']} is a control of K = {control['control_of']} of no runs here: not used")
+    return groups, notes
 
 
-def spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation; None of a single value, which has none."""
-    deviation = None
-    if len(values) > 1:
-        deviation = float(np.std(values, ddof=1))
-    return float(np.mean(values)), deviation
+def is_control_of(control: dict, runs: list[dict]) -> bool:
+    """Whether a run is alike but for its budget, and that is a share of theirs."""
+    budget = ("budget", "budget_tokens")
+    terms = terms_of(control)
+    others = terms_of(runs[0])
+    if any(terms.get(name) != others.get(name) for name in {*terms, *others} if name not in budget):
+        return False
+    K = control["control_of"]
+    totals = [run["tokens"] for run in runs if run["K"] == K and "tokens" in run]
+    if not totals or not trained_to_the_end(control):
+        return True
+    # A share is whole chunks, and the last batch is full.
+    settings = control["settings"]
+    chunks = settings.get("epochs", 0) + settings.get("batch_size", 0)
+    return abs(control["tokens"] * K - max(totals)) <= K * chunks * len(control["groups"]["seen"]["xe_by_position"])
 
 
-def mean_of(values: list[float]) -> float | None:
-    """The mean; None of nothing."""
-    return float(np.mean(values)) if values else None
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------
+def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str]]:
+    """What the runs of a study of train_arxiv.py say of XE against K: sections of a page, lines for a terminal.
+
+    Runs of one K are averaged where data, budget and settings are the same; others make groups of their own. Writes
+    xe_by_k.csv, xe_by_category.csv, xe_law.csv, xe_controls.csv, xe_tradeoff.csv (those that there is something for)
+    and plots/ below out. What cannot be said is said to be so.
+
+    Args:
+        runs: folders of runs; those without a results.json, which have not ended, do not count.
+    """
+    results, notes = read_results(runs, out)
+    results, repeated = once(results)
+    groups, unused = grouped(results)
+    notes += repeated + unused
+    if not groups:
+        return [], [*notes, "no run has a results.json that says XE by K: train some with --study=all"]
+    out.mkdir(parents=True, exist_ok=True)
+
+    answers = []
+    tables = {"xe_by_k": [], "xe_by_category": [], "xe_law": [], "xe_controls": [], "xe_tradeoff": []}
+    sections = []
+    lines = []
+    for group in groups:
+        arrays = arrays_of(group.runs, group.controls)
+        found = law_of_k(arrays.study, RESAMPLES, SEED)
+        optimum = law_of_k(arrays.optimum, RESAMPLES, SEED) if found and arrays.optimum else None
+        named = {"group": group.label} if group.label else {}
+        parts = [
+            law_section(group, arrays, found, optimum, out),
+            control_section(group, arrays, out),
+            tradeoff_section(group, arrays, out),
+            context_section(group, arrays, found, out),
+        ]
+        for part in parts:
+            sections += part.sections
+            for name, rows in part.tables.items():
+                tables[name] += [named | row for row in rows]
+            answers += [f"{group.label}: {line}" if group.label else line for line in part.lines]
+        positions = reported_positions(min(len(run["groups"]["seen"]["xe_by_position"]) for run in results))
+        bars = {row["K"]: row for row in bars_by_kind(arrays.study)}
+        context = {row["K"]: row for row in parts[-1].rows}
+        for K, runs_of_k in group.by_k.items():
+            row = named | row_of(K, runs_of_k, positions)
+            for key in ("sd_sets", "sd_seeds", "se_documents"):
+                row[key] = bars[K][key]
+            for key in ("icl_score", "information_document", "excess", "worst_excess"):
+                row[key] = context[K].get(key)
+            tables["xe_by_k"].append(row)
+            lines.append(row_sentence(row))
+        tables["xe_by_category"] += [named | row for row in category_rows(group.by_k)]
+    for name, rows in tables.items():
+        path = out / f"{name}.csv"
+        path.unlink(missing_ok=True)  # of a report before
+        if rows:
+            write_csv(path, rows)
+    sections += shared_sections(groups, results, tables, out)
+    if notes:
+        sections.append(Section("Notes", notes))
+    return sections, [*answers, *lines, *notes]
 
 
-def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
-    """A row of xe_by_k.csv: the runs of one K in a group. None where a figure is undefined."""
-    seen = [run["groups"]["seen"] for run in runs]
-    xe, xe_sd = spread([group["xe"] for group in seen])
-    gain, gain_sd = spread([group["icl_gain"] for group in seen])
-    fits = [fit for group in seen if (fit := fit_of(group))]
-    tokens = mean_of([run["tokens"] for run in runs if "tokens" in run])
-    row = {
-        "K": K,
-        "runs": len(runs),
-        "tokens": None if tokens is None else round(tokens),
-        "xe": xe,
-        "xe_sd": xe_sd,
-        "perplexity": perplexity(xe),
-        "icl_gain": gain,
-        "icl_gain_sd": gain_sd,
-        "total_gain": mean_of([group["total_gain"] for group in seen]),
-        "fits": len(fits),
-        "alpha": mean_of([fit["alpha"] for fit in fits]),
-        "xe_inf": mean_of([fit["xe_inf"] for fit in fits]),
-    }
-    for position in positions:
-        row[f"xe_at_{position}"] = mean_of([group["xe_by_position"][position - 1] for group in seen])
-    # Real documents have no oracle, and a run on all categories has seen them all.
-    oracle = []
-    unseen = []
-    for run in runs:
-        groups = run["groups"]
-        if "oracle_xe_by_position" in groups["seen"]:
-            oracle.append(np.mean(groups["seen"]["oracle_xe_by_position"]))
-        if "unseen" in groups:
-            unseen.append(groups["unseen"]["xe"])
-    row["oracle_xe"] = mean_of(oracle)
-    row["unseen_xe"] = mean_of(unseen)
-    return row
+class Part(NamedTuple):
+    """Sections of a group, rows of tables by file, lines for a terminal, and rows by K."""
+
+    sections: list[Section]
+    tables: dict[str, list[dict]] = {}
+    lines: list[str] = []
+    rows: list[dict] = []
 
 
-def row_key(row: dict) -> int | str:
-    """What the mean of a row of xe_by_k.csv is returned by: K, with the group where there are several."""
-    return f"{row['group']}: K = {row['K']}" if "group" in row else row["K"]
+def titled(title: str, group: Group) -> str:
+    """A title, with the group where there are several."""
+    return f"{title} ({group.short})" if group.short else title
 
 
-def row_sentence(row: dict) -> str:
-    """A row of xe_by_k.csv for the console."""
-    name = row_key(row) if "group" in row else f"K = {row['K']}"
-    text = f"{name}: XE {row['xe']:.4f}"
-    if row["xe_sd"] is not None:
-        text += f" +- {row['xe_sd']:.4f}"
-    return f"{text} nats over {run_count([row])}"
+def picture_name(name: str, group: Group) -> str:
+    """xe_against_k, xe_against_k_2: the name of a picture of a group."""
+    return f"{name}_{group.short.removeprefix('group ')}" if group.short else name
 
 
-def run_count(table: list[dict]) -> str:
-    """"1 run", "2 runs": of all rows of xe_by_k.csv."""
-    return counted(sum(row["runs"] for row in table), "run")
+# ---------------------------------------------------------------------------------------------------------------
+# The law
+# ---------------------------------------------------------------------------------------------------------------
+def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict | None, out: Path) -> Part:
+    """The answer: how XE grows with K, by which law, and how well that is known."""
+    title = titled("Cross entropy against K", group)
+    if found is None:
+        line = no_law(arrays.study)
+        return Part([Section(title, [line])], lines=[line])
+    sentences = [law_sentence(group, arrays, found)]
+    if optimum:
+        sentences.append(optimum_sentence(optimum))
+    sentences.append(comparison_sentence(found))
+    rows = law_rows("model", arrays, found)
+    if optimum:
+        rows += law_rows("exact optimum", arrays, optimum)
+    of_mean = [row for row in rows if row["position"] == "mean"]
+    of_model = [row for row in rows if row["law"] == LAWS[0] and row["of"] == "model"]
+    laws = columns(of_mean, "of", "law", "b", "low", "high", "rms", "held_out_rms", "aicc")
+    by_position = columns(of_model, "position", "b", "low", "high", "held_out_rms")
+
+    against, slopes = picture_name("xe_against_k", group), picture_name("law_by_position", group)
+    heading = f"XE against K: {len(arrays.names)} categories, {counted(len(group.runs), 'run')}"
+    draw_law(out, against, found, optimum, heading)
+    draw_slopes(out, slopes, found, optimum, arrays.positions, "What an e-fold of K costs after so many tokens")
+    said = (
+        "XE, a mean over positions and categories, against K on a linear and a logarithmic axis. Bars and band: 95%, "
+        "without the level that documents have in common at all K."
+    )
+    pictures = [
+        (out / "plots" / f"{against}.png", said),
+        (out / "plots" / f"{slopes}.png", "b of a + b log K by the number of tokens read. Bars: 95%."),
+    ]
+    model, *errors = law_terms(arrays, found)
+    tables = [laws, by_position, bars_by_kind(arrays.study)]
+    answer = Section(title, [" ".join(sentences), *errors], tables, pictures)
+    return Part(
+        [answer, Section(titled("How laws are fitted", group), [model], folded=True)], {"xe_law": rows}, sentences
+    )
 
 
-def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:
-    """Rows of xe_by_category.csv: each category in the runs of each K that trained on it."""
+def columns(rows: list[dict], *names: str) -> list[dict]:
+    """Some columns of a table."""
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def no_law(study: Study) -> str:
+    """Why the runs have no law."""
+    sizes = np.unique(study.sizes)
+    if len(sizes) == 1:
+        return f"All runs are of K = {sizes[0]}: how XE grows with K takes runs of another K, too."
+    return (
+        "No category is in runs of two sizes K: what differs between these would be the categories as much as K, "
+        "and no law is fitted."
+    )
+
+
+def law_sentence(group: Group, arrays: Arrays, found: dict) -> str:
+    """At equal tokens XE grows by b nats per e-fold of K (its interval, and what that is of)."""
+    law = found["laws"][LAWS[0]]
+    b, low, high = (float(law[name][-1]) for name in ("b", "low", "high"))
+    subject = "At equal tokens XE" if group.equal_tokens else "XE"
+    verb = "grows"
+    if b < 0:
+        verb, b, low, high = "falls", -b, -high, -low
+    sets = arrays.study.sets.max() + 1
+    seeds = len(np.unique(arrays.study.seeds))
+    of = [
+        counted(len(arrays.names), "category", "categories"),
+        counted(int(sets), "set"),
+        counted(seeds, "seed"),
+    ]
+    if arrays.documents is not None:
+        of.append(counted(arrays.documents, "document"))
+    known = "no interval: nothing here says how sets vary"
+    if found["varied"]:
+        known = f"95% interval {low:.4f} to {high:.4f} over {found['varied']}"
+    return f"{subject} {verb} by {b:.4f} nats per e-fold of K ({known}; {', '.join(of)})."
+
+
+def optimum_sentence(optimum: dict) -> str:
+    """The same of the exact optimum."""
+    law = optimum["laws"][LAWS[0]]
+    b, low, high = (float(law[name][-1]) for name in ("b", "low", "high"))
+    known = f" ({low:.4f} to {high:.4f} over sets)" if optimum["varied"] else ""
+    return f"The exact optimum has {b:.4f}{known}."
+
+
+def comparison_sentence(found: dict) -> str:
+    """Which of the laws it is, or that the study cannot tell."""
+    values = number_word(len(found["sizes"])).capitalize()
+    if len(found["sizes"]) < 3:
+        return f"{values} values of K fit every law of two parameters: laws cannot be compared."
+    best, others = told_apart(found)
+    laws = found["laws"]
+    errors = ", ".join(f"{laws[law]['held_out'][-1]:.4f} of {law}" for law in LAWS)
+    told = [law for law, apart in others.items() if apart]
+    alike = [law for law, apart in others.items() if not apart]
+    if not told:
+        sentence = f"{values} values of K cannot tell {best} from {' or '.join(alike)}"
+    else:
+        sentence = f"Over {values.lower()} values of K {best} is a better law than {' and '.join(told)}"
+        if alike:
+            sentence += f", and cannot be told from {alike[0]}"
+    return f"{sentence} (a K that is held out is missed by {errors}, rms in nats{aicc_words(laws, best)})."
+
+
+def aicc_words(laws: dict, best: str) -> str:
+    """How much worse AICc is than that of the best law, where it is defined."""
+    worse = [f"{laws[law]['aicc'][-1] - laws[best]['aicc'][-1]:+.1f} for {law}" for law in LAWS if law != best]
+    return f"; AICc {', '.join(worse)}" if np.isfinite(laws[best]["aicc"][-1]) else ""
+
+
+def number_word(number: int) -> str:
+    """One to twelve in letters."""
+    words = "zero one two three four five six seven eight nine ten eleven twelve".split()
+    return words[number] if number < len(words) else str(number)
+
+
+def law_terms(arrays: Arrays, found: dict) -> list[str]:
+    """What the numbers of the law are of: paragraphs."""
+    sets = arrays.study.sets.max() + 1
+    model = (
+        "Laws are fitted by least squares to the means of each category over the sets of each K, with a level of "
+        "its own for each category: another composition of the sets is no effect of K. In a + b log K and a + b (1 "
+        "- 1/K) b is in nats, in a K^b it is an exponent. held_out_rms is the error at a K by the law fitted "
+        "without it, in turn; AICc counts the means as independent, which those of one set are not. A law is told "
+        f"from the best where its AICc is worse by {TOLD_APART:g} and the 95% interval of the difference of the "
+        "squared held-out errors is above 0."
+    )
+    documents = (
+        f"documents ({arrays.documents:,}, drawn with replacement within their category, the same in all runs)"
+        if arrays.documents is not None
+        else f"no documents ({arrays.why})"
+    )
+    if "sets" in found["varied"]:
+        of_sets = (
+            f"sets ({sets}, with their seeds, by a wild cluster bootstrap of what each set is off a law fitted "
+            "without it). Sets overlap in their categories, so that they are less than as many independent ones"
+        )
+    else:
+        of_sets = "no sets (without one of them there is no slope: train more sets of each K)"
+    unit = (
+        f"Intervals are over {documents} and {of_sets}; {counted(RESAMPLES, 'resample')}. Categories are those of the "
+        "data, not a sample of others."
+    )
+    spreads = (
+        "The last table has the spread at each K by kind: sd_sets over the sets (means over their seeds, each "
+        "category's own level taken off), sd_seeds over seeds within a set, se_documents the error of the mean by "
+        "drawing documents."
+    )
+    return [model, unit, spreads]
+
+
+def law_rows(of: str, arrays: Arrays, found: dict) -> list[dict]:
+    """Rows of xe_law.csv."""
     rows = []
-    for K, runs in by_k.items():
-        values = {}  # XE by category
-        for run in runs:
-            for category in set(run["categories"]):
-                values.setdefault(category, []).append(run["groups"][category]["xe"])
-        for category in sorted(values):
-            xe, xe_sd = spread(values[category])
-            rows.append({
-                "K": K,
-                "category": category,
-                "runs": len(values[category]),
-                "xe": xe,
-                "xe_sd": xe_sd,
-            })
+    for law, numbers in found["laws"].items():
+        for p, position in enumerate([*arrays.positions, "mean"]):
+            rows.append(
+                {
+                    "of": of,
+                    "law": law,
+                    "position": position,
+                    "b": number(numbers["b"][p]),
+                    "low": number(numbers["low"][p]),
+                    "high": number(numbers["high"][p]),
+                    "rms": number(numbers["rms"][p]),
+                    "held_out_rms": number(numbers["held_out"][p]),
+                    "aicc": number(numbers["aicc"][p]),
+                    "values_of_K": len(found["sizes"]),
+                    "interval_over": found["varied"],
+                }
+            )
     return rows
 
 
-def run_row(result: dict) -> dict:
-    """A row of the table of runs: the probe's best position in the last layer stands for the probe."""
-    seen = result["groups"]["seen"]
-    fit = fit_of(seen)
-    probe_accuracy = None
-    if result.get("probe"):  # not of one component, nor of very few documents
-        accuracy = result["probe"]["accuracy"][-1]
-        probe_accuracy = max((value for value in accuracy if value is not None), default=None)
-    return {
-        "run": result["run"],
-        "K": result["K"],
-        "seed": result["seed"],
-        "data": result.get("data", {}).get("path"),
-        "steps": result.get("steps"),
-        "tokens": result.get("tokens"),
-        "xe": seen["xe"],
-        "icl_gain": seen["icl_gain"],
-        "total_gain": seen["total_gain"],
-        "alpha": fit["alpha"] if fit else "no fit",
-        "probe_accuracy": probe_accuracy,
-    }
+# ---------------------------------------------------------------------------------------------------------------
+# Dilution and interference, what is gained elsewhere, the context
+# ---------------------------------------------------------------------------------------------------------------
+PARTS = ("growth", "dilution", "interference")
+INFORMATION = ("information_document", "information_predictions", "information_model", "excess", "worst_excess")
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """A table whose columns are the keys of the first row; empty cells for None."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(rows[0])
-        for row in rows:
-            table.writerow([blank(value) for value in row.values()])
+def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
+    """The growth of XE from K = 1 in two parts, where there are controls."""
+    title = titled("Dilution and interference", group)
+    if not arrays.controls:
+        if arrays.study.sizes.max() == 1:
+            return Part([])
+        text = (
+            "A category among K reads less of its own, and reads others beside it. Which of the two costs how much "
+            "is told by runs on it alone, at the share that it has among K: the same command with --controls "
+            "trains them."
+        )
+        line = "Dilution is not told from interference: runs with --controls do that."
+        return Part([Section(title, [text])], lines=[line])
+    parts = growth_parts(arrays.study, arrays.controls)
+    missing = without_parts(arrays, parts)
+    if not parts:
+        return Part([Section(title, [missing])], lines=[missing])
+    by_category = [part_row(part, arrays) for part in parts]
+    means = mean_rows(by_category)
+    sentence = parts_sentence(means[-1])
+    text = [
+        sentence,
+        "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
+        "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
+        "where it is below 0. Differences are paired by category and seed, and averaged over the sets of a "
+        "category first. Errors (se) are over categories, of which there are few, and whose sets overlap.",
+    ]
+    if missing:
+        text.append(missing)
+    name = picture_name("dilution", group)
+    draw_controls(out, name, means, by_category, "What XE grows by from K = 1, by cause")
+    caption = "Growth of XE from K = 1 and its parts. Bars: standard errors over categories; points: categories."
+    shown = columns(means, "K", "categories", *(f"{name}{error}" for name in PARTS for error in ("", "_se")))
+    section = Section(title, text, [shown, by_category], [(out / "plots" / f"{name}.png", caption)])
+    return Part([section], {"xe_controls": control_table(by_category, means)}, [sentence])
 
 
-def write_html(
-    folder: Path, place: Path, by_k: list[dict], by_category: list[dict], runs: list[dict], **said
-) -> None:
-    """report.html by the template of that name beside this file: one file, with the pictures inside.
+def part_row(part: dict, arrays: Arrays) -> dict:
+    """Growth and its parts of a category at a K: a mean over positions, and at the last."""
+    row = {"K": part["K"], "category": arrays.names[part["category"]], "seeds": part["seeds"]}
+    for name in PARTS:
+        row[name] = float(part[name][-1])
+    for name in PARTS:
+        row[f"{name}_at_{arrays.positions[-1]}"] = float(part[name][-2])
+    return row
 
-    Args:
-        place: the folder of the pictures.
-        said: groups (what each is called in pictures, by what it differs in), tokens and definition (sentences).
-    """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, and only needed here
 
-    pictures = {}
-    for path in place.glob("*.png"):
-        pictures[path.stem] = base64.b64encode(path.read_bytes()).decode()
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
+def mean_rows(by_category: list[dict]) -> list[dict]:
+    """Means over categories by K, with standard errors and 95% by Student's t."""
+    rows = []
+    for K in sorted({row["K"] for row in by_category}):
+        of_k = [row for row in by_category if row["K"] == K]
+        mean = {"K": K, "categories": len(of_k)}
+        for name in PARTS:
+            values = [row[name] for row in of_k]
+            mean[name], mean[f"{name}_se"] = mean_and_error(values)
+            mean[f"{name}_low"], mean[f"{name}_high"] = t_interval(values) or (None, None)
+        rows.append(mean)
+    return rows
+
+
+def parts_sentence(mean: dict) -> str:
+    """What XE grows by to a K, and why."""
+    words = []
+    for name in PARTS:
+        error = mean[f"{name}_se"]
+        words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
+    categories = counted(mean["categories"], "category", "categories")
+    return (
+        f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution, {words[2]} by interference "
+        f"(means and standard errors over {categories})."
     )
-    page = environment.get_template("report.html")
-    text = page.render(by_k=by_k, by_category=by_category, runs=runs, pictures=pictures, **said)
-    (folder / "report.html").write_text(text, encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------
-BARS = {"fmt": "o", "markersize": 4, "capsize": 3}  # of error bars
-STYLES = ("-", "--", ":", "-.")  # of groups
+def control_table(by_category: list[dict], means: list[dict]) -> list[dict]:
+    """Rows of xe_controls.csv: each category, then the means over them, category "mean", with errors and intervals."""
+    errors = [f"{name}{error}" for name in PARTS for error in ("_se", "_low", "_high")]
+    rows = [row | dict.fromkeys(errors) for row in by_category]
+    for mean in means:
+        row = dict.fromkeys(rows[0]) | {name: value for name, value in mean.items() if name != "categories"}
+        rows.append(row | {"category": "mean"})
+    return rows
 
 
-def stack(runs: list[dict], key: str, T: int) -> np.ndarray:
-    """Curves of the runs that have them, to T positions, [runs, T]."""
-    curves = []
-    for run in runs:
+def without_parts(arrays: Arrays, parts: list[dict]) -> str:
+    """Which controls have nothing beside them to be held against, a sentence; "" where all have."""
+    have = {(part["K"], part["category"]) for part in parts}
+    lacking = []
+    for K, control in arrays.controls.items():
+        for c in np.flatnonzero(control.seen.any(0)):
+            if (K, c) not in have:
+                lacking.append(f"{arrays.names[c]} at K = {K}")
+    if not lacking:
+        return ""
+    return (
+        f"The controls of {listed(lacking)} stand alone: growth needs a run on the category alone and one among K, "
+        "of the same seed."
+    )
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """a, b and 3 more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
+    """XE on categories trained on beside XE on the others."""
+    rows = tradeoff(arrays.study)
+    both = [row for row in rows if row["unseen_xe"] is not None]
+    if not both:
+        return Part([])
+    text = []
+    lines = []
+    if len(both) > 1:
+        first, last = both[0], both[-1]
+        seen = last["seen_xe"] - first["seen_xe"]
+        unseen = last["unseen_xe"] - first["unseen_xe"]
+        lines.append(
+            f"From K = {first['K']} to {last['K']} XE changes by {seen:+.4f} nats on categories trained on and by "
+            f"{unseen:+.4f} on the others."
+        )
+        text += lines
+    text.append(
+        "The same categories in runs that trained on them (seen) and in runs that did not (unseen), as means over "
+        "categories. Errors are standard errors over categories with each one's own level taken off (Morey 2008), so "
+        "that they are of differences between K and not between categories. The last K may have no unseen category."
+    )
+    name = picture_name("tradeoff", group)
+    draw_tradeoff(out, name, rows, "Specialisation against diversity")
+    caption = "Left: XE on seen and unseen categories against K. Right: one against the other, a point for each K."
+    section = Section(
+        titled("Specialisation and diversity", group), text, [rows], [(out / "plots" / f"{name}.png", caption)]
+    )
+    return Part([section], {"xe_tradeoff": rows}, lines)
+
+
+def context_section(group: Group, arrays: Arrays, found: dict | None, out: Path) -> Part:
+    """The in-context score by K; on synthetic documents information and excess, too."""
+    rows = context_rows(group, arrays, found)
+    said = f"XE after {arrays.late} tokens less XE after {arrays.early}"
+    text = [
+        f"The in-context score is {said} (Olsson et al. 2022), a mean over categories: below 0 where the context "
+        "helps. low and high are 95%, over what the intervals of the law are over."
+    ]
+    is_synthetic = rows[0]["information_predictions"] is not None
+    if is_synthetic:
+        text.append(
+            "Information: what a document tells of its component, I = the sum over its tokens of XE of the exact "
+            "mixture less XE with the component known, is at most log K; its predictions are without the first "
+            "token, which nobody predicts. The model pays that and its excess over the optimum (information_model, "
+            "summed over predictions). excess is a mean over positions, worst_excess the largest at any position, "
+            "in nats."
+        )
+    name = picture_name("in_context", group)
+    draw_context(out, name, rows, "What the context is worth, by K")
+    caption = f"In-context score: {said}. On synthetic documents: information beside log K, excess over the optimum."
+    score = columns(rows, "K", "runs", "icl_score", "icl_score_low", "icl_score_high", "optimum_icl_score")
+    tables = [without_blanks(score)]
+    if is_synthetic:
+        tables.append(without_blanks(columns(rows, "K", "log_K", *INFORMATION)))
+    section = Section(titled("In context", group), text, tables, [(out / "plots" / f"{name}.png", caption)])
+    return Part([section], rows=rows)
+
+
+def without_blanks(rows: list[dict]) -> list[dict]:
+    """A table without the columns that no row has a value in."""
+    kept = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return [{name: row[name] for name in kept} for row in rows]
+
+
+def context_rows(group: Group, arrays: Arrays, found: dict | None) -> list[dict]:
+    """By K: the in-context score with its interval, that of the optimum, information, excess."""
+    sizes = np.unique(arrays.study.sizes)
+    early, late = arrays.positions.index(arrays.early), arrays.positions.index(arrays.late)
+    means = cell_means(arrays.study.xe, cell_weights(arrays.study, sizes))
+    scores = mean_of(means[..., late] - means[..., early], 0)  # [J]
+    limits = {}
+    if found and found["varied"]:
+        tables = found["tables"]
+        low, high = interval(mean_of(tables[..., late] - tables[..., early], 1))
+        limits = {int(K): (float(low[j]), float(high[j])) for j, K in enumerate(found["sizes"])}
+    best = np.full(len(sizes), np.nan)
+    if arrays.optimum:
+        exact = cell_means(arrays.optimum.xe, cell_weights(arrays.optimum, sizes))
+        best = mean_of(exact[..., late] - exact[..., early], 0)
+    rows = []
+    for j, K in enumerate(sizes):
+        runs = group.by_k[int(K)]
+        low, high = limits.get(int(K), (None, None))
+        rows.append(
+            {
+                "K": int(K),
+                "runs": len(runs),
+                "icl_score": number(scores[j]),
+                "icl_score_low": low,
+                "icl_score_high": high,
+                "optimum_icl_score": number(best[j]),
+                "log_K": float(np.log(K)),
+                **information_of(runs),
+            }
+        )
+    return rows
+
+
+def information_of(runs: list[dict]) -> dict:
+    """Information and excess of runs of one K, means over runs; None on real documents.
+
+    Of runs that do not say their information it is that of the predictions, from the curves of the optimum.
+    """
+    exact = [run for run in runs if "oracle_xe_by_position" in run["groups"]["seen"]]
+    if not exact:
+        return dict.fromkeys(INFORMATION)
+    documents, predictions, excesses = [], [], []
+    for run in exact:
         seen = run["groups"]["seen"]
-        if key in seen:
-            curves.append(seen[key][:T])
-    return np.array(curves)
+        mixture = np.array(seen["oracle_xe_by_position"])
+        told = run.get("information") or {}
+        documents.append(told.get("document"))
+        predictions.append(told.get("predictions", float((mixture - seen["known_xe_by_position"]).sum())))
+        excesses.append(np.array(seen["xe_by_position"]) - mixture)
+    excess = np.mean(excesses, 0)  # [T]
+    total = float(np.mean(predictions))
+    document = None if None in documents else float(np.mean(documents))
+    values = (document, total, total + float(excess.sum()), float(excess.mean()), float(excess.max()))
+    return dict(zip(INFORMATION, values, strict=True))
 
 
-def shade(name: str, i: int, count: int, top: float):
-    """Colour i of count, in the order of a colour map."""
-    from matplotlib import colormaps
-
-    return colormaps[name](top * i / max(1, count - 1))
-
-
-def bars(deviations: list[float | None]) -> np.ndarray:
-    """Error bars; none where there is no deviation."""
-    return np.array(deviations, dtype=np.float64)  # nan, which is not drawn, for None
-
-
-def draw_curves(folder: Path, by_group: dict, T: int, tokens: str) -> None:
-    """XE by position for every group and K, beside the exact optimum where it is known."""
-    ks = sorted({K for by_k in by_group.values() for K in by_k})
-    labelled = False  # the optimum comes once in the legend
-    with figure(folder, "xe_by_position", title=f"In-context cross entropy. {tokens}") as axes:
-        for g, (group, by_k) in enumerate(by_group.items()):
-            for K, runs in by_k.items():
-                colour = shade("viridis", ks.index(K), len(ks), 0.9)
-                positions, xe = binned(stack(runs, "xe_by_position", T))
-                mean = xe.mean(0)
-                label = f"{group}: K = {K}" if group else f"K = {K}"
-                if len(runs) > 1:
-                    label += f" ({len(runs)} runs)"
-                    sd = xe.std(0, ddof=1)
-                    axes.fill_between(positions, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-                axes.plot(positions, mean, color=colour, linestyle=STYLES[g % 4], label=label)
-                oracle = stack(runs, "oracle_xe_by_position", T)
-                if len(oracle):
-                    _, optimum = binned(oracle)
-                    label = None if labelled else "exact optimum"
-                    labelled = True
-                    axes.plot(positions, optimum.mean(0), color="k", linestyle="--", linewidth=0.8, label=label)
-        axes.set_title(f"icl_gain: {gain_definition(T)}", fontsize=8)
-        axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
-        axes.legend(fontsize=8)
+# ---------------------------------------------------------------------------------------------------------------
+# Of all groups together
+# ---------------------------------------------------------------------------------------------------------------
+def shared_sections(groups: list[Group], results: list[dict], tables: dict, out: Path) -> list[Section]:
+    """Curves, the tables by K and by category, the runs."""
+    T = min(len(run["groups"]["seen"]["xe_by_position"]) for run in results)
+    tokens = tokens_sentence([run for group in groups for run in group.runs])
+    drawn = {group.short: group.by_k for group in groups}
+    draw_curves(out, drawn, T, tokens)
+    short = {group.label: group.short for group in groups}
+    categories = tables["xe_by_category"]
+    draw_categories(out, [row | {"group": short[row.get("group", "")]} for row in categories])
+    plots = out / "plots"
+    text = [
+        f"{counted(len(results), 'run')}. {tokens} Cross entropies (XE) are in nats, on {split_words(results)} "
+        f"documents of the categories trained on; unseen_xe is on the others. icl_gain is {gain_definition(T)}; "
+        "total_gain is the sum over positions of XE less that after the last. alpha and xe_inf are of the fit "
+        "XE(t) = xe_inf + c t^-alpha, a mean over the runs that have one (column fits): none has where the curve "
+        "does not fall or the best exponent is at the bound of the search. What is undefined, such as the "
+        "deviation (sd) of a single run, is left empty."
+    ]
+    if len(groups) > 1:
+        named = "; ".join(f"{group.short} is {group.label}" for group in groups)
+        text.append(
+            "The runs differ in what the column group says: only those of one group are averaged. In the pictures "
+            f"{named}."
+        )
+    spread = "standard deviation over sets and seeds"
+    curves = (plots / "xe_by_position.png", f"XE of the next token by tokens read, for every K. Bands: {spread}.")
+    by_category = (plots / "xe_by_category.png", f"XE of each category against K. Bars: {spread}.")
+    return [
+        Section("By K", text, [tables["xe_by_k"]], [curves]),
+        Section("By category", [], [categories], [by_category]),
+        Section("Runs", [], [[run_row(result) for result in results]]),
+    ]
 
 
-def draw_against_k(folder: Path, by_group: dict, positions: list[int]) -> None:
-    """XE against K at some positions, a line for each group and position."""
-    title = "cross entropy against K (bars: s.d. over subsets and seeds)"
-    ks = sorted({K for by_k in by_group.values() for K in by_k})
-    with figure(folder, "xe_against_k", title=title) as axes:
-        for g, (group, by_k) in enumerate(by_group.items()):
-            for i, position in enumerate(positions):
-                means = []
-                deviations = []
-                for runs in by_k.values():
-                    curves = [run["groups"]["seen"]["xe_by_position"] for run in runs]
-                    mean, sd = spread([curve[position - 1] for curve in curves])
-                    means.append(mean)
-                    deviations.append(sd)
-                colour = shade("plasma", i, len(positions), 0.85)
-                label = f"{group}: {position} read" if group else f"{position} read"
-                axes.errorbar(
-                    list(by_k), means, bars(deviations), color=colour, linestyle=STYLES[g % 4], label=label, **BARS
-                )
-        axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=ks)
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="tokens")
-
-
-def draw_categories(folder: Path, rows: list[dict]) -> None:
-    """XE of each category against K in every group, from the rows of xe_by_category.csv."""
-    ks = sorted({row["K"] for row in rows})
-    lines = {}
-    for row in rows:
-        lines.setdefault((row.get("group", ""), row["category"]), []).append(row)
-    with figure(folder, "xe_by_category", title="cross entropy of each category against K") as axes:
-        for (group, category), points in lines.items():
-            K = [row["K"] for row in points]
-            means = [row["xe"] for row in points]
-            deviations = [row["xe_sd"] for row in points]
-            label = f"{group}: {category}" if group else category
-            axes.errorbar(K, means, bars(deviations), linestyle="-", label=label, **BARS)
-        axes.set(xlabel="components K", ylabel="cross entropy (nats)", xticks=ks)
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def split_words(results: list[dict]) -> str:
+    """What the final numbers are of."""
+    return " or ".join(sorted({result.get("final_split", "validation") for result in results}))

@@ -2,19 +2,26 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
+import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 # What the runs of an experiment are compared by and what is shown beside; whether less of the first is better.
 OBJECTIVES = {
-    "ghmm": (["excess_loss", "loss"], True),
-    "arxiv": (["val_xe"], True),
-    "apelr": (["val_nll"], True),
-    "state": (["pearson_delta", "mae"], False),
+    "ghmm": (["excess_loss", "excess_percent", "loss", "r2_concat"], True),
+    "arxiv": (["val_xe", "test_xe", "icl_gain"], True),
+    "apelr": (["val_nll", "plan_gain"], True),
+    "state": (["pearson_delta", "mae", "baselines.perturbation_mean.pearson_delta"], False),
 }
+HEADS = {"baselines.perturbation_mean.pearson_delta": "perturbation_mean"}  # of columns, where the name is long
+DIRECTIONS = {"min": True, "max": False}
+SEED = "seed"  # the setting over which runs are averaged
 LAST_LINES = 5  # of the console of a run that failed
 
 
@@ -38,8 +45,7 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
     if status == "done":
         text = (folder / "summary.json").read_text(encoding="utf-8")
         summary = json.loads(text)
-        # What fits into a table; curves and the like stay in summary.json.
-        told["summary"] = {key: value for key, value in summary.items() if not isinstance(value, dict | list)}
+        told["summary"] = numbers(summary)
         if seconds is None:
             told["seconds"] = summary.get("seconds")
     else:
@@ -73,7 +79,8 @@ def read(path: Path) -> dict[str, dict]:
 def in_words(told: dict, shown: list[str]) -> str:
     """What came of a run, by its record; shown: names in its summary."""
     if told["status"] == "done":
-        results = [f"{name} {number(told['summary'].get(name))}" for name in shown]
+        summary = told["summary"]
+        results = [f"{HEADS.get(name, name)} {number(summary[name])}" for name in shown if number(summary.get(name))]
         return ", ".join(results) or "done"
     # The last line is the error of a page that refuses, and that of Python's traceback.
     last = "it said nothing"
@@ -86,41 +93,138 @@ def in_words(told: dict, shown: list[str]) -> str:
     return f"{told['status']} ({how}): {last}"
 
 
+def numbers(summary: dict, above: str = "") -> dict[str, Any]:
+    """What fits into a table, {dotted name: value}; curves and the like stay in summary.json.
+
+    excess_percent is excess_loss in percent of optimal_loss: processes differ in what there is to lose.
+    """
+    flat = {}
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            flat |= numbers(value, f"{above}{key}.")
+        elif not isinstance(value, list):
+            flat[above + key] = value
+    excess, optimum = flat.get("excess_loss"), flat.get("optimal_loss")
+    if excess is not None and optimum:
+        flat["excess_percent"] = 100 * excess / optimum
+    return flat
+
+
+def objective(experiment: str, word: str = "") -> tuple[list[str], bool]:
+    """(names of what runs are compared by and what is shown beside, whether less of the first is better).
+
+    word: NAME of a number in summary.json, -NAME or max:NAME where more of it is better, "" for the experiment's own.
+    """
+    shown, less_is_better = OBJECTIVES.get(experiment, ([], True))
+    if not word:
+        return shown, less_is_better
+    direction, colon, name = word.rpartition(":")
+    name = name.removeprefix("-")
+    if direction in DIRECTIONS and colon:
+        less_is_better = DIRECTIONS[direction]
+    elif word.startswith("-"):
+        less_is_better = False
+    elif name not in shown[:1]:
+        less_is_better = True
+    return [name, *(other for other in shown if other != name)], less_is_better
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone. settings: {setting: value} of what they share."""
+
+    settings: dict[str, str]
+    runs: list[dict]  # lines of sweep.jsonl
+
+    def values(self, name: str) -> list[float]:
+        """What their summaries have under a name, where it is a number."""
+        values = [run["summary"].get(name) for run in self.runs]
+        return [value for value in values if isinstance(value, float | int)]
+
+    def mean(self, name: str) -> float | None:
+        values = self.values(name)
+        return fmean(values) if values else None
+
+    def text(self, name: str) -> str:
+        """Mean and, of several runs, the standard deviation over their seeds; of how many, where some have none."""
+        values = self.values(name)
+        text = number(self.mean(name))
+        if len(values) > 1:
+            text = with_spread(fmean(values), stdev(values))
+        if 0 < len(values) < len(self.runs):
+            text += f" ({len(values)} of {len(self.runs)})"
+        return text
+
+
+def with_spread(mean: float, spread: float) -> str:
+    """A mean with two digits of its standard deviation, as in 0.0146 ± 0.0034."""
+    if not 0 < spread < math.inf:
+        return f"{number(mean)} ± {number(spread)}"
+    decimals = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Group]:
+    """The runs that are done, grouped by all settings but the seed, the best by shown[0] first.
+
+    Those that have no such number are last.
+    """
+    found: dict[tuple, Group] = {}
+    for line in told:
+        if line["status"] == "done":
+            settings = {name: value for name, value in line["settings"].items() if name != SEED}
+            found.setdefault(tuple(settings.items()), Group(settings, [])).runs.append(line)
+    known, unknown = [], []
+    for group in found.values():
+        is_known = shown and group.mean(shown[0]) is not None
+        (known if is_known else unknown).append(group)
+    known.sort(key=lambda group: group.mean(shown[0]), reverse=not less_is_better)
+    return known + unknown
+
+
 def number(value: Any) -> str:
-    """A number of a summary; what is undefined there is none."""
-    return f"{value:.6g}" if isinstance(value, float | int) else "-"
+    """A number of a summary; what is undefined there is blank."""
+    return f"{value:.6g}" if isinstance(value, float | int) else ""
 
 
 def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:
-    """The lines of a table of the runs that are done, the best by shown[0] first; then a line of each other run."""
-    rows = []
-    for line in best_first(told, shown, less_is_better):
-        row = list(line["settings"].values())
-        for name in shown:
-            row.append(number(line["summary"].get(name)))
-        row.append(number(line["seconds"]))
-        row.append(line["folder"])
+    """The lines of a table of the runs that are done, the best by shown[0] first; then a line of each other run.
+
+    Runs that differ in their seed alone are one row. A column in which no run has anything is left out.
+    """
+    ranked = groups(told, shown, less_is_better)
+    # Runs of a study need not have the same settings: a control has others than the sets of categories.
+    settings = list({name: None for group in ranked for name in group.settings})
+    seeds = [line["settings"][SEED] for line in told if SEED in line["settings"]]
+    averaged = any(len(group.runs) > 1 for group in ranked)
+    rows = [[*settings, *(["seeds" if averaged else SEED] if seeds else []),
+             *(HEADS.get(name, name) for name in shown), "seconds", "folder"]]  # fmt: skip
+    for group in ranked:
+        row = [group.settings.get(name, "") for name in settings]
+        if seeds:
+            row.append(str(len(group.runs)) if averaged else group.runs[0]["settings"][SEED])
+        row += [group.text(name) for name in shown]
+        row.append(number(mean_seconds(group)))
+        row.append(group.runs[0]["folder"] if len(group.runs) == 1 else "")
         rows.append(row)
-    lines = []
-    if rows:
-        rows.insert(0, [*told[0]["settings"], *shown, "seconds", "folder"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            cells = map(str.ljust, row, widths)
-            lines.append("  ".join(cells).rstrip())
+    # A column without a text, such as that of folders where all runs are averaged, is left out.
+    filled = [any(column[1:]) for column in zip(*rows, strict=True)]
+    lines = in_columns([list(itertools.compress(row, filled)) for row in rows]) if ranked else []
     for line in told:
         if line["status"] != "done":
             lines.append(f"{line['run']}: {in_words(line, shown)}")
     return lines
 
 
-def best_first(told: list[dict], shown: list[str], less_is_better: bool) -> list[dict]:
-    """The runs that are done by their shown[0]; those that have no such number are last."""
-    known, unknown = [], []
-    for line in told:
-        if line["status"] == "done":
-            value = line["summary"].get(shown[0]) if shown else None
-            group = known if isinstance(value, float | int) else unknown
-            group.append(line)
-    known.sort(key=lambda line: line["summary"][shown[0]], reverse=not less_is_better)
-    return known + unknown
+def mean_seconds(group: Group) -> float | None:
+    seconds = [run["seconds"] for run in group.runs if run["seconds"] is not None]
+    return round(fmean(seconds), 1) if seconds else None
+
+
+def in_columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -67,38 +67,38 @@ def as_large(build: Callable, cfg, vocab_size: int, wanted: int, purpose: str) -
     return widths(width), parameters
 
 
-def resize(page: ModuleType, cfg: Any, reference: Any) -> dict[str, str]:
-    """{setting: value as typed} that give the model of cfg the size of the reference's: its width, d_model.
+def resize(page: ModuleType, reference: Any, cfgs: Sequence) -> list[dict[str, str]]:
+    """For the Config of each run {setting: value as typed} that gives its model the size of the reference's: d_model.
 
-    It makes up for what else a run changes, such as the number of plans. The reference is what the page would train
-    without any list, so that runs which are added later leave those that there are as they were.
+    The width makes up for what else a run changes, such as the number of plans. The reference is what the page would
+    train without any list, so that runs which are added later leave those that there are as they were.
 
     Args:
-        page: train_apelr.py or a copy. cfg, reference: its Config.
-    Raises DataError for another page, and where cfg has another d_model itself; InputError where no width fits.
+        page: train_apelr.py or a copy. reference: its Config.
+    Raises DataError for another page, where d_model itself is listed, and where no run differs in size; InputError
+    where no width fits.
     """
     if getattr(page, "EXPERIMENT", "") != "apelr":
         raise DataError("equal_parameters makes models of train_apelr.py equal in size, those of no other page: "
                         "leave it out")
-    if cfg.d_model != reference.d_model:
+    if any(cfg.d_model != reference.d_model for cfg in cfgs):
         raise DataError("equal_parameters decides about d_model: take it out of the lists, or leave equal_parameters "
                         "out")
-    size, wanted = size_in(page, cfg), size_in(page, reference)
-    widths = {"d_model": cfg.d_model}
-    if size != wanted:
-        vocab_size = page.open_data(cfg).vocab_size
-        widths, _ = as_large(page.build_model, cfg, vocab_size, wanted, "equal_parameters")
-    return {name: str(width) for name, width in widths.items()}
+    wanted = size_in(page, reference)
+    sizes = [size_in(page, cfg) for cfg in cfgs]
+    if all(size == wanted for size in sizes):
+        raise DataError(f"equal_parameters: all runs have {wanted:,} parameters as they are: list what changes the "
+                        "size, such as --num_plan_states=1,2,4,8, or leave it out")
+    settings = []
+    for cfg, size in zip(cfgs, sizes, strict=True):
+        widths = {"d_model": cfg.d_model}
+        if size != wanted:
+            vocab_size = page.open_data(cfg).vocab_size
+            widths, _ = as_large(page.build_model, cfg, vocab_size, wanted, "equal_parameters")
+        settings.append({name: str(width) for name, width in widths.items()})
+    return settings
 
 
 def size_in(page: ModuleType, cfg: Any) -> int:
     """Parameters of the model that a page trains on the data of cfg."""
     return parameters_of(page.build_model, cfg, page.open_data(cfg).vocab_size)
-
-
-def check_sizes(page: ModuleType, runs: Sequence, reference: Any) -> None:
-    """Raise DataError if the model of no run, by its Config before resize, differs in size from the reference's."""
-    wanted = size_in(page, reference)
-    if all(size_in(page, cfg) == wanted for cfg in runs):
-        raise DataError(f"equal_parameters: all runs have {wanted:,} parameters as they are: list what changes the "
-                        "size, such as --num_plan_states=1,2,4,8, or leave it out")

@@ -90,6 +90,7 @@ ALIASES = {  # names of the source's settings, and those that older runs were sa
     "optimizer": READ,  # in the file of the group `training`: a label, the optimizer is its _target_
     "hydra.run.dir": "out_dir",
     "min_lr_ratio": Derived("min_lr", lambda ratio, settings: round(ratio * settings["lr"], 12)),
+    **dict.fromkeys(("study", "study_seeds", "report")),  # of older runs: the words of sweep.py now
 }
 MARKS = (  # of the newest settings: groups of Hydra's, and names in them for files that are one group
     "dataset.", "model.architecture.", "model.custom_tokenizer_path", "model.name", "model._target_", "architecture.",
@@ -199,7 +200,7 @@ def stopping(given: dict, values: dict) -> dict:
         return {"patience": 0, "eval_interval": NEVER}  # the end is evaluated all the same
     if not value_of(given, "early_stopping_enabled", bool, True):
         return {"patience": 0}
-    if values["patience"] == 0:
+    if values["patience"] == 0 and "patience" not in given:  # by our own name it never stops
         raise ValueError(
             "early_stopping_patience = 0 ends a run at its first validation there: epochs=1 does so here, "
             "early_stopping_enabled=false never stops"

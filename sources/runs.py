@@ -122,6 +122,9 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
+        if re.match(r"\s*range\(", word.value) and not inside and settings.kinds.get(field) is str:
+            raise InputError(f"{word.key}={word.value}: a range is of numbers, and {word.key} is a text: list values "
+                             f"instead, as in {word.key}=VALUE,VALUE")
         values = listed_values(word.key, word.value, is_list, sweeper.inclusive) if word.key else [word.value]
         choices.append([word._replace(value=value) for value in values])
         if values != [word.value]:
@@ -182,13 +185,13 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
     if not cfg.study:
         default += f"_sweep_{digest(json.dumps([constant + studied, listed]))}"
     folder = checkpoint.local_folder(cfg.out_dir or default)
-    runs = []
-    for *combination, variation in combinations:
-        run = make_run(page, combination, listed, variation, folder)
-        if cfg.equal_parameters:
-            sizes = resized(page, run.cfg, reference)
-            run = make_run(page, combination, listed, variation, folder, sizes)
-        runs.append(run)
+    heads = named(listed, settings)
+    runs = [make_run(page, combination, heads, variation, folder) for *combination, variation in combinations]
+    if cfg.equal_parameters:
+        sizes = resized(page, reference, [run.cfg for run in runs])
+        runs = []
+        for (*combination, variation), size in zip(combinations, sizes, strict=True):
+            runs.append(make_run(page, combination, heads, variation, folder, size))
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
@@ -200,11 +203,10 @@ def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word
     """The words with the names that a study has for some of them: its seeds, and no early stopping unless typed."""
     words = [seeds(word) if word.key in ("study_seeds", "study-seeds") else word for word in words]
     if cfg.study and "patience" in settings.kinds:
-        typed = {word.key.rpartition(".")[2] for word in words}
-        for word in words:
-            if not word.key:
-                typed |= {key.rpartition(".")[2] for key in settings.peek(word.value)}
-        if "patience" not in typed:
+        files = [Path(word.value) for word in words if not word.key and Path(word.value).is_file()]
+        typed = any(word.key.endswith("patience") for word in words)
+        typed = typed or any(re.search(r"(?m)^\s*[\w.\"]*patience\"?\s*[:=]", file.read_text()) for file in files)
+        if not typed:
             words = [Word("patience", "--patience=", "0"), *words]
     return words
 
@@ -214,23 +216,33 @@ def seeds(word: Word) -> Word:
     return Word("seed", "--seed=", word.value.strip().strip("[]"))
 
 
-def make_run(page: ModuleType, combination: Collection[Word], listed: list[str], variation: Variation | None,
+def named(listed: list[str], settings: Settings) -> dict[str, str]:
+    """{key that lists values: what it is called in names and tables}; the seed by that name, to be averaged over."""
+    heads = dict(zip(listed, labels(listed), strict=True))
+    for key in listed:
+        if settings.resolve(key.split("."))[0] == "seed" and "seed" not in heads.values():
+            heads[key] = "seed"
+    return heads
+
+
+def make_run(page: ModuleType, combination: Collection[Word], heads: dict[str, str], variation: Variation | None,
              folder: Path, sizes: dict[str, str] | None = None) -> Run:
     """A run of a sweep.
 
     Args:
-        combination: all words of the page. listed: keys of those that list values.
+        combination: all words of the page. heads: {key of those that list values: what it is called}.
         variation: of a study. sizes: {setting: value} beside.
     Raises InputError; exits with the page's own errors.
     """
-    chosen = {word.key: plain(word.value) for word in combination if word.key in listed}
-    values = dict(zip(labels(listed), chosen.values(), strict=True))
+    values = {heads[word.key]: plain(word.value) for word in combination if word.key in heads}
+    sizes = sizes or {}
     words = [word.head + word.value for word in combination]
-    for settings in (variation.settings if variation else {}, sizes or {}):
+    for settings in (variation.settings if variation else {}, sizes):
         words += [f"--{name}={value}" for name, value in settings.items()]
     name = run_name(values)
+    values |= sizes  # in the table; what follows from the others is in no name
     if variation:
-        others = {label: value for label, value in values.items() if label != "seed"}
+        others = {label: value for label, value in values.items() if label not in ("seed", *sizes)}
         name = f"{variation.name}_seed{settings_of(page, words).seed}"
         if others:
             name += "," + run_name(others)

@@ -47,11 +47,11 @@ def variations(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
     return plan(page, cfg, words)
 
 
-def resized(page: ModuleType, cfg: Any, reference: Any) -> dict[str, str]:
-    """{setting: value as typed} that makes the model of cfg as large as that of the reference, for --equal_parameters.
+def resized(page: ModuleType, reference: Any, cfgs: list) -> list[dict[str, str]]:
+    """For each Config of runs {setting: value as typed} that makes its model as large as that of the reference.
 
-    Raises DataError where there is no such size.
+    Raises InputError where there is no such size.
     """
     from sources.equal_size import resize
 
-    return resize(page, cfg, reference)
+    return resize(page, reference, cfgs)

@@ -249,3 +249,15 @@ def read_sweeper(given: dict[str, str]) -> Sweeper:
             unused.append(key)
     sampler = given.get("hydra/sweeper/sampler", "") + given.get("hydra.sweeper.sampler._target_", "")
     return Sweeper(ours, params, unused, inclusive=sweeper == "optuna" and "grid" not in sampler.lower())
+
+
+def in_shard(shard: str, runs: list) -> list:
+    """The runs of shard K/N, every Nth from the Kth on; all of "". Raises InputError."""
+    if not shard:
+        return runs
+    numbers = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", shard)
+    number, shards = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= number <= shards:
+        raise InputError(f"shard={shard}: expected K/N with K from 1 to N, as in --shard=3/10; of an array that counts "
+                         "from 0 it is --shard=$((SLURM_ARRAY_TASK_ID + 1))/10")
+    return runs[number - 1 :: shards]

@@ -4,15 +4,18 @@ import contextlib
 import csv
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import train_arxiv
 from common.errors import DataError
-from measure import curves, figures, report
+from measure import curves, figures, study_pictures
+from measure.pages import write_page
+from measure.report import study_sections
+from measure.xe_by_k import LAWS
 from sources.study_arxiv import plan_study, run_name
 
 T = 12
@@ -23,12 +26,13 @@ TITLES, LABELS = {}, {}  # of the pictures of a test, by name
 
 
 @contextlib.contextmanager
-def quick_figure(folder: Path, name: str, title: str = "", **options):
+def quick_figure(folder: Path, name: str, title: str = "", columns: int = 1, squeeze: bool = True, **options):
     """As figures.figure, but what is drawn is not turned into a picture."""
-    axes = Figure().subplots()
+    axes = Figure().subplots(1, columns, squeeze=squeeze)
     yield axes
-    TITLES[name] = f"{title} {axes.get_title()}"
-    LABELS[name] = axes.get_legend_handles_labels()[1]
+    first = np.ravel(axes)[0]
+    TITLES[name] = f"{title} {first.get_title()}"
+    LABELS[name] = first.get_legend_handles_labels()[1]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     (folder / "plots" / f"{name}.png").write_bytes(b"")
 
@@ -37,7 +41,7 @@ def quick_figure(folder: Path, name: str, title: str = "", **options):
 def here(in_a_folder_of_its_own, monkeypatch):
     TITLES.clear()
     monkeypatch.setattr(figures, "STRICT", True)
-    monkeypatch.setattr(report, "figure", quick_figure)
+    monkeypatch.setattr(study_pictures, "figure", quick_figure)
 
 
 def a_result(categories: str, seed: int = 1, xe: float = 2.0, **changes) -> dict:
@@ -60,18 +64,29 @@ def write(folder: str, result: dict) -> None:
     Path(folder, "results.json").write_text(json.dumps(result))
 
 
-def reported(folder: str = "runs") -> tuple[list[dict], str]:
-    """(rows of xe_by_k.csv, the text of report.html), and no cell holds what is no number."""
-    means = train_arxiv.main([f"--report={folder}"])
-    with open(f"{folder}/xe_by_k.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert list(means.values()) == [float(row["xe"]) for row in rows]
+def told(folder: str = "runs") -> str:
+    """Sections of the runs below a folder as a page, report.html there, and its lines for a terminal, printed."""
+    runs = sorted(path.parent for path in Path(folder).glob("**/results.json"))
+    sections, lines = study_sections(runs, Path(folder))
+    print(*lines, sep="\n")
+    write_page(Path(folder, "report.html"), "XE", lines[0], sections)
     page = Path(folder, "report.html").read_text()
     for path in Path(folder).glob("*.csv"):
         cells = set(path.read_text().replace("\n", ",").split(","))
         assert not {"nan", "inf", "None"} & cells, path
     assert not any(f">{word}<" in page for word in ("nan", "inf", "None"))
-    return rows, page
+    return page
+
+
+def reported(folder: str = "runs") -> tuple[list[dict], str]:
+    """(rows of xe_by_k.csv, the text of report.html)."""
+    page = told(folder)
+    return rows_of(f"{folder}/xe_by_k.csv"), page
+
+
+def rows_of(path: str) -> list[dict]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 def mean_xe(*results: dict) -> float:
@@ -141,22 +156,11 @@ def test_pictures_call_groups_by_numbers_that_the_page_explains():
     write("runs/0", a_result("a"))
     write("runs/1", a_result("a", settings=SETTINGS | {"lr": 1e-2}))
     _, page = reported()
-    for name in ("xe_by_position", "xe_against_k", "xe_by_category"):
+    for name in ("xe_by_position", "xe_by_category"):
         labels = LABELS[name]
         assert any("group 1: " in label for label in labels) and any("group 2: " in label for label in labels)
         assert not any("lr=" in label for label in labels)
     assert "group 1 is lr=0.001;" in page and "group 2 is lr=0.01." in page
-
-
-def test_a_report_on_a_folder_that_is_a_run_leaves_the_pictures_of_the_run():
-    write("runs", a_result("ab"))
-    write("runs/K1_a_seed1", a_result("a"))
-    picture = Path("runs/plots/xe_by_position.png")
-    picture.parent.mkdir()
-    picture.write_bytes(b"of the run")
-    rows, _ = reported()
-    assert [row["K"] for row in rows] == ["1", "2"]
-    assert picture.read_bytes() == b"of the run" and Path("runs/report/plots/xe_by_position.png").exists()
 
 
 def test_the_same_data_in_another_folder_are_the_same_data():
@@ -219,7 +223,7 @@ def test_older_runs_alone_need_nothing_but_their_results():
 
 
 def test_a_single_run_has_no_deviation(capsys, monkeypatch):
-    monkeypatch.setattr(report, "figure", figures.figure)
+    monkeypatch.setattr(study_pictures, "figure", figures.figure)
     write("runs/0", a_result("a"))
     write("runs/1", a_result("ab", 1))
     write("runs/2", a_result("ab", 2, 4.0))
@@ -251,8 +255,9 @@ def test_a_probe_that_was_undefined_is_an_empty_cell():
     write("runs/0", a_result("ab", 1, probe={"accuracy": [[0.5], [None]]}))
     write("runs/1", a_result("ab", 2, probe=None))
     write("runs/2", a_result("ab", 3, probe={"accuracy": [[0.5], [0.75, None]]}))
-    _, page = reported()
-    assert page.count("<td></td></tr>") >= 2 and "0.7500" in page
+    sections, _ = study_sections([Path(f"runs/{i}") for i in range(3)], Path("report"))
+    (table,) = [section.tables[0] for section in sections if section.title == "Runs"]
+    assert [row["probe_accuracy"] for row in table] == [None, None, 0.75]
 
 
 @pytest.mark.parametrize("tokens, told", [
@@ -296,3 +301,201 @@ def test_a_report_and_its_picture_say_what_icl_gain_is():
     assert f"icl_gain is XE after 1 token less XE after {T}, in nats" in page
     assert f"icl_gain: XE after 1 token less XE after {T}" in TITLES["xe_by_position"]
     assert "Every run was trained on 880 tokens" in TITLES["xe_by_position"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"K": 1}', '{"groups": {"seen": {"xe_by_position": []}}}'])
+def test_a_damaged_result_is_a_line_and_the_rest_is_reported(text):
+    Path("runs/one").mkdir(parents=True)
+    Path("runs/one/results.json").write_text(text)
+    sections, (line, nothing) = study_sections([Path("runs/one"), Path("runs/no_result")], Path("out"))
+    assert sections == [] and "runs/one/results.json is damaged" in line and "no run has a results.json" in nothing
+    assert not Path("out").exists()
+    write("runs/two", a_result("ab"))
+    sections, lines = study_sections([Path("runs/one"), Path("runs/two")], Path("out"))
+    assert line in lines and sections[-1].title == "Notes" and rows_of("out/xe_by_k.csv")[0]["runs"] == "1"
+
+
+# ------------------------------------------------------------------------------------------------------- the answer
+NAMES = "abcd"
+LEVELS = np.array([2.0, 2.5, 3.0, 3.5])
+SETS = ("a", "b", "c", "d", "ab", "bc", "cd", "ad", "abcd")  # rotations
+OPTIMUM = 0.05  # nats that the model is above it
+
+
+def write_run(folder: str, categories: str, seed: int = 0, growth: float = 0.1, control_of: int | None = None,
+              synthetic: bool = False, **changes) -> dict:
+    """A run with its documents.npz: XE is the level of a category + growth log K, and 1 nat more where it is unseen."""
+    rng = np.random.default_rng([len(categories), seed, *categories.encode(), control_of or 0])
+    codes = np.repeat(np.arange(4), 8)
+    counts = 1 + np.arange(32) % 3
+    t = np.arange(1, T + 1)
+    active = np.isin(list(NAMES), list(categories))
+    K = control_of or len(categories)
+    mean = LEVELS + np.where(active, growth * np.log(K), 1.0 - 0.05 * K)
+    documents = mean[codes] + 0.2 * np.sin(np.arange(32)) + 0.01 * rng.standard_normal(32)
+    xe = documents[:, None] + 0.5 / t
+    sums = xe * counts[:, None]
+    groups = {}
+    for c, name in enumerate(NAMES):
+        groups[name] = group_of(sums[codes == c].sum(0) / counts[codes == c].sum())
+    for together, members in (("seen", active), ("unseen", ~active)):
+        if members.any():
+            curves_of = [groups[NAMES[c]]["xe_by_position"] for c in np.flatnonzero(members)]
+            groups[together] = group_of(np.mean(curves_of, 0))
+    if synthetic:
+        for name in (*categories, "seen"):
+            curve = np.array(groups[name]["xe_by_position"]) - OPTIMUM
+            groups[name] |= {"oracle_xe_by_position": curve.tolist(),
+                             "known_xe_by_position": (curve - np.log(K) / (2 * T)).tolist()}
+    result = a_result(categories, seed, groups=groups, control_of=control_of, final_split="test",
+                      tokens=880 // (control_of or 1), **changes)
+    write(folder, result)
+    positions = np.array([1, 2, 5, 10, T])
+    np.savez(Path(folder, "documents.npz"), names=np.array(list(NAMES)), codes=codes, documents=np.arange(32),
+             counts=counts, positions=positions, sums=sums[:, positions - 1].astype(np.float32),
+             total=sums.mean(1).astype(np.float32))
+    return result
+
+
+def group_of(curve: np.ndarray) -> dict:
+    gain, total = curves.gains(curve)
+    return {"xe": float(curve.mean()), "xe_by_position": curve.tolist(), "icl_gain": float(gain),
+            "total_gain": float(total), "fit": None}
+
+
+def write_study(sets=SETS, seeds=(0, 1), controls: bool = False, **options) -> None:
+    for seed in seeds:
+        for categories in sets:
+            write_run(f"runs/{run_name(list(categories), seed)}", categories, seed, **options)
+        for K, name in itertools.product((2, 4), NAMES if controls else ""):
+            growth = 0.1 if K == 2 else 0.06  # of K = 4 less than among the others
+            write_run(f"runs/control{K}_{name}_seed{seed}", name, seed, growth, control_of=K, **options)
+
+
+@pytest.mark.parametrize("growth, told_as", [(0.1, "XE grows by"), (-0.1, "XE falls by")])
+def test_the_answer_is_first_with_its_interval_and_what_it_is_of(growth, told_as, capsys):
+    write_study(growth=growth)
+    page = told()
+    answer, comparison = capsys.readouterr().out.splitlines()[:2]
+    low, high = (float(word) for word in re.search(r"interval ([\d.]+) to ([\d.]+)", answer).groups())
+    assert answer.startswith(f"At equal tokens {told_as} 0.10") or answer.startswith(f"At equal tokens {told_as} 0.09")
+    assert low < 0.1 < high and high - low < 0.05
+    assert "over documents and sets; 4 categories, 9 sets, 2 seeds, 32 documents" in answer
+    assert comparison.startswith("Over three values of K a + b log K is a better law than") and "AICc" in comparison
+    assert "overlap" in page
+    rows = rows_of("runs/xe_law.csv")
+    assert len(rows) == 3 * 6 and {row["position"] for row in rows} == {"1", "2", "5", "10", str(T), "mean"}
+    by_k = rows_of("runs/xe_by_k.csv")
+    assert [row["sd_sets"] != "" for row in by_k] == [True, True, False]  # one set of K = 4
+    assert all(float(row["se_documents"]) > 0 and float(row["sd_seeds"]) > 0 for row in by_k)
+    assert [float(row["icl_score"]) for row in by_k] == pytest.approx([0.5 / T - 0.5 / 10] * 3, abs=1e-6)
+
+
+def test_laws_that_a_study_cannot_tell_apart_are_said_to_be_so(capsys):
+    write_study(growth=0.005)
+    told()
+    words = "Three values of K cannot tell (a .*) from (a .*) or (a [^(]*|a .* \\(1 - 1/K\\)) \\("
+    assert sorted(re.search(words, capsys.readouterr().out).groups()) == sorted(LAWS)
+
+
+def test_where_runs_stopped_by_themselves_the_answer_claims_no_equal_tokens(capsys):
+    write_study(seeds=(0,), settings=SETTINGS | {"patience": 3})
+    write_run("runs/more", "a", 1, settings=SETTINGS | {"patience": 3}, steps=5)
+    changed = json.loads(Path("runs/more/results.json").read_text()) | {"tokens": 440}
+    Path("runs/more/results.json").write_text(json.dumps(changed))
+    assert "equal tokens" not in told() and capsys.readouterr().out.startswith("XE grows by")
+
+
+def test_controls_are_no_runs_of_the_study_and_tell_dilution_from_interference(capsys):
+    write_study(controls=True)
+    write_run("runs/stray", "a", control_of=2, settings=SETTINGS | {"lr": 7.0})
+    told()
+    assert [(row["K"], row["runs"]) for row in rows_of("runs/xe_by_k.csv")] == [("1", "8"), ("2", "8"), ("4", "2")]
+    assert "stray is a control of K = 2 of no runs here: not used" in capsys.readouterr().out
+    table = rows_of("runs/xe_controls.csv")
+    assert len(table) == 2 * 4 + 2
+    for row in table:
+        assert float(row["growth"]) == pytest.approx(0.1 * np.log(int(row["K"])), abs=0.02)
+        assert float(row["dilution"]) + float(row["interference"]) == pytest.approx(float(row["growth"]), abs=1e-9)
+    means = {row["K"]: row for row in table if row["category"] == "mean"}
+    assert float(means["2"]["interference"]) == pytest.approx(0, abs=0.01)
+    assert float(means["4"]["interference"]) == pytest.approx(0.04 * np.log(4), abs=0.01)
+    assert float(means["4"]["dilution_low"]) < 0.06 * np.log(4) < float(means["4"]["dilution_high"])
+
+
+def test_without_controls_the_report_says_how_to_get_them():
+    write_study(seeds=(0,))
+    assert "the same command with --controls trains them" in told() and not Path("runs/xe_controls.csv").exists()
+
+
+def test_a_control_with_nothing_beside_it_is_named(capsys):
+    write_study(sets=("ab", "cd", "abcd"), seeds=(0,), controls=True)
+    told()
+    assert "The controls of a at K = 2" in capsys.readouterr().out  # no category is in a run of K = 1
+
+
+def test_seen_and_unseen_are_traded_off_by_k():
+    write_study()
+    told()
+    table = rows_of("runs/xe_tradeoff.csv")
+    seen = [float(row["seen_xe"]) for row in table]
+    unseen = [float(row["unseen_xe"]) for row in table[:2]]
+    assert np.diff(seen) == pytest.approx([0.1 * np.log(2)] * 2, abs=0.01)
+    assert np.diff(unseen) == pytest.approx([-0.05], abs=0.01) and table[2]["unseen_xe"] == ""
+
+
+def test_information_and_excess_stand_beside_the_exact_optimum(capsys):
+    write_study(synthetic=True, information={"document": 0.6, "predictions": 0.5, "log_K": 1.0})
+    told()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("The exact optimum has 0.10") or lines[1].startswith("The exact optimum has 0.09")
+    for row in rows_of("runs/xe_by_k.csv"):
+        assert float(row["excess"]) == pytest.approx(OPTIMUM) and float(row["worst_excess"]) == pytest.approx(OPTIMUM)
+        assert float(row["information_document"]) == 0.6
+    write("older", json.loads(Path("runs/K4_a_b_c_d_seed0/results.json").read_text()) | {"information": None})
+    sections, _ = study_sections([Path("older")], Path("report"))
+    (section,) = [section for section in sections if section.title == "In context"]
+    (row,) = section.tables[1]
+    assert row["information_predictions"] == pytest.approx(np.log(4) / 2)
+    assert row["information_model"] == pytest.approx(np.log(4) / 2 + OPTIMUM * T) and "information_document" not in row
+
+
+@pytest.mark.parametrize("sets, words", [
+    (("a", "b"), "All runs are of K = 1: how XE grows with K takes runs of another K"),
+    (("ab", "cd"), "All runs are of K = 2"),
+    (("a", "bc"), "No category is in runs of two sizes K"),
+    (("a", "ab"), "Two values of K fit every law of two parameters"),
+])
+def test_what_cannot_be_said_of_k_is_said_to_be_so(sets, words):
+    write_study(sets=sets, seeds=(0,))
+    assert words in told()
+    laws = Path("runs/xe_law.csv")
+    assert laws.exists() == ("Two values" in words)
+    if laws.exists():  # no interval over sets: without "ab" there is no slope; over documents there is one
+        assert all(row["interval_over"] == "documents" and row["held_out_rms"] == "" for row in rows_of(str(laws)))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: path.unlink(), "has no documents.npz, as runs of before have none"),
+    (lambda path: path.write_bytes(b"PK"), "cannot be used"),
+    (lambda path: rewrite(path, documents=lambda x: x[::-1]), "was measured on other documents"),
+    (lambda path: rewrite(path, sums=lambda x: x + 1), "is not of its results.json"),
+])
+def test_without_the_same_documents_intervals_are_over_sets_alone(damage, words):
+    write_study()
+    damage(Path("runs/K1_b_seed1/documents.npz"))
+    page = told()
+    assert "over sets; 4 categories" in page and words in page
+    assert all(row["se_documents"] == "" for row in rows_of("runs/xe_by_k.csv"))
+
+
+def rewrite(path: Path, **changes) -> None:
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {name: change(arrays[name]) for name, change in changes.items()})
+
+
+def test_numbers_of_validation_and_of_test_are_not_averaged():
+    write("runs/0", a_result("a"))  # of before: of validation
+    write("runs/1", a_result("a", 2, final_split="test"))
+    assert [row["group"] for row in reported()[0]] == ["final_split=validation", "final_split=test"]

@@ -1031,3 +1031,27 @@ def test_many_runs_are_left_to_sweep(monkeypatch):
         assert stop.value.code == 5
         assert called[-1][1:3] == [str(ROOT / "sweep.py"), __file__]
         assert "lr=1,2" in called[-1] and not {"-m", "--multirun"} & set(called[-1])
+
+
+def test_the_words_of_a_study_are_left_to_sweep_by_pages_alone(monkeypatch, capsys):
+    called = []
+
+    def call(program: str, command: list[str]) -> None:  # never returns
+        called.append(command[1:])
+        raise SystemExit(0)
+
+    monkeypatch.setattr(configurator.os, "execv", call)
+    for words in (["--holdout=each"], ["--controls", "lr=1"], ["study=all", "lr=1"], ["--jobs", "2"]):
+        assert "no such setting" in errors_of(capsys, *words)[0]  # of sample.py, say
+        monkeypatch.setattr(sys.modules[Config.__module__], "train", None, raising=False)
+        with pytest.raises(SystemExit):
+            configure(Config, words)
+        assert called[-1] == [str(ROOT / "sweep.py"), __file__, *words]
+        monkeypatch.delattr(sys.modules[Config.__module__], "train")
+    monkeypatch.setattr(sys.modules[Config.__module__], "train", None, raising=False)
+    for words in (["--report=out/a"], ["--report", "out/a"]):
+        with pytest.raises(SystemExit):
+            configure(Config, words)
+        assert called[-1] == [str(ROOT / "sweep.py"), "report", "out/a"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--launcher='torchrun --nproc_per_node=N'" in only_error(capsys, "-m", "lr=1,2")

@@ -18,6 +18,7 @@ from commands import refusal
 
 import prepare_data
 import sample
+import sweep
 import train_arxiv
 from common import checkpoint, runlog
 from common.errors import CheckpointError, DataError
@@ -563,10 +564,10 @@ def test_warm_up_is_no_longer_than_all_epochs_where_the_source_s_is_not():
 
 def test_its_script_of_experiments_is_a_study_of_nested_sets(capsys):
     small_data()
-    table = train_small("--study=nested:1,2", "--categories=math.ST,cs.DS", "training.epochs=1", "--out_dir=study")
-    assert table.keys() == {1, 2} and all(xe > 0 for xe in table.values())
-    runs = sorted(path.name for path in Path("study").glob("K*"))
-    assert [name.split("_")[0] for name in runs] == ["K1", "K2"] and "math.ST" in runs[0]
+    words = ["--study=nested:1,2", "--orders=1", "--categories=math.ST,cs.DS", "training.epochs=1", "--out_dir=study"]
+    sweep.main(["train_arxiv.py", *TINY, *words, "--print_config"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("/")[2] for line in lines] == ["K1_math.ST_seed42", "K2_cs.DS_math.ST_seed42"]
 
 
 def test_inspect_finds_documents_of_validation_in_a_file_of_all_splits(capsys):

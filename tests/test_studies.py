@@ -16,7 +16,7 @@ import train_state
 from common.errors import DataError, InputError
 from measure.holdouts import study_sections
 from measure.plans import size_of
-from sources.equal_size import as_large, check_sizes, parameters_of, resize
+from sources.equal_size import parameters_of, resize
 from sources.h5ad import write_h5ad
 from sources.holdouts import plan
 from sources.splits import SPLITS, read_toml
@@ -160,11 +160,11 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
     (section,), lines = study_sections(runs, Path("report"))
     a, b, c, mean = section.tables[0]
     assert a["Pearson delta"] == pytest.approx(0.8) and a["Pearson delta, sd"] == pytest.approx(stdev([0.9, 0.7]))
-    assert (b["Pearson delta"], b["Pearson delta, perturbation_mean"], b["seeds"]) == (0.5, pytest.approx(0.6), 2)
+    assert (b["Pearson delta"], b["Pearson delta, perturbation mean"], b["seeds"]) == (0.5, pytest.approx(0.6), 2)
     assert c["Pearson delta"] == pytest.approx(0.2) and c["energy distance"] is None
     assert mean["held out"] == "mean" and mean["seeds"] is None
     assert mean["Pearson delta"] == pytest.approx((0.8 + 0.5) / 2)
-    assert mean["Pearson delta, perturbation_mean"] == pytest.approx((0.7 + 0.6) / 2)
+    assert mean["Pearson delta, perturbation mean"] == pytest.approx((0.7 + 0.6) / 2)
     assert mean["Pearson delta, sd"] == pytest.approx(stdev([(0.9 + 0.5 + 0.1) / 3, (0.7 + 0.5 + 0.3) / 3]))
     assert mean["energy distance"] == pytest.approx((2.0 + 0.5) / 2) and mean["energy distance, sd"] is None
     assert "+0.000 against the perturbation mean (standard deviation over types 0.141)" in section.text[0]
@@ -204,32 +204,32 @@ def with_corpus(vocab_size: int = 500) -> ModuleType:
 def test_plans_of_any_number_get_one_size(others):
     reference = train_apelr.Config(**others)
     wanted = size_of(train_apelr.build_model(reference, 500))
-    sizes = {}
-    for K in (1, 2, 4, 8):
-        cfg = replace(reference, num_plan_states=K)
-        widths = {name: int(value) for name, value in resize(with_corpus(), cfg, reference).items()}
+    cfgs = [replace(reference, num_plan_states=K) for K in (1, 2, 4, 8)]
+    sizes = []
+    for cfg, settings in zip(cfgs, resize(with_corpus(), reference, cfgs), strict=True):
+        widths = {name: int(value) for name, value in settings.items()}
         assert widths.get("token_dim", widths["d_model"]) == widths["d_model"]
         sized = replace(cfg, **widths)
         assert sized.check() == [] and replace(sized, **{name: getattr(cfg, name) for name in widths}) == cfg
-        sizes[K] = size_of(train_apelr.build_model(sized, 500))
-        assert sizes[K] == parameters_of(train_apelr.build_model, sized, 500)
-        assert abs(sizes[K] / wanted - 1) < 0.03
-    # The reference is one of the runs, and stays as it is.
-    assert sizes[8] == wanted and resize(with_corpus(), reference, reference)["d_model"] == "128"
-    # Fewer plans are wider.
-    assert as_large(train_apelr.build_model, replace(reference, num_plan_states=1), 500, wanted, "")[0]["d_model"] > 128
+        sizes.append(size_of(train_apelr.build_model(sized, 500)))
+        assert sizes[-1] == parameters_of(train_apelr.build_model, sized, 500)
+        assert abs(sizes[-1] / wanted - 1) < 0.03
+        assert sized.d_model > 128 or cfg == reference  # fewer plans are wider
+    # The reference, where it is one of the runs, stays as it is; a run's width is its own, whatever else is listed.
+    assert sizes[-1] == wanted and sized == reference
+    assert resize(with_corpus(), reference, cfgs[1:2]) == resize(with_corpus(), reference, cfgs)[1:2]
 
 
 def test_models_that_cannot_be_of_one_size_are_refused():
     reference = train_apelr.Config()
+    two = replace(reference, num_plan_states=2)
     with pytest.raises(DataError, match="equal_parameters makes models of train_apelr.py equal in size"):
-        resize(train_ghmm, train_ghmm.Config(), train_ghmm.Config())
+        resize(train_ghmm, train_ghmm.Config(), [train_ghmm.Config(n_layers=2)])
     with pytest.raises(DataError, match="equal_parameters decides about d_model: take it out of the lists"):
-        resize(with_corpus(), replace(reference, d_model=64), reference)
+        resize(with_corpus(), reference, [two, replace(reference, d_model=64)])
     with pytest.raises(DataError, match="equal_parameters: all runs have 769,400 parameters as they are"):
-        check_sizes(with_corpus(), [reference, replace(reference, lr=1.0)], reference)
-    check_sizes(with_corpus(), [reference, replace(reference, num_plan_states=2)], reference)
+        resize(with_corpus(), reference, [reference, replace(reference, lr=1.0)])
     wide = replace(reference, backbone="transformer", n_heads=32)
     with pytest.raises(InputError, match=r"equal_parameters: no width has within 3% of the [\d,]+ parameters of .* "
                                          r"\(in steps of 64\): change n_heads"):
-        resize(with_corpus(), replace(wide, num_plan_states=1), wide)
+        resize(with_corpus(), wide, [replace(wide, num_plan_states=1)])

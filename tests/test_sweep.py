@@ -1,22 +1,29 @@
 """sweep.py: what a command line lists, what is run, what a killed, stopped or failing run leaves, and the table."""
 
 import json
+import os
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
-from measure.sweeps import OBJECTIVES, in_words, table
-from sources.runs import import_page, plan_runs
+from common import jobs, progress
+from measure.sweeps import OBJECTIVES, append, groups, in_words, numbers, objective, record, table
+from sources import equal_size, study_arxiv
+from sources.runs import Grid, has_ended, import_page, plan_runs
+from sources.studies import Variation
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
 ROOT = Path(__file__).resolve().parents[1]
 # A page without torch, that starts within a tenth of a second: it trains by waiting.
 PAGE = '''
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from configurator import config_dict, config_hash, configure
@@ -35,6 +42,7 @@ class Config:
     widths: list[int] | None = None
     max_steps: int = 1  # of 10 ms
     meets: str = ""  # a file that another run makes
+    deaf: bool = False  # to signals, as is a process that it starts
 
     def check(self):
         return ["lr = 0.5 goes with no seed"] if self.lr == 0.5 else []
@@ -59,6 +67,10 @@ def main(argv=None):
         print("a first line")
         sys.exit("error: the loss is not finite")
     Path(f"seed{cfg.seed}").touch()
+    if cfg.deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen(["sleep", "30"], start_new_session=True)
+        (folder / "child").write_text(str(child.pid))
     began = time.monotonic()
     while step < cfg.max_steps:
         if time.monotonic() > began + 20:
@@ -66,10 +78,13 @@ def main(argv=None):
         time.sleep(0.01)
         step += not cfg.meets or Path(cfg.meets).exists()
         write(last, step)
+        with open(folder / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps({"step": step, "split": "train", "loss": cfg.lr}) + "\\n")
         if stops:
             print(f"stopped after {step}")
             return
     facts = {"seconds": 2.0, "own_session": os.getsid(0) == os.getpid(), "config_hash": config_hash(cfg)}
+    facts |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "LAUNCHED")}
     results = {"excess_loss": cfg.lr + cfg.seed / 100, "loss": 1 + cfg.lr, "loss_by_position": [1]}
     write(folder / "summary.json", results | facts)
 
@@ -321,17 +336,29 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["--lr=0.1"], "no setting lists values"),
         (["-m", "--config-name=experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
         (["--config-name", "experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
-        (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1, got '0'"),
-        (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1, got 'many'"),
+        (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1|none, got '0'"),
+        (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1|none, got 'many'"),
         (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
         (["--lr=0.1,0.2", "hydra/sweeper=ax"], "hydra/sweeper=ax"),
         (["--lr=0.1,0.2", "hydra.sweeper.search_space.lr.type=float"], "does not read search spaces"),
+        (["--lr=0.1,0.2", "--shard=11/10"], "shard=11/10: expected K/N with K from 1 to N"),
+        (["--lr=0.1,0.2", "--shard=0/10"], "of an array that counts from 0 it is --shard=$((SLURM_ARRAY_TASK_ID + 1))"),
+        (["--lr=0.1,0.2", "--shard=two"], "shard=two: expected K/N"),
+        (["--lr=0.1,0.2", "--launcher=absent --n=2"], "there is no program absent: install it, or give its path"),
+        (["--lr=0.1,0.2", "--launcher='a"], "No closing quotation"),
+        (["--lr=0.1,0.2", "--gpus=3"], "gpus=3: there are 2 that can be used here: leave it out, or use fewer"),
+        (["--lr=0.1,0.2", "--gpus=1", "--launcher=env"], "gpus=1: a launcher starts a run on several"),
+        (["--act=range(3)"], "act=range(3): a range is of numbers, and act is a text: list values instead"),
+        (["--controls"], "--controls is of the study of train_arxiv.py, which train_tiny.py has not"),
+        (["--holdout=each"], "--holdout is of the study of train_state.py"),
+        (["--lr=0.1,0.2", "--equal_parameters"], "makes models of train_apelr.py equal in size"),
         (["--lr=0.1,0.2", "--analyze=run"], "analyze=run is no training of one model"),
         (["--lr=0.1,0.2", "--out_dir=s3://bucket/x"], "is a URL"),
         (["--lr=0.1,0.2", "--out_dir=train_tiny.py"], "the folder train_tiny.py cannot be used"),
     ],
 )
-def test_bad_input_is_one_sentence_before_the_first_run(capsys, words, sentence):
+def test_bad_input_is_one_sentence_before_the_first_run(capsys, monkeypatch, words, sentence):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert sentence in refused(capsys, *words)
 
 
@@ -357,14 +384,16 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
     assert told[1]["settings"] == {"lr": "0.2", "seed": "1"}
     assert told[1]["summary"]["own_session"]  # so that Ctrl-C at the terminal does not reach it twice
     assert told[1]["folder"] == "sweep/lr=0.2,seed=1"
-    assert told[1]["summary"].keys() == {"excess_loss", "loss", "seconds", "own_session", "config_hash"}
+    assert "loss" in told[1]["summary"] and "loss_by_position" not in told[1]["summary"]
     assert told[1]["summary"]["excess_loss"] == pytest.approx(0.21)
     out = capsys.readouterr().out
     assert "[4/4] lr=0.1,seed=1: excess_loss 0.11, loss 1.1 | " in out and " left" in out
     assert "by excess_loss, of which less is better:" in out
-    rows = [line.split()[:4] for line in out.splitlines()[-4:]]
-    assert rows == [["0.1", "0", "0.1", "1.1"], ["0.1", "1", "0.11", "1.1"], ["0.2", "0", "0.2", "1.2"],
-                    ["0.2", "1", "0.21", "1.2"]]
+    rows = out.split("is better:\n")[-1].splitlines()[:3]
+    assert [row.split()[:7] for row in rows] == [
+        ["lr", "seeds", "excess_loss", "loss", "seconds"],
+        ["0.1", "2", "0.1050", "±", "0.0071", "1.1", "±"],
+        ["0.2", "2", "0.2050", "±", "0.0071", "1.2", "±"]]  # fmt: skip
 
 
 def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(capsys):
@@ -449,12 +478,175 @@ def test_a_killed_sweep_goes_on_and_no_run_is_started_twice(capsys):
         assert starts(name) == [0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(number):
+def test_two_sweeps_at_once_share_the_runs(capsys):
+    words = ("train_tiny.py", "--seed=0,1,2,3", "--max_steps=20", "--out_dir=sweep")
+    job = Job("sweep", *words, PYTHONPATH=str(ROOT))
+    wait_for(lambda: len(starts("seed=0")) > 0, job, "the first run")
+    sweep.main(list(words))
+    assert job.wait() == 0
+    assert [starts(f"seed={seed}") for seed in range(4)] == [[0]] * 4
+    for out in (capsys.readouterr().out, job.console.read_text()):
+        assert "by excess_loss" in out and "4/4" in out
+
+
+def test_shards_share_the_runs_and_the_last_one_shows_all(capsys):
+    words = ("--lr=0.3,0.2,0.1", "--max_steps=2")
+    swept(*words, "--shard=2/2")
+    out = capsys.readouterr().out
+    assert starts("lr=0.2") == [0] and starts("lr=0.1") == []
+    assert "3 runs of train_tiny.py in sweep, 1 of them in shard 2/2" in out and "[1/1] lr=0.2" in out
+    assert "2 runs of other shards not ended yet" in out
+    told = swept(*words, "--shard=1/2")
+    assert [line["run"] for line in told] == ["lr=0.2", "lr=0.3", "lr=0.1"]
+    rows = capsys.readouterr().out.split("is better:\n")[1].splitlines()[1:4]
+    assert [row.split()[0] for row in rows] == ["0.1", "0.2", "0.3"]
+
+
+def test_each_run_has_a_gpu_and_a_launcher_none(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    # Two runs at a time, one on each: the first waits for the second.
+    told = swept("--seed=0,1,2", "--meets=seed1")
+    assert {line["summary"]["CUDA_VISIBLE_DEVICES"] for line in told[:2]} == {"5", "7"}
+    told = swept("--seed=0,1", "--gpus=1", "--resume=never", "--lr=0.2")
+    assert [line["summary"]["CUDA_VISIBLE_DEVICES"] for line in told if "0.2" in line["folder"]] == []
+    assert [line["summary"]["CUDA_VISIBLE_DEVICES"] for line in told if line["run"] != "seed=2"] == ["5", "5"]
+    told = swept("--seed=3,4", f"--launcher=env LAUNCHED=yes {sys.executable}")
+    assert [(line["summary"]["LAUNCHED"], line["summary"]["CUDA_VISIBLE_DEVICES"]) for line in told[-2:]] == [
+        ("yes", "5,7")] * 2  # fmt: skip
+
+
+def test_gpus_are_shared_evenly(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,-1,4")
+    assert jobs.devices(None, None, "") == (2, ["0", "3"])
+    assert jobs.devices(5, None, "") == (5, ["0", "3"]) and jobs.devices(-1, None, "") == (2, ["0", "3"])
+    assert jobs.devices(None, 1, "") == (1, ["0"])
+    assert jobs.devices(None, 0, "") == jobs.devices(None, None, "torchrun") == (1, [])
+    working = [SimpleNamespace(gpu="0"), SimpleNamespace(gpu="3"), SimpleNamespace(gpu="0")]
+    assert jobs.least_used(["0", "3"], working) == "3" and jobs.least_used([], working) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert jobs.devices(None, None, "") == (1, []) and jobs.devices(-1, None, "")[0] == os.cpu_count()
+
+
+def test_lines_of_sweep_jsonl_are_mended(capsys):
+    swept("--lr=0.1,0.2")
+    file = Path("sweep/sweep.jsonl")
+    before = lines()
+    file.unlink()
+    assert [line["summary"] for line in swept("--lr=0.1,0.2")] == [line["summary"] for line in before]
+    # One that was torn by a full disk, and one that another machine's clock wrote.
+    file.write_text(file.read_text() + '{"run": "lr=0.1", "sta\n' + json.dumps(before[1] | {"time": 4e9}) + "\n")
+    capsys.readouterr()
+    sweep.main(["train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep"])
+    told = capsys.readouterr()
+    assert "2 ended before" in told.out and told.err.count("the clocks of two machines differ") == 1
+    shutil.rmtree("sweep/lr=0.1")
+    sweep.main(["train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep"])
+    assert "sweep/lr=0.1: a run has ended here, and its results are gone: it is run again" in capsys.readouterr().out
+    assert starts("lr=0.1") == starts("lr=0.2") == [0]
+
+
+def test_lines_of_several_processes_are_whole():
+    writers = [Job("test_sweep", str(number), function="write_lines", PYTHONPATH=os.pathsep.join(sys.path))
+               for number in range(3)]
+    assert [job.wait() for job in writers] == [0, 0, 0]
+    told = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
+    assert sorted((line["writer"], line["line"]) for line in told) == [
+        (str(writer), line) for writer in range(3) for line in range(50)]  # fmt: skip
+
+
+def write_lines(argv: list[str]) -> None:
+    for number in range(50):
+        append(Path("lines.jsonl"), {"writer": argv[0], "line": number, "long": "x" * 10_000})
+
+
+def runs_of(*words: str) -> tuple:
+    """(runs that a command line plans, whether one has ended, the command that starts them)."""
+    page, script = import_page("train_tiny.py")
+    cfg, own, sweeper = sweep.read_words(page, [*words, "--out_dir=sweep"])
+    _, runs = plan_runs(page, own, sweeper, cfg)
+    return runs, lambda run: has_ended(run, page, script), [sys.executable, script]
+
+
+def test_a_hopeless_run_is_stopped_and_recorded(monkeypatch):
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
+    runs, ended, command = runs_of("--lr=0.9,0.1", "--max_steps=60")
+    seen = []
+
+    class Source(Grid):
+        def hopeless(self, run, records):
+            seen.append([record["step"] for record in records])
+            return records[-1]["loss"] > 0.5
+
+    found = [(run.name, status) for run, status, _ in jobs.run_all(Source(runs), ended, command, 1, [], [], [])
+             if status]  # fmt: skip
+    assert found == [("lr=0.9", "pruned"), ("lr=0.1", "done")]
+    assert all(steps == list(range(1, len(steps) + 1)) for steps in seen)
+    told = record(runs[0].folder, runs[0].values, "pruned", 0, 1.0)
+    assert "stopped after" in told["last_lines"][-1] and "no hope" in in_words(told, ["loss"])
+    assert not Path("sweep/lr=0.9/summary.json").exists()
+
+
+def test_a_run_that_takes_no_notice_of_signals_is_killed_with_what_it_started(monkeypatch):
+    monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.2)
+    runs, ended, command = runs_of("--seed=0,1", "--max_steps=10000", "--deaf")
+    came = []
+    for run, status, job in jobs.run_all(Grid(runs), ended, command, 1, [], came, []):
+        if not came and (runs[0].folder / "child").exists():
+            child = (runs[0].folder / "child").read_text()
+            came.append(signal.SIGINT)
+        if status:
+            assert (run, status, job.process.poll()) == (runs[0], "stopped", -signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split():
+        assert time.monotonic() < deadline
+    assert jobs.is_free(runs[0].folder) and not runs[1].folder.exists()
+
+
+def test_records_are_read_as_they_grow(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = jobs.Records(path)
+    assert not records.grown()
+    path.write_text('{"step": 1}\n{"st')
+    assert records.grown() and records.records == [{"step": 1}] and not records.grown()
+    with open(path, "a") as file:
+        file.write('ep": 2}\n')
+    assert records.grown() and records.last_step() == 2
+    # A run that goes on writes the file anew, without what its checkpoint does not have.
+    (tmp_path / "new").write_text('{"step": 1}\n')
+    (tmp_path / "new").rename(path)
+    assert records.grown() and records.records == [{"step": 1}]
+
+
+def test_time_left_is_by_steps(monkeypatch):
+    def job(name: str, first_step: int, step: int, began: float = 100.0, seconds: float = 0.0) -> SimpleNamespace:
+        run = SimpleNamespace(name=name, cfg=SimpleNamespace(max_steps=400), folder=Path("none"))
+        return SimpleNamespace(run=run, records=SimpleNamespace(records=[{"step": step, "loss": 0.5}]), total=None,
+                               first_step=first_step, began=began, seconds=seconds)
+
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: 120.0)
+    shown = progress.Progress(5, 1, {"a": 400, "b": 400, "c": 400, "d": 200}, at_a_time=2)
+    assert shown.left() is None
+    shown.show([job("a", 100, 100), job("b", 0, 0)])
+    assert shown.left() is None
+    # 0.2 s a step of either: 40 and 60 s of those at work, and 600 steps of those that wait.
+    shown.show([job("a", 100, 200), job("b", 0, 100)])
+    assert shown.left() == pytest.approx((40 + 60 + 120) / 2)
+    # A run that ended tells what a step costs with begin and end: 0.3 s; b has 200 left of 0.1 s, or 400 of 0.3 - 20 s.
+    shown.end("a", job("a", 100, 400, seconds=90))
+    shown.show([job("b", 0, 200)])
+    assert shown.left() == pytest.approx((100 + 600 * 0.3) / 2)
+    assert progress.how_far(job("a", 0, 7)) == (7, 400, 0.5)
+    shown.end("c", None)  # by another process
+    assert shown.left() == pytest.approx(100) and shown.ended == 3  # b alone takes longer than its share
+    Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
+    assert progress.total_steps(Path("train.log")) == 1200 and progress.total_steps(Path("absent")) is None
+
+
+def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on():
     job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
     wait_for(lambda: Path("sweep/lr=0.1,seed=0/last.pt").exists(), job, "the first run")
-    job.send_signal(number)
-    assert job.wait() == 128 + number
+    job.send_signal(signal.SIGINT)
+    assert job.wait() == 128 + signal.SIGINT
     assert "stopped after" in Path("sweep/lr=0.1,seed=0/console.log").read_text()
     assert [(line["run"], line["status"]) for line in lines()] == [("lr=0.1,seed=0", "stopped")]
     assert "error: stopped by a signal, 3 not begun; the same command goes on from there" in job.console.read_text()
@@ -463,15 +655,97 @@ def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(number):
     assert starts("lr=0.1,seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 4
 
 
+# -------------------------------------------------------------------------------------------------- studies
+
+
+def test_the_runs_of_a_study_are_multiplied_by_the_lists(monkeypatch, capsys):
+    asked = []
+
+    def plan(page, cfg, words):
+        asked.append((cfg.lr, cfg.seed, words.study, words.orders, words.controls))
+        return [Variation("K1_a", {"act": "gelu"}, {"K": "1"}), Variation("K2_a_b", {"widths": "1,2"}, {"K": "2"})]
+
+    monkeypatch.setattr(study_arxiv, "plan", plan, raising=False)
+    page = PAGE.replace('"ghmm"', '"arxiv"').replace('"lr"}', '"lr", "random_seed": "seed"}')
+    Path("train_tiny.py").write_text(page)
+    words = ("--lr=0.2", "--study=all", "--orders", "2", "--controls", "--act=relu")
+    names = []
+    for listed in ([], ["--study_seeds=[3,4]"], ["--max_steps=1,2", "random_seed=3,4"]):
+        sweep.main(["train_tiny.py", *words, *listed, "--print_config"])
+        commands = capsys.readouterr().out.splitlines()
+        names.append([command.rpartition("/")[2] for command in commands])
+        # What a variation says holds, whatever was typed; its folder is in that of a single run, as it always was.
+        first = commands[0].split()
+        assert first.index("--act=relu") < first.index("--act=gelu") and "--out_dir=out/tiny/K1_a_seed" in commands[0]
+    assert asked == [(0.2, 0, "all", 2, True)] * 3
+    assert names[0] == ["K1_a_seed0", "K2_a_b_seed0"]
+    assert names[1] == ["K1_a_seed3", "K2_a_b_seed3", "K1_a_seed4", "K2_a_b_seed4"]
+    assert names[2][:3] == ["K1_a_seed3,max_steps=1", "K2_a_b_seed3,max_steps=1", "K1_a_seed4,max_steps=1"]
+    told = swept(*words, "--study_seeds=3,4")
+    assert told[1]["settings"] == {"K": "2", "seed": "3"} and told[1]["run"] == "K2_a_b_seed3"
+
+
+def test_a_study_stops_nothing_early_unless_it_was_typed(monkeypatch, capsys):
+    monkeypatch.setattr(study_arxiv, "plan", lambda *_: [Variation("K1_a", {}, {"K": "1"})], raising=False)
+    page = PAGE.replace('"ghmm"', '"arxiv"').replace("    seed: int", "    patience: int = 10\n    seed: int")
+    Path("train_tiny.py").write_text(page)
+    Path("own.py").write_text("patience = 3")
+    for words, ours in (([], True), (["--patience=3"], False), (["own.py"], False)):
+        sweep.main(["train_tiny.py", *words, "--study=all", "--print_config"])
+        assert ("--patience=0" in capsys.readouterr().out) == ours
+
+
+def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
+    def resize(page, reference, cfgs):
+        assert reference.max_steps == 1
+        return [{"widths": f"[{cfg.max_steps}]"} for cfg in cfgs]
+
+    monkeypatch.setattr(equal_size, "resize", resize)
+    told = swept("--max_steps=2,3", "--equal_parameters")
+    assert [(line["run"], line["settings"]) for line in told] == [
+        (f"max_steps={n}", {"max_steps": f"{n}", "widths": f"[{n}]"}) for n in (2, 3)]  # fmt: skip
+    assert json.loads(Path("sweep/max_steps=3/config.json").read_text())["widths"] == [3]
+
+
 # -------------------------------------------------------------------------------------------------- the table
+
+
+def test_what_runs_are_compared_by():
+    assert objective("state") == (OBJECTIVES["state"][0], False) and objective("another") == ([], True)
+    assert objective("state", "mae") == (["mae", "pearson_delta", *OBJECTIVES["state"][0][2:]], True)
+    assert objective("state", "pearson_delta") == objective("state")
+    assert objective("ghmm", "-r2_concat")[0][0] == "r2_concat" and objective("ghmm", "-r2_concat")[1] is False
+    assert objective("ghmm", "max:loss")[1] is False and objective("ghmm", "min:baselines.a.b")[0][0] == "baselines.a.b"
+
+
+def test_seeds_are_averaged_and_nothing_else_is():
+    def line(lr: str, seed: int, **summary) -> dict:
+        return {"run": f"{lr},{seed}", "status": "done", "folder": f"f{lr}{seed}", "seconds": 1.0,
+                "settings": {"lr": lr, "seed": str(seed)}, "summary": summary}  # fmt: skip
+
+    told = [line("1", 0, loss=1.0, plan_gain=None), line("1", 1, loss=2.0), line("1", 2, loss=4.5, plan_gain=7.0),
+            line("2", 0, loss=2.0), line("3", 0, loss=None)]  # fmt: skip
+    ranked = groups(told, ["loss"], less_is_better=True)
+    assert [group.settings for group in ranked] == [{"lr": "2"}, {"lr": "1"}, {"lr": "3"}]
+    assert ranked[1].mean("loss") == 2.5
+    rows = table(told, ["loss", "plan_gain", "nothing"], less_is_better=True)
+    assert [row.split() for row in rows] == [
+        ["lr", "seeds", "loss", "plan_gain", "seconds", "folder"], ["2", "1", "2", "1", "f20"],
+        ["1", "3", "2.5", "±", "1.8", "7", "(1", "of", "3)", "1"], ["3", "1", "1", "f30"]]  # fmt: skip
+
+
+def test_numbers_of_a_summary():
+    summary = {"loss": 1.5, "excess_loss": 0.5, "optimal_loss": 1.0, "curve": [1], "baselines": {"a": {"mae": 2}}}
+    flat = {"loss": 1.5, "excess_loss": 0.5, "optimal_loss": 1.0, "baselines.a.mae": 2, "excess_percent": 50}
+    assert numbers(summary) == flat
+    assert "excess_percent" not in numbers({"excess_loss": 0.1, "optimal_loss": 0.0})
 
 
 def test_what_has_no_number_is_last_in_the_table():
     told = [{"run": f"a={i}", "status": "done", "folder": f"f{i}", "seconds": None, "settings": {"a": str(i)},
              "summary": {"pearson_delta": value}} for i, value in enumerate([None, 0.1, 0.9])]
     rows = [line.split() for line in table(told, ["pearson_delta"], less_is_better=False)]
-    assert rows == [["a", "pearson_delta", "seconds", "folder"], ["2", "0.9", "-", "f2"], ["1", "0.1", "-", "f1"],
-                    ["0", "-", "-", "f0"]]
+    assert rows == [["a", "pearson_delta", "folder"], ["2", "0.9", "f2"], ["1", "0.1", "f1"], ["0", "f0"]]
 
 
 def test_a_run_that_was_killed_says_by_what():
@@ -512,9 +786,8 @@ def test_what_a_real_page_saves_is_what_its_run_was_planned_with(capsys, monkeyp
     assert lines()[0]["summary"]["steps"] == 1 and lines()[0]["summary"]["excess_loss"] > 0
 
 
-@pytest.mark.parametrize("switch", ["-m", "+hydra.sweeper.n_jobs=2"])
-def test_a_page_hands_over_what_hydra_calls_a_multirun(switch):
-    done = python("train_tiny.py", "seed=0,1", switch, "hydra.sweep.dir=sweep", "--print-config", folder=Path.cwd())
+def test_a_page_hands_over_what_hydra_calls_a_multirun():
+    done = python("train_tiny.py", "seed=0,1", "-m", "hydra.sweep.dir=sweep", "--print-config", folder=Path.cwd())
     assert done.returncode == 0, done.stderr
     assert [line.split()[-2:] for line in done.stdout.splitlines()] == [
         ["seed=0", "--out_dir=sweep/seed=0"], ["seed=1", "--out_dir=sweep/seed=1"]]  # fmt: skip

@@ -1,6 +1,5 @@
 """train_arxiv.py: the data it draws, the numbers it reports against other ways to find them, and its runs."""
 
-import base64
 import contextlib
 import csv
 import itertools
@@ -10,7 +9,7 @@ import re
 import runpy
 import shutil
 import signal
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +25,7 @@ from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wa
 from comparison import apart, unequal
 
 import prepare_data
+import sweep
 import train_arxiv
 from common import checkpoint
 from common.errors import DataError
@@ -34,11 +34,12 @@ from configurator import configure
 from measure import curves as curves_room
 from measure import speed
 from measure.curves import Curves, describe_fit, fit_power_law, gains, is_fit, measure, probe, summarize, verdict
+from measure.report import study_sections
 from measure.sequences import sequence_xe
 from sources import chunks as chunks_source
 from sources.chunks import chunk_arrays
 from sources.processes import make_process
-from sources.study_arxiv import plan_study, run_name
+from sources.study_arxiv import plan, plan_study, run_name, typed
 from train_arxiv import ALIASES, Batches, Chunks, Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -599,7 +600,7 @@ def assert_drawn(folder: Path, *names: str) -> None:
 def test_a_run_leaves_the_promised_files_numbers_and_pictures(whole, data):
     assert {path.name for path in whole.iterdir()} == {
         "config.json", "metrics.jsonl", "train.log", "summary.json", "results.json", "documents.npz", "plots",
-        "xe_by_position.csv",
+        "xe_by_position.csv", "report.html",
         "train_arxiv.py", "last.pt", "best.pt", "step_5.pt", "step_7.pt", "step_10.pt"}
     assert_drawn(whole, "xe_by_position", "excess_by_position", "component_probe", "loss")
     summary, results = read(whole / "summary.json"), read(whole / "results.json")
@@ -791,7 +792,8 @@ def test_what_too_few_documents_leave_undefined_is_null_and_an_empty_cell(capsys
     with open("run/xe_by_position.csv") as file:
         assert {(row["low"], row["high"]) for row in csv.DictReader(file)} == {("", "")}
     assert "nan" not in capsys.readouterr().out
-    train_arxiv.main(["--report=run"])
+    sections, _ = study_sections([Path("run")], Path("report"))
+    assert sections and "nan" not in Path("report/xe_by_k.csv").read_text()
 
 
 @pytest.mark.parametrize("weights, words", [((2, 1), "leave weight out"), ((None, 3), "leave weight out"), ((2, 2), ""),
@@ -843,49 +845,6 @@ def test_early_stopping_stops_and_stays_stopped(data):
     assert run(data, *settings, "--patience=0", "--max_steps=9", "--out_dir=on")["steps"] == 9
 
 
-def test_runs_of_a_study_do_not_stop_early_unless_asked_to(data):
-    """Each at its own step would be runs of unequal tokens."""
-    assert (Config().patience, Config(study="all").patience, Config(study="all", patience=3).patience) == (10, 0, 3)
-    settings = ("--eval_interval=1", "--min_delta=5", "--epochs=4", "--probe=false")  # nothing counts as an improvement
-    run(data, *settings, "--study=K1_a,K2_a_b")
-    tokens = [read(path)["tokens"] for path in sorted(Path("run").glob("*/results.json"))]
-    assert tokens == [20 * 88] * 2 and read("run/K1_a_seed1337/config.json")["patience"] == 0
-    page = Path("run/report.html").read_text()
-    assert "Every run was trained on 1,760 tokens." in page
-    run(data, *settings, "--study=K1_a,K2_a_b", "--patience=3", "--out_dir=asked", "--budget=proportional")
-    run(data, *settings, "--study=K1_b", "--patience=3", "--out_dir=asked", "--budget=proportional", "--min_delta=0")
-    assert read("asked/K1_a_seed1337/results.json")["steps"] == 4
-    assert "Runs were trained on 352 to " in Path("asked/report.html").read_text()
-
-
-def test_a_study_over_other_data_of_the_same_path_is_refused(data, monkeypatch, capsys):
-    """Its finished runs would be reported as those of the data that are there now."""
-    read_data = train_arxiv.open_data
-    settings = (*TINY, f"--data={data}", "--study=K1_a", "--epochs=1", "--probe=false")
-
-    def study_of(fingerprint: str) -> tuple[str, ...]:
-        monkeypatch.setattr(train_arxiv, "open_data", lambda cfg: tuple(
-            replace(chunks, fingerprint=fingerprint) for chunks in read_data(cfg)))
-        return settings
-
-    train_arxiv.main([*study_of("f1")])
-    told = refused(capsys, *study_of("f2"))
-    assert "other data" in told and "f1f1" in told and "f2f2" in told
-    train_arxiv.main([*study_of("f1")])
-    assert "finished before" in capsys.readouterr().out
-
-
-def test_the_seed_is_in_the_name_of_every_run_of_a_study(data, capsys):
-    settings = ("--study=K1_a", "--epochs=1", "--probe=false")
-    run(data, *settings)
-    capsys.readouterr()
-    run(data, *settings, "--study_seeds=1337,1")
-    assert capsys.readouterr().out.count("finished before") == 1
-    assert {path.name for path in Path("run").glob("K*")} == {"K1_a_seed1337", "K1_a_seed1"}
-    with open("run/xe_by_k.csv") as file:
-        assert [row["runs"] for row in csv.DictReader(file)] == ["2"]
-
-
 @pytest.mark.parametrize("step", [3, 7, 9])
 def test_a_run_stopped_mid_epoch_and_started_again_ends_with_the_same_bits(step, data, whole):
     with pytest.MonkeyPatch.context() as patch:
@@ -917,15 +876,6 @@ def test_two_ranks_train_like_one(data):
     assert told.count("test XE") == 1
 
 
-def test_a_study_of_two_ranks_trains_every_run_and_reports_once(data):
-    """Several process groups, one after the other, in the same two processes."""
-    settings = [*TINY, f"--data={data}", "--study=nested:1,2,3", "--max_steps=4", "--probe=false", "--out_dir=study"]
-    told = two_ranks("train_arxiv", *settings)
-    assert told.count("done: test XE") == 3 and told.count("report of 3 runs") == 1
-    assert sorted(path.name for path in Path("study").glob("K*")) == [
-        "K1_a_seed1337", "K2_a_b_seed1337", "K3_a_b_c_seed1337"]
-
-
 def test_a_finished_run_with_another_setting_is_refused_with_the_choices(data, whole, capsys):
     shutil.copytree(whole, "run")
     told = refused(capsys, *RUN, f"--data={data}", "--lr=2e-2")
@@ -950,17 +900,48 @@ def numbers_in(path: str) -> list[list]:
 # -------------------------------------------------------------------------------------------------- studies, reports
 
 
+def planned(data: Path, study: str, *settings: str, orders: int | None = None, controls: bool = False) -> list:
+    """The runs of a study on these data."""
+    cfg = configure(Config, [*TINY, f"--data={data}", *settings], ALIASES)
+    return plan(train_arxiv, cfg, SimpleNamespace(study=study, orders=orders, controls=controls))
+
+
 def test_a_study_is_planned_as_it_is_called():
     subsets = plan_study("all31", FIVE)
     assert len(subsets) == 31 == len({tuple(s) for s in subsets}) and subsets[-1] == FIVE
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
-    assert plan_study("nested:1,2,5", FIVE) == [FIVE[:1], FIVE[:2], FIVE]
     assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_cs.DS_cs.IT_cs.PL"
     assert run_name(["cs.PL"], 7) == "K1_cs.PL_seed7"
     for study in ("K3_cs.DS_cs.IT_cs.PL,K1_math.ST", "K3_csDS_csIT_csPL,K1_mathST"):  # by the older names too
         assert plan_study(study, FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
+
+
+@pytest.mark.parametrize("N, sizes", [(4, "1,2,4"), (5, "1,2,3,4,5"), (5, "2,3"), (6, "4")])
+def test_nested_sets_of_all_orders_have_every_name_equally_often(N, sizes, capsys):
+    """Else K = 2 would be another composition than K = 4, and that would pass for an effect of K."""
+    names = [f"c{i}" for i in range(N)]
+    sets = plan_study(f"nested:{sizes}", names)
+    for K in map(int, sizes.split(",")):
+        of_size = [s for s in sets if len(s) == K]
+        assert len(of_size) == (N if K < N else 1) == len({tuple(s) for s in of_size})
+        assert {sum(name in s for s in of_size) for name in names} == {K if K < N else 1}
+        assert names[:K] in of_size and all(s == sorted(s) for s in of_size)
+    for small, large in itertools.pairwise(map(int, sizes.split(","))):  # nested: each is in a larger one
+        for s in (s for s in sets if len(s) == small):
+            assert any(set(s) < set(other) for other in sets if len(other) == large)
+    assert capsys.readouterr().err == ""
+
+
+def test_fewer_orders_are_evenly_spaced_and_what_that_costs_is_said(capsys):
+    names = list("abcd")
+    assert plan_study("nested:1,2,4", names, 2) == [["a"], ["c"], ["a", "b"], ["c", "d"], names]
+    assert "orders = 2 of 4: the sets of K = 1 do not hold every category equally often" in capsys.readouterr().err
+    assert plan_study("nested:2,4", names, 2) == [["a", "b"], ["c", "d"], names] and capsys.readouterr().err == ""
+    assert plan_study("nested:1,2,5", FIVE, 1) == [FIVE[:1], FIVE[:2], FIVE]
+    assert "the sets of K = 1, 2 do not" in capsys.readouterr().err
+    assert plan_study("nested:1,2", FIVE, 5) == plan_study("nested:1,2", FIVE)
     many = [f"c{i}" for i in range(60)]  # whose subsets nobody can list
-    assert plan_study("nested:1,60", many) == [many[:1], many]
+    assert plan_study("nested:1,60", many, 1) == [many[:1], many]
 
 
 @pytest.mark.parametrize("study, words", [("k=6", "6 is not between 1 and the 5"), ("nested:0", "0 is not between"),
@@ -971,61 +952,63 @@ def test_a_study_that_cannot_be_is_refused(study, words):
         plan_study(study, FIVE)
     with pytest.raises(DataError, match="five categories, but there are 4"):
         plan_study("all31", FIVE[:4])
+    with pytest.raises(DataError, match="orders = 6: 5 categories have 5 orders"):
+        plan_study("nested:1", FIVE, 6)
+    with pytest.raises(DataError, match="orders = 2 is of nested sets"):
+        plan_study("k=1,2", FIVE, 2)
 
 
-def test_a_study_skips_what_is_finished_and_its_report_is_one_file(data, capsys):
-    found = run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false")
-    assert found.keys() == {1, 2} and {p.name for p in Path("run").glob("K*")} == {"K1_a_seed1337", "K2_a_b_seed1337"}
-    before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")}
-    for folder in ("run/K1_a_seed1337", "run/K2_a_b_seed1337"):
-        assert found[read(f"{folder}/summary.json")["K"]] == read(f"{folder}/summary.json")["test_xe"]
-    capsys.readouterr()
-    assert run(data, "--study=K1_a,K2_a_b", "--epochs=1", "--probe=false") == found
-    assert capsys.readouterr().out.count("finished before") == 2
-    assert {path: path.stat().st_mtime_ns for path in Path("run").glob("*/*.pt")} == before and len(before) == 4
-    with open("run/xe_by_k.csv") as file, open("run/xe_by_category.csv") as other:
-        by_k, by_category = list(csv.DictReader(file)), list(csv.DictReader(other))
-    assert {int(row["K"]): float(row["xe"]) for row in by_k} == found and {"xe_at_1", "oracle_xe"} <= by_k[0].keys()
-    assert [(row["K"], row["category"]) for row in by_category] == [("1", "a"), ("2", "a"), ("2", "b")]
-    groups = read("run/K2_a_b_seed1337/results.json")["groups"]
-    assert float(by_category[2]["xe"]) == groups["b"]["xe"] and float(by_k[1]["unseen_xe"]) == groups["unseen"]["xe"]
-    page = Path("run/report.html").read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == page.count("<img") == 3 and "http" not in re.sub(r'"data:[^"]+"', "", page)
-    assert {base64.b64decode(p) for p in pictures} == {p.read_bytes() for p in Path("run/plots").iterdir()}
-    assert_drawn(Path("run"), "xe_by_position", "xe_against_k", "xe_by_category")
+def test_controls_are_each_category_alone_at_its_share_of_every_k(data):
+    runs = planned(data, "nested:1,2,3", controls=True)
+    assert [run.name for run in runs] == [
+        "K1_a", "K1_b", "K1_c", "K2_a_b", "K2_b_c", "K2_a_c", "K3_a_b_c",
+        "control2_a", "control2_b", "control2_c", "control3_a", "control3_b", "control3_c"]  # fmt: skip
+    assert len({tuple(run.values) for run in runs}) == 1  # columns of a table
+    assert runs[3] == ("K2_a_b", {"categories": "a,b"}, {"K": "2", "categories": "a, b", "control_of": ""})
+    # 40 chunks of 12 tokens: of 3 categories 13 each.
+    assert runs[-1].settings == {
+        "categories": "c", "budget": "tokens", "budget_tokens": str(13 * 12), "control_of": "3"}
+    assert runs[-1].values == {"K": "1", "categories": "c", "control_of": "3"}
+    half = planned(data, "K2_a_c", "--budget=tokens", "--budget_tokens=250", controls=True)  # 20 chunks
+    assert [(run.name, run.settings.get("budget_tokens")) for run in half] == [
+        ("K2_a_c", None), ("control2_a", "120"), ("control2_c", "120")]
+    assert [run.name for run in planned(data, "all")] == [run_name(s) for s in plan_study("all", list("abc"))]
 
 
-def test_a_study_knows_a_finished_run_by_the_older_names_of_its_settings(data):
-    folder = Path("run/K1_a_seed1337")
-    settings = ("--study=K1_a", "--epochs=1", "--probe=false")
-    run(data, *settings)
-    saved = read(folder / "config.json")
-    for ours, older in (("beta1", "adam_beta1"), ("beta2", "adam_beta2")):
-        saved[older] = saved.pop(ours)
-    saved["min_lr_ratio"] = saved.pop("min_lr") / saved["lr"]
-    del saved["schedule"]
-    (folder / "config.json").write_text(json.dumps(saved))
-    before = (folder / "last.pt").stat().st_mtime_ns
-    assert run(data, *settings).keys() == {1} and (folder / "last.pt").stat().st_mtime_ns == before
-    run(data, *settings, "--bootstrap=41", "--resume=never")
-    assert (folder / "last.pt").stat().st_mtime_ns > before
+@pytest.mark.parametrize("study, settings, words", [
+    ("k=2", "--budget=proportional", "budget=proportional has not"), ("k=2", "--max_steps=9", "max_steps = 9"),
+    ("k=1", "", "this study has none"), ("k=2", "--budget=tokens --budget_tokens=9000", "less than its share")])
+def test_controls_that_would_not_be_comparable_are_refused_before_the_first_run(study, settings, words, data):
+    with pytest.raises(DataError, match=words):
+        planned(data, study, *settings.split(), controls=True)
 
 
-def test_a_report_escapes_what_folders_are_called(whole):
-    shutil.copytree(whole, "runs/<b>&one")
-    train_arxiv.main(["--report=runs"])
-    page = Path("runs/report.html").read_text()
-    assert "&lt;b&gt;&amp;one" in page and "<b>" not in page and page.startswith("<!doctype html>")
+def test_names_of_any_spelling_come_through_a_command_line():
+    for names in (["a", "b"], ["none"], ["a,b", "c"], ["it's", 'so "so"'], ["1"], ["x y"], ["K[1]"], ["null", "a"]):
+        assert configure(Config, [f"--categories={typed(names)}"]).categories == names
+    assert typed(["cs.DS", "math.ST"]) == "cs.DS,math.ST"
 
 
-@pytest.mark.parametrize("text, words", [(None, "no run"), ("{", "damaged"), ("[]", "damaged"), ('{"K": 1}', "damaged"),
-                                         ('{"groups": {"seen": {"xe_by_position": []}}}', "damaged")])
-def test_a_report_on_nothing_or_on_damage_is_refused(text, words, capsys):
-    Path("runs/one").mkdir(parents=True)
-    if text:
-        Path("runs/one/results.json").write_text(text)
-    assert words in refused(capsys, "--report=runs") and not Path("runs/report.html").exists()
+def test_a_run_and_its_controls_train_on_the_same_chunks_and_say_what_they_are(data):
+    """The runs of a plan, each by its own command line; a control reads each chunk as often as its share of K does."""
+    tokens = {}
+    for run_of in planned(data, "K2_a_b", controls=True):
+        words = [f"--{name}={value}" for name, value in run_of.settings.items()]
+        run(data, *words, "--probe=false", f"--out_dir=study/{run_of.name}")
+        results = read(f"study/{run_of.name}/results.json")
+        tokens[run_of.name] = results["tokens"]
+        assert str(results["control_of"] or "") == run_of.values["control_of"]
+        assert results["categories"] == run_of.settings["categories"].split(",")
+        assert results["K"] == int(run_of.values["K"])
+    assert tokens == {"K2_a_b": 10 * 8 * 11, "control2_a": 5 * 8 * 11, "control2_b": 5 * 8 * 11}
+
+
+def test_the_words_of_a_study_are_planned_by_sweep(data, capsys):
+    words = [*TINY, f"--data={data}", "--study=K2_a_c", "--controls", "--seed=0,1", "--print_config"]
+    sweep.main(["train_arxiv.py", *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (1 + 2) and all("--patience=0" in line for line in lines)
+    assert lines[0].endswith("--categories=a,c --out_dir=run/K2_a_c_seed0") and "control2_c_seed1" in lines[-1]
 
 
 # --------------------------------------------------------------------------------------------------- the command line
@@ -1074,7 +1057,8 @@ def spoil(folder: Path, name: str) -> None:
     ("", "--batch_size=9 --grad_accum=2", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
     ("", "--budget_tokens=100", "budget_tokens go together"), ("", "--budget=tokens", "go together"),
     ("", "--budget=tokens --budget_tokens=9000", "less than its share"), ("", "--categories=", "categories"),
-    ("", "--study=k=4", "4 is not between"), ("", "--study=K2_a_d", "K2_a_"), ("", "--max_steps=0", "max_steps"),
+    ("", "--control_of=2", "one category"), ("", "--final_split=train", "final_split"),
+    ("", "--max_steps=0", "max_steps"),
     ("", "--learning_rat=1", "learning_rate"), ("", "--analyze=nowhere", "nowhere"),
     ("", "--dropout=1", "dropout: expected float in [0, 1)"), ("", "--resume=gone.pt", "gone.pt")])
 def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):

@@ -1,0 +1,127 @@
+"""Runs of a study of train_arxiv.py as arrays: cross entropy (XE) by run, category and position, on which documents."""
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import reason
+from measure.curves import TOGETHER
+from measure.xe_by_k import Study, draw_documents
+
+RESAMPLES = 1000  # of intervals
+SEED = 0  # of these
+
+
+class Arrays(NamedTuple):
+    """Runs as arrays: study (xe_by_k.Study) of its runs, optimum (of the exact one, or None), controls by K.
+
+    names: of the categories. positions: those reported, early and late of the in-context score among them. documents:
+    how many, None where they are not known, and why not.
+    """
+
+    study: Study
+    optimum: Study | None
+    controls: dict[int, Study]
+    names: list[str]
+    positions: list[int]
+    early: int
+    late: int
+    documents: int | None
+    why: str
+
+
+def arrays_of(studied: list[dict], controls: list[dict]) -> Arrays:
+    """Of runs that may be averaged and of controls, each as results.json has it, with its folder and name."""
+    runs = [*studied, *controls]
+    T = min(len(run["groups"]["seen"]["xe_by_position"]) for run in runs)
+    early, late = score_positions(studied, T)
+    positions = sorted({*reported_positions(T), early, late})
+    names = sorted({name for run in runs for name in run["groups"] if name not in TOGETHER})
+    xe = np.stack([losses(run, names, positions, "xe_by_position") for run in runs])
+    seen = np.array([[name in run["categories"] for name in names] for run in runs])
+    seeds = np.array([run["seed"] for run in runs])
+    draws, documents, why = drawn(runs, names, positions, xe)
+    everything = Study(xe, seen, seeds, draws)
+    of_controls = np.array([run.get("control_of") or 0 for run in runs])
+    study = everything.among(of_controls == 0)
+    optimum = np.stack([losses(run, names, positions, "oracle_xe_by_position") for run in studied])
+    exact = np.isfinite(optimum[study.seen]).all()
+    of_share = {}
+    for K in sorted({*of_controls.tolist()} - {0}):
+        of_share[K] = everything.among(of_controls == K)
+    return Arrays(
+        study,
+        study._replace(xe=optimum, draws=None) if exact else None,
+        of_share,
+        names,
+        positions,
+        early,
+        late,
+        documents,
+        why,
+    )
+
+
+def reported_positions(T: int) -> list[int]:
+    """Positions of tables, of a context of T."""
+    return sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
+
+
+def score_positions(runs: list[dict], T: int) -> tuple[int, int]:
+    """(early, late) of the in-context score: those of the first run that says them; else 10 and the last."""
+    for run in runs:
+        score = run["groups"]["seen"].get("icl_score") or {}
+        if {"early", "late"} <= set(score) and score["late"] <= T:
+            return score["early"], score["late"]
+    return min(10, max(1, T - 1)), T
+
+
+def losses(run: dict, names: list[str], positions: list[int], key: str) -> np.ndarray:
+    """XE of each category at the positions and their mean over all, [C, P]; nan where a run has none."""
+    rows = np.full((len(names), len(positions) + 1), np.nan)
+    for c, name in enumerate(names):
+        curve = run["groups"].get(name, {}).get(key)
+        if curve is not None:
+            rows[c, :-1] = [curve[position - 1] for position in positions]
+            rows[c, -1] = np.mean(curve)
+    return rows
+
+
+def drawn(
+    runs: list[dict], names: list[str], positions: list[int], xe: np.ndarray
+) -> tuple[np.ndarray | None, int | None, str]:
+    """(XE on documents drawn with replacement [B, R, C, P], number of documents, ""), or (None, None, why not)."""
+    first = None
+    sums = []
+    for run, measured in zip(runs, xe, strict=True):
+        path = run["folder"] / "documents.npz"
+        try:
+            documents = read_documents(path, names, positions)
+        except FileNotFoundError:
+            return None, None, f"{run['run']} has no documents.npz, as runs of before have none"
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            return None, None, f"documents.npz of {run['run']} cannot be used ({reason(error)})"
+        codes, numbers, counts, values = documents
+        first = first or documents
+        if not all(np.array_equal(*pair) for pair in zip(documents[:3], first[:3], strict=True)):
+            return None, None, f"{run['run']} was measured on other documents than {runs[0]['run']}"
+        for c in np.unique(codes):
+            mean = values[codes == c].sum(0) / counts[codes == c].sum()
+            if not np.allclose(mean, measured[c], rtol=1e-3, atol=1e-3):
+                return None, None, f"documents.npz of {run['run']} is not of its results.json"
+        sums.append(values)
+    codes, _, counts, _ = first
+    return draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED), len(codes), ""
+
+
+def read_documents(path: Path, names: list[str], positions: list[int]) -> tuple[np.ndarray, ...]:
+    """(category of each document as a number into names, its number, its chunks, sums over these [M, P])."""
+    with np.load(path, allow_pickle=False) as file:
+        places = [names.index(name) for name in file["names"].tolist()]
+        codes = np.array(places)[file["codes"]]
+        kept = file["positions"].tolist()
+        columns = [kept.index(position) for position in positions]
+        values = np.concatenate([file["sums"][:, columns], file["total"][:, None]], 1).astype(np.float64)
+        return codes, file["documents"], file["counts"], values

@@ -1,0 +1,518 @@
+"""The law of cross entropy (XE) against the number of categories K, from the runs of a study: arrays in, dicts out.
+
+A run trains on a set of K categories; a set may have runs of several seeds. Everything is in nats. Positions P are some
+of those of the context, and after them the mean over all. What is undefined is nan, and None in a dict.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sources.shared import counter_rng
+
+LAWS = ("a + b log K", "a + b (1 - 1/K)", "a K^b")
+TOLD_APART = 4.0  # of AICc: a law that is worse by less has some support (Burnham & Anderson 2002, section 2.6)
+
+
+class Study(NamedTuple):
+    """XE of C categories in R runs.
+
+    xe [R, C, P]: nan where a category was not measured. seen [R, C]: whether the run trained on it. seeds [R]. draws
+    [B, R, C, P]: xe on documents drawn with replacement, as `draw_documents` gives it; None where none are known.
+    """
+
+    xe: np.ndarray
+    seen: np.ndarray
+    seeds: np.ndarray
+    draws: np.ndarray | None = None
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """K of each run, [R]."""
+        return self.seen.sum(1)
+
+    @property
+    def sets(self) -> np.ndarray:
+        """The set of categories of each run, as a number, [R]."""
+        return np.unique(self.seen, axis=0, return_inverse=True)[1].reshape(-1)
+
+    def among(self, runs: np.ndarray) -> "Study":
+        """Of these runs alone."""
+        draws = None if self.draws is None else self.draws[:, runs]
+        return Study(self.xe[runs], self.seen[runs], self.seeds[runs], draws)
+
+
+def draw_documents(
+    sums: list[np.ndarray], counts: np.ndarray, codes: np.ndarray, categories: int, resamples: int, seed: int
+) -> np.ndarray:
+    """XE by run, category and position on as many documents drawn with replacement, [B, R, C, P].
+
+    Documents are drawn within their category, and the same ones for all runs, which are measured on the same: what is
+    hard about a document is so in every run, and cancels in their differences. A category of one document is nan.
+
+    Args:
+        sums: [M, P] of each run, over the chunks of each document. counts: of these chunks [M]. codes: categories [M].
+    """
+    R, P = len(sums), sums[0].shape[1]
+    draws = np.full((resamples, R, categories, P), np.nan)
+    for code in np.unique(codes):
+        chosen = np.flatnonzero(codes == code)
+        M = len(chosen)
+        if M < 2:
+            continue
+        runs = np.concatenate([run[chosen] for run in sums], 1)  # [M, R P]
+        rng = counter_rng(seed, 6, int(code))
+        for begin in range(0, resamples, 100):
+            block = draws[begin : begin + 100, :, code]
+            often = rng.multinomial(M, np.full(M, 1 / M), len(block))  # how often each document is drawn, [100, M]
+            chunks = often @ counts[chosen]
+            block[:] = (often @ runs / chunks[:, None]).reshape(-1, R, P)
+    return draws
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Means by category and K
+# ---------------------------------------------------------------------------------------------------------------
+def cell_weights(study: Study, sizes: np.ndarray, seen: bool = True) -> np.ndarray:
+    """What makes a mean m[c, K] of runs: seeds of a set count alike, then sets, [R, C, J] for J sizes K.
+
+    seen: means over runs that trained on the category; else over those that did not. A mean of no run weighs 0.
+    """
+    chosen = study.seen if seen else ~study.seen
+    chosen = chosen & np.isfinite(study.xe).all(2)
+    sets = study.sets
+    seeds = np.bincount(sets)[sets]  # runs of the set of each run
+    weights = np.zeros((*chosen.shape, len(sizes)))
+    for j, K in enumerate(sizes):
+        share = chosen * (study.sizes == K)[:, None] / seeds[:, None]
+        total = share.sum(0)  # sets of this K, by category
+        weights[..., j] = share / np.where(total > 0, total, 1)
+    return weights
+
+
+def cell_means(xe: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """m[c, K] from xe [..., R, C, P] and weights [R, C, J]: [..., C, J, P], nan where there is no run."""
+    values = np.where(np.isfinite(xe), xe, 0.0)
+    means = np.einsum("...rcp,rcj->...cjp", values, weights, optimize=True)
+    nothing = weights.sum(0) == 0  # [C, J]
+    return np.where(nothing[..., None], np.nan, means)
+
+
+def paired_means(m: np.ndarray) -> np.ndarray:
+    """The mean over categories by K, [..., J, P], of m [..., C, J, P], with the level of each category held fixed.
+
+    Where every category has a mean at every K this is the plain mean. Otherwise a plain mean at one K would be of other
+    categories than at the next, and their difference no effect of K.
+    """
+    effects, levels = additive(m)
+    return effects + np.nanmean(levels, -2)[..., None, :]
+
+
+def additive(m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares of m[c, K] = level[c] + effect[K]: effects [..., J, P], levels [..., C, P].
+
+    Effects are 0 on average. By alternation, which ends at once for complete tables; nan for rows and columns of nan.
+    """
+    effects = np.zeros((*m.shape[:-3], *m.shape[-2:]))
+    for _ in range(200):
+        levels = mean_of(m - effects[..., None, :, :], -2)
+        fresh = mean_of(m - levels[..., None, :], -3)
+        fresh = fresh - mean_of(fresh, -2)[..., None, :]
+        change = np.abs(fresh - effects)
+        effects = fresh
+        if not np.nanmax(change, initial=0.0) > 1e-13:
+            break
+    return effects, mean_of(m - effects[..., None, :, :], -2)
+
+
+def mean_of(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """The mean of what there is along axes; nan of nothing."""
+    there = np.isfinite(values)
+    count = there.sum(axis)
+    total = np.where(there, values, 0.0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def paired_errors(m: np.ndarray) -> np.ndarray:
+    """Standard errors of paired_means over the C categories, [J, P]: of what is left without each one's own level.
+
+    The within-subject error of Cousineau, with the factor of Morey (2008) for what the level has taken along. nan of a
+    single category, or of a single K.
+    """
+    effects, levels = additive(m)
+    rest = m - levels[:, None]
+    left = rest - effects
+    count = np.isfinite(left).sum(0)
+    square = np.nansum(left**2, 0)
+    J = np.isfinite(effects).any(1).sum()
+    if J < 2:
+        return np.full(square.shape, np.nan)
+    variance = square / np.maximum(count - 1, 1) * J / (J - 1)
+    return np.where(count > 1, np.sqrt(variance / np.maximum(count, 1)), np.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Laws of m[c, K], with a level a[c] of each category
+# ---------------------------------------------------------------------------------------------------------------
+class Fit(NamedTuple):
+    """b [..., P], and the level of each category, [..., C, P]."""
+
+    b: np.ndarray
+    levels: np.ndarray
+
+
+def fit_law(law: str, m: np.ndarray, sizes: np.ndarray) -> Fit:
+    """Least squares of a law on m [..., C, J, P]; nan where no category has two sizes K."""
+    if law == "a K^b":
+        return fit_power(m, sizes)
+    return fit_linear(m, shape_of(law, sizes))
+
+
+def shape_of(law: str, K: np.ndarray) -> np.ndarray:
+    """f of the linear laws a + b f(K)."""
+    K = np.asarray(K, dtype=np.float64)
+    return np.log(K) if law == "a + b log K" else 1 - 1 / K
+
+
+def predicted(law: str, fit: Fit, K: np.ndarray) -> np.ndarray:
+    """What a law says of every category at sizes K [J]: [..., C, J, P]."""
+    b = fit.b[..., None, None, :]
+    levels = fit.levels[..., :, None, :]
+    if law == "a K^b":
+        return levels * np.asarray(K, dtype=np.float64)[:, None] ** b
+    return levels + b * shape_of(law, K)[:, None]
+
+
+def fit_linear(m: np.ndarray, f: np.ndarray) -> Fit:
+    """m[c, K] = a[c] + b f(K): b = sum (f - f_c) m / sum (f - f_c)^2, with f_c the mean of f over the sizes of c."""
+    there = np.isfinite(m)
+    count = there.sum(-2, keepdims=True)
+    safe = np.maximum(count, 1)
+    y = np.where(there, m, 0.0)
+    x = np.where(there, f[:, None], 0.0)
+    x_mean = x.sum(-2, keepdims=True) / safe
+    y_mean = y.sum(-2, keepdims=True) / safe
+    x = np.where(there, x - x_mean, 0.0)
+    square = (x**2).sum((-3, -2))
+    defined = square > 1e-12
+    b = np.where(defined, (x * y).sum((-3, -2)) / np.where(defined, square, 1), np.nan)
+    levels = y_mean - b[..., None, None, :] * x_mean
+    return Fit(b, np.where(count > 0, levels, np.nan)[..., 0, :])
+
+
+def fit_power(m: np.ndarray, sizes: np.ndarray) -> Fit:
+    """m[c, K] = a[c] K^b, in nats: given b the levels are linear, so b alone is searched (variable projection).
+
+    By Gauss-Newton steps for all tables at once, from b = 0, which is near: XE differs by some percent over K.
+    scipy.optimize.minimize_scalar finds the same, one table at a time.
+    """
+    there = np.isfinite(m)
+    y = np.where(there, m, 0.0)
+    log_k = np.log(np.asarray(sizes, dtype=np.float64))[:, None]
+    b = np.zeros((*m.shape[:-3], m.shape[-1]))
+    for _ in range(50):
+        powers = np.where(there, np.exp(b[..., None, None, :] * log_k), 0.0)
+        square = np.maximum((powers**2).sum(-2, keepdims=True), 1e-300)
+        levels = (y * powers).sum(-2, keepdims=True) / square
+        slope = levels * powers * log_k
+        slope = slope - powers * (slope * powers).sum(-2, keepdims=True) / square
+        weight = (slope**2).sum((-3, -2))
+        step = ((y - levels * powers) * slope).sum((-3, -2)) / np.where(weight > 1e-20, weight, np.inf)
+        b = b + np.clip(step, -1, 1)
+        if np.abs(step).max(initial=0.0) < 1e-12:
+            break
+    several = (there.sum(-2) > 1).any(-2)
+    b = np.where(several & (weight > 1e-20), b, np.nan)
+    levels = np.where(there.any(-2, keepdims=True) & np.isfinite(b)[..., None, None, :], levels, np.nan)
+    return Fit(b, levels[..., 0, :])
+
+
+def squared_errors(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Squares of what a law leaves of m [..., C, J, P], the same shape."""
+    return (m - predicted(law, fit_law(law, m, sizes), sizes)) ** 2
+
+
+def held_out_errors(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Mean squared error of what a law, fitted without a K, says of that K: over cells of all K in turn, [..., P].
+
+    nan of less than three sizes: a line through the one that is left would be any line.
+    """
+    if len(sizes) < 3:
+        return np.full((*m.shape[:-3], m.shape[-1]), np.nan)
+    errors = []
+    for j in range(len(sizes)):
+        rest = m.copy()
+        rest[..., j, :] = np.nan
+        said = predicted(law, fit_law(law, rest, sizes), sizes[j : j + 1])
+        errors.append((m[..., j : j + 1, :] - said) ** 2)
+    together = np.concatenate(errors, -2)
+    return mean_of(together, (-3, -2))
+
+
+def aicc(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Akaike's criterion with the correction for small samples, of a law with a level a category, [P].
+
+    n cells of categories that have several K, and k = their levels, b and the variance. nan where n <= k + 1.
+    """
+    several = np.isfinite(m[..., 0]).sum(1) > 1  # [C]
+    m = m[several]
+    n = np.isfinite(m[..., 0]).sum()
+    k = several.sum() + 2
+    if n <= k + 1:
+        return np.full(m.shape[-1], np.nan)
+    errors = np.nansum(squared_errors(law, m, sizes), (0, 1))
+    errors = np.maximum(errors, 1e-300)  # of tables that a law has made
+    return n * np.log(errors / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Intervals
+# ---------------------------------------------------------------------------------------------------------------
+def set_errors(study: Study, sizes: np.ndarray, law: str) -> np.ndarray | None:
+    """How far each set is from what a law says of it that is fitted without it, [S, C, P]; 0 where a set lacks c.
+
+    Delete-one-cluster residuals: a set is the cluster, for what its categories share. None where a law has no slope
+    without some set, as where a K has a single set and there is but one other K: then nothing tells how sets vary.
+    """
+    sets = study.sets
+    errors = []
+    for number in range(sets.max() + 1):
+        runs = sets == number
+        rest = study.among(~runs)
+        fit = fit_law(law, cell_means(rest.xe, cell_weights(rest, sizes)), sizes)
+        if not np.isfinite(fit.b).all():
+            return None
+        K = study.sizes[runs][:1]
+        said = predicted(law, fit, K)[:, 0]  # [C, P]
+        error = study.xe[runs].mean(0) - said
+        trained = study.seen[runs][0][:, None]
+        # A category of this set alone takes no part in a slope.
+        errors.append(np.where(trained & np.isfinite(error), error, 0.0))
+    return np.array(errors)
+
+
+def resampled_tables(study: Study, sizes: np.ndarray, law: str, resamples: int, seed: int) -> tuple[np.ndarray, str]:
+    """(m [B, C, J, P] as it might have been, what varies: "documents and sets", one of them, or "").
+
+    Documents are drawn with replacement. Sets are varied by a wild cluster bootstrap: each adds its delete-one residual
+    times a random number, which for the slope is the jackknife over clusters (CR3; MacKinnon, Nielsen and Webb 2023,
+    J. Applied Econometrics 38). Drawing sets with replacement would take no account of a K that has one set. The
+    numbers are Student's with S - 2 degrees of freedom, for sets are few; they and the documents are the same for all
+    positions.
+    """
+    weights = cell_weights(study, sizes)
+    varied = []
+    if study.draws is None:
+        tables = np.repeat(cell_means(study.xe, weights)[None], resamples, 0)
+    else:
+        tables = cell_means(study.draws, weights)
+        varied.append("documents")
+    errors = set_errors(study, sizes, law)
+    if errors is not None:
+        sets = study.sets
+        of_sets = np.stack([weights[sets == number].sum(0) for number in range(len(errors))])  # [S, C, J]
+        rng = counter_rng(seed, 7)
+        freedom = max(1, len(errors) - 2)
+        scale = np.sqrt(freedom / rng.chisquare(freedom, (len(tables), 1)))
+        factors = scale * rng.standard_normal((len(tables), len(errors)))
+        tables = tables + np.einsum("bs,scp,scj->bcjp", factors, errors, of_sets, optimize=True)
+        varied.append("sets")
+    return tables, " and ".join(varied)
+
+
+def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The central 95% of samples [B, ...]."""
+    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
+    return low, high
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a study says
+# ---------------------------------------------------------------------------------------------------------------
+def common_sizes(study: Study) -> np.ndarray:
+    """The sizes K that a law can be fitted over: of categories that runs of several K have trained on."""
+    sizes = np.unique(study.sizes)
+    m = cell_means(study.xe, cell_weights(study, sizes))[..., -1]
+    several = np.isfinite(m).sum(1) > 1
+    return sizes[np.isfinite(m[several]).any(0)]
+
+
+def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
+    """The laws of XE in K, at every position and of their mean; None where no category is in runs of two sizes.
+
+    Returns:
+        sizes [J], means [C, J, P], tables [B, C, J, P] about a + b log K, varied (what intervals are over), and laws:
+        each with fit, b, low, high (nan where nothing varies), rms, aicc, held_out (rms over cells), all [P], and
+        held_out_samples [B, P] of the square of the last.
+    """
+    sizes = common_sizes(study)
+    if len(sizes) < 2:
+        return None
+    m = cell_means(study.xe, cell_weights(study, sizes))
+    held_out = {law: held_out_errors(law, m, sizes) for law in LAWS}
+    best = min(LAWS, key=lambda law: held_out[law][-1]) if len(sizes) > 2 else LAWS[0]
+    # Sets vary about each law by what they are off it: where it does not fit, its own interval is the wider.
+    tables = {law: resampled_tables(study, sizes, law, resamples, seed) for law in LAWS}
+    laws = {}
+    for law in LAWS:
+        fit = fit_law(law, m, sizes)
+        about, varied = tables[law]
+        low = high = np.full(fit.b.shape, np.nan)
+        if varied:
+            low, high = interval(fit_law(law, about, sizes).b)
+        laws[law] = {
+            "fit": fit,
+            "b": fit.b,
+            "low": low,
+            "high": high,
+            "rms": np.sqrt(mean_of(squared_errors(law, m, sizes), (0, 1))),
+            "aicc": aicc(law, m, sizes),
+            "held_out": np.sqrt(held_out[law]),
+            # Laws are compared where they vary about the best of them.
+            "held_out_samples": held_out_errors(law, tables[best][0], sizes),
+        }
+    about, varied = tables[LAWS[0]]
+    return {"sizes": sizes, "means": m, "tables": about, "varied": varied, "laws": laws}
+
+
+def told_apart(found: dict, p: int = -1) -> tuple[str, dict[str, bool]]:
+    """(the best law at position p, for each other whether the study tells it from the best).
+
+    It does where both of two tests say so: AICc is worse by TOLD_APART, and the 95% interval of the difference of the
+    held-out squared errors is above 0. The first takes cells as independent, which those of one set are not; the second
+    does not.
+    """
+    laws = found["laws"]
+    best = min(LAWS, key=lambda law: laws[law]["held_out"][p])
+    others = {}
+    for law in LAWS:
+        if law == best:
+            continue
+        difference = laws[law]["held_out_samples"] - laws[best]["held_out_samples"]
+        low, _ = interval(difference[:, p])
+        worse = laws[law]["aicc"][p] - laws[best]["aicc"][p]
+        others[law] = bool(found["varied"] and low > 0 and worse >= TOLD_APART)
+    return best, others
+
+
+def bars_by_kind(study: Study) -> list[dict]:
+    """For every K: the mean over categories, and how it varies by kind, at the mean over positions.
+
+    sd_sets: over the sets' means over seeds and categories, each category's level taken off (another set is of other
+    categories); sd_seeds: over seeds, pooled within sets; se_documents: of the mean, by drawing documents. None where
+    there is one set, one seed a set, or where documents are not known.
+    """
+    sizes = np.unique(study.sizes)
+    weights = cell_weights(study, sizes)
+    m = cell_means(study.xe, weights)
+    effects, levels = additive(m)
+    xe = np.where(study.seen, study.xe[..., -1] - levels[:, -1], np.nan)  # [R, C]
+    run_means = mean_of(xe, 1)
+    rows = []
+    for j, K in enumerate(sizes):
+        set_means, within, freedom = [], 0.0, 0
+        for number in np.unique(study.sets[study.sizes == K]):
+            of_set = run_means[study.sets == number]
+            set_means.append(of_set.mean())
+            within += ((of_set - of_set.mean()) ** 2).sum()
+            freedom += len(of_set) - 1
+        row = {
+            "K": int(K),
+            "sets": len(set_means),
+            "runs": int((study.sizes == K).sum()),
+            "xe": float(mean_of(m[:, j, -1], 0)),
+            "sd_sets": float(np.std(set_means, ddof=1)) if len(set_means) > 1 else None,
+            "sd_seeds": float(np.sqrt(within / freedom)) if freedom else None,
+            "se_documents": None,
+        }
+        if study.draws is not None:
+            drawn = cell_means(study.draws[..., -1:], weights[..., j : j + 1])  # [B, C, 1, 1]
+            error = mean_of(drawn[..., 0, 0], 1).std(ddof=1)
+            row["se_documents"] = float(error) if np.isfinite(error) else None
+        rows.append(row)
+    return rows
+
+
+def growth_parts(study: Study, controls: dict[int, Study]) -> list[dict]:
+    """What each category loses from K = 1 to K, apart by cause, at each position: a dict for each category and K.
+
+    growth = m[c, K] - m[c, 1], of which dilution = XE of the control less m[c, 1]: it reads less of its own, and
+    nothing else; interference = m[c, K] less the control: the others, which take room or help. Seeds are paired: only
+    those that all three have count, a mean over them of means over sets.
+
+    Args:
+        controls: by K the runs on one category alone, at the share it has among K.
+    """
+    rows = []
+    for K, control in controls.items():
+        for c in np.flatnonzero(control.seen.any(0)):
+            parts = []
+            for seed in np.unique(control.seeds):
+                alone = mean_at(study, 1, c, seed)
+                among = mean_at(study, K, c, seed)
+                diluted = mean_at(control, 1, c, seed)
+                part = np.stack([among - alone, diluted - alone, among - diluted])  # [3, P]
+                if np.isfinite(part).all():
+                    parts.append(part)
+            if parts:
+                growth, dilution, interference = np.mean(parts, 0)
+                rows.append(
+                    {
+                        "K": int(K),
+                        "category": int(c),
+                        "seeds": len(parts),
+                        "growth": growth,
+                        "dilution": dilution,
+                        "interference": interference,
+                    }
+                )
+    return rows
+
+
+def mean_at(study: Study, K: int, c: int, seed: int) -> np.ndarray:
+    """XE of category c over the sets of K that trained on it, of one seed, [P]; nan of none."""
+    runs = (study.sizes == K) & study.seen[:, c] & (study.seeds == seed)
+    return study.xe[runs, c].mean(0) if runs.any() else np.full(study.xe.shape[-1], np.nan)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error over units; None of a single one."""
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def t_interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of a mean over few independent units, by Student's t; None of a single one."""
+    from scipy.special import stdtrit  # slow to import, and only needed here
+
+    mean, error = mean_and_error(values)
+    if error is None:
+        return None
+    width = float(stdtrit(len(values) - 1, 0.975)) * error
+    return mean - width, mean + width
+
+
+def tradeoff(study: Study) -> list[dict]:
+    """XE of the same categories by K, in runs that trained on them and in runs that did not, at the mean position.
+
+    Errors are over categories, paired: each one's own level is taken off. None where a K has no unseen ones.
+    """
+    sizes = np.unique(study.sizes)
+    rows = [{"K": int(K)} for K in sizes]
+    for name, seen in (("seen", True), ("unseen", False)):
+        m = cell_means(study.xe, cell_weights(study, sizes, seen))[..., -1:]
+        known = np.isfinite(m[..., 0]).any(0)  # [J]
+        means = np.full((len(sizes), 1), np.nan)
+        errors = means.copy()
+        if known.any():
+            means[known] = paired_means(m[:, known])
+            errors[known] = paired_errors(m[:, known])
+        for row, mean, error in zip(rows, means[:, 0], errors[:, 0], strict=True):
+            row[f"{name}_xe"] = number(mean)
+            row[f"{name}_se"] = number(error)
+    return rows
+
+
+def number(value: float) -> float | None:
+    """A number for a table; None of nan."""
+    return float(value) if np.isfinite(value) else None
