@@ -19,7 +19,7 @@ from common.errors import DataError, InputError
 from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
-from measure.pages import Cell, Section, digits, typed, write_page
+from measure.pages import Cell, Section, typed, write_page
 from measure.sweeps import HEADS, SEED, Group, groups, numbers, objective, table
 from sources.shared import counted
 from sources.sweeps import digest
@@ -267,7 +267,7 @@ def results_of(told: list[dict]) -> list[str]:
 def study_part(experiment: str, ended: list[Run], out: Path) -> tuple[list[Section], list[str]]:
     """(sections, lines) of what the runs are a study of: XE against K, held-out cell types. Nothing, if of none."""
     studies = {"arxiv": report, "state": holdouts}
-    if experiment not in studies:
+    if experiment not in studies or (experiment == "arxiv" and len({run.summary.get("K") for run in ended}) < 2):
         return [], []
     try:
         return studies[experiment].study_sections([run.folder for run in ended], out)
@@ -288,7 +288,7 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
         return f"No run has a {head} to compare by."
     best = known[0]
     if len(ranked) == 1:
-        return f"Runs of the same settings: {head} {spread(best, name)}."
+        return f"{'Runs of the same settings' if len(best.runs) > 1 else 'One run'}: {head} {spread(best, name)}."
     better = "less" if less_is_better else "more"
     text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
     if len(known) == 1:
@@ -367,13 +367,8 @@ def page_row(group: Group, shown: list[str]) -> dict:
     """A group as a row of the page: a result is its mean ± its standard deviation, sorted by the mean."""
     row = known_of(group)
     for name in shown:
-        values = group.values(name)
-        text = digits(fmean(values)) if values else ""
-        if len(values) > 1:
-            text += f" ± {stdev(values):.2g}"
-        if 0 < len(values) < len(group.runs):
-            text += f" ({len(values)} of {len(group.runs)})"
-        row[HEADS.get(name, name)] = Cell(text, str(fmean(values)) if values else "", bool(values))
+        mean = group.mean(name)
+        row[HEADS.get(name, name)] = None if mean is None else Cell(group.text(name), str(mean), True)
     return row
 
 

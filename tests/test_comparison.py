@@ -82,10 +82,10 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviatio
                 "lr=0.1, 0.7 (standard deviation 0.2, 3 seeds). They are 0.45 apart, with a standard error of "
                 f"{error:.2g} over seeds.")  # fmt: skip
     assert any(sentence in line for line in lines) and sentence in Path("report.html").read_text()
-    assert "0.25 ± 0.05" in "\n".join(lines) and lines[-1] == "all of it in report.html"
+    assert "0.250 ± 0.050" in "\n".join(lines) and lines[-1] == "all of it in report.html"
     table = cells("By settings")
     assert table[0][:5] == ["lr", "runs", "seeds", "excess_loss", "excess_percent"]
-    assert table[1][:5] == ["0.01", "3", "0, 1, 2", "0.25 ± 0.05", "25 ± 5"] and len(cells("Single runs")) == 7
+    assert table[1][:5] == ["0.01", "3", "0, 1, 2", "0.250 ± 0.050", "25.0 ± 5.0"] and len(cells("Single runs")) == 7
     assert ["device", "cpu"] not in cells("What the runs share") and ["max_steps", "40"] in cells("What the runs share")
     for name in ("curves", "results"):
         assert colours(matplotlib.image.imread(f"plots/{name}.png")) > 50
