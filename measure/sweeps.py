@@ -16,7 +16,7 @@ from typing import Any
 OBJECTIVES = {
     "ghmm": (["excess_loss", "excess_percent", "loss", "r2_concat"], True),
     "arxiv": (["val_xe", "test_xe", "icl_gain"], True),
-    "apelr": (["val_nll", "plan_gain"], True),
+    "apelr": (["val_nll", "plan_gain", "parameters"], True),
     "state": (["pearson_delta", "mae", "baselines.perturbation_mean.pearson_delta"], False),
 }
 HEADS = {"baselines.perturbation_mean.pearson_delta": "perturbation_mean"}  # of columns, where the name is long
@@ -82,6 +82,8 @@ def in_words(told: dict, shown: list[str]) -> str:
         summary = told["summary"]
         results = [f"{HEADS.get(name, name)} {number(summary[name])}" for name in shown if number(summary.get(name))]
         return ", ".join(results) or "done"
+    if told["status"] == "stopped":
+        return "stopped by a signal"
     # The last line is the error of a page that refuses, and that of Python's traceback.
     last = "it said nothing"
     if told["last_lines"]:
@@ -183,8 +185,10 @@ def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Gro
 
 
 def number(value: Any) -> str:
-    """A number of a summary; what is undefined there is blank."""
-    return f"{value:.6g}" if isinstance(value, float | int) else ""
+    """A number of a summary, a whole one with all its digits; what is undefined there is blank."""
+    if not isinstance(value, float | int):
+        return ""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
 
 
 def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:

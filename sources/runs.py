@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from common import checkpoint
-from common.errors import InputError, reason
+from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
 from sources.shared import counted
 from sources.studies import Variation, resized, variations
@@ -260,6 +260,10 @@ def run_in(page: ModuleType, words: list[str], values: dict[str, str], place: Pa
     if Path(cfg.out_dir) != place:
         raise InputError(f"a setting puts the run {place.name} into {cfg.out_dir}: leave that out, --out_dir=FOLDER is "
                          "the folder of the sweep")
+    # Which parameters a process of train_ghmm.py takes shows once it is built: before the first run, not at its turn.
+    if hasattr(page, "build_process"):
+        with rehearsal(f"the process of {place.name}", "mend it before it is swept over"):
+            page.build_process(cfg)
     return Run(values, words, place, cfg)
 
 

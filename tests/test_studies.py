@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
@@ -9,7 +10,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from commands import refusal
 
+import sweep
 import train_apelr
 import train_ghmm
 import train_state
@@ -233,3 +236,59 @@ def test_models_that_cannot_be_of_one_size_are_refused():
     with pytest.raises(InputError, match=r"equal_parameters: no width has within 3% of the [\d,]+ parameters of .* "
                                          r"\(in steps of 64\): change n_heads"):
         resize(with_corpus(), wide, [replace(wide, num_plan_states=1)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As they are typed
+# ---------------------------------------------------------------------------------------------------------------
+def commands_of(capsys, *words: str) -> list[dict[str, str]]:
+    """{setting: value} of each run that a sweep would make, by the commands it shows."""
+    capsys.readouterr()
+    assert sweep.main([*words, "--print_config"]) == []
+    commands = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("python "):
+            commands.append(dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[2:]))
+    return commands
+
+
+def test_each_type_under_each_seed_is_a_command_that_trains(capsys, quickly):
+    write_cells("one.h5ad", {"a": "ppcc", "b_1": "ppcc"})
+    words = ["--toml=one.h5ad", "--embed_key=", "--output_space=all", "--control_pert=ctrl", "--batch_col=",
+             "--val_fraction=0", "--d_model=8", "--d_mlp=8", "--n_layers=1", "--n_heads=1", "--cell_set_len=4",
+             "--batch_size=2", "--max_steps=2"]  # fmt: skip
+    commands = commands_of(capsys, "train_state.py", "--holdout=each", "--seed=0,1", "--out_dir=out/types", *words)
+    assert [command["out_dir"] for command in commands] == [
+        "out/types/a_seed0", "out/types/b%5F1_seed0", "out/types/a_seed1", "out/types/b%5F1_seed1"]
+    for command in commands[:2]:
+        train_state.main([f"--{name}={value}" for name, value in command.items()])
+    folders = [Path(command["out_dir"]) for command in commands]
+    (section,), _ = study_sections(folders[:2], Path("report"))
+    rows = section.tables[0]
+    assert [row["held out"] for row in rows] == ["a", "b_1", "mean"]
+    for row, folder in zip(rows[:2], folders[:2], strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert row["Pearson delta"] == pytest.approx(summary["pearson_delta"])
+        rival = summary["baselines"]["perturbation_mean"]
+        assert row["energy distance, perturbation mean"] == pytest.approx(rival["energy_distance"])
+
+
+def test_plans_of_one_size_are_swept_over_beside_other_settings(capsys, monkeypatch):
+    monkeypatch.setattr(train_apelr, "open_data", lambda cfg: SimpleNamespace(vocab_size=500))
+    words = ("train_apelr.py", "--num_plan_states=1,8", "--seed=0,1", "--equal_parameters", "--out_dir=out/plans")
+    commands = commands_of(capsys, *words)
+    names = [Path(command["out_dir"]).name for command in commands]
+    assert names == [f"num_plan_states={K},seed={seed}" for K in (1, 8) for seed in (0, 1)]
+    widths = [int(command["d_model"]) for command in commands]
+    assert widths[0] == widths[1] > widths[2] == widths[3] == 128
+
+
+@pytest.mark.parametrize("words, told", [
+    (["train_ghmm.py", "--process=mess3,rrxor", "--x=0.1"], "process rrxor has no parameter 'x': it takes p1, p2"),
+    (["train_ghmm.py", "--process=mess3,rrxo"], "unknown process 'rrxo', did you mean 'rrxor'?"),
+    (["train_ghmm.py", "--holdout=each"], "--holdout is of the study of train_state.py"),
+    (["train_ghmm.py", "--n_layers=2,4", "--equal_parameters"], "makes models of train_apelr.py equal in size"),
+    (["train_apelr.py", "--d_model=64,128", "--equal_parameters"], "equal_parameters decides about d_model"),
+])  # fmt: skip
+def test_what_cannot_be_swept_over_is_refused_before_the_first_run(words, told, capsys):
+    assert told in refusal(capsys, sweep.main, *words) and not Path("out").exists()

@@ -387,7 +387,7 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
     assert "loss" in told[1]["summary"] and "loss_by_position" not in told[1]["summary"]
     assert told[1]["summary"]["excess_loss"] == pytest.approx(0.21)
     out = capsys.readouterr().out
-    assert "[4/4] lr=0.1,seed=1: excess_loss 0.11, loss 1.1 | " in out and " left" in out
+    assert "[4/4] lr=0.1,seed=1: excess_loss 0.11, loss 1.1 | " in out
     assert "by excess_loss, of which less is better:" in out
     rows = out.split("is better:\n")[-1].splitlines()[:3]
     assert [row.split()[:7] for row in rows] == [
