@@ -178,7 +178,8 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     if missing:
         print(f"{counted(len(missing), 'run')} of other shards not ended yet: the last shard to end compares all runs")
     else:
-        show_comparison([sweep.folder / line["run"] for line in told if line["status"] == "done"], sweep.folder)
+        done = [sweep.folder / line["run"] for line in told if line["status"] == "done"]
+        show_comparison(done, sweep.folder, cfg.objective)
     if any(line["status"] == "failed" for line in new.values()):
         raise SystemExit(1)
     return told
@@ -274,7 +275,7 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
               128 + came[0])
     show_best(sweep, source, less_is_better)
     folders = [Path(line["folder"]) for line in told if line["status"] == "done"]
-    show_comparison([folder for folder in folders if folder.is_dir()], sweep.folder)
+    show_comparison([folder for folder in folders if folder.is_dir()], sweep.folder, sweep.cfg.objective)
     if any(line["status"] == "failed" for line in new.values()):
         raise SystemExit(1)
     return told
@@ -335,14 +336,14 @@ def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None
         note(f"{shown[0]} is no number in summary.json{closest(shown[0], known)}")
 
 
-def show_comparison(runs: list[Path], folder: Path) -> list[str]:
+def show_comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:
     """Compare the runs in report.html of the folder, and print what it says in short; a failure is a note."""
     if not runs:
         return []
     try:
         from measure.comparison import compare
 
-        lines = compare(runs, folder)
+        lines = compare(runs, folder, wanted, shows_table=False)
     except Exception as error:  # the table stands above already
         note(f"no comparison in {folder}: {error}")
         return []
@@ -352,7 +353,7 @@ def show_comparison(runs: list[Path], folder: Path) -> list[str]:
 
 def report(argv: list[str]) -> list[str]:
     """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
-    from measure.comparison import compare, find_runs
+    from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
     paths = [Path(word.head + word.value) for word in words]
@@ -369,7 +370,7 @@ def report(argv: list[str]) -> list[str]:
     if options.get("open") == "True":
         import webbrowser
 
-        webbrowser.open((out / "report.html").resolve().as_uri())
+        webbrowser.open((place_for(out) / "report.html").resolve().as_uri())
     return lines
 
 

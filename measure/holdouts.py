@@ -20,8 +20,9 @@ DELTA = "Pearson delta"
 ENERGY = "energy distance"
 METRICS = {DELTA: "pearson_delta", ENERGY: "energy_distance"}
 BETTER = {DELTA: "more", ENERGY: "less"}
+SHORT = {DELTA: "delta", ENERGY: "energy"}  # of further columns
 RIVAL = "perturbation mean"  # what is known without a model: the mean effect on the types that train
-CAPTION = "Rings: the mean effect on the other types. Dots: the model, a small one a seed, a large one their mean."
+CAPTION = "Rings: the mean effect on the other types. Small dots: the model, one a seed; large ones: their mean."
 APART = (*NO_SETTINGS, "toml_config_path", "seed")  # settings in which the runs of one study differ
 
 Number = float | None  # None is undefined
@@ -141,16 +142,16 @@ def table(study: list[HeldOut]) -> list[dict]:
             values = [run.model[metric] for run in runs]
             row[metric] = mean_of(values)
             if several:
-                row[f"{metric}, sd"] = spread_of(values)
-            row[f"{metric}, {RIVAL}"] = mean_of([run.rival[metric] for run in runs])
+                row[f"{SHORT[metric]}, sd"] = spread_of(values)
+            row[f"{SHORT[metric]}, {RIVAL}"] = mean_of([run.rival[metric] for run in runs])
         rows.append(row)
     last = {"held out": "mean", "seeds": None}
     for metric in METRICS:
         both = pairs(study, metric)
         last[metric] = mean_of([model for model, _ in both])
         if several:
-            last[f"{metric}, sd"] = spread_of_seeds(study, metric)
-        last[f"{metric}, {RIVAL}"] = mean_of([rival for _, rival in both])
+            last[f"{SHORT[metric]}, sd"] = spread_of_seeds(study, metric)
+        last[f"{SHORT[metric]}, {RIVAL}"] = mean_of([rival for _, rival in both])
     return [*rows, last]
 
 
@@ -211,7 +212,7 @@ def draw(out: Path, name: str, study: list[HeldOut]) -> None:
     """plots/NAME.png: a line for each type, a panel for each metric."""
     types = by_type(study)
     places = range(len(types))
-    height = 1.3 + 0.3 * len(types)
+    height = 1.5 + 0.3 * len(types)
     with figure(out, name, 8, height, 1, len(METRICS), sharey=True) as axes:
         for panel, metric in zip(axes, METRICS, strict=True):
             means, rivals = [], []
@@ -220,14 +221,17 @@ def draw(out: Path, name: str, study: list[HeldOut]) -> None:
                 panel.plot(values, [place] * len(runs), ".", color="C0", markersize=4)
                 means.append(mean_of([run.model[metric] for run in runs]))
                 rivals.append(mean_of([run.rival[metric] for run in runs]))
-            ring = {"color": "k", "markersize": 8, "markerfacecolor": "none"}
-            dot = {"color": "C0", "markersize": 5}
+            ring = {"color": "k", "markersize": 8, "markerfacecolor": "none", "label": RIVAL}
+            dot = {"color": "C0", "markersize": 5, "label": "model"}
             panel.plot(drawn(rivals), places, "o", **ring)
             panel.plot(drawn(means), places, "o", **dot)
             panel.set_xlabel(f"{metric} ({BETTER[metric]} is better)")
             panel.grid(axis="x", linewidth=0.3)
         axes[0].set_yticks(places, list(types), fontsize=8)
         axes[0].invert_yaxis()
+        named = axes[0].get_legend_handles_labels()
+        whole = axes[0].figure
+        whole.legend(*named, loc="outside upper center", ncols=2, fontsize=8)
 
 
 def drawn(values: list[Number]) -> list[float]:

@@ -82,6 +82,8 @@ def in_words(told: dict, shown: list[str]) -> str:
         summary = told["summary"]
         results = [f"{HEADS.get(name, name)} {number(summary[name])}" for name in shown if number(summary.get(name))]
         return ", ".join(results) or "done"
+    if told["status"] == "stopped":
+        return "stopped by a signal"
     # The last line is the error of a page that refuses, and that of Python's traceback.
     last = "it said nothing"
     if told["last_lines"]:
