@@ -176,7 +176,8 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     if missing:
         print(f"{counted(len(missing), 'run')} of other shards not ended yet: the last shard to end compares all runs")
     else:
-        show_comparison([sweep.folder / line["run"] for line in told if line["status"] == "done"], sweep.folder)
+        done = [sweep.folder / line["run"] for line in told if line["status"] == "done"]
+        show_comparison(done, sweep.folder, cfg.objective)
     if failed:
         raise SystemExit(1)
     return told
@@ -203,14 +204,14 @@ def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None
         note(f"{shown[0]} is no number in summary.json{closest(shown[0], known)}")
 
 
-def show_comparison(runs: list[Path], folder: Path) -> list[str]:
+def show_comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:
     """Compare the runs in report.html of the folder, and print what it says in short; a failure is a note."""
     if not runs:
         return []
     try:
         from measure.comparison import compare
 
-        lines = compare(runs, folder)
+        lines = compare(runs, folder, wanted, shows_table=False)
     except Exception as error:  # the table stands above already
         note(f"no comparison in {folder}: {error}")
         return []
@@ -220,7 +221,7 @@ def show_comparison(runs: list[Path], folder: Path) -> list[str]:
 
 def report(argv: list[str]) -> list[str]:
     """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
-    from measure.comparison import compare, find_runs
+    from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
     paths = [Path(word.head + word.value) for word in words]
@@ -237,7 +238,7 @@ def report(argv: list[str]) -> list[str]:
     if options.get("open") == "True":
         import webbrowser
 
-        webbrowser.open((out / "report.html").resolve().as_uri())
+        webbrowser.open((place_for(out) / "report.html").resolve().as_uri())
     return lines
 
 

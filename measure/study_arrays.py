@@ -69,7 +69,10 @@ def reported_positions(T: int) -> list[int]:
     return sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
 
 
-def score_positions(runs: list[dict], T: int) -> tuple[int, int]:
+def score_positions(
+    runs: list[dict],
+    T: int,
+) -> tuple[int, int]:
     """(early, late) of the in-context score: those of the first run that says them; else 10 and the last."""
     for run in runs:
         score = run["groups"]["seen"].get("icl_score") or {}
@@ -78,7 +81,12 @@ def score_positions(runs: list[dict], T: int) -> tuple[int, int]:
     return min(10, max(1, T - 1)), T
 
 
-def losses(run: dict, names: list[str], positions: list[int], key: str) -> np.ndarray:
+def losses(
+    run: dict,
+    names: list[str],
+    positions: list[int],
+    key: str,
+) -> np.ndarray:
     """XE of each category at the positions and their mean over all, [C, P]; nan where a run has none."""
     rows = np.full((len(names), len(positions) + 1), np.nan)
     for c, name in enumerate(names):
@@ -101,9 +109,9 @@ def drawn(
             documents = read_documents(path, names, positions)
         except FileNotFoundError:
             return None, None, f"{run['run']} has no documents.npz, as runs of before have none"
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
             return None, None, f"documents.npz of {run['run']} cannot be used ({reason(error)})"
-        codes, numbers, counts, values = documents
+        codes, _, counts, values = documents
         first = first or documents
         if not all(np.array_equal(*pair) for pair in zip(documents[:3], first[:3], strict=True)):
             return None, None, f"{run['run']} was measured on other documents than {runs[0]['run']}"
@@ -116,10 +124,14 @@ def drawn(
     return draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED), len(codes), ""
 
 
-def read_documents(path: Path, names: list[str], positions: list[int]) -> tuple[np.ndarray, ...]:
+def read_documents(
+    path: Path,
+    names: list[str],
+    positions: list[int],
+) -> tuple[np.ndarray, ...]:
     """(category of each document as a number into names, its number, its chunks, sums over these [M, P])."""
     with np.load(path, allow_pickle=False) as file:
-        places = [names.index(name) for name in file["names"].tolist()]
+        places = [names.index(name) if name in names else -1 for name in file["names"].tolist()]
         codes = np.array(places)[file["codes"]]
         kept = file["positions"].tolist()
         columns = [kept.index(position) for position in positions]

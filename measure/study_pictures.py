@@ -52,7 +52,12 @@ def stack(runs: list[dict], key: str, T: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------
 # Of all groups of runs
 # ---------------------------------------------------------------------------------------------------------------
-def draw_curves(folder: Path, by_group: dict, T: int, tokens: str) -> None:
+def draw_curves(
+    folder: Path,
+    by_group: dict,
+    T: int,
+    tokens: str,
+) -> None:
     """XE by position for every group and K, beside the exact optimum where it is known."""
     ks = sorted({K for by_k in by_group.values() for K in by_k})
     labelled = False  # the optimum comes once in the legend
@@ -101,7 +106,13 @@ def draw_categories(folder: Path, rows: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Of one group
 # ---------------------------------------------------------------------------------------------------------------
-def draw_law(folder: Path, name: str, found: dict, optimum: dict | None, title: str) -> None:
+def draw_law(
+    folder: Path,
+    name: str,
+    found: dict,
+    optimum: dict | None,
+    title: str,
+) -> None:
     """XE against K at the mean over positions with its laws, on a linear and on a logarithmic axis.
 
     found, optimum: as xe_by_k.law_of_k returns them, of the model and of the exact optimum.
@@ -131,7 +142,13 @@ def draw_law(folder: Path, name: str, found: dict, optimum: dict | None, title: 
         logarithmic.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def draw_points(axes, found: dict, colour: str, label: str, hollow: bool = False) -> None:
+def draw_points(
+    axes,
+    found: dict,
+    colour: str,
+    label: str,
+    hollow: bool = False,
+) -> None:
     """Paired means over categories against K, with 95% intervals where something varies."""
     means = paired_means(found["means"])[:, -1]
     errors = None
@@ -157,7 +174,14 @@ def mean_curve(law: str, fit: Fit, K: np.ndarray) -> np.ndarray:
     return mean_of(predicted(law, fit, K), -3)[..., -1]
 
 
-def draw_slopes(folder: Path, name: str, found: dict, optimum: dict | None, positions: list[int], title: str) -> None:
+def draw_slopes(
+    folder: Path,
+    name: str,
+    found: dict,
+    optimum: dict | None,
+    positions: list[int],
+    title: str,
+) -> None:
     """b of a + b log K by position with its interval, beside that of the exact optimum."""
     with figure(folder, name, title=title) as axes:
         shown = [("model", found, BLUE)]
@@ -177,7 +201,13 @@ def draw_slopes(folder: Path, name: str, found: dict, optimum: dict | None, posi
         axes.legend(fontsize=8)
 
 
-def draw_controls(folder: Path, name: str, by_k: list[dict], by_category: list[dict], title: str) -> None:
+def draw_controls(
+    folder: Path,
+    name: str,
+    by_k: list[dict],
+    by_category: list[dict],
+    title: str,
+) -> None:
     """Growth from K = 1 and its two parts against K: means over categories with errors, categories as small points."""
     ks = [row["K"] for row in by_k]
     with figure(folder, name, title=title) as axes:
@@ -196,7 +226,12 @@ def draw_controls(folder: Path, name: str, by_k: list[dict], by_category: list[d
         axes.legend(fontsize=8)
 
 
-def draw_tradeoff(folder: Path, name: str, rows: list[dict], title: str) -> None:
+def draw_tradeoff(
+    folder: Path,
+    name: str,
+    rows: list[dict],
+    title: str,
+) -> None:
     """XE on categories seen and unseen against K; and one against the other, a point for each K."""
     ks = [row["K"] for row in rows]
     both = [row for row in rows if row["unseen_xe"] is not None]
@@ -225,10 +260,15 @@ def draw_tradeoff(folder: Path, name: str, rows: list[dict], title: str) -> None
         curve.set(xlabel="XE on seen categories (nats)", ylabel="XE on unseen categories (nats)")
 
 
-def draw_context(folder: Path, name: str, rows: list[dict], title: str) -> None:
+def draw_context(
+    folder: Path,
+    name: str,
+    rows: list[dict],
+    title: str,
+) -> None:
     """The in-context score by K; on synthetic documents also information beside log K, and the excess."""
     ks = [row["K"] for row in rows]
-    synthetic = any(row.get("information_document") is not None for row in rows)
+    synthetic = any(row["information_predictions"] is not None for row in rows)
     columns = 3 if synthetic else 1
     size = {"width": 4.2 * columns + 1, "height": 3.8}
     with figure(folder, name, columns=columns, squeeze=False, title=title, **size) as panels:

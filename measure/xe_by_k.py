@@ -7,6 +7,7 @@ of those of the context, and after them the mean over all. What is undefined is 
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from sources.shared import counter_rng
 
@@ -21,30 +22,30 @@ class Study(NamedTuple):
     [B, R, C, P]: xe on documents drawn with replacement, as `draw_documents` gives it; None where none are known.
     """
 
-    xe: np.ndarray
-    seen: np.ndarray
-    seeds: np.ndarray
-    draws: np.ndarray | None = None
+    xe: ndarray
+    seen: ndarray
+    seeds: ndarray
+    draws: ndarray | None = None
 
     @property
-    def sizes(self) -> np.ndarray:
+    def sizes(self) -> ndarray:
         """K of each run, [R]."""
         return self.seen.sum(1)
 
     @property
-    def sets(self) -> np.ndarray:
+    def sets(self) -> ndarray:
         """The set of categories of each run, as a number, [R]."""
         return np.unique(self.seen, axis=0, return_inverse=True)[1].reshape(-1)
 
-    def among(self, runs: np.ndarray) -> "Study":
+    def among(self, runs: ndarray) -> "Study":
         """Of these runs alone."""
         draws = None if self.draws is None else self.draws[:, runs]
         return Study(self.xe[runs], self.seen[runs], self.seeds[runs], draws)
 
 
 def draw_documents(
-    sums: list[np.ndarray], counts: np.ndarray, codes: np.ndarray, categories: int, resamples: int, seed: int
-) -> np.ndarray:
+    sums: list[ndarray], counts: ndarray, codes: ndarray, categories: int, resamples: int, seed: int
+) -> ndarray:
     """XE by run, category and position on as many documents drawn with replacement, [B, R, C, P].
 
     Documents are drawn within their category, and the same ones for all runs, which are measured on the same: what is
@@ -73,82 +74,95 @@ def draw_documents(
 # ---------------------------------------------------------------------------------------------------------------
 # Means by category and K
 # ---------------------------------------------------------------------------------------------------------------
-def cell_weights(study: Study, sizes: np.ndarray, seen: bool = True) -> np.ndarray:
+def cell_weights(
+    study: Study,
+    sizes: ndarray,
+    seen: bool = True,
+) -> ndarray:
     """What makes a mean m[c, K] of runs: seeds of a set count alike, then sets, [R, C, J] for J sizes K.
 
     seen: means over runs that trained on the category; else over those that did not. A mean of no run weighs 0.
     """
-    chosen = study.seen if seen else ~study.seen
-    chosen = chosen & np.isfinite(study.xe).all(2)
+    trained = study.seen if seen else ~study.seen
+    measured = np.isfinite(study.xe).all(2)
     sets = study.sets
-    seeds = np.bincount(sets)[sets]  # runs of the set of each run
-    weights = np.zeros((*chosen.shape, len(sizes)))
-    for j, K in enumerate(sizes):
-        share = chosen * (study.sizes == K)[:, None] / seeds[:, None]
-        total = share.sum(0)  # sets of this K, by category
-        weights[..., j] = share / np.where(total > 0, total, 1)
-    return weights
+    runs_of_set = np.bincount(sets)[sets]  # of the set of each run, [R]
+    weights = []
+    for K in sizes:
+        chosen = trained & measured & (study.sizes == K)[:, None]
+        share = chosen / runs_of_set[:, None]
+        number_of_sets = share.sum(0)  # by category
+        weights.append(np.nan_to_num(ratio(share, number_of_sets)))
+    return np.stack(weights, 2)
 
 
-def cell_means(xe: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def cell_means(xe: ndarray, weights: ndarray) -> ndarray:
     """m[c, K] from xe [..., R, C, P] and weights [R, C, J]: [..., C, J, P], nan where there is no run."""
-    values = np.where(np.isfinite(xe), xe, 0.0)
+    values = np.nan_to_num(xe)
     means = np.einsum("...rcp,rcj->...cjp", values, weights, optimize=True)
-    nothing = weights.sum(0) == 0  # [C, J]
-    return np.where(nothing[..., None], np.nan, means)
+    has_runs = weights.any(0)  # [C, J]
+    return np.where(has_runs[..., None], means, np.nan)
 
 
-def paired_means(m: np.ndarray) -> np.ndarray:
+def ratio(total: ndarray, count: ndarray) -> ndarray:
+    """total / count; nan where the count is 0."""
+    there = count > 0
+    return np.where(there, total / np.where(there, count, 1), np.nan)
+
+
+def mean_of(values: ndarray, axis: int | tuple[int, ...]) -> ndarray:
+    """The mean of what there is along axes; nan of nothing."""
+    count = np.isfinite(values).sum(axis)
+    return ratio(np.nansum(values, axis), count)
+
+
+def paired_means(m: ndarray) -> ndarray:
     """The mean over categories by K, [..., J, P], of m [..., C, J, P], with the level of each category held fixed.
 
     Where every category has a mean at every K this is the plain mean. Otherwise a plain mean at one K would be of other
     categories than at the next, and their difference no effect of K.
     """
     effects, levels = additive(m)
-    return effects + np.nanmean(levels, -2)[..., None, :]
+    level = mean_of(levels, -2)
+    return effects + level[..., None, :]
 
 
-def additive(m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def additive(m: ndarray) -> tuple[ndarray, ndarray]:
     """Least squares of m[c, K] = level[c] + effect[K]: effects [..., J, P], levels [..., C, P].
 
     Effects are 0 on average. By alternation, which ends at once for complete tables; nan for rows and columns of nan.
     """
-    effects = np.zeros((*m.shape[:-3], *m.shape[-2:]))
+    effects = np.zeros_like(m[..., 0, :, :])
     for _ in range(200):
+        before = effects
         levels = mean_of(m - effects[..., None, :, :], -2)
-        fresh = mean_of(m - levels[..., None, :], -3)
-        fresh = fresh - mean_of(fresh, -2)[..., None, :]
-        change = np.abs(fresh - effects)
-        effects = fresh
-        if not np.nanmax(change, initial=0.0) > 1e-13:
+        effects = mean_of(m - levels[..., None, :], -3)
+        effects = effects - mean_of(effects, -2)[..., None, :]
+        change = np.abs(effects - before)
+        if np.nanmax(change, initial=0.0) < 1e-13:
             break
-    return effects, mean_of(m - effects[..., None, :, :], -2)
+    levels = mean_of(m - effects[..., None, :, :], -2)
+    return effects, levels
 
 
-def mean_of(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """The mean of what there is along axes; nan of nothing."""
-    there = np.isfinite(values)
-    count = there.sum(axis)
-    total = np.where(there, values, 0.0).sum(axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def paired_errors(m: np.ndarray) -> np.ndarray:
+def paired_errors(m: ndarray) -> ndarray:
     """Standard errors of paired_means over the C categories, [J, P]: of what is left without each one's own level.
 
     The within-subject error of Cousineau, with the factor of Morey (2008) for what the level has taken along. nan of a
     single category, or of a single K.
     """
     effects, levels = additive(m)
-    rest = m - levels[:, None]
-    left = rest - effects
-    count = np.isfinite(left).sum(0)
+    K_there = np.isfinite(effects).any(1)
+    J = K_there.sum()
+    left = m - levels[:, None] - effects
+    count = np.isfinite(left).sum(0)  # categories at each K
     square = np.nansum(left**2, 0)
-    J = np.isfinite(effects).any(1).sum()
-    if J < 2:
-        return np.full(square.shape, np.nan)
-    variance = square / np.maximum(count - 1, 1) * J / (J - 1)
-    return np.where(count > 1, np.sqrt(variance / np.maximum(count, 1)), np.nan)
+    variance = ratio(square, np.where(count > 1, count - 1, 0))
+    if J > 1:
+        variance = variance * J / (J - 1)
+    else:
+        variance = np.full_like(variance, np.nan)
+    return np.sqrt(ratio(variance, count))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,118 +171,157 @@ def paired_errors(m: np.ndarray) -> np.ndarray:
 class Fit(NamedTuple):
     """b [..., P], and the level of each category, [..., C, P]."""
 
-    b: np.ndarray
-    levels: np.ndarray
+    b: ndarray
+    levels: ndarray
 
 
-def fit_law(law: str, m: np.ndarray, sizes: np.ndarray) -> Fit:
+def fit_law(
+    law: str,
+    m: ndarray,
+    sizes: ndarray,
+) -> Fit:
     """Least squares of a law on m [..., C, J, P]; nan where no category has two sizes K."""
     if law == "a K^b":
         return fit_power(m, sizes)
     return fit_linear(m, shape_of(law, sizes))
 
 
-def shape_of(law: str, K: np.ndarray) -> np.ndarray:
+def shape_of(law: str, K: ndarray) -> ndarray:
     """f of the linear laws a + b f(K)."""
     K = np.asarray(K, dtype=np.float64)
     return np.log(K) if law == "a + b log K" else 1 - 1 / K
 
 
-def predicted(law: str, fit: Fit, K: np.ndarray) -> np.ndarray:
+def of_cells(b: ndarray) -> ndarray:
+    """b [..., P] beside tables: [..., 1, 1, P]."""
+    return b[..., None, None, :]
+
+
+def predicted(
+    law: str,
+    fit: Fit,
+    K: ndarray,
+) -> ndarray:
     """What a law says of every category at sizes K [J]: [..., C, J, P]."""
-    b = fit.b[..., None, None, :]
-    levels = fit.levels[..., :, None, :]
+    b = of_cells(fit.b)
+    levels = fit.levels[..., None, :]
     if law == "a K^b":
-        return levels * np.asarray(K, dtype=np.float64)[:, None] ** b
-    return levels + b * shape_of(law, K)[:, None]
+        K = np.asarray(K, dtype=np.float64)
+        return levels * K[:, None] ** b
+    f = shape_of(law, K)
+    return levels + b * f[:, None]
 
 
-def fit_linear(m: np.ndarray, f: np.ndarray) -> Fit:
+def fit_linear(m: ndarray, f: ndarray) -> Fit:
     """m[c, K] = a[c] + b f(K): b = sum (f - f_c) m / sum (f - f_c)^2, with f_c the mean of f over the sizes of c."""
     there = np.isfinite(m)
-    count = there.sum(-2, keepdims=True)
-    safe = np.maximum(count, 1)
-    y = np.where(there, m, 0.0)
-    x = np.where(there, f[:, None], 0.0)
-    x_mean = x.sum(-2, keepdims=True) / safe
-    y_mean = y.sum(-2, keepdims=True) / safe
-    x = np.where(there, x - x_mean, 0.0)
-    square = (x**2).sum((-3, -2))
-    defined = square > 1e-12
-    b = np.where(defined, (x * y).sum((-3, -2)) / np.where(defined, square, 1), np.nan)
-    levels = y_mean - b[..., None, None, :] * x_mean
-    return Fit(b, np.where(count > 0, levels, np.nan)[..., 0, :])
+    f = f[:, None]
+    x = np.where(there, f, np.nan)
+    x = x - mean_of(x, -2)[..., None, :]
+    product = np.nansum(x * m, (-3, -2))
+    square = np.nansum(x**2, (-3, -2))
+    b = ratio(product, square)
+    levels = mean_of(m - of_cells(b) * f, -2)
+    return Fit(b, levels)
 
 
-def fit_power(m: np.ndarray, sizes: np.ndarray) -> Fit:
+def fit_power(m: ndarray, sizes: ndarray) -> Fit:
     """m[c, K] = a[c] K^b, in nats: given b the levels are linear, so b alone is searched (variable projection).
 
     By Gauss-Newton steps for all tables at once, from b = 0, which is near: XE differs by some percent over K.
     scipy.optimize.minimize_scalar finds the same, one table at a time.
     """
     there = np.isfinite(m)
-    y = np.where(there, m, 0.0)
-    log_k = np.log(np.asarray(sizes, dtype=np.float64))[:, None]
-    b = np.zeros((*m.shape[:-3], m.shape[-1]))
+    log_k = np.log(sizes)[:, None]
+    has_slope = (there.sum(-2) > 1).any(-2)  # [..., P]
+    b = np.where(has_slope, 0.0, np.nan)
     for _ in range(50):
-        powers = np.where(there, np.exp(b[..., None, None, :] * log_k), 0.0)
-        square = np.maximum((powers**2).sum(-2, keepdims=True), 1e-300)
-        levels = (y * powers).sum(-2, keepdims=True) / square
+        powers = np.exp(of_cells(b) * log_k)
+        powers = np.where(there, powers, np.nan)
+        levels = projection(m, powers)
+        left = m - levels * powers
+        # How the rest changes with b, where the levels follow: what of it the powers themselves are not.
         slope = levels * powers * log_k
-        slope = slope - powers * (slope * powers).sum(-2, keepdims=True) / square
-        weight = (slope**2).sum((-3, -2))
-        step = ((y - levels * powers) * slope).sum((-3, -2)) / np.where(weight > 1e-20, weight, np.inf)
+        slope = slope - projection(slope, powers) * powers
+        product = np.nansum(left * slope, (-3, -2))
+        square = np.nansum(slope**2, (-3, -2))
+        step = ratio(product, square)
         b = b + np.clip(step, -1, 1)
-        if np.abs(step).max(initial=0.0) < 1e-12:
+        size = np.abs(step)
+        if np.nanmax(size, initial=0.0) < 1e-12:
             break
-    several = (there.sum(-2) > 1).any(-2)
-    b = np.where(several & (weight > 1e-20), b, np.nan)
-    levels = np.where(there.any(-2, keepdims=True) & np.isfinite(b)[..., None, None, :], levels, np.nan)
     return Fit(b, levels[..., 0, :])
 
 
-def squared_errors(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def projection(y: ndarray, x: ndarray) -> ndarray:
+    """The multiple of x [..., C, J, P] nearest to y, by category: [..., C, 1, P]."""
+    product = np.nansum(y * x, -2, keepdims=True)
+    square = np.nansum(x**2, -2, keepdims=True)
+    return ratio(product, square)
+
+
+def squared_errors(
+    law: str,
+    m: ndarray,
+    sizes: ndarray,
+) -> ndarray:
     """Squares of what a law leaves of m [..., C, J, P], the same shape."""
-    return (m - predicted(law, fit_law(law, m, sizes), sizes)) ** 2
+    fit = fit_law(law, m, sizes)
+    left = m - predicted(law, fit, sizes)
+    return left**2
 
 
-def held_out_errors(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def held_out_errors(
+    law: str,
+    m: ndarray,
+    sizes: ndarray,
+) -> ndarray:
     """Mean squared error of what a law, fitted without a K, says of that K: over cells of all K in turn, [..., P].
 
     nan of less than three sizes: a line through the one that is left would be any line.
     """
+    errors = np.full_like(m, np.nan)
     if len(sizes) < 3:
-        return np.full((*m.shape[:-3], m.shape[-1]), np.nan)
-    errors = []
-    for j in range(len(sizes)):
+        return mean_of(errors, (-3, -2))
+    for j, K in enumerate(sizes):
         rest = m.copy()
         rest[..., j, :] = np.nan
-        said = predicted(law, fit_law(law, rest, sizes), sizes[j : j + 1])
-        errors.append((m[..., j : j + 1, :] - said) ** 2)
-    together = np.concatenate(errors, -2)
-    return mean_of(together, (-3, -2))
+        fit = fit_law(law, rest, sizes)
+        said = predicted(law, fit, np.array([K]))[..., 0, :]
+        errors[..., j, :] = (m[..., j, :] - said) ** 2
+    return mean_of(errors, (-3, -2))
 
 
-def aicc(law: str, m: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def aicc(
+    law: str,
+    m: ndarray,
+    sizes: ndarray,
+) -> ndarray:
     """Akaike's criterion with the correction for small samples, of a law with a level a category, [P].
 
     n cells of categories that have several K, and k = their levels, b and the variance. nan where n <= k + 1.
     """
-    several = np.isfinite(m[..., 0]).sum(1) > 1  # [C]
-    m = m[several]
-    n = np.isfinite(m[..., 0]).sum()
+    cells = np.isfinite(m[..., 0])
+    several = cells.sum(1) > 1  # [C]
+    n = cells[several].sum()
     k = several.sum() + 2
     if n <= k + 1:
         return np.full(m.shape[-1], np.nan)
-    errors = np.nansum(squared_errors(law, m, sizes), (0, 1))
-    errors = np.maximum(errors, 1e-300)  # of tables that a law has made
-    return n * np.log(errors / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+    errors = squared_errors(law, m[several], sizes)
+    variance = np.nansum(errors, (0, 1)) / n
+    variance = np.maximum(variance, 1e-300)  # of tables that a law has made
+    correction = 2 * k * (k + 1) / (n - k - 1)
+    return n * np.log(variance) + 2 * k + correction
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Intervals
 # ---------------------------------------------------------------------------------------------------------------
-def set_errors(study: Study, sizes: np.ndarray, law: str) -> np.ndarray | None:
+def set_errors(
+    study: Study,
+    sizes: ndarray,
+    law: str,
+) -> ndarray | None:
     """How far each set is from what a law says of it that is fitted without it, [S, C, P]; 0 where a set lacks c.
 
     Delete-one-cluster residuals: a set is the cluster, for what its categories share. None where a law has no slope
@@ -276,22 +329,30 @@ def set_errors(study: Study, sizes: np.ndarray, law: str) -> np.ndarray | None:
     """
     sets = study.sets
     errors = []
-    for number in range(sets.max() + 1):
-        runs = sets == number
+    for place in range(sets.max() + 1):
+        runs = sets == place
         rest = study.among(~runs)
-        fit = fit_law(law, cell_means(rest.xe, cell_weights(rest, sizes)), sizes)
-        if not np.isfinite(fit.b).all():
+        weights = cell_weights(rest, sizes)
+        fit = fit_law(law, cell_means(rest.xe, weights), sizes)
+        if np.isnan(fit.b).any():
             return None
         K = study.sizes[runs][:1]
         said = predicted(law, fit, K)[:, 0]  # [C, P]
         error = study.xe[runs].mean(0) - said
-        trained = study.seen[runs][0][:, None]
-        # A category of this set alone takes no part in a slope.
-        errors.append(np.where(trained & np.isfinite(error), error, 0.0))
+        trained = study.seen[runs][0]
+        # A category of this set alone takes no part in a slope: its error is nan, and counts as 0.
+        error = np.where(trained[:, None], error, 0.0)
+        errors.append(np.nan_to_num(error))
     return np.array(errors)
 
 
-def resampled_tables(study: Study, sizes: np.ndarray, law: str, resamples: int, seed: int) -> tuple[np.ndarray, str]:
+def resampled_tables(
+    study: Study,
+    sizes: ndarray,
+    law: str,
+    resamples: int,
+    seed: int,
+) -> tuple[ndarray, str]:
     """(m [B, C, J, P] as it might have been, what varies: "documents and sets", one of them, or "").
 
     Documents are drawn with replacement. Sets are varied by a wild cluster bootstrap: each adds its delete-one residual
@@ -303,24 +364,27 @@ def resampled_tables(study: Study, sizes: np.ndarray, law: str, resamples: int, 
     weights = cell_weights(study, sizes)
     varied = []
     if study.draws is None:
-        tables = np.repeat(cell_means(study.xe, weights)[None], resamples, 0)
+        m = cell_means(study.xe, weights)
+        tables = np.repeat(m[None], resamples, 0)
     else:
-        tables = cell_means(study.draws, weights)
+        tables = cell_means(study.draws[:resamples], weights)
         varied.append("documents")
     errors = set_errors(study, sizes, law)
     if errors is not None:
+        S = len(errors)
         sets = study.sets
-        of_sets = np.stack([weights[sets == number].sum(0) for number in range(len(errors))])  # [S, C, J]
+        of_sets = [weights[sets == place].sum(0) for place in range(S)]
+        moved = errors[:, :, None] * np.array(of_sets)[..., None]  # means, by a set's error, [S, C, J, P]
         rng = counter_rng(seed, 7)
-        freedom = max(1, len(errors) - 2)
-        scale = np.sqrt(freedom / rng.chisquare(freedom, (len(tables), 1)))
-        factors = scale * rng.standard_normal((len(tables), len(errors)))
-        tables = tables + np.einsum("bs,scp,scj->bcjp", factors, errors, of_sets, optimize=True)
+        freedom = max(1, S - 2)
+        scale = np.sqrt(freedom / rng.chisquare(freedom, resamples))
+        factors = scale[:, None] * rng.standard_normal((resamples, S))
+        tables = tables + np.tensordot(factors, moved, 1)
         varied.append("sets")
     return tables, " and ".join(varied)
 
 
-def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interval(samples: ndarray) -> tuple[ndarray, ndarray]:
     """The central 95% of samples [B, ...]."""
     low, high = np.quantile(samples, (0.025, 0.975), axis=0)
     return low, high
@@ -329,7 +393,7 @@ def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------
 # What a study says
 # ---------------------------------------------------------------------------------------------------------------
-def common_sizes(study: Study) -> np.ndarray:
+def common_sizes(study: Study) -> ndarray:
     """The sizes K that a law can be fitted over: of categories that runs of several K have trained on."""
     sizes = np.unique(study.sizes)
     m = cell_means(study.xe, cell_weights(study, sizes))[..., -1]
@@ -404,33 +468,44 @@ def bars_by_kind(study: Study) -> list[dict]:
     """
     sizes = np.unique(study.sizes)
     weights = cell_weights(study, sizes)
-    m = cell_means(study.xe, weights)
-    effects, levels = additive(m)
-    xe = np.where(study.seen, study.xe[..., -1] - levels[:, -1], np.nan)  # [R, C]
-    run_means = mean_of(xe, 1)
+    m = cell_means(study.xe, weights)[..., -1:]
+    _, levels = additive(m)
+    left = study.xe[..., -1] - levels[:, 0]
+    run_means = mean_of(np.where(study.seen, left, np.nan), 1)  # [R]
     rows = []
     for j, K in enumerate(sizes):
-        set_means, within, freedom = [], 0.0, 0
-        for number in np.unique(study.sets[study.sizes == K]):
-            of_set = run_means[study.sets == number]
-            set_means.append(of_set.mean())
-            within += ((of_set - of_set.mean()) ** 2).sum()
-            freedom += len(of_set) - 1
+        chosen = study.sizes == K
+        of_sets = [run_means[study.sets == place] for place in np.unique(study.sets[chosen])]
         row = {
             "K": int(K),
-            "sets": len(set_means),
-            "runs": int((study.sizes == K).sum()),
-            "xe": float(mean_of(m[:, j, -1], 0)),
-            "sd_sets": float(np.std(set_means, ddof=1)) if len(set_means) > 1 else None,
-            "sd_seeds": float(np.sqrt(within / freedom)) if freedom else None,
+            "sets": len(of_sets),
+            "runs": int(chosen.sum()),
+            "xe": float(mean_of(m[:, j, 0], 0)),
+            "sd_sets": deviation([seeds.mean() for seeds in of_sets]),
+            "sd_seeds": pooled_deviation(of_sets),
             "se_documents": None,
         }
         if study.draws is not None:
             drawn = cell_means(study.draws[..., -1:], weights[..., j : j + 1])  # [B, C, 1, 1]
-            error = mean_of(drawn[..., 0, 0], 1).std(ddof=1)
-            row["se_documents"] = float(error) if np.isfinite(error) else None
+            means = mean_of(drawn[..., 0, 0], 1)
+            row["se_documents"] = number(means.std(ddof=1))
         rows.append(row)
     return rows
+
+
+def deviation(values: list[float]) -> float | None:
+    """The standard deviation; None of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def pooled_deviation(groups: list[ndarray]) -> float | None:
+    """The standard deviation within groups, pooled; None of groups of one."""
+    square = 0.0
+    freedom = 0
+    for values in groups:
+        square += ((values - values.mean()) ** 2).sum()
+        freedom += len(values) - 1
+    return float(np.sqrt(square / freedom)) if freedom else None
 
 
 def growth_parts(study: Study, controls: dict[int, Study]) -> list[dict]:
@@ -469,15 +544,24 @@ def growth_parts(study: Study, controls: dict[int, Study]) -> list[dict]:
     return rows
 
 
-def mean_at(study: Study, K: int, c: int, seed: int) -> np.ndarray:
+def mean_at(
+    study: Study,
+    K: int,
+    c: int,
+    seed: int,
+) -> ndarray:
     """XE of category c over the sets of K that trained on it, of one seed, [P]; nan of none."""
-    runs = (study.sizes == K) & study.seen[:, c] & (study.seeds == seed)
-    return study.xe[runs, c].mean(0) if runs.any() else np.full(study.xe.shape[-1], np.nan)
+    runs = study.sizes == K
+    runs &= study.seen[:, c]
+    runs &= study.seeds == seed
+    return mean_of(study.xe[runs, c], 0)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """Mean and its standard error over units; None of a single one."""
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    error = deviation(values)
+    if error is not None:
+        error /= len(values) ** 0.5
     return float(np.mean(values)), error
 
 
@@ -500,14 +584,11 @@ def tradeoff(study: Study) -> list[dict]:
     sizes = np.unique(study.sizes)
     rows = [{"K": int(K)} for K in sizes]
     for name, seen in (("seen", True), ("unseen", False)):
-        m = cell_means(study.xe, cell_weights(study, sizes, seen))[..., -1:]
-        known = np.isfinite(m[..., 0]).any(0)  # [J]
-        means = np.full((len(sizes), 1), np.nan)
-        errors = means.copy()
-        if known.any():
-            means[known] = paired_means(m[:, known])
-            errors[known] = paired_errors(m[:, known])
-        for row, mean, error in zip(rows, means[:, 0], errors[:, 0], strict=True):
+        weights = cell_weights(study, sizes, seen)
+        m = cell_means(study.xe, weights)[..., -1:]
+        means = paired_means(m)[:, 0]
+        errors = paired_errors(m)[:, 0]
+        for row, mean, error in zip(rows, means, errors, strict=True):
             row[f"{name}_xe"] = number(mean)
             row[f"{name}_se"] = number(error)
     return rows

@@ -177,8 +177,8 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
     if count > MOST_RUNS:
         raise InputError(f"the lists make {count} combinations, more than {MOST_RUNS}: list fewer values")
     # Nested loops, the variations innermost: a study that is stopped early is whole for the seeds it has.
-    combinations = list(itertools.product(*choices, varied))
-    combinations = draw(combinations, cfg.trials, cfg.trials_seed)
+    everything = list(itertools.product(*choices, varied))
+    combinations = draw(everything, cfg.trials, cfg.trials_seed)
 
     # Where a single run would go, and beside it: the same command finds its sweep again. A study's runs are in it.
     default = first.out_dir
@@ -203,12 +203,17 @@ def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word
     """The words with the names that a study has for some of them: its seeds, and no early stopping unless typed."""
     words = [seeds(word) if word.key in ("study_seeds", "study-seeds") else word for word in words]
     if cfg.study and "patience" in settings.kinds:
-        files = [Path(word.value) for word in words if not word.key and Path(word.value).is_file()]
-        typed = any(word.key.endswith("patience") for word in words)
-        typed = typed or any(re.search(r"(?m)^\s*[\w.\"]*patience\"?\s*[:=]", file.read_text()) for file in files)
-        if not typed:
+        if not any(says_patience(word) for word in words):
             words = [Word("patience", "--patience=", "0"), *words]
     return words
+
+
+def says_patience(word: Word) -> bool:
+    """Whether a word or the file that it names sets patience."""
+    file = Path(word.value)
+    if word.key or not file.is_file():
+        return word.key.endswith("patience")
+    return bool(re.search(r"(?m)^\s*[\w.\"]*patience\"?\s*[:=]", file.read_text(encoding="utf-8", errors="replace")))
 
 
 def seeds(word: Word) -> Word:

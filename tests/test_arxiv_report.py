@@ -6,13 +6,14 @@ import itertools
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from common.errors import DataError
-from measure import curves, figures, study_pictures
+from measure import curves, figures, report, study_arrays, study_pictures
 from measure.pages import write_page
 from measure.report import study_sections
 from measure.xe_by_k import LAWS
@@ -26,13 +27,16 @@ TITLES, LABELS = {}, {}  # of the pictures of a test, by name
 
 
 @contextlib.contextmanager
-def quick_figure(folder: Path, name: str, title: str = "", columns: int = 1, squeeze: bool = True, **options):
-    """As figures.figure, but what is drawn is not turned into a picture."""
-    axes = Figure().subplots(1, columns, squeeze=squeeze)
-    yield axes
-    first = np.ravel(axes)[0]
-    TITLES[name] = f"{title} {first.get_title()}"
-    LABELS[name] = first.get_legend_handles_labels()[1]
+def quick_figure(folder: Path, name: str, title: str = "", rows: int = 1, columns: int = 1, **options):
+    """As figures.figure, but nothing is turned into a picture, and only what has groups is drawn."""
+    if name in ("xe_by_position", "xe_by_category"):
+        axes = Figure().subplots()
+        yield axes
+        TITLES[name] = f"{title} {axes.get_title()}"
+        LABELS[name] = axes.get_legend_handles_labels()[1]
+    else:
+        panels = [Mock() for _ in range(columns)]
+        yield np.array([panels]) if options.get("squeeze") is False else np.array(panels) if columns > 1 else panels[0]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     (folder / "plots" / f"{name}.png").write_bytes(b"")
 
@@ -42,6 +46,8 @@ def here(in_a_folder_of_its_own, monkeypatch):
     TITLES.clear()
     monkeypatch.setattr(figures, "STRICT", True)
     monkeypatch.setattr(study_pictures, "figure", quick_figure)
+    for module in (report, study_arrays):
+        monkeypatch.setattr(module, "RESAMPLES", 200)
 
 
 def a_result(categories: str, seed: int = 1, xe: float = 2.0, **changes) -> dict:
@@ -222,8 +228,7 @@ def test_older_runs_alone_need_nothing_but_their_results():
 # ------------------------------------------------------------------------------------------------ what is undefined
 
 
-def test_a_single_run_has_no_deviation(capsys, monkeypatch):
-    monkeypatch.setattr(study_pictures, "figure", figures.figure)
+def test_a_single_run_has_no_deviation(capsys):
     write("runs/0", a_result("a"))
     write("runs/1", a_result("ab", 1))
     write("runs/2", a_result("ab", 2, 4.0))
@@ -444,9 +449,13 @@ def test_seen_and_unseen_are_traded_off_by_k():
     assert np.diff(unseen) == pytest.approx([-0.05], abs=0.01) and table[2]["unseen_xe"] == ""
 
 
-def test_information_and_excess_stand_beside_the_exact_optimum(capsys):
-    write_study(synthetic=True, information={"document": 0.6, "predictions": 0.5, "log_K": 1.0})
-    told()
+def test_information_and_excess_stand_beside_the_exact_optimum(capsys, monkeypatch):
+    monkeypatch.setattr(study_pictures, "figure", figures.figure)
+    write_study(synthetic=True, controls=True, information={"document": 0.6, "predictions": 0.5, "log_K": 1.0})
+    page = told()
+    drawn = {path.stem for path in Path("runs/plots").iterdir()}
+    assert drawn == {"xe_against_k", "law_by_position", "dilution", "tradeoff", "in_context", "xe_by_position",
+                     "xe_by_category"} and page.count("<img") == len(drawn)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("The exact optimum has 0.10") or lines[1].startswith("The exact optimum has 0.09")
     for row in rows_of("runs/xe_by_k.csv"):
