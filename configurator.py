@@ -56,7 +56,7 @@ ELSEWHERE = {  # names of other systems, for which a page has its own way: what 
     "checkpoint": BARE,
     "set": "settings go bare too, without --{key}: {value}",
 }  # fmt: skip
-SWEEP_WORDS = ("study", "orders", "controls", "holdout", "equal_parameters", "jobs", "report")  # of sweep.py, on a page
+SWEEP_WORDS = ("study", "orders", "controls", "holdout", "equal_parameters", "trials", "jobs", "report")  # of sweep.py
 
 
 class Range(NamedTuple):

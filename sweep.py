@@ -21,21 +21,35 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from tqdm import tqdm
 
 from common.errors import InputError, clear_errors, leave
-from common.jobs import devices, launch, run_all, signals
+from common.jobs import Job, devices, launch, run_all, signals
 from common.progress import Progress
+from common.runlog import write_json
 from configurator import Count, Range, Settings, Whole, configure, note
 from measure.sweeps import HEADS, append, in_words, objective, read, record, table
 from sources.runs import Grid, Run, has_ended, import_page, plan_runs
+from sources.search import SEARCHES, Trial
 from sources.shared import closest, counted
-from sources.sweeps import HYDRA, Sweeper, Word, hydra_settings, in_shard, read_sweeper, take_apart
+from sources.sweeps import (
+    CONFIG_NAME,
+    HYDRA,
+    Sweeper,
+    Word,
+    hydra_settings,
+    in_shard,
+    labels,
+    read_sweeper,
+    take_apart,
+)
+from sources.trials import Plan, Trials, plan_search
 
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
 CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
@@ -49,8 +63,13 @@ class Config:
     launcher: str = ""  # words before the script, such as "torchrun --nproc_per_node=8"; default Python alone
     shard: str = ""  # K/N: every Nth run from the Kth on, for arrays of jobs
     objective: str = ""  # what runs are compared by: NAME of a number in summary.json; -NAME: more of it is better
-    trials: Count | None = None  # run only so many of the combinations, drawn at random without repetition
-    trials_seed: Whole = 0  # of that draw
+    trials: Count | None = None  # run only so many of the combinations, drawn at random; of a search, how many in all
+    trials_seed: Whole = 0  # of that draw, and of a search
+    # search, where a setting has a range
+    sampler: Literal["tpe", "random"] | None = None  # default tpe; given, it searches lists alone too
+    storage: str = ""  # of the study: path of a journal file, or URL of a database; default study.journal in out_dir
+    study_name: str = ""  # in that storage; default by its settings
+    prune: bool = True  # stop a run that stays worse than the median of the others
     # studies
     study: str = ""  # of train_arxiv.py, XE against K: all (every subset) | k=1,2 (of these sizes) | nested:1,2,4
     orders: Count | None = None  # of the categories, for nested sets
@@ -86,14 +105,17 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
     for word in words:
         if not word.key:
             hydra |= hydra_settings(settings.peek(word.value))
+        elif word.key.replace("-", "_") == CONFIG_NAME:
+            hydra |= SEARCHES.get(word.value, {})
     hydra |= {word.key: word.value for word in words if HYDRA.match(word.key)}
     sweeper = read_sweeper(hydra)
     if sweeper.unused:
         note(f"without effect here: {', '.join(sweeper.unused)}")
     cfg = configure(Config, [f"--{name}={value}" for name, value in (sweeper.ours | own).items()])
     words = [word for word in words if not HYDRA.match(word.key)]
-    typed = [word.key for word in words]
-    words = [Word(key, f"{key}=", value) for key, value in sweeper.params.items() if key not in typed] + words
+    typed = [settings.resolve(word.key.split(".")) for word in words if word.key]
+    searched = [Word(key, f"{key}=", value) for key, value in sweeper.params.items()]
+    words = [word for word in searched if settings.resolve(word.key.split(".")) not in typed] + words
     return cfg, words, sweeper
 
 
@@ -128,9 +150,7 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     """Run what has not ended yet, telling of each; returns the lines of sweep.jsonl. Exits with 1 if a run failed."""
     cfg = sweep.cfg
     shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), cfg.objective)
-    command = [*launch(cfg.launcher), sweep.script]
-    on_cpu = all(getattr(run.cfg, "device", "auto") == "cpu" for run in sweep.runs)
-    jobs, gpus = devices(cfg.jobs, 0 if on_cpu and cfg.gpus is None else cfg.gpus, cfg.launcher)
+    how = processes(sweep, [run.cfg for run in sweep.runs])
     mine = in_shard(cfg.shard, sweep.runs)
     make_folder(sweep.folder)
 
@@ -139,34 +159,16 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     before = f", {len(told)} ended before" if told else ""
     share = f", {len(mine)} of them in shard {cfg.shard}" if cfg.shard else ""
     print(f"{counted(len(sweep.runs), 'run')} of {sweep.script.name} in {sweep.folder}{share}{before}", flush=True)
-    source, working, failed = Grid(todo), [], False
     steps = {run.name: getattr(run.cfg, "max_steps", None) for run in todo}
-    progress = Progress(len(mine), len(mine) - len(todo), steps, jobs)
-    with (
-        signals() as came,
-        contextlib.closing(progress),
-        contextlib.closing(run_all(source, sweep.has_ended, command, jobs, gpus, came, working)) as events,
-    ):
-        for run, status, job in events:
-            progress.show(working)
-            if status == "elsewhere":
-                progress.say(f"{run.folder}: another process is at work here: waiting for its end")
-            if status in ("", "elsewhere"):
-                continue
-            code, seconds = (job.process.poll(), job.seconds) if job else (None, None)
-            line = record(run.folder, run.values, status, code, seconds)
-            told[run.name] = line
-            append(sweep.lines, line)
-            source.ended(run, line)
-            failed = failed or status == "failed"
-            progress.end(run.name, job)
-            text = f"[{progress.ended}/{progress.total}] {run.name}: {in_words(line, shown)}"
-            if job:
-                text += f" | {seconds:.0f} s"
-            left = progress.left()
-            if left and left >= 1 and not came:
-                text += f" | {tqdm.format_interval(left)} left"
-            progress.say(text)
+    progress = Progress(len(mine), len(mine) - len(todo), steps, how[1])
+
+    def tell(run: Run, status: str, job: Job | None) -> dict:
+        line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
+        append(sweep.lines, line)
+        return line
+
+    new, came = run_and_tell(sweep, Grid(todo), progress, how, sweep.has_ended, tell)
+    told |= new
     told, missing = look_around(sweep, told)
     show_table(told, shown, less_is_better)
     if came:
@@ -176,10 +178,141 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     if missing:
         print(f"{counted(len(missing), 'run')} of other shards not ended yet: the last shard to end compares all runs")
     else:
-        show_comparison([sweep.folder / line["run"] for line in told if line["status"] == "done"], sweep.folder)
-    if failed:
+        done = [sweep.folder / line["run"] for line in told if line["status"] == "done"]
+        show_comparison(done, sweep.folder, cfg.objective)
+    if any(line["status"] == "failed" for line in new.values()):
         raise SystemExit(1)
     return told
+
+
+def processes(sweep: Sweep, settings: list[Any]) -> tuple[list, int, list[str]]:
+    """(the words before those of a run, runs at a time, the GPUs that they share). Raises InputError.
+
+    settings: the page's Config of the runs, as far as they are known.
+    """
+    cfg = sweep.cfg
+    on_cpu = all(getattr(each, "device", "auto") == "cpu" for each in settings)
+    jobs, gpus = devices(cfg.jobs, 0 if on_cpu and cfg.gpus is None else cfg.gpus, cfg.launcher)
+    return [*launch(cfg.launcher), sweep.script], jobs, gpus
+
+
+def run_and_tell(sweep: Sweep, source: Grid | Trials, progress: Progress, how: tuple[list, int, list[str]],
+                 has_ended: Callable, tell: Callable) -> tuple[dict[str, dict], list[int]]:
+    """Run what a source has, telling of each; returns ({name: line of sweep.jsonl}, the signals that came).
+
+    Args:
+        how: of processes. has_ended: whether a run has.
+        tell: makes the line of a run that ended, of its status and job, and adds it to sweep.jsonl.
+    """
+    shown, _ = objective(getattr(sweep.page, "EXPERIMENT", ""), sweep.cfg.objective)
+    told, working = {}, []
+    with (
+        signals() as came,
+        contextlib.closing(progress),
+        contextlib.closing(run_all(source, has_ended, *how, came, working)) as events,
+    ):
+        for run, status, job in events:
+            progress.show(working)
+            if status == "elsewhere":
+                progress.say(f"{run.folder}: another process is at work here: waiting for its end")
+            if status in ("", "elsewhere"):
+                continue
+            line = tell(run, status, job)
+            told[run.name] = line
+            source.ended(run, line)
+            progress.end(run.name, job)
+            if isinstance(source, Trials):
+                progress.ended = source.count_ended()
+            text = f"[{progress.ended}/{progress.total}] {run.name}: {in_words(line, shown)}"
+            if job:
+                text += f" | {job.seconds:.0f} s"
+            left = progress.left()
+            if left and left >= 1 and not came:
+                text += f" | {tqdm.format_interval(left)} left"
+            progress.say(text)
+    return told, came
+
+
+def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
+    """Run what is left of a study, which other processes may do too; returns the lines of all its runs that ended.
+
+    Exits with 1 if a run failed here.
+    """
+    if sweep.cfg.shard:
+        raise InputError("a search has no shards: the same command without --shard, several times at once, shares it")
+    how = processes(sweep, [plan.first])
+    make_folder(sweep.folder)
+    shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), sweep.cfg.objective)
+    source = plan.open()
+    ended = source.count_ended()
+    before = f", {ended} ended before" if ended else ""
+    print(f"a study of {counted(source.total, 'run')} of {sweep.script.name} in {sweep.folder}{before}", flush=True)
+
+    def has_ended(run: Run) -> bool:
+        return source.has_ended(run, sweep.page, sweep.script)
+
+    def tell(run: Run, status: str, job: Job | None) -> dict:
+        trial = source.trial_of(run)
+        if job is None and trial.state != "running":  # of another process, which has told of it
+            return line_of_trial(source, trial, {})
+        line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
+        line |= {"value": trial.value} if status == "pruned" else {}
+        append(sweep.lines, line)
+        return line
+
+    progress = Progress(source.total, ended, {}, how[1])
+    new, came = run_and_tell(sweep, source, progress, how, has_ended, tell)
+    trials = source.search.trials()
+    lines = read(sweep.lines)
+    told = [line_of_trial(source, trial, lines) for trial in trials if trial.state != "running"]
+    show_table(told, shown, less_is_better)
+    for trial in trials:
+        if trial.state == "running" and not came:
+            print(f"{source.name_of(trial)}: at work on {trial.host or 'another machine'}, or left by a sweep that was "
+                  "killed there")
+    if came:
+        leave(f"stopped by a signal with {len(told)} of {source.total} ended; the same command goes on from there",
+              128 + came[0])
+    show_best(sweep, source, less_is_better)
+    folders = [Path(line["folder"]) for line in told if line["status"] == "done"]
+    show_comparison([folder for folder in folders if folder.is_dir()], sweep.folder, sweep.cfg.objective)
+    if any(line["status"] == "failed" for line in new.values()):
+        raise SystemExit(1)
+    return told
+
+
+def line_of_trial(source: Trials, trial: Trial, lines: dict[str, dict]) -> dict:
+    """The line of sweep.jsonl of a run that has ended in this or another process, on this or another machine.
+
+    lines: {name: line} of those that sweep.jsonl has.
+    """
+    folder, values = source.place_of(trial), source.labelled(trial.values)
+    if folder and (trial.state != "done" or (folder / "summary.json").exists()):
+        before = lines.get(folder.name, {})
+        line = record(folder, values, trial.state, before.get("exit_code"), before.get("seconds"))
+    else:
+        line = {"run": source.name_of(trial), "status": trial.state, "exit_code": None, "seconds": None,
+                "folder": f"{trial.host}:{trial.folder}", "settings": values, "last_lines": [],
+                "summary": {source.objective: trial.value}}  # fmt: skip
+    return line | ({"value": trial.value} if trial.state == "pruned" else {})
+
+
+def show_best(sweep: Sweep, source: Trials, less_is_better: bool) -> None:
+    """Print the command that repeats the best run of a study, write best.json, and say which settings matter."""
+    done = [trial for trial in source.search.trials() if trial.state == "done"]
+    if not done:
+        return
+    best = min(done, key=lambda trial: trial.value if less_is_better else -trial.value)
+    run = source.run_of(best.values, sweep.folder / source.name_of(best))
+    command = shlex.join(["python", sweep.script.name, *run.words[:-1]])
+    write_json(sweep.folder / "best.json", {"run": run.name, source.objective: best.value, "settings": run.values,
+                                            "command": command})
+    print(f"\nthe best again: {command}")
+    shares = source.search.importances()
+    if shares:
+        names = dict(zip(shares, labels(list(shares)), strict=True))
+        listed = ", ".join(f"{names[key]} {share:.2f}" for key, share in shares.items())
+        print(f"what tells the best quarter of {len(done)} runs from the others (PED-ANOVA): {listed}")
 
 
 def look_around(sweep: Sweep, told: dict[str, dict]) -> tuple[list[dict], list[Run]]:
@@ -203,14 +336,14 @@ def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None
         note(f"{shown[0]} is no number in summary.json{closest(shown[0], known)}")
 
 
-def show_comparison(runs: list[Path], folder: Path) -> list[str]:
+def show_comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:
     """Compare the runs in report.html of the folder, and print what it says in short; a failure is a note."""
     if not runs:
         return []
     try:
         from measure.comparison import compare
 
-        lines = compare(runs, folder)
+        lines = compare(runs, folder, wanted, shows_table=False)
     except Exception as error:  # the table stands above already
         note(f"no comparison in {folder}: {error}")
         return []
@@ -220,7 +353,7 @@ def show_comparison(runs: list[Path], folder: Path) -> list[str]:
 
 def report(argv: list[str]) -> list[str]:
     """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
-    from measure.comparison import compare, find_runs
+    from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
     paths = [Path(word.head + word.value) for word in words]
@@ -237,7 +370,7 @@ def report(argv: list[str]) -> list[str]:
     if options.get("open") == "True":
         import webbrowser
 
-        webbrowser.open((out / "report.html").resolve().as_uri())
+        webbrowser.open((place_for(out) / "report.html").resolve().as_uri())
     return lines
 
 
@@ -252,13 +385,20 @@ def main(argv: list[str] | None = None) -> Any:
             return report(argv[1:])
         page, script = import_page(argv[0])
         cfg, words, sweeper = read_words(page, words)
-        folder, runs = plan_runs(page, words, sweeper, cfg)
+        shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
+        search = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
+        if search and shows:
+            typed = shlex.join(["python", argv[0], *(word.head + word.value for word in words)])
+            print(f"{typed}  # {counted(cfg.trials, 'run')} of a search in {search.folder}")
+            return []
+        folder, runs = (search.folder, []) if search else plan_runs(page, words, sweeper, cfg)
         if shows:
             for run in in_shard(cfg.shard, runs):
                 print(shlex.join(["python", argv[0], *run.words]))
             return []
+        sweep = Sweep(page, script, cfg, folder, runs)
         try:
-            return run_sweep(Sweep(page, script, cfg, folder, runs))
+            return run_search(sweep, search) if search else run_sweep(sweep)
         except KeyboardInterrupt:  # before the first run, or after the last
             leave("interrupted", 128 + signal.SIGINT)
         except OSError as error:  # a full disk, a file where a folder should be; the runs at work save

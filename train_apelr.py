@@ -1106,7 +1106,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             return stopped | extra | {"parameters": plans.size_of(model)}
         trained = rt.wrap(model)
 
-        with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
+        with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
                 corpus.copy_tokenizer(folder)
@@ -1136,12 +1136,11 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                 improved = False
                 if due.logs:
                     means = meter.read()
-                    mfu = speed * flops_per_token(model) / peak
                     values = {
                         "lr": lr,
                         "grad_norm": float(norm),
                         "tokens_per_s": speed,
-                        "mfu": mfu,
+                        "mfu": speed * flops_per_token(model) / peak,
                     }
                     left = (cfg.max_steps - step) * meter.units_per_step / speed  # seconds
                     log.train(step, means | values, lr, norm, speed, left, loss=means["loss"])

@@ -600,7 +600,7 @@ def train(cfg: Config) -> dict:
             batches.take_up([rank.get("carried") for rank in state["ranks"]])
         trained = rt.wrap(model)  # what steps go through: compiled and synchronised; `model` is the same weights
 
-        with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps) as log:
+        with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
             # The first lines: the machine, what is trained on what, where it starts.

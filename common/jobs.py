@@ -74,6 +74,10 @@ class Job:
     pruned: bool = False
     told: list[float] = field(default_factory=list)  # when it was asked to stop
 
+    def end(self) -> tuple[int | None, float]:
+        """(exit code, seconds) of a run that has ended."""
+        return self.process.poll(), self.seconds
+
 
 def take(folder: Path) -> IO | None:
     """Hold the lock of a run's folder, made if missing; None while another process is at work on it.
@@ -150,11 +154,11 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
         while True:
             for job in [job for job in working if job.process.poll() is not None]:
                 working.remove(job)
-                job.lock.close()
                 asked = 0.0
                 job.records.grown()
                 job.seconds = time.perf_counter() - job.began
-                yield job.run, how_it_ended(job, came), job
+                with job.lock:  # nobody takes the run for one that was left before it is told what came of it
+                    yield job.run, how_it_ended(job, came), job
             while len(working) < jobs and not came:
                 now, run = time.monotonic(), None
                 if now >= asked + LOOK_SECONDS:
@@ -170,8 +174,8 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
                         yield run, "elsewhere", None
                     elsewhere.append(run)
                 elif has_ended(run):
-                    lock.close()
-                    yield run, "done", None
+                    with lock:
+                        yield run, "done", None
                 else:
                     working.append(start(run, command, lock, jobs, least_used(gpus, working)))
             if not working and (came or not elsewhere):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -14,6 +15,16 @@ from common.jobs import Job
 
 LOSSES = ("loss", "loss/ema", "val_loss", "val_xe", "val_nll")  # what is shown of a run, whichever comes first
 SHOW_SECONDS = 0.5
+
+
+class HowFar(NamedTuple):
+    """Of a run at work: steps done, here alone, and in all where known; its newest loss where there is one; seconds."""
+
+    step: int
+    here: int
+    total: int | None
+    loss: float | None
+    seconds: float
 
 
 class Progress:
@@ -25,13 +36,20 @@ class Progress:
     """
 
     def __init__(self, total: int, ended: int, steps: dict[str, int | None], at_a_time: int):
-        self.total, self.ended, self.steps, self.at_a_time = total, ended, dict(steps), at_a_time
-        self.steps_done, self.seconds_spent, self.shown = 0.0, 0.0, 0.0
+        self.total, self.ended, self.at_a_time = total, ended, at_a_time
+        self.steps = dict(steps)
+        # Of the runs that ended here.
+        self.steps_done = 0.0
+        self.seconds_spent = 0.0
         self.jobs: list[Job] = []
-        self.bars: dict[str, tqdm] = {}  # by name of a run
+        self.shown = 0.0
         self.is_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=ended, disable=not self.is_terminal, leave=False, position=0,
-                        dynamic_ncols=True, bar_format="{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
+        self.bars: dict[str, tqdm] = {}  # by name of a run
+        self.bar = self.new_bar(0, total, "{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
+
+    def new_bar(self, row: int, total: int | None, form: str, name: str = "") -> tqdm:
+        return tqdm(total=total, desc=name, position=row, bar_format=form, disable=not self.is_terminal, leave=False,
+                    dynamic_ncols=True)
 
     def show(self, jobs: list[Job]) -> None:
         """Draw the bars of the runs at work, twice a second."""
@@ -41,31 +59,29 @@ class Progress:
             return
         self.shown = now
         for job in jobs:
-            step, total, loss = how_far(job)
-            if job.run.name not in self.bars:
-                rows = {-bar.pos for bar in self.bars.values()}
-                row = min(set(range(1, len(jobs) + len(rows) + 1)) - rows)
-                width = max(20, shutil.get_terminal_size().columns // 2)
-                self.bars[job.run.name] = tqdm(
-                    total=total, initial=step, desc="  " + job.run.name[-width:], position=row, leave=False,
-                    dynamic_ncols=True, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
-            bar = self.bars[job.run.name]
-            bar.n, bar.total = step, total
-            bar.set_postfix_str(f"loss {loss:.4f}" if loss is not None else "", refresh=False)
-            bar.refresh()
+            self.show_run(job)
         left = self.left()
-        self.bar.set_postfix_str(f"{tqdm.format_interval(left)} left" if left is not None else "", refresh=False)
-        self.bar.n, self.bar.total = self.ended, self.total
-        self.bar.refresh()
+        text = f"{tqdm.format_interval(left)} left" if left is not None else ""
+        draw(self.bar, self.ended, self.total, text)
+
+    def show_run(self, job: Job) -> None:
+        name, far = job.run.name, how_far(job)
+        if name not in self.bars:
+            taken = [-bar.pos for bar in self.bars.values()]
+            row = min(row for row in range(1, len(taken) + 2) if row not in taken)
+            width = max(20, shutil.get_terminal_size().columns // 2)
+            form = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self.bars[name] = self.new_bar(row, far.total, form, f"  {name[-width:]}")
+        text = f"loss {far.loss:.4f}" if far.loss is not None else ""
+        draw(self.bars[name], far.step, far.total, text)
 
     def end(self, name: str, job: Job | None) -> None:
         """A run has ended, here or elsewhere; job: here."""
         self.ended += 1
         steps = self.steps.pop(name, None)
         if job:
-            _, total, _ = how_far(job)
-            whole = total or steps or self.usual_steps()
-            self.steps_done += max(0, whole - job.first_step)
+            total = how_far(job).total or steps or self.usual_steps()
+            self.steps_done += max(0, total - job.first_step)
             self.seconds_spent += job.seconds
         if name in self.bars:
             self.bars.pop(name).close()
@@ -74,37 +90,38 @@ class Progress:
         """Seconds until the last run of the sweep ends; None where nothing tells it yet.
 
         A step costs what it has cost in the runs that ended here, with their begin and end, or in those at work before
-        one has ended. A run at work takes the longer of what it has left by that and by its own pace.
+        one has ended.
         """
-        now, usual, names = time.perf_counter(), self.usual_steps(), set()
-        done, spent, begun = self.steps_done, self.seconds_spent, []
-        for job in self.jobs:
-            step, total, _ = how_far(job)
-            whole = total or self.steps.get(job.run.name) or usual
-            begun.append((max(0, step - job.first_step), max(0, whole - step), now - job.began))
-            names.add(job.run.name)
+        begun = [how_far(job) for job in self.jobs]
+        done, spent = self.steps_done, self.seconds_spent
         if not done:
-            done, spent = sum(steps for steps, _, _ in begun), sum(seconds for _, _, seconds in begun)
+            done = sum(far.here for far in begun)
+            spent = sum(far.seconds for far in begun)
         if not done:
             return None
-        price = spent / done  # seconds of a step
+        price = spent / done
+        names = [job.run.name for job in self.jobs]
+        usual = self.usual_steps()
         waiting = [steps or usual for name, steps in self.steps.items() if name not in names]
         unknown = max(0, self.total - self.ended - len(names) - len(waiting))  # of a search
-        left = (sum(waiting) + unknown * usual) * price
-        longest = 0.0
-        for steps, todo, seconds in begun:
-            rest = max(0.0, (steps + todo) * price - seconds)
-            if 4 * steps > steps + todo:  # before, its pace is that of getting ready
-                rest = max(rest, todo * seconds / steps)
-            longest = max(longest, rest)
-            left += rest
-        # Shared among the runs at a time; the last to end may be one that has no other beside it.
-        return max(longest, left / self.at_a_time)
+        rests = [self.rest(job, far, price) for job, far in zip(self.jobs, begun, strict=True)]
+        shared = sum(rests) + price * (sum(waiting) + unknown * usual)
+        # The last to end may be one that has no other beside it.
+        return max([shared / self.at_a_time, *rests])
+
+    def rest(self, job: Job, far: HowFar, price: float) -> float:
+        """Seconds that a run at work has left, by the price of a step or its own pace, whichever is longer."""
+        total = far.total or self.steps.get(job.run.name) or self.usual_steps()
+        todo = max(0, total - far.step)
+        rest = max(0.0, (far.here + todo) * price - far.seconds)
+        if far.here > todo / 3:  # before, its pace is that of getting ready
+            rest = max(rest, todo * far.seconds / far.here)
+        return rest
 
     def usual_steps(self) -> float:
         """Steps of a run that nothing is known of."""
-        known = [steps for steps in self.steps.values() if steps]
-        known += [total for job in self.jobs if (total := how_far(job)[1])]
+        known = [*self.steps.values(), *(how_far(job).total for job in self.jobs)]
+        known = [steps for steps in known if steps]
         return fmean(known) if known else 1.0
 
     def say(self, line: str) -> None:
@@ -117,18 +134,28 @@ class Progress:
             bar.close()
 
 
-def how_far(job: Job) -> tuple[int, int | None, float | None]:
-    """(steps done, steps in all where known, newest loss where there is one) of a run at work."""
+def draw(bar: tqdm, done: int, total: int | None, text: str) -> None:
+    bar.n, bar.total = done, total
+    bar.set_postfix_str(text, refresh=False)
+    bar.refresh()
+
+
+def how_far(job: Job) -> HowFar:
     records = job.records.records
     step = records[-1].get("step", 0) if records else 0
     total = getattr(job.run.cfg, "max_steps", None)
     if not total:  # such as one that is trained for some epochs
         total = job.total = job.total or total_steps(job.run.folder / "train.log")
+    seconds = time.perf_counter() - job.began
+    return HowFar(step, max(0, step - job.first_step), total, newest_loss(records), seconds)
+
+
+def newest_loss(records: list[dict]) -> float | None:
     for record in reversed(records):
         for name in LOSSES:
             if isinstance(record.get(name), float):
-                return step, total, record[name]
-    return step, total, None
+                return record[name]
+    return None
 
 
 def total_steps(log: Path) -> int | None:

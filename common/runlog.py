@@ -31,10 +31,13 @@ class RunLog:
     Args:
         folder: the run folder, made if missing.
         start_step: steps already done; later lines of an interrupted run's metrics.jsonl are dropped.
+        data: {what names the data: fingerprint}, for summary.json: runs on other data are not compared as equals.
     """
 
-    def __init__(self, rt, cfg, config: dict, folder: Path, script: str, start_step: int, max_steps: int):
+    def __init__(self, rt, cfg, config: dict, folder: Path, script: str, start_step: int, max_steps: int,
+                 data: dict[str, str] | None = None):
         self.active, self.folder, self.began = rt.is_main, folder, time.perf_counter()
+        self.data = {"data": data} if data else {}
         self.bar = self.board = self.wandb = None
         self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
         if not self.active:
@@ -142,7 +145,7 @@ class RunLog:
         """Write summary.json and print it."""
         if not self.active:
             return
-        write_json(self.folder / "summary.json", values)
+        write_json(self.folder / "summary.json", values | self.data)
         self.bar.clear()
         for line in _lines(values):
             self.say(line)

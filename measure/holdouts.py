@@ -13,15 +13,16 @@ from statistics import fmean, stdev
 
 from common.checkpoint import NO_SETTINGS
 from measure.figures import figure
-from measure.pages import Section
+from measure.pages import Cell, Section
 from sources.shared import counted
 
 DELTA = "Pearson delta"
 ENERGY = "energy distance"
 METRICS = {DELTA: "pearson_delta", ENERGY: "energy_distance"}
 BETTER = {DELTA: "more", ENERGY: "less"}
+SHORT = {DELTA: "delta", ENERGY: "energy"}  # of further columns
 RIVAL = "perturbation mean"  # what is known without a model: the mean effect on the types that train
-CAPTION = "Rings: the mean effect on the other types. Dots: the model, a small one a seed, a large one their mean."
+CAPTION = "Rings: the mean effect on the other types. Small dots: the model, one a seed; large ones: their mean."
 APART = (*NO_SETTINGS, "toml_config_path", "seed")  # settings in which the runs of one study differ
 
 Number = float | None  # None is undefined
@@ -57,7 +58,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
     sections, lines = [], []
     for number, study in enumerate(studies):
         title = ", ".join(["Each cell type held out", *what_differs(study[0], studies)])
-        rows = table(study)
+        rows = readable(table(study))
         sentence = in_words(study)
         name = f"holdouts_{number}" if number else "holdouts"
         draw(out, name, study)
@@ -141,16 +142,16 @@ def table(study: list[HeldOut]) -> list[dict]:
             values = [run.model[metric] for run in runs]
             row[metric] = mean_of(values)
             if several:
-                row[f"{metric}, sd"] = spread_of(values)
-            row[f"{metric}, {RIVAL}"] = mean_of([run.rival[metric] for run in runs])
+                row[f"{SHORT[metric]}, sd"] = spread_of(values)
+            row[f"{SHORT[metric]}, {RIVAL}"] = mean_of([run.rival[metric] for run in runs])
         rows.append(row)
     last = {"held out": "mean", "seeds": None}
     for metric in METRICS:
         both = pairs(study, metric)
         last[metric] = mean_of([model for model, _ in both])
         if several:
-            last[f"{metric}, sd"] = spread_of_seeds(study, metric)
-        last[f"{metric}, {RIVAL}"] = mean_of([rival for _, rival in both])
+            last[f"{SHORT[metric]}, sd"] = spread_of_seeds(study, metric)
+        last[f"{SHORT[metric]}, {RIVAL}"] = mean_of([rival for _, rival in both])
     return [*rows, last]
 
 
@@ -173,7 +174,9 @@ def in_words(study: list[HeldOut]) -> str:
     if not gains:
         return f"No type has a Pearson delta of the model and of the {RIVAL}: there is nothing to compare."
     better = sum(gain > 0 for gain in gains)
-    spread = f" (standard deviation over types {stdev(gains):.3f})" if len(gains) > 1 else ""
+    spread = ""
+    if len(gains) > 1:
+        spread = f" (standard deviation over types {stdev(gains):.3f})"
     seeds = max(len(runs) for runs in by_type(study).values())
     return (
         f"Pearson delta of the model is {fmean(gains):+.3f} against the {RIVAL}{spread}, the mean over "
@@ -185,33 +188,58 @@ def in_words(study: list[HeldOut]) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # To be read
 # ---------------------------------------------------------------------------------------------------------------
-def in_columns(rows: list[dict]) -> list[str]:
-    """The lines of a table; numbers with three digits behind the point, None blank."""
-    cells = [list(rows[0])]
+def readable(rows: list[dict]) -> list[dict]:
+    """Rows of `table` for people: a mean and its standard deviation in one cell, as in 0.862 ± 0.006."""
+    shown = []
     for row in rows:
-        cells.append([short(value) for value in row.values()])
-    columns = list(zip(*cells, strict=True))
+        cells = {"held out": row["held out"], "seeds": row["seeds"]}
+        for metric, short in SHORT.items():
+            spread = row.get(f"{short}, sd")
+            more = ""
+            if spread is not None:
+                more = f" ± {spread:.3f}"
+            cells[metric] = cell(row[metric], more)
+            rival = f"{short}, {RIVAL}"
+            cells[rival] = cell(row[rival])
+        shown.append(cells)
+    return shown
+
+
+def cell(value: Number, more: str = "") -> Cell | None:
+    """A number with three digits behind the point, sorted by its value; None is blank."""
+    if value is None:
+        return None
+    return Cell(f"{value:.3f}{more}", str(value), True)
+
+
+def in_columns(rows: list[dict]) -> list[str]:
+    """The lines of a readable table; None is blank."""
+    texts = [list(rows[0])]
+    for row in rows:
+        texts.append([text_of(value) for value in row.values()])
+    columns = list(zip(*texts, strict=True))
     widths = [max(map(len, column)) for column in columns]
     lines = []
-    for line in cells:
+    for line in texts:
         padded = map(str.ljust, line, widths)
         text = "  ".join(padded)
         lines.append(text.rstrip())
     return lines
 
 
-def short(value) -> str:
-    """A value of the table."""
+def text_of(value: Cell | str | int | None) -> str:
+    if isinstance(value, Cell):
+        return value.text
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def draw(out: Path, name: str, study: list[HeldOut]) -> None:
     """plots/NAME.png: a line for each type, a panel for each metric."""
     types = by_type(study)
     places = range(len(types))
-    height = 1.3 + 0.3 * len(types)
+    height = 1.5 + 0.3 * len(types)
     with figure(out, name, 8, height, 1, len(METRICS), sharey=True) as axes:
         for panel, metric in zip(axes, METRICS, strict=True):
             means, rivals = [], []
@@ -220,16 +248,22 @@ def draw(out: Path, name: str, study: list[HeldOut]) -> None:
                 panel.plot(values, [place] * len(runs), ".", color="C0", markersize=4)
                 means.append(mean_of([run.model[metric] for run in runs]))
                 rivals.append(mean_of([run.rival[metric] for run in runs]))
-            ring = {"color": "k", "markersize": 8, "markerfacecolor": "none"}
-            dot = {"color": "C0", "markersize": 5}
+            ring = {"color": "k", "markersize": 8, "markerfacecolor": "none", "label": RIVAL}
+            dot = {"color": "C0", "markersize": 5, "label": "model"}
             panel.plot(drawn(rivals), places, "o", **ring)
             panel.plot(drawn(means), places, "o", **dot)
             panel.set_xlabel(f"{metric} ({BETTER[metric]} is better)")
             panel.grid(axis="x", linewidth=0.3)
         axes[0].set_yticks(places, list(types), fontsize=8)
         axes[0].invert_yaxis()
+        named = axes[0].get_legend_handles_labels()
+        whole = axes[0].figure
+        whole.legend(*named, loc="outside upper center", ncols=2, fontsize=8)
 
 
 def drawn(values: list[Number]) -> list[float]:
     """What is undefined is not drawn."""
-    return [math.nan if value is None else value for value in values]
+    numbers = []
+    for value in values:
+        numbers.append(math.nan if value is None else value)
+    return numbers

@@ -26,7 +26,7 @@ from measure import figures
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
 LONG_CELL = 50  # signs
-LONGEST_COMMAND = 100  # signs of a line; a longer command has a line for each setting
+LONGEST_LINE = 90  # signs of a line of a command
 
 # What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
 HEADLINES = {
@@ -178,7 +178,9 @@ def filled_table(rows: list[dict]) -> dict:
 
 
 def cell_of(value: Any) -> Cell:
-    """A value in a table. What is undefined (None, nan, infinity) is blank."""
+    """A value in a table; a Cell is as it is. What is undefined (None, nan, infinity) is blank."""
+    if isinstance(value, Cell):
+        return value
     if isinstance(value, float) and not math.isfinite(value):
         value = None
     if value is None:
@@ -380,11 +382,14 @@ def can_be_typed(value: Any, name: str, Config: type) -> bool:
 
 
 def command_line(script: str, words: list[str]) -> str:
-    """A command to paste into a shell: one line, or where that is long a line for each setting."""
-    line = shlex.join(["python", script, *words])
-    if len(line) <= LONGEST_COMMAND:
-        return line
-    return " \\\n    ".join([shlex.join(["python", script]), *map(shlex.quote, words)])
+    """A command to paste into a shell, in lines of some length."""
+    lines = [shlex.join(["python", script])]
+    for word in map(shlex.quote, words):
+        if len(lines[-1]) + len(word) < LONGEST_LINE:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)
 
 
 def machine(copy: Path, result: dict) -> list[dict]:

@@ -89,8 +89,12 @@ def in_words(told: dict, shown: list[str]) -> str:
     if told["last_lines"]:
         last = told["last_lines"][-1]
     if told["status"] == "pruned":
-        return "pruned: stopped early, for there was no hope for it"
+        value = number(told.get("value"))
+        place = f" at {shown[0]} {value}" if value and shown else ""
+        return f"pruned{place}: no hope beside the median of the others"
     code = told["exit_code"]
+    if code is None:  # of a run that another process has seen
+        return f"{told['status']}: {last}"
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"  # as when memory runs out
     return f"{told['status']} ({how}): {last}"
 

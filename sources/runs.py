@@ -22,7 +22,7 @@ from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
 from sources.shared import counted
 from sources.studies import Variation, resized, variations
-from sources.sweeps import CONFIG_NAME, SEARCHING, Sweeper, Word, digest, labels, listed_values, plain, run_name
+from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
 
 HERE = Path(__file__).resolve().parents[1]
 MOST_RUNS = 1_000
@@ -116,9 +116,6 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
     """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
     choices, listed = [], []
     for word in words:
-        if word.key.replace("-", "_") == CONFIG_NAME and word.value in SEARCHING:
-            raise InputError(f"{word.key}={word.value} searches over intervals, which needs Optuna: leave it out, and "
-                             "list values instead, as in lr=1e-3,1e-4")
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
@@ -177,8 +174,8 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
     if count > MOST_RUNS:
         raise InputError(f"the lists make {count} combinations, more than {MOST_RUNS}: list fewer values")
     # Nested loops, the variations innermost: a study that is stopped early is whole for the seeds it has.
-    combinations = list(itertools.product(*choices, varied))
-    combinations = draw(combinations, cfg.trials, cfg.trials_seed)
+    everything = list(itertools.product(*choices, varied))
+    combinations = draw(everything, cfg.trials, cfg.trials_seed)
 
     # Where a single run would go, and beside it: the same command finds its sweep again. A study's runs are in it.
     default = first.out_dir
@@ -203,12 +200,17 @@ def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word
     """The words with the names that a study has for some of them: its seeds, and no early stopping unless typed."""
     words = [seeds(word) if word.key in ("study_seeds", "study-seeds") else word for word in words]
     if cfg.study and "patience" in settings.kinds:
-        files = [Path(word.value) for word in words if not word.key and Path(word.value).is_file()]
-        typed = any(word.key.endswith("patience") for word in words)
-        typed = typed or any(re.search(r"(?m)^\s*[\w.\"]*patience\"?\s*[:=]", file.read_text()) for file in files)
-        if not typed:
+        if not any(says_patience(word) for word in words):
             words = [Word("patience", "--patience=", "0"), *words]
     return words
+
+
+def says_patience(word: Word) -> bool:
+    """Whether a word or the file that it names sets patience."""
+    file = Path(word.value)
+    if word.key or not file.is_file():
+        return word.key.endswith("patience")
+    return bool(re.search(r"(?m)^\s*[\w.\"]*patience\"?\s*[:=]", file.read_text(encoding="utf-8", errors="replace")))
 
 
 def seeds(word: Word) -> Word:

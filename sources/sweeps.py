@@ -17,15 +17,23 @@ OURS = {
     "hydra.launcher.n_jobs": "jobs",
     "hydra.sweeper.n_trials": "trials",
     "hydra.sweeper.sampler.seed": "trials_seed",
+    "hydra.sweeper.storage": "storage",
+    "hydra.sweeper.study_name": "study_name",
 }
 PARAMS = "hydra.sweeper.params."
 SWEEPERS = ("basic", "optuna")
+# Optuna's samplers, by Hydra's name and by that of their class, and what the setting sampler has; none of a grid.
+OPTUNA_SAMPLERS = {"tpe": "tpe", "TPESampler": "tpe", "random": "random", "RandomSampler": "random"}
+GRIDS = ("grid", "GridSampler")
 LAUNCHERS = ("basic", "joblib")
 OPTUNA_TRIALS = "20"  # hydra-optuna-sweeper 1.3: n_trials where nobody says
 # What Hydra does with values beyond listing them.
 ABSENT = ("interval", "tag", "int", "float", "str", "bool", "json_str", "sort", "shuffle", "glob", "extend_list")
+READ_HERE = (
+    "hydra/sweeper", "hydra/launcher", "hydra.mode", "hydra/sweeper/sampler", "hydra.sweeper.sampler._target_",
+    "hydra.sweeper.direction", "hydra.sweeper._target_",
+)  # fmt: skip
 CONFIG_NAME = "config_name"
-SEARCHING = ("experiment", "experiment.yaml")  # values of --config-name: Simplexity's file of a search over intervals
 MOST_VALUES = 10_000  # of one range
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 
@@ -42,13 +50,15 @@ class Sweeper(NamedTuple):
     """What the words that begin with hydra mean here.
 
     ours: {setting of sweep.py: value as written}. params: {setting of the page: values as written}. unused: words
-    without effect here. inclusive: whether range(1, 4) has the 4, as it does where Optuna draws from it.
+    without effect here. inclusive: whether range(1, 4) has the 4, as it does where Optuna draws from it. direction:
+    minimize, maximize, or "" where nobody says.
     """
 
     ours: dict[str, str]
     params: dict[str, str]
     unused: list[str]
     inclusive: bool
+    direction: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,8 +125,7 @@ def listed_values(key: str, text: str, is_list: bool = False, inclusive: bool = 
     call = re.fullmatch(r"\s*(\w+)\((.*)\)\s*", text, re.DOTALL)
     name, inner = call.groups() if call else ("", "")
     if name in ABSENT:
-        why = "needs Optuna, which sweep.py does not call" if "interval" in text else "is not read"
-        raise InputError(f"{key}={text}: {name}() {why}: list values instead, as in {key}=VALUE,VALUE")
+        raise InputError(f"{key}={text}: {name}() is not read: list values instead, as in {key}=VALUE,VALUE")
     if name == "range":
         values = range_values(f"{key}={text}", inner, inclusive)
     else:
@@ -245,10 +254,15 @@ def read_sweeper(given: dict[str, str]) -> Sweeper:
             raise InputError(f"{key}: sweep.py does not read search spaces: {PARAMS}NAME=VALUE,VALUE lists values")
         elif key in OURS and "${" not in value and value != "null":
             ours[OURS[key]] = value
-        elif key not in ("hydra/sweeper", "hydra/launcher", "hydra.mode"):
+        elif key not in READ_HERE:
             unused.append(key)
-    sampler = given.get("hydra/sweeper/sampler", "") + given.get("hydra.sweeper.sampler._target_", "")
-    return Sweeper(ours, params, unused, inclusive=sweeper == "optuna" and "grid" not in sampler.lower())
+    sampler = given.get("hydra/sweeper/sampler", "") or given.get("hydra.sweeper.sampler._target_", "").split(".")[-1]
+    if sampler in OPTUNA_SAMPLERS:
+        ours["sampler"] = OPTUNA_SAMPLERS[sampler]
+    elif sampler and sampler not in GRIDS:
+        raise InputError(f"{sampler}: sweep.py samples by tpe or at random: hydra/sweeper/sampler=tpe")
+    direction = given.get("hydra.sweeper.direction", "")
+    return Sweeper(ours, params, unused, sweeper == "optuna" and sampler not in GRIDS, direction)
 
 
 def in_shard(shard: str, runs: list) -> list:

@@ -296,10 +296,10 @@ def test_of_more_combinations_than_trials_some_are_drawn_and_more_trials_keep_th
 
 
 def test_hydra_words_without_effect_are_named(capsys):
-    sweep.main(["train_tiny.py", "seed=0,1", "hydra.sweeper.storage=x", "hydra.sweep.dir=${now:%H}", "--print_config"])
+    sweep.main(["train_tiny.py", "seed=0,1", "hydra.sweep.subdir=x", "hydra.sweep.dir=${now:%H}", "--print_config"])
     told = capsys.readouterr()
-    assert "note: without effect here: hydra.sweeper.storage, hydra.sweep.dir" in told.err
-    assert "out/tiny_sweep_" in told.out and "storage" not in told.out
+    assert "note: without effect here: hydra.sweep.subdir, hydra.sweep.dir" in told.err
+    assert "out/tiny_sweep_" in told.out and "subdir" not in told.out
 
 
 def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
@@ -325,17 +325,13 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["--lr=range(1,2,0)"], "expected range(STOP)"),
         (["--lr=range(1,inf)"], "expected range(STOP)"),
         (["--lr=range(0,1,1e-9)"], "more than 10000 values"),
-        (["--lr=interval(0.1,0.2)"], "interval() needs Optuna, which sweep.py does not call: list values instead"),
-        (["hydra.sweeper.params.lr=tag(log,interval(0.1,0.2))"], "tag() needs Optuna"),
-        (["--seed=int(interval(1,4))"], "int() needs Optuna"),
+        (["--act=tag(a,choice(b,c))"], "tag() is not read: list values instead"),
         (["lr=sort(1,2)"], "sort() is not read: list values instead"),
         (["--lr=0.1,0.10"], "lr=0.1 would be run twice"),
         (["lr=0.1,0.2", "lr=0.3,0.4"], "lr lists values twice"),
         (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
         ([], "no setting lists values"),
         (["--lr=0.1"], "no setting lists values"),
-        (["-m", "--config-name=experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
-        (["--config-name", "experiment", "lr=0.1,0.2"], "config-name=experiment searches over intervals"),
         (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1|none, got '0'"),
         (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1|none, got 'many'"),
         (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
@@ -412,7 +408,7 @@ def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys):
         ("lr=7", "failed", 1), ("lr=0.1", "done", 0)]
     assert told[0]["last_lines"] == ["a first line", "error: the loss is not finite"] and "summary" not in told[0]
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "lr=7: failed (exit code 1): error: the loss is not finite"
+    assert "lr=7: failed (exit code 1): error: the loss is not finite" in out.splitlines()
     swept("--lr=7,0.1", code=1)
     assert starts("lr=7") == [0, 0] and starts("lr=0.1") == [0]
 
@@ -635,7 +631,7 @@ def test_time_left_is_by_steps(monkeypatch):
     shown.end("a", job("a", 100, 400, seconds=90))
     shown.show([job("b", 0, 200)])
     assert shown.left() == pytest.approx((100 + 600 * 0.3) / 2)
-    assert progress.how_far(job("a", 0, 7)) == (7, 400, 0.5)
+    assert progress.how_far(job("a", 2, 7)) == (7, 5, 400, 0.5, 20)
     shown.end("c", None)  # by another process
     assert shown.left() == pytest.approx(100) and shown.ended == 3  # b alone takes longer than its share
     Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
@@ -809,4 +805,4 @@ def test_a_process_of_the_source_is_swept_by_its_own_words(capsys):
     assert len(runs) == 2 and {run[0] for run in runs} < {f"train.batch_size={size}" for size in (16, 32, 64)}
     interval = "hydra:\n  sweeper:\n    params:\n      train.lr: tag(log, interval(1e-4, 1e-1))\n"
     Path("interval.yaml").write_text(interval)
-    assert "tag() needs Optuna" in refusal(capsys, sweep.main, "train_ghmm.py", "interval.yaml")
+    assert "is searched: say for how many runs" in refusal(capsys, sweep.main, "train_ghmm.py", "interval.yaml")

@@ -1,0 +1,420 @@
+"""Runs of one experiment side by side, by the files in their folders: what differs, what came out, a CSV and a page.
+
+Runs that differ in their seed alone are a group: mean, standard deviation over seeds, n. What differs in anything else
+(a setting, the content of the data or of the script, the number of steps) is never averaged.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from common.checkpoint import NO_SETTINGS
+from common.errors import DataError, InputError
+from common.runlog import read_metrics
+from measure import figures, holdouts, report
+from measure.overlays import draw_curves, draw_results, label, shorter
+from measure.pages import Cell, Section, typed, write_page
+from measure.sweeps import HEADS, SEED, Group, groups, numbers, objective, table
+from sources.shared import counted
+from sources.sweeps import digest
+
+FILES = ("config.json", "metrics.jsonl", "summary.json")  # a folder that has two of them is a run's
+# Settings that do not tell what a run finds: those of how it is watched, and words of a sweep.
+APART = {*NO_SETTINGS, SEED, "wandb_project", "wandb_entity", "study", "study_seeds", "report"}
+# What is drawn over steps: of lines of training, and of evaluations.
+CURVES = {
+    "ghmm": ("loss/ema", "excess_loss"),
+    "arxiv": ("loss", "val_xe"),
+    "apelr": ("loss", "val_nll"),
+    "state": ("loss", "val_loss"),
+}
+FEW = 3  # results of an experiment that is not known
+FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
+
+
+@dataclass
+class Run:
+    """A run by its files. script: file name of its copy. terms: all that runs must agree in to be averaged, as text."""
+
+    folder: Path
+    script: str
+    experiment: str
+    config: dict
+    summary: dict | None
+    terms: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> str:
+        return typed(self.config.get(SEED))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs that there are
+# ---------------------------------------------------------------------------------------------------------------
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run folders at and below some folders, or beside some files, each once. Raises DataError if there is none."""
+    paths = [Path(path) for path in paths]
+    runs = {}
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: there is no such folder: name folders of runs, or folders that hold them")
+        top = path if path.is_dir() else path.parent
+        for name in FILES:
+            for file in top.rglob(name):
+                if is_run(file.parent):
+                    runs.setdefault(file.parent.resolve(), file.parent)
+    if not runs:
+        raise DataError(f"{', '.join(map(str, paths))}: no run here: a run's folder has config.json, and summary.json "
+                        "once it has ended")  # fmt: skip
+    return sorted(runs.values())
+
+
+def is_run(folder: Path) -> bool:
+    return sum((folder / name).is_file() for name in FILES) >= 2
+
+
+def read_run(folder: Path) -> Run:
+    """A run by the files in its folder. Raises ValueError or OSError where one is damaged."""
+    config = read_object(folder / "config.json")
+    summary = None
+    if (folder / "summary.json").exists():
+        summary = read_object(folder / "summary.json")
+    scripts = sorted(folder.glob("*.py"), key=lambda path: (not path.name.startswith("train_"), path.name))
+    if not scripts:
+        raise ValueError("it has no copy of its script")
+    text = scripts[0].read_text(encoding="utf-8", errors="replace")
+    named = re.search(r'^EXPERIMENT = "(\w+)"', text, re.MULTILINE)
+    run = Run(folder, scripts[0].name, named[1] if named else "", config, summary)
+    if summary is not None:
+        run.terms = terms_of(run, text)
+    return run
+
+
+def read_object(path: Path) -> dict:
+    """What a JSON file holds. Raises ValueError if that is no object, OSError if it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no settings or results")
+    return value
+
+
+def terms_of(run: Run, script: str) -> dict[str, str]:
+    """{name: text} of what a run must have in common with those that it is averaged with."""
+    data = run.summary.get("data")
+    if data is None and (run.folder / "results.json").exists():
+        known = read_object(run.folder / "results.json").get("data")
+        if isinstance(known, dict) and "path" in known:
+            data = {known["path"]: known.get("fingerprint")}
+    terms = {}
+    for name, value in run.config.items():
+        if name not in APART:
+            terms[name] = typed(value)
+    for path, fingerprint in (data or {}).items():
+        # The same data may lie elsewhere, and other data at the same place.
+        for name in [name for name, text in terms.items() if text == path and fingerprint]:
+            terms[name] = f"data {digest(fingerprint)}"
+    terms["script"] = f"{run.script} {digest(script)}"
+    if "final_split" in run.summary:
+        terms["final_split"] = run.summary["final_split"]
+    if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
+        terms["steps"] = typed(run.summary.get("steps"))
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The comparison
+# ---------------------------------------------------------------------------------------------------------------
+def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = True) -> list[str]:
+    """Compare runs of one experiment: comparison.csv, plots/ and report.html in `out`; returns lines for a terminal.
+
+    Args:
+        runs: their folders. out: where to write; of a folder that is a run itself, report/ in it.
+        wanted: what runs are compared by, of summary.json, in the words of sweeps.objective; "": the experiment's own.
+        shows_table: the lines have the table of results.
+    Raises DataError for runs of two scripts and where none has ended, InputError where nothing can be written.
+    """
+    ended, left_out = read_all(runs)
+    experiment = ended[0].experiment
+    told = tell(ended)
+    results = results_of(told)
+    shown, less_is_better = objective(experiment, wanted)
+    sentence = ""
+    ranked = groups(told, shown, less_is_better)
+    if shown:
+        sentence = verdict(ranked, shown[0], less_is_better)
+    else:  # of an experiment that nobody knows here nothing is best
+        shown = results[:FEW]
+    notes = notes_on(ended, told)
+    out = place_for(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        studied, lines = study_part(experiment, ended, out)
+        lead = sentence
+        if studied:  # its runs differ in what they are asked, so that the best of them is no answer
+            lead, sentence = studied[0].text[0], ""
+        write_csv(out / "comparison.csv", [csv_row(group, results) for group in ranked])
+        draw_curves(out, ranked, CURVES.get(experiment, ("", "")))
+        draw_results(out, ranked, shown[0], less_is_better)
+        sections = [*studied, *sections_of(ranked, ended, shown, notes, out)]
+        if left_out:
+            sections.append(Section("Not compared", left_out))
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", lead, sections)
+    except OSError as error:
+        raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
+                         "--out=FOLDER") from error  # fmt: skip
+    if shows_table:
+        lines += terminal_table(told, shown, less_is_better)
+    lines += [sentence] if sentence else []
+    return [*lines, *notes, *left_out, f"all of it in {out / 'report.html'}"]
+
+
+def terminal_table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:
+    """The table of a sweep, with long values cut."""
+    short = []
+    for line in told:
+        settings = {name: shorter(text) for name, text in line["settings"].items()}
+        short.append(line | {"settings": settings})
+    return table(short, shown, less_is_better)
+
+
+def place_for(out: Path) -> Path:
+    """Where a comparison is written: a run's own files stay as they are."""
+    return out / "report" if is_run(out) else out
+
+
+def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """(the runs that have ended, a line for each other one and for what is counted once). Raises DataError."""
+    ended, lines, first = [], [], None
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except (ValueError, OSError) as error:
+            lines.append(f"{folder}: left out, for {getattr(error, 'strerror', None) or error}")
+            continue
+        first = first or run
+        if run.script != first.script:
+            raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
+                            "of one script")  # fmt: skip
+        same = [other for other in ended if (other.terms, other.seed) == (run.terms, run.seed)]
+        if run.summary is None:
+            lines.append(f"{folder}: not ended, {progress(run)}")
+        elif same:
+            lines.append(f"{folder}: left out, for {same[0].folder} has the same settings and seed")
+        else:
+            ended.append(run)
+    if not ended:
+        raise DataError(f"no run has ended yet: {'; '.join(lines[:3])}{' ...' if len(lines) > 3 else ''}")
+    return ended, lines
+
+
+def progress(run: Run) -> str:
+    """How far a run came, by its last line of metrics.jsonl."""
+    records = read_metrics(run.folder)
+    step = records[-1]["step"] if records else 0
+    most = run.config.get("max_steps")
+    return f"step {step} of {most}" if most else f"step {step}"
+
+
+def tell(runs: list[Run]) -> list[dict]:
+    """The runs as lines of a sweep.jsonl, whose settings are what they differ in, and the seed if they have one."""
+    names = dict.fromkeys(name for run in runs for name in run.terms)
+    differing = [name for name in names if len({run.terms.get(name) for run in runs}) > 1]
+    told = []
+    for run in runs:
+        settings = {name: shown_term(run, name, runs) for name in differing}
+        if SEED in run.config:
+            settings[SEED] = run.seed
+        told.append({
+            "run": run.folder.name,
+            "status": "done",
+            "settings": settings,
+            "summary": {name: value for name, value in numbers(run.summary).items() if not is_lost(value)},
+            "seconds": run.summary.get("seconds"),
+            "folder": str(run.folder),
+        })  # fmt: skip
+    return told
+
+
+def is_lost(value: Any) -> bool:
+    """Whether a number is none: JSON of other programs may have NaN."""
+    return value is None or isinstance(value, float) and not isfinite(value)
+
+
+def shown_term(run: Run, name: str, runs: list[Run]) -> str:
+    """What a run is to be known by: its setting as typed, with a digest where others look the same and are not."""
+    term = run.terms.get(name, "")
+    text = typed(run.config[name]) if name in run.config and name in run.terms else term
+    alike = {other.terms.get(name) for other in runs if name in other.config and typed(other.config[name]) == text}
+    return f"{text} ({term.removeprefix('data ')})" if len(alike) > 1 else text
+
+
+def results_of(told: list[dict]) -> list[str]:
+    """The names of all numbers in the summaries that are results."""
+    names = {}
+    for line in told:
+        for name, value in line["summary"].items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and name not in FACTS:
+                names[name] = None
+    return list(names)
+
+
+def study_part(experiment: str, ended: list[Run], out: Path) -> tuple[list[Section], list[str]]:
+    """(sections, lines) of what the runs are a study of: XE against K, held-out cell types. Nothing, if of none."""
+    studies = {"arxiv": report, "state": holdouts}
+    if experiment not in studies or (experiment == "arxiv" and len({run.summary.get("K") for run in ended}) < 2):
+        return [], []
+    try:
+        return studies[experiment].study_sections([run.folder for run in ended], out)
+    except Exception as error:  # the comparison is of use without it
+        if figures.STRICT and not isinstance(error, InputError):
+            raise
+        return [], [f"note: what the runs are a study of was left out: {error}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In words
+# ---------------------------------------------------------------------------------------------------------------
+def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
+    """The best group by a result, and how far ahead of the next it is."""
+    head = HEADS.get(name, name)
+    known = [group for group in ranked if group.values(name)]
+    if not known:
+        return f"No run has a {head} to compare by."
+    best = known[0]
+    if len(ranked) == 1:
+        return f"{'Runs of the same settings' if len(best.runs) > 1 else 'One run'}: {head} {spread(best, name)}."
+    better = "less" if less_is_better else "more"
+    text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
+    if len(known) == 1:
+        return f"{text}."
+    second = known[1]
+    text += f"; next {label(second)}, {spread(second, name)}."
+    samples = [best.values(name), second.values(name)]
+    if min(map(len, samples)) < 2:
+        return f"{text} Of a single run no spread is known: the order may be chance."
+    # The standard error of a difference of two means, without assuming one spread for both.
+    error = sqrt(sum(stdev(values) ** 2 / len(values) for values in samples))
+    difference = abs(fmean(samples[0]) - fmean(samples[1]))
+    return f"{text} They are {difference:.3g} apart, with a standard error of {error:.2g} over seeds."
+
+
+def spread(group: Group, name: str) -> str:
+    """Mean, standard deviation and n of a group."""
+    values = group.values(name)
+    text = f"{fmean(values):.5g}"
+    if len(values) > 1:
+        text += f" (standard deviation {stdev(values):.2g}, {len(values)} seeds)"
+    return text
+
+
+def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
+    """Sentences about what is averaged, or compared, and yet not quite alike."""
+    notes = []
+    places = {}
+    for run in ended:
+        place = f"torch {run.summary.get('torch')} on {run.summary.get('device')}"
+        places[place] = places.get(place, 0) + 1
+    if len(places) > 1:
+        made = ", ".join(f"{place} ({counted(count, 'run')})" for place, count in places.items())
+        notes.append(f"Not all runs were made with the same: {made}; their numbers differ by rounding too.")
+    stopped = {}
+    for run, line in zip(ended, told, strict=True):
+        settings = tuple((name, text) for name, text in line["settings"].items() if name != SEED)
+        stopped.setdefault(settings, set()).add(run.summary.get("steps"))
+    if any(len(steps) > 1 for steps in stopped.values()):
+        notes.append("Runs of one row stopped by their own loss (patience), after different numbers of steps.")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The CSV and the page
+# ---------------------------------------------------------------------------------------------------------------
+def known_of(group: Group) -> dict:
+    """The first columns of a group: settings, n, seeds."""
+    row = group.settings | {"runs": len(group.runs)}
+    seeds = [run["settings"][SEED] for run in group.runs if SEED in run["settings"]]
+    if seeds:
+        row["seeds"] = ", ".join(seeds)
+    return row
+
+
+def csv_row(group: Group, names: list[str]) -> dict:
+    """A group with mean, standard deviation and n of each result; None where undefined."""
+    row = known_of(group)
+    for name in names:
+        values = group.values(name)
+        row[name] = fmean(values) if values else None
+        row[f"{name} sd"] = stdev(values) if len(values) > 1 else None
+        row[f"{name} n"] = len(values)
+    return row
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A table whose columns are the keys of the rows; blank for None."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list({name: None for row in rows for name in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def page_row(group: Group, shown: list[str]) -> dict:
+    """A group as a row of the page: a result is its mean ± its standard deviation, sorted by the mean."""
+    row = known_of(group)
+    for name in shown:
+        mean = group.mean(name)
+        row[HEADS.get(name, name)] = None if mean is None else Cell(group.text(name), str(mean), True)
+    return row
+
+
+def run_row(run: dict, shown: list[str]) -> dict:
+    """A run as a row of the page."""
+    row = dict(run["settings"])
+    for name in (*shown, "steps", "seconds", "torch", "device"):
+        row[HEADS.get(name, name)] = run["summary"].get(name)
+    row["folder"] = run["folder"]
+    return row
+
+
+def sections_of(ranked: list[Group], ended: list[Run], shown: list[str], notes: list[str], out: Path) -> list[Section]:
+    """The parts of the page: a row for each group, curves, a row for each run, what all have in common."""
+    text = "A row is of runs that differ in their seed alone: mean ± standard deviation over seeds."
+    if all(len(group.runs) == 1 for group in ranked):
+        text = "No two runs differ in their seed alone, so no spread is known."
+    dots = "Dots: single runs. Bars: mean and standard deviation over seeds, where there are several."
+    lines = (
+        "Thick lines: means over seeds. Thin lines: single runs. Bands: from the smallest to the largest. Where a loss "
+        "starts far above, the top is cut off."
+    )
+    runs = [run_row(run, shown) for group in ranked for run in group.runs]
+    return [
+        Section(
+            "By settings", [text, *notes], [[page_row(group, shown) for group in ranked]], drawn(out, "results", dots)
+        ),
+        Section("While training", [], [], drawn(out, "curves", lines)),
+        Section("Single runs", [], [runs]),
+        Section("What the runs share", [], [shared(ended)], folded=True),
+    ]
+
+
+def drawn(out: Path, name: str, caption: str) -> list[tuple[Path, str]]:
+    """A picture, if there is one."""
+    path = out / "plots" / f"{name}.png"
+    return [(path, caption)] if path.exists() else []
+
+
+def shared(ended: list[Run]) -> list[dict]:
+    """Rows of the settings that all runs have alike."""
+    rows = []
+    for name, value in ended[0].config.items():
+        if name not in APART and all(name in run.config and run.config[name] == value for run in ended):
+            rows.append({"setting": name, "value": typed(value)})
+    return rows

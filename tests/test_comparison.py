@@ -1,0 +1,219 @@
+"""Runs side by side: which are averaged, what is said of them, and what a folder may hold besides."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib.image
+import pytest
+from commands import colours
+
+from common.errors import DataError, InputError
+from measure import comparison, overlays
+from measure.comparison import compare, find_runs
+from measure.overlays import MOST_CURVES, curves_of, plain_number
+from measure.sweeps import Group
+
+SCRIPT = 'EXPERIMENT = "ghmm"\n'
+
+
+def write_run(
+    folder: Path | str,
+    excess: float | None = 0.5,
+    script: str = "train_ghmm.py",
+    text: str = SCRIPT,
+    summary: dict | None = None,
+    **settings,
+) -> Path:
+    """A run of two evaluations; excess=None: not ended."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    config = {"out_dir": str(folder), "lr": 0.1, "seed": 0, "max_steps": 40, "device": "cpu"} | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / script).write_text(text)
+    records = []
+    for step in (10, 20):
+        records.append({"step": step, "time_s": 1.0, "split": "train", "loss/ema": 2.0 + config["seed"] + 1 / step})
+        records.append({"step": step, "time_s": 1.0, "split": "eval", "excess_loss": (excess or 1) + 1 / step})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')
+    if excess is not None:
+        known = {"excess_loss": excess, "optimal_loss": 1.0, "loss": 1 + excess, "steps": 40, "seconds": 3.0,
+                 "torch": "2", "device": "cpu", "loss_by_position": [1.0], "verdict": "fine"}  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(known | (summary or {})))
+    return folder
+
+
+def rows(path: Path | str = "comparison.csv") -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(section: str, page: Path | str = "report.html") -> list[list[str]]:
+    """The rows of the first table below a title of the page, as texts."""
+    text = Path(page).read_text().split(f">{section}</", 1)[1].split("</table>", 1)[0]
+    found = []
+    for row in re.findall("<tr>(.*?)</tr>", text, re.DOTALL):
+        found.append(re.findall(r"(?:<button>|data-value=\"[^\"]*\">)(.*?)</", row))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviation():
+    values = {0.1: [0.5, 0.7, 0.9], 0.01: [0.2, 0.3, 0.25]}
+    for lr, losses in values.items():
+        for seed, loss in enumerate(losses):
+            write_run(f"runs/lr={lr},seed={seed}", loss, lr=lr, seed=seed, log_interval=seed)  # which only watches
+    lines = compare(find_runs([Path("runs")]), Path("."))
+    best, second = rows()
+    assert [best["lr"], best["runs"], best["seeds"]] == ["0.01", "3", "0, 1, 2"] and second["lr"] == "0.1"
+    for row in (best, second):
+        losses = values[float(row["lr"])]
+        assert float(row["excess_loss"]) == pytest.approx(fmean(losses)) and row["excess_loss n"] == "3"
+        assert float(row["excess_loss sd"]) == pytest.approx(stdev(losses))
+    error = math.sqrt(stdev(values[0.1]) ** 2 / 3 + stdev(values[0.01]) ** 2 / 3)
+    sentence = ("Best of 2 by excess_loss (less is better): lr=0.01, 0.25 (standard deviation 0.05, 3 seeds); next "
+                "lr=0.1, 0.7 (standard deviation 0.2, 3 seeds). They are 0.45 apart, with a standard error of "
+                f"{error:.2g} over seeds.")  # fmt: skip
+    assert any(sentence in line for line in lines) and sentence in Path("report.html").read_text()
+    assert "0.250 ± 0.050" in "\n".join(lines) and lines[-1] == "all of it in report.html"
+    table = cells("By settings")
+    assert table[0][:5] == ["lr", "runs", "seeds", "excess_loss", "excess_percent"]
+    assert table[1][:5] == ["0.01", "3", "0, 1, 2", "0.250 ± 0.050", "25.0 ± 5.0"] and len(cells("Single runs")) == 7
+    assert ["device", "cpu"] not in cells("What the runs share") and ["max_steps", "40"] in cells("What the runs share")
+    for name in ("curves", "results"):
+        assert colours(matplotlib.image.imread(f"plots/{name}.png")) > 50
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without pictures, which take long."""
+    for name in ("draw_curves", "draw_results"):
+        monkeypatch.setattr(comparison, name, lambda *args: None)
+
+
+@pytest.mark.parametrize("other, column, shown", [
+    ({"lr": 0.2}, "lr", {"0.1", "0.2"}),
+    ({"components": [{"x": 1}]}, "components", {"", '[{"x": 1}]'}),
+    ({"text": SCRIPT + "# edited"}, "script", None),
+    ({"summary": {"steps": 20}}, "steps", {"40", "20"}),
+    ({"summary": {"final_split": "test"}}, "final_split", {"", "test"}),
+    ({"summary": {"data": {"d": "f" * 16}}, "data": "d"}, "data", None),
+])  # fmt: skip
+def test_what_differs_is_never_averaged(other, column, shown, undrawn):
+    known = {"data": "d", "summary": {"data": {"d": "e" * 16}}} if column == "data" else {}
+    write_run("a", 0.5, seed=0, **known)
+    write_run("b", 0.6, seed=1, **other)
+    compare([Path("a"), Path("b")], Path("out"))
+    told = rows("out/comparison.csv")
+    assert [row["runs"] for row in told] == ["1", "1"] and all(row["excess_loss sd"] == "" for row in told)
+    texts = {row[column] for row in told}
+    assert len(texts) == 2 and (shown is None or texts == shown)
+    assert {"lr", "components", "script", "steps", "final_split", "data"} & told[0].keys() == {column}
+    assert "the order may be chance" in Path("out/report.html").read_text()
+
+
+def test_the_same_data_elsewhere_are_the_same_and_early_stops_are_averaged_and_said():
+    write_run("a", 0.5, seed=0, data="here", patience=3, summary={"data": {"here": "f1"}, "steps": 20})
+    write_run("b", 0.7, seed=1, data="there", patience=3, summary={"data": {"there": "f1"}, "device": "cuda:0"})
+    lines = compare([Path("a"), Path("b")], Path("."))
+    [row] = rows()
+    assert row["runs"] == "2" and float(row["excess_loss"]) == pytest.approx(0.6)
+    assert any("stopped by their own loss" in line for line in lines)
+    assert any("torch 2 on cpu (1 run), torch 2 on cuda:0 (1 run)" in line for line in lines)
+    assert "Runs of the same settings: excess_loss 0.6 (standard deviation 0.14, 2 seeds)." in lines
+    assert not Path("plots/results.png").exists() and Path("plots/curves.png").exists()
+
+
+def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
+    write_run("runs/good", 0.5)
+    write_run("runs/again", 0.5, device="cuda")
+    write_run("runs/begun", None, seed=3)
+    write_run("runs/torn", 0.5, lr=0.3)
+    Path("runs/torn/summary.json").write_text('{"excess')
+    write_run("runs/null", 0.5, lr=0.4)
+    Path("runs/null/config.json").write_text("null")
+    write_run("runs/bare", 0.5, lr=0.5)
+    Path("runs/bare/train_ghmm.py").unlink()
+    write_run("runs/nan", 0.5, lr=0.6, summary={"excess_loss": None, "loss": float("nan")})
+    Path("runs/good/analysis").mkdir()
+    Path("runs/good/analysis/summary.json").write_text("{}")  # no run: it has nothing else
+    lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
+    told = "\n".join(lines)
+    assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
+    assert "runs/null: left out, for config.json holds no" in told and "runs/bare: left out, for it has no copy" in told
+    assert "runs/good: left out, for runs/again has the same settings and seed" in told
+    assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
+        ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip
+    page = Path("runs/report.html").read_text()
+    assert "nan" not in page.split("</style>")[1].split("<script>")[0].replace("runs/nan", "")
+    assert "Not compared" in page and "runs/torn" in page
+
+
+def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undrawn):
+    write_run("run", 0.5)
+    Path("run/report.html").write_text("mine")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
+    assert find_runs([Path("run")]) == [Path("run")]
+
+
+def test_what_cannot_be_compared_is_one_sentence(undrawn):
+    write_run("a")
+    write_run("b", script="train_mine.py", text=SCRIPT)
+    with pytest.raises(DataError, match="^a is a run of train_ghmm.py and b one of train_mine.py: compare runs of one"):
+        compare([Path("a"), Path("b")], Path("."))
+    with pytest.raises(DataError, match="^absent: there is no such folder"):
+        find_runs([Path("a"), Path("absent")])
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="^empty: no run here"):
+        find_runs([Path("empty")])
+    write_run("c", None)
+    with pytest.raises(DataError, match="^no run has ended yet: c: not ended, step 20 of 40$"):
+        compare([Path("c")], Path("."))
+    Path("file").write_text("")
+    with pytest.raises(InputError, match="^file/?.* cannot be written .*: name another folder, --out=FOLDER$"):
+        compare([Path("a")], Path("file"))
+
+
+def test_an_experiment_of_the_users_own_is_shown_without_a_best(undrawn):
+    summary = {"steps": 9, "mine": 2.0, "other": 3.0}
+    write_run("a", 0.5, "train_mine.py", "", summary | {"mine": 4.0}, lr=1.0)
+    write_run("b", 0.5, "train_mine.py", 'EXPERIMENT = "mine"', summary, lr=2.0)
+    lines = compare([Path("a"), Path("b")], Path("."))
+    assert not any("Best" in line for line in lines) and [row["mine"] for row in rows()] == ["4.0", "2.0"]
+    lines = compare([Path("a"), Path("b")], Path("."), wanted="max:mine")
+    assert any(line.startswith("Best of 2 by mine (more is better): ") for line in lines) and rows()[0]["mine"] == "4.0"
+
+
+def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch):
+    write_run("a", 0.5, seed=0)
+    write_run("b", 0.5, seed=1)
+    group = Group({}, [{"folder": "a"}, {"folder": "b"}])
+    assert curves_of([group], "train", "loss/ema") == ("loss/ema", [[{10: 2.1, 20: 2.05}, {10: 3.1, 20: 3.05}]])
+    assert curves_of([group], "train", "")[0] == "loss/ema" and curves_of([group], "eval", "absent") == ("", [[]])
+    drawn = []
+    monkeypatch.setattr(overlays, "draw_group", lambda axes, runs, place, name: drawn.append((place, name)))
+    many = [Group({"lr": f"{i}"}, group.runs) for i in range(MOST_CURVES + 3)]
+    overlays.draw_curves(Path("."), many, ("loss/ema", ""))
+    expected = [(i, f"lr={i}") for i in range(10)] + [(10, "3 others"), (11, None), (12, None)]
+    assert drawn == 2 * expected
+    assert [plain_number(value) for value in (5e-5, 0.02, 1.0, 20.0, 1000.0)] == ["0.00005", "0.02", "1", "20", "1000"]
+
+
+def test_a_study_that_fails_is_a_line_beside_the_comparison(monkeypatch, undrawn):
+    def fails(runs, out):
+        raise DataError("results.json of a is damaged")
+
+    monkeypatch.setattr("measure.holdouts.study_sections", fails)
+    write_run("a", 0.5, "train_state.py", 'EXPERIMENT = "state"', {"pearson_delta": 0.5})
+    lines = compare([Path("a")], Path("."))
+    assert any("left out: results.json of a is damaged" in line for line in lines)
+    assert any("pearson_delta 0.5" in line for line in lines)
