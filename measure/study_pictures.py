@@ -136,34 +136,34 @@ def draw_law(
     """
     sizes = found["sizes"]
     fine = np.geomspace(sizes[0], sizes[-1], 60)
-    with figure(folder, name, width=10, height=4.2, columns=2, title=title, sharey=True) as panels:
-        for axes in panels:
-            draw_points(axes, found, BLUE, "model")
+    with figure(folder, name, width=8, columns=2, title=title, sharey=True) as (linear, logarithmic):
+        for axes, is_named in ((linear, True), (logarithmic, False)):  # in the legend, once
             for law, style in zip(LAWS, STYLES, strict=False):
-                fit = found["laws"][law]["fit"]
-                axes.plot(fine, mean_curve(law, fit, fine), style, color=BLUE, linewidth=1.2, label=law)
+                curve = mean_curve(law, found["laws"][law]["fit"], fine)
+                axes.plot(fine, curve, style, color=BLUE, linewidth=1.2, label=law if is_named else None)
+            draw_points(axes, found, BLUE, "model" if is_named else None)
             if found["varied"]:
                 samples = fit_law(LAWS[0], level_tables(found), sizes)
                 low, high = interval(mean_curve(LAWS[0], samples, fine))
-                axes.fill_between(fine, low, high, color=BLUE, alpha=0.15, linewidth=0, label="95% of a + b log K")
+                label = "95% of a + b log K" if is_named else None
+                axes.fill_between(fine, low, high, color=BLUE, alpha=0.15, linewidth=0, label=label)
             if optimum:
-                draw_points(axes, optimum, "k", "exact optimum", hollow=True)
+                draw_points(axes, optimum, "k", "exact optimum" if is_named else None, hollow=True)
                 curve = mean_curve(LAWS[0], optimum["laws"][LAWS[0]]["fit"], fine)
-                axes.plot(fine, curve, "-", color="k", linewidth=0.8, label="its a + b log K")
-            axes.set_xlabel("categories K")
-        linear, logarithmic = panels
+                label = "a + b log K of the optimum" if is_named else None
+                axes.plot(fine, curve, "-", color="k", linewidth=0.8, label=label)
         linear.set_xticks(sizes)
-        linear.set_ylabel("cross entropy, mean over positions (nats)")
+        linear.set(xlabel="categories K", ylabel="cross entropy, mean over positions (nats)")
         plain_ticks(logarithmic, list(sizes))
         logarithmic.set_xlabel("categories K (logarithmic)")
-        logarithmic.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        linear.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
 
 
 def draw_points(
     axes,
     found: dict,
     colour: str,
-    label: str,
+    label: str | None,
     hollow: bool = False,
 ) -> None:
     """Paired means over categories against K, with 95% intervals where something varies."""
@@ -257,7 +257,7 @@ def draw_tradeoff(
     """XE on categories seen and unseen against K; and one against the other, a point for each K."""
     ks = [row["K"] for row in rows]
     both = [row for row in rows if row["unseen_xe"] is not None]
-    with figure(folder, name, width=10, height=4.2, columns=2, title=title) as (against, curve):
+    with figure(folder, name, width=8, height=4, columns=2, title=title) as (against, curve):
         for kind, colour in (("seen", BLUE), ("unseen", ORANGE)):
             values = bars([row[f"{kind}_xe"] for row in rows])
             errors = bars([row[f"{kind}_se"] for row in rows])
@@ -292,7 +292,7 @@ def draw_context(
     ks = [row["K"] for row in rows]
     synthetic = any(row["information_predictions"] is not None for row in rows)
     columns = 3 if synthetic else 1
-    size = {"width": 4.2 * columns + 1, "height": 3.8}
+    size = {"width": 3.2 * columns + 0.8, "height": 3.6}
     with figure(folder, name, columns=columns, squeeze=False, title=title, **size) as panels:
         axes = panels[0, 0]
         values = bars([row["icl_score"] for row in rows])
