@@ -158,13 +158,16 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
     try:
         out.mkdir(parents=True, exist_ok=True)
         studied, lines = study_part(experiment, ended, out)
+        lead = sentence
+        if studied:  # its runs differ in what they are asked, so that the best of them is no answer
+            lead, sentence = studied[0].text[0], ""
         write_csv(out / "comparison.csv", [csv_row(group, results) for group in ranked])
         draw_curves(out, ranked, CURVES.get(experiment, ("", "")))
         draw_results(out, ranked, shown[0], less_is_better)
         sections = [*studied, *sections_of(ranked, ended, shown, notes, out)]
         if left_out:
             sections.append(Section("Not compared", left_out))
-        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", sentence, sections)
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", lead, sections)
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip

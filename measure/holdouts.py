@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 from common.checkpoint import NO_SETTINGS
 from measure.figures import figure
-from measure.pages import Section
+from measure.pages import Cell, Section
 from sources.shared import counted
 
 DELTA = "Pearson delta"
@@ -58,7 +58,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
     sections, lines = [], []
     for number, study in enumerate(studies):
         title = ", ".join(["Each cell type held out", *what_differs(study[0], studies)])
-        rows = table(study)
+        rows = readable(table(study))
         sentence = in_words(study)
         name = f"holdouts_{number}" if number else "holdouts"
         draw(out, name, study)
@@ -174,7 +174,9 @@ def in_words(study: list[HeldOut]) -> str:
     if not gains:
         return f"No type has a Pearson delta of the model and of the {RIVAL}: there is nothing to compare."
     better = sum(gain > 0 for gain in gains)
-    spread = f" (standard deviation over types {stdev(gains):.3f})" if len(gains) > 1 else ""
+    spread = ""
+    if len(gains) > 1:
+        spread = f" (standard deviation over types {stdev(gains):.3f})"
     seeds = max(len(runs) for runs in by_type(study).values())
     return (
         f"Pearson delta of the model is {fmean(gains):+.3f} against the {RIVAL}{spread}, the mean over "
@@ -186,26 +188,51 @@ def in_words(study: list[HeldOut]) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # To be read
 # ---------------------------------------------------------------------------------------------------------------
-def in_columns(rows: list[dict]) -> list[str]:
-    """The lines of a table; numbers with three digits behind the point, None blank."""
-    cells = [list(rows[0])]
+def readable(rows: list[dict]) -> list[dict]:
+    """Rows of `table` for people: a mean and its standard deviation in one cell, as in 0.862 ± 0.006."""
+    shown = []
     for row in rows:
-        cells.append([short(value) for value in row.values()])
-    columns = list(zip(*cells, strict=True))
+        cells = {"held out": row["held out"], "seeds": row["seeds"]}
+        for metric, short in SHORT.items():
+            spread = row.get(f"{short}, sd")
+            more = ""
+            if spread is not None:
+                more = f" ± {spread:.3f}"
+            cells[metric] = cell(row[metric], more)
+            rival = f"{short}, {RIVAL}"
+            cells[rival] = cell(row[rival])
+        shown.append(cells)
+    return shown
+
+
+def cell(value: Number, more: str = "") -> Cell | None:
+    """A number with three digits behind the point, sorted by its value; None is blank."""
+    if value is None:
+        return None
+    return Cell(f"{value:.3f}{more}", str(value), True)
+
+
+def in_columns(rows: list[dict]) -> list[str]:
+    """The lines of a readable table; None is blank."""
+    texts = [list(rows[0])]
+    for row in rows:
+        texts.append([text_of(value) for value in row.values()])
+    columns = list(zip(*texts, strict=True))
     widths = [max(map(len, column)) for column in columns]
     lines = []
-    for line in cells:
+    for line in texts:
         padded = map(str.ljust, line, widths)
         text = "  ".join(padded)
         lines.append(text.rstrip())
     return lines
 
 
-def short(value) -> str:
-    """A value of the table."""
+def text_of(value: Cell | str | int | None) -> str:
+    if isinstance(value, Cell):
+        return value.text
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def draw(out: Path, name: str, study: list[HeldOut]) -> None:
@@ -236,4 +263,7 @@ def draw(out: Path, name: str, study: list[HeldOut]) -> None:
 
 def drawn(values: list[Number]) -> list[float]:
     """What is undefined is not drawn."""
-    return [math.nan if value is None else value for value in values]
+    numbers = []
+    for value in values:
+        numbers.append(math.nan if value is None else value)
+    return numbers

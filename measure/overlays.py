@@ -23,8 +23,12 @@ def label(group: Group) -> str:
 
 
 def shorter(text: str) -> str:
-    """A text cut for a terminal, and still unlike its likes."""
-    return text if len(text) <= SHORT else f"{text[: SHORT - 10]}...{digest(text)}"
+    """A text cut for a terminal, and still unlike its likes: of a path the end tells most."""
+    if len(text) <= SHORT:
+        return text
+    if "/" in text:
+        return f"{digest(text)}...{text[10 - SHORT :]}"
+    return f"{text[: SHORT - 10]}...{digest(text)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import train_apelr
 import train_ghmm
 import train_state
 from common.errors import DataError, InputError
-from measure.holdouts import study_sections
+from measure.holdouts import read_run, study_sections, table
 from measure.plans import size_of
 from sources.equal_size import parameters_of, resize
 from sources.h5ad import write_h5ad
@@ -161,7 +161,7 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
         write_run("c1", "c", 1, [0.3, None], [None, 1.0]),
     ]
     (section,), lines = study_sections(runs, Path("report"))
-    a, b, c, mean = section.tables[0]
+    a, b, c, mean = table([read_run(run) for run in runs])
     assert a["Pearson delta"] == pytest.approx(0.8) and a["delta, sd"] == pytest.approx(stdev([0.9, 0.7]))
     assert (b["Pearson delta"], b["delta, perturbation mean"], b["seeds"]) == (0.5, pytest.approx(0.6), 2)
     assert c["Pearson delta"] == pytest.approx(0.2) and c["energy distance"] is None
@@ -173,6 +173,10 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
     assert "+0.000 against the perturbation mean (standard deviation over types 0.141)" in section.text[0]
     assert "2 held-out cell types with up to 2 seeds each; it is better on 1 of 2" in section.text[0]
     assert lines[1].split("  ")[0] == "held out" and lines[4].split()[0] == "c" and "nan" not in "".join(lines)
+    shown = section.tables[0]
+    assert [row["Pearson delta"].text for row in shown] == [
+        "0.800 ± 0.141", "0.500 ± 0.000", "0.200 ± 0.141", "0.650 ± 0.000"]
+    assert shown[2]["energy distance"] is None and shown[3]["energy, perturbation mean"].text == "1.500"
     picture, _ = section.pictures[0]
     assert picture == Path("report/plots/holdouts.png") and picture.exists()
 
@@ -182,8 +186,8 @@ def test_one_seed_has_no_spread_and_runs_of_other_settings_are_a_study_of_their_
     sections, lines = study_sections(runs, Path("report"))
     assert [section.title for section in sections] == [f"Each cell type held out, lr = {lr}" for lr in (0.25, 0.5)]
     for section, lr in zip(sections, (0.25, 0.5), strict=True):
-        assert list(section.tables[0][0])[1:3] == ["seeds", "Pearson delta"] and "sd" not in str(section.tables)
-        assert section.tables[0][-1]["Pearson delta"] == lr
+        assert [row["Pearson delta"].text for row in section.tables[0]] == [f"{lr:.3f}"] * 3
+    assert not any("sd" in name for name in table([read_run(run) for run in runs[:2]])[0])
     assert sections[0].pictures[0][0] != sections[1].pictures[0][0] and len(lines) == 2 * 7
     # No study: one type alone, a run of something else, a damaged one.
     assert study_sections(runs[:1], Path("report")) == ([], [])
@@ -264,7 +268,8 @@ def test_each_type_under_each_seed_is_a_command_that_trains(capsys, quickly):
         train_state.main([f"--{name}={value}" for name, value in command.items()])
     folders = [Path(command["out_dir"]) for command in commands]
     (section,), _ = study_sections(folders[:2], Path("report"))
-    rows = section.tables[0]
+    assert section.tables
+    rows = table([read_run(folder) for folder in folders[:2]])
     assert [row["held out"] for row in rows] == ["a", "b_1", "mean"]
     for row, folder in zip(rows[:2], folders[:2], strict=True):
         summary = json.loads((folder / "summary.json").read_text())
