@@ -168,7 +168,7 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
                     run, looked = elsewhere.popleft(), now
                 if run is None:
                     break
-                lock = take(run.folder)
+                lock, run.lock = run.lock or take(run.folder), None
                 if lock is None:
                     if looked != now:  # not one that was elsewhere already
                         yield run, "elsewhere", None

@@ -41,6 +41,7 @@ class Progress:
         # Of the runs that ended here.
         self.steps_done = 0.0
         self.seconds_spent = 0.0
+        self.last_total = 1.0
         self.jobs: list[Job] = []
         self.shown = 0.0
         self.is_terminal = sys.stderr.isatty()
@@ -81,6 +82,7 @@ class Progress:
         steps = self.steps.pop(name, None)
         if job:
             total = how_far(job).total or steps or self.usual_steps()
+            self.last_total = total
             self.steps_done += max(0, total - job.first_step)
             self.seconds_spent += job.seconds
         if name in self.bars:
@@ -122,7 +124,7 @@ class Progress:
         """Steps of a run that nothing is known of."""
         known = [*self.steps.values(), *(how_far(job).total for job in self.jobs)]
         known = [steps for steps in known if steps]
-        return fmean(known) if known else 1.0
+        return fmean(known) if known else self.last_total
 
     def say(self, line: str) -> None:
         """A line above the bars."""

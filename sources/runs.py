@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
@@ -32,12 +32,16 @@ NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for som
 
 @dataclass
 class Run:
-    """A run of a sweep: {what differs: its value}, the page's command line, its folder, and all its settings."""
+    """A run of a sweep: {what differs: its value}, the page's command line, its folder, and all its settings.
+
+    lock: of the folder, where its source has taken it already.
+    """
 
     values: dict[str, str]
     words: list[str]
     folder: Path
     cfg: Any
+    lock: IO | None = None
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from common import checkpoint
 from common.errors import InputError
-from common.jobs import is_free
+from common.jobs import is_free, take
 from common.runlog import read_metrics
 from configurator import Settings, note
 from sources.runs import STUDIES, Run, has_ended, run_in, settings_of
@@ -94,10 +94,12 @@ class Trials:
 
     def begin(self, trial: Trial) -> Run:
         place = self.place_of(trial) or self.folder / self.name_of(trial)
-        place.mkdir(parents=True, exist_ok=True)
+        lock = take(place)
         self.search.place_of(trial.number, place)
         self.numbers[place.name] = trial.number
-        return self.run_of(trial.values, place)
+        run = self.run_of(trial.values, place)
+        run.lock = lock
+        return run
 
     def is_left(self, trial: Trial) -> bool:
         """Whether nobody is at work on a trial that is said to be running."""
