@@ -10,7 +10,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from common.errors import DataError
 from measure import curves, figures, report, study_arrays, study_pictures
@@ -28,15 +27,12 @@ TITLES, LABELS = {}, {}  # of the pictures of a test, by name
 
 @contextlib.contextmanager
 def quick_figure(folder: Path, name: str, title: str = "", rows: int = 1, columns: int = 1, **options):
-    """As figures.figure, but nothing is turned into a picture, and only what has groups is drawn."""
-    if name in ("xe_by_position", "xe_by_category"):
-        axes = Figure().subplots()
-        yield axes
-        TITLES[name] = f"{title} {axes.get_title()}"
-        LABELS[name] = axes.get_legend_handles_labels()[1]
-    else:
-        panels = [Mock() for _ in range(columns)]
-        yield np.array([panels]) if options.get("squeeze") is False else np.array(panels) if columns > 1 else panels[0]
+    """As figures.figure, but nothing is drawn: labels and titles are taken down."""
+    panels = [Mock() for _ in range(columns)]
+    yield np.array([panels]) if options.get("squeeze") is False else np.array(panels) if columns > 1 else panels[0]
+    calls = panels[0].mock_calls
+    TITLES[name] = " ".join([title, *(call.args[0] for call in calls if call[0] == "set_title")])
+    LABELS[name] = [call.kwargs["label"] for call in calls if call.kwargs.get("label")]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     (folder / "plots" / f"{name}.png").write_bytes(b"")
 

@@ -332,6 +332,7 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
         ([], "no setting lists values"),
         (["--lr=0.1"], "no setting lists values"),
+        (["--lr="], "--lr=: the list is empty: --lr=VALUE,VALUE lists two values"),
         (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1|none, got '0'"),
         (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1|none, got 'many'"),
         (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
