@@ -584,13 +584,16 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
         return Part([Section(title, [missing])], lines=[missing])
     by_category = [part_row(part, arrays) for part in parts]
     means = mean_rows(by_category)
+    for mean in means:
+        mean["optimum_growth"] = optimum_growth(arrays, mean["K"])
     sentence = parts_sentence(means[-1])
     text = [
         sentence,
         "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
         "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
-        "where it is below 0. Differences are paired by category and seed, and averaged over the sets of a "
-        "category first. Errors (se) are over categories, of which there are few, and whose sets overlap.",
+        "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
+        "optimum). Differences are paired by category and seed, and averaged over the sets of a category first. "
+        "Errors (se) are over categories, of which there are few, and whose sets overlap.",
     ]
     if missing:
         text.append(missing)
@@ -598,6 +601,8 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
     draw_controls(out, name, means, by_category, "What XE grows by from K = 1, by cause")
     caption = "Growth of XE from K = 1 and its parts. Bars: standard errors over categories; points: categories."
     shown = columns(means, "K", "categories", *(f"{name}{error}" for name in PARTS for error in ("", "_se")))
+    if arrays.optimum:
+        shown = [row | {"optimum_growth": mean["optimum_growth"]} for row, mean in zip(shown, means, strict=True)]
     section = Section(title, text, [shown, by_category], [(out / "plots" / f"{name}.png", caption)])
     return Part([section], {"xe_controls": control_table(by_category, means)}, [sentence])
 
@@ -626,6 +631,15 @@ def mean_rows(by_category: list[dict]) -> list[dict]:
     return rows
 
 
+def optimum_growth(arrays: Arrays, K: int) -> float | None:
+    """What the exact optimum grows by from K = 1, a mean over categories; None where it is not known."""
+    if arrays.optimum is None:
+        return None
+    sizes = np.array([1, K])
+    m = cell_means(arrays.optimum.xe, cell_weights(arrays.optimum, sizes))[..., -1]
+    return number(mean_of(m[:, 1] - m[:, 0], 0))
+
+
 def parts_sentence(mean: dict) -> str:
     """What XE grows by to a K, and why."""
     words = []
@@ -633,19 +647,24 @@ def parts_sentence(mean: dict) -> str:
         error = mean[f"{name}_se"]
         words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
     categories = counted(mean["categories"], "category", "categories")
-    return (
+    sentence = (
         f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution, {words[2]} by interference "
         f"(means and standard errors over {categories})."
     )
+    if mean["optimum_growth"] is not None:
+        sentence += f" That of the exact optimum changes by {mean['optimum_growth']:+.4f}."
+    return sentence
 
 
 def control_table(by_category: list[dict], means: list[dict]) -> list[dict]:
     """Rows of xe_controls.csv: each category, then the means over them, category "mean", with errors and intervals."""
     errors = [f"{name}{error}" for name in PARTS for error in ("_se", "_low", "_high")]
+    errors.append("optimum_growth")
     rows = [row | dict.fromkeys(errors) for row in by_category]
     for mean in means:
-        row = dict.fromkeys(rows[0]) | {name: value for name, value in mean.items() if name != "categories"}
-        rows.append(row | {"category": "mean"})
+        row = dict.fromkeys(rows[0]) | mean | {"category": "mean"}
+        del row["categories"]
+        rows.append(row)
     return rows
 
 
@@ -821,7 +840,8 @@ def shared_sections(groups: list[Group], results: list[dict], tables: dict, out:
             f"{named}."
         )
     spread = "standard deviation over sets and seeds"
-    curves = (plots / "xe_by_position.png", f"XE of the next token by tokens read, for every K. Bands: {spread}.")
+    said = f"XE by tokens read, for every K. Bands: {spread}, without the levels that a set's categories have."
+    curves = (plots / "xe_by_position.png", said)
     by_category = (plots / "xe_by_category.png", f"XE of each category against K. Bars: {spread}.")
     return [
         Section("By K", text, [tables["xe_by_k"]], [curves]),

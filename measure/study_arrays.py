@@ -121,6 +121,8 @@ def drawn(
                 return None, None, f"documents.npz of {run['run']} is not of its results.json"
         sums.append(values)
     codes, _, counts, _ = first
+    if np.bincount(codes).min() < 2:
+        return None, None, "a category has a single document, which says nothing of others"
     return draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED), len(codes), ""
 
 

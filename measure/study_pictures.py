@@ -39,13 +39,14 @@ def bars(deviations: list[float | None]) -> np.ndarray:
     return np.array(deviations, dtype=np.float64)  # nan, which is not drawn, for None
 
 
-def stack(runs: list[dict], key: str, T: int) -> np.ndarray:
-    """Curves of the runs that have them, to T positions, [runs, T]."""
+def stack(runs: list[dict], key: str, levels: dict[str, np.ndarray]) -> np.ndarray:
+    """Curves of the runs that have them, [runs, T], without the levels [T] of their categories."""
     curves = []
     for run in runs:
         seen = run["groups"]["seen"]
         if key in seen:
-            curves.append(seen[key][:T])
+            level = np.mean([levels[name] for name in run["categories"]], 0)
+            curves.append(np.array(seen[key][: len(level)]) - level)
     return np.array(curves)
 
 
@@ -58,14 +59,18 @@ def draw_curves(
     T: int,
     tokens: str,
 ) -> None:
-    """XE by position for every group and K, beside the exact optimum where it is known."""
+    """XE by position for every group and K, beside the exact optimum where it is known.
+
+    What a set has by its composition, the levels of its categories, is taken off each curve: it would hide all else.
+    """
     ks = sorted({K for by_k in by_group.values() for K in by_k})
     labelled = False  # the optimum comes once in the legend
     with figure(folder, "xe_by_position", title=f"In-context cross entropy. {tokens}") as axes:
         for g, (group, by_k) in enumerate(by_group.items()):
+            levels = category_levels(by_k, T)
             for K, runs in by_k.items():
                 colour = shade("viridis", ks.index(K), len(ks), 0.9)
-                positions, xe = binned(stack(runs, "xe_by_position", T))
+                positions, xe = binned(stack(runs, "xe_by_position", levels))
                 mean = xe.mean(0)
                 label = f"{group}: K = {K}" if group else f"K = {K}"
                 if len(runs) > 1:
@@ -73,7 +78,7 @@ def draw_curves(
                     sd = xe.std(0, ddof=1)
                     axes.fill_between(positions, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
                 axes.plot(positions, mean, color=colour, linestyle=STYLES[g % 4], label=label)
-                oracle = stack(runs, "oracle_xe_by_position", T)
+                oracle = stack(runs, "oracle_xe_by_position", levels)
                 if len(oracle):
                     _, optimum = binned(oracle)
                     label = None if labelled else "exact optimum"
@@ -83,6 +88,18 @@ def draw_curves(
         position_ticks(axes, T)
         axes.set(xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
         axes.legend(fontsize=8)
+
+
+def category_levels(by_k: dict[int, list[dict]], T: int) -> dict[str, np.ndarray]:
+    """How far each category is above their mean at each position, [T], over all runs that trained on it."""
+    curves = {}
+    for runs in by_k.values():
+        for run in runs:
+            for name in run["categories"]:
+                curves.setdefault(name, []).append(run["groups"][name]["xe_by_position"][:T])
+    means = {name: np.mean(of_name, 0) for name, of_name in curves.items()}
+    together = np.mean(list(means.values()), 0)
+    return {name: mean - together for name, mean in means.items()}
 
 
 def draw_categories(folder: Path, rows: list[dict]) -> None:
@@ -219,6 +236,11 @@ def draw_controls(
             axes.errorbar(places, means, errors, color=colour, linestyle="-", label=part, **BARS)
             for row in by_category:
                 axes.plot(row["K"] * aside, row[part], ".", color=colour, alpha=0.35, markersize=5)
+        optimum = bars([row["optimum_growth"] for row in by_k])
+        if np.isfinite(optimum).any():
+            axes.plot(
+                ks, optimum, "o--", color="k", markerfacecolor="none", linewidth=0.8, label="of the exact optimum"
+            )
         axes.axhline(0, color="k", linewidth=0.6)
         plain_ticks(axes, ks)
         axes.set_xlim(min(ks) / 1.2, max(ks) * 1.2)
@@ -295,7 +317,7 @@ def draw_context(
             ):
                 values = bars([row.get(key) for row in rows])
                 information.plot(ks, values, style, color=colour, label=label, markersize=4)
-            information.set(ylabel="sum of XE above the known component (nats)")
+            information.set(ylabel="summed XE above the known (nats)")
             for key, label, colour in (("excess", "mean", BLUE), ("worst_excess", "worst position", ORANGE)):
                 excess.plot(ks, bars([row.get(key) for row in rows]), "o-", color=colour, label=label, markersize=4)
             excess.axhline(0, color="k", linewidth=0.6)

@@ -113,6 +113,7 @@ def run_row(result: dict) -> dict:
     return {
         "run": result["run"],
         "K": result["K"],
+        "control_of": result.get("control_of"),
         "seed": result["seed"],
         "data": result.get("data", {}).get("path"),
         "steps": result.get("steps"),

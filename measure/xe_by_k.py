@@ -377,8 +377,9 @@ def resampled_tables(
         moved = errors[:, :, None] * np.array(of_sets)[..., None]  # means, by a set's error, [S, C, J, P]
         rng = counter_rng(seed, 7)
         freedom = max(1, S - 2)
-        scale = np.sqrt(freedom / rng.chisquare(freedom, resamples))
-        factors = scale[:, None] * rng.standard_normal((resamples, S))
+        B = len(tables)
+        scale = np.sqrt(freedom / rng.chisquare(freedom, B))
+        factors = scale[:, None] * rng.standard_normal((B, S))
         tables = tables + np.tensordot(factors, moved, 1)
         varied.append("sets")
     return tables, " and ".join(varied)

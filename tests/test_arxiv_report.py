@@ -328,16 +328,17 @@ OPTIMUM = 0.05  # nats that the model is above it
 
 
 def write_run(folder: str, categories: str, seed: int = 0, growth: float = 0.1, control_of: int | None = None,
-              synthetic: bool = False, **changes) -> dict:
+              synthetic: bool = False, documents: int = 8, **changes) -> dict:
     """A run with its documents.npz: XE is the level of a category + growth log K, and 1 nat more where it is unseen."""
     rng = np.random.default_rng([len(categories), seed, *categories.encode(), control_of or 0])
-    codes = np.repeat(np.arange(4), 8)
-    counts = 1 + np.arange(32) % 3
+    codes = np.repeat(np.arange(4), documents)
+    M = len(codes)
+    counts = 1 + np.arange(M) % 3
     t = np.arange(1, T + 1)
     active = np.isin(list(NAMES), list(categories))
     K = control_of or len(categories)
     mean = LEVELS + np.where(active, growth * np.log(K), 1.0 - 0.05 * K)
-    documents = mean[codes] + 0.2 * np.sin(np.arange(32)) + 0.01 * rng.standard_normal(32)
+    documents = mean[codes] + 0.2 * np.sin(np.arange(M)) + 0.01 * rng.standard_normal(M)
     xe = documents[:, None] + 0.5 / t
     sums = xe * counts[:, None]
     groups = {}
@@ -356,7 +357,7 @@ def write_run(folder: str, categories: str, seed: int = 0, growth: float = 0.1, 
                       tokens=880 // (control_of or 1), **changes)
     write(folder, result)
     positions = np.array([1, 2, 5, 10, T])
-    np.savez(Path(folder, "documents.npz"), names=np.array(list(NAMES)), codes=codes, documents=np.arange(32),
+    np.savez(Path(folder, "documents.npz"), names=np.array(list(NAMES)), codes=codes, documents=np.arange(M),
              counts=counts, positions=positions, sums=sums[:, positions - 1].astype(np.float32),
              total=sums.mean(1).astype(np.float32))
     return result
@@ -461,6 +462,9 @@ def test_information_and_excess_stand_beside_the_exact_optimum(capsys, monkeypat
     for row in rows_of("runs/xe_by_k.csv"):
         assert float(row["excess"]) == pytest.approx(OPTIMUM) and float(row["worst_excess"]) == pytest.approx(OPTIMUM)
         assert float(row["information_document"]) == 0.6
+    for row in rows_of("runs/xe_controls.csv"):
+        if row["category"] == "mean":
+            assert float(row["optimum_growth"]) == pytest.approx(float(row["growth"]))
     write("older", json.loads(Path("runs/K4_a_b_c_d_seed0/results.json").read_text()) | {"information": None})
     sections, _ = study_sections([Path("older")], Path("report"))
     (section,) = [section for section in sections if section.title == "In context"]
@@ -496,6 +500,11 @@ def test_without_the_same_documents_intervals_are_over_sets_alone(damage, words)
     page = told()
     assert "over sets; 4 categories" in page and words in page
     assert all(row["se_documents"] == "" for row in rows_of("runs/xe_by_k.csv"))
+
+
+def test_a_single_document_of_a_category_says_nothing_of_others(capsys):
+    write_study(documents=1)
+    assert "a category has a single document" in told() and "nan" not in capsys.readouterr().out
 
 
 def rewrite(path: Path, **changes) -> None:
