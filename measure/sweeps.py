@@ -55,6 +55,10 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
             text = "its folder was removed while it was at work"
         lines = [line for line in text.split("\n") if line.strip()]
         told["last_lines"] = lines[-LAST_LINES:]
+        # What torchrun adds behind the error of a page says less than that.
+        errors = [line for line in lines if line.startswith("error: ")]
+        if errors and errors[-1] not in told["last_lines"]:
+            told["last_lines"].append(errors[-1])
     return told
 
 

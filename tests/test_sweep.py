@@ -715,6 +715,13 @@ def test_an_objective_that_no_summary_has_is_told(capsys):
     assert "by loss, of which more is better:" in out and out.index("sweep/lr=0.2") < out.index("sweep/lr=0.1")
 
 
+def test_the_error_of_a_run_is_told_whatever_a_launcher_says_after_it():
+    Path("console.log").write_text("\n".join(["error: first", "error: no such file", *"abcdef"]))
+    told = record(Path("."), {}, "failed", 1, 1.0)
+    assert told["last_lines"] == [*"bcdef", "error: no such file"]
+    assert in_words(told, []) == "failed (exit code 1): error: no such file"
+
+
 def test_what_runs_are_compared_by():
     assert objective("state") == (OBJECTIVES["state"][0], False) and objective("another") == ([], True)
     assert objective("state", "mae") == (["mae", "pearson_delta", *OBJECTIVES["state"][0][2:]], True)
