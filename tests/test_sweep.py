@@ -707,6 +707,14 @@ def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
 # -------------------------------------------------------------------------------------------------- the table
 
 
+def test_an_objective_that_no_summary_has_is_told(capsys):
+    swept("--lr=0.1,0.2", "--objective=los")
+    assert "note: los is no number in summary.json, did you mean 'loss'?" in capsys.readouterr().err
+    swept("--lr=0.1,0.2", "--objective=-loss")
+    out = capsys.readouterr().out
+    assert "by loss, of which more is better:" in out and out.index("sweep/lr=0.2") < out.index("sweep/lr=0.1")
+
+
 def test_what_runs_are_compared_by():
     assert objective("state") == (OBJECTIVES["state"][0], False) and objective("another") == ([], True)
     assert objective("state", "mae") == (["mae", "pearson_delta", *OBJECTIVES["state"][0][2:]], True)
