@@ -160,7 +160,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         out.mkdir(parents=True, exist_ok=True)
         studied, lines = study_part(experiment, ended, out)
         lead = sentence
-        if studied:  # its runs differ in what they are asked, so that the best of them is no answer
+        if studied and studied[0].text:  # its runs differ in what they are asked, so that the best of them is no answer
             lead, sentence = studied[0].text[0], ""
         write_csv(out / "comparison.csv", [csv_row(group, results) for group in ranked])
         draw_curves(out, ranked, CURVES.get(experiment, ("", "")))

@@ -593,7 +593,9 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
         "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
         "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
         "optimum). Differences are paired by category and seed, and averaged over the sets of a category first. "
-        "Errors (se) are over categories, of which there are few, and whose sets overlap.",
+        "Errors (se) are over categories, of which there are few, and whose sets overlap. "
+        "A control reads its share as often as a run among K does, in fewer steps: where steps are few, dilution is "
+        "too short a training as much as too little text.",
     ]
     if missing:
         text.append(missing)
