@@ -133,11 +133,14 @@ def make_folder(folder: Path) -> None:
 
 def look_back(sweep: Sweep) -> tuple[dict[str, dict], list[Run]]:
     """({name: line of sweep.jsonl} of the runs that have ended before, the others). Raises InputError."""
-    lines, told, todo = read(sweep.lines), {}, []
-    late = max((line.get("time") or 0 for line in lines.values()), default=0) - time.time()
+    lines = read(sweep.lines)
+    told = {}
+    todo = []
+    times = [line.get("time") or 0 for line in lines.values()]
+    late = max(times, default=0) - time.time()
     if late > CLOCK_SECONDS:
-        note(f"{sweep.lines} has a line of {tqdm.format_interval(late)} from now: the clocks of two machines differ, "
-             "which changes nothing here")
+        late = tqdm.format_interval(late)
+        note(f"{sweep.lines} has a line of {late} from now: the clocks of two machines differ, which changes nothing")
     for run in sweep.runs:
         last = lines.get(run.name, {})
         if sweep.has_ended(run):
@@ -339,7 +342,9 @@ def show_best(sweep: Sweep, source: Trials, less_is_better: bool) -> None:
 
 def look_around(sweep: Sweep, told: dict[str, dict]) -> tuple[list[dict], list[Run]]:
     """(lines of all runs of the sweep that have ended, other shards' too; the runs that have not)."""
-    lines, ended, missing = read(sweep.lines), [], []
+    lines = read(sweep.lines)
+    ended = []
+    missing = []
     for run in sweep.runs:
         line = told.get(run.name) or lines.get(run.name)
         if line and (line["status"] != "done" or run.folder.exists()):
@@ -350,12 +355,17 @@ def look_around(sweep: Sweep, told: dict[str, dict]) -> tuple[list[dict], list[R
 
 
 def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None:
-    if shown and any(line["status"] == "done" for line in told):
-        print(f"\nby {HEADS.get(shown[0], shown[0])}, of which {'less' if less_is_better else 'more'} is better:")
+    """Print the table of the runs that ended, and what it is sorted by."""
+    done = [line["summary"] for line in told if line["status"] == "done"]
+    if shown and done:
+        name = HEADS.get(shown[0], shown[0])
+        better = "less" if less_is_better else "more"
+        print(f"\nby {name}, of which {better} is better:")
     print("\n".join(table(told, shown, less_is_better)))
-    known = {name for line in told for name, value in line.get("summary", {}).items() if isinstance(value, int | float)}
-    if shown and known and shown[0] not in known:
-        note(f"{shown[0]} is no number in summary.json{closest(shown[0], known)}")
+    known = set().union(*done)
+    if shown and done and shown[0] not in known:
+        hint = closest(shown[0], known)
+        note(f"{shown[0]} is no number in summary.json{hint}")
 
 
 def show_comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:

@@ -102,9 +102,12 @@ class Progress:
         if not done:
             return None
         price = spent / done
-        names = [job.run.name for job in self.jobs]
         usual = self.usual_steps()
-        waiting = [steps or usual for name, steps in self.steps.items() if name not in names]
+        names = [job.run.name for job in self.jobs]
+        waiting = []
+        for name, steps in self.steps.items():
+            if name not in names:
+                waiting.append(steps or usual)
         unknown = max(0, self.total - self.ended - len(names) - len(waiting))  # of a search
         rests = [self.rest(job, far, price) for job, far in zip(self.jobs, begun, strict=True)]
         shared = sum(rests) + price * (sum(waiting) + unknown * usual)

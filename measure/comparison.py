@@ -20,7 +20,7 @@ from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
-from measure.sweeps import HEADS, SEED, Group, groups, numbers, objective, table
+from measure.sweeps import HEADS, SEED, Group, groups, numbers, objective, table, with_spread
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -34,6 +34,7 @@ CURVES = {
     "apelr": ("loss", "val_nll"),
     "state": ("loss", "val_loss"),
 }
+PROBLEMS = ("process", "data", "toml_config_path", "categories")  # settings that say what is to be learned
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
@@ -159,7 +160,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         out.mkdir(parents=True, exist_ok=True)
         studied, lines = study_part(experiment, ended, out)
         lead = sentence
-        if studied:  # its runs differ in what they are asked, so that the best of them is no answer
+        if studied and studied[0].text:  # its runs differ in what they are asked, so that the best of them is no answer
             lead, sentence = studied[0].text[0], ""
         write_csv(out / "comparison.csv", [csv_row(group, results) for group in ranked])
         draw_curves(out, ranked, CURVES.get(experiment, ("", "")))
@@ -284,7 +285,7 @@ def study_part(experiment: str, ended: list[Run], out: Path) -> tuple[list[Secti
 # In words
 # ---------------------------------------------------------------------------------------------------------------
 def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
-    """The best group by a result, and how far ahead of the next it is."""
+    """The best group by a result, and how far ahead of the next it is; of runs on different data none is the best."""
     head = HEADS.get(name, name)
     known = [group for group in ranked if group.values(name)]
     if not known:
@@ -292,6 +293,9 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     best = known[0]
     if len(ranked) == 1:
         return f"{'Runs of the same settings' if len(best.runs) > 1 else 'One run'}: {head} {spread(best, name)}."
+    apart = [setting for setting in PROBLEMS if any(setting in group.settings for group in ranked)]
+    if apart:
+        return f"The rows differ in {' and '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
     text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
     if len(known) == 1:
@@ -304,16 +308,13 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     # The standard error of a difference of two means, without assuming one spread for both.
     error = sqrt(sum(stdev(values) ** 2 / len(values) for values in samples))
     difference = abs(fmean(samples[0]) - fmean(samples[1]))
-    return f"{text} They are {difference:.3g} apart, with a standard error of {error:.2g} over seeds."
+    return f"{text} They are {with_spread(difference, error)} (standard error over seeds) apart."
 
 
 def spread(group: Group, name: str) -> str:
     """Mean, standard deviation and n of a group."""
-    values = group.values(name)
-    text = f"{fmean(values):.5g}"
-    if len(values) > 1:
-        text += f" (standard deviation {stdev(values):.2g}, {len(values)} seeds)"
-    return text
+    text, values = group.text(name), group.values(name)
+    return f"{text} (mean and standard deviation of {len(values)} seeds)" if len(values) > 1 else text
 
 
 def notes_on(ended: list[Run], told: list[dict]) -> list[str]:

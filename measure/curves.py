@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from common.errors import DataError
 from measure.figures import figure
+from measure.overlays import COLOURS, log_axis
 from sources.ergodic import mixture_log_prob
 from sources.shared import counter_rng
 
@@ -624,9 +625,12 @@ def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> No
 
 
 def colours(groups: dict) -> dict[str, str]:
-    """A colour for each category, the same in all pictures."""
+    """A colour for each category, the same in all pictures; black is the optimum's."""
     names = [name for name in groups if name not in TOGETHER]
-    return {name: f"C{i % 10}" for i, name in enumerate(names)}
+    shades = [shade for shade in COLOURS if shade != "#000000"]
+    if len(names) > len(shades):
+        shades = [f"C{i}" for i in range(10)]
+    return {name: shades[i % len(shades)] for i, name in enumerate(names)}
 
 
 def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
@@ -646,7 +650,8 @@ def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None
                 axes.plot(positions, xe, color="k", linewidth=0.8, linestyle="--", label=label)
         T = len(groups["seen"]["xe_by_position"])
         axes.set_title(f"icl_gain {groups['seen']['icl_gain']:.4f}: {gain_definition(T)}", fontsize=8)
-        axes.set(xscale="log", xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
+        log_axis(axes, "x")
+        axes.set(xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
         axes.legend(fontsize=8)
 
 
@@ -668,7 +673,8 @@ def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None
                 excess = 100 * excess / optimum
             axes.plot(positions, excess, color=shades[name], label=name, linewidth=1)
         axes.axhline(0, color="k", linewidth=0.8)
-        axes.set(xscale="log", xlabel="tokens read", ylabel=f"excess over the exact optimum ({unit})")
+        log_axis(axes, "x")
+        axes.set(xlabel="tokens read", ylabel=f"excess over the exact optimum ({unit})")
         axes.legend(fontsize=8)
 
 
@@ -683,7 +689,8 @@ def draw_probe(folder: Path, title: str, probed: dict) -> None:
             label = f"layer {layer}" if layer else "embed"
             axes.plot(probed["positions"], accuracy, "o-", markersize=3, color=shade, label=label)
         axes.axhline(chance, color="k", linestyle=":", linewidth=0.8, label="chance")
-        axes.set(xscale="log", xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02))
+        log_axis(axes, "x")
+        axes.set(xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02))
         axes.legend(fontsize=8)
 
 

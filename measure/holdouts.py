@@ -177,10 +177,13 @@ def in_words(study: list[HeldOut]) -> str:
     spread = ""
     if len(gains) > 1:
         spread = f" (standard deviation over types {stdev(gains):.3f})"
-    seeds = max(len(runs) for runs in by_type(study).values())
+    counts = [len(runs) for runs in by_type(study).values()]
+    seeds = counted(max(counts), "seed")
+    if min(counts) < max(counts):
+        seeds = f"up to {seeds}"
     return (
         f"Pearson delta of the model is {fmean(gains):+.3f} against the {RIVAL}{spread}, the mean over "
-        f"{counted(len(gains), 'held-out cell type')} with up to {counted(seeds, 'seed')} each; it is better on "
+        f"{counted(len(gains), 'held-out cell type')} with {seeds} each; it is better on "
         f"{better} of {len(gains)}. The types train each other's models: they are no independent repetitions."
     )
 

@@ -47,7 +47,7 @@ def draw_curves(out: Path, ranked: list[Group], keys: tuple[str, str]) -> None:
     if not panels:
         (out / "plots" / "curves.png").unlink(missing_ok=True)
         return
-    width = 5 * len(panels)  # inches
+    width = max(8, 5 * len(panels))  # inches
     height = 4 + 0.22 * (min(len(ranked), MOST_CURVES) + 1)  # with the legend
     with figure(out, "curves", width, height, 1, len(panels), squeeze=False) as axes:
         for panel, (title, curves) in zip(axes[0], panels.items(), strict=True):

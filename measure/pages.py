@@ -43,6 +43,7 @@ HEADLINES = {
         "perplexity": "exp of the cross entropy",
         "icl_gain": "what reading more of the document gains, nats",
         "oracle_icl_gain": "the same of the exact optimum",
+        "icl_score": "cross entropy late in a document less that early (Olsson et al. 2022): below 0 if context helps",
         "largest_relative_excess": "share above the optimum at the worst position",
         "K": "components trained on",
     },

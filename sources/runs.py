@@ -171,6 +171,9 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
         reference = settings_of(page, constant)
         varied = variations(page, reference, cfg) or varied
     if not listed and varied == [None]:
+        for word in words:
+            if word.key and not word.value:
+                raise InputError(f"{word.head}: the list is empty: {word.head}VALUE,VALUE lists two values")
         raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
                          "some, or run the page by itself")
     first = settings_of(page, [word.head + word.value for word, *_ in choices], show_notes=True)

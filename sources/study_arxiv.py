@@ -195,14 +195,17 @@ def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[lis
         known[run_name(subset)] = [subset]
     sets = []
     for name in study.split(","):
-        if name not in known:
+        size, *categories = name.split("_")
+        ordered = "_".join([size, *sorted(categories)])
+        meant = known.get(name) or known.get(ordered)
+        if meant is None:
             hint = closest(name, known) or "."
             raise DataError(
                 f"study={study}: no run is called {name!r}{hint} Use all, all31, k=1,2, nested:1,2,4, or "
                 f"names like {run_name(names[:2])}"
             )
-        if len(known[name]) > 1:
-            meant = " or ".join(run_name(subset) for subset in known[name])
-            raise DataError(f"study={study}: {name} is not one set of categories: write {meant}")
-        sets += known[name]
+        if len(meant) > 1:
+            choices = " or ".join(run_name(subset) for subset in meant)
+            raise DataError(f"study={study}: {name} is not one set of categories: write {choices}")
+        sets += meant
     return sets

@@ -171,7 +171,8 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
     assert mean["delta, sd"] == pytest.approx(stdev([(0.9 + 0.5 + 0.1) / 3, (0.7 + 0.5 + 0.3) / 3]))
     assert mean["energy distance"] == pytest.approx((2.0 + 0.5) / 2) and mean["energy, sd"] is None
     assert "+0.000 against the perturbation mean (standard deviation over types 0.141)" in section.text[0]
-    assert "2 held-out cell types with up to 2 seeds each; it is better on 1 of 2" in section.text[0]
+    assert "2 held-out cell types with 2 seeds each; it is better on 1 of 2" in section.text[0]
+    assert "with up to 2 seeds each" in study_sections(runs[1:], Path("report"))[0][0].text[0]
     assert lines[1].split("  ")[0] == "held out" and lines[4].split()[0] == "c" and "nan" not in "".join(lines)
     shown = section.tables[0]
     assert [row["Pearson delta"].text for row in shown] == [

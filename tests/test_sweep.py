@@ -332,6 +332,7 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
         ([], "no setting lists values"),
         (["--lr=0.1"], "no setting lists values"),
+        (["--lr="], "--lr=: the list is empty: --lr=VALUE,VALUE lists two values"),
         (["--lr=0.1,0.2", "--jobs=0"], "jobs: expected int >= 1 or -1|none, got '0'"),
         (["--lr=0.1,0.2", "hydra.launcher.n_jobs=many"], "jobs: expected int >= 1 or -1|none, got 'many'"),
         (["--lr=0.1,0.2", "hydra/launcher=submitit_slurm"], "sweep.py starts runs on this machine"),
@@ -704,6 +705,14 @@ def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------- the table
+
+
+def test_an_objective_that_no_summary_has_is_told(capsys):
+    swept("--lr=0.1,0.2", "--objective=los")
+    assert "note: los is no number in summary.json, did you mean 'loss'?" in capsys.readouterr().err
+    swept("--lr=0.1,0.2", "--objective=-loss")
+    out = capsys.readouterr().out
+    assert "by loss, of which more is better:" in out and out.index("sweep/lr=0.2") < out.index("sweep/lr=0.1")
 
 
 def test_what_runs_are_compared_by():

@@ -912,7 +912,8 @@ def test_a_study_is_planned_as_it_is_called():
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
     assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_cs.DS_cs.IT_cs.PL"
     assert run_name(["cs.PL"], 7) == "K1_cs.PL_seed7"
-    for study in ("K3_cs.DS_cs.IT_cs.PL,K1_math.ST", "K3_csDS_csIT_csPL,K1_mathST"):  # by the older names too
+    for study in ("K3_cs.DS_cs.IT_cs.PL,K1_math.ST", "K3_csDS_csIT_csPL,K1_mathST",  # by the older names too
+                  "K3_cs.PL_cs.DS_cs.IT,K1_math.ST"):
         assert plan_study(study, FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
 
 
