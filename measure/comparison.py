@@ -20,7 +20,8 @@ from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
-from measure.sweeps import HEADS, SEED, Group, groups, numbers, objective, table, with_spread
+from measure.sweeps import HEADS, SEED, Group, groups, objective, table, with_spread
+from sources.outcomes import numbers
 from sources.shared import counted
 from sources.sweeps import digest
 
