@@ -4,6 +4,7 @@
     python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'   # two values of a setting that is a list
     python sweep.py train_arxiv.py --study=nested:1,2,4 --seed=0,1            # the runs of a study
     python sweep.py train_ghmm.py --lr=1e-3,1e-4 --shard=3/10                 # every tenth run, for an array of jobs
+    python sweep.py train_ghmm.py --trials=20 --lr=log:1e-5..1e-2 --n_layers=int:2..8 --act=relu,gelu  # a search by TPE
     python sweep.py train_ghmm.py --lr=1e-3,1e-4 --print_config               # the commands that it would run, and stop
     python sweep.py report out/ghmm_sweep_1a2b3c                              # compare runs that there are
     python train_ghmm.py -m lr=1e-3,1e-4 'seed=range(3)' hydra.sweep.dir=out/lr    # the same in Hydra's words
@@ -14,6 +15,11 @@ differs (lr=0.001,seed=0; what the run prints is in its console.log), and sweep.
 The same command again goes on: what has ended is not run again, what was interrupted goes on from its checkpoint, what
 failed is tried again. Several such commands at once share the runs. Ctrl-C lets the runs at work save; a second one
 does not wait for that. Exit code 1 if a run failed.
+
+A range makes it a search (pip install optuna): log:LOW..HIGH, int:LOW..HIGH, LOW..HIGH, with steps LOW..HIGH:STEP.
+--trials is of the whole study, which any number of such commands share; with more of them it goes on. A run whose
+evaluations stay worse than the median of the others' is stopped (not of train_state.py: what it is judged by is known
+at its end). A failed run is not tried again. best.json has the command that repeats the best run.
 """
 
 import contextlib
@@ -36,7 +42,7 @@ from common.runlog import write_json
 from configurator import Count, Range, Settings, Whole, configure, note
 from measure.sweeps import HEADS, append, in_words, objective, read, record, table
 from sources.runs import Grid, Run, has_ended, import_page, plan_runs
-from sources.search import SEARCHES, Trial
+from sources.search import SEARCHES, Trial, import_optuna
 from sources.shared import closest, counted
 from sources.sweeps import (
     CONFIG_NAME,
@@ -45,11 +51,10 @@ from sources.sweeps import (
     Word,
     hydra_settings,
     in_shard,
-    labels,
     read_sweeper,
     take_apart,
 )
-from sources.trials import Plan, Trials, plan_search
+from sources.trials import Plan, Trials, plan_search, shown_as
 
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
 CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
@@ -241,11 +246,10 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
 
     Exits with 1 if a run failed here.
     """
-    if sweep.cfg.shard:
-        raise InputError("a search has no shards: the same command without --shard, several times at once, shares it")
-    how = processes(sweep, [plan.first])
-    make_folder(sweep.folder)
     shown, less_is_better = objective(getattr(sweep.page, "EXPERIMENT", ""), sweep.cfg.objective)
+    how = processes(sweep, [plan.first])
+    import_optuna()  # before anything is written
+    make_folder(sweep.folder)
     source = plan.open()
     ended = source.count_ended()
     before = f", {ended} ended before" if ended else ""
@@ -259,7 +263,8 @@ def run_search(sweep: Sweep, plan: Plan) -> list[dict]:
         if job is None and trial.state != "running":  # of another process, which has told of it
             return line_of_trial(source, trial, {})
         line = record(run.folder, run.values, status, *(job.end() if job else (None, None)))
-        line |= {"value": trial.value} if status == "pruned" else {}
+        if status == "pruned":
+            line["value"] = trial.value
         append(sweep.lines, line)
         return line
 
@@ -289,15 +294,27 @@ def line_of_trial(source: Trials, trial: Trial, lines: dict[str, dict]) -> dict:
 
     lines: {name: line} of those that sweep.jsonl has.
     """
-    folder, values = source.place_of(trial), source.labelled(trial.values)
-    if folder and (trial.state != "done" or (folder / "summary.json").exists()):
+    folder, values, status = source.place_of(trial), shown_as(trial.values), trial.state
+    has_summary = folder and (folder / "summary.json").exists()
+    if has_summary and status == "failed":
+        status = "done"  # for its page, but without the number that the study asks for
+    if has_summary or (folder and status != "done"):
         before = lines.get(folder.name, {})
-        line = record(folder, values, trial.state, before.get("exit_code"), before.get("seconds"))
+        line = record(folder, values, status, before.get("exit_code"), before.get("seconds"))
     else:
-        line = {"run": source.name_of(trial), "status": trial.state, "exit_code": None, "seconds": None,
-                "folder": f"{trial.host}:{trial.folder}", "settings": values, "last_lines": [],
-                "summary": {source.objective: trial.value}}  # fmt: skip
-    return line | ({"value": trial.value} if trial.state == "pruned" else {})
+        line = {
+            "run": source.name_of(trial),
+            "status": status,
+            "exit_code": None,
+            "seconds": None,
+            "folder": f"{trial.host}:{trial.folder}",
+            "settings": values,
+            "summary": {source.objective: trial.value},
+            "last_lines": [],
+        }
+    if status == "pruned":
+        line["value"] = trial.value
+    return line
 
 
 def show_best(sweep: Sweep, source: Trials, less_is_better: bool) -> None:
@@ -305,17 +322,22 @@ def show_best(sweep: Sweep, source: Trials, less_is_better: bool) -> None:
     done = [trial for trial in source.search.trials() if trial.state == "done"]
     if not done:
         return
-    best = min(done, key=lambda trial: trial.value if less_is_better else -trial.value)
+    done.sort(key=lambda trial: trial.value, reverse=not less_is_better)
+    best = done[0]
     run = source.run_of(best.values, sweep.folder / source.name_of(best))
-    command = shlex.join(["python", sweep.script.name, *run.words[:-1]])
-    write_json(sweep.folder / "best.json", {"run": run.name, source.objective: best.value, "settings": run.values,
-                                            "command": command})
+    command = shlex.join(["python", sweep.script.name, *run.words[:-1]])  # into the page's own folder
+    facts = {
+        "run": run.name,
+        source.objective: best.value,
+        "settings": run.values,
+        "command": command,
+    }
+    write_json(sweep.folder / "best.json", facts)
     print(f"\nthe best again: {command}")
     shares = source.search.importances()
     if shares:
-        names = dict(zip(shares, labels(list(shares)), strict=True))
-        listed = ", ".join(f"{names[key]} {share:.2f}" for key, share in shares.items())
-        print(f"what tells the best quarter of {len(done)} runs from the others (PED-ANOVA): {listed}")
+        listed = [f"{name} {share}" for name, share in shown_as({key: f"{shares[key]:.2f}" for key in shares}).items()]
+        print(f"what tells the best quarter of {len(done)} runs from the others (PED-ANOVA): {', '.join(listed)}")
 
 
 def look_around(sweep: Sweep, told: dict[str, dict]) -> tuple[list[dict], list[Run]]:

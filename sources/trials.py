@@ -4,13 +4,13 @@ import contextlib
 import fcntl
 import io
 import json
-import re
 import socket
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import checkpoint
 from common.errors import InputError
@@ -49,8 +49,10 @@ class Trials:
             for trial in self.search.trials():
                 if trial.state == "running" and trial.number not in self.numbers.values() and self.is_left(trial):
                     return self.begin(self.search.take_over(trial.number))
-            trial = self.search.ask(self.total)
-            return self.begin(trial) if trial else None
+            asked = self.search.ask(self.total)
+            if asked is None:
+                return None
+            return self.begin(asked)
 
     def ended(self, run: Run, told: dict) -> None:
         """Tell the study what came of a run, by its line of sweep.jsonl. One that was interrupted goes on later."""
@@ -58,7 +60,8 @@ class Trials:
             return
         if told["status"] == "done":
             self.report(run, read_metrics(run.folder))  # others are compared with all of it
-        value = told.get("summary", {}).get(self.objective)
+        summary = told.get("summary", {})
+        value = summary.get(self.objective)
         self.search.tell(self.numbers[run.name], told["status"], value)
 
     def hopeless(self, run: Run, records: list[dict]) -> bool:
@@ -70,14 +73,17 @@ class Trials:
         known, is_hopeless = self.reported.setdefault(run.name, set()), False
         for record in records if self.prunes else ():
             value, step = record.get(self.objective), record.get("step")
-            if record.get("split") == "eval" and isinstance(value, float | int) and step not in known:
+            is_new = record.get("split") == "eval" and step not in known
+            if is_new and isinstance(value, float | int):
                 known.add(step)
                 is_hopeless = self.search.report(self.numbers[run.name], step, value)
         return is_hopeless
 
     def has_ended(self, run: Run, page: ModuleType, script: Path) -> bool:
         """Whether a run is over, here or in another process."""
-        return self.trial_of(run).state != "running" or has_ended(run, page, script)
+        if self.trial_of(run).state != "running":
+            return True
+        return has_ended(run, page, script)
 
     def count_ended(self) -> int:
         return len([trial for trial in self.search.trials() if trial.state != "running"])
@@ -118,24 +124,70 @@ class Trials:
 
     def name_of(self, trial: Trial) -> str:
         """trial0007,lr=0.000123,n_layers=4"""
-        return f"trial{trial.number:04d},{run_name(self.labelled(trial.values))}"
-
-    def labelled(self, values: dict[str, str]) -> dict[str, str]:
-        """{what a setting is called in names and tables: its value}."""
-        shown = [plain(value) for value in values.values()]
-        return dict(zip(labels(list(values)), shown, strict=True))
+        return f"trial{trial.number:04d},{run_name(shown_as(trial.values))}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # From a command line to a search
 # ---------------------------------------------------------------------------------------------------------------
-class Plan(NamedTuple):
-    """A search before anything is written: its spaces, folder, the Config of the first values, and what opens it."""
+@dataclass
+class Plan:
+    """A search before anything is written.
 
+    first: the page's Config of the first values. terms: facts that all runs of the study share. prunes: whether runs
+    that are hopeless are stopped.
+    """
+
+    page: ModuleType
+    words: list[Word]
+    cfg: Any
     spaces: dict[str, Space]
+    terms: dict[str, str]
     folder: Path
     first: Any
-    open: Callable[[], Trials]
+    less_is_better: bool
+    prunes: bool
+
+    def open(self) -> Trials:
+        """The study, made if it is not there. Raises InputError where that is another one, or cannot be used."""
+        cfg, folder = self.cfg, self.folder
+        storage = cfg.storage or str(folder / JOURNAL)
+        # In its own journal it is alone; in a database it needs a name of its own.
+        name = cfg.study_name or (folder.name if cfg.storage else "study")
+        folder.mkdir(parents=True, exist_ok=True)
+        search = open_search(storage, name, self.spaces, self.less_is_better, self.terms, cfg.sampler or "tpe",
+                             cfg.trials_seed)
+        return Trials(search, self.run_of, folder, cfg.trials, self.terms["objective"], self.prunes)
+
+    def run_of(self, values: dict[str, str], place: Path) -> Run:
+        """The run of {setting: value} in a folder."""
+        words = self.typed(values)
+        shown = shown_as(values)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                return run_in(self.page, words, shown, place)
+        except SystemExit:
+            # Settings that do not go together: the run says so itself, and fails.
+            return Run(shown, [*words, f"--out_dir={place}"], place, None)
+
+    def typed(self, values: dict[str, str]) -> list[str]:
+        """The page's words with these values."""
+        return [word.head + values.get(word.key, word.value) for word in self.words]
+
+    def check_ends(self) -> Any:
+        """The Config of the first values. Every other end and every listed value is read by the page beside them."""
+        firsts = {key: space.ends()[0] for key, space in self.spaces.items()}
+        first = settings_of(self.page, self.typed(firsts), show_notes=True)
+        for key, space in self.spaces.items():
+            for value in space.ends()[1:]:
+                settings_of(self.page, self.typed(firsts | {key: value}))
+        return first
+
+
+def shown_as(values: dict[str, str]) -> dict[str, str]:
+    """{what a setting is called in names and tables: its value}."""
+    texts = [plain(value) for value in values.values()]
+    return dict(zip(labels(list(values)), texts, strict=True))
 
 
 def read_spaces(words: list[Word], settings: Settings, sweeper: Sweeper, is_asked_for: bool) -> dict[str, Space]:
@@ -174,12 +226,14 @@ def kind_of(word: Word, settings: Settings) -> tuple[str, bool]:
     kind = settings.kinds.get(field) if not inside else None
     if kind is None:
         return "", False
-    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
-    bases = []
-    for option in options:
-        ranged = typing.get_origin(option) is typing.Annotated
-        bases.append(typing.get_args(option)[0] if ranged else typing.get_origin(option) or option)
-    is_list = bool({list, tuple, dict}.intersection(bases))
+    is_union = typing.get_origin(kind) in (typing.Union, UnionType)
+    bases = set()
+    for option in typing.get_args(kind) if is_union else (kind,):
+        base = typing.get_origin(option) or option
+        if base is typing.Annotated:  # as a Count, which is an int
+            base = typing.get_args(option)[0]
+        bases.add(base)
+    is_list = bool(bases & {list, tuple, dict})
     for base, name in ((float, "float"), (int, "int"), (str, "a text"), (bool, "a switch")):
         if base in bases:
             return name, is_list
@@ -198,59 +252,44 @@ def plan_search(page: ModuleType, script: Path, words: list[Word], sweeper: Swee
     spaces = read_spaces(words, settings, sweeper, cfg.sampler is not None)
     if not spaces:
         return None
+    refuse(script.name, spaces, sweeper, cfg, objective, less_is_better)
+    constant = [word for word in words if word.key not in spaces and finds_something(word)]
+    typed = " ".join(f"{word.key}={word.value}" if word.key else word.value for word in constant)
+    terms = {"page": script.name, "settings": typed, "objective": objective}
+    plan = Plan(page, words, cfg, spaces, terms, Path(cfg.out_dir), None, less_is_better, cfg.prune)
+    plan.first = plan.check_ends()
+    # Beside a single run, by what is searched and what is not: the same command finds its study again.
+    ranges = {key: in_words(space) for key, space in spaces.items()}
+    facts = json.dumps([terms, ranges, cfg.study_name])
+    default = f"{plan.first.out_dir}_search_{digest(facts)}"
+    plan.folder = checkpoint.local_folder(cfg.out_dir or default)
+    for key in spaces:
+        field, _ = settings.resolve(key.split("."))
+        if field == "seed":
+            note("seed is searched like any setting, and the best run may be the one with most luck")
+        if field in lengths(plan.first) and plan.prunes:
+            note(f"no run is stopped early: {key} is searched, so that equal steps are not equal progress")
+            plan.prunes = False
+    return plan
+
+
+def refuse(script: str, spaces: dict[str, Space], sweeper: Sweeper, cfg: Any, objective: str, less_is_better: bool
+           ) -> None:
+    """Raise InputError for settings of a sweep that a search cannot have."""
     key, space = next(iter(spaces.items()))
     if cfg.trials is None:
         raise InputError(f"{key}={in_words(space)} is searched: say for how many runs, as in --trials=20")
     for name in STUDIES:
         if getattr(cfg, name):
             raise InputError(f"--{name} plans its runs, and a range is searched: sweep one, then the other")
+    if cfg.shard:
+        raise InputError("a search has no shards: the same command without --shard, several times at once, shares it")
     if not objective:
-        raise InputError(f"{script.name} names no number to search by: list values instead, as in lr=1e-3,1e-4")
+        raise InputError(f"{script} names no number to search by: give one, as in --objective=loss")
+    less = "less" if less_is_better else "more"
     if sweeper.direction not in ("", "minimize" if less_is_better else "maximize"):
-        raise InputError(f"hydra.sweeper.direction={sweeper.direction}: {script.name} is searched by {objective}, of "
-                         f"which {'less' if less_is_better else 'more'} is better: leave it out")
-    first = check_ends(page, words, spaces)
-    constant = [word for word in words if word.key not in spaces]
-    terms = {"page": script.name, "settings": " ".join(map(without_sign, filter(finds_something, constant)))}
-    facts = [terms, {key: in_words(space) for key, space in spaces.items()}, cfg.study_name]
-    folder = checkpoint.local_folder(cfg.out_dir or f"{first.out_dir}_search_{digest(json.dumps(facts))}")
-    storage = cfg.storage or str(folder / JOURNAL)
-    name = cfg.study_name or (folder.name if cfg.storage else "study")
-    prunes = cfg.prune
-    varying = [key for key in spaces if settings.resolve(key.split("."))[0] in lengths(first)]
-    if prunes and varying:
-        note(f"no run is stopped early: {varying[0]} is searched, so that equal steps are not equal progress")
-        prunes = False
-
-    def run_of(values: dict[str, str], place: Path) -> Run:
-        typed = [word.head + values.get(word.key, word.value) for word in words]
-        shown = dict(zip(labels(list(values)), map(plain, values.values()), strict=True))
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                return run_in(page, typed, shown, place)
-        except SystemExit:  # settings that do not go together: the run says so itself, and fails
-            return Run(shown, [*typed, f"--out_dir={place}"], place, None)
-
-    def open_it() -> Trials:
-        folder.mkdir(parents=True, exist_ok=True)
-        search = open_search(storage, name, spaces, less_is_better, terms, cfg.sampler or "tpe", cfg.trials_seed)
-        return Trials(search, run_of, folder, cfg.trials, objective, prunes)
-
-    return Plan(spaces, folder, first, open_it)
-
-
-def check_ends(page: ModuleType, words: list[Word], spaces: dict[str, Space]) -> Any:
-    """The Config of the first values; every end of a range and every listed value is read by the page beside them."""
-    firsts = {key: space.ends()[0] for key, space in spaces.items()}
-
-    def typed(values: dict[str, str]) -> list[str]:
-        return [word.head + values.get(word.key, word.value) for word in words]
-
-    first = settings_of(page, typed(firsts), show_notes=True)
-    for key, space in spaces.items():
-        for value in space.ends()[1:]:
-            settings_of(page, typed(firsts | {key: value}))
-    return first
+        raise InputError(f"hydra.sweeper.direction={sweeper.direction}: {script} is searched by {objective}, of which "
+                         f"{less} is better: leave it out")
 
 
 def lengths(cfg: Any) -> tuple[str, ...]:
@@ -259,8 +298,6 @@ def lengths(cfg: Any) -> tuple[str, ...]:
 
 
 def finds_something(word: Word) -> bool:
-    return re.split("[.]", word.key)[-1].replace("-", "_") not in checkpoint.NO_SETTINGS
+    name = word.key.rpartition(".")[2]
+    return name.replace("-", "_") not in checkpoint.NO_SETTINGS
 
-
-def without_sign(word: Word) -> str:
-    return f"{word.key}={word.value}" if word.key else word.value

@@ -570,6 +570,16 @@ def test_its_script_of_experiments_is_a_study_of_nested_sets(capsys):
     assert [line.rpartition("/")[2] for line in lines] == ["K1_math.ST_seed42", "K2_cs.DS_math.ST_seed42"]
 
 
+def test_its_numbers_are_of_validation_and_its_test_file_is_found_when_asked_for():
+    small_data()
+    write_chunks(Path(f"data/{STEM}_test.hdf5"), {"cs.DS": 3, "math.ST": 3})
+    assert train_small("training.epochs=1")["final_split"] == "validation"
+    summary = train_small("training.epochs=1", "final_split=test", "out_dir=other")
+    assert summary["final_split"] == "test" and summary["test_xe"] != summary["val_xe"]
+    with np.load("other/documents.npz") as file:
+        assert file["counts"].sum() == 6  # chunks of the test
+
+
 def test_inspect_finds_documents_of_validation_in_a_file_of_all_splits(capsys):
     small_data()
     with pytest.raises(DataError):

@@ -307,6 +307,12 @@ def test_without_optuna_one_sentence_says_how_to_get_it(monkeypatch):
         open_search("study.journal", "s", SPACES, True, {})
 
 
+def test_without_optuna_a_search_writes_nothing(page, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    told = refusal(capsys, sweep.main, "train_tiny.py", LR, "--trials=2")
+    assert "pip install -U optuna" in told and not Path("out").exists()
+
+
 def test_importances_tell_what_matters_and_nothing_of_few_runs(in_a_folder_of_its_own):
     search = study(sampler="random")
     run(search, 12)
@@ -488,6 +494,7 @@ def test_when_runs_are_stopped(page, capsys, monkeypatch, words, stops, told):
     records = [{"step": 1, "split": "eval", "excess_loss": 1.0}]
     records += [{"step": 2, "split": "train", "excess_loss": 2.0}, {"step": 3, "split": "eval", "excess_loss": None}]
     run = sources[0].next()
+    run.lock.close()
     sources[0].hopeless(run, records)
     reported = sources[0].search.frozen(0).intermediate_values
     assert reported == ({1: 1.0} if stops else {})
@@ -513,7 +520,7 @@ def test_a_failing_trial_is_told_and_the_study_goes_on(page, capsys):
 
 
 def test_a_killed_search_goes_on_with_the_trial_that_it_left(page, capsys):
-    words = ("train_tiny.py", LR, "--layers=1,2", "--trials=3", "--waits_for=go", "--out_dir=s")
+    words = ("train_tiny.py", LR, "--layers=1,2", "--trials=2", "--waits_for=go", "--out_dir=s")
     job = Job("sweep", *words, PYTHONPATH=str(ROOT))
     wait_for(lambda: list(Path("s").glob("trial0000,*/last.pt")), job, "the first run")
     job.kill()
@@ -525,22 +532,22 @@ def test_a_killed_search_goes_on_with_the_trial_that_it_left(page, capsys):
     while not jobs.is_free(folder):
         time.sleep(0.02)
     sweep.main(list(words))
-    assert [line["status"] for line in lines()] == ["done"] * 3
-    assert [starts(number) for number in range(3)] == [[0]] * 3
+    assert [line["status"] for line in lines()] == ["done"] * 2
+    assert [starts(number) for number in range(2)] == [[0]] * 2
 
 
 def test_a_signal_lets_trials_save_and_they_go_on_with_their_settings(page):
-    words = ("train_tiny.py", LR, "--trials=3", "--waits_for=go", "--out_dir=s")
+    words = ("train_tiny.py", LR, "--trials=2", "--waits_for=go", "--out_dir=s")
     job = Job("sweep", *words, PYTHONPATH=str(ROOT))
     wait_for(lambda: list(Path("s").glob("trial0000,*/last.pt")), job, "the first run")
     job.send_signal(signal.SIGINT)
     assert job.wait() == 128 + signal.SIGINT
-    assert "error: stopped by a signal with 0 of 3 ended; the same command goes on" in job.console.read_text()
+    assert "error: stopped by a signal with 0 of 2 ended; the same command goes on" in job.console.read_text()
     folder, = Path("s").glob("trial*")
     Path("go").touch()
     sweep.main(list(words))
-    assert [line["status"] for line in lines()] == ["stopped", "done", "done", "done"]
-    assert lines()[1]["run"] == folder.name and starts(0) == [0, 2] and starts(2) == [0]
+    assert [line["status"] for line in lines()] == ["stopped", "done", "done"]
+    assert lines()[1]["run"] == folder.name and starts(0) == [0, 2] and starts(1) == [0]
 
 
 def test_two_searches_at_once_share_a_study(page):
@@ -564,7 +571,7 @@ def test_machines_without_a_common_disk_share_a_database(page, capsys):
     assert len(list(Path("there").glob("trial0001,*"))) == 1 and not list(Path("there").glob("trial0000,*"))
     out = capsys.readouterr().out
     assert "1 ended before" in out and len(out[out.index("\nby "):].split("\n")[2:5]) == 3
-    told = refusal(capsys, sweep.main, *words, "--trials=2", "--layers=2", "--out_dir=there")
+    told = refusal(capsys, sweep.main, *words, "--trials=2", "--layers=2", "--out_dir=there", "--jobs=2")
     assert "the study 'a' in sqlite:///study.db has settings = , and here it is layers=2" in told
 
 
@@ -594,6 +601,13 @@ def test_bad_input_is_one_sentence_before_the_first_run(page, capsys, words, sen
     told = refusal(capsys, sweep.main, "train_tiny.py", *words)
     assert sentence in told
     assert not list(Path(".").rglob("trial*"))
+
+
+def test_a_search_for_a_number_that_no_run_has_says_so(page, capsys):
+    sweep.main(["train_tiny.py", LR, "--trials=1", "--objective=exces_loss", "--out_dir=s"])
+    assert "note: exces_loss is no number in summary.json, did you mean 'excess_loss'?" in capsys.readouterr().err
+    told = refusal(capsys, sweep.main, "train_tiny.py", LR, "--trials=2", "--out_dir=s")
+    assert "has objective = exces_loss, and here it is excess_loss" in told
 
 
 def test_hydra_words_mean_a_search(page, capsys):
