@@ -176,7 +176,8 @@ def report(argv: list[str]) -> list[str]:
             raise InputError(f"{path}: no such {what}: {usage}")
     if not paths:
         raise InputError(f"name the folders of runs to compare: {usage}")
-    out = Path(options.get("out", paths[0]))
+    first = paths[0] if paths[0].is_dir() else paths[0].parent
+    out = Path(options.get("out", first))
     lines = compare(find_runs(paths), out)
     print("\n".join(lines))
     if options.get("open") == "True":
