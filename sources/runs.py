@@ -8,7 +8,9 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Collection
@@ -20,12 +22,15 @@ from typing import IO, Any
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
+from sources.outcomes import BOOK, append, read, record
 from sources.shared import counted
 from sources.studies import Variation, resized, variations
-from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
+from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
 
 HERE = Path(__file__).resolve().parents[1]
 MOST_RUNS = 1_000
+INTERRUPTED = {"status": "stopped"}  # as is a run that was never begun
+CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
 STUDIES = ("study", "orders", "controls", "holdout", "equal_parameters")  # settings of a sweep that choose its runs
 NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for something else than to train one model
 
@@ -49,24 +54,108 @@ class Run:
 
 
 class Grid:
-    """The runs of a plan in their order: a source of runs, as a search is one.
+    """The runs of lists and studies in their order: a source of runs, as a search is one.
 
-    What runs them asks such a source for the next run, and tells it of those at work and of those that ended.
+    What runs them (sources.jobs.run_all) asks a source for the next run, whether it has ended before, and whether one
+    at work is hopeless; it tells the source of those that ended.
+
+    Args:
+        page, script: the module of a page, and its file. folder: of the sweep. shard: of in_shard.
     """
 
-    def __init__(self, runs: list[Run]):
-        self.waiting = deque(runs)
+    def __init__(self, page: ModuleType, script: Path, folder: Path, runs: list[Run], shard: str = ""):
+        self.page, self.script, self.folder, self.runs, self.shard = page, script, folder, runs, shard
+        self.mine = in_shard(shard, runs)
+        self.known = [run.cfg for run in runs]  # the page's settings, as far as they are known before the first run
+        self.total = len(self.mine)
+        self.book = folder / BOOK
+        self.told: dict[str, dict] = {}  # {name of a run that has ended: its line of sweep.jsonl}
+        self.waiting: deque[Run] = deque()
+
+    def commands(self, name: str) -> list[str]:
+        """What could be typed in the place of the sweep; name: of the page."""
+        return [shlex.join(["python", name, *run.words]) for run in self.mine]
+
+    def open(self) -> "Grid":
+        """Look what has ended before; what has not waits. Raises InputError where a folder holds something else."""
+        make_folder(self.folder)
+        lines = read(self.book)
+        late = max((line.get("time") or 0 for line in lines.values()), default=0) - time.time()
+        if late > CLOCK_SECONDS:
+            note(f"{self.book} has a line of {late:.0f} s from now: the clocks of two machines differ, which changes "
+                 "nothing")
+        for run in self.runs:
+            last = lines.get(run.name, {})
+            if self.has_ended(run):
+                line = record(run.folder, run.values, "done", None, last.get("seconds"))
+                self.told[run.name] = line
+                if last.get("summary") != line["summary"]:  # a sweep that was killed has not told of it
+                    append(self.book, line)
+            elif last.get("status") == "done":
+                print(f"{run.folder}: a run has ended here, and its results are gone: it is run again")
+        self.waiting.extend(run for run in self.mine if run.name not in self.told)
+        return self
+
+    def title(self) -> str:
+        share = f", {self.total} of them in shard {self.shard}" if self.shard else ""
+        before = f", {len(self.told)} ended before" if self.told else ""
+        return f"{counted(len(self.runs), 'run')} of {self.script.name} in {self.folder}{share}{before}"
+
+    def steps(self) -> dict[str, int | None]:
+        """{name of a run that waits: its steps, None where its settings do not tell}."""
+        return {run.name: getattr(run.cfg, "max_steps", None) for run in self.waiting}
 
     def next(self) -> Run | None:
         """The next run to start; None where there is none now. Asked again as runs end."""
         return self.waiting.popleft() if self.waiting else None
 
-    def ended(self, run: Run, told: dict) -> None:
-        """Learn what came of a run, by its line of sweep.jsonl."""
+    def has_ended(self, run: Run) -> bool:
+        return has_ended(run, self.page, self.script)
 
     def hopeless(self, run: Run, records: list[dict]) -> bool:
         """Whether to stop a run at work, by all records of its metrics.jsonl; asked whenever there are new ones."""
         return False
+
+    def ended(self, run: Run, status: str, code: int | None = None, seconds: float | None = None) -> dict:
+        """Learn what came of a run, as outcomes.record has it; returns its line of sweep.jsonl."""
+        line = record(run.folder, run.values, status, code, seconds)
+        append(self.book, line)
+        self.told[run.name] = line
+        return line
+
+    def count_ended(self) -> int:
+        return len([run for run in self.mine if self.told.get(run.name, INTERRUPTED)["status"] != "stopped"])
+
+    def lines(self) -> list[dict]:
+        """The lines of all runs that have ended, other shards' too."""
+        others, lines = read(self.book), []
+        for run in self.runs:
+            line = self.told.get(run.name) or others.get(run.name)
+            if line and (line["status"] != "done" or run.folder.exists()):
+                lines.append(line | {"folder": str(run.folder)})  # as it is called from here
+        return lines
+
+    def elsewhere(self) -> list[str]:
+        """What is said of runs that others have not ended."""
+        missing = len(self.runs) - len([line for line in self.lines() if line["status"] != "stopped"])
+        if not missing:
+            return []
+        return [f"{counted(missing, 'run')} of other shards not ended yet: the last shard to end compares all runs"]
+
+    def is_whole(self) -> bool:
+        """Whether it is time to compare the runs."""
+        return not self.elsewhere()
+
+    def answer(self, less_is_better: bool) -> list[str]:
+        """What the runs come to, beside their table."""
+        return []
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,11 +243,11 @@ def draw(combinations: list, trials: int | None, seed: int) -> list:
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------
-def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -> tuple[Path, list[Run]]:
-    """(the folder of a sweep, its runs), each checked by the page.
+def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweeper, cfg: Any) -> Grid:
+    """The runs of a sweep, each checked by the page.
 
     Args:
-        words: of the page. cfg: settings of the sweep.
+        script: the page's file. words: of the page. cfg: settings of the sweep.
     Raises InputError; exits with the page's own errors.
     """
     settings = Settings(page.Config, getattr(page, "ALIASES", {}))
@@ -200,7 +289,7 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name} would be run twice: list each value once")
-    return folder, runs
+    return Grid(page, script, folder, runs, cfg.shard)
 
 
 def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word]:

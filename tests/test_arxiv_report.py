@@ -72,7 +72,7 @@ def told(folder: str = "runs") -> str:
     sections, lines = study_sections(runs, Path(folder))
     print(*lines, sep="\n")
     write_page(Path(folder, "report.html"), "XE", lines[0], sections)
-    page = Path(folder, "report.html").read_text()
+    page = Path(folder, "report.html").read_text().replace("<wbr>", "")
     for path in Path(folder).glob("*.csv"):
         cells = set(path.read_text().replace("\n", ",").split(","))
         assert not {"nan", "inf", "None"} & cells, path

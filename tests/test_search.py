@@ -14,8 +14,8 @@ import pytest
 from commands import Job, refusal, wait_for
 
 import sweep
-from common import jobs
 from common.errors import InputError
+from sources import jobs
 from sources.search import SEARCHES, Space, open_search, read_space, written
 
 # ------------------------------------------------------------------------------------------------------ ranges
@@ -544,10 +544,11 @@ def test_a_signal_lets_trials_save_and_they_go_on_with_their_settings(page):
     assert job.wait() == 128 + signal.SIGINT
     assert "error: stopped by a signal with 0 of 2 ended; the same command goes on" in job.console.read_text()
     folder, = Path("s").glob("trial*")
+    saved = json.loads((folder / "last.pt").read_text())
     Path("go").touch()
     sweep.main(list(words))
     assert [line["status"] for line in lines()] == ["stopped", "done", "done"]
-    assert lines()[1]["run"] == folder.name and starts(0) == [0, 2] and starts(1) == [0]
+    assert lines()[1]["run"] == folder.name and starts(0) == [0, saved] and starts(1) == [0]
 
 
 def test_two_searches_at_once_share_a_study(page):

@@ -6,6 +6,8 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +15,11 @@ import pytest
 from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
-from common import jobs, progress
-from measure.sweeps import OBJECTIVES, append, groups, in_words, numbers, objective, record, table
-from sources import equal_size, study_arxiv
-from sources.runs import Grid, has_ended, import_page, plan_runs
+from measure import progress
+from measure.sweeps import OBJECTIVES, groups, in_words, objective, table
+from sources import equal_size, jobs, study_arxiv
+from sources.outcomes import append, numbers, record
+from sources.runs import Grid, import_page, plan_runs
 from sources.studies import Variation
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
@@ -556,26 +559,28 @@ def write_lines(argv: list[str]) -> None:
         append(Path("lines.jsonl"), {"writer": argv[0], "line": number, "long": "x" * 10_000})
 
 
-def runs_of(*words: str) -> tuple:
-    """(runs that a command line plans, whether one has ended, the command that starts them)."""
-    page, script = import_page("train_tiny.py")
+def plan(*words: str, name: str = "train_tiny.py") -> Grid:
+    """The runs that a command line plans."""
+    page, script = import_page(name)
     cfg, own, sweeper = sweep.read_words(page, [*words, "--out_dir=sweep"])
-    _, runs = plan_runs(page, own, sweeper, cfg)
-    return runs, lambda run: has_ended(run, page, script), [sys.executable, script]
+    return plan_runs(page, script, own, sweeper, cfg)
+
+
+def run_all(source: Grid, came: list[int]) -> Iterator[tuple]:
+    return jobs.run_all(source, [sys.executable, source.script], 1, [], came, [])
 
 
 def test_a_hopeless_run_is_stopped_and_recorded(monkeypatch):
     monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
-    runs, ended, command = runs_of("--lr=0.9,0.1", "--max_steps=60")
-    seen = []
+    source = plan("--lr=0.9,0.1", "--max_steps=60").open()
+    runs, seen = source.runs, []
 
-    class Source(Grid):
-        def hopeless(self, run, records):
-            seen.append([record["step"] for record in records])
-            return records[-1]["loss"] > 0.5
+    def hopeless(run, records):
+        seen.append([record["step"] for record in records])
+        return records[-1]["loss"] > 0.5
 
-    found = [(run.name, status) for run, status, _ in jobs.run_all(Source(runs), ended, command, 1, [], [], [])
-             if status]  # fmt: skip
+    source.hopeless = hopeless
+    found = [(run.name, status) for run, status, _ in run_all(source, []) if status]
     assert found == [("lr=0.9", "pruned"), ("lr=0.1", "done")]
     assert all(steps == list(range(1, len(steps) + 1)) for steps in seen)
     told = record(runs[0].folder, runs[0].values, "pruned", 0, 1.0)
@@ -585,9 +590,9 @@ def test_a_hopeless_run_is_stopped_and_recorded(monkeypatch):
 
 def test_a_run_that_takes_no_notice_of_signals_is_killed_with_what_it_started(monkeypatch):
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.2)
-    runs, ended, command = runs_of("--seed=0,1", "--max_steps=10000", "--deaf")
-    came = []
-    for run, status, job in jobs.run_all(Grid(runs), ended, command, 1, [], came, []):
+    source = plan("--seed=0,1", "--max_steps=10000", "--deaf").open()
+    runs, came = source.runs, []
+    for run, status, job in run_all(source, came):
         if not came and (runs[0].folder / "child").exists():
             child = (runs[0].folder / "child").read_text()
             came.append(signal.SIGINT)
@@ -614,27 +619,63 @@ def test_records_are_read_as_they_grow(tmp_path):
     assert records.grown() and records.records == [{"step": 1}]
 
 
-def test_time_left_is_by_steps(monkeypatch):
-    def job(name: str, first_step: int, step: int, began: float = 100.0, seconds: float = 0.0) -> SimpleNamespace:
-        run = SimpleNamespace(name=name, cfg=SimpleNamespace(max_steps=400), folder=Path("none"))
-        return SimpleNamespace(run=run, records=SimpleNamespace(records=[{"step": step, "loss": 0.5}]), total=None,
-                               first_step=first_step, began=began, seconds=seconds)
+class Simulated:
+    """A run by a clock: it gets ready, takes its steps with a record of every tenth, and ends."""
 
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: 120.0)
-    shown = progress.Progress(5, 1, {"a": 400, "b": 400, "c": 400, "d": 200}, at_a_time=2)
-    assert shown.left() is None
-    shown.show([job("a", 100, 100), job("b", 0, 0)])
-    assert shown.left() is None
-    # 0.2 s a step of either: 40 and 60 s of those at work, and 600 steps of those that wait.
-    shown.show([job("a", 100, 200), job("b", 0, 100)])
-    assert shown.left() == pytest.approx((40 + 60 + 120) / 2)
-    # A run that ended tells what a step costs with begin and end: 0.3 s; b has 200 left of 0.1 s, or 400 of 0.3 - 20 s.
-    shown.end("a", job("a", 100, 400, seconds=90))
-    shown.show([job("b", 0, 200)])
-    assert shown.left() == pytest.approx((100 + 600 * 0.3) / 2)
-    assert progress.how_far(job("a", 2, 7)) == (7, 5, 400, 0.5, 20)
-    shown.end("c", None)  # by another process
-    assert shown.left() == pytest.approx(100) and shown.ended == 3  # b alone takes longer than its share
+    def __init__(self, name: str, steps: int, began: float, ready: float, pace: float, ending: float):
+        self.run = SimpleNamespace(name=name, cfg=SimpleNamespace(max_steps=steps), folder=Path("none"))
+        self.steps, self.began, self.ready, self.pace = steps, began, ready, pace
+        self.seconds, self.first_step, self.total = ready + steps * pace + ending, 0, None
+
+    def at(self, now: float) -> "Simulated":
+        done = min(self.steps, int(max(0.0, now - self.began - self.ready) / self.pace))
+        self.records = SimpleNamespace(records=[{"step": step, "time_s": step * self.pace, "loss": 0.5}
+                                                for step in range(10, done + 1, 10)])  # fmt: skip
+        return self
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_time_left_is_near_what_it_comes_to(monkeypatch, known):
+    """Two at a time of eight runs, every second one of half the length, which take longer to get ready than to step."""
+    lengths = {f"run{i}": 100 if i % 2 else 200 for i in range(8)}
+    source = SimpleNamespace(total=8, count_ended=lambda: 0, steps=lambda: dict(lengths) if known else {})
+    shown = progress.Progress(source, at_a_time=2)
+    waiting, working, now, told = deque(lengths.items()), [], 1000.0, []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    while waiting or working:
+        while waiting and len(working) < 2:
+            working.append(Simulated(*waiting.popleft(), now, ready=20, pace=0.1, ending=10))
+        for _ in range(4):
+            now += 0.25 * min(job.began + job.seconds - now for job in working)
+            shown.show([job.at(now) for job in working])
+            told.append((now, shown.left()))
+        now = min(job.began + job.seconds for job in working)
+        for job in [job.at(now) for job in working if job.began + job.seconds <= now]:
+            working.remove(job)
+            shown.show(working)
+            shown.end(job.run.name, "", job, shown.ended + 1, True)
+            told.append((now, shown.left()))
+    first = next(left for _, left in told if left is not None)
+    assert told[0][1] is None and first > 0.4 * (now - 1000)  # the end of a run is not known before one has ended
+    ended = [(now - then, left) for then, left in told if left is not None and then > 1050]
+    for comes_to, left in ended:
+        assert abs(left - comes_to) < (8 if known else 20), (comes_to, left)
+    assert len(ended) > 20 and ended[-1] == (0, 0)
+
+
+def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
+    def far(steps: int, seconds: float, pace: float | None) -> progress.HowFar:
+        return progress.HowFar(steps, steps, steps, pace, seconds)
+
+    assert progress.expected([far(200, 50, 0.1), far(100, 40, 0.1)], 400) == pytest.approx(70)
+    assert progress.expected([far(200, 50, 0.1), far(100, 40, 0.1)], None) == 45
+    assert progress.expected([far(200, 50, None)], 100) == 50  # too short a run to tell
+    # Of 400 steps from step 100 on, 50 of them done here in 20 s: its share of 80 s, or its own pace.
+    here = progress.HowFar(150, 50, 400, 0.1, 20)
+    assert progress.rest(here, 80) == 40 and progress.rest(here, 10) == pytest.approx(25)
+    assert progress.rest(here._replace(total=None), 80) == 60
+    records = [{"step": 50, "time_s": 99}, {"step": 110, "time_s": 31}, {"step": 120}, {"step": 130, "time_s": 33}]
+    assert progress.pace(records, 100) == 0.1 and progress.pace(records[:2], 100) is None
     Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
     assert progress.total_steps(Path("train.log")) == 1200 and progress.total_steps(Path("absent")) is None
 
@@ -646,7 +687,7 @@ def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on():
     assert job.wait() == 128 + signal.SIGINT
     assert "stopped after" in Path("sweep/lr=0.1,seed=0/console.log").read_text()
     assert [(line["run"], line["status"]) for line in lines()] == [("lr=0.1,seed=0", "stopped")]
-    assert "error: stopped by a signal, 3 not begun; the same command goes on from there" in job.console.read_text()
+    assert "error: stopped by a signal with 0 of 4 ended; the same command goes on" in job.console.read_text()
     saved = json.loads(Path("sweep/lr=0.1,seed=0/last.pt").read_text())
     sweep.main(list(LONG))
     assert starts("lr=0.1,seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 4
@@ -789,9 +830,7 @@ def test_what_a_real_page_saves_is_what_its_run_was_planned_with(capsys, monkeyp
              "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep", "--no-tensorboard")  # fmt: skip
     page, _ = import_page("train_ghmm.py")
     monkeypatch.setattr(page, "plot_run", lambda *args, **options: None)
-    cfg, own, sweeper = sweep.read_words(page, list(words))
-    _, runs = plan_runs(page, own, sweeper, cfg)
-    page.main(runs[0].words)
+    page.main(plan(*words, name="train_ghmm.py").runs[0].words)
     sweep.main(["train_ghmm.py", *words])
     out = capsys.readouterr().out
     assert "1 run of train_ghmm.py in sweep, 1 ended before" in out
