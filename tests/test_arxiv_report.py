@@ -511,6 +511,17 @@ def test_without_the_same_documents_intervals_are_over_sets_alone(damage, words)
     assert all(row["se_documents"] == "" for row in rows_of("runs/xe_by_k.csv"))
 
 
+@pytest.mark.parametrize("second, positions", [((2, 5), (2, 5)), ((1, T), (10, T)), (None, (2, 5))])
+def test_the_score_is_between_positions_that_all_runs_say(second, positions):
+    for i, pair in enumerate(((2, 5), second)):
+        result = write_run(f"runs/{i}", "ab", i)
+        if pair:
+            result["groups"]["seen"]["icl_score"] = dict(zip(("early", "late"), pair, strict=True))
+            Path(f"runs/{i}/results.json").write_text(json.dumps(result))
+    assert f"XE after {positions[1]} tokens less XE after {positions[0]} (Olsson" in told()
+    assert rows_of("runs/xe_by_k.csv")[0]["se_documents"]
+
+
 def test_a_single_document_of_a_category_says_nothing_of_others(capsys):
     write_study(documents=1)
     assert "a category has a single document" in told() and "nan" not in capsys.readouterr().out
