@@ -261,6 +261,10 @@ def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch
     write_run("b", 0.5, seed=1)
     group = Group({}, [{"folder": "a"}, {"folder": "b"}])
     assert curves_of([group], "train", "loss/ema") == ("loss/ema", [[{10: 2.1, 20: 2.05}, {10: 3.1, 20: 3.05}]])
+    for line in (b'[1]', b'{"step": "7", "split": "train", "loss/ema": 1}', b'{"step": 7}', b'{"step": \xff\xfe'):
+        with open("a/metrics.jsonl", "ab") as file:  # of a full disk, or another program
+            file.write(b"\n" + line)
+    assert curves_of([group], "train", "loss/ema")[1][0][0] == {10: 2.1, 20: 2.05}
     assert curves_of([group], "train", "")[0] == "loss/ema" and curves_of([group], "eval", "absent") == ("", [[]])
     drawn = []
     monkeypatch.setattr(overlays, "draw_group", lambda axes, runs, place, name: drawn.append((place, name)))
