@@ -67,6 +67,11 @@ class Run:
         return typed(self.config.get(SEED))
 
     @property
+    def kind(self) -> str:
+        """The experiment, which a copy of a page keeps; of a script without any its name."""
+        return self.experiment or self.script
+
+    @property
     def keys(self) -> dict[str, str]:
         return {name: term.key for name, term in self.terms.items()}
 
@@ -130,7 +135,7 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
     for name, value in run.config.items():
         if name not in APART:
             terms[name] = Term(setting_text(value), typed(value))
-    terms["script"] = same_text(f"{run.script} {digest(script)}")
+    terms["script"] = Term(f"{run.script} {digest(script)}", script)
     if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
         terms["steps"] = same_text(typed(run.summary.get("steps")))
     if run.config.get("precision") == "auto":  # another one on another device
@@ -185,7 +190,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         runs: their folders. out: where to write; of a folder that is a run itself, report/ in it.
         wanted: what runs are compared by, of summary.json, in the words of sweeps.objective; "": the experiment's own.
         shows_table: the lines have the table of results.
-    Raises DataError for runs of two scripts and where none has ended, InputError where nothing can be written.
+    Raises DataError for runs of two experiments and where none has ended, InputError where nothing can be written.
     """
     ended, left_out = read_all(runs)
     experiment = ended[0].experiment
@@ -216,7 +221,8 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
             sections = [*studied, *(replace(section, folded=True) for section in sections)]
         if left_out:
             sections.append(Section("Not compared", left_out))
-        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", lead, sections)
+        scripts = ", ".join(dict.fromkeys(run.script for run in ended))
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {scripts}", lead, sections)
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
@@ -250,9 +256,9 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
             lines.append(f"{folder}: left out, for {getattr(error, 'strerror', None) or error}")
             continue
         first = first or run
-        if run.script != first.script:
+        if run.script != first.script and run.kind != first.kind:
             raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
-                            "of one script")  # fmt: skip
+                            "of one page and its copies")  # fmt: skip
         same = [other for other in ended if (other.keys, other.seed) == (run.keys, run.seed)]
         if run.summary is None:
             lines.append(f"{folder}: not ended, {progress(run)}")
@@ -366,7 +372,7 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     if not apart and differs(known, OPTIMUM):
         apart = [OPTIMUM]
     if apart:
-        return f"The rows differ in {' and '.join(apart)}: {head} tells how hard each is, and none is the best."
+        return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
     text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
     if len(known) == 1:

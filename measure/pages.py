@@ -26,7 +26,7 @@ from measure import figures
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
 LONG_CELL = 30  # signs
-LONGEST_LINE = 90  # signs of a line of a command
+LONGEST_LINE = 78  # signs of a line of a command
 
 # What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
 HEADLINES = {

@@ -162,6 +162,16 @@ def test_what_looks_the_same_and_is_not_is_told_apart_by_a_digest(column, runs, 
     assert len({*told.values()}) == 2
 
 
+def test_a_copy_of_a_page_is_compared_with_it_and_averaged_only_while_it_is_the_same(undrawn):
+    for seed, (script, text) in enumerate([("train_ghmm.py", SCRIPT), ("train_mine.py", SCRIPT),
+                                           ("train_mine.py", SCRIPT + "# edited")]):  # fmt: skip
+        write_run(f"r{seed}", seed=seed, script=script, text=text)
+    compare(find_runs([Path(".")]), Path("."))
+    told = {row["seeds"]: row["script"].split()[0] for row in rows()}
+    assert told == {"0, 1": "train_ghmm.py", "2": "train_mine.py"}
+    assert "<h1>3 runs of train_ghmm.py, train_mine.py</h1>" in Path("report.html").read_text()
+
+
 def test_the_split_of_the_final_numbers_is_that_of_the_summary_and_its_content_counts(undrawn):
     for seed, (split, content) in enumerate([("test", "f1"), ("test", "f1"), ("test", "f2"), ("validation", "")]):
         run = write_run(f"r{seed}", seed=seed, final_split="test", summary={"final_split": split, "control_of": 2},
@@ -192,6 +202,7 @@ def test_a_label_is_short():
     assert of(lr="0.1", act="relu") == "lr=0.1, act=relu" and of() == "all runs"
     assert of(categories="cs.DS, math.ST", budget="none", x="") == "categories=cs.DS, math.ST"
     assert of(categories="a, b", lr="1") == "categories=a, b; lr=1" and of(x="none", y="") == "x=none, y=none"
+    assert overlays.label(Group({}, [{}])) == "one run"
 
 
 def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
@@ -230,7 +241,7 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
 
 def test_what_cannot_be_compared_is_one_sentence(undrawn):
     write_run("a")
-    write_run("b", script="train_mine.py", text=SCRIPT)
+    write_run("b", script="train_mine.py", text="")
     with pytest.raises(DataError, match="^a is a run of train_ghmm.py and b one of train_mine.py: compare runs of one"):
         compare([Path("a"), Path("b")], Path("."))
     with pytest.raises(DataError, match="^absent: there is no such folder"):
