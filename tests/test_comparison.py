@@ -216,13 +216,14 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     write_run("runs/bare", 0.5, lr=0.5)
     Path("runs/bare/train_ghmm.py").unlink()
     write_run("runs/nan", 0.5, lr=0.6, summary={"excess_loss": None, "loss": float("nan")})
+    Path("runs/good/aaa.py").write_text("")  # of the user's own
     Path("runs/good/analysis").mkdir()
     Path("runs/good/analysis/summary.json").write_text("{}")  # no run: it has nothing else
     lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
     told = "\n".join(lines)
     assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
     assert "runs/null: left out, for config.json holds no" in told and "runs/bare: left out, for it has no copy" in told
-    assert "runs/good: left out, for runs/again has the same settings and seed" in told
+    assert "runs/good: left out, for runs/again has the same settings and seed" in told and "analysis" not in told
     assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
         ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip
     page = Path("runs/report.html").read_text()
@@ -236,7 +237,7 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
-    assert find_runs([Path("run")]) == [Path("run")]
+    assert find_runs([Path("run")]) == [Path("run")] == find_runs([Path("run/summary.json")])
 
 
 def test_what_cannot_be_compared_is_one_sentence(undrawn):

@@ -19,7 +19,7 @@ from common.runlog import write_json
 from configurator import config_dict
 from measure import figures
 from measure.figures import figure
-from measure.pages import Section, cell_of, run_page, write_page
+from measure.pages import Section, cell_of, run_page, side_by_side, write_page
 
 
 def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
@@ -58,6 +58,10 @@ def test_what_is_undefined_is_blank_and_numbers_are_short():
     assert [cell_of(value).text for value in (None, float("nan"), float("inf"))] == ["", "", ""]
     told = [cell_of(value).text for value in (1 / 3, 1e-7, 1234567.8, 1337, True, "a", np.float64(2.5))]
     assert told == ["0.33333", "1e-07", "1,234,568", "1337", "true", "a", "2.5"]
+    parts = {"mean": {"mae": 1, "mse": 2, "r": [3, 4]}, "none": {"mae": 5}}
+    turned = [{"of": "mae", "mean": 1, "none": 5}, {"of": "mse", "mean": 2, "none": None}]
+    assert side_by_side("of", parts) == [*turned, {"of": "r", "mean": "3, 4", "none": None}]
+    assert side_by_side("of", {"a": {"x": 1}, "b": {}}) == [{"of": "a", "x": 1}, {"of": "b"}]
     assert [cell_of(text).style for text in ("short", "a b " * 20, 1)] == ["", "long", "number"]
     assert cell_of(np.float64(0.1)).value == "0.1" and cell_of(np.int64(7)) == ("7", "7", True)
 
