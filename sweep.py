@@ -37,9 +37,11 @@ from measure.sweeps import in_words, objective, sorted_table
 from sources.jobs import devices, launch, run_all, signals
 from sources.runs import import_page, plan_runs
 from sources.search import SEARCHES
+from sources.shared import nearest
 from sources.sweeps import CONFIG_NAME, HYDRA, Sweeper, Word, hydra_settings, read_sweeper, take_apart
 from sources.trials import plan_search
 
+LIKE = 0.85  # from here on a word of no page is a setting of the sweep with a slip of the pen
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
 
 
@@ -83,10 +85,20 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
         note(f"without effect here: {', '.join(sweeper.unused)}")
     cfg = configure(Config, [f"--{name}={value}" for name, value in (sweeper.ours | own).items()])
     words = [word for word in words if not HYDRA.match(word.key)]
-    typed = [settings.resolve(word.key.split(".")) for word in words if word.key]
+    for word in words:
+        near = nearest(word.key, kinds, LIKE)
+        if near and settings.resolve([word.key])[0] is None:
+            raise InputError(f"{word.key}: no such setting, did you mean {near}?")
+    typed = [meant(word.key, settings) for word in words]
     searched = [Word(key, f"{key}=", value) for key, value in sweeper.params.items()]
-    words = [word for word in searched if settings.resolve(word.key.split(".")) not in typed] + words
+    words = [word for word in searched if meant(word.key, settings) not in typed] + words
     return cfg, words, sweeper
+
+
+def meant(key: str, settings: Settings) -> tuple | str:
+    """The place of a setting of the page, which may have several names; of others, the name."""
+    field, inside = settings.resolve(key.split("."))
+    return (field, *inside) if field else key
 
 
 def processes(cfg: Config, source: Any, script: Path) -> tuple[list, int, list[str]]:
@@ -176,7 +188,8 @@ def report(argv: list[str]) -> list[str]:
             raise InputError(f"{path}: no such {what}: {usage}")
     if not paths:
         raise InputError(f"name the folders of runs to compare: {usage}")
-    out = Path(options.get("out", paths[0]))
+    first = paths[0] if paths[0].is_dir() else paths[0].parent
+    out = Path(options.get("out", first))
     lines = compare(find_runs(paths), out)
     print("\n".join(lines))
     if options.get("open") == "True":

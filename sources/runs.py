@@ -162,8 +162,10 @@ def make_folder(folder: Path) -> None:
 # The page
 # ---------------------------------------------------------------------------------------------------------------
 def import_page(word: str) -> tuple[ModuleType, Path]:
-    """The module of a page, and its file. Raises InputError."""
-    places = [path.resolve() for path in (Path(word), HERE / word) if path.is_file() and path.suffix == ".py"]
+    """The module of a page, and its file; train_ghmm and ghmm are train_ghmm.py. Raises InputError."""
+    names = (word, f"{word}.py", f"train_{word}.py")
+    paths = [folder / name for name in names for folder in (Path(), HERE)]
+    places = [path.resolve() for path in paths if path.is_file() and path.suffix == ".py"]
     if not places:
         pages = ", ".join(sorted(path.name for path in HERE.glob("train_*.py")))
         raise InputError(f"the first word is the page to run, such as {pages}, not {word!r}")

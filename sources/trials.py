@@ -299,7 +299,7 @@ def read_spaces(words: list[Word], settings: Settings, sweeper: Sweeper, is_aske
             values = listed_values(word.key, word.value, is_list, sweeper.inclusive)
             space = Space(values=tuple(values)) if values != [word.value] else None
         if space and word.key in spaces:
-            raise InputError(f"{word.key} is searched twice: give it one range or one list")
+            raise InputError(f"{word.key} has a range or a list and another value: give it one of them")
         if space:
             spaces[word.key] = space
     if not spaces:

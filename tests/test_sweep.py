@@ -15,6 +15,7 @@ import pytest
 from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
+import train_ghmm
 from measure import progress
 from measure.sweeps import OBJECTIVES, groups, in_words, objective, table
 from sources import equal_size, jobs, study_arxiv
@@ -280,6 +281,9 @@ def test_the_sweeper_of_a_yaml_file_is_read_and_the_command_line_wins(capsys):
     assert all(run[2] == "experiment.yaml" and run[:2] in everything for run in runs)
     assert planned(capsys, "experiment.yaml", "seed=5", "hydra.sweeper.n_trials=9") == [
         [rate, "experiment.yaml", "seed=5"] for rate in rates]
+    # What only a dialect of the page knows is swept beside other such words.
+    own, words, _ = sweep.read_words(train_ghmm, ["hydra.sweeper.params.generative_process=choice(a,b)", "model=gru"])
+    assert [word.key for word in words] == ["generative_process", "model"]
     told = hydra_settings({"defaults": [{"override hydra/sweeper": "optuna"}, "_self_"], "hydra.sweeper.n_trials": 3,
                            "hydra.sweeper.sampler.seed": "${seed}", "seed": 7, "hydra.sweeper.storage": None})
     assert told == {"hydra/sweeper": "optuna", "hydra.sweeper.n_trials": "3", "hydra.sweeper.sampler.seed": "7"}
@@ -318,6 +322,8 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
     [
         (["--lr=0.1,abc"], "lr: expected float, got 'abc'"),
         (["--lrr=0.1,0.2"], "lrr: no such setting, did you mean lr?"),
+        (["--lr=0.1,0.2", "--job=2"], "job: no such setting, did you mean jobs?"),
+        (["--lr=0.1,0.2", "trial=2"], "trial: no such setting, did you mean trials?"),
         (["--lr=0.1,0.5"], "lr = 0.5 goes with no seed"),
         (["--seed=range(1.5,3)"], "seed: expected int, got '1.5'"),
         (["--lr=0.1,,0.2"], "one of the listed values is empty"),
@@ -369,6 +375,11 @@ def test_what_is_no_page_is_refused(capsys):
                            ("broken.py", "cannot be imported (ModuleNotFoundError"), ("settings.py", "is no page")):
         assert sentence in refusal(capsys, sweep.main, name, "--lr=1,2")
     assert str(Path.cwd()) not in sys.path
+
+
+def test_a_page_has_short_names(capsys):
+    for name in ("tiny", "train_tiny", "./train_tiny.py"):
+        assert planned(capsys, "--lr=1,2", page=name) == [["--lr=1"], ["--lr=2"]]
 
 
 # --------------------------------------------------------------------------------------------------------- runs
@@ -657,6 +668,13 @@ def test_time_left_is_near_what_it_comes_to(monkeypatch, known):
             told.append((now, shown.left()))
     first = next(left for _, left in told if left is not None)
     assert told[0][1] is None and first > 0.4 * (now - 1000)  # the end of a run is not known before one has ended
+    # Where another process ends as many, half of what waits is left to it.
+    shown.total, shown.steps = 18, {}
+    alone = shown.left()
+    shown.ended = 16
+    assert alone == pytest.approx(10 * 45 / 2)
+    shown.total = 26
+    assert shown.left() == pytest.approx(alone / 2)
     ended = [(now - then, left) for then, left in told if left is not None and then > 1050]
     for comes_to, left in ended:
         assert abs(left - comes_to) < (8 if known else 20), (comes_to, left)
