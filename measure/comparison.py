@@ -5,7 +5,6 @@ Runs that differ in their seed alone are a group: mean, standard deviation over 
 """
 
 import csv
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
 from measure.sweeps import HEADS, SEED, Group, groups, objective, table, with_spread
-from sources.outcomes import numbers
+from sources.outcomes import numbers, read_object
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -96,17 +95,6 @@ def read_run(folder: Path) -> Run:
     if summary is not None:
         run.terms = terms_of(run, text)
     return run
-
-
-def read_object(path: Path) -> dict:
-    """What a JSON file holds. Raises ValueError if that is no object, OSError if it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no settings or results")
-    return value
 
 
 def terms_of(run: Run, script: str) -> dict[str, str]:

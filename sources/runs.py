@@ -22,7 +22,7 @@ from typing import IO, Any
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
-from sources.outcomes import BOOK, append, read, record
+from sources.outcomes import BOOK, append, read, read_object, record
 from sources.shared import counted
 from sources.studies import Variation, resized, variations
 from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
@@ -80,7 +80,8 @@ class Grid:
         """Look what has ended before; what has not waits. Raises InputError where a folder holds something else."""
         make_folder(self.folder)
         lines = read(self.book)
-        late = max((line.get("time") or 0 for line in lines.values()), default=0) - time.time()
+        times = [line["time"] for line in lines.values() if isinstance(line["time"], float | int)]
+        late = max(times, default=0) - time.time()
         if late > CLOCK_SECONDS:
             note(f"{self.book} has a line of {late:.0f} s from now: the clocks of two machines differ, which changes "
                  "nothing")
@@ -373,7 +374,9 @@ def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
     if not ended and not (run.folder / "last.pt").exists():
         return False
     try:
-        saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+        if ended:
+            read_object(run.folder / "summary.json")
+        saved = read_object(run.folder / "config.json")
         same_script = (run.folder / script.name).read_bytes() == script.read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"{run.folder} holds no whole run of {script.name} ({reason(error)}): remove it") from error

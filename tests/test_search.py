@@ -283,6 +283,18 @@ def test_a_trial_too_many_waits_for_who_asks_for_more(in_a_folder_of_its_own):
 
 
 
+def test_a_line_that_was_torn_is_taken_off_the_journal(in_a_folder_of_its_own):
+    run(study(), 2)
+    whole = Path("study.journal").read_bytes()
+    Path("study.journal").write_bytes(whole + b'{"op_code": 4, "wor')
+    assert len(study().trials()) == 2
+    text = Path("study.journal").read_bytes()
+    assert text.startswith(whole) and b'"wor' not in text
+    assert len(run(study(), 3)) == 3
+    Path("study.journal").write_bytes(b"")  # torn before its first line
+    assert study().trials() == []
+
+
 def test_a_storage_that_cannot_be_used_is_one_sentence(in_a_folder_of_its_own):
     run(study(), 1)
     with open("study.journal", "a") as journal:

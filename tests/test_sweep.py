@@ -454,9 +454,15 @@ def test_other_settings_are_not_mixed_into_a_sweep(capsys):
 
 def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
     swept("--lr=0.1,0.2")
-    Path("sweep/lr=0.1/config.json").write_text("{")
-    assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in refusal(
-        capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+    whole = {}
+    for name, text in (("summary.json", '{"loss": 1'), ("summary.json", "[1]"), ("config.json", "{"),
+                       ("config.json", "[1]")):  # fmt: skip
+        path = Path("sweep/lr=0.1", name)
+        whole.setdefault(path, path.read_text())
+        path.write_text(text)
+        told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+        assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in told and told.endswith("): remove it")
+        path.write_text(whole[path])
     for path in Path("sweep/lr=0.1").iterdir():
         path.unlink()
     Path("sweep/lr=0.1").rmdir()
@@ -545,7 +551,9 @@ def test_lines_of_sweep_jsonl_are_mended(capsys):
     file.unlink()
     assert [line["summary"] for line in swept("--lr=0.1,0.2")] == [line["summary"] for line in before]
     # One that was torn by a full disk, and one that another machine's clock wrote.
-    file.write_text(file.read_text() + '{"run": "lr=0.1", "sta\n' + json.dumps(before[1] | {"time": 4e9}) + "\n")
+    odd = '{"run": "lr=0.1", "sta\n[1]\n7\n{"run": "lr=0.1", "status": "failed"}\n'
+    odd += json.dumps(before[0] | {"time": "noon"}) + "\n"
+    file.write_text(file.read_text() + odd + json.dumps(before[1] | {"time": 4e9}) + "\n")
     capsys.readouterr()
     sweep.main(["train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep"])
     told = capsys.readouterr()
@@ -779,6 +787,9 @@ def test_the_error_of_a_run_is_told_whatever_a_launcher_says_after_it():
     told = record(Path("."), {}, "failed", 1, 1.0)
     assert told["last_lines"] == [*"bcdef", "error: no such file"]
     assert in_words(told, []) == "failed (exit code 1): error: no such file"
+    ranks = ["[rank1]: Traceback (most recent call last):", "[rank1]:    main()", "[rank1]: MemoryError: too much"]
+    Path("console.log").write_text("\n".join([*ranks, "ChildFailedError:", *"=====", "Root Cause", "====="]))
+    assert in_words(record(Path("."), {}, "failed", 1, 1.0), []) == "failed (exit code 1): MemoryError: too much"
 
 
 def test_what_runs_are_compared_by():
@@ -795,7 +806,7 @@ def test_seeds_are_averaged_and_nothing_else_is():
                 "settings": {"lr": lr, "seed": str(seed)}, "summary": summary}  # fmt: skip
 
     told = [line("1", 0, loss=1.0, plan_gain=None), line("1", 1, loss=2.0), line("1", 2, loss=4.5, plan_gain=7.0),
-            line("2", 0, loss=2.0), line("3", 0, loss=None)]  # fmt: skip
+            line("2", 0, loss=2.0), line("3", 0, loss=float("nan"))]  # fmt: skip
     ranked = groups(told, ["loss"], less_is_better=True)
     assert [group.settings for group in ranked] == [{"lr": "2"}, {"lr": "1"}, {"lr": "3"}]
     assert ranked[1].mean("loss") == 2.5
