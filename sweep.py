@@ -35,7 +35,7 @@ from configurator import Count, Range, Settings, Whole, configure, note
 from measure.progress import Progress
 from measure.sweeps import in_words, objective, sorted_table
 from sources.jobs import devices, launch, run_all, signals
-from sources.runs import import_page, plan_runs
+from sources.runs import import_page, meant, plan_runs
 from sources.search import SEARCHES
 from sources.shared import nearest
 from sources.sweeps import CONFIG_NAME, HYDRA, Sweeper, Word, hydra_settings, read_sweeper, take_apart
@@ -93,12 +93,6 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
     searched = [Word(key, f"{key}=", value) for key, value in sweeper.params.items()]
     words = [word for word in searched if meant(word.key, settings) not in typed] + words
     return cfg, words, sweeper
-
-
-def meant(key: str, settings: Settings) -> tuple | str:
-    """The place of a setting of the page, which may have several names; of others, the name."""
-    field, inside = settings.resolve(key.split("."))
-    return (field, *inside) if field else key
 
 
 def processes(cfg: Config, source: Any, script: Path) -> tuple[list, int, list[str]]:

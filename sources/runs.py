@@ -210,8 +210,8 @@ def settings_of(page: ModuleType, words: list[str], show_notes: bool = False) ->
 # ---------------------------------------------------------------------------------------------------------------
 def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tuple[list[list[Word]], list[str]]:
     """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
-    choices, listed = [], []
-    for word in words:
+    choices, listed, numbers = [], [], []
+    for number, word in enumerate(words):
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
@@ -222,11 +222,29 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
         choices.append([word._replace(value=value) for value in values])
         if values != [word.value]:
             listed.append(word.key)
-    for key in listed:
-        # The last of two words for a setting holds, as on a page; of two lists one is a mistake.
-        if listed.count(key) > 1:
-            raise InputError(f"{key} lists values twice: list them once")
+            numbers.append(number)
+    refuse_later(words, numbers, settings)
     return choices, listed
+
+
+def meant(key: str, settings: Settings) -> tuple | str:
+    """The place of a setting of the page, which may have several names; of others, the name."""
+    field, inside = settings.resolve(key.split("."))
+    return (field, *inside) if field else key
+
+
+def refuse_later(words: list[Word], numbers: list[int], settings: Settings) -> None:
+    """Raise InputError where a word for the same setting follows one that lists values, by its number.
+
+    It would hold for all runs, as the last one does on a page.
+    """
+    places = [meant(word.key, settings) for word in words]
+    for number in numbers:
+        if places[number] in places[number + 1 :]:
+            later = words[places.index(places[number], number + 1)]
+            word = words[number]
+            raise InputError(f"{word.head}{word.value} and {later.head}{later.value}: {word.key} is given twice, leave "
+                             "one out")
 
 
 def draw(combinations: list, trials: int | None, seed: int) -> list:
