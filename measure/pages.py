@@ -25,7 +25,7 @@ from measure import figures
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
-LONG_CELL = 50  # signs
+LONG_CELL = 30  # signs
 LONGEST_LINE = 90  # signs of a line of a command
 
 # What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
@@ -194,10 +194,10 @@ def cell_of(value: Any) -> Cell:
 
 
 def digits(value: float) -> str:
-    """A number to five digits, a large one in groups of three: 0.012346, 12.346, 1234.6, 123,457."""
-    if abs(value) >= 100_000:
-        return f"{value:,.0f}"
-    return str(value) if isinstance(value, numbers.Integral) else f"{value:.5g}"
+    """A number to four digits, a large one whole: 0.01235, 12.35, 1,235, 123,457; a whole one as it is to 99,999."""
+    if isinstance(value, numbers.Integral) and abs(value) < 100_000:
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def embedded(path: Path) -> dict | None:
@@ -326,11 +326,13 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
     text = [f"All {len(config)} settings have their defaults."]
     if settings:
         text = [f"{len(settings)} of {len(config)} settings are not the default; all are in {run / 'config.json'}."]
-    text.append("The command repeats the run. As it is, it says again what the run said; with another out_dir, or with "
-                "resume=never, which replaces the run, it trains anew.")  # fmt: skip
+    text.append(what_the_command_does(config.get("resume")))
     copy = run / script.name
     if copy.exists() and copy.read_bytes() != script.read_bytes():
         text.append(f"{script.name} was edited since: {copy} is what the run began with.")
+    where = os.path.abspath(script)
+    if Path(where).is_relative_to(Path.cwd()):
+        where = os.path.relpath(script)
     words = [f"--{name}={typed(value)}" for name, value in settings.items()]
     if untold:
         text.append(f"What cannot be typed ({', '.join(untold)}) it takes from the file.")
@@ -339,7 +341,17 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
     rows = []
     for name, value in settings.items():
         rows.append({"setting": name, "value": typed(value), "default": typed(defaults[name])})
-    return Section("Settings", text, tables=[rows], commands=[command_line(script.name, words)])
+    return Section("Settings", text, tables=[rows], commands=[command_line(where, words)])
+
+
+def what_the_command_does(resume: str | None) -> str:
+    """In words, by how the run was begun."""
+    if resume == "never":
+        return "The command repeats the run, and replaces it: with another out_dir both are kept."
+    if resume not in ("auto", None):
+        return f"The command repeats the run, which goes on from {resume}: with another out_dir both are kept."
+    return ("The command repeats the run. As it is, it says again what the run said; with another out_dir, or with "
+            "resume=never, which replaces the run, it trains anew.")  # fmt: skip
 
 
 def chosen(config: dict, Config: type) -> dict:

@@ -15,6 +15,7 @@ from common.errors import DataError, InputError
 from measure import comparison, overlays
 from measure.comparison import compare, find_runs
 from measure.overlays import MOST_CURVES, curves_of, plain_number
+from measure.pages import Section
 from measure.sweeps import Group
 
 SCRIPT = 'EXPERIMENT = "ghmm"\n'
@@ -53,7 +54,7 @@ def rows(path: Path | str = "comparison.csv") -> list[dict]:
 
 def cells(section: str, page: Path | str = "report.html") -> list[list[str]]:
     """The rows of the first table below a title of the page, as texts."""
-    text = Path(page).read_text().split(f">{section}</", 1)[1].split("</table>", 1)[0]
+    text = Path(page).read_text().replace("<wbr>", "").split(f">{section}</", 1)[1].split("</table>", 1)[0]
     found = []
     for row in re.findall("<tr>(.*?)</tr>", text, re.DOTALL):
         found.append(re.findall(r"(?:<button>|data-value=\"[^\"]*\">)(.*?)</", row))
@@ -107,10 +108,12 @@ def undrawn(monkeypatch):
     ({"text": SCRIPT + "# edited"}, "script", None),
     ({"summary": {"steps": 20}}, "steps", {"40", "20"}),
     ({"summary": {"final_split": "test"}}, "final_split", {"", "test"}),
+    ({"precision": "auto", "summary": {"device": "cuda:1"}}, "precision", {"auto on cpu", "auto on cuda"}),
     ({"summary": {"data": {"d": "f" * 16}}, "data": "d"}, "data", None),
 ])  # fmt: skip
 def test_what_differs_is_never_averaged(other, column, shown, undrawn):
     known = {"data": "d", "summary": {"data": {"d": "e" * 16}}} if column == "data" else {}
+    known |= {"precision": "auto"} if column == "precision" else {}
     write_run("a", 0.5, seed=0, **known)
     write_run("b", 0.6, seed=1, **other)
     compare([Path("a"), Path("b")], Path("out"))
@@ -118,8 +121,9 @@ def test_what_differs_is_never_averaged(other, column, shown, undrawn):
     assert [row["runs"] for row in told] == ["1", "1"] and all(row["excess_loss sd"] == "" for row in told)
     texts = {row[column] for row in told}
     assert len(texts) == 2 and (shown is None or texts == shown)
-    assert {"lr", "components", "script", "steps", "final_split", "data"} & told[0].keys() == {column}
-    said = "none is the best" if column == "data" else "the order may be chance"
+    assert {"lr", "components", "script", "steps", "final_split", "data", "precision"} & told[0].keys() == {column}
+    asked = ("data", "components", "final_split")  # other problems: the numbers say how hard each is
+    said = "none is the best" if column in asked else "the order may be chance"
     assert said in Path("out/report.html").read_text()
 
 
@@ -133,6 +137,61 @@ def test_the_same_data_elsewhere_are_the_same_and_early_stops_are_averaged_and_s
     assert any("torch 2 on cpu (1 run), torch 2 on cuda:0 (1 run)" in line for line in lines)
     assert "Runs of the same settings: excess_loss 0.60 ± 0.14 (mean and standard deviation of 2 seeds)." in lines
     assert not Path("plots/results.png").exists() and Path("plots/curves.png").exists()
+
+
+@pytest.mark.parametrize("column, runs, shown", [
+    # Three runs on two data, of which one lies at two places.
+    ("data", [("x", {"x": "f1"}), ("y", {"y": "f1"}), ("x", {"x": "f2"})], {"1": "x", "2": "x"}),
+    # Matrices in files that a setting names among other things.
+    ("components", [([{"m": "a"}], {"components": "f1"}), ([{"m": "a"}], {"components": "f1"}),
+                    ([{"m": "a"}], {"components": "f2"})], {"1": '[{"m": "a"}]', "2": '[{"m": "a"}]'}),
+    ("data", [(None, {"p": "f1"}), (None, {"p": "f1"}), (None, {"p": "f2"})], {"1": "p", "2": "p"}),
+    # A list of one is not the text, nor a text with a comma a list of two.
+    ("categories", [(["a", "b"], {}), (["a", "b"], {}), (["a, b"], {})], {"1": "a, b", "2": "a, b"}),
+    ("categories", [(["a", "b"], {}), (["a", "b"], {}), (["b"], {})], {"1": "b", "2": "a, b"}),
+])  # fmt: skip
+def test_what_looks_the_same_and_is_not_is_told_apart_by_a_digest(column, runs, shown, undrawn):
+    for seed, (value, data) in enumerate(runs):
+        settings = {} if value is None else {column: value}
+        write_run(f"r{seed}", 0.5, seed=seed, summary={"data": data} if data else None, **settings)
+    compare(find_runs([Path(".")]), Path("out"))
+    told = {row["runs"]: row[column] for row in rows("out/comparison.csv")}
+    assert told.keys() == {"1", "2"}
+    for count, text in told.items():
+        assert re.sub(r" ?\(\w{6}\)$", "", text) == shown[count]
+    assert len({*told.values()}) == 2
+
+
+def test_the_split_of_the_final_numbers_is_that_of_the_summary_and_its_content_counts(undrawn):
+    for seed, (split, content) in enumerate([("test", "f1"), ("test", "f1"), ("test", "f2"), ("validation", "")]):
+        run = write_run(f"r{seed}", seed=seed, final_split="test", summary={"final_split": split, "control_of": 2},
+                        control_of=2)  # fmt: skip
+        (run / "results.json").write_text(json.dumps({"final_fingerprint": content}))
+    compare(find_runs([Path(".")]), Path("."))
+    told = {row["seeds"]: row["final_split"] for row in rows()}
+    assert told.keys() == {"0, 1", "2", "3"} and told["3"] == "validation"
+    assert told["0, 1"] != told["2"] and told["2"].startswith("test (")
+    assert not [name for name in rows()[0] if "control_of" in name]  # a setting that the summary says again
+
+
+def test_steps_that_follow_from_other_settings_are_no_column_and_another_optimum_has_no_best(undrawn):
+    write_run("a", 0.5, lr=0.1, summary={"steps": 10})
+    write_run("b", 0.6, lr=0.2, summary={"steps": 20, "optimal_loss": 1.0001})
+    compare([Path("a"), Path("b")], Path("."))
+    assert "steps" not in rows()[0] and "Best of 2 by" in Path("report.html").read_text()
+    write_run("c", 0.7, lr=0.2, seed=1, summary={"steps": 30, "optimal_loss": 1.1})
+    lines = compare([Path("a"), Path("b"), Path("c")], Path("."))
+    assert [row["steps"] for row in rows()] == ["10", "20", "30"]
+    assert "The rows differ in optimal_loss: excess_loss tells how hard each is, and none is the best." in lines
+
+
+def test_a_label_is_short():
+    def of(**settings) -> str:
+        return overlays.label(Group(settings, []))
+
+    assert of(lr="0.1", act="relu") == "lr=0.1, act=relu" and of() == "all runs"
+    assert of(categories="cs.DS, math.ST", budget="none", x="") == "categories=cs.DS, math.ST"
+    assert of(categories="a, b", lr="1") == "categories=a, b; lr=1" and of(x="none", y="") == "x=none, y=none"
 
 
 def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
@@ -221,3 +280,18 @@ def test_a_study_that_fails_is_a_line_beside_the_comparison(monkeypatch, undrawn
     lines = compare([Path("a")], Path("."))
     assert any("left out: results.json of a is damaged" in line for line in lines)
     assert any("pearson_delta 0.5" in line for line in lines)
+
+
+def test_the_page_of_a_study_begins_with_its_answer_once_and_the_rest_is_folded(monkeypatch):
+    answer = [Section("Held out", ["The answer.", "How."]), Section("More", ["Else."])]
+    monkeypatch.setattr("measure.holdouts.study_sections", lambda runs, out: (answer, ["The answer."]))
+    for seed in (0, 1):
+        write_run(f"r{seed}", 0.5, "train_state.py", 'EXPERIMENT = "state"', {"pearson_delta": 0.5}, lr=seed)
+    lines = compare([Path("r0"), Path("r1")], Path("."))
+    text = Path("report.html").read_text()
+    assert text.count("The answer.") == 1 and '<p class="lead">The answer.</p>' in text and "<p>How.</p>" in text
+    assert not any("Best of" in line for line in lines) and "Best of" not in text
+    assert "results.png" not in text and not Path("plots/results.png").exists()
+    folded = re.findall("<summary>(.*?)</summary>", text)
+    assert folded == ["By settings", "While training", "Single runs", "What the runs share"]
+    assert answer[0].text == ["The answer.", "How."]

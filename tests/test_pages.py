@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import SCRIPTS
+from commands import ROOT, SCRIPTS
 
 from common.runlog import write_json
 from configurator import config_dict
@@ -55,8 +55,8 @@ def test_a_picture_that_is_not_there_is_said(tmp_path):
 
 def test_what_is_undefined_is_blank_and_numbers_are_short():
     assert [cell_of(value).text for value in (None, float("nan"), float("inf"))] == ["", "", ""]
-    told = [cell_of(value).text for value in (1 / 3, 1e-7, 1234567.8, 1337, True, "a", np.float64(2.5))]
-    assert told == ["0.33333", "1e-07", "1,234,568", "1337", "true", "a", "2.5"]
+    told = [cell_of(value).text for value in (1 / 3, 1e-7, 12345.6, 12_345, 123_456, True, "a", np.float64(2.5))]
+    assert told == ["0.3333", "1e-07", "12,346", "12345", "123,456", "true", "a", "2.5"]
     assert cell_of(np.float64(0.1)).value == "0.1" and cell_of(np.int64(7)) == ("7", "7", True)
 
 
@@ -101,7 +101,8 @@ CHOSEN = {  # as configure() fills them in; with values that a shell would take 
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, capsys):
+def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     page = importlib.import_module(name)
     folder = run_folder(tmp_path / "run 1", page, CHOSEN[name], {"verdict": "it works", "steps": 3, "torch": "2"})
     assert run_page(folder, page.Config) == f"it works; pictures in {folder}/plots, all of it in {folder}/report.html"
@@ -120,7 +121,8 @@ def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, cap
     assert {*CHOSEN[name]} <= told.keys()
 
 
-def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path):
+def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     page = importlib.import_module("train_state")
     rivals = {"mean": {"mae": 0.5, "pearson_delta": None}, "control": {"mae": 0.75, "pearson_delta": 0.0}}
     summary = {"pearson_delta": 0.25, "mae": None, "mse": 1.5, "baselines": rivals, "fit": {"c": 2.0}, "seconds": 12.0,
@@ -141,6 +143,14 @@ def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path):
     for fact in ("12 s", "345.6 cells/s", "begun", "ended", torch.__version__, f"{os.cpu_count()} cores"):
         assert fact in text, fact
     assert f"All {len(config_dict(page.Config()))} settings have their defaults" in text and "edited" not in text
+    assert ">python train_state.py</pre>" in text and "it says again what the run said" in text
+    monkeypatch.chdir(tmp_path)  # where that would find no script
+    for resume, said in (("never", "and replaces it"), ("a/last.pt", "which goes on from a/last.pt")):
+        write_json(folder / "config.json", config_dict(page.Config(resume=resume)))
+        run_page(folder, page.Config)
+        text = (folder / "report.html").read_text()
+        assert f">python {page.__file__} --resume={resume}</pre>" in text
+        assert f"The command repeats the run, {said}" in text
     (folder / "train_state.py").write_text("# edited")
     run_page(folder, page.Config)
     assert "train_state.py was edited since" in (folder / "report.html").read_text()
