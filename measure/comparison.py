@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
+from os.path import normpath
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -143,7 +144,10 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
 
 def terms_of_data(terms: dict[str, Term], path: str, fingerprint: str) -> dict[str, Term]:
     """The settings that name some data, by their content: the same may lie elsewhere, and others at the same place."""
-    named = {name: Term(path, fingerprint) for name, term in terms.items() if term.text == path}
+    named = {}
+    for name, term in terms.items():
+        if normpath(term.text) == normpath(path):
+            named[name] = Term(term.text, fingerprint)
     if named:
         return named
     # Parts of a setting name them: what else it says counts too.
