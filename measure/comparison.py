@@ -5,12 +5,12 @@ Runs that differ in their seed alone are a group: mean, standard deviation over 
 """
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
+from os.path import normpath
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
 from measure.sweeps import HEADS, SEED, Group, groups, objective, table, with_spread
-from sources.outcomes import numbers
+from sources.outcomes import numbers, read_object
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -118,17 +118,6 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def read_object(path: Path) -> dict:
-    """What a JSON file holds. Raises ValueError if that is no object, OSError if it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no settings or results")
-    return value
-
-
 def terms_of(run: Run, script: str) -> dict[str, Term]:
     """What a run must have in common with those that it is averaged with."""
     terms = {}
@@ -160,7 +149,10 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
 
 def terms_of_data(terms: dict[str, Term], path: str, fingerprint: str) -> dict[str, Term]:
     """The settings that name some data, by their content: the same may lie elsewhere, and others at the same place."""
-    named = {name: Term(path, fingerprint) for name, term in terms.items() if term.text == path}
+    named = {}
+    for name, term in terms.items():
+        if normpath(term.text) == normpath(path):
+            named[name] = Term(term.text, fingerprint)
     if named:
         return named
     # Parts of a setting name them: what else it says counts too.

@@ -194,10 +194,10 @@ def cell_of(value: Any) -> Cell:
 
 
 def digits(value: float) -> str:
-    """A number to five digits, a large one in groups of three: 0.012346, 12.346, 1234.6, 123,457."""
-    if abs(value) >= 100_000:
-        return f"{value:,.0f}"
-    return str(value) if isinstance(value, numbers.Integral) else f"{value:.5g}"
+    """A number to four digits, a large one whole: 0.01235, 12.35, 1,235, 123,457; a whole one as it is to 99,999."""
+    if isinstance(value, numbers.Integral) and abs(value) < 100_000:
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def embedded(path: Path) -> dict | None:

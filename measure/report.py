@@ -23,7 +23,6 @@ from measure.study_pictures import (
 from measure.study_rows import category_rows, row_of, row_sentence, run_row, write_csv
 from measure.xe_by_k import (
     LAWS,
-    TOLD_APART,
     Study,
     bars_by_kind,
     cell_means,
@@ -34,6 +33,7 @@ from measure.xe_by_k import (
     mean_and_error,
     mean_of,
     number,
+    shared_errors,
     t_interval,
     told_apart,
     tradeoff,
@@ -399,7 +399,7 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
         rows += law_rows("exact optimum", arrays, optimum)
     of_mean = [row for row in rows if row["position"] == "mean"]
     of_model = [row for row in rows if row["law"] == LAWS[0] and row["of"] == "model"]
-    laws = columns(of_mean, "of", "law", "b", "low", "high", "rms", "held_out_rms", "aicc")
+    laws = columns(of_mean, "of", "law", "b", "low", "high", "rms", "held_out_rms")
     by_position = columns(of_model, "position", "b", "low", "high", "held_out_rms")
 
     against, slopes = picture_name("xe_against_k", group), picture_name("law_by_position", group)
@@ -458,6 +458,8 @@ def law_sentence(group: Group, arrays: Arrays, found: dict) -> str:
     known = "no interval: nothing here says how sets vary"
     if found["varied"]:
         known = f"95% interval {low:.4f} to {high:.4f} over {found['varied']}"
+    if found["varied"] == "documents":
+        known += " alone: how sets vary is not known"
     return f"{subject} {verb} by {b:.4f} nats per e-fold of K ({known}; {', '.join(of)})."
 
 
@@ -481,17 +483,16 @@ def comparison_sentence(found: dict) -> str:
     alike = [law for law, apart in others.items() if not apart]
     if not told:
         sentence = f"{values} values of K cannot tell {best} from {' or '.join(alike)}"
+        known = "the 95% intervals of the differences include 0"
+        if not found["varied"]:
+            known = "nothing here says how these vary"
     else:
         sentence = f"Over {values.lower()} values of K {best} is a better law than {' and '.join(told)}"
+        known = "the 95% interval of the difference is above 0"
         if alike:
             sentence += f", and cannot be told from {alike[0]}"
-    return f"{sentence} (a K that is held out is missed by {errors}, rms in nats{aicc_words(laws, best)})."
-
-
-def aicc_words(laws: dict, best: str) -> str:
-    """How much worse AICc is than that of the best law, where it is defined."""
-    worse = [f"{laws[law]['aicc'][-1] - laws[best]['aicc'][-1]:+.1f} for {law}" for law in LAWS if law != best]
-    return f"; AICc {', '.join(worse)}" if np.isfinite(laws[best]["aicc"][-1]) else ""
+            known += f" for {told[0]} alone"
+    return f"{sentence} (a K that is held out is missed by {errors}, rms in nats; {known})."
 
 
 def number_word(number: int) -> str:
@@ -507,9 +508,8 @@ def law_terms(arrays: Arrays, found: dict) -> list[str]:
         "Laws are fitted by least squares to the means of each category over the sets of each K, with a level of "
         "its own for each category: another composition of the sets is no effect of K. In a + b log K and a + b (1 "
         "- 1/K) b is in nats, in a K^b it is an exponent. held_out_rms is the error at a K by the law fitted "
-        "without it, in turn; AICc counts the means as independent, which those of one set are not. A law is told "
-        f"from the best where its AICc is worse by {TOLD_APART:g} and the 95% interval of the difference of the "
-        "squared held-out errors is above 0."
+        "without it, in turn. A law is told from the best where the 95% interval of the difference of the squared "
+        "held-out errors, over documents and sets, is above 0."
     )
     documents = (
         f"documents ({arrays.documents:,}, drawn with replacement within their category, the same in all runs)"
@@ -550,7 +550,6 @@ def law_rows(of: str, arrays: Arrays, found: dict) -> list[dict]:
                     "high": number(numbers["high"][p]),
                     "rms": number(numbers["rms"][p]),
                     "held_out_rms": number(numbers["held_out"][p]),
-                    "aicc": number(numbers["aicc"][p]),
                     "values_of_K": len(found["sizes"]),
                     "interval_over": found["varied"],
                 }
@@ -583,7 +582,10 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
     if not parts:
         return Part([Section(title, [missing])], lines=[missing])
     by_category = [part_row(part, arrays) for part in parts]
-    means = mean_rows(by_category)
+    sizes = np.unique(arrays.study.sizes)
+    errors = shared_errors(arrays.study, sizes)
+    shared = dict(zip(sizes.tolist(), np.nan_to_num(errors).tolist(), strict=True))
+    means = mean_rows(by_category, shared)
     for mean in means:
         mean["optimum_growth"] = optimum_growth(arrays, mean["K"])
     sentence = parts_sentence(means[-1])
@@ -592,16 +594,21 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
         "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
         "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
         "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
-        "optimum). Differences are paired by category and seed, and averaged over the sets of a category first. "
-        "Errors (se) are over categories, of which there are few, and whose sets overlap. "
-        "A control reads its share as often as a run among K does, in fewer steps: where steps are few, dilution is "
-        "too short a training as much as too little text.",
+        "optimum). A control reads a K-th of the text as often as a run among K does, so it also makes a K-th of the "
+        "steps: dilution is of too short a training as much as of too little text, and interference gives both back. "
+        "Differences are paired by category and seed, and averaged over the sets of a category first. Errors (se) are "
+        "over categories, of which there are few, and whose sets overlap; those of growth and interference are "
+        + (
+            "also over what a set adds to all of its categories, by the spread of sets."
+            if np.isfinite(errors).all()
+            else "too small: what a set adds to all of its categories takes two sets of a K, or two seeds."
+        ),
     ]
     if missing:
         text.append(missing)
     name = picture_name("dilution", group)
     draw_controls(out, name, means, by_category, "What XE grows by from K = 1, by cause")
-    caption = "Growth of XE from K = 1 and its parts. Bars: standard errors over categories; points: categories."
+    caption = "Growth of XE from K = 1 and its parts. Bars: standard errors; small points: categories."
     shown = columns(means, "K", "categories", *(f"{name}{error}" for name in PARTS for error in ("", "_se")))
     if arrays.optimum:
         shown = [row | {"optimum_growth": mean["optimum_growth"]} for row, mean in zip(shown, means, strict=True)]
@@ -619,16 +626,20 @@ def part_row(part: dict, arrays: Arrays) -> dict:
     return row
 
 
-def mean_rows(by_category: list[dict]) -> list[dict]:
-    """Means over categories by K, with standard errors and 95% by Student's t."""
+def mean_rows(by_category: list[dict], shared: dict[int, float]) -> list[dict]:
+    """Means over categories by K, with standard errors and 95% by Student's t.
+
+    shared: by K the error that its sets add to all categories; controls have no part in it, so dilution has not.
+    """
     rows = []
     for K in sorted({row["K"] for row in by_category}):
         of_k = [row for row in by_category if row["K"] == K]
         mean = {"K": K, "categories": len(of_k)}
         for name in PARTS:
             values = [row[name] for row in of_k]
-            mean[name], mean[f"{name}_se"] = mean_and_error(values)
-            mean[f"{name}_low"], mean[f"{name}_high"] = t_interval(values) or (None, None)
+            error = 0.0 if name == "dilution" else shared[K]
+            mean[name], mean[f"{name}_se"] = mean_and_error(values, error)
+            mean[f"{name}_low"], mean[f"{name}_high"] = t_interval(values, error) or (None, None)
         rows.append(mean)
     return rows
 
@@ -650,8 +661,9 @@ def parts_sentence(mean: dict) -> str:
         words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
     categories = counted(mean["categories"], "category", "categories")
     sentence = (
-        f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution, {words[2]} by interference "
-        f"(means and standard errors over {categories})."
+        f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution (a category alone with 1/"
+        f"{mean['K']} of the tokens and of the steps), {words[2]} by interference (the rest; means over {categories}, "
+        "with standard errors)."
     )
     if mean["optimum_growth"] is not None:
         sentence += f" That of the exact optimum changes by {mean['optimum_growth']:+.4f}."
@@ -712,7 +724,8 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     text.append(
         "The same categories in runs that trained on them (seen) and in runs that did not (unseen), as means over "
         "categories. Errors are standard errors over categories with each one's own level taken off (Morey 2008), so "
-        "that they are of differences between K and not between categories. The last K may have no unseen category."
+        "that they are of differences between K and not between categories, and over what a set adds to all of its "
+        "categories, where two sets of a K or two seeds tell. The last K may have no unseen category."
     )
     name = picture_name("tradeoff", group)
     draw_tradeoff(out, name, rows, "Specialisation against diversity")

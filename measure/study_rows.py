@@ -76,10 +76,9 @@ def row_key(row: dict) -> int | str:
 def row_sentence(row: dict) -> str:
     """A row of xe_by_k.csv for the console."""
     name = row_key(row) if "group" in row else f"K = {row['K']}"
-    text = f"{name}: XE {row['xe']:.4f}"
-    if row["xe_sd"] is not None:
-        text += f" +- {row['xe_sd']:.4f}"
-    return f"{text} nats over {run_count([row])}"
+    spreads = [f"{row[f'sd_{kind}']:.2g} over {kind}" for kind in ("sets", "seeds") if row[f"sd_{kind}"] is not None]
+    deviations = f", sd {', '.join(spreads)}" if spreads else ""
+    return f"{name}: XE {row['xe']:.4f} nats over {run_count([row])}{deviations}"
 
 
 def run_count(table: list[dict]) -> str:

@@ -12,7 +12,6 @@ from numpy import ndarray
 from sources.shared import counter_rng
 
 LAWS = ("a + b log K", "a + b (1 - 1/K)", "a K^b")
-TOLD_APART = 4.0  # of AICc: a law that is worse by less has some support (Burnham & Anderson 2002, section 2.6)
 
 
 class Study(NamedTuple):
@@ -292,28 +291,6 @@ def held_out_errors(
     return mean_of(errors, (-3, -2))
 
 
-def aicc(
-    law: str,
-    m: ndarray,
-    sizes: ndarray,
-) -> ndarray:
-    """Akaike's criterion with the correction for small samples, of a law with a level a category, [P].
-
-    n cells of categories that have several K, and k = their levels, b and the variance. nan where n <= k + 1.
-    """
-    cells = np.isfinite(m[..., 0])
-    several = cells.sum(1) > 1  # [C]
-    n = cells[several].sum()
-    k = several.sum() + 2
-    if n <= k + 1:
-        return np.full(m.shape[-1], np.nan)
-    errors = squared_errors(law, m[several], sizes)
-    variance = np.nansum(errors, (0, 1)) / n
-    variance = np.maximum(variance, 1e-300)  # of tables that a law has made
-    correction = 2 * k * (k + 1) / (n - k - 1)
-    return n * np.log(variance) + 2 * k + correction
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Intervals
 # ---------------------------------------------------------------------------------------------------------------
@@ -407,7 +384,7 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
 
     Returns:
         sizes [J], means [C, J, P], tables [B, C, J, P] about a + b log K, varied (what intervals are over), and laws:
-        each with fit, b, low, high (nan where nothing varies), rms, aicc, held_out (rms over cells), all [P], and
+        each with fit, b, low, high (nan where nothing varies), rms, held_out (rms over cells), all [P], and
         held_out_samples [B, P] of the square of the last.
     """
     sizes = common_sizes(study)
@@ -431,7 +408,6 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
             "low": low,
             "high": high,
             "rms": np.sqrt(mean_of(squared_errors(law, m, sizes), (0, 1))),
-            "aicc": aicc(law, m, sizes),
             "held_out": np.sqrt(held_out[law]),
             # Laws are compared where they vary about the best of them.
             "held_out_samples": held_out_errors(law, tables[best][0], sizes),
@@ -443,9 +419,9 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
 def told_apart(found: dict, p: int = -1) -> tuple[str, dict[str, bool]]:
     """(the best law at position p, for each other whether the study tells it from the best).
 
-    It does where both of two tests say so: AICc is worse by TOLD_APART, and the 95% interval of the difference of the
-    held-out squared errors is above 0. The first takes cells as independent, which those of one set are not; the second
-    does not.
+    The best misses a K that is held out by the least. It is told from another where the 95% interval of the difference
+    of their squared errors, over documents and sets, is above 0. No criterion of information: cells m[c, K] are not
+    independent, for a set adds the same to all of its categories, and how many they count as is not known.
     """
     laws = found["laws"]
     best = min(LAWS, key=lambda law: laws[law]["held_out"][p])
@@ -455,8 +431,7 @@ def told_apart(found: dict, p: int = -1) -> tuple[str, dict[str, bool]]:
             continue
         difference = laws[law]["held_out_samples"] - laws[best]["held_out_samples"]
         low, _ = interval(difference[:, p])
-        worse = laws[law]["aicc"][p] - laws[best]["aicc"][p]
-        others[law] = bool(found["varied"] and low > 0 and worse >= TOLD_APART)
+        others[law] = bool(found["varied"] and low > 0)
     return best, others
 
 
@@ -509,6 +484,39 @@ def pooled_deviation(groups: list[ndarray]) -> float | None:
     return float(np.sqrt(square / freedom)) if freedom else None
 
 
+def shared_errors(study: Study, sizes: ndarray, seen: bool = True) -> ndarray:
+    """Standard error of the mean over categories at each K by what a set adds to all of its categories, [J].
+
+    Errors over categories do not have it: a K of a single set has the luck of that set, and of its seeds, in every
+    category. The variance of sets (means over seeds and categories, each category's level taken off) is pooled over K,
+    and divided by the sets of each; where no K has two sets, that of seeds takes its place; nan where there are no two
+    seeds either. 0 at K = 1, where every category is of runs of its own. At the mean over positions.
+
+    Args:
+        seen: of categories that a set trained on; else of those that it did not, which share a run at K = 1 too.
+    """
+    trained = study.seen if seen else ~study.seen
+    m = cell_means(study.xe, cell_weights(study, sizes, seen))[..., -1:]
+    _, levels = additive(m)
+    left = np.where(trained, study.xe[..., -1] - levels[:, 0], np.nan)
+    run_means = mean_of(left, 1)  # [R]
+    shares_runs = study.sizes > 1 if seen else np.isfinite(run_means)
+    by_size, by_set, numbers = [], [], []
+    for K in sizes:
+        chosen = (study.sizes == K) & shares_runs
+        sets = [run_means[chosen & (study.sets == place)] for place in np.unique(study.sets[chosen])]
+        numbers.append(len(sets))
+        by_set += sets
+        if sets:
+            by_size.append(np.array([seeds.mean() for seeds in sets]))
+    spread = pooled_deviation(by_size)
+    if spread is None:
+        spread = pooled_deviation(by_set)
+        spread = np.nan if spread is None else spread / np.mean([len(seeds) for seeds in by_set]) ** 0.5
+    shared = ratio(np.full(len(sizes), spread), np.sqrt(numbers))
+    return np.where((np.array(sizes) == 1) & seen, 0.0, shared)
+
+
 def growth_parts(study: Study, controls: dict[int, Study]) -> list[dict]:
     """What each category loses from K = 1 to K, apart by cause, at each position: a dict for each category and K.
 
@@ -558,19 +566,19 @@ def mean_at(
     return mean_of(study.xe[runs, c], 0)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error over units; None of a single one."""
+def mean_and_error(values: list[float], shared: float = 0.0) -> tuple[float, float | None]:
+    """Mean and its standard error over units, with the error that they share; None of a single one."""
     error = deviation(values)
     if error is not None:
-        error /= len(values) ** 0.5
+        error = float(np.hypot(error / len(values) ** 0.5, shared))
     return float(np.mean(values)), error
 
 
-def t_interval(values: list[float]) -> tuple[float, float] | None:
-    """The 95% interval of a mean over few independent units, by Student's t; None of a single one."""
+def t_interval(values: list[float], shared: float = 0.0) -> tuple[float, float] | None:
+    """The 95% interval of a mean over few units, by Student's t, with the error that they share; None of one."""
     from scipy.special import stdtrit  # slow to import, and only needed here
 
-    mean, error = mean_and_error(values)
+    mean, error = mean_and_error(values, shared)
     if error is None:
         return None
     width = float(stdtrit(len(values) - 1, 0.975)) * error
@@ -580,7 +588,8 @@ def t_interval(values: list[float]) -> tuple[float, float] | None:
 def tradeoff(study: Study) -> list[dict]:
     """XE of the same categories by K, in runs that trained on them and in runs that did not, at the mean position.
 
-    Errors are over categories, paired: each one's own level is taken off. None where a K has no unseen ones.
+    Errors are over categories, paired: each one's own level is taken off; with what those of a set share, where that is
+    known (shared_errors). None where a K has no unseen ones.
     """
     sizes = np.unique(study.sizes)
     rows = [{"K": int(K)} for K in sizes]
@@ -588,7 +597,8 @@ def tradeoff(study: Study) -> list[dict]:
         weights = cell_weights(study, sizes, seen)
         m = cell_means(study.xe, weights)[..., -1:]
         means = paired_means(m)[:, 0]
-        errors = paired_errors(m)[:, 0]
+        shared = np.nan_to_num(shared_errors(study, sizes, seen))
+        errors = np.hypot(paired_errors(m)[:, 0], shared)
         for row, mean, error in zip(rows, means, errors, strict=True):
             row[f"{name}_xe"] = number(mean)
             row[f"{name}_se"] = number(error)

@@ -142,6 +142,7 @@ def test_the_same_data_elsewhere_are_the_same_and_early_stops_are_averaged_and_s
 @pytest.mark.parametrize("column, runs, shown", [
     # Three runs on two data, of which one lies at two places.
     ("data", [("x", {"x": "f1"}), ("y", {"y": "f1"}), ("x", {"x": "f2"})], {"1": "x", "2": "x"}),
+    ("data", [("./x", {"x": "f1"}), ("x", {"x": "f1"}), ("./x", {"x": "f2"})], {"1": "./x", "2": "./x"}),
     # Matrices in files that a setting names among other things.
     ("components", [([{"m": "a"}], {"components": "f1"}), ([{"m": "a"}], {"components": "f1"}),
                     ([{"m": "a"}], {"components": "f2"})], {"1": '[{"m": "a"}]', "2": '[{"m": "a"}]'}),

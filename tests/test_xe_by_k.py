@@ -160,13 +160,9 @@ def test_noise_as_large_as_the_effect_tells_no_law_from_another():
     assert not any(told.values())
 
 
-def test_aicc_is_that_of_the_textbook_and_held_out_errors_those_of_a_loop():
+def test_held_out_errors_are_those_of_a_loop():
     sizes = np.array([1, 2, 4])
     m = a_table(np.random.default_rng(8), 4, 3, 1)
-    fit = xe_by_k.fit_law(LOG, m, sizes)
-    n, k = 10, 4 + 1 + 1
-    left = np.nansum((m - fit.levels[:, None] - fit.b * np.log(sizes)[:, None]) ** 2)
-    assert xe_by_k.aicc(LOG, m, sizes)[0] == pytest.approx(n * np.log(left / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
     errors = []
     for j in range(3):
         rest = np.delete(m, j, 1)
@@ -174,7 +170,6 @@ def test_aicc_is_that_of_the_textbook_and_held_out_errors_those_of_a_loop():
         errors += ((m[:, j] - fit.levels - fit.b * np.log(sizes[j])) ** 2).ravel().tolist()
     assert xe_by_k.held_out_errors(LOG, m, sizes)[0] == pytest.approx(np.nanmean(errors))
     assert np.isnan(xe_by_k.held_out_errors(LOG, m[:, :2], sizes[:2])).all()  # one K left has any slope
-    assert np.isnan(xe_by_k.aicc(LOG, m[:1, :2], sizes[:2])).all()
 
 
 def test_no_law_without_a_category_in_runs_of_two_sizes():
@@ -297,6 +292,47 @@ def test_growth_is_dilution_and_interference_paired_by_category_and_seed():
     assert xe_by_k.growth_parts(study, {3: control}) == []
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_a_set_adds_to_all_of_its_categories_is_in_the_error_of_growth(seeds):
+    """The largest K has one set: its luck is in every category, and errors over categories alone know nothing of it."""
+    seen = rotations(4, (1, 2, 4))
+    covered, narrow = 0, 0
+    for number in range(100):
+        rng = np.random.default_rng(number)
+        luck = 0.03 * rng.standard_normal(len(seen))
+
+        def xe_of(categories, run, rng=rng, luck=luck):
+            K = categories.sum()
+            lucky = luck[run // seeds] + 0.02 * rng.standard_normal()
+            return (2 + 0.1 * np.log(K) + lucky + 0.01 * rng.standard_normal(4))[:, None]
+
+        study = a_study(seen, xe_of, seeds)
+        parts = xe_by_k.growth_parts(study, {4: study.among(study.sizes == 1)})
+        growth = [part["growth"][0] for part in parts]
+        shared = xe_by_k.shared_errors(study, np.array([1, 2, 4]))
+        low, high = xe_by_k.t_interval(growth, shared[2])
+        covered += low <= 0.1 * np.log(4) <= high
+        low, high = xe_by_k.t_interval(growth)
+        narrow += low <= 0.1 * np.log(4) <= high
+    assert covered > 0.92 * 100 and narrow < 0.9 * 100
+
+
+def test_shared_errors_are_pooled_over_sets_and_where_there_are_none_over_seeds():
+    levels = np.array([1.0, 5.0, 9.0])
+    noise = np.random.default_rng(12).standard_normal((7, 2))
+    sizes = np.array([1, 2, 3])
+    study = a_study(every_set(3, (1, 2, 3)), lambda s, run: (levels + noise[run // 2, run % 2])[:, None], seeds=2)
+    m = xe_by_k.cell_means(study.xe, xe_by_k.cell_weights(study, sizes))
+    _, found = xe_by_k.additive(m)
+    sets = [np.mean([(levels - found[:, 0] + noise[3 + i].mean())[study.seen[6 + 2 * i]]]) for i in range(3)]
+    spread = np.std(sets, ddof=1)
+    assert xe_by_k.shared_errors(study, sizes) == pytest.approx([0, spread / 3**0.5, spread])
+    few = study.among(study.sizes != 2)
+    left = noise[6] - noise[6].mean()
+    assert xe_by_k.shared_errors(few, sizes[[0, 2]]) == pytest.approx([0, np.sqrt((left**2).sum()) / 2**0.5])
+    assert np.isnan(xe_by_k.shared_errors(few.among(few.seeds == 0), sizes[[0, 2]])[1])
+
+
 def test_the_tradeoff_is_of_the_same_categories_seen_and_unseen():
     levels = np.array([1.0, 2.0, 6.0])
 
@@ -316,4 +352,5 @@ def test_an_interval_over_few_categories_is_students():
     low, high = xe_by_k.t_interval(values)
     mean, error = xe_by_k.mean_and_error(values)
     assert (high - mean) / error == pytest.approx(4.3027, abs=1e-4) and mean - low == pytest.approx(high - mean)
+    assert xe_by_k.mean_and_error(values, 2.0)[1] == pytest.approx(np.hypot(error, 2))
     assert xe_by_k.t_interval([1.0]) is None and xe_by_k.mean_and_error([1.0]) == (1.0, None)
