@@ -35,11 +35,13 @@ from configurator import Count, Range, Settings, Whole, configure, note
 from measure.progress import Progress
 from measure.sweeps import in_words, objective, sorted_table
 from sources.jobs import devices, launch, run_all, signals
-from sources.runs import import_page, plan_runs
+from sources.runs import import_page, meant, plan_runs
 from sources.search import SEARCHES
+from sources.shared import nearest
 from sources.sweeps import CONFIG_NAME, HYDRA, Sweeper, Word, hydra_settings, read_sweeper, take_apart
 from sources.trials import plan_search
 
+LIKE = 0.85  # from here on a word of no page is a setting of the sweep with a slip of the pen
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
 
 
@@ -83,9 +85,13 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
         note(f"without effect here: {', '.join(sweeper.unused)}")
     cfg = configure(Config, [f"--{name}={value}" for name, value in (sweeper.ours | own).items()])
     words = [word for word in words if not HYDRA.match(word.key)]
-    typed = [settings.resolve(word.key.split(".")) for word in words if word.key]
+    for word in words:
+        near = nearest(word.key, kinds, LIKE)
+        if near and settings.resolve([word.key])[0] is None:
+            raise InputError(f"{word.key}: no such setting, did you mean {near}?")
+    typed = [meant(word.key, settings) for word in words]
     searched = [Word(key, f"{key}=", value) for key, value in sweeper.params.items()]
-    words = [word for word in searched if settings.resolve(word.key.split(".")) not in typed] + words
+    words = [word for word in searched if meant(word.key, settings) not in typed] + words
     return cfg, words, sweeper
 
 

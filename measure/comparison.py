@@ -5,12 +5,12 @@ Runs that differ in their seed alone are a group: mean, standard deviation over 
 """
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
+from os.path import normpath
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
 from measure.sweeps import HEADS, SEED, Group, groups, objective, table, with_spread
-from sources.outcomes import numbers
+from sources.outcomes import numbers, read_object
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -65,6 +65,11 @@ class Run:
     @property
     def seed(self) -> str:
         return typed(self.config.get(SEED))
+
+    @property
+    def kind(self) -> str:
+        """The experiment, which a copy of a page keeps; of a script without any its name."""
+        return self.experiment or self.script
 
     @property
     def keys(self) -> dict[str, str]:
@@ -113,24 +118,13 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def read_object(path: Path) -> dict:
-    """What a JSON file holds. Raises ValueError if that is no object, OSError if it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no settings or results")
-    return value
-
-
 def terms_of(run: Run, script: str) -> dict[str, Term]:
     """What a run must have in common with those that it is averaged with."""
     terms = {}
     for name, value in run.config.items():
         if name not in APART:
             terms[name] = Term(setting_text(value), typed(value))
-    terms["script"] = same_text(f"{run.script} {digest(script)}")
+    terms["script"] = Term(f"{run.script} {digest(script)}", script)
     if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
         terms["steps"] = same_text(typed(run.summary.get("steps")))
     if run.config.get("precision") == "auto":  # another one on another device
@@ -155,7 +149,10 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
 
 def terms_of_data(terms: dict[str, Term], path: str, fingerprint: str) -> dict[str, Term]:
     """The settings that name some data, by their content: the same may lie elsewhere, and others at the same place."""
-    named = {name: Term(path, fingerprint) for name, term in terms.items() if term.text == path}
+    named = {}
+    for name, term in terms.items():
+        if normpath(term.text) == normpath(path):
+            named[name] = Term(term.text, fingerprint)
     if named:
         return named
     # Parts of a setting name them: what else it says counts too.
@@ -185,7 +182,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         runs: their folders. out: where to write; of a folder that is a run itself, report/ in it.
         wanted: what runs are compared by, of summary.json, in the words of sweeps.objective; "": the experiment's own.
         shows_table: the lines have the table of results.
-    Raises DataError for runs of two scripts and where none has ended, InputError where nothing can be written.
+    Raises DataError for runs of two experiments and where none has ended, InputError where nothing can be written.
     """
     ended, left_out = read_all(runs)
     experiment = ended[0].experiment
@@ -216,7 +213,8 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
             sections = [*studied, *(replace(section, folded=True) for section in sections)]
         if left_out:
             sections.append(Section("Not compared", left_out))
-        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", lead, sections)
+        scripts = ", ".join(dict.fromkeys(run.script for run in ended))
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {scripts}", lead, sections)
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
@@ -250,9 +248,9 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
             lines.append(f"{folder}: left out, for {getattr(error, 'strerror', None) or error}")
             continue
         first = first or run
-        if run.script != first.script:
+        if run.script != first.script and run.kind != first.kind:
             raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
-                            "of one script")  # fmt: skip
+                            "of one page and its copies")  # fmt: skip
         same = [other for other in ended if (other.keys, other.seed) == (run.keys, run.seed)]
         if run.summary is None:
             lines.append(f"{folder}: not ended, {progress(run)}")
@@ -366,7 +364,7 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     if not apart and differs(known, OPTIMUM):
         apart = [OPTIMUM]
     if apart:
-        return f"The rows differ in {' and '.join(apart)}: {head} tells how hard each is, and none is the best."
+        return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
     text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
     if len(known) == 1:

@@ -35,7 +35,8 @@ class Progress:
     """
 
     def __init__(self, source: Any, at_a_time: int):
-        self.total, self.ended, self.at_a_time = source.total, source.count_ended(), at_a_time
+        self.total, self.at_a_time = source.total, at_a_time
+        self.before = self.ended = source.count_ended()
         self.steps = source.steps()  # {name of a run that has not ended: its steps, None where nobody knows}
         self.costs: list[HowFar] = []  # of the runs that ended here
         self.jobs: list[Job] = []
@@ -99,9 +100,11 @@ class Progress:
         waiting = [expected(costs, steps) for name, steps in self.steps.items() if name not in working]
         unknown = max(0, self.total - self.ended - len(working) - len(waiting))  # of a search
         rests = [rest(far, expected(costs, far.total)) for far in working.values()]
-        shared = sum(rests) + sum(waiting) + unknown * expected(costs, None)
+        later = sum(waiting) + unknown * expected(costs, None)
+        if self.costs:  # others may be at work on them too, and have a share as they had so far
+            later *= len(self.costs) / max(len(self.costs), self.ended - self.before)
         # The last to end may be one that has no other beside it.
-        return max([shared / self.at_a_time, *rests])
+        return max([(sum(rests) + later) / self.at_a_time, *rests])
 
     def say(self, line: str) -> None:
         """A line above the bars."""

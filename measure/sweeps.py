@@ -72,7 +72,7 @@ class Group:
     def values(self, name: str) -> list[float]:
         """What their summaries have under a name, where it is a number."""
         values = [run["summary"].get(name) for run in self.runs]
-        return [value for value in values if isinstance(value, float | int)]
+        return [value for value in values if number(value)]
 
     def mean(self, name: str) -> float | None:
         values = self.values(name)
@@ -117,7 +117,7 @@ def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Gro
 
 def number(value: Any) -> str:
     """A number of a summary, a whole one with all its digits; what is undefined there is blank."""
-    if not isinstance(value, float | int):
+    if not isinstance(value, float | int) or not math.isfinite(value):
         return ""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
 

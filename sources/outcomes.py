@@ -4,11 +4,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 BOOK = "sweep.jsonl"
+PARTS = {"run", "status", "exit_code", "seconds", "time", "settings"}  # that each of its lines has
+RANK_ERROR = re.compile(r"\[rank\d+\]: (\w[\w.]*(?:Error|Exception)\b.*)")  # as torch.distributed has it
 LAST_LINES = 5  # of the console of a run that failed
 
 
@@ -30,8 +33,7 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
         "settings": values,
     }
     if status == "done":
-        text = (folder / "summary.json").read_text(encoding="utf-8")
-        summary = json.loads(text)
+        summary = read_object(folder / "summary.json")
         told["summary"] = numbers(summary)
         if seconds is None:
             told["seconds"] = summary.get("seconds")
@@ -42,11 +44,23 @@ def record(folder: Path, values: dict[str, str], status: str, code: int | None, 
             text = "its folder was removed while it was at work"
         lines = [line for line in text.split("\n") if line.strip()]
         told["last_lines"] = lines[-LAST_LINES:]
-        # What torchrun adds behind the error of a page says less than that.
+        # What torchrun adds behind the error of a page, or of Python, says less than that.
         errors = [line for line in lines if line.startswith("error: ")]
+        errors = errors or [match[1] for line in lines if (match := RANK_ERROR.match(line))]
         if errors and errors[-1] not in told["last_lines"]:
             told["last_lines"].append(errors[-1])
     return told
+
+
+def read_object(path: Path) -> dict:
+    """What a JSON file holds. Raises ValueError if that is no object, OSError if it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no settings or results")
+    return value
 
 
 def append(path: Path, told: dict) -> None:
@@ -61,9 +75,10 @@ def read(path: Path) -> dict[str, dict]:
     told = {}
     with contextlib.suppress(FileNotFoundError):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a full disk
+            with contextlib.suppress(ValueError, TypeError, AttributeError):  # torn by a full disk
                 line = json.loads(text)
-                told[line["run"]] = line
+                if PARTS <= line.keys():
+                    told[line["run"]] = line
     return told
 
 
@@ -79,6 +94,6 @@ def numbers(summary: dict, above: str = "") -> dict[str, Any]:
         elif not isinstance(value, list):
             flat[above + key] = value
     excess, optimum = flat.get("excess_loss"), flat.get("optimal_loss")
-    if excess is not None and optimum:
+    if all(isinstance(value, float | int) for value in (excess, optimum)) and optimum:
         flat["excess_percent"] = 100 * excess / optimum
     return flat

@@ -22,7 +22,7 @@ from typing import IO, Any
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
-from sources.outcomes import BOOK, append, read, record
+from sources.outcomes import BOOK, append, read, read_object, record
 from sources.shared import counted
 from sources.studies import Variation, resized, variations
 from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
@@ -80,7 +80,8 @@ class Grid:
         """Look what has ended before; what has not waits. Raises InputError where a folder holds something else."""
         make_folder(self.folder)
         lines = read(self.book)
-        late = max((line.get("time") or 0 for line in lines.values()), default=0) - time.time()
+        times = [line["time"] for line in lines.values() if isinstance(line["time"], float | int)]
+        late = max(times, default=0) - time.time()
         if late > CLOCK_SECONDS:
             note(f"{self.book} has a line of {late:.0f} s from now: the clocks of two machines differ, which changes "
                  "nothing")
@@ -162,8 +163,10 @@ def make_folder(folder: Path) -> None:
 # The page
 # ---------------------------------------------------------------------------------------------------------------
 def import_page(word: str) -> tuple[ModuleType, Path]:
-    """The module of a page, and its file. Raises InputError."""
-    places = [path.resolve() for path in (Path(word), HERE / word) if path.is_file() and path.suffix == ".py"]
+    """The module of a page, and its file; train_ghmm and ghmm are train_ghmm.py. Raises InputError."""
+    names = (word, f"{word}.py", f"train_{word}.py")
+    paths = [folder / name for name in names for folder in (Path(), HERE)]
+    places = [path.resolve() for path in paths if path.is_file() and path.suffix == ".py"]
     if not places:
         pages = ", ".join(sorted(path.name for path in HERE.glob("train_*.py")))
         raise InputError(f"the first word is the page to run, such as {pages}, not {word!r}")
@@ -207,8 +210,8 @@ def settings_of(page: ModuleType, words: list[str], show_notes: bool = False) ->
 # ---------------------------------------------------------------------------------------------------------------
 def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tuple[list[list[Word]], list[str]]:
     """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
-    choices, listed = [], []
-    for word in words:
+    choices, listed, numbers = [], [], []
+    for number, word in enumerate(words):
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
@@ -219,11 +222,29 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
         choices.append([word._replace(value=value) for value in values])
         if values != [word.value]:
             listed.append(word.key)
-    for key in listed:
-        # The last of two words for a setting holds, as on a page; of two lists one is a mistake.
-        if listed.count(key) > 1:
-            raise InputError(f"{key} lists values twice: list them once")
+            numbers.append(number)
+    refuse_later(words, numbers, settings)
     return choices, listed
+
+
+def meant(key: str, settings: Settings) -> tuple | str:
+    """The place of a setting of the page, which may have several names; of others, the name."""
+    field, inside = settings.resolve(key.split("."))
+    return (field, *inside) if field else key
+
+
+def refuse_later(words: list[Word], numbers: list[int], settings: Settings) -> None:
+    """Raise InputError where a word for the same setting follows one that lists values, by its number.
+
+    It would hold for all runs, as the last one does on a page.
+    """
+    places = [meant(word.key, settings) for word in words]
+    for number in numbers:
+        if places[number] in places[number + 1 :]:
+            later = words[places.index(places[number], number + 1)]
+            word = words[number]
+            raise InputError(f"{word.head}{word.value} and {later.head}{later.value}: {word.key} is given twice, leave "
+                             "one out")
 
 
 def draw(combinations: list, trials: int | None, seed: int) -> list:
@@ -371,7 +392,9 @@ def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
     if not ended and not (run.folder / "last.pt").exists():
         return False
     try:
-        saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+        if ended:
+            read_object(run.folder / "summary.json")
+        saved = read_object(run.folder / "config.json")
         same_script = (run.folder / script.name).read_bytes() == script.read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"{run.folder} holds no whole run of {script.name} ({reason(error)}): remove it") from error

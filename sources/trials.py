@@ -19,7 +19,7 @@ from common.runlog import read_metrics, write_json
 from configurator import Settings, note
 from sources.jobs import is_free, take
 from sources.outcomes import BOOK, append, read, record
-from sources.runs import STUDIES, Run, has_ended, make_folder, run_in, settings_of
+from sources.runs import STUDIES, Run, has_ended, make_folder, refuse_later, run_in, settings_of
 from sources.search import Search, Space, Trial, import_optuna, in_words, open_search, read_space
 from sources.shared import counted
 from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
@@ -282,26 +282,21 @@ def read_spaces(words: list[Word], settings: Settings, sweeper: Sweeper, is_aske
 
     is_asked_for: whether lists alone are to be searched too. Raises InputError.
     """
-    ranges, spaces = {}, {}
-    for word in words:
-        kind, _ = kind_of(word, settings)
-        space = read_space(word.key, word.value, kind) if word.key else None
-        if space:
-            ranges[word.key] = space
-    if not ranges and not is_asked_for:
+    keyed = [word for word in words if word.key]
+    ranges = [read_space(word.key, word.value, kind_of(word, settings)[0]) for word in keyed]
+    if not any(ranges) and not is_asked_for:
         return {}
-    for word in words:
-        if not word.key:
-            continue
+    spaces, numbers = {}, []
+    for number, (word, space) in enumerate(zip(keyed, ranges, strict=True)):
         kind, is_list = kind_of(word, settings)
-        space = ranges.get(word.key) or read_space(word.key, word.value, kind, is_searched=True)
+        space = space or read_space(word.key, word.value, kind, is_searched=True)
         if space is None:
             values = listed_values(word.key, word.value, is_list, sweeper.inclusive)
             space = Space(values=tuple(values)) if values != [word.value] else None
-        if space and word.key in spaces:
-            raise InputError(f"{word.key} is searched twice: give it one range or one list")
         if space:
             spaces[word.key] = space
+            numbers.append(number)
+    refuse_later(keyed, numbers, settings)
     if not spaces:
         raise InputError("there is nothing to search: no setting has a range, as lr=log:1e-5..1e-2, or lists values")
     return spaces

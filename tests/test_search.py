@@ -283,6 +283,18 @@ def test_a_trial_too_many_waits_for_who_asks_for_more(in_a_folder_of_its_own):
 
 
 
+def test_a_line_that_was_torn_is_taken_off_the_journal(in_a_folder_of_its_own):
+    run(study(), 2)
+    whole = Path("study.journal").read_bytes()
+    Path("study.journal").write_bytes(whole + b'{"op_code": 4, "torn')
+    assert len(study().trials()) == 2
+    text = Path("study.journal").read_bytes()
+    assert text.startswith(whole) and b'torn' not in text
+    assert len(run(study(), 3)) == 3
+    Path("study.journal").write_bytes(b"")  # torn before its first line
+    assert study().trials() == []
+
+
 def test_a_storage_that_cannot_be_used_is_one_sentence(in_a_folder_of_its_own):
     run(study(), 1)
     with open("study.journal", "a") as journal:
@@ -586,7 +598,8 @@ def test_machines_without_a_common_disk_share_a_database(page, capsys):
         (["--layers=int:0..2", "--trials=2"], "layers: expected int >= 1, got '0'"),
         (["--lr=2..1", "--trials=2"], "2 is not below 1"),
         (["--lr=1..2", "--trials=0"], "trials: expected int >= 1|none, got '0'"),
-        (["--lr=1..2", "lr=3..4", "--trials=2"], "lr is searched twice"),
+        (["--lr=1..2", "lr=3..4", "--trials=2"], "--lr=1..2 and lr=3..4: lr is given twice, leave one out"),
+        (["--lr=1..2", "--lr=1.5", "--trials=2"], "lr is given twice"),
         (["--lr=1..2", "--layer=1,2", "--trials=2"], "layer: no such setting, did you mean layers?"),
         (["--lr=1..2", "--act=a,,b", "--trials=2"], "one of the listed values is empty"),
         (["--lr=1", "--sampler=tpe", "--trials=2"], "there is nothing to search"),

@@ -15,6 +15,7 @@ import pytest
 from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
+import train_ghmm
 from measure import progress
 from measure.sweeps import OBJECTIVES, groups, in_words, objective, table
 from sources import equal_size, jobs, study_arxiv
@@ -280,6 +281,9 @@ def test_the_sweeper_of_a_yaml_file_is_read_and_the_command_line_wins(capsys):
     assert all(run[2] == "experiment.yaml" and run[:2] in everything for run in runs)
     assert planned(capsys, "experiment.yaml", "seed=5", "hydra.sweeper.n_trials=9") == [
         [rate, "experiment.yaml", "seed=5"] for rate in rates]
+    # What only a dialect of the page knows is swept beside other such words.
+    own, words, _ = sweep.read_words(train_ghmm, ["hydra.sweeper.params.generative_process=choice(a,b)", "model=gru"])
+    assert [word.key for word in words] == ["generative_process", "model"]
     told = hydra_settings({"defaults": [{"override hydra/sweeper": "optuna"}, "_self_"], "hydra.sweeper.n_trials": 3,
                            "hydra.sweeper.sampler.seed": "${seed}", "seed": 7, "hydra.sweeper.storage": None})
     assert told == {"hydra/sweeper": "optuna", "hydra.sweeper.n_trials": "3", "hydra.sweeper.sampler.seed": "7"}
@@ -318,6 +322,8 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
     [
         (["--lr=0.1,abc"], "lr: expected float, got 'abc'"),
         (["--lrr=0.1,0.2"], "lrr: no such setting, did you mean lr?"),
+        (["--lr=0.1,0.2", "--job=2"], "job: no such setting, did you mean jobs?"),
+        (["--lr=0.1,0.2", "trial=2"], "trial: no such setting, did you mean trials?"),
         (["--lr=0.1,0.5"], "lr = 0.5 goes with no seed"),
         (["--seed=range(1.5,3)"], "seed: expected int, got '1.5'"),
         (["--lr=0.1,,0.2"], "one of the listed values is empty"),
@@ -331,7 +337,8 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["--act=tag(a,choice(b,c))"], "tag() is not read: list values instead"),
         (["lr=sort(1,2)"], "sort() is not read: list values instead"),
         (["--lr=0.1,0.10"], "lr=0.1 would be run twice"),
-        (["lr=0.1,0.2", "lr=0.3,0.4"], "lr lists values twice"),
+        (["lr=0.1,0.2", "lr=0.3,0.4"], "lr=0.1,0.2 and lr=0.3,0.4: lr is given twice, leave one out"),
+        (["--lr=0.1,0.2", "learning_rate=0.3"], "--lr=0.1,0.2 and learning_rate=0.3: lr is given twice, leave one out"),
         (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
         ([], "no setting lists values"),
         (["--lr=0.1"], "no setting lists values"),
@@ -371,14 +378,17 @@ def test_what_is_no_page_is_refused(capsys):
     assert str(Path.cwd()) not in sys.path
 
 
+def test_a_page_has_short_names(capsys):
+    for name in ("tiny", "train_tiny", "./train_tiny.py"):
+        assert planned(capsys, "--lr=1,2", page=name) == [["--lr=1"], ["--lr=2"]]
+
+
 # --------------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
-    told = swept("--lr=0.2,0.1", "--seed=0,1", "learning_rate=0.3")[0]
     # The last of two names of one setting holds, as on a page.
-    assert told["summary"]["excess_loss"] == 0.3
-    told = swept("--lr=0.2,0.1", "--seed=0,1", "--resume=never")
+    told = swept("learning_rate=0.3", "--lr=0.2,0.1", "--seed=0,1")
     assert [line["run"] for line in told] == ["lr=0.2,seed=0", "lr=0.2,seed=1", "lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert {line["status"] for line in told} == {"done"} and {line["exit_code"] for line in told} == {0}
     assert told[1]["settings"] == {"lr": "0.2", "seed": "1"}
@@ -443,9 +453,15 @@ def test_other_settings_are_not_mixed_into_a_sweep(capsys):
 
 def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
     swept("--lr=0.1,0.2")
-    Path("sweep/lr=0.1/config.json").write_text("{")
-    assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in refusal(
-        capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+    whole = {}
+    for name, text in (("summary.json", '{"loss": 1'), ("summary.json", "[1]"), ("config.json", "{"),
+                       ("config.json", "[1]")):  # fmt: skip
+        path = Path("sweep/lr=0.1", name)
+        whole.setdefault(path, path.read_text())
+        path.write_text(text)
+        told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+        assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in told and told.endswith("): remove it")
+        path.write_text(whole[path])
     for path in Path("sweep/lr=0.1").iterdir():
         path.unlink()
     Path("sweep/lr=0.1").rmdir()
@@ -534,7 +550,9 @@ def test_lines_of_sweep_jsonl_are_mended(capsys):
     file.unlink()
     assert [line["summary"] for line in swept("--lr=0.1,0.2")] == [line["summary"] for line in before]
     # One that was torn by a full disk, and one that another machine's clock wrote.
-    file.write_text(file.read_text() + '{"run": "lr=0.1", "sta\n' + json.dumps(before[1] | {"time": 4e9}) + "\n")
+    odd = '{"run": "lr=0.1", "sta\n[1]\n7\n{"run": "lr=0.1", "status": "failed"}\n'
+    odd += json.dumps(before[0] | {"time": "noon"}) + "\n"
+    file.write_text(file.read_text() + odd + json.dumps(before[1] | {"time": 4e9}) + "\n")
     capsys.readouterr()
     sweep.main(["train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep"])
     told = capsys.readouterr()
@@ -657,6 +675,13 @@ def test_time_left_is_near_what_it_comes_to(monkeypatch, known):
             told.append((now, shown.left()))
     first = next(left for _, left in told if left is not None)
     assert told[0][1] is None and first > 0.4 * (now - 1000)  # the end of a run is not known before one has ended
+    # Where another process ends as many, half of what waits is left to it.
+    shown.total, shown.steps = 18, {}
+    alone = shown.left()
+    shown.ended = 16
+    assert alone == pytest.approx(10 * 45 / 2)
+    shown.total = 26
+    assert shown.left() == pytest.approx(alone / 2)
     ended = [(now - then, left) for then, left in told if left is not None and then > 1050]
     for comes_to, left in ended:
         assert abs(left - comes_to) < (8 if known else 20), (comes_to, left)
@@ -761,6 +786,9 @@ def test_the_error_of_a_run_is_told_whatever_a_launcher_says_after_it():
     told = record(Path("."), {}, "failed", 1, 1.0)
     assert told["last_lines"] == [*"bcdef", "error: no such file"]
     assert in_words(told, []) == "failed (exit code 1): error: no such file"
+    ranks = ["[rank1]: Traceback (most recent call last):", "[rank1]:    main()", "[rank1]: MemoryError: too much"]
+    Path("console.log").write_text("\n".join([*ranks, "ChildFailedError:", *"=====", "Root Cause", "====="]))
+    assert in_words(record(Path("."), {}, "failed", 1, 1.0), []) == "failed (exit code 1): MemoryError: too much"
 
 
 def test_what_runs_are_compared_by():
@@ -777,7 +805,7 @@ def test_seeds_are_averaged_and_nothing_else_is():
                 "settings": {"lr": lr, "seed": str(seed)}, "summary": summary}  # fmt: skip
 
     told = [line("1", 0, loss=1.0, plan_gain=None), line("1", 1, loss=2.0), line("1", 2, loss=4.5, plan_gain=7.0),
-            line("2", 0, loss=2.0), line("3", 0, loss=None)]  # fmt: skip
+            line("2", 0, loss=2.0), line("3", 0, loss=float("nan"))]  # fmt: skip
     ranked = groups(told, ["loss"], less_is_better=True)
     assert [group.settings for group in ranked] == [{"lr": "2"}, {"lr": "1"}, {"lr": "3"}]
     assert ranked[1].mean("loss") == 2.5
