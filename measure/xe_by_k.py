@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
+from measure.curves import interval
 from sources.shared import counter_rng
 
 LAWS = ("a + b log K", "a + b (1 - 1/K)", "a K^b")
@@ -360,12 +361,6 @@ def resampled_tables(
         tables = tables + np.tensordot(factors, moved, 1)
         varied.append("sets")
     return tables, " and ".join(varied)
-
-
-def interval(samples: ndarray) -> tuple[ndarray, ndarray]:
-    """The central 95% of samples [B, ...]."""
-    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
-    return low, high
 
 
 # ---------------------------------------------------------------------------------------------------------------
