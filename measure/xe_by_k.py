@@ -300,7 +300,9 @@ def set_errors(
     sizes: ndarray,
     law: str,
 ) -> ndarray | None:
-    """How far each set is from what a law says of it that is fitted without it, [S, C, P]; 0 where a set lacks c.
+    """How far each set is from what a law says of it that is fitted without it, [S, C, P].
+
+    Of categories that a set lacks too, which have no weight in its means.
 
     Delete-one-cluster residuals: a set is the cluster, for what its categories share. None where a law has no slope
     without some set, as where a K has a single set and there is but one other K: then nothing tells how sets vary.
@@ -316,10 +318,8 @@ def set_errors(
             return None
         K = study.sizes[runs][:1]
         said = predicted(law, fit, K)[:, 0]  # [C, P]
-        error = study.xe[runs].mean(0) - said
-        trained = study.seen[runs][0]
         # A category of this set alone takes no part in a slope: its error is nan, and counts as 0.
-        error = np.where(trained[:, None], error, 0.0)
+        error = study.xe[runs].mean(0) - said
         errors.append(np.nan_to_num(error))
     return np.array(errors)
 
