@@ -345,6 +345,17 @@ def test_the_tradeoff_is_of_the_same_categories_seen_and_unseen():
     assert [row["unseen_xe"] for row in rows[:2]] == pytest.approx([3.8, 3.6])
     assert rows[2]["unseen_xe"] is None and rows[2]["unseen_se"] is None
     assert [row["seen_se"] for row in rows] == pytest.approx([0, 0, 0], abs=1e-9)
+    # The luck of a run is in all of its categories alike: errors over categories alone do not have it.
+    luck = np.random.default_rng(13).standard_normal(7)
+    lucky = a_study(every_set(3, (1, 2, 3)), lambda s, run: xe_of(s, run) + luck[run])
+    for name, seen in (("seen", True), ("unseen", False)):
+        sizes = np.array([1, 2, 3])
+        m = xe_by_k.cell_means(lucky.xe, xe_by_k.cell_weights(lucky, sizes, seen))
+        shared = xe_by_k.shared_errors(lucky, sizes, seen)
+        expected = np.hypot(xe_by_k.paired_errors(m)[:, 0], shared)
+        found = [row[f"{name}_se"] for row in xe_by_k.tradeoff(lucky)]
+        assert (shared[1] > 0.1) and found[:2] == pytest.approx(expected[:2])
+        assert found[2] == (pytest.approx(expected[2]) if seen else None)
 
 
 def test_an_interval_over_few_categories_is_students():
