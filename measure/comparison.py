@@ -40,6 +40,7 @@ CURVES = {
 PROBLEMS = ("process", "components", "matrices", "data", "toml_config_path", "categories", "final_split")
 OPTIMUM = "optimal_loss"
 SAME_OPTIMUM = 1e-3  # of it
+TABLED = ("state",)  # experiments of which a study's lines for a terminal have a table of the same runs
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
@@ -219,7 +220,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
-    if shows_table:
+    if shows_table and not (studied and experiment in TABLED):
         lines += terminal_table(told, shown, less_is_better)
     lines += [sentence] if sentence else []
     return [*lines, *notes, *left_out, f"all of it in {out / 'report.html'}"]
