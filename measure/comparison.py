@@ -73,8 +73,9 @@ class Run:
         return self.experiment or self.script
 
     @property
-    def keys(self) -> dict[str, str]:
-        return {name: term.key for name, term in self.terms.items()}
+    def identity(self) -> frozenset:
+        """What two runs of the same settings and seed have in common."""
+        return frozenset({(SEED, self.seed), *((name, term.key) for name, term in self.terms.items())})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -242,6 +243,7 @@ def place_for(out: Path) -> Path:
 def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """(the runs that have ended, a line for each other one and for what is counted once). Raises DataError."""
     ended, lines, first = [], [], None
+    places = {}  # of the runs by their identity
     for folder in folders:
         try:
             run = read_run(folder)
@@ -252,13 +254,14 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
         if run.script != first.script and run.kind != first.kind:
             raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
                             "of one page and its copies")  # fmt: skip
-        same = [other for other in ended if (other.keys, other.seed) == (run.keys, run.seed)]
         if run.summary is None:
             lines.append(f"{folder}: not ended, {progress(run)}")
-        elif same:
-            lines.append(f"{folder}: left out, for {same[0].folder} has the same settings and seed")
-        else:
+            continue
+        same = places.setdefault(run.identity, folder)
+        if same == folder:
             ended.append(run)
+        else:
+            lines.append(f"{folder}: left out, for {same} has the same settings and seed")
     if not ended:
         raise DataError(f"no run has ended yet: {'; '.join(lines[:3])}{' ...' if len(lines) > 3 else ''}")
     return ended, lines

@@ -174,13 +174,17 @@ def test_a_copy_of_a_page_is_compared_with_it_and_averaged_only_while_it_is_the_
 
 
 def test_the_split_of_the_final_numbers_is_that_of_the_summary_and_its_content_counts(undrawn):
-    for seed, (split, content) in enumerate([("test", "f1"), ("test", "f1"), ("test", "f2"), ("validation", "")]):
+    known = [("test", "f1", "d1"), ("test", "f1", "d1"), ("test", "f2", "d1"), ("validation", "", "d1"),
+             ("test", "f1", "d2")]  # fmt: skip
+    for seed, (split, content, data) in enumerate(known):
         run = write_run(f"r{seed}", seed=seed, final_split="test", summary={"final_split": split, "control_of": 2},
-                        control_of=2)  # fmt: skip
-        (run / "results.json").write_text(json.dumps({"final_fingerprint": content}))
+                        control_of=2, data="x")  # fmt: skip
+        results = {"final_fingerprint": content, "data": {"path": "x", "fingerprint": data}}
+        (run / "results.json").write_text(json.dumps(results))
     compare(find_runs([Path(".")]), Path("."))
     told = {row["seeds"]: row["final_split"] for row in rows()}
-    assert told.keys() == {"0, 1", "2", "3"} and told["3"] == "validation"
+    assert told.keys() == {"0, 1", "2", "3", "4"} and told["3"] == "validation"
+    assert len({row["data"] for row in rows()}) == 2  # other training data under the same name
     assert told["0, 1"] != told["2"] and told["2"].startswith("test (")
     assert not [name for name in rows()[0] if "control_of" in name]  # a setting that the summary says again
 
@@ -190,6 +194,9 @@ def test_steps_that_follow_from_other_settings_are_no_column_and_another_optimum
     write_run("b", 0.6, lr=0.2, summary={"steps": 20, "optimal_loss": 1.0001})
     compare([Path("a"), Path("b")], Path("."))
     assert "steps" not in rows()[0] and "Best of 2 by" in Path("report.html").read_text()
+    write_run("b2", 0.7, lr=0.2, seed=1, summary={"steps": 20})
+    lines = compare([Path("a"), Path("b"), Path("b2")], Path("."))
+    assert any("next lr=0.2, 0.650 ± 0.071" in line and line.endswith("the order may be chance.") for line in lines)
     write_run("c", 0.7, lr=0.2, seed=1, summary={"steps": 30, "optimal_loss": 1.1})
     lines = compare([Path("a"), Path("b"), Path("c")], Path("."))
     assert [row["steps"] for row in rows()] == ["10", "20", "30"]
