@@ -416,9 +416,13 @@ def test_where_runs_stopped_by_themselves_the_answer_claims_no_equal_tokens(caps
 def test_controls_are_no_runs_of_the_study_and_tell_dilution_from_interference(capsys):
     write_study(controls=True)
     write_run("runs/stray", "a", control_of=2, settings=SETTINGS | {"lr": 7.0})
+    other_share = write_run("runs/longer", "a", seed=5, control_of=2) | {"tokens": 880}
+    Path("runs/longer/results.json").write_text(json.dumps(other_share))
     page = told()
     assert [(row["K"], row["runs"]) for row in rows_of("runs/xe_by_k.csv")] == [("1", "8"), ("2", "8"), ("4", "2")]
-    assert "stray is a control of K = 2 of no runs here: not used" in capsys.readouterr().out
+    lines = capsys.readouterr().out
+    for name in ("stray", "longer"):
+        assert f"{name} is a control of K = 2 of no runs here: not used" in lines
     table = rows_of("runs/xe_controls.csv")
     assert len(table) == 2 * 4 + 2
     for row in table:
