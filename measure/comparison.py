@@ -416,7 +416,24 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
         stopped.setdefault(settings, set()).add(run.summary.get("steps"))
     if any(len(steps) > 1 for steps in stopped.values()):
         notes.append("Runs of one row stopped by their own loss (patience), after different numbers of steps.")
+    for names in without_effect(told):
+        notes.append(f"Runs that differ in {names} alone came to the same numbers: that had no effect.")
     return notes
+
+
+def without_effect(told: list[dict]) -> list[str]:
+    """The settings in which runs differ that came to the same numbers."""
+    alike = {}
+    for line in told:
+        results = {name: value for name, value in line["summary"].items() if isinstance(value, float)}
+        results = frozenset((name, value) for name, value in results.items() if name not in FACTS)
+        alike.setdefault((results, line["settings"].get(SEED)), []).append(line["settings"])
+    found = {}
+    for (results, _), settings in alike.items():
+        differing = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+        if results and differing:
+            found[", ".join(differing)] = None
+    return list(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------

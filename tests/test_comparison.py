@@ -222,6 +222,14 @@ def test_a_label_is_short():
     assert of(x="b" * 60 + "1") == f"x={texts[0]}"
 
 
+def test_a_setting_without_effect_is_told(undrawn):
+    for folder, excess, settings in (("a", 0.5, {"x": 1}), ("b", 0.5, {"x": 2}), ("c", 0.6, {"x": 1, "y": 1}),
+                                     ("d", 0.6, {"x": 2, "seed": 1})):  # fmt: skip
+        write_run(folder, excess, summary={"seconds": ord(folder) / 7}, **settings)
+    told = [line for line in compare(find_runs([Path(".")]), Path(".")) if "no effect" in line]
+    assert told == ["Runs that differ in x alone came to the same numbers: that had no effect."]
+
+
 def test_long_values_are_cut_for_a_terminal_alone(undrawn):
     for folder, value in (("a", "v" * 60), ("b", "w" * 60)):
         write_run(folder, process=value)
