@@ -12,6 +12,7 @@ import matplotlib.image
 import pytest
 from commands import colours
 
+import sweep
 from common.errors import DataError, InputError
 from measure import comparison, overlays
 from measure.comparison import compare, find_runs
@@ -280,6 +281,7 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
     Path("run/report.html").write_text("mine")
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
+    assert sweep.report(["run/summary.json"])[-1] == "all of it in run/report/report.html"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
     assert find_runs([Path("run")]) == [Path("run")] == find_runs([Path("run/summary.json")])
 
