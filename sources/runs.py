@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -24,7 +23,7 @@ from common import checkpoint
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
 from sources.outcomes import BOOK, append, read, read_object, record
-from sources.shared import counted
+from sources.shared import counted, from_here
 from sources.studies import Variation, resized, variations
 from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
 
@@ -155,8 +154,7 @@ class Grid:
 
 def command(script: Path, words: list[str]) -> str:
     """What can be typed to run a page from here."""
-    path = os.path.relpath(script)
-    return shlex.join(["python", str(script) if path.startswith("..") else path, *words])
+    return shlex.join(["python", from_here(script), *words])
 
 
 def make_folder(folder: Path) -> None:
