@@ -326,6 +326,9 @@ def test_plans_of_one_size_are_swept_over_beside_other_settings(capsys, monkeypa
 @pytest.mark.parametrize("words, told", [
     (["train_ghmm.py", "--process=mess3,rrxor", "--x=0.1"], "process rrxor has no parameter 'x': it takes p1, p2"),
     (["train_ghmm.py", "--process=mess3,rrxo"], "unknown process 'rrxo', did you mean 'rrxor'?"),
+    (["train_state.py", "--holdout=", "--batch_col="], "holdout is empty: --holdout=each, or leave it out"),
+    (["train_state.py", "--holdout", "--batch_col="], "--holdout needs a value: --holdout=VALUE"),
+    (["train_state.py", "--batch_col="], "no setting lists values"),
     (["train_ghmm.py", "--holdout=each"], "--holdout is of the study of train_state.py"),
     (["train_ghmm.py", "--n_layers=2,4", "--equal_parameters"], "makes models of train_apelr.py equal in size"),
     (["train_apelr.py", "--d_model=64,128", "--equal_parameters"], "equal_parameters decides about d_model"),
