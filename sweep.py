@@ -138,38 +138,50 @@ def run_sweep(plan: Any, cfg: Config, script: Path, shown: list[str], less_is_be
     print(source.title(), flush=True)
     new, came = run_and_tell(source, how, shown)
     told = source.lines()
-    lines, warning = sorted_table(told, shown, less_is_better)
-    print("\n".join(lines))
-    if warning:
-        note(warning)
+    compares = source.is_whole() and not came
+    waits = bool(cfg.holdout) and compares  # the comparison has a table of the same runs
+    show_table([line for line in told if line["status"] != "done" or not waits], shown, less_is_better)
     if came:
         leave(f"stopped by a signal with {source.count_ended()} of {source.total} ended; the same command goes on from "
               "there", 128 + came[0])
     for text in source.elsewhere():
         print(text)
-    if source.is_whole():
+    if compares:
         for text in source.answer(less_is_better):
             print(text)
         folders = [Path(line["folder"]) for line in told if line["status"] == "done"]
-        show_comparison([folder for folder in folders if folder.is_dir()], source.folder, cfg.objective)
+        is_shown = show_comparison([path for path in folders if path.is_dir()], source.folder, cfg.objective, waits)
+        if waits and not is_shown:
+            show_table(told, shown, less_is_better)
     if any(line["status"] == "failed" for line in new):
         raise SystemExit(1)
     return told
 
 
-def show_comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:
-    """Compare the runs in report.html of the folder, and print what it says in short; a failure is a note."""
+def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None:
+    lines, warning = sorted_table(told, shown, less_is_better)
+    for line in lines:
+        print(line)
+    if warning:
+        note(warning)
+
+
+def show_comparison(runs: list[Path], folder: Path, wanted: str, shows_table: bool) -> bool:
+    """Compare the runs in report.html of the folder, and print what it says in short; a failure is a note.
+
+    Args: those of measure.comparison.compare. Returns whether there is a comparison.
+    """
     if not runs:
-        return []
+        return False
     try:
         from measure.comparison import compare
 
-        lines = compare(runs, folder, wanted, shows_table=False)
+        lines = compare(runs, folder, wanted, shows_table)
     except Exception as error:  # the table stands above already
         note(f"no comparison in {folder}: {error}")
-        return []
+        return False
     print("\n".join(lines))
-    return lines
+    return True
 
 
 def report(argv: list[str]) -> list[str]:
@@ -211,7 +223,7 @@ def main(argv: list[str] | None = None) -> Any:
         plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
         plan = plan or plan_runs(page, script, words, sweeper, cfg)
         if shows:
-            print("\n".join(plan.commands(argv[0])))
+            print("\n".join(plan.commands()))
             return []
         try:
             return run_sweep(plan, cfg, script, shown, less_is_better)

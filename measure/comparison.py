@@ -40,6 +40,7 @@ CURVES = {
 PROBLEMS = ("process", "components", "matrices", "data", "toml_config_path", "categories", "final_split")
 OPTIMUM = "optimal_loss"
 SAME_OPTIMUM = 1e-3  # of it
+TABLED = ("state",)  # experiments of which a study's lines for a terminal have a table of the same runs
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
@@ -65,6 +66,11 @@ class Run:
     @property
     def seed(self) -> str:
         return typed(self.config.get(SEED))
+
+    @property
+    def kind(self) -> str:
+        """The experiment, which a copy of a page keeps; of a script without any its name."""
+        return self.experiment or self.script
 
     @property
     def keys(self) -> dict[str, str]:
@@ -119,7 +125,7 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
     for name, value in run.config.items():
         if name not in APART:
             terms[name] = Term(setting_text(value), typed(value))
-    terms["script"] = same_text(f"{run.script} {digest(script)}")
+    terms["script"] = Term(f"{run.script} {digest(script)}", script)
     if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
         terms["steps"] = same_text(typed(run.summary.get("steps")))
     if run.config.get("precision") == "auto":  # another one on another device
@@ -177,7 +183,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         runs: their folders. out: where to write; of a folder that is a run itself, report/ in it.
         wanted: what runs are compared by, of summary.json, in the words of sweeps.objective; "": the experiment's own.
         shows_table: the lines have the table of results.
-    Raises DataError for runs of two scripts and where none has ended, InputError where nothing can be written.
+    Raises DataError for runs of two experiments and where none has ended, InputError where nothing can be written.
     """
     ended, left_out = read_all(runs)
     experiment = ended[0].experiment
@@ -208,11 +214,12 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
             sections = [*studied, *(replace(section, folded=True) for section in sections)]
         if left_out:
             sections.append(Section("Not compared", left_out))
-        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", lead, sections)
+        scripts = ", ".join(dict.fromkeys(run.script for run in ended))
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {scripts}", lead, sections)
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
-    if shows_table:
+    if shows_table and not (studied and experiment in TABLED):
         lines += terminal_table(told, shown, less_is_better)
     lines += [sentence] if sentence else []
     return [*lines, *notes, *left_out, f"all of it in {out / 'report.html'}"]
@@ -242,9 +249,9 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
             lines.append(f"{folder}: left out, for {getattr(error, 'strerror', None) or error}")
             continue
         first = first or run
-        if run.script != first.script:
+        if run.script != first.script and run.kind != first.kind:
             raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
-                            "of one script")  # fmt: skip
+                            "of one page and its copies")  # fmt: skip
         same = [other for other in ended if (other.keys, other.seed) == (run.keys, run.seed)]
         if run.summary is None:
             lines.append(f"{folder}: not ended, {progress(run)}")
@@ -358,7 +365,7 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     if not apart and differs(known, OPTIMUM):
         apart = [OPTIMUM]
     if apart:
-        return f"The rows differ in {' and '.join(apart)}: {head} tells how hard each is, and none is the best."
+        return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
     text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
     if len(known) == 1:

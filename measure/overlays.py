@@ -25,7 +25,9 @@ def label(group: Group) -> str:
     told = [f"{name}={shorter(text)}" for name, text in group.settings.items() if text not in ("", "none")]
     if not told:
         told = [f"{name}={text or 'none'}" for name, text in group.settings.items()]
-    return ("; " if any("," in text for text in told) else ", ").join(told) or "all runs"
+    if not told:
+        return "one run" if len(group.runs) == 1 else "all runs"
+    return ("; " if any("," in text for text in told) else ", ").join(told)
 
 
 def shorter(text: str) -> str:

@@ -26,7 +26,7 @@ from measure import figures
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
 LONG_CELL = 30  # signs
-LONGEST_LINE = 90  # signs of a line of a command
+LONGEST_LINE = 78  # signs of a line of a command
 
 # What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
 HEADLINES = {
@@ -282,10 +282,22 @@ def figures_of(result: dict, experiment: str) -> tuple[list[dict], list[list[dic
             continue
         inner = list(value.values()) if isinstance(value, dict) else []
         if inner and all(isinstance(part, dict) for part in inner):
-            tables.append([{name: key} | plain_values(part) for key, part in value.items()])
+            tables.append(side_by_side(name, value))
         else:
             rows += [{"figure": key, "value": part} for key, part in plain_values({name: value}).items()]
     return headlines, [rows, *tables]
+
+
+def side_by_side(name: str, parts: dict[str, dict]) -> list[dict]:
+    """A table of what several have of the same figures, with the more of them down and the fewer across."""
+    rows = [{name: key} | plain_values(part) for key, part in parts.items()]
+    figure_names = list(rows[0])[1:]
+    if len(figure_names) <= len(rows):
+        return rows
+    turned = []
+    for figure_name in figure_names:
+        turned.append({name: figure_name} | {row[name]: row.get(figure_name) for row in rows})
+    return turned
 
 
 def plain_values(values: dict) -> dict:

@@ -338,7 +338,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
             sections += part.sections
             for name, rows in part.tables.items():
                 tables[name] += [named | row for row in rows]
-            answers += [f"{group.label}: {line}" if group.label else line for line in part.lines]
+            answers += [f"{group.short}: {line}" if group.short else line for line in part.lines]
         positions = reported_positions(min(len(run["groups"]["seen"]["xe_by_position"]) for run in results))
         bars = {row["K"]: row for row in bars_by_kind(arrays.study)}
         context = {row["K"]: row for row in parts[-1].rows}
@@ -349,7 +349,8 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
             for key in ("icl_score", "information_document", "excess", "worst_excess"):
                 row[key] = context[K].get(key)
             tables["xe_by_k"].append(row)
-            lines.append(row_sentence(row))
+            sentence = row_sentence(row)
+            lines.append(f"{group.short}: {sentence}" if group.short else sentence)
         tables["xe_by_category"] += [named | row for row in category_rows(group.by_k)]
     for name, rows in tables.items():
         path = out / f"{name}.csv"
@@ -359,7 +360,8 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
     sections += shared_sections(groups, results, tables, out)
     if notes:
         sections.append(Section("Notes", notes))
-    return sections, [*answers, *lines, *notes]
+    named = [f"{group.short} is {group.label}" for group in groups if group.label]
+    return sections, [*named, *answers, *lines, *notes]
 
 
 class Part(NamedTuple):
@@ -416,7 +418,8 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
     ]
     model, *errors = law_terms(arrays, found)
     tables = [laws, by_position, bars_by_kind(arrays.study)]
-    answer = Section(title, [" ".join(sentences), *errors], tables, pictures)
+    said_first = f"{group.short}: " if group.short else ""
+    answer = Section(title, [said_first + " ".join(sentences), *errors], tables, pictures)
     return Part(
         [answer, Section(titled("How laws are fitted", group), [model], folded=True)], {"xe_law": rows}, sentences
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import reason
-from measure.curves import TOGETHER
+from measure.curves import TOGETHER, score_positions
 from measure.xe_by_k import Study, draw_documents
 
 RESAMPLES = 1000  # of intervals
@@ -36,7 +36,7 @@ def arrays_of(studied: list[dict], controls: list[dict]) -> Arrays:
     """Of runs that may be averaged and of controls, each as results.json has it, with its folder and name."""
     runs = [*studied, *controls]
     T = min(len(run["groups"]["seen"]["xe_by_position"]) for run in runs)
-    early, late = score_positions(studied, T)
+    early, late = positions_of_score(studied, T)
     positions = sorted({*reported_positions(T), early, late})
     names = sorted({name for run in runs for name in run["groups"] if name not in TOGETHER})
     xe = np.stack([losses(run, names, positions, "xe_by_position") for run in runs])
@@ -69,16 +69,16 @@ def reported_positions(T: int) -> list[int]:
     return sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
 
 
-def score_positions(
-    runs: list[dict],
-    T: int,
-) -> tuple[int, int]:
-    """(early, late) of the in-context score: those of the first run that says them; else 10 and the last."""
+def positions_of_score(runs: list[dict], T: int) -> tuple[int, int]:
+    """(early, late) of the in-context score: those that all runs say, where they say the same; else 10 and the last."""
+    said = set()
     for run in runs:
         score = run["groups"]["seen"].get("icl_score") or {}
-        if {"early", "late"} <= set(score) and score["late"] <= T:
-            return score["early"], score["late"]
-    return min(10, max(1, T - 1)), T
+        if {"early", "late"} <= set(score):
+            said.add((score["early"], score["late"]))
+    if len(said) == 1 and max(said)[1] <= T:
+        return said.pop()
+    return score_positions(None, None, T) or (T, T)
 
 
 def losses(

@@ -94,6 +94,6 @@ def numbers(summary: dict, above: str = "") -> dict[str, Any]:
         elif not isinstance(value, list):
             flat[above + key] = value
     excess, optimum = flat.get("excess_loss"), flat.get("optimal_loss")
-    if excess is not None and optimum:
+    if all(isinstance(value, float | int) for value in (excess, optimum)) and optimum:
         flat["excess_percent"] = 100 * excess / optimum
     return flat

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -72,9 +73,9 @@ class Grid:
         self.told: dict[str, dict] = {}  # {name of a run that has ended: its line of sweep.jsonl}
         self.waiting: deque[Run] = deque()
 
-    def commands(self, name: str) -> list[str]:
-        """What could be typed in the place of the sweep; name: of the page."""
-        return [shlex.join(["python", name, *run.words]) for run in self.mine]
+    def commands(self) -> list[str]:
+        """What could be typed in the place of the sweep."""
+        return [command(self.script, run.words) for run in self.mine]
 
     def open(self) -> "Grid":
         """Look what has ended before; what has not waits. Raises InputError where a folder holds something else."""
@@ -150,6 +151,12 @@ class Grid:
     def answer(self, less_is_better: bool) -> list[str]:
         """What the runs come to, beside their table."""
         return []
+
+
+def command(script: Path, words: list[str]) -> str:
+    """What can be typed to run a page from here."""
+    path = os.path.relpath(script)
+    return shlex.join(["python", str(script) if path.startswith("..") else path, *words])
 
 
 def make_folder(folder: Path) -> None:

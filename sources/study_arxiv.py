@@ -29,6 +29,7 @@ def plan(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
     """
     train, validation = page.open_data(cfg)
     names = page.active_categories(train, validation, cfg)
+    page.final_chunks(cfg, train, validation)  # damaged test data would fail every run, at its start
     sets = plan_study(words.study, names, words.orders)
     controls = plan_controls(sets, names, train, cfg) if words.controls else []
     runs = []

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import io
 import json
-import shlex
 import socket
 import typing
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from common.runlog import read_metrics, write_json
 from configurator import Settings, note
 from sources.jobs import is_free, take
 from sources.outcomes import BOOK, append, read, record
-from sources.runs import STUDIES, Run, has_ended, make_folder, refuse_later, run_in, settings_of
+from sources.runs import STUDIES, Run, command, has_ended, make_folder, refuse_later, run_in, settings_of
 from sources.search import Search, Space, Trial, import_optuna, in_words, open_search, read_space
 from sources.shared import counted
 from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
@@ -187,15 +186,15 @@ class Trials:
             return []
         done.sort(key=lambda trial: trial.value, reverse=not less_is_better)
         best = done[0]
-        command = shlex.join(["python", self.plan.script.name, *self.plan.typed(best.values)])
+        again = command(self.plan.script, self.plan.typed(best.values))
         facts = {
             "run": self.name_of(best),
             self.objective: best.value,
             "settings": shown_as(best.values),
-            "command": command,
+            "command": again,
         }
         write_json(self.folder / "best.json", facts)
-        texts = [f"\nthe best again: {command}"]
+        texts = [f"\nthe best again: {again}"]
         shares = {name: f"{share:.2f}" for name, share in self.search.importances().items()}
         if shares:
             listed = ", ".join(f"{name} {share}" for name, share in shown_as(shares).items())
@@ -229,9 +228,9 @@ class Plan:
     def known(self) -> list:
         return [self.first]
 
-    def commands(self, name: str) -> list[str]:
-        """What was typed, with the number of runs and their place; name: of the page."""
-        typed = shlex.join(["python", name, *(word.head + word.value for word in self.words)])
+    def commands(self) -> list[str]:
+        """What was typed, with the number of runs and their place."""
+        typed = command(self.script, [word.head + word.value for word in self.words])
         return [f"{typed}  # {counted(self.cfg.trials, 'run')} of a search in {self.folder}"]
 
     def open(self) -> Trials:

@@ -142,7 +142,9 @@ def test_runs_that_differ_in_data_budget_or_settings_are_not_averaged(change, to
     rows, page = reported()
     assert [(row["K"], row["runs"]) for row in rows] == [("1", "2"), ("1", "1")]
     assert [float(row["xe"]) for row in rows] == pytest.approx([mean_xe(*alike), mean_xe(other)])
-    assert rows[1]["group"] == told and told in page and f"{told}: K = 1: XE" in capsys.readouterr().out
+    assert rows[1]["group"] == told and told in page
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"group 2 is {told}" and lines[-1].startswith("group 2: K = 1: XE")
     with open("runs/xe_by_category.csv") as file:
         assert [row["runs"] for row in csv.DictReader(file)] == ["1", "1", "1"]
 
@@ -509,6 +511,17 @@ def test_without_the_same_documents_intervals_are_over_sets_alone(damage, words)
     page = told()
     assert "over sets; 4 categories" in page and words in page
     assert all(row["se_documents"] == "" for row in rows_of("runs/xe_by_k.csv"))
+
+
+@pytest.mark.parametrize("second, positions", [((2, 5), (2, 5)), ((1, T), (10, T)), (None, (2, 5))])
+def test_the_score_is_between_positions_that_all_runs_say(second, positions):
+    for i, pair in enumerate(((2, 5), second)):
+        result = write_run(f"runs/{i}", "ab", i)
+        if pair:
+            result["groups"]["seen"]["icl_score"] = dict(zip(("early", "late"), pair, strict=True))
+            Path(f"runs/{i}/results.json").write_text(json.dumps(result))
+    assert f"XE after {positions[1]} tokens less XE after {positions[0]} (Olsson" in told()
+    assert rows_of("runs/xe_by_k.csv")[0]["se_documents"]
 
 
 def test_a_single_document_of_a_category_says_nothing_of_others(capsys):

@@ -163,6 +163,16 @@ def test_what_looks_the_same_and_is_not_is_told_apart_by_a_digest(column, runs, 
     assert len({*told.values()}) == 2
 
 
+def test_a_copy_of_a_page_is_compared_with_it_and_averaged_only_while_it_is_the_same(undrawn):
+    for seed, (script, text) in enumerate([("train_ghmm.py", SCRIPT), ("train_mine.py", SCRIPT),
+                                           ("train_mine.py", SCRIPT + "# edited")]):  # fmt: skip
+        write_run(f"r{seed}", seed=seed, script=script, text=text)
+    compare(find_runs([Path(".")]), Path("."))
+    told = {row["seeds"]: row["script"].split()[0] for row in rows()}
+    assert told == {"0, 1": "train_ghmm.py", "2": "train_mine.py"}
+    assert "<h1>3 runs of train_ghmm.py, train_mine.py</h1>" in Path("report.html").read_text()
+
+
 def test_the_split_of_the_final_numbers_is_that_of_the_summary_and_its_content_counts(undrawn):
     for seed, (split, content) in enumerate([("test", "f1"), ("test", "f1"), ("test", "f2"), ("validation", "")]):
         run = write_run(f"r{seed}", seed=seed, final_split="test", summary={"final_split": split, "control_of": 2},
@@ -193,6 +203,7 @@ def test_a_label_is_short():
     assert of(lr="0.1", act="relu") == "lr=0.1, act=relu" and of() == "all runs"
     assert of(categories="cs.DS, math.ST", budget="none", x="") == "categories=cs.DS, math.ST"
     assert of(categories="a, b", lr="1") == "categories=a, b; lr=1" and of(x="none", y="") == "x=none, y=none"
+    assert overlays.label(Group({}, [{}])) == "one run"
 
 
 def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
@@ -206,13 +217,14 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     write_run("runs/bare", 0.5, lr=0.5)
     Path("runs/bare/train_ghmm.py").unlink()
     write_run("runs/nan", 0.5, lr=0.6, summary={"excess_loss": None, "loss": float("nan")})
+    Path("runs/good/aaa.py").write_text("")  # of the user's own
     Path("runs/good/analysis").mkdir()
     Path("runs/good/analysis/summary.json").write_text("{}")  # no run: it has nothing else
     lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
     told = "\n".join(lines)
     assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
     assert "runs/null: left out, for config.json holds no" in told and "runs/bare: left out, for it has no copy" in told
-    assert "runs/good: left out, for runs/again has the same settings and seed" in told
+    assert "runs/good: left out, for runs/again has the same settings and seed" in told and "analysis" not in told
     assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
         ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip
     page = Path("runs/report.html").read_text()
@@ -226,12 +238,12 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
-    assert find_runs([Path("run")]) == [Path("run")]
+    assert find_runs([Path("run")]) == [Path("run")] == find_runs([Path("run/summary.json")])
 
 
 def test_what_cannot_be_compared_is_one_sentence(undrawn):
     write_run("a")
-    write_run("b", script="train_mine.py", text=SCRIPT)
+    write_run("b", script="train_mine.py", text="")
     with pytest.raises(DataError, match="^a is a run of train_ghmm.py and b one of train_mine.py: compare runs of one"):
         compare([Path("a"), Path("b")], Path("."))
     with pytest.raises(DataError, match="^absent: there is no such folder"):
@@ -262,6 +274,10 @@ def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch
     write_run("b", 0.5, seed=1)
     group = Group({}, [{"folder": "a"}, {"folder": "b"}])
     assert curves_of([group], "train", "loss/ema") == ("loss/ema", [[{10: 2.1, 20: 2.05}, {10: 3.1, 20: 3.05}]])
+    for line in (b'[1]', b'{"step": "7", "split": "train", "loss/ema": 1}', b'{"step": 7}', b'{"step": \xff\xfe'):
+        with open("a/metrics.jsonl", "ab") as file:  # of a full disk, or another program
+            file.write(b"\n" + line)
+    assert curves_of([group], "train", "loss/ema")[1][0][0] == {10: 2.1, 20: 2.05}
     assert curves_of([group], "train", "")[0] == "loss/ema" and curves_of([group], "eval", "absent") == ("", [[]])
     drawn = []
     monkeypatch.setattr(overlays, "draw_group", lambda axes, runs, place, name: drawn.append((place, name)))

@@ -19,7 +19,7 @@ from common.runlog import write_json
 from configurator import config_dict
 from measure import figures
 from measure.figures import figure
-from measure.pages import Section, cell_of, run_page, write_page
+from measure.pages import Section, cell_of, run_page, side_by_side, write_page
 
 
 def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
@@ -39,6 +39,7 @@ def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
         ("", "", ""), ("", "c", "c"), (number, "123456", "123,456"),
     ]  # fmt: skip
     assert text.count("<th") - text.count("<thead") == 3  # and none of the empty table
+    assert text.count('<th class="number">') == 2  # a blank is none and makes no text of a column
     [(encoded, width)] = re.findall('src="data:image/png;base64,(.*?)" width="(.*?)"', text)
     assert base64.b64decode(encoded) == picture.read_bytes() and int(width) == 600
     assert "<details>" in text and not re.search(r"(src|href)=\"(?!data:)", text)
@@ -48,7 +49,7 @@ def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
 def test_a_picture_that_is_not_there_is_said(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no picture")
     pictures = [(tmp_path / "none.png", "first"), (tmp_path / "torn.png", "second")]
-    write_page(tmp_path / "page.html", "title", "", [Section("s", pictures=pictures)])
+    write_page(tmp_path / "page.html", "title of \udcff", "", [Section("s", pictures=pictures)])  # as of a file's name
     text = (tmp_path / "page.html").read_text()
     assert "none.png is not there: first" in text and "torn.png is not there: second" in text and "<img" not in text
 
@@ -57,6 +58,11 @@ def test_what_is_undefined_is_blank_and_numbers_are_short():
     assert [cell_of(value).text for value in (None, float("nan"), float("inf"))] == ["", "", ""]
     told = [cell_of(value).text for value in (1 / 3, 1e-7, 12345.6, 12_345, 123_456, True, "a", np.float64(2.5))]
     assert told == ["0.3333", "1e-07", "12,346", "12345", "123,456", "true", "a", "2.5"]
+    parts = {"mean": {"mae": 1, "mse": 2, "r": [3, 4]}, "none": {"mae": 5}}
+    turned = [{"of": "mae", "mean": 1, "none": 5}, {"of": "mse", "mean": 2, "none": None}]
+    assert side_by_side("of", parts) == [*turned, {"of": "r", "mean": "3, 4", "none": None}]
+    assert side_by_side("of", {"a": {"x": 1}, "b": {}}) == [{"of": "a", "x": 1}, {"of": "b"}]
+    assert [cell_of(text).style for text in ("short", "a b " * 20, 1)] == ["", "long", "number"]
     assert cell_of(np.float64(0.1)).value == "0.1" and cell_of(np.int64(7)) == ("7", "7", True)
 
 
@@ -160,6 +166,14 @@ def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(t
     page = importlib.import_module("train_ghmm")
     folder = run_folder(tmp_path / "run", page, {}, {"loss": 1.0})
     assert run_page(folder, page.Config).startswith("pictures in ")
+    # Of a run on GPUs, whose page had another setting then.
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"gone": 1})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 of {device}")
+    assert run_page(folder, page.Config, {"device": "cuda:1"}) and "gone" not in (folder / "report.html").read_text()
+    for name, value in (("ranks", "8"), ("device", "cuda:1, H100 of cuda:1")):
+        assert re.search(f'>{name}</td>\\s*<td[^>]*>{value}<', (folder / "report.html").read_text())
     (folder / "report.html").unlink()
     (folder / "report.html").mkdir()  # in the way, for root too
     monkeypatch.setattr(figures, "STRICT", False)
@@ -178,3 +192,6 @@ def test_a_look_at_a_checkpoint_alone_has_a_page_without_settings(tmp_path):
     assert run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0}).startswith("v; ")
     text = (tmp_path / "imported" / "analysis" / "report.html").read_text()
     assert "imported: a look at a run of train_ghmm.py" in text and "no config.json" in text and "<pre>" not in text
+    write_json(tmp_path / "imported" / "config.json", config_dict(page.Config(lr=0.5)))
+    run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0})
+    assert "train_ghmm.py --lr=0.5</pre>" in (tmp_path / "imported" / "analysis" / "report.html").read_text()

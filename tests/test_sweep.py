@@ -16,9 +16,9 @@ from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
 import train_ghmm
-from measure import progress
+from measure import comparison, progress
 from measure.sweeps import OBJECTIVES, groups, in_words, objective, table
-from sources import equal_size, jobs, study_arxiv
+from sources import equal_size, holdouts, jobs, study_arxiv
 from sources.outcomes import append, numbers, record
 from sources.runs import Grid, import_page, plan_runs
 from sources.studies import Variation
@@ -378,9 +378,12 @@ def test_what_is_no_page_is_refused(capsys):
     assert str(Path.cwd()) not in sys.path
 
 
-def test_a_page_has_short_names(capsys):
-    for name in ("tiny", "train_tiny", "./train_tiny.py"):
-        assert planned(capsys, "--lr=1,2", page=name) == [["--lr=1"], ["--lr=2"]]
+def test_a_page_has_short_names_and_is_shown_as_it_can_be_typed(capsys):
+    for name in ("tiny", "train_tiny", "./train_tiny.py", "train_ghmm"):
+        script = str(ROOT / "train_ghmm.py") if name == "train_ghmm" else "train_tiny.py"
+        sweep.main([name, "--lr=1,2", "--out_dir=o", "--print_config"])
+        shown = capsys.readouterr().out.splitlines()
+        assert shown == [f"python {script} --lr={lr} --out_dir=o/lr={lr}" for lr in (1, 2)]
 
 
 # --------------------------------------------------------------------------------------------------------- runs
@@ -768,6 +771,24 @@ def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
     assert [(line["run"], line["settings"]) for line in told] == [
         (f"max_steps={n}", {"max_steps": f"{n}", "widths": f"[{n}]"}) for n in (2, 3)]  # fmt: skip
     assert json.loads(Path("sweep/max_steps=3/config.json").read_text())["widths"] == [3]
+
+
+def test_held_out_types_have_one_table(monkeypatch, capsys):
+    Path("train_tiny.py").write_text(PAGE.replace('"ghmm"', '"state"'))
+    monkeypatch.setattr(holdouts, "plan", lambda *_: [Variation("a", {}, {"held_out": "a"}),
+                                                      Variation("b", {"lr": "7"}, {"held_out": "b"})])  # fmt: skip
+    for answer, tables in ((["its table"], 0), (None, 1)):
+
+        def compare(runs, folder, wanted, shows_table, answer=answer):
+            assert [run.name for run in runs] == ["a_seed0"] and shows_table
+            if answer is None:
+                raise ValueError("a failure never hides the table")
+            return answer
+
+        monkeypatch.setattr(comparison, "compare", compare)
+        swept("--holdout=each", code=1)
+        out = capsys.readouterr().out
+        assert out.count("held_out") == tables and "b_seed0: failed (exit code 1): error: the loss" in out
 
 
 # -------------------------------------------------------------------------------------------------- the table

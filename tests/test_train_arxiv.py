@@ -673,6 +673,8 @@ def test_without_a_test_the_final_numbers_are_of_validation_and_a_line_says_so(d
     settings = (*TINY, "--data=data", "--categories=a", "--max_steps=2", "--probe=false")
     if damage == "other":
         assert words in "error: " + refused(capsys, *settings) and not Path("run").exists()
+        with pytest.raises(DataError, match="differs from the training chunks"):  # once, not by every run of a study
+            planned(Path("data"), "k=1,2")
         settings = (*settings, "--final_split=validation")
     summary = train_arxiv.main([*settings])
     assert summary["final_split"] == "validation" and "test_xe" not in summary
