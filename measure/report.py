@@ -607,9 +607,9 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
 
 def parts_terms(has_shared_errors: bool) -> str:
     """What growth and its parts are, and their errors: a paragraph."""
-    shared = "too small: what a set adds to all of its categories takes two sets of a K, or two seeds."
+    shared = "too small: what a run adds to all of its categories takes two sets of a K, or two seeds."
     if has_shared_errors:
-        shared = "also over what a set adds to all of its categories, by the spread of sets."
+        shared = "also over what a run adds to all of its categories, by the spread of seeds and of sets."
     return (
         "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
         "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
@@ -635,7 +635,7 @@ def part_row(part: dict, arrays: Arrays) -> dict:
 def mean_rows(by_category: list[dict], shared: dict[int, float]) -> list[dict]:
     """Means over categories by K, with standard errors and 95% by Student's t.
 
-    shared: by K the error that its sets add to all categories; controls have no part in it, so dilution has not.
+    shared: by K the error that its runs add to all categories; controls have no part in it, so dilution has not.
     """
     rows = []
     for K in sorted({row["K"] for row in by_category}):
@@ -730,7 +730,7 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     text.append(
         "The same categories in runs that trained on them (seen) and in runs that did not (unseen), as means over "
         "categories. Errors are standard errors over categories with each one's own level taken off (Morey 2008), so "
-        "that they are of differences between K and not between categories, and over what a set adds to all of its "
+        "that they are of differences between K and not between categories, and over what a run adds to all of its "
         "categories, where two sets of a K or two seeds tell. The last K may have no unseen category."
     )
     name = picture_name("tradeoff", group)

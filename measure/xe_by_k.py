@@ -4,6 +4,7 @@ A run trains on a set of K categories; a set may have runs of several seeds. Eve
 of those of the context, and after them the mean over all. What is undefined is nan, and None in a dict.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -480,12 +481,13 @@ def pooled_deviation(groups: list[ndarray]) -> float | None:
 
 
 def shared_errors(study: Study, sizes: ndarray, seen: bool = True) -> ndarray:
-    """Standard error of the mean over categories at each K by what a set adds to all of its categories, [J].
+    """Standard error of the mean over categories at each K by what a run adds to all of its categories, [J].
 
-    Errors over categories do not have it: a K of a single set has the luck of that set, and of its seeds, in every
-    category. The variance of sets (means over seeds and categories, each category's level taken off) is pooled over K,
-    and divided by the sets of each; where no K has two sets, that of seeds takes its place; nan where there are no two
-    seeds either. 0 at K = 1, where every category is of runs of its own. At the mean over positions.
+    Errors over categories do not have it: a K of a single set has the luck of its seeds in every category. Variances
+    are of means over the categories of a run, each one's own level taken off, pooled over K. That of seeds is divided
+    by the runs of each K; that of sets, beyond it, counts as far as sets were left out: all sets of a K are no sample
+    of others. Where there is one seed a set, sets vary by seeds too, and count whole. nan where there are no two sets
+    of a K either. 0 at K = 1, where every category is of runs of its own. At the mean over positions.
 
     Args:
         seen: of categories that a set trained on; else of those that it did not, which share a run at K = 1 too.
@@ -496,19 +498,25 @@ def shared_errors(study: Study, sizes: ndarray, seen: bool = True) -> ndarray:
     left = np.where(trained, study.xe[..., -1] - levels[:, 0], np.nan)
     run_means = mean_of(left, 1)  # [R]
     shares_runs = study.sizes > 1 if seen else np.isfinite(run_means)
-    by_size, by_set, numbers = [], [], []
+    by_size, by_set, numbers, left_out = [], [], [], []
+    C = int(study.seen.any(0).sum())
     for K in sizes:
         chosen = (study.sizes == K) & shares_runs
         sets = [run_means[chosen & (study.sets == place)] for place in np.unique(study.sets[chosen])]
         numbers.append(len(sets))
+        left_out.append(1 - len(sets) / math.comb(C, int(K)))
         by_set += sets
         if sets:
             by_size.append(np.array([seeds.mean() for seeds in sets]))
-    spread = pooled_deviation(by_size)
-    if spread is None:
-        spread = pooled_deviation(by_set)
-        spread = np.nan if spread is None else spread / np.mean([len(seeds) for seeds in by_set]) ** 0.5
-    shared = ratio(np.full(len(sizes), spread), np.sqrt(numbers))
+    of_seeds = pooled_deviation(by_set)
+    of_sets = pooled_deviation(by_size)
+    if of_seeds is None:
+        variance = np.full(len(sizes), np.nan if of_sets is None else of_sets**2)
+    else:
+        variance = of_seeds**2 / np.mean([len(seeds) for seeds in by_set])  # of a mean over the seeds of a set
+        beyond = max(0.0, (of_sets or 0.0) ** 2 - variance)
+        variance = variance + beyond * np.array(left_out)
+    shared = np.sqrt(ratio(variance, np.array(numbers)))
     return np.where((np.array(sizes) == 1) & seen, 0.0, shared)
 
 
