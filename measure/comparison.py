@@ -68,13 +68,19 @@ class Run:
         return typed(self.config.get(SEED))
 
     @property
+    def device(self) -> str:
+        """cpu or cuda, of whichever number."""
+        return str(self.summary.get("device")).split(":")[0]
+
+    @property
     def kind(self) -> str:
         """The experiment, which a copy of a page keeps; of a script without any its name."""
         return self.experiment or self.script
 
     @property
-    def keys(self) -> dict[str, str]:
-        return {name: term.key for name, term in self.terms.items()}
+    def identity(self) -> frozenset:
+        """What two runs of the same settings and seed have in common."""
+        return frozenset({(SEED, self.seed), *((name, term.key) for name, term in self.terms.items())})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -129,8 +135,7 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
     if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
         terms["steps"] = same_text(typed(run.summary.get("steps")))
     if run.config.get("precision") == "auto":  # another one on another device
-        kind = str(run.summary.get("device")).split(":")[0]
-        terms["precision"] = same_text(f"auto on {kind}")
+        terms["precision"] = same_text(f"auto on {run.device}")
 
     results = {}
     if (run.folder / "results.json").exists():
@@ -242,6 +247,7 @@ def place_for(out: Path) -> Path:
 def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """(the runs that have ended, a line for each other one and for what is counted once). Raises DataError."""
     ended, lines, first = [], [], None
+    places = {}  # of the runs by their identity
     for folder in folders:
         try:
             run = read_run(folder)
@@ -252,13 +258,14 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
         if run.script != first.script and run.kind != first.kind:
             raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
                             "of one page and its copies")  # fmt: skip
-        same = [other for other in ended if (other.keys, other.seed) == (run.keys, run.seed)]
         if run.summary is None:
             lines.append(f"{folder}: not ended, {progress(run)}")
-        elif same:
-            lines.append(f"{folder}: left out, for {same[0].folder} has the same settings and seed")
-        else:
+            continue
+        same = places.setdefault(run.identity, folder)
+        if same == folder:
             ended.append(run)
+        else:
+            lines.append(f"{folder}: left out, for {same} has the same settings and seed")
     if not ended:
         raise DataError(f"no run has ended yet: {'; '.join(lines[:3])}{' ...' if len(lines) > 3 else ''}")
     return ended, lines
@@ -398,7 +405,7 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
     notes = []
     places = {}
     for run in ended:
-        place = f"torch {run.summary.get('torch')} on {run.summary.get('device')}"
+        place = f"torch {run.summary.get('torch')} on {run.device}"
         places[place] = places.get(place, 0) + 1
     if len(places) > 1:
         made = ", ".join(f"{place} ({counted(count, 'run')})" for place, count in places.items())
@@ -409,7 +416,24 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
         stopped.setdefault(settings, set()).add(run.summary.get("steps"))
     if any(len(steps) > 1 for steps in stopped.values()):
         notes.append("Runs of one row stopped by their own loss (patience), after different numbers of steps.")
+    for names in without_effect(told):
+        notes.append(f"Runs that differ in {names} alone came to the same numbers: that had no effect.")
     return notes
+
+
+def without_effect(told: list[dict]) -> list[str]:
+    """The settings in which runs differ that came to the same numbers."""
+    alike = {}
+    for line in told:
+        results = {name: value for name, value in line["summary"].items() if isinstance(value, float)}
+        results = frozenset((name, value) for name, value in results.items() if name not in FACTS)
+        alike.setdefault((results, line["settings"].get(SEED)), []).append(line["settings"])
+    found = {}
+    for (results, _), settings in alike.items():
+        differing = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+        if results and differing:
+            found[", ".join(differing)] = None
+    return list(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------

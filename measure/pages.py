@@ -26,6 +26,7 @@ from measure import figures
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
 LONG_CELL = 30  # signs
+MOST_COLUMNS = 10  # of a table whose few rows need not stand on their side
 LONGEST_LINE = 78  # signs of a line of a command
 
 # What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
@@ -162,20 +163,35 @@ def filled(section: Section) -> dict:
         "text": text,
         "commands": section.commands,
         "pictures": pictures,
-        "tables": [filled_table(rows) for rows in section.tables if rows],
+        "tables": [filled_table(rows) for rows in section.tables if rows and rows[0]],
         "folded": section.folded,
     }
 
 
 def filled_table(rows: list[dict]) -> dict:
-    """A table as cells. A column is one of numbers if it has some, and nothing else but blanks."""
+    """A table as cells, without columns in which nothing is known.
+
+    A column is one of numbers if it has some, and nothing else but blanks. Few long rows stand on their side.
+    """
+    rows = [{name: cell_of(row.get(name)) for name in rows[0]} for row in rows]
+    names = [name for name in rows[0] if any(row[name].text for row in rows)]
+    heads = {row[names[0]].text for row in rows} if names else ()
+    if len(names) > max(MOST_COLUMNS, 2 * len(rows)) and len(heads) == len(rows):
+        rows = turned(rows, names)
+        names = list(rows[0])
     columns, cells = [], []
-    for name in rows[0]:
-        column = [cell_of(row.get(name)) for row in rows]
+    for name in names:
+        column = [row[name] for row in rows]
         known = [cell.is_number for cell in column if cell.text]
         columns.append({"name": name, "is_number": bool(known) and all(known)})
         cells.append(column)
     return {"columns": columns, "rows": list(zip(*cells, strict=True))}
+
+
+def turned(rows: list[dict[str, Cell]], names: list[str]) -> list[dict[str, Cell]]:
+    """The columns of a table as its rows; the first column, in which no two rows are alike, says what is across."""
+    first, *others = names
+    return [{first: cell_of(name)} | {f"{first} {row[first].text}": row[name] for row in rows} for name in others]
 
 
 def cell_of(value: Any) -> Cell:
@@ -282,22 +298,10 @@ def figures_of(result: dict, experiment: str) -> tuple[list[dict], list[list[dic
             continue
         inner = list(value.values()) if isinstance(value, dict) else []
         if inner and all(isinstance(part, dict) for part in inner):
-            tables.append(side_by_side(name, value))
+            tables.append([{name: key} | plain_values(part) for key, part in value.items()])
         else:
             rows += [{"figure": key, "value": part} for key, part in plain_values({name: value}).items()]
     return headlines, [rows, *tables]
-
-
-def side_by_side(name: str, parts: dict[str, dict]) -> list[dict]:
-    """A table of what several have of the same figures, with the more of them down and the fewer across."""
-    rows = [{name: key} | plain_values(part) for key, part in parts.items()]
-    figure_names = list(rows[0])[1:]
-    if len(figure_names) <= len(rows):
-        return rows
-    turned = []
-    for figure_name in figure_names:
-        turned.append({name: figure_name} | {row[name]: row.get(figure_name) for row in rows})
-    return turned
 
 
 def plain_values(values: dict) -> dict:

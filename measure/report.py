@@ -8,9 +8,9 @@ import numpy as np
 
 from common.checkpoint import NO_SETTINGS
 from common.errors import reason
-from measure.curves import gain_definition
+from measure.curves import gain_definition, reported_positions
 from measure.pages import Section
-from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of, reported_positions
+from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of
 from measure.study_pictures import (
     draw_categories,
     draw_context,
@@ -592,21 +592,7 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
     for mean in means:
         mean["optimum_growth"] = optimum_growth(arrays, mean["K"])
     sentence = parts_sentence(means[-1])
-    text = [
-        sentence,
-        "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
-        "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
-        "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
-        "optimum). A control reads a K-th of the text as often as a run among K does, so it also makes a K-th of the "
-        "steps: dilution is of too short a training as much as of too little text, and interference gives both back. "
-        "Differences are paired by category and seed, and averaged over the sets of a category first. Errors (se) are "
-        "over categories, of which there are few, and whose sets overlap; those of growth and interference are "
-        + (
-            "also over what a set adds to all of its categories, by the spread of sets."
-            if np.isfinite(errors).all()
-            else "too small: what a set adds to all of its categories takes two sets of a K, or two seeds."
-        ),
-    ]
+    text = [sentence, parts_terms(bool(np.isfinite(errors).all()))]
     if missing:
         text.append(missing)
     name = picture_name("dilution", group)
@@ -617,6 +603,23 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
         shown = [row | {"optimum_growth": mean["optimum_growth"]} for row, mean in zip(shown, means, strict=True)]
     section = Section(title, text, [shown, by_category], [(out / "plots" / f"{name}.png", caption)])
     return Part([section], {"xe_controls": control_table(by_category, means)}, [sentence])
+
+
+def parts_terms(has_shared_errors: bool) -> str:
+    """What growth and its parts are, and their errors: a paragraph."""
+    shared = "too small: what a run adds to all of its categories takes two sets of a K, or two seeds."
+    if has_shared_errors:
+        shared = "also over what a run adds to all of its categories, by the spread of seeds and of sets."
+    return (
+        "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
+        "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
+        "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
+        "optimum). A control reads a K-th of the text as often as a run among K does, so it also makes a K-th of the "
+        "steps: dilution is of too short a training as much as of too little text, and interference gives both back. "
+        "Differences are paired by category and seed, and averaged over the sets of a category first. Errors (se) are "
+        "over categories, of which there are few, and whose sets overlap; those of growth and interference are "
+        f"{shared}"
+    )
 
 
 def part_row(part: dict, arrays: Arrays) -> dict:
@@ -632,7 +635,7 @@ def part_row(part: dict, arrays: Arrays) -> dict:
 def mean_rows(by_category: list[dict], shared: dict[int, float]) -> list[dict]:
     """Means over categories by K, with standard errors and 95% by Student's t.
 
-    shared: by K the error that its sets add to all categories; controls have no part in it, so dilution has not.
+    shared: by K the error that its runs add to all categories; controls have no part in it, so dilution has not.
     """
     rows = []
     for K in sorted({row["K"] for row in by_category}):
@@ -727,7 +730,7 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     text.append(
         "The same categories in runs that trained on them (seen) and in runs that did not (unseen), as means over "
         "categories. Errors are standard errors over categories with each one's own level taken off (Morey 2008), so "
-        "that they are of differences between K and not between categories, and over what a set adds to all of its "
+        "that they are of differences between K and not between categories, and over what a run adds to all of its "
         "categories, where two sets of a K or two seeds tell. The last K may have no unseen category."
     )
     name = picture_name("tradeoff", group)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import reason
-from measure.curves import TOGETHER, score_positions
+from measure.curves import TOGETHER, reported_positions, score_positions
 from measure.xe_by_k import Study, draw_documents
 
 RESAMPLES = 1000  # of intervals
@@ -62,11 +62,6 @@ def arrays_of(studied: list[dict], controls: list[dict]) -> Arrays:
         documents,
         why,
     )
-
-
-def reported_positions(T: int) -> list[int]:
-    """Positions of tables, of a context of T."""
-    return sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
 
 
 def positions_of_score(runs: list[dict], T: int) -> tuple[int, int]:

@@ -4,11 +4,13 @@ A run trains on a set of K categories; a set may have runs of several seeds. Eve
 of those of the context, and after them the mean over all. What is undefined is nan, and None in a dict.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
+from measure.curves import interval
 from sources.shared import counter_rng
 
 LAWS = ("a + b log K", "a + b (1 - 1/K)", "a K^b")
@@ -299,7 +301,9 @@ def set_errors(
     sizes: ndarray,
     law: str,
 ) -> ndarray | None:
-    """How far each set is from what a law says of it that is fitted without it, [S, C, P]; 0 where a set lacks c.
+    """How far each set is from what a law says of it that is fitted without it, [S, C, P].
+
+    Of categories that a set lacks too, which have no weight in its means.
 
     Delete-one-cluster residuals: a set is the cluster, for what its categories share. None where a law has no slope
     without some set, as where a K has a single set and there is but one other K: then nothing tells how sets vary.
@@ -315,10 +319,8 @@ def set_errors(
             return None
         K = study.sizes[runs][:1]
         said = predicted(law, fit, K)[:, 0]  # [C, P]
-        error = study.xe[runs].mean(0) - said
-        trained = study.seen[runs][0]
         # A category of this set alone takes no part in a slope: its error is nan, and counts as 0.
-        error = np.where(trained[:, None], error, 0.0)
+        error = study.xe[runs].mean(0) - said
         errors.append(np.nan_to_num(error))
     return np.array(errors)
 
@@ -360,12 +362,6 @@ def resampled_tables(
         tables = tables + np.tensordot(factors, moved, 1)
         varied.append("sets")
     return tables, " and ".join(varied)
-
-
-def interval(samples: ndarray) -> tuple[ndarray, ndarray]:
-    """The central 95% of samples [B, ...]."""
-    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
-    return low, high
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -485,12 +481,13 @@ def pooled_deviation(groups: list[ndarray]) -> float | None:
 
 
 def shared_errors(study: Study, sizes: ndarray, seen: bool = True) -> ndarray:
-    """Standard error of the mean over categories at each K by what a set adds to all of its categories, [J].
+    """Standard error of the mean over categories at each K by what a run adds to all of its categories, [J].
 
-    Errors over categories do not have it: a K of a single set has the luck of that set, and of its seeds, in every
-    category. The variance of sets (means over seeds and categories, each category's level taken off) is pooled over K,
-    and divided by the sets of each; where no K has two sets, that of seeds takes its place; nan where there are no two
-    seeds either. 0 at K = 1, where every category is of runs of its own. At the mean over positions.
+    Errors over categories do not have it: a K of a single set has the luck of its seeds in every category. Variances
+    are of means over the categories of a run, each one's own level taken off, pooled over K. That of seeds is divided
+    by the runs of each K; that of sets, beyond it, counts as far as sets were left out: all sets of a K are no sample
+    of others. Where there is one seed a set, sets vary by seeds too, and count whole. nan where there are no two sets
+    of a K either. 0 at K = 1, where every category is of runs of its own. At the mean over positions.
 
     Args:
         seen: of categories that a set trained on; else of those that it did not, which share a run at K = 1 too.
@@ -501,19 +498,25 @@ def shared_errors(study: Study, sizes: ndarray, seen: bool = True) -> ndarray:
     left = np.where(trained, study.xe[..., -1] - levels[:, 0], np.nan)
     run_means = mean_of(left, 1)  # [R]
     shares_runs = study.sizes > 1 if seen else np.isfinite(run_means)
-    by_size, by_set, numbers = [], [], []
+    by_size, by_set, numbers, left_out = [], [], [], []
+    C = int(study.seen.any(0).sum())
     for K in sizes:
         chosen = (study.sizes == K) & shares_runs
         sets = [run_means[chosen & (study.sets == place)] for place in np.unique(study.sets[chosen])]
         numbers.append(len(sets))
+        left_out.append(1 - len(sets) / math.comb(C, int(K)))
         by_set += sets
         if sets:
             by_size.append(np.array([seeds.mean() for seeds in sets]))
-    spread = pooled_deviation(by_size)
-    if spread is None:
-        spread = pooled_deviation(by_set)
-        spread = np.nan if spread is None else spread / np.mean([len(seeds) for seeds in by_set]) ** 0.5
-    shared = ratio(np.full(len(sizes), spread), np.sqrt(numbers))
+    of_seeds = pooled_deviation(by_set)
+    of_sets = pooled_deviation(by_size)
+    if of_seeds is None:
+        variance = np.full(len(sizes), np.nan if of_sets is None else of_sets**2)
+    else:
+        variance = of_seeds**2 / np.mean([len(seeds) for seeds in by_set])  # of a mean over the seeds of a set
+        beyond = max(0.0, (of_sets or 0.0) ** 2 - variance)
+        variance = variance + beyond * np.array(left_out)
+    shared = np.sqrt(ratio(variance, np.array(numbers)))
     return np.where((np.array(sizes) == 1) & seen, 0.0, shared)
 
 

@@ -19,7 +19,7 @@ from common.runlog import write_json
 from configurator import config_dict
 from measure import figures
 from measure.figures import figure
-from measure.pages import Section, cell_of, run_page, side_by_side, write_page
+from measure.pages import Section, cell_of, filled_table, run_page, write_page
 
 
 def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
@@ -58,12 +58,26 @@ def test_what_is_undefined_is_blank_and_numbers_are_short():
     assert [cell_of(value).text for value in (None, float("nan"), float("inf"))] == ["", "", ""]
     told = [cell_of(value).text for value in (1 / 3, 1e-7, 12345.6, 12_345, 123_456, True, "a", np.float64(2.5))]
     assert told == ["0.3333", "1e-07", "12,346", "12345", "123,456", "true", "a", "2.5"]
-    parts = {"mean": {"mae": 1, "mse": 2, "r": [3, 4]}, "none": {"mae": 5}}
-    turned = [{"of": "mae", "mean": 1, "none": 5}, {"of": "mse", "mean": 2, "none": None}]
-    assert side_by_side("of", parts) == [*turned, {"of": "r", "mean": "3, 4", "none": None}]
-    assert side_by_side("of", {"a": {"x": 1}, "b": {}}) == [{"of": "a", "x": 1}, {"of": "b"}]
     assert [cell_of(text).style for text in ("short", "a b " * 20, 1)] == ["", "long", "number"]
     assert cell_of(np.float64(0.1)).value == "0.1" and cell_of(np.int64(7)) == ("7", "7", True)
+
+
+def test_few_long_rows_stand_on_their_side_and_unknown_columns_are_left_out():
+    def told(rows: list[dict]) -> list[list[str]]:
+        table = filled_table(rows)
+        heads = [column["name"] for column in table["columns"]]
+        return [heads, *([cell.text for cell in row] for row in table["rows"])]
+
+    values = {f"at_{i}": i for i in range(10)}
+    first, second = {"K": 1, "gone": None} | values, {"K": 2, "gone": float("nan")} | values | {"at_3": None}
+    turned = told([first, second])
+    assert turned[0] == ["K", "K 1", "K 2"] and turned[1] == ["at_0", "0", "0"] and turned[4] == ["at_3", "3", ""]
+    assert len(turned) == 11 and filled_table([first, second])["columns"][1]["is_number"]
+    assert told([first, second | {"K": 1}])[0] == ["K", *values]  # what is across must be one thing each
+    assert told([{"K": i} | values for i in range(6)])[0] == ["K", *values]  # many rows are to be sorted
+    del first["at_9"], second["at_9"]
+    assert told([first, second])[0] == ["K", *list(values)[:9]]
+    assert told([{"a": None}]) == [[]]
 
 
 def test_every_html_file_beside_a_module_is_in_the_package():
