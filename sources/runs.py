@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
@@ -287,7 +287,9 @@ def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweepe
         varied = variations(page, reference, cfg) or varied
     if not listed and varied == [None]:
         for word in words:
-            if word.key and not word.value:
+            kind = settings.kinds.get(settings.resolve(word.key.split("."))[0])
+            may_be_none = type(None) in get_args(kind)  # such as batch_col, of which empty is a value
+            if word.key and not word.value and not may_be_none:
                 raise InputError(f"{word.head}: the list is empty: {word.head}VALUE,VALUE lists two values")
         raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
                          "some, or run the page by itself")
