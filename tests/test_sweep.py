@@ -25,6 +25,7 @@ from sources.studies import Variation
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
 ROOT = Path(__file__).resolve().parents[1]
+SHOW_COMPARISON = sweep.show_comparison  # it draws: left out of the tests that are not of it
 # A page without torch, that starts within a tenth of a second: it trains by waiting.
 PAGE = '''
 import json, os, signal, subprocess, sys, time
@@ -102,6 +103,8 @@ def page(in_a_folder_of_its_own, monkeypatch):
     """The page, in the folder where the test stands."""
     Path("train_tiny.py").write_text(PAGE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(sweep, "show_comparison", lambda *args: True)
     yield
     sys.modules.pop("train_tiny", None)
 
@@ -389,7 +392,8 @@ def test_a_page_has_short_names_and_is_shown_as_it_can_be_typed(capsys):
 # --------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
+def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "show_comparison", SHOW_COMPARISON)
     # The last of two names of one setting holds, as on a page.
     told = swept("learning_rate=0.3", "--lr=0.2,0.1", "--seed=0,1")
     assert [line["run"] for line in told] == ["lr=0.2,seed=0", "lr=0.2,seed=1", "lr=0.1,seed=0", "lr=0.1,seed=1"]
@@ -407,6 +411,7 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
         ["lr", "seeds", "excess_loss", "loss", "seconds"],
         ["0.1", "2", "0.1050", "±", "0.0071", "1.1", "±"],
         ["0.2", "2", "0.2050", "±", "0.0071", "1.2", "±"]]  # fmt: skip
+    assert "all of it in sweep/report.html" in out and Path("sweep/report.html").stat().st_size > 10_000
 
 
 def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(capsys):
@@ -480,26 +485,25 @@ def test_what_cannot_be_written_is_one_sentence(capsys):
     assert [line["status"] for line in swept("--lr=0.1,0.2")] == ["done", "done"] and starts("lr=0.1") == [0]
 
 
-LONG = ("train_tiny.py", "--lr=0.1,0.2", "--seed=0,1", "--max_steps=40", "--out_dir=sweep")
+LONG = ("train_tiny.py", "--lr=0.1", "--seed=0,1,2", "--max_steps=30", "--out_dir=sweep")
 
 
 def test_a_killed_sweep_goes_on_and_no_run_is_started_twice(capsys):
-    job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
-    wait_for(lambda: len(starts("lr=0.1,seed=1")) > 0, job, "the second run")
+    job = Job("commands", *LONG, function="sweep_quickly", PYTHONPATH=str(ROOT))
+    wait_for(lambda: len(starts("seed=1")) > 0, job, "the second run")
     job.kill()
     job.process.join()
     # The run at work was not killed: the sweep that goes on waits for its end, and takes it as it is.
-    assert not Path("sweep/lr=0.1,seed=1/summary.json").exists()
+    assert not Path("sweep/seed=1/summary.json").exists()
     sweep.main(list(LONG))
     assert "at work here: waiting for its end" in capsys.readouterr().out
-    assert [line["status"] for line in lines()] == ["done"] * 4
-    for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"):
-        assert starts(name) == [0]
+    assert [line["status"] for line in lines()] == ["done"] * 3
+    assert [starts(f"seed={seed}") for seed in range(3)] == [[0]] * 3
 
 
 def test_two_sweeps_at_once_share_the_runs(capsys):
     words = ("train_tiny.py", "--seed=0,1,2,3", "--max_steps=20", "--out_dir=sweep")
-    job = Job("sweep", *words, PYTHONPATH=str(ROOT))
+    job = Job("commands", *words, function="sweep_quickly", PYTHONPATH=str(ROOT))
     wait_for(lambda: len(starts("seed=0")) > 0, job, "the first run")
     sweep.main(list(words))
     assert job.wait() == 0
@@ -591,8 +595,7 @@ def run_all(source: Grid, came: list[int]) -> Iterator[tuple]:
     return jobs.run_all(source, [sys.executable, source.script], 1, [], came, [])
 
 
-def test_a_hopeless_run_is_stopped_and_recorded(monkeypatch):
-    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
+def test_a_hopeless_run_is_stopped_and_recorded():
     source = plan("--lr=0.9,0.1", "--max_steps=60").open()
     runs, seen = source.runs, []
 
@@ -709,16 +712,16 @@ def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
 
 
 def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on():
-    job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
-    wait_for(lambda: Path("sweep/lr=0.1,seed=0/last.pt").exists(), job, "the first run")
+    job = Job("commands", *LONG, function="sweep_quickly", PYTHONPATH=str(ROOT))
+    wait_for(lambda: Path("sweep/seed=0/last.pt").exists(), job, "the first run")
     job.send_signal(signal.SIGINT)
     assert job.wait() == 128 + signal.SIGINT
-    assert "stopped after" in Path("sweep/lr=0.1,seed=0/console.log").read_text()
-    assert [(line["run"], line["status"]) for line in lines()] == [("lr=0.1,seed=0", "stopped")]
-    assert "error: stopped by a signal with 0 of 4 ended; the same command goes on" in job.console.read_text()
-    saved = json.loads(Path("sweep/lr=0.1,seed=0/last.pt").read_text())
+    assert "stopped after" in Path("sweep/seed=0/console.log").read_text()
+    assert [(line["run"], line["status"]) for line in lines()] == [("seed=0", "stopped")]
+    assert "error: stopped by a signal with 0 of 3 ended; the same command goes on" in job.console.read_text()
+    saved = json.loads(Path("sweep/seed=0/last.pt").read_text())
     sweep.main(list(LONG))
-    assert starts("lr=0.1,seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 4
+    assert starts("seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 3
 
 
 # -------------------------------------------------------------------------------------------------- studies
@@ -774,6 +777,7 @@ def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
 
 
 def test_held_out_types_have_one_table(monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "show_comparison", SHOW_COMPARISON)
     Path("train_tiny.py").write_text(PAGE.replace('"ghmm"', '"state"'))
     monkeypatch.setattr(holdouts, "plan", lambda *_: [Variation("a", {}, {"held_out": "a"}),
                                                       Variation("b", {"lr": "7"}, {"held_out": "b"})])  # fmt: skip
