@@ -1018,7 +1018,7 @@ def train(cfg: Config) -> dict:
             step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
         trained = rt.wrap(model)
 
-        with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
+        with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, cells.task) as log:
             if rt.is_main:
                 checkpoint.clear(folder, after=step)
                 write_maps(folder, cells)

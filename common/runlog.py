@@ -210,10 +210,12 @@ def read_metrics(folder: Path) -> list[dict]:
     path, records = folder / "metrics.jsonl", []
     if folder.name == "analysis" and not path.exists():
         path = folder.parent / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a line torn by a kill
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # a line torn by a kill, or by a full disk
             record = json.loads(line)
-            records += [record] if isinstance(record, dict) and {"step", "split"} <= record.keys() else []
+            whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "split" in record
+            records += [record] if whole else []
     return records
 
 

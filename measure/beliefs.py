@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from common.errors import InputError
 from common.runlog import read_metrics
 from measure.figures import figure
+from measure.overlays import log_axis, spans
 
 FOLDS = 5  # four fit, the fifth is predicted, in turn
 STRATA = 5  # prefixes are dealt into FOLDS * STRATA hands once, and hands into folds in every deal
@@ -581,7 +582,9 @@ def plot_excess_loss(folder: Path, title: str) -> None:
     if not steps:
         return
     with figure(folder, "excess_loss", 6, 4) as axes:
-        axes.semilogy(steps, excess, "o-", markersize=3)
+        axes.plot(steps, excess, "o-", markersize=3)
+        if spans(excess):
+            log_axis(axes, "y")
         axes.set(xlabel="step", ylabel="excess over the floor (nats)")
         axes.set_title(title, fontsize=9, wrap=True)
 

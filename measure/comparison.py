@@ -5,14 +5,15 @@ Runs that differ in their seed alone are a group: mean, standard deviation over 
 """
 
 import csv
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
+from os.path import normpath
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.checkpoint import NO_SETTINGS
 from common.errors import DataError, InputError
@@ -20,7 +21,8 @@ from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
-from measure.sweeps import HEADS, SEED, Group, groups, numbers, objective, table, with_spread
+from measure.sweeps import HEADS, SEED, Group, groups, objective, table, with_spread
+from sources.outcomes import numbers, read_object
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -34,25 +36,51 @@ CURVES = {
     "apelr": ("loss", "val_nll"),
     "state": ("loss", "val_loss"),
 }
-PROBLEMS = ("process", "data", "toml_config_path", "categories")  # settings that say what is to be learned
+# What says what is to be learned: settings, and the optimum that a problem of other parameters has.
+PROBLEMS = ("process", "components", "matrices", "data", "toml_config_path", "categories", "final_split")
+OPTIMUM = "optimal_loss"
+SAME_OPTIMUM = 1e-3  # of it
+TABLED = ("state",)  # experiments of which a study's lines for a terminal have a table of the same runs
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
 
+class Term(NamedTuple):
+    """What a run may differ in from others: as it is shown, and what must be equal in runs that are averaged."""
+
+    text: str
+    key: str
+
+
 @dataclass
 class Run:
-    """A run by its files. script: file name of its copy. terms: all that runs must agree in to be averaged, as text."""
+    """A run by its files. script: file name of its copy. terms: all that runs must agree in to be averaged."""
 
     folder: Path
     script: str
     experiment: str
     config: dict
     summary: dict | None
-    terms: dict[str, str] = field(default_factory=dict)
+    terms: dict[str, Term] = field(default_factory=dict)
 
     @property
     def seed(self) -> str:
         return typed(self.config.get(SEED))
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda, of whichever number."""
+        return str(self.summary.get("device")).split(":")[0]
+
+    @property
+    def kind(self) -> str:
+        """The experiment, which a copy of a page keeps; of a script without any its name."""
+        return self.experiment or self.script
+
+    @property
+    def identity(self) -> frozenset:
+        """What two runs of the same settings and seed have in common."""
+        return frozenset({(SEED, self.seed), *((name, term.key) for name, term in self.terms.items())})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -97,38 +125,57 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def read_object(path: Path) -> dict:
-    """What a JSON file holds. Raises ValueError if that is no object, OSError if it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no settings or results")
-    return value
-
-
-def terms_of(run: Run, script: str) -> dict[str, str]:
-    """{name: text} of what a run must have in common with those that it is averaged with."""
-    data = run.summary.get("data")
-    if data is None and (run.folder / "results.json").exists():
-        known = read_object(run.folder / "results.json").get("data")
-        if isinstance(known, dict) and "path" in known:
-            data = {known["path"]: known.get("fingerprint")}
+def terms_of(run: Run, script: str) -> dict[str, Term]:
+    """What a run must have in common with those that it is averaged with."""
     terms = {}
     for name, value in run.config.items():
         if name not in APART:
-            terms[name] = typed(value)
-    for path, fingerprint in (data or {}).items():
-        # The same data may lie elsewhere, and other data at the same place.
-        for name in [name for name, text in terms.items() if text == path and fingerprint]:
-            terms[name] = f"data {digest(fingerprint)}"
-    terms["script"] = f"{run.script} {digest(script)}"
-    if "final_split" in run.summary:
-        terms["final_split"] = run.summary["final_split"]
+            terms[name] = Term(setting_text(value), typed(value))
+    terms["script"] = Term(f"{run.script} {digest(script)}", script)
     if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
-        terms["steps"] = typed(run.summary.get("steps"))
+        terms["steps"] = same_text(typed(run.summary.get("steps")))
+    if run.config.get("precision") == "auto":  # another one on another device
+        terms["precision"] = same_text(f"auto on {run.device}")
+
+    results = {}
+    if (run.folder / "results.json").exists():
+        results = read_object(run.folder / "results.json")
+    if "final_split" in run.summary:
+        split = run.summary["final_split"]
+        terms["final_split"] = Term(split, f"{split} {results.get('final_fingerprint', '')}")
+    data = run.summary.get("data")
+    known = results.get("data")
+    if data is None and isinstance(known, dict) and "path" in known:
+        data = {known["path"]: known.get("fingerprint")}
+    for path, fingerprint in (data or {}).items():
+        if fingerprint:
+            terms |= terms_of_data(terms, path, fingerprint)
     return terms
+
+
+def terms_of_data(terms: dict[str, Term], path: str, fingerprint: str) -> dict[str, Term]:
+    """The settings that name some data, by their content: the same may lie elsewhere, and others at the same place."""
+    named = {}
+    for name, term in terms.items():
+        if normpath(term.text) == normpath(path):
+            named[name] = Term(term.text, fingerprint)
+    if named:
+        return named
+    # Parts of a setting name them: what else it says counts too.
+    name = path if path in terms else "data"
+    term = terms.get(name, same_text(path))
+    return {name: Term(term.text, f"{term.key} {fingerprint}")}
+
+
+def same_text(text: str) -> Term:
+    return Term(text, text)
+
+
+def setting_text(value: Any) -> str:
+    """A setting to be read: of a list its parts alone."""
+    if value and isinstance(value, list) and not any(isinstance(part, list | dict) for part in value):
+        return ", ".join(map(typed, value))
+    return typed(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,12 +188,13 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         runs: their folders. out: where to write; of a folder that is a run itself, report/ in it.
         wanted: what runs are compared by, of summary.json, in the words of sweeps.objective; "": the experiment's own.
         shows_table: the lines have the table of results.
-    Raises DataError for runs of two scripts and where none has ended, InputError where nothing can be written.
+    Raises DataError for runs of two experiments and where none has ended, InputError where nothing can be written.
     """
     ended, left_out = read_all(runs)
     experiment = ended[0].experiment
     told = tell(ended)
-    results = results_of(told)
+    settings = {name for run in ended for name in run.config}  # a summary may say one again
+    results = [name for name in results_of(told) if name not in settings]
     shown, less_is_better = objective(experiment, wanted)
     sentence = ""
     ranked = groups(told, shown, less_is_better)
@@ -161,18 +209,22 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         studied, lines = study_part(experiment, ended, out)
         lead = sentence
         if studied and studied[0].text:  # its runs differ in what they are asked, so that the best of them is no answer
-            lead, sentence = studied[0].text[0], ""
+            lead, *text = studied[0].text
+            studied, sentence = [replace(studied[0], text=text), *studied[1:]], ""
         write_csv(out / "comparison.csv", [csv_row(group, results) for group in ranked])
         draw_curves(out, ranked, CURVES.get(experiment, ("", "")))
-        draw_results(out, ranked, shown[0], less_is_better)
-        sections = [*studied, *sections_of(ranked, ended, shown, notes, out)]
+        draw_results(out, [] if studied else ranked, shown[0], less_is_better)
+        sections = sections_of(ranked, ended, shown, notes, out)
+        if studied:
+            sections = [*studied, *(replace(section, folded=True) for section in sections)]
         if left_out:
             sections.append(Section("Not compared", left_out))
-        write_page(out / "report.html", f"{counted(len(told), 'run')} of {ended[0].script}", lead, sections)
+        scripts = ", ".join(dict.fromkeys(run.script for run in ended))
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {scripts}", lead, sections)
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
-    if shows_table:
+    if shows_table and not (studied and experiment in TABLED):
         lines += terminal_table(told, shown, less_is_better)
     lines += [sentence] if sentence else []
     return [*lines, *notes, *left_out, f"all of it in {out / 'report.html'}"]
@@ -195,6 +247,7 @@ def place_for(out: Path) -> Path:
 def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """(the runs that have ended, a line for each other one and for what is counted once). Raises DataError."""
     ended, lines, first = [], [], None
+    places = {}  # of the runs by their identity
     for folder in folders:
         try:
             run = read_run(folder)
@@ -202,16 +255,17 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
             lines.append(f"{folder}: left out, for {getattr(error, 'strerror', None) or error}")
             continue
         first = first or run
-        if run.script != first.script:
+        if run.script != first.script and run.kind != first.kind:
             raise DataError(f"{first.folder} is a run of {first.script} and {folder} one of {run.script}: compare runs "
-                            "of one script")  # fmt: skip
-        same = [other for other in ended if (other.terms, other.seed) == (run.terms, run.seed)]
+                            "of one page and its copies")  # fmt: skip
         if run.summary is None:
             lines.append(f"{folder}: not ended, {progress(run)}")
-        elif same:
-            lines.append(f"{folder}: left out, for {same[0].folder} has the same settings and seed")
-        else:
+            continue
+        same = places.setdefault(run.identity, folder)
+        if same == folder:
             ended.append(run)
+        else:
+            lines.append(f"{folder}: left out, for {same} has the same settings and seed")
     if not ended:
         raise DataError(f"no run has ended yet: {'; '.join(lines[:3])}{' ...' if len(lines) > 3 else ''}")
     return ended, lines
@@ -227,11 +281,10 @@ def progress(run: Run) -> str:
 
 def tell(runs: list[Run]) -> list[dict]:
     """The runs as lines of a sweep.jsonl, whose settings are what they differ in, and the seed if they have one."""
-    names = dict.fromkeys(name for run in runs for name in run.terms)
-    differing = [name for name in names if len({run.terms.get(name) for run in runs}) > 1]
+    terms = differing_terms(runs)
     told = []
     for run in runs:
-        settings = {name: shown_term(run, name, runs) for name in differing}
+        settings = {name: texts[run.terms.get(name)] for name, texts in terms.items()}
         if SEED in run.config:
             settings[SEED] = run.seed
         told.append({
@@ -245,17 +298,39 @@ def tell(runs: list[Run]) -> list[dict]:
     return told
 
 
+def differing_terms(runs: list[Run]) -> dict[str, dict[Term | None, str]]:
+    """{name of what runs differ in: {term: its text, with a digest where others look the same and are not}}."""
+    names = dict.fromkeys(name for run in runs for name in run.terms)
+    found = {}
+    for name in names:
+        terms = dict.fromkeys(run.terms.get(name) for run in runs)
+        keys = {}  # the first text of each
+        for term in terms:
+            keys.setdefault(term and term.key, term.text if term else "")
+        if len(keys) == 1:
+            continue
+        alike = Counter(keys.values())
+        texts = {}
+        for term in terms:
+            key = term and term.key
+            mark = f" ({digest(key)})" if key is not None and alike[keys[key]] > 1 else ""
+            texts[term] = (keys[key] + mark).strip()
+        found[name] = texts
+    # Steps that follow from the other settings tell nothing.
+    others = [name for name in found if name != "steps"]
+    if others and len(keys_of(runs, others)) == len(keys_of(runs, [*found])):
+        found.pop("steps", None)
+    return found
+
+
+def keys_of(runs: list[Run], names: list[str]) -> set[tuple]:
+    """The sets of terms that there are."""
+    return {tuple(run.terms[name].key if name in run.terms else None for name in names) for run in runs}
+
+
 def is_lost(value: Any) -> bool:
     """Whether a number is none: JSON of other programs may have NaN."""
     return value is None or isinstance(value, float) and not isfinite(value)
-
-
-def shown_term(run: Run, name: str, runs: list[Run]) -> str:
-    """What a run is to be known by: its setting as typed, with a digest where others look the same and are not."""
-    term = run.terms.get(name, "")
-    text = typed(run.config[name]) if name in run.config and name in run.terms else term
-    alike = {other.terms.get(name) for other in runs if name in other.config and typed(other.config[name]) == text}
-    return f"{text} ({term.removeprefix('data ')})" if len(alike) > 1 else text
 
 
 def results_of(told: list[dict]) -> list[str]:
@@ -294,8 +369,10 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     if len(ranked) == 1:
         return f"{'Runs of the same settings' if len(best.runs) > 1 else 'One run'}: {head} {spread(best, name)}."
     apart = [setting for setting in PROBLEMS if any(setting in group.settings for group in ranked)]
+    if not apart and differs(known, OPTIMUM):
+        apart = [OPTIMUM]
     if apart:
-        return f"The rows differ in {' and '.join(apart)}: {head} tells how hard each is, and none is the best."
+        return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
     text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
     if len(known) == 1:
@@ -311,6 +388,12 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     return f"{text} They are {with_spread(difference, error)} (standard error over seeds) apart."
 
 
+def differs(known: list[Group], name: str) -> bool:
+    """Whether groups differ in the least loss that there is."""
+    means = [group.mean(name) for group in known if group.values(name)]
+    return bool(means) and max(means) - min(means) > SAME_OPTIMUM * abs(max(means))
+
+
 def spread(group: Group, name: str) -> str:
     """Mean, standard deviation and n of a group."""
     text, values = group.text(name), group.values(name)
@@ -322,7 +405,7 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
     notes = []
     places = {}
     for run in ended:
-        place = f"torch {run.summary.get('torch')} on {run.summary.get('device')}"
+        place = f"torch {run.summary.get('torch')} on {run.device}"
         places[place] = places.get(place, 0) + 1
     if len(places) > 1:
         made = ", ".join(f"{place} ({counted(count, 'run')})" for place, count in places.items())
@@ -333,7 +416,24 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
         stopped.setdefault(settings, set()).add(run.summary.get("steps"))
     if any(len(steps) > 1 for steps in stopped.values()):
         notes.append("Runs of one row stopped by their own loss (patience), after different numbers of steps.")
+    for names in without_effect(told):
+        notes.append(f"Runs that differ in {names} alone came to the same numbers: that had no effect.")
     return notes
+
+
+def without_effect(told: list[dict]) -> list[str]:
+    """The settings in which runs differ that came to the same numbers."""
+    alike = {}
+    for line in told:
+        results = {name: value for name, value in line["summary"].items() if isinstance(value, float)}
+        results = frozenset((name, value) for name, value in results.items() if name not in FACTS)
+        alike.setdefault((results, line["settings"].get(SEED)), []).append(line["settings"])
+    found = {}
+    for (results, _), settings in alike.items():
+        differing = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+        if results and differing:
+            found[", ".join(differing)] = None
+    return list(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -379,7 +479,7 @@ def page_row(group: Group, shown: list[str]) -> dict:
 def run_row(run: dict, shown: list[str]) -> dict:
     """A run as a row of the page."""
     row = dict(run["settings"])
-    for name in (*shown, "steps", "seconds", "torch", "device"):
+    for name in (*shown, "steps", "seconds"):
         row[HEADS.get(name, name)] = run["summary"].get(name)
     row["folder"] = run["folder"]
     return row

@@ -130,6 +130,11 @@ def score_positions(early: int | None, late: int | None, T: int) -> tuple[int, i
     return early, late
 
 
+def reported_positions(T: int) -> list[int]:
+    """Positions of tables and of documents.npz, of a context of T."""
+    return sorted({position for position in (*REPORTED, T) if position <= T})
+
+
 def score(xe: np.ndarray, early: int, late: int) -> np.ndarray:
     """The in-context score of curves [..., T]: XE(late) - XE(early), negative where context helps.
 
@@ -583,7 +588,7 @@ def write_documents(path: Path, curves: Curves, names: list[str], documents: np.
         documents: numbers of the M documents of the curves, ascending. groups: of `measure`.
     """
     T = curves.sums.shape[1]
-    positions = {position for position in REPORTED if position <= T} | {T}
+    positions = set(reported_positions(T))
     said = groups["seen"]["icl_score"]
     if said:
         positions |= {said["early"], said["late"]}

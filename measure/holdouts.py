@@ -15,6 +15,7 @@ from common.checkpoint import NO_SETTINGS
 from measure.figures import figure
 from measure.pages import Cell, Section
 from sources.shared import counted
+from sources.sweeps import digest
 
 DELTA = "Pearson delta"
 ENERGY = "energy distance"
@@ -30,10 +31,14 @@ Number = float | None  # None is undefined
 
 @dataclass
 class HeldOut:
-    """A run: the cell type that it held out, its seed, what it came to, and {name: JSON} of its other settings."""
+    """A run: the cell type that it held out, its seed, what it came to, and what it shares with those of its study.
+
+    files: of the cells that it held out. settings: {name: text} of its other settings, its script and all its cells.
+    """
 
     cell_type: str
     seed: int | None
+    files: list[str]
     model: dict[str, Number]  # by METRICS
     rival: dict[str, Number]
     settings: dict[str, str]
@@ -42,8 +47,8 @@ class HeldOut:
 def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str]]:
     """(sections of a page, lines for a terminal) of runs of train_state.py that held out one cell type each.
 
-    Neither, where a run is not that, or all are of one type. Runs of other settings are a section of their own. The
-    pictures go to out/plots.
+    Neither, where a run is not that, or all are of one type. Runs of other settings, cells or scripts are a section of
+    their own. The pictures go to out/plots.
     """
     studies = {}
     for folder in runs:
@@ -57,7 +62,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
         return [], []
     sections, lines = [], []
     for number, study in enumerate(studies):
-        title = ", ".join(["Each cell type held out", *what_differs(study[0], studies)])
+        title = ", ".join(["Each cell type held out", *what_differs(study, studies)])
         rows = readable(table(study))
         sentence = in_words(study)
         name = f"holdouts_{number}" if number else "holdouts"
@@ -71,28 +76,38 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
 def read_run(folder: Path) -> HeldOut | None:
     """A run by the files in its folder; None if it is none that tested a single cell type."""
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        (cell_type,) = {record["cell_type"] for record in results["model"]["per_condition"]}
+        settings, results, summary = [
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("config.json", "results.json", "summary.json")
+        ]
+        scripts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
+        conditions = results["model"]["per_condition"]
+        (cell_type,) = {record["cell_type"] for record in conditions}
+        files = sorted({record["file"] for record in conditions})
         numbers = []
         for who in ("model", "perturbation_mean"):
             means = results[who]["mean"]
             numbers.append({title: means.get(metric) for title, metric in METRICS.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not whole, or of something else
-    others = {}
+    # Of the cells alone: who trains is another thing in each run. Runs of before do not say it.
+    tasks = summary.get("data", {}).values()
+    others = {"cells": " ".join(task.split("-")[0] for task in tasks), "script": digest("".join(scripts))}
     for name, value in settings.items():
         if name not in APART:
             others[name] = json.dumps(value)
-    return HeldOut(cell_type, settings.get("seed"), *numbers, others)
+    return HeldOut(cell_type, settings.get("seed"), files, *numbers, others)
 
 
-def what_differs(run: HeldOut, studies: list[list[HeldOut]]) -> list[str]:
-    """name = value of the settings of a run in which the studies differ."""
+def what_differs(study: list[HeldOut], studies: list[list[HeldOut]]) -> list[str]:
+    """name = value of what the runs of a study share, and the studies differ in."""
     texts = []
-    for name, value in run.settings.items():
-        values = {study[0].settings.get(name) for study in studies}
+    for name, value in study[0].settings.items():
+        values = {other[0].settings.get(name) for other in studies}
         if len(values) > 1:
+            if name == "cells":
+                files = {file for run in study for file in run.files}
+                value = f"{', '.join(sorted(files))} ({value[:6]})"
             texts.append(f"{name} = {value}")
     return texts
 
@@ -181,8 +196,10 @@ def in_words(study: list[HeldOut]) -> str:
     seeds = counted(max(counts), "seed")
     if min(counts) < max(counts):
         seeds = f"up to {seeds}"
+    gain = fmean(gains)
+    side = "above" if gain > 0 else "below"
     return (
-        f"Pearson delta of the model is {fmean(gains):+.3f} against the {RIVAL}{spread}, the mean over "
+        f"Pearson delta of the model is {abs(gain):.3f} {side} that of the {RIVAL}{spread}, the mean over "
         f"{counted(len(gains), 'held-out cell type')} with {seeds} each; it is better on "
         f"{better} of {len(gains)}. The types train each other's models: they are no independent repetitions."
     )

@@ -1,5 +1,6 @@
 """Pictures of runs side by side: their curves over the steps, and what they came to."""
 
+import textwrap
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,11 +16,18 @@ SPLITS = {"train": "training", "eval": "evaluation"}  # of metrics.jsonl
 MOST_CURVES = 10  # groups with a colour
 MOST_ROWS = 30  # of the picture of results
 SHORT = 40  # signs of a value in a terminal or a legend
+LABEL_LINE = 48  # signs of a line of a label beside an axis
 
 
 def label(group: Group) -> str:
     """What a group is called in a legend or a sentence."""
-    return ", ".join(f"{name}={shorter(text)}" for name, text in group.settings.items()) or "all runs"
+    # What has no value here has one elsewhere.
+    told = [f"{name}={shorter(text)}" for name, text in group.settings.items() if text not in ("", "none")]
+    if not told:
+        told = [f"{name}={text or 'none'}" for name, text in group.settings.items()]
+    if not told:
+        return "one run" if len(group.runs) == 1 else "all runs"
+    return ("; " if any("," in text for text in told) else ", ").join(told)
 
 
 def shorter(text: str) -> str:
@@ -175,9 +183,11 @@ def draw_results(out: Path, ranked: list[Group], name: str, less_is_better: bool
         return
     title = ""
     if len(known) > MOST_ROWS:
-        title = f"the best {MOST_ROWS} of {len(known)}"
+        title = f"the first {MOST_ROWS} of {len(known)}"
         known = known[:MOST_ROWS]
-    with figure(out, "results", 8, 1.2 + 0.28 * len(known), title=title) as axes:
+    labels = [textwrap.wrap(label(group), LABEL_LINE) for group in known]
+    height = 0.16 * max(map(len, labels)) + 0.12  # of a row, in inches
+    with figure(out, "results", 8, 1.2 + height * len(known), title=title) as axes:
         every = []
         for place, group in enumerate(known):
             values = group.values(name)
@@ -188,7 +198,7 @@ def draw_results(out: Path, ranked: list[Group], name: str, less_is_better: bool
                 axes.errorbar(mean, place + 0.2, xerr=deviation, fmt="|", color="k", capsize=3, markersize=8)
         if spans(every):
             log_axis(axes, "x")
-        axes.set_yticks(range(len(known)), [label(group) for group in known], fontsize=8)
+        axes.set_yticks(range(len(known)), ["\n".join(lines) for lines in labels], fontsize=8)
         axes.set_ylim(len(known) - 0.5, -0.5)
         axes.set_xlabel(f"{HEADS.get(name, name)} ({'less' if less_is_better else 'more'} is better)")
         axes.grid(axis="x", linewidth=0.3)

@@ -22,11 +22,13 @@ import torch
 from common.errors import reason
 from configurator import Text, config_dict, convert
 from measure import figures
+from sources.shared import from_here
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
-LONG_CELL = 50  # signs
-LONGEST_LINE = 90  # signs of a line of a command
+LONG_CELL = 30  # signs
+MOST_COLUMNS = 10  # of a table whose few rows need not stand on their side
+LONGEST_LINE = 78  # signs of a line of a command
 
 # What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
 HEADLINES = {
@@ -162,20 +164,35 @@ def filled(section: Section) -> dict:
         "text": text,
         "commands": section.commands,
         "pictures": pictures,
-        "tables": [filled_table(rows) for rows in section.tables if rows],
+        "tables": [filled_table(rows) for rows in section.tables if rows and rows[0]],
         "folded": section.folded,
     }
 
 
 def filled_table(rows: list[dict]) -> dict:
-    """A table as cells. A column is one of numbers if it has some, and nothing else but blanks."""
+    """A table as cells, without columns in which nothing is known.
+
+    A column is one of numbers if it has some, and nothing else but blanks. Few long rows stand on their side.
+    """
+    rows = [{name: cell_of(row.get(name)) for name in rows[0]} for row in rows]
+    names = [name for name in rows[0] if any(row[name].text for row in rows)]
+    heads = {row[names[0]].text for row in rows} if names else ()
+    if len(names) > max(MOST_COLUMNS, 2 * len(rows)) and len(heads) == len(rows):
+        rows = turned(rows, names)
+        names = list(rows[0])
     columns, cells = [], []
-    for name in rows[0]:
-        column = [cell_of(row.get(name)) for row in rows]
+    for name in names:
+        column = [row[name] for row in rows]
         known = [cell.is_number for cell in column if cell.text]
         columns.append({"name": name, "is_number": bool(known) and all(known)})
         cells.append(column)
     return {"columns": columns, "rows": list(zip(*cells, strict=True))}
+
+
+def turned(rows: list[dict[str, Cell]], names: list[str]) -> list[dict[str, Cell]]:
+    """The columns of a table as its rows; the first column, in which no two rows are alike, says what is across."""
+    first, *others = names
+    return [{first: cell_of(name)} | {f"{first} {row[first].text}": row[name] for row in rows} for name in others]
 
 
 def cell_of(value: Any) -> Cell:
@@ -194,10 +211,10 @@ def cell_of(value: Any) -> Cell:
 
 
 def digits(value: float) -> str:
-    """A number to five digits, a large one in groups of three: 0.012346, 12.346, 1234.6, 123,457."""
-    if abs(value) >= 100_000:
-        return f"{value:,.0f}"
-    return str(value) if isinstance(value, numbers.Integral) else f"{value:.5g}"
+    """A number to four digits, a large one whole: 0.01235, 12.35, 1,235, 123,457; a whole one as it is to 99,999."""
+    if isinstance(value, numbers.Integral) and abs(value) < 100_000:
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def embedded(path: Path) -> dict | None:
@@ -326,8 +343,7 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
     text = [f"All {len(config)} settings have their defaults."]
     if settings:
         text = [f"{len(settings)} of {len(config)} settings are not the default; all are in {run / 'config.json'}."]
-    text.append("The command repeats the run. As it is, it says again what the run said; with another out_dir, or with "
-                "resume=never, which replaces the run, it trains anew.")  # fmt: skip
+    text.append(what_the_command_does(config.get("resume")))
     copy = run / script.name
     if copy.exists() and copy.read_bytes() != script.read_bytes():
         text.append(f"{script.name} was edited since: {copy} is what the run began with.")
@@ -339,7 +355,17 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
     rows = []
     for name, value in settings.items():
         rows.append({"setting": name, "value": typed(value), "default": typed(defaults[name])})
-    return Section("Settings", text, tables=[rows], commands=[command_line(script.name, words)])
+    return Section("Settings", text, tables=[rows], commands=[command_line(from_here(script), words)])
+
+
+def what_the_command_does(resume: str | None) -> str:
+    """In words, by how the run was begun."""
+    if resume == "never":
+        return "The command repeats the run, and replaces it: with another out_dir both are kept."
+    if resume not in ("auto", None):
+        return f"The command repeats the run, which goes on from {resume}: with another out_dir both are kept."
+    return ("The command repeats the run. As it is, it says again what the run said; with another out_dir, or with "
+            "resume=never, which replaces the run, it trains anew.")  # fmt: skip
 
 
 def chosen(config: dict, Config: type) -> dict:

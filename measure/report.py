@@ -8,9 +8,9 @@ import numpy as np
 
 from common.checkpoint import NO_SETTINGS
 from common.errors import reason
-from measure.curves import gain_definition
+from measure.curves import gain_definition, reported_positions
 from measure.pages import Section
-from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of, reported_positions
+from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of
 from measure.study_pictures import (
     draw_categories,
     draw_context,
@@ -23,7 +23,6 @@ from measure.study_pictures import (
 from measure.study_rows import category_rows, row_of, row_sentence, run_row, write_csv
 from measure.xe_by_k import (
     LAWS,
-    TOLD_APART,
     Study,
     bars_by_kind,
     cell_means,
@@ -34,6 +33,7 @@ from measure.xe_by_k import (
     mean_and_error,
     mean_of,
     number,
+    shared_errors,
     t_interval,
     told_apart,
     tradeoff,
@@ -338,7 +338,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
             sections += part.sections
             for name, rows in part.tables.items():
                 tables[name] += [named | row for row in rows]
-            answers += [f"{group.label}: {line}" if group.label else line for line in part.lines]
+            answers += [f"{group.short}: {line}" if group.short else line for line in part.lines]
         positions = reported_positions(min(len(run["groups"]["seen"]["xe_by_position"]) for run in results))
         bars = {row["K"]: row for row in bars_by_kind(arrays.study)}
         context = {row["K"]: row for row in parts[-1].rows}
@@ -349,7 +349,8 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
             for key in ("icl_score", "information_document", "excess", "worst_excess"):
                 row[key] = context[K].get(key)
             tables["xe_by_k"].append(row)
-            lines.append(row_sentence(row))
+            sentence = row_sentence(row)
+            lines.append(f"{group.short}: {sentence}" if group.short else sentence)
         tables["xe_by_category"] += [named | row for row in category_rows(group.by_k)]
     for name, rows in tables.items():
         path = out / f"{name}.csv"
@@ -359,7 +360,8 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
     sections += shared_sections(groups, results, tables, out)
     if notes:
         sections.append(Section("Notes", notes))
-    return sections, [*answers, *lines, *notes]
+    named = [f"{group.short} is {group.label}" for group in groups if group.label]
+    return sections, [*named, *answers, *lines, *notes]
 
 
 class Part(NamedTuple):
@@ -399,11 +401,12 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
         rows += law_rows("exact optimum", arrays, optimum)
     of_mean = [row for row in rows if row["position"] == "mean"]
     of_model = [row for row in rows if row["law"] == LAWS[0] and row["of"] == "model"]
-    laws = columns(of_mean, "of", "law", "b", "low", "high", "rms", "held_out_rms", "aicc")
+    laws = columns(of_mean, "of", "law", "b", "low", "high", "rms", "held_out_rms")
     by_position = columns(of_model, "position", "b", "low", "high", "held_out_rms")
 
     against, slopes = picture_name("xe_against_k", group), picture_name("law_by_position", group)
-    heading = f"XE against K: {len(arrays.names)} categories, {counted(len(group.runs), 'run')}"
+    categories = counted(int(in_law(found).sum()), "category", "categories")
+    heading = f"XE against K: {categories}, {counted(len(group.runs), 'run')}"
     draw_law(out, against, found, optimum, heading)
     draw_slopes(out, slopes, found, optimum, arrays.positions, "What an e-fold of K costs after so many tokens")
     said = (
@@ -416,7 +419,8 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
     ]
     model, *errors = law_terms(arrays, found)
     tables = [laws, by_position, bars_by_kind(arrays.study)]
-    answer = Section(title, [" ".join(sentences), *errors], tables, pictures)
+    said_first = f"{group.short}: " if group.short else ""
+    answer = Section(title, [said_first + " ".join(sentences), *errors], tables, pictures)
     return Part(
         [answer, Section(titled("How laws are fitted", group), [model], folded=True)], {"xe_law": rows}, sentences
     )
@@ -448,17 +452,25 @@ def law_sentence(group: Group, arrays: Arrays, found: dict) -> str:
         verb, b, low, high = "falls", -b, -high, -low
     sets = arrays.study.sets.max() + 1
     seeds = len(np.unique(arrays.study.seeds))
+    inside = in_law(found)
     of = [
-        counted(len(arrays.names), "category", "categories"),
+        counted(int(inside.sum()), "category", "categories"),
         counted(int(sets), "set"),
         counted(seeds, "seed"),
     ]
     if arrays.documents is not None:
-        of.append(counted(arrays.documents, "document"))
+        of.append(counted(int(arrays.documents[inside].sum()), "document"))
     known = "no interval: nothing here says how sets vary"
     if found["varied"]:
         known = f"95% interval {low:.4f} to {high:.4f} over {found['varied']}"
+    if found["varied"] == "documents":
+        known += " alone: how sets vary is not known"
     return f"{subject} {verb} by {b:.4f} nats per e-fold of K ({known}; {', '.join(of)})."
+
+
+def in_law(found: dict) -> np.ndarray:
+    """The categories that say something of the law, [C]: those that runs of several K have trained on."""
+    return np.isfinite(found["means"][..., -1]).sum(1) > 1
 
 
 def optimum_sentence(optimum: dict) -> str:
@@ -481,17 +493,16 @@ def comparison_sentence(found: dict) -> str:
     alike = [law for law, apart in others.items() if not apart]
     if not told:
         sentence = f"{values} values of K cannot tell {best} from {' or '.join(alike)}"
+        known = "the 95% intervals of the differences include 0"
+        if not found["varied"]:
+            known = "nothing here says how these vary"
     else:
         sentence = f"Over {values.lower()} values of K {best} is a better law than {' and '.join(told)}"
+        known = "the 95% interval of the difference is above 0"
         if alike:
             sentence += f", and cannot be told from {alike[0]}"
-    return f"{sentence} (a K that is held out is missed by {errors}, rms in nats{aicc_words(laws, best)})."
-
-
-def aicc_words(laws: dict, best: str) -> str:
-    """How much worse AICc is than that of the best law, where it is defined."""
-    worse = [f"{laws[law]['aicc'][-1] - laws[best]['aicc'][-1]:+.1f} for {law}" for law in LAWS if law != best]
-    return f"; AICc {', '.join(worse)}" if np.isfinite(laws[best]["aicc"][-1]) else ""
+            known += f" for {told[0]} alone"
+    return f"{sentence} (a K that is held out is missed by {errors}, rms in nats; {known})."
 
 
 def number_word(number: int) -> str:
@@ -507,15 +518,13 @@ def law_terms(arrays: Arrays, found: dict) -> list[str]:
         "Laws are fitted by least squares to the means of each category over the sets of each K, with a level of "
         "its own for each category: another composition of the sets is no effect of K. In a + b log K and a + b (1 "
         "- 1/K) b is in nats, in a K^b it is an exponent. held_out_rms is the error at a K by the law fitted "
-        "without it, in turn; AICc counts the means as independent, which those of one set are not. A law is told "
-        f"from the best where its AICc is worse by {TOLD_APART:g} and the 95% interval of the difference of the "
-        "squared held-out errors is above 0."
+        "without it, in turn. A law is told from the best where the 95% interval of the difference of the squared "
+        "held-out errors, over documents and sets, is above 0."
     )
-    documents = (
-        f"documents ({arrays.documents:,}, drawn with replacement within their category, the same in all runs)"
-        if arrays.documents is not None
-        else f"no documents ({arrays.why})"
-    )
+    documents = f"no documents ({arrays.why})"
+    if arrays.documents is not None:
+        many = int(arrays.documents[in_law(found)].sum())
+        documents = f"documents ({many:,}, drawn with replacement within their category, the same in all runs)"
     if "sets" in found["varied"]:
         of_sets = (
             f"sets ({sets}, with their seeds, by a wild cluster bootstrap of what each set is off a law fitted "
@@ -550,7 +559,6 @@ def law_rows(of: str, arrays: Arrays, found: dict) -> list[dict]:
                     "high": number(numbers["high"][p]),
                     "rms": number(numbers["rms"][p]),
                     "held_out_rms": number(numbers["held_out"][p]),
-                    "aicc": number(numbers["aicc"][p]),
                     "values_of_K": len(found["sizes"]),
                     "interval_over": found["varied"],
                 }
@@ -583,30 +591,41 @@ def control_section(group: Group, arrays: Arrays, out: Path) -> Part:
     if not parts:
         return Part([Section(title, [missing])], lines=[missing])
     by_category = [part_row(part, arrays) for part in parts]
-    means = mean_rows(by_category)
+    sizes = np.unique(arrays.study.sizes)
+    errors = shared_errors(arrays.study, sizes)
+    shared = dict(zip(sizes.tolist(), np.nan_to_num(errors).tolist(), strict=True))
+    means = mean_rows(by_category, shared)
     for mean in means:
         mean["optimum_growth"] = optimum_growth(arrays, mean["K"])
     sentence = parts_sentence(means[-1])
-    text = [
-        sentence,
-        "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
-        "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
-        "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
-        "optimum). Differences are paired by category and seed, and averaged over the sets of a category first. "
-        "Errors (se) are over categories, of which there are few, and whose sets overlap. "
-        "A control reads its share as often as a run among K does, in fewer steps: where steps are few, dilution is "
-        "too short a training as much as too little text.",
-    ]
+    text = [sentence, parts_terms(bool(np.isfinite(errors).all()))]
     if missing:
         text.append(missing)
     name = picture_name("dilution", group)
     draw_controls(out, name, means, by_category, "What XE grows by from K = 1, by cause")
-    caption = "Growth of XE from K = 1 and its parts. Bars: standard errors over categories; points: categories."
+    caption = "Growth of XE from K = 1 and its parts. Bars: standard errors; small points: categories."
     shown = columns(means, "K", "categories", *(f"{name}{error}" for name in PARTS for error in ("", "_se")))
     if arrays.optimum:
         shown = [row | {"optimum_growth": mean["optimum_growth"]} for row, mean in zip(shown, means, strict=True)]
     section = Section(title, text, [shown, by_category], [(out / "plots" / f"{name}.png", caption)])
     return Part([section], {"xe_controls": control_table(by_category, means)}, [sentence])
+
+
+def parts_terms(has_shared_errors: bool) -> str:
+    """What growth and its parts are, and their errors: a paragraph."""
+    shared = "too small: what a run adds to all of its categories takes two sets of a K, or two seeds."
+    if has_shared_errors:
+        shared = "also over what a run adds to all of its categories, by the spread of seeds and of sets."
+    return (
+        "growth is XE of a category among K less XE of it alone, at the same budget. dilution is what a run on it "
+        "alone loses at the share that it has among K; interference is the rest: what the others cost, or give "
+        "where it is below 0, with what not knowing the category costs any predictor (growth of the exact "
+        "optimum). A control reads a K-th of the text as often as a run among K does, so it also makes a K-th of the "
+        "steps: dilution is of too short a training as much as of too little text, and interference gives both back. "
+        "Differences are paired by category and seed, and averaged over the sets of a category first. Errors (se) are "
+        "over categories, of which there are few, and whose sets overlap; those of growth and interference are "
+        f"{shared}"
+    )
 
 
 def part_row(part: dict, arrays: Arrays) -> dict:
@@ -619,16 +638,20 @@ def part_row(part: dict, arrays: Arrays) -> dict:
     return row
 
 
-def mean_rows(by_category: list[dict]) -> list[dict]:
-    """Means over categories by K, with standard errors and 95% by Student's t."""
+def mean_rows(by_category: list[dict], shared: dict[int, float]) -> list[dict]:
+    """Means over categories by K, with standard errors and 95% by Student's t.
+
+    shared: by K the error that its runs add to all categories; controls have no part in it, so dilution has not.
+    """
     rows = []
     for K in sorted({row["K"] for row in by_category}):
         of_k = [row for row in by_category if row["K"] == K]
         mean = {"K": K, "categories": len(of_k)}
         for name in PARTS:
             values = [row[name] for row in of_k]
-            mean[name], mean[f"{name}_se"] = mean_and_error(values)
-            mean[f"{name}_low"], mean[f"{name}_high"] = t_interval(values) or (None, None)
+            error = 0.0 if name == "dilution" else shared[K]
+            mean[name], mean[f"{name}_se"] = mean_and_error(values, error)
+            mean[f"{name}_low"], mean[f"{name}_high"] = t_interval(values, error) or (None, None)
         rows.append(mean)
     return rows
 
@@ -650,8 +673,9 @@ def parts_sentence(mean: dict) -> str:
         words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
     categories = counted(mean["categories"], "category", "categories")
     sentence = (
-        f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution, {words[2]} by interference "
-        f"(means and standard errors over {categories})."
+        f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution (a category alone with 1/"
+        f"{mean['K']} of the tokens and of the steps), {words[2]} by interference (the rest; means over {categories}, "
+        "with standard errors)."
     )
     if mean["optimum_growth"] is not None:
         sentence += f" That of the exact optimum changes by {mean['optimum_growth']:+.4f}."
@@ -702,17 +726,17 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     lines = []
     if len(both) > 1:
         first, last = both[0], both[-1]
-        seen = last["seen_xe"] - first["seen_xe"]
-        unseen = last["unseen_xe"] - first["unseen_xe"]
+        seen, unseen = (change(first, last, kind) for kind in ("seen", "unseen"))
         lines.append(
-            f"From K = {first['K']} to {last['K']} XE changes by {seen:+.4f} nats on categories trained on and by "
-            f"{unseen:+.4f} on the others."
+            f"From K = {first['K']} to {last['K']} XE changes by {seen} nats on categories trained on and by "
+            f"{unseen} on the others."
         )
         text += lines
     text.append(
         "The same categories in runs that trained on them (seen) and in runs that did not (unseen), as means over "
         "categories. Errors are standard errors over categories with each one's own level taken off (Morey 2008), so "
-        "that they are of differences between K and not between categories. The last K may have no unseen category."
+        "that they are of differences between K and not between categories, and over what a run adds to all of its "
+        "categories, where two sets of a K or two seeds tell. The last K may have no unseen category."
     )
     name = picture_name("tradeoff", group)
     draw_tradeoff(out, name, rows, "Specialisation against diversity")
@@ -721,6 +745,13 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
         titled("Specialisation and diversity", group), text, [rows], [(out / "plots" / f"{name}.png", caption)]
     )
     return Part([section], {"xe_tradeoff": rows}, lines)
+
+
+def change(first: dict, last: dict, kind: str) -> str:
+    """What XE changes by between two K, with the standard error of the difference where it is known."""
+    difference = f"{last[f'{kind}_xe'] - first[f'{kind}_xe']:+.4f}"
+    errors = first[f"{kind}_se"], last[f"{kind}_se"]
+    return difference if None in errors else f"{difference} +- {np.hypot(*errors):.4f}"
 
 
 def context_section(group: Group, arrays: Arrays, found: dict | None, out: Path) -> Part:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import reason
-from measure.curves import TOGETHER
+from measure.curves import TOGETHER, reported_positions, score_positions
 from measure.xe_by_k import Study, draw_documents
 
 RESAMPLES = 1000  # of intervals
@@ -18,7 +18,7 @@ class Arrays(NamedTuple):
     """Runs as arrays: study (xe_by_k.Study) of its runs, optimum (of the exact one, or None), controls by K.
 
     names: of the categories. positions: those reported, early and late of the in-context score among them. documents:
-    how many, None where they are not known, and why not.
+    how many of each category, None where they are not known, and why not.
     """
 
     study: Study
@@ -28,7 +28,7 @@ class Arrays(NamedTuple):
     positions: list[int]
     early: int
     late: int
-    documents: int | None
+    documents: np.ndarray | None
     why: str
 
 
@@ -36,7 +36,7 @@ def arrays_of(studied: list[dict], controls: list[dict]) -> Arrays:
     """Of runs that may be averaged and of controls, each as results.json has it, with its folder and name."""
     runs = [*studied, *controls]
     T = min(len(run["groups"]["seen"]["xe_by_position"]) for run in runs)
-    early, late = score_positions(studied, T)
+    early, late = positions_of_score(studied, T)
     positions = sorted({*reported_positions(T), early, late})
     names = sorted({name for run in runs for name in run["groups"] if name not in TOGETHER})
     xe = np.stack([losses(run, names, positions, "xe_by_position") for run in runs])
@@ -64,21 +64,16 @@ def arrays_of(studied: list[dict], controls: list[dict]) -> Arrays:
     )
 
 
-def reported_positions(T: int) -> list[int]:
-    """Positions of tables, of a context of T."""
-    return sorted({position for position in (1, 2, 5, 10, 20, 50, T) if position <= T})
-
-
-def score_positions(
-    runs: list[dict],
-    T: int,
-) -> tuple[int, int]:
-    """(early, late) of the in-context score: those of the first run that says them; else 10 and the last."""
+def positions_of_score(runs: list[dict], T: int) -> tuple[int, int]:
+    """(early, late) of the in-context score: those that all runs say, where they say the same; else 10 and the last."""
+    said = set()
     for run in runs:
         score = run["groups"]["seen"].get("icl_score") or {}
-        if {"early", "late"} <= set(score) and score["late"] <= T:
-            return score["early"], score["late"]
-    return min(10, max(1, T - 1)), T
+        if {"early", "late"} <= set(score):
+            said.add((score["early"], score["late"]))
+    if len(said) == 1 and max(said)[1] <= T:
+        return said.pop()
+    return score_positions(None, None, T) or (T, T)
 
 
 def losses(
@@ -99,8 +94,8 @@ def losses(
 
 def drawn(
     runs: list[dict], names: list[str], positions: list[int], xe: np.ndarray
-) -> tuple[np.ndarray | None, int | None, str]:
-    """(XE on documents drawn with replacement [B, R, C, P], number of documents, ""), or (None, None, why not)."""
+) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+    """(XE on documents drawn with replacement [B, R, C, P], documents by category, ""), or (None, None, why not)."""
     first = None
     sums = []
     for run, measured in zip(runs, xe, strict=True):
@@ -123,7 +118,8 @@ def drawn(
     codes, _, counts, _ = first
     if np.bincount(codes).min() < 2:
         return None, None, "a category has a single document, which says nothing of others"
-    return draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED), len(codes), ""
+    draws = draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED)
+    return draws, np.bincount(codes, minlength=len(names)), ""
 
 
 def read_documents(

@@ -68,23 +68,11 @@ def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     return row
 
 
-def row_key(row: dict) -> int | str:
-    """What the mean of a row of xe_by_k.csv is returned by: K, with the group where there are several."""
-    return f"{row['group']}: K = {row['K']}" if "group" in row else row["K"]
-
-
 def row_sentence(row: dict) -> str:
     """A row of xe_by_k.csv for the console."""
-    name = row_key(row) if "group" in row else f"K = {row['K']}"
-    text = f"{name}: XE {row['xe']:.4f}"
-    if row["xe_sd"] is not None:
-        text += f" +- {row['xe_sd']:.4f}"
-    return f"{text} nats over {run_count([row])}"
-
-
-def run_count(table: list[dict]) -> str:
-    """1 run, 2 runs: of all rows of xe_by_k.csv."""
-    return counted(sum(row["runs"] for row in table), "run")
+    spreads = [f"{row[f'sd_{kind}']:.2g} over {kind}" for kind in ("sets", "seeds") if row[f"sd_{kind}"] is not None]
+    deviations = f", sd {', '.join(spreads)}" if spreads else ""
+    return f"K = {row['K']}: XE {row['xe']:.4f} nats over {counted(row['runs'], 'run')}{deviations}"
 
 
 def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:

@@ -1,16 +1,12 @@
-"""What the runs of a sweep came to: a record of each, and a table with the best first."""
+"""What the runs of a sweep came to, in words and as a table with the best first."""
 
-import contextlib
-import fcntl
 import itertools
-import json
 import math
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from sources.shared import closest
 
 # What the runs of an experiment are compared by and what is shown beside; whether less of the first is better.
 OBJECTIVES = {
@@ -22,62 +18,6 @@ OBJECTIVES = {
 HEADS = {"baselines.perturbation_mean.pearson_delta": "perturbation_mean"}  # of columns, where the name is long
 DIRECTIONS = {"min": True, "max": False}
 SEED = "seed"  # the setting over which runs are averaged
-LAST_LINES = 5  # of the console of a run that failed
-
-
-def record(folder: Path, values: dict[str, str], status: str, code: int | None, seconds: float | None) -> dict:
-    """A line of sweep.jsonl: what differs, what came out, and the last lines of a run that is not done.
-
-    Args:
-        values: {setting: value} of what differs between the runs.
-        status: done, failed, stopped or pruned. code: of the exit, None of a run that had ended before. seconds: of its
-            process, or None for what its summary says.
-    """
-    told = {
-        "run": folder.name,
-        "status": status,
-        "exit_code": code,
-        "seconds": seconds,
-        "time": time.time(),  # for people: nothing is decided by it, for clocks of two machines differ
-        "folder": str(folder),
-        "settings": values,
-    }
-    if status == "done":
-        text = (folder / "summary.json").read_text(encoding="utf-8")
-        summary = json.loads(text)
-        told["summary"] = numbers(summary)
-        if seconds is None:
-            told["seconds"] = summary.get("seconds")
-    else:
-        try:
-            text = (folder / "console.log").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = "its folder was removed while it was at work"
-        lines = [line for line in text.split("\n") if line.strip()]
-        told["last_lines"] = lines[-LAST_LINES:]
-        # What torchrun adds behind the error of a page says less than that.
-        errors = [line for line in lines if line.startswith("error: ")]
-        if errors and errors[-1] not in told["last_lines"]:
-            told["last_lines"].append(errors[-1])
-    return told
-
-
-def append(path: Path, told: dict) -> None:
-    """Add a line to sweep.jsonl, whole, where several processes do so at once."""
-    with open(path, "ab") as file:  # appending, so that all is written behind what there is
-        fcntl.flock(file, fcntl.LOCK_EX)  # a network's file system appends in one piece under a lock alone
-        os.write(file.fileno(), (json.dumps(told) + "\n").encode())
-
-
-def read(path: Path) -> dict[str, dict]:
-    """{name of a run: its last line in sweep.jsonl}; lines that are none are passed over."""
-    told = {}
-    with contextlib.suppress(FileNotFoundError):
-        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a full disk
-                line = json.loads(text)
-                told[line["run"]] = line
-    return told
 
 
 def in_words(told: dict, shown: list[str]) -> str:
@@ -101,23 +41,6 @@ def in_words(told: dict, shown: list[str]) -> str:
         return f"{told['status']}: {last}"
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"  # as when memory runs out
     return f"{told['status']} ({how}): {last}"
-
-
-def numbers(summary: dict, above: str = "") -> dict[str, Any]:
-    """What fits into a table, {dotted name: value}; curves and the like stay in summary.json.
-
-    excess_percent is excess_loss in percent of optimal_loss: processes differ in what there is to lose.
-    """
-    flat = {}
-    for key, value in summary.items():
-        if isinstance(value, dict):
-            flat |= numbers(value, f"{above}{key}.")
-        elif not isinstance(value, list):
-            flat[above + key] = value
-    excess, optimum = flat.get("excess_loss"), flat.get("optimal_loss")
-    if excess is not None and optimum:
-        flat["excess_percent"] = 100 * excess / optimum
-    return flat
 
 
 def objective(experiment: str, word: str = "") -> tuple[list[str], bool]:
@@ -149,7 +72,7 @@ class Group:
     def values(self, name: str) -> list[float]:
         """What their summaries have under a name, where it is a number."""
         values = [run["summary"].get(name) for run in self.runs]
-        return [value for value in values if isinstance(value, float | int)]
+        return [value for value in values if number(value)]
 
     def mean(self, name: str) -> float | None:
         values = self.values(name)
@@ -194,7 +117,7 @@ def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Gro
 
 def number(value: Any) -> str:
     """A number of a summary, a whole one with all its digits; what is undefined there is blank."""
-    if not isinstance(value, float | int):
+    if not isinstance(value, float | int) or not math.isfinite(value):
         return ""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
 
@@ -226,6 +149,18 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
         if line["status"] != "done":
             lines.append(f"{line['run']}: {in_words(line, shown)}")
     return lines
+
+
+def sorted_table(told: list[dict], shown: list[str], less_is_better: bool) -> tuple[list[str], str]:
+    """(the lines of a table below what it is sorted by, a note where no run has that number or "")."""
+    lines = table(told, shown, less_is_better)
+    done = [line["summary"] for line in told if line["status"] == "done"]
+    if not shown or not done:
+        return lines, ""
+    name = HEADS.get(shown[0], shown[0])
+    lines.insert(0, f"\nby {name}, of which {'less' if less_is_better else 'more'} is better:")
+    known = set().union(*done)
+    return lines, "" if shown[0] in known else f"{shown[0]} is no number in summary.json{closest(shown[0], known)}"
 
 
 def mean_seconds(group: Group) -> float | None:

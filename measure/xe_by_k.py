@@ -4,15 +4,16 @@ A run trains on a set of K categories; a set may have runs of several seeds. Eve
 of those of the context, and after them the mean over all. What is undefined is nan, and None in a dict.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
+from measure.curves import interval
 from sources.shared import counter_rng
 
 LAWS = ("a + b log K", "a + b (1 - 1/K)", "a K^b")
-TOLD_APART = 4.0  # of AICc: a law that is worse by less has some support (Burnham & Anderson 2002, section 2.6)
 
 
 class Study(NamedTuple):
@@ -292,28 +293,6 @@ def held_out_errors(
     return mean_of(errors, (-3, -2))
 
 
-def aicc(
-    law: str,
-    m: ndarray,
-    sizes: ndarray,
-) -> ndarray:
-    """Akaike's criterion with the correction for small samples, of a law with a level a category, [P].
-
-    n cells of categories that have several K, and k = their levels, b and the variance. nan where n <= k + 1.
-    """
-    cells = np.isfinite(m[..., 0])
-    several = cells.sum(1) > 1  # [C]
-    n = cells[several].sum()
-    k = several.sum() + 2
-    if n <= k + 1:
-        return np.full(m.shape[-1], np.nan)
-    errors = squared_errors(law, m[several], sizes)
-    variance = np.nansum(errors, (0, 1)) / n
-    variance = np.maximum(variance, 1e-300)  # of tables that a law has made
-    correction = 2 * k * (k + 1) / (n - k - 1)
-    return n * np.log(variance) + 2 * k + correction
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Intervals
 # ---------------------------------------------------------------------------------------------------------------
@@ -322,7 +301,9 @@ def set_errors(
     sizes: ndarray,
     law: str,
 ) -> ndarray | None:
-    """How far each set is from what a law says of it that is fitted without it, [S, C, P]; 0 where a set lacks c.
+    """How far each set is from what a law says of it that is fitted without it, [S, C, P].
+
+    Of categories that a set lacks too, which have no weight in its means.
 
     Delete-one-cluster residuals: a set is the cluster, for what its categories share. None where a law has no slope
     without some set, as where a K has a single set and there is but one other K: then nothing tells how sets vary.
@@ -338,10 +319,8 @@ def set_errors(
             return None
         K = study.sizes[runs][:1]
         said = predicted(law, fit, K)[:, 0]  # [C, P]
-        error = study.xe[runs].mean(0) - said
-        trained = study.seen[runs][0]
         # A category of this set alone takes no part in a slope: its error is nan, and counts as 0.
-        error = np.where(trained[:, None], error, 0.0)
+        error = study.xe[runs].mean(0) - said
         errors.append(np.nan_to_num(error))
     return np.array(errors)
 
@@ -385,12 +364,6 @@ def resampled_tables(
     return tables, " and ".join(varied)
 
 
-def interval(samples: ndarray) -> tuple[ndarray, ndarray]:
-    """The central 95% of samples [B, ...]."""
-    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
-    return low, high
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # What a study says
 # ---------------------------------------------------------------------------------------------------------------
@@ -407,7 +380,7 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
 
     Returns:
         sizes [J], means [C, J, P], tables [B, C, J, P] about a + b log K, varied (what intervals are over), and laws:
-        each with fit, b, low, high (nan where nothing varies), rms, aicc, held_out (rms over cells), all [P], and
+        each with fit, b, low, high (nan where nothing varies), rms, held_out (rms over cells), all [P], and
         held_out_samples [B, P] of the square of the last.
     """
     sizes = common_sizes(study)
@@ -431,7 +404,6 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
             "low": low,
             "high": high,
             "rms": np.sqrt(mean_of(squared_errors(law, m, sizes), (0, 1))),
-            "aicc": aicc(law, m, sizes),
             "held_out": np.sqrt(held_out[law]),
             # Laws are compared where they vary about the best of them.
             "held_out_samples": held_out_errors(law, tables[best][0], sizes),
@@ -443,9 +415,9 @@ def law_of_k(study: Study, resamples: int = 1000, seed: int = 0) -> dict | None:
 def told_apart(found: dict, p: int = -1) -> tuple[str, dict[str, bool]]:
     """(the best law at position p, for each other whether the study tells it from the best).
 
-    It does where both of two tests say so: AICc is worse by TOLD_APART, and the 95% interval of the difference of the
-    held-out squared errors is above 0. The first takes cells as independent, which those of one set are not; the second
-    does not.
+    The best misses a K that is held out by the least. It is told from another where the 95% interval of the difference
+    of their squared errors, over documents and sets, is above 0. No criterion of information: cells m[c, K] are not
+    independent, for a set adds the same to all of its categories, and how many they count as is not known.
     """
     laws = found["laws"]
     best = min(LAWS, key=lambda law: laws[law]["held_out"][p])
@@ -455,8 +427,7 @@ def told_apart(found: dict, p: int = -1) -> tuple[str, dict[str, bool]]:
             continue
         difference = laws[law]["held_out_samples"] - laws[best]["held_out_samples"]
         low, _ = interval(difference[:, p])
-        worse = laws[law]["aicc"][p] - laws[best]["aicc"][p]
-        others[law] = bool(found["varied"] and low > 0 and worse >= TOLD_APART)
+        others[law] = bool(found["varied"] and low > 0)
     return best, others
 
 
@@ -509,6 +480,46 @@ def pooled_deviation(groups: list[ndarray]) -> float | None:
     return float(np.sqrt(square / freedom)) if freedom else None
 
 
+def shared_errors(study: Study, sizes: ndarray, seen: bool = True) -> ndarray:
+    """Standard error of the mean over categories at each K by what a run adds to all of its categories, [J].
+
+    Errors over categories do not have it: a K of a single set has the luck of its seeds in every category. Variances
+    are of means over the categories of a run, each one's own level taken off, pooled over K. That of seeds is divided
+    by the runs of each K; that of sets, beyond it, counts as far as sets were left out: all sets of a K are no sample
+    of others. Where there is one seed a set, sets vary by seeds too, and count whole. nan where there are no two sets
+    of a K either. 0 at K = 1, where every category is of runs of its own. At the mean over positions.
+
+    Args:
+        seen: of categories that a set trained on; else of those that it did not, which share a run at K = 1 too.
+    """
+    trained = study.seen if seen else ~study.seen
+    m = cell_means(study.xe, cell_weights(study, sizes, seen))[..., -1:]
+    _, levels = additive(m)
+    left = np.where(trained, study.xe[..., -1] - levels[:, 0], np.nan)
+    run_means = mean_of(left, 1)  # [R]
+    shares_runs = study.sizes > 1 if seen else np.isfinite(run_means)
+    by_size, by_set, numbers, left_out = [], [], [], []
+    C = int(study.seen.any(0).sum())
+    for K in sizes:
+        chosen = (study.sizes == K) & shares_runs
+        sets = [run_means[chosen & (study.sets == place)] for place in np.unique(study.sets[chosen])]
+        numbers.append(len(sets))
+        left_out.append(1 - len(sets) / math.comb(C, int(K)))
+        by_set += sets
+        if sets:
+            by_size.append(np.array([seeds.mean() for seeds in sets]))
+    of_seeds = pooled_deviation(by_set)
+    of_sets = pooled_deviation(by_size)
+    if of_seeds is None:
+        variance = np.full(len(sizes), np.nan if of_sets is None else of_sets**2)
+    else:
+        variance = of_seeds**2 / np.mean([len(seeds) for seeds in by_set])  # of a mean over the seeds of a set
+        beyond = max(0.0, (of_sets or 0.0) ** 2 - variance)
+        variance = variance + beyond * np.array(left_out)
+    shared = np.sqrt(ratio(variance, np.array(numbers)))
+    return np.where((np.array(sizes) == 1) & seen, 0.0, shared)
+
+
 def growth_parts(study: Study, controls: dict[int, Study]) -> list[dict]:
     """What each category loses from K = 1 to K, apart by cause, at each position: a dict for each category and K.
 
@@ -558,19 +569,19 @@ def mean_at(
     return mean_of(study.xe[runs, c], 0)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and its standard error over units; None of a single one."""
+def mean_and_error(values: list[float], shared: float = 0.0) -> tuple[float, float | None]:
+    """Mean and its standard error over units, with the error that they share; None of a single one."""
     error = deviation(values)
     if error is not None:
-        error /= len(values) ** 0.5
+        error = float(np.hypot(error / len(values) ** 0.5, shared))
     return float(np.mean(values)), error
 
 
-def t_interval(values: list[float]) -> tuple[float, float] | None:
-    """The 95% interval of a mean over few independent units, by Student's t; None of a single one."""
+def t_interval(values: list[float], shared: float = 0.0) -> tuple[float, float] | None:
+    """The 95% interval of a mean over few units, by Student's t, with the error that they share; None of one."""
     from scipy.special import stdtrit  # slow to import, and only needed here
 
-    mean, error = mean_and_error(values)
+    mean, error = mean_and_error(values, shared)
     if error is None:
         return None
     width = float(stdtrit(len(values) - 1, 0.975)) * error
@@ -580,7 +591,8 @@ def t_interval(values: list[float]) -> tuple[float, float] | None:
 def tradeoff(study: Study) -> list[dict]:
     """XE of the same categories by K, in runs that trained on them and in runs that did not, at the mean position.
 
-    Errors are over categories, paired: each one's own level is taken off. None where a K has no unseen ones.
+    Errors are over categories, paired: each one's own level is taken off; with what those of a set share, where that is
+    known (shared_errors). None where a K has no unseen ones.
     """
     sizes = np.unique(study.sizes)
     rows = [{"K": int(K)} for K in sizes]
@@ -588,7 +600,8 @@ def tradeoff(study: Study) -> list[dict]:
         weights = cell_weights(study, sizes, seen)
         m = cell_means(study.xe, weights)[..., -1:]
         means = paired_means(m)[:, 0]
-        errors = paired_errors(m)[:, 0]
+        shared = np.nan_to_num(shared_errors(study, sizes, seen))
+        errors = np.hypot(paired_errors(m)[:, 0], shared)
         for row, mean, error in zip(rows, means, errors, strict=True):
             row[f"{name}_xe"] = number(mean)
             row[f"{name}_se"] = number(error)

@@ -28,7 +28,16 @@ from sources.cell_store import (
 from sources.foreign_checkpoints import read_checkpoint
 from sources.h5ad import H5ad
 from sources.shared import counted, suggest
-from sources.splits import SPLITS, Plan, assign_splits, check_controls, in_split, objection, read_toml
+from sources.splits import (
+    SPLITS,
+    Plan,
+    assign_splits,
+    check_controls,
+    in_split,
+    objection,
+    read_toml,
+    with_validation,
+)
 from sources.survey import CODES, Survey, labelled, matrix_keys, survey_files
 
 
@@ -72,6 +81,8 @@ class Cells:
     pert_dim, batch_dim. streamed: the matrices exceed ram_budget_gb and are read from disk. toml, store: paths.
     fingerprint: 16 hex digits of all that a run sees: the cells and their expression, what the codes and columns mean,
     which cells are in which split, the features of perturbations; not of paths and times. "" without expression.
+    assigned: member as the TOML has it, before a seed draws a validation split. task: {toml: 16 hex digits of the cells
+    alone, and 16 of the cells as assigned}: by it runs of other seeds are compared.
 
     Raises DataError: cells without a value in a column, unless drop_unlabelled; no control cells in a file; cell types
     and perturbations of the TOML that are not there; perturbed cells without control cells of their type and file;
@@ -79,6 +90,7 @@ class Cells:
     """
 
     fingerprint = ""  # of the content; a checkpoint keeps it
+    task: dict[str, str] = {}
 
     def __init__(self, plan: Plan, survey: Survey, reading: Reading):
         self.toml = plan.path
@@ -112,11 +124,9 @@ class Cells:
         self.pert_dim = len(self.perturbations) if self.features is None else self.features.shape[1]
         self.batch_dim = len(self.batches)
 
-        self.member = assign_splits(
-            plan, self, reading.strict, reading.zeroshot_controls, reading.val_fraction, reading.seed
-        )
-        # An embedding may be zero, as that of no cell; expression of zeros is no cell.
-        check_controls(self, self.member, reading.strict or not reading.embed_key, reading.pert_col)
+        self.assigned = assign_splits(plan, self, reading.strict, reading.zeroshot_controls)
+        self.member = with_validation(self.assigned, self, reading.val_fraction, reading.seed)
+        check_controls(self, self.member, reading.strict, bool(reading.embed_key), reading.pert_col)
         # Until open_matrices.
         self.store = None
         self.matrices = {}
@@ -127,7 +137,9 @@ class Cells:
         self.store = store
         place = load_codes(store, "place")
         self.place = place if self.labelled.all() else place[self.labelled]
-        self.fingerprint = self._identity(content_digest(meta))
+        content = content_digest(meta)
+        self.fingerprint = self._identity(content, self.member)
+        self.task = {str(self.toml): f"{content}-{self._identity(content, self.assigned)}"}
         size = 0  # bytes
         for entry in meta["matrices"].values():
             size += sum(meta["sizes"][file] for file in entry["files"])
@@ -136,9 +148,9 @@ class Cells:
             kind = Sparse if entry["format"] == "csr" else Dense
             self.matrices[which] = kind(store, which, entry["columns"], held=not self.streamed)
 
-    def _identity(self, content: str) -> str:
+    def _identity(self, content: str, member: np.ndarray) -> str:
         """16 hex digits of what is stored, and of what this TOML and the settings make of it."""
-        arrays = [getattr(self, name) for name in CODES] + [self.member, self.is_control]
+        arrays = [getattr(self, name) for name in CODES] + [member, self.is_control]
         if self.features is not None:
             arrays.append(self.features.numpy())
         checksums = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]

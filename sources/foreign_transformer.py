@@ -135,7 +135,13 @@ class TransformerLM(nn.Module):
 
 
 def plain_head(model: nn.Module) -> None:
-    """Embeddings and the head of a model as transformer_lm starts with them, without a bias; in place."""
+    """Embeddings and the head of a model as transformer_lm starts with them, without a bias; in place.
+
+    Raises InputError for a model whose plans share a head.
+    """
+    if not hasattr(model.experts, "weight"):
+        raise InputError("backbone=transformer_lm starts no head that plans share, as version=v1_filtered_mixture and "
+                         "experts=bias have it: use backbone=transformer")
     nn.init.normal_(model.token_emb.weight, std=START)
     nn.init.normal_(model.experts.weight, std=START)
     # Its head has no bias: 0, and nothing that trains.

@@ -2,19 +2,16 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from common.errors import DataError
 from sources.digests import fingerprint
 from sources.shared import quoted, suggest
-from sources.splits import check_controls, types_of
+from sources.splits import types_of
 from sources.studies import Variation
 from sources.sweeps import safe, split_list, unquoted
 
@@ -25,9 +22,10 @@ LONGEST_NAME = 180  # of a run, without its seed and what else differs: a folder
 def plan(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
     """A run for each cell type that words.holdout names, or for "each" that has perturbed cells.
 
-    What the TOML of cfg holds out is not held out here: all cells of its data sets train but those of the type. In its
-    place may be an h5ad file, which is the only data set then. The new TOMLs are in FOLDER/NAME-HASH; the hash is that
-    of the paths of the cells, so that the same command finds them again.
+    What the TOML of cfg holds out is not held out here: all cells that it has in any split train, but those of the
+    type; what it leaves out stays out. In its place may be an h5ad file, which is the only data set then. The new TOMLs
+    are in FOLDER/NAME-HASH; the hash is that of the paths of the cells and of what is left out, so that the same
+    command finds them again.
 
     Args:
         page: train_state.py or a copy. cfg: its Config.
@@ -43,33 +41,37 @@ def plan(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
         whole = write_toml({source.stem.replace(".", "_"): [source]}, source.stem)
         cfg = replace(cfg, toml_config_path=str(whole))
     cells = page.open_data(cfg)
-    # Cells that the given TOML leaves out have not been looked at yet.
-    check_controls(cells, np.ones(len(cells.file), np.uint8), cfg.strict or not cfg.embed_key, cfg.pert_col)
+    dotted = [name for name in cells.names if "." in name]
+    if dotted:
+        raise DataError(f"{source}: of the data set {dotted[0]!r} no type can be named, for its name has a dot: rename "
+                        "it")
     variations = []
-    for name in chosen_types(cells, words.holdout):
-        toml = write_toml(files_of(cells), source.stem, name, datasets_of(cells, name))
+    for name in chosen_types(cells, source, words.holdout):
+        toml = write_toml(files_of(cells), source.stem, name, types_by_dataset(cells))
         variations.append(Variation(folder_name(name), {"toml_config_path": str(toml)}, {"held_out": name}))
     return variations
 
 
-def chosen_types(cells, holdout: str) -> list[str]:
+def chosen_types(cells, source: Path, holdout: str) -> list[str]:
     """The cell types that `holdout` names, separated by commas, or of "each" those with perturbed cells, by name.
 
-    Raises DataError.
+    source: of the cells, for errors. Raises DataError.
     """
-    perturbed = {cells.cell_types[code] for _, code in types_of(cells, ~cells.is_control)}
+    used = types_of(cells, ~cells.is_control & (cells.member > 0))
+    perturbed = {cells.cell_types[code] for _, code in used}
     if len(perturbed) < 2:
-        raise DataError(f"{cells.toml} has perturbed cells of {quoted(sorted(perturbed))} alone: without that type "
-                        "nothing is left to learn an effect from")
+        raise DataError(f"{source} has perturbed cells of {quoted(sorted(perturbed))} alone: without that type nothing "
+                        "is left to learn an effect from")
     if holdout == "each":
         return sorted(perturbed)
     names = [holdout] if holdout in cells.cell_types else [unquoted(name) for name in split_list(holdout)]
     for name in names:
         if name not in cells.cell_types:
-            raise DataError(f"holdout: {cells.toml} has no cell type {name!r}{suggest(name, cells.cell_types)}")
+            hint = suggest(name, cells.cell_types)
+            raise DataError(f"holdout: {source} has no cell type {name!r}{hint}; --holdout=each takes all in turn")
         if name not in perturbed:
-            raise DataError(f"holdout: {cells.toml} has no perturbed cells of {name!r}, so there is nothing to test; "
-                            f"it has some of {quoted(sorted(perturbed))}")
+            raise DataError(f"holdout: {source} has no perturbed cells of {name!r} in any split, so there is nothing "
+                            f"to test; it has some of {quoted(sorted(perturbed))}")
         if names.count(name) > 1:
             raise DataError(f"holdout names {name!r} twice: name it once")
     return names
@@ -83,11 +85,15 @@ def files_of(cells) -> dict[str, list[Path]]:
     return datasets
 
 
-def datasets_of(cells, cell_type: str) -> list[str]:
-    """The data sets that have cells of this type, in the order of the files."""
-    of_type = cells.cell_type == cells.cell_types.index(cell_type)
-    files = np.unique(cells.file[of_type])
-    return list(dict.fromkeys(cells.names[file] for file in files))
+def types_by_dataset(cells) -> dict[str, dict[str, bool]]:
+    """{data set: {cell type: whether it has cells in any split}}, by the numbers of files and types."""
+    used = types_of(cells, cells.member > 0)
+    types = {}
+    for file, code in sorted(types_of(cells, cells.member >= 0)):
+        of_dataset = types.setdefault(cells.names[file], {})
+        name = cells.cell_types[code]
+        of_dataset[name] = of_dataset.get(name, False) or (file, code) in used
+    return types
 
 
 def folder_name(cell_type: str) -> str:
@@ -103,22 +109,30 @@ def write_toml(
     datasets: dict[str, list[Path]],
     stem: str,
     cell_type: str | None = None,
-    has_it: Sequence[str] = (),
+    types: dict[str, dict[str, bool]] | None = None,
 ) -> Path:
     """A TOML of these data sets, all of which train but for the cell type; its path. Raises DataError.
 
     It is complete or not there, and left alone where it is as it should be: a run may be reading it.
 
     Args:
-        datasets: files by name. stem: what the path begins with. has_it: the data sets that have the type.
+        datasets: files by name. stem: what the path begins with. types: of types_by_dataset; default all train.
     """
     sources, training, zeroshot = [], [], []
     for dataset, files in datasets.items():
         sources.append(f"{literal(dataset)} = {literal(pattern(files))}")
-        training.append(f'{literal(dataset)} = "train"')
-    for dataset in has_it:
-        key = literal(f"{dataset}.{cell_type}")
-        zeroshot.append(f'{key} = "test"')
+        of_dataset = types[dataset] if types else {}
+        whole = all(of_dataset.values())
+        if whole:
+            training.append(f'{literal(dataset)} = "train"')
+        else:  # some are left out: those that train are named one by one
+            sources.append("# left out: " + ", ".join(literal(name) for name, used in of_dataset.items() if not used))
+        for name, used in of_dataset.items():
+            key = literal(f"{dataset}.{name}")
+            if used and name == cell_type:
+                zeroshot.append(f'{key} = "test"')
+            elif used and not whole:
+                zeroshot.append(f'{key} = "train"')
     title = "# all cells train" if cell_type is None else f"# all cells train but those of {literal(cell_type)}"
     lines = [title, "[datasets]", *sources, "", "[training]", *training, "", "[zeroshot]", *zeroshot]
     text = "\n".join(lines) + "\n"

@@ -8,24 +8,29 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
-from sources.shared import counted
+from sources.outcomes import BOOK, append, read, read_object, record
+from sources.shared import counted, from_here
 from sources.studies import Variation, resized, variations
-from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
+from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
 
 HERE = Path(__file__).resolve().parents[1]
 MOST_RUNS = 1_000
+INTERRUPTED = {"status": "stopped"}  # as is a run that was never begun
+CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
 STUDIES = ("study", "orders", "controls", "holdout", "equal_parameters")  # settings of a sweep that choose its runs
 NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for something else than to train one model
 
@@ -49,32 +54,124 @@ class Run:
 
 
 class Grid:
-    """The runs of a plan in their order: a source of runs, as a search is one.
+    """The runs of lists and studies in their order: a source of runs, as a search is one.
 
-    What runs them asks such a source for the next run, and tells it of those at work and of those that ended.
+    What runs them (sources.jobs.run_all) asks a source for the next run, whether it has ended before, and whether one
+    at work is hopeless; it tells the source of those that ended.
+
+    Args:
+        page, script: the module of a page, and its file. folder: of the sweep. shard: of in_shard.
     """
 
-    def __init__(self, runs: list[Run]):
-        self.waiting = deque(runs)
+    def __init__(self, page: ModuleType, script: Path, folder: Path, runs: list[Run], shard: str = ""):
+        self.page, self.script, self.folder, self.runs, self.shard = page, script, folder, runs, shard
+        self.mine = in_shard(shard, runs)
+        self.known = [run.cfg for run in runs]  # the page's settings, as far as they are known before the first run
+        self.total = len(self.mine)
+        self.book = folder / BOOK
+        self.told: dict[str, dict] = {}  # {name of a run that has ended: its line of sweep.jsonl}
+        self.waiting: deque[Run] = deque()
+
+    def commands(self) -> list[str]:
+        """What could be typed in the place of the sweep."""
+        return [command(self.script, run.words) for run in self.mine]
+
+    def open(self) -> "Grid":
+        """Look what has ended before; what has not waits. Raises InputError where a folder holds something else."""
+        make_folder(self.folder)
+        lines = read(self.book)
+        times = [line["time"] for line in lines.values() if isinstance(line["time"], float | int)]
+        late = max(times, default=0) - time.time()
+        if late > CLOCK_SECONDS:
+            note(f"{self.book} has a line of {late:.0f} s from now: the clocks of two machines differ, which changes "
+                 "nothing")
+        for run in self.runs:
+            last = lines.get(run.name, {})
+            if self.has_ended(run):
+                line = record(run.folder, run.values, "done", None, last.get("seconds"))
+                self.told[run.name] = line
+                if last.get("summary") != line["summary"]:  # a sweep that was killed has not told of it
+                    append(self.book, line)
+            elif last.get("status") == "done":
+                print(f"{run.folder}: a run has ended here, and its results are gone: it is run again")
+        self.waiting.extend(run for run in self.mine if run.name not in self.told)
+        return self
+
+    def title(self) -> str:
+        share = f", {self.total} of them in shard {self.shard}" if self.shard else ""
+        before = f", {len(self.told)} ended before" if self.told else ""
+        return f"{counted(len(self.runs), 'run')} of {self.script.name} in {self.folder}{share}{before}"
+
+    def steps(self) -> dict[str, int | None]:
+        """{name of a run that waits: its steps, None where its settings do not tell}."""
+        return {run.name: getattr(run.cfg, "max_steps", None) for run in self.waiting}
 
     def next(self) -> Run | None:
         """The next run to start; None where there is none now. Asked again as runs end."""
         return self.waiting.popleft() if self.waiting else None
 
-    def ended(self, run: Run, told: dict) -> None:
-        """Learn what came of a run, by its line of sweep.jsonl."""
+    def has_ended(self, run: Run) -> bool:
+        return has_ended(run, self.page, self.script)
 
     def hopeless(self, run: Run, records: list[dict]) -> bool:
         """Whether to stop a run at work, by all records of its metrics.jsonl; asked whenever there are new ones."""
         return False
+
+    def ended(self, run: Run, status: str, code: int | None = None, seconds: float | None = None) -> dict:
+        """Learn what came of a run, as outcomes.record has it; returns its line of sweep.jsonl."""
+        line = record(run.folder, run.values, status, code, seconds)
+        append(self.book, line)
+        self.told[run.name] = line
+        return line
+
+    def count_ended(self) -> int:
+        return len([run for run in self.mine if self.told.get(run.name, INTERRUPTED)["status"] != "stopped"])
+
+    def lines(self) -> list[dict]:
+        """The lines of all runs that have ended, other shards' too."""
+        others, lines = read(self.book), []
+        for run in self.runs:
+            line = self.told.get(run.name) or others.get(run.name)
+            if line and (line["status"] != "done" or run.folder.exists()):
+                lines.append(line | {"folder": str(run.folder)})  # as it is called from here
+        return lines
+
+    def elsewhere(self) -> list[str]:
+        """What is said of runs that others have not ended."""
+        missing = len(self.runs) - len([line for line in self.lines() if line["status"] != "stopped"])
+        if not missing:
+            return []
+        return [f"{counted(missing, 'run')} of other shards not ended yet: the last shard to end compares all runs"]
+
+    def is_whole(self) -> bool:
+        """Whether it is time to compare the runs."""
+        return not self.elsewhere()
+
+    def answer(self, less_is_better: bool) -> list[str]:
+        """What the runs come to, beside their table."""
+        return []
+
+
+def command(script: Path, words: list[str]) -> str:
+    """What can be typed to run a page from here."""
+    return shlex.join(["python", from_here(script), *words])
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------------------------
 def import_page(word: str) -> tuple[ModuleType, Path]:
-    """The module of a page, and its file. Raises InputError."""
-    places = [path.resolve() for path in (Path(word), HERE / word) if path.is_file() and path.suffix == ".py"]
+    """The module of a page, and its file; train_ghmm and ghmm are train_ghmm.py. Raises InputError."""
+    names = (word, f"{word}.py", f"train_{word}.py")
+    paths = [folder / name for name in names for folder in (Path(), HERE)]
+    places = [path.resolve() for path in paths if path.is_file() and path.suffix == ".py"]
     if not places:
         pages = ", ".join(sorted(path.name for path in HERE.glob("train_*.py")))
         raise InputError(f"the first word is the page to run, such as {pages}, not {word!r}")
@@ -118,8 +215,8 @@ def settings_of(page: ModuleType, words: list[str], show_notes: bool = False) ->
 # ---------------------------------------------------------------------------------------------------------------
 def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tuple[list[list[Word]], list[str]]:
     """(the words that may stand in the place of each word, the keys that list values). Raises InputError."""
-    choices, listed = [], []
-    for word in words:
+    choices, listed, numbers = [], [], []
+    for number, word in enumerate(words):
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
@@ -130,11 +227,29 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
         choices.append([word._replace(value=value) for value in values])
         if values != [word.value]:
             listed.append(word.key)
-    for key in listed:
-        # The last of two words for a setting holds, as on a page; of two lists one is a mistake.
-        if listed.count(key) > 1:
-            raise InputError(f"{key} lists values twice: list them once")
+            numbers.append(number)
+    refuse_later(words, numbers, settings)
     return choices, listed
+
+
+def meant(key: str, settings: Settings) -> tuple | str:
+    """The place of a setting of the page, which may have several names; of others, the name."""
+    field, inside = settings.resolve(key.split("."))
+    return (field, *inside) if field else key
+
+
+def refuse_later(words: list[Word], numbers: list[int], settings: Settings) -> None:
+    """Raise InputError where a word for the same setting follows one that lists values, by its number.
+
+    It would hold for all runs, as the last one does on a page.
+    """
+    places = [meant(word.key, settings) for word in words]
+    for number in numbers:
+        if places[number] in places[number + 1 :]:
+            later = words[places.index(places[number], number + 1)]
+            word = words[number]
+            raise InputError(f"{word.head}{word.value} and {later.head}{later.value}: {word.key} is given twice, leave "
+                             "one out")
 
 
 def draw(combinations: list, trials: int | None, seed: int) -> list:
@@ -154,11 +269,11 @@ def draw(combinations: list, trials: int | None, seed: int) -> list:
 # ---------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------
-def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -> tuple[Path, list[Run]]:
-    """(the folder of a sweep, its runs), each checked by the page.
+def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweeper, cfg: Any) -> Grid:
+    """The runs of a sweep, each checked by the page.
 
     Args:
-        words: of the page. cfg: settings of the sweep.
+        script: the page's file. words: of the page. cfg: settings of the sweep.
     Raises InputError; exits with the page's own errors.
     """
     settings = Settings(page.Config, getattr(page, "ALIASES", {}))
@@ -172,7 +287,9 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
         varied = variations(page, reference, cfg) or varied
     if not listed and varied == [None]:
         for word in words:
-            if word.key and not word.value:
+            kind = settings.kinds.get(settings.resolve(word.key.split("."))[0])
+            may_be_none = type(None) in get_args(kind)  # such as batch_col, of which empty is a value
+            if word.key and not word.value and not may_be_none:
                 raise InputError(f"{word.head}: the list is empty: {word.head}VALUE,VALUE lists two values")
         raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
                          "some, or run the page by itself")
@@ -200,7 +317,7 @@ def plan_runs(page: ModuleType, words: list[Word], sweeper: Sweeper, cfg: Any) -
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name} would be run twice: list each value once")
-    return folder, runs
+    return Grid(page, script, folder, runs, cfg.shard)
 
 
 def words_of_study(words: list[Word], settings: Settings, cfg: Any) -> list[Word]:
@@ -282,7 +399,9 @@ def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
     if not ended and not (run.folder / "last.pt").exists():
         return False
     try:
-        saved = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+        if ended:
+            read_object(run.folder / "summary.json")
+        saved = read_object(run.folder / "config.json")
         same_script = (run.folder / script.name).read_bytes() == script.read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"{run.folder} holds no whole run of {script.name} ({reason(error)}): remove it") from error

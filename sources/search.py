@@ -11,6 +11,7 @@ Optuna: a next-generation hyperparameter optimization framework, KDD 2019; its T
 
 import contextlib
 import math
+import os
 import random
 import re
 import socket
@@ -406,7 +407,21 @@ def open_storage(storage: str) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     # O_EXCL is atomic over NFS since version 3, where flock may not be.
     lock = journal.JournalFileOpenLock(str(path))
+    mend_journal(path, lock)
     return optuna.storages.JournalStorage(journal.JournalFileBackend(str(path), lock_obj=lock))
+
+
+def mend_journal(path: Path, lock: Any) -> None:
+    """Take off a last line that a full disk or a power cut tore, which the next one would be written onto."""
+    if not path.exists():
+        return
+    lock.acquire()
+    try:
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def open_database(url: str) -> Any:

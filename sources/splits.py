@@ -264,18 +264,11 @@ def in_split(member: np.ndarray, split: str) -> np.ndarray:
     return (member >> bit & 1).astype(bool)
 
 
-def assign_splits(
-    plan: Plan,
-    cells,
-    strict: bool,
-    zeroshot_controls: bool,
-    val_fraction: float,
-    seed: int,
-) -> np.ndarray:
-    """The splits of every cell, uint8 [N]: bit s for SPLITS[s], none for a cell that is left out.
+def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool) -> np.ndarray:
+    """The splits of every cell by the TOML, uint8 [N]: bit s for SPLITS[s], none for a cell that is left out.
 
-    cells has file, cell_type, perturbation, is_control [N] and cell_types, perturbations, names. Without a validation
-    split, val_fraction of the training conditions becomes one. zeroshot_controls: controls of held-out types train too.
+    cells has file, cell_type, perturbation, is_control [N] and cell_types, perturbations, names. zeroshot_controls:
+    controls of held-out types train too.
     """
     member = np.zeros(len(cells.file), np.uint8)
     order, starts = grouped(np.arange(len(member)), cells.file, cells.cell_type)
@@ -291,9 +284,6 @@ def assign_splits(
         elif dataset in plan.training:
             member[rows] |= TRAIN
     check_named_cells(plan, cells, strict)
-    validated = in_split(member, "val") & ~cells.is_control
-    if not validated.any() and val_fraction > 0:
-        hold_out_conditions(member, cells, val_fraction, seed)
     return member
 
 
@@ -353,8 +343,15 @@ def check_named_cells(plan: Plan, cells, strict: bool) -> None:
                 objection(strict, f"{where}: {name} has no {cell_type} cells of {perturbation!r}{hint}")
 
 
-def hold_out_conditions(member: np.ndarray, cells, fraction: float, seed: int) -> None:
-    """A seeded fraction of the (cell type, perturbation) pairs of train becomes val: at least one, never all."""
+def with_validation(member: np.ndarray, cells, fraction: float, seed: int) -> np.ndarray:
+    """The splits with a seeded fraction of the (cell type, perturbation) pairs of train as val: at least 1, never all.
+
+    They stay as they are, uint8 [N], where some perturbed cells validate already.
+    """
+    validated = in_split(member, "val") & ~cells.is_control
+    if validated.any() or fraction == 0:
+        return member
+    member = member.copy()
     train = np.flatnonzero(in_split(member, "train") & ~cells.is_control)
     cell_type = cells.cell_type[train].astype(np.int64)
     pairs = cell_type * len(cells.perturbations) + cells.perturbation[train]
@@ -362,7 +359,7 @@ def hold_out_conditions(member: np.ndarray, cells, fraction: float, seed: int) -
     count = max(1, round(fraction * len(conditions)))
     count = min(count, len(conditions) - 1)
     if count < 1:
-        return
+        return member
     chosen = counter_rng(seed, 1).permutation(conditions)[:count]
     held_out = train[np.isin(pairs, chosen)]
     member[held_out] = VAL
@@ -370,6 +367,7 @@ def hold_out_conditions(member: np.ndarray, cells, fraction: float, seed: int) -
     for f, t in types_of(cells, member == VAL):
         of_type = (cells.file == f) & (cells.cell_type == t)
         member[of_type & cells.is_control] |= VAL
+    return member
 
 
 def types_of(cells, which: np.ndarray) -> set[tuple[int, int]]:
@@ -379,8 +377,11 @@ def types_of(cells, which: np.ndarray) -> set[tuple[int, int]]:
     return {divmod(int(kind), len(cells.cell_types)) for kind in kinds}
 
 
-def check_controls(cells, member: np.ndarray, strict: bool, pert_col: str) -> None:
-    """Perturbed cells need control cells of their file and type to start from."""
+def check_controls(cells, member: np.ndarray, strict: bool, embeds: bool, pert_col: str) -> None:
+    """Perturbed cells need control cells of their file and type to start from.
+
+    embeds: cells are embeddings, of which zeros may stand for no cell; expression of zeros is no cell.
+    """
     used = member > 0
     perturbed_types = types_of(cells, used & ~cells.is_control)
     control_types = types_of(cells, used & cells.is_control)
@@ -389,8 +390,10 @@ def check_controls(cells, member: np.ndarray, strict: bool, pert_col: str) -> No
         texts = sorted(f"{cells.cell_types[t]} in {cells.files[f]}" for f, t in lonely)
         others = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         control = cells.perturbations[cells.control]
+        zeros = ", or with strict=False its input is zero" if embeds else ""
         objection(
-            strict,
+            strict or not embeds,
             f"{texts[0]}{others} has perturbed cells but no control cells ({pert_col} = {control}) to start from: "
-            "leave the cell type out, or with strict=False its input is zero",
+            "leave the cell type out, with a TOML that has its data set not under [training] but each other type, "
+            f'"train", under [zeroshot]{zeros}',
         )

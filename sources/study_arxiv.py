@@ -1,6 +1,7 @@
 """Studies of train_arxiv.py: which sets of categories are trained on, what their runs are called, their controls."""
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ def plan(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
     """
     train, validation = page.open_data(cfg)
     names = page.active_categories(train, validation, cfg)
+    page.final_chunks(cfg, train, validation)  # damaged test data would fail every run, at its start
     sets = plan_study(words.study, names, words.orders)
     controls = plan_controls(sets, names, train, cfg) if words.controls else []
     runs = []
@@ -74,6 +76,11 @@ def plan_controls(sets: list[list[str]], names: list[str], train: Any, cfg: Any)
             runs.append(Variation(shortened(f"control{K}_{escaped(name)}"), settings, values))
     if not runs:
         raise DataError("controls = true: they are of runs on several categories, and this study has none")
+    steps = math.ceil(cfg.epochs * (budget // K) / cfg.batch_size)  # of those of the largest K
+    if steps < 2 * cfg.warmup_steps:
+        warmup = min(steps, cfg.warmup_steps)
+        note(f"a control of K = {K} has {steps} steps, the first {warmup} of which warm up: it loses by too short a "
+             "training more than by too little text; use more epochs or fewer warmup_steps")
     return runs
 
 
@@ -138,6 +145,7 @@ def plan_study(study: str, names: list[str], orders: int | None = None) -> list[
     for K in wanted:
         if not 1 <= K <= len(names):
             raise DataError(f"study={study}: {K} is not between 1 and the {len(names)} categories")
+    wanted = list(dict.fromkeys(wanted))  # a size named twice is one
     if kind == "nested:":
         return nested_sets(wanted, names, orders)
     return subsets(names, wanted)
@@ -207,5 +215,6 @@ def named_runs(study: str, every: list[list[str]], names: list[str]) -> list[lis
         if len(meant) > 1:
             choices = " or ".join(run_name(subset) for subset in meant)
             raise DataError(f"study={study}: {name} is not one set of categories: write {choices}")
-        sets += meant
+        if meant[0] not in sets:
+            sets += meant
     return sets

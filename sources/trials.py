@@ -6,7 +6,7 @@ import io
 import json
 import socket
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -14,11 +14,13 @@ from typing import Any
 
 from common import checkpoint
 from common.errors import InputError
-from common.jobs import is_free, take
-from common.runlog import read_metrics
+from common.runlog import read_metrics, write_json
 from configurator import Settings, note
-from sources.runs import STUDIES, Run, has_ended, run_in, settings_of
-from sources.search import Search, Space, Trial, in_words, open_search, read_space
+from sources.jobs import is_free, take
+from sources.outcomes import BOOK, append, read, record
+from sources.runs import STUDIES, Run, command, has_ended, make_folder, refuse_later, run_in, settings_of
+from sources.search import Search, Space, Trial, import_optuna, in_words, open_search, read_space
+from sources.shared import counted
 from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
 
 # Settings of which a run's length, and where it is evaluated, depend.
@@ -29,19 +31,24 @@ JOURNAL = "study.journal"
 class Trials:
     """A source of runs, as sources.runs.Grid is: the trials of a study, of which other processes may have a share.
 
-    Args:
-        run_of: makes the run of {setting: value} in a folder.
-        total: trials of the whole study. objective: its name in summary.json and in metrics.jsonl.
-        prunes: whether to stop runs that are hopeless.
+    Its total is of the whole study.
     """
 
-    def __init__(self, search: Search, run_of: Callable[[dict[str, str], Path], Run], folder: Path, total: int,
-                 objective: str, prunes: bool):
-        self.search, self.run_of, self.folder, self.total = search, run_of, folder, total
-        self.objective, self.prunes = objective, prunes
+    def __init__(self, search: Search, plan: "Plan"):
+        self.search, self.plan, self.folder = search, plan, plan.folder
+        self.total, self.objective, self.prunes = plan.cfg.trials, plan.terms["objective"], plan.prunes
+        self.book = self.folder / BOOK
         self.numbers: dict[str, int] = {}  # of the runs that this process has begun or taken over
         self.reported: dict[str, set[int]] = {}  # {name of a run: steps}
-        self.is_own_journal = Path(search.place) == folder / JOURNAL
+        self.is_own_journal = Path(search.place) == self.folder / JOURNAL
+
+    def title(self) -> str:
+        ended = self.count_ended()
+        before = f", {ended} ended before" if ended else ""
+        return f"a study of {counted(self.total, 'run')} of {self.plan.script.name} in {self.folder}{before}"
+
+    def steps(self) -> dict[str, int | None]:
+        return {}  # what waits is not known yet
 
     def next(self) -> Run | None:
         """A run that a killed process left, or one with settings that the study chooses; None where all are begun."""
@@ -54,15 +61,20 @@ class Trials:
                 return None
             return self.begin(asked)
 
-    def ended(self, run: Run, told: dict) -> None:
-        """Tell the study what came of a run, by its line of sweep.jsonl. One that was interrupted goes on later."""
-        if told["status"] == "stopped":
-            return
-        if told["status"] == "done":
+    def ended(self, run: Run, status: str, code: int | None = None, seconds: float | None = None) -> dict:
+        """Tell the study what came of a run, unless it was interrupted; returns its line of sweep.jsonl."""
+        trial = self.trial_of(run)
+        if code is None and trial.state != "running":  # of another process, which has told of it
+            return self.line_of(trial, {})
+        line = record(run.folder, run.values, status, code, seconds)
+        if status == "pruned":
+            line["value"] = trial.value
+        append(self.book, line)
+        if status == "done":
             self.report(run, read_metrics(run.folder))  # others are compared with all of it
-        summary = told.get("summary", {})
-        value = summary.get(self.objective)
-        self.search.tell(self.numbers[run.name], told["status"], value)
+        if status != "stopped":
+            self.search.tell(trial.number, status, line.get("summary", {}).get(self.objective))
+        return line
 
     def hopeless(self, run: Run, records: list[dict]) -> bool:
         """Report the evaluations of a run at work; whether it is to be stopped."""
@@ -71,19 +83,19 @@ class Trials:
     def report(self, run: Run, records: list[dict]) -> bool:
         """Report what was not yet; whether the run was hopeless when it was evaluated last."""
         known, is_hopeless = self.reported.setdefault(run.name, set()), False
-        for record in records if self.prunes else ():
-            value, step = record.get(self.objective), record.get("step")
-            is_new = record.get("split") == "eval" and step not in known
+        for seen in records if self.prunes else ():
+            value, step = seen.get(self.objective), seen.get("step")
+            is_new = seen.get("split") == "eval" and step not in known
             if is_new and isinstance(value, float | int):
                 known.add(step)
                 is_hopeless = self.search.report(self.numbers[run.name], step, value)
         return is_hopeless
 
-    def has_ended(self, run: Run, page: ModuleType, script: Path) -> bool:
+    def has_ended(self, run: Run) -> bool:
         """Whether a run is over, here or in another process."""
         if self.trial_of(run).state != "running":
             return True
-        return has_ended(run, page, script)
+        return has_ended(run, self.plan.page, self.plan.script)
 
     def count_ended(self) -> int:
         return len([trial for trial in self.search.trials() if trial.state != "running"])
@@ -103,7 +115,7 @@ class Trials:
         lock = take(place)
         self.search.place_of(trial.number, place)
         self.numbers[place.name] = trial.number
-        run = self.run_of(trial.values, place)
+        run = self.plan.run_of(trial.values, place)
         run.lock = lock
         return run
 
@@ -126,6 +138,69 @@ class Trials:
         """trial0007,lr=0.000123,n_layers=4"""
         return f"trial{trial.number:04d},{run_name(shown_as(trial.values))}"
 
+    def lines(self) -> list[dict]:
+        """The lines of all runs of the study that have ended, also on other machines."""
+        told = read(self.book)
+        return [self.line_of(trial, told) for trial in self.search.trials() if trial.state != "running"]
+
+    def line_of(self, trial: Trial, told: dict[str, dict]) -> dict:
+        """The line of sweep.jsonl of a run that has ended in any process; told: {name: line} of those that it has."""
+        folder, values, status = self.place_of(trial), shown_as(trial.values), trial.state
+        has_summary = folder and (folder / "summary.json").exists()
+        if has_summary and status == "failed":
+            status = "done"  # for its page, but without the number that the study asks for
+        if has_summary or (folder and status != "done"):
+            before = told.get(folder.name, {})
+            line = record(folder, values, status, before.get("exit_code"), before.get("seconds"))
+        else:
+            line = {
+                "run": self.name_of(trial),
+                "status": status,
+                "exit_code": None,
+                "seconds": None,
+                "folder": f"{trial.host}:{trial.folder}",
+                "settings": values,
+                "summary": {self.objective: trial.value},
+                "last_lines": [],
+            }
+        if status == "pruned":
+            line["value"] = trial.value
+        return line
+
+    def elsewhere(self) -> list[str]:
+        """What is said of runs that others have not ended."""
+        texts = []
+        for trial in self.search.trials():
+            if trial.state == "running":
+                where = trial.host or "another machine"
+                texts.append(f"{self.name_of(trial)}: at work on {where}, or left by a sweep that was killed there")
+        return texts
+
+    def is_whole(self) -> bool:
+        return True  # whoever else is at work compares again
+
+    def answer(self, less_is_better: bool) -> list[str]:
+        """The command that repeats the best run, also in best.json, and which settings matter."""
+        done = [trial for trial in self.search.trials() if trial.state == "done"]
+        if not done:
+            return []
+        done.sort(key=lambda trial: trial.value, reverse=not less_is_better)
+        best = done[0]
+        again = command(self.plan.script, self.plan.typed(best.values))
+        facts = {
+            "run": self.name_of(best),
+            self.objective: best.value,
+            "settings": shown_as(best.values),
+            "command": again,
+        }
+        write_json(self.folder / "best.json", facts)
+        texts = [f"\nthe best again: {again}"]
+        shares = {name: f"{share:.2f}" for name, share in self.search.importances().items()}
+        if shares:
+            listed = ", ".join(f"{name} {share}" for name, share in shown_as(shares).items())
+            texts.append(f"what tells the best quarter of {len(done)} runs from the others (PED-ANOVA): {listed}")
+        return texts
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # From a command line to a search
@@ -139,6 +214,7 @@ class Plan:
     """
 
     page: ModuleType
+    script: Path
     words: list[Word]
     cfg: Any
     spaces: dict[str, Space]
@@ -148,16 +224,26 @@ class Plan:
     less_is_better: bool
     prunes: bool
 
+    @property
+    def known(self) -> list:
+        return [self.first]
+
+    def commands(self) -> list[str]:
+        """What was typed, with the number of runs and their place."""
+        typed = command(self.script, [word.head + word.value for word in self.words])
+        return [f"{typed}  # {counted(self.cfg.trials, 'run')} of a search in {self.folder}"]
+
     def open(self) -> Trials:
         """The study, made if it is not there. Raises InputError where that is another one, or cannot be used."""
+        import_optuna()  # before anything is written
         cfg, folder = self.cfg, self.folder
+        make_folder(folder)
         storage = cfg.storage or str(folder / JOURNAL)
         # In its own journal it is alone; in a database it needs a name of its own.
         name = cfg.study_name or (folder.name if cfg.storage else "study")
-        folder.mkdir(parents=True, exist_ok=True)
         search = open_search(storage, name, self.spaces, self.less_is_better, self.terms, cfg.sampler or "tpe",
                              cfg.trials_seed)
-        return Trials(search, self.run_of, folder, cfg.trials, self.terms["objective"], self.prunes)
+        return Trials(search, self)
 
     def run_of(self, values: dict[str, str], place: Path) -> Run:
         """The run of {setting: value} in a folder."""
@@ -195,26 +281,21 @@ def read_spaces(words: list[Word], settings: Settings, sweeper: Sweeper, is_aske
 
     is_asked_for: whether lists alone are to be searched too. Raises InputError.
     """
-    ranges, spaces = {}, {}
-    for word in words:
-        kind, _ = kind_of(word, settings)
-        space = read_space(word.key, word.value, kind) if word.key else None
-        if space:
-            ranges[word.key] = space
-    if not ranges and not is_asked_for:
+    keyed = [word for word in words if word.key]
+    ranges = [read_space(word.key, word.value, kind_of(word, settings)[0]) for word in keyed]
+    if not any(ranges) and not is_asked_for:
         return {}
-    for word in words:
-        if not word.key:
-            continue
+    spaces, numbers = {}, []
+    for number, (word, space) in enumerate(zip(keyed, ranges, strict=True)):
         kind, is_list = kind_of(word, settings)
-        space = ranges.get(word.key) or read_space(word.key, word.value, kind, is_searched=True)
+        space = space or read_space(word.key, word.value, kind, is_searched=True)
         if space is None:
             values = listed_values(word.key, word.value, is_list, sweeper.inclusive)
             space = Space(values=tuple(values)) if values != [word.value] else None
-        if space and word.key in spaces:
-            raise InputError(f"{word.key} is searched twice: give it one range or one list")
         if space:
             spaces[word.key] = space
+            numbers.append(number)
+    refuse_later(keyed, numbers, settings)
     if not spaces:
         raise InputError("there is nothing to search: no setting has a range, as lr=log:1e-5..1e-2, or lists values")
     return spaces
@@ -256,7 +337,7 @@ def plan_search(page: ModuleType, script: Path, words: list[Word], sweeper: Swee
     constant = [word for word in words if word.key not in spaces and finds_something(word)]
     typed = " ".join(f"{word.key}={word.value}" if word.key else word.value for word in constant)
     terms = {"page": script.name, "settings": typed, "objective": objective}
-    plan = Plan(page, words, cfg, spaces, terms, Path(cfg.out_dir), None, less_is_better, cfg.prune)
+    plan = Plan(page, script, words, cfg, spaces, terms, Path(cfg.out_dir), None, less_is_better, cfg.prune)
     plan.first = plan.check_ends()
     # Beside a single run, by what is searched and what is not: the same command finds its study again.
     ranges = {key: in_words(space) for key, space in spaces.items()}

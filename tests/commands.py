@@ -122,6 +122,15 @@ def import_anew(scripts: list[str]) -> None:
     print(json.dumps(sorted(set(sys.modules) - before)))
 
 
+def sweep_quickly(argv: list[str]) -> None:
+    """sweep.py for a Job, without the pictures of its end and with short waits between two looks at a run."""
+    import sweep
+    from sources import jobs
+
+    sweep.show_comparison, jobs.LOOK_SECONDS = lambda *args: True, 0.05
+    sweep.main(argv)
+
+
 def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60) -> None:
     """Until ready() is true; fails if the job ends before."""
     deadline = time.monotonic() + timeout

@@ -1,5 +1,6 @@
 """Runs side by side: which are averaged, what is said of them, and what a folder may hold besides."""
 
+import contextlib
 import csv
 import json
 import math
@@ -11,10 +12,13 @@ import matplotlib.image
 import pytest
 from commands import colours
 
+import sweep
 from common.errors import DataError, InputError
 from measure import comparison, overlays
 from measure.comparison import compare, find_runs
-from measure.overlays import MOST_CURVES, curves_of, plain_number
+from measure.figures import new_figure
+from measure.overlays import MOST_CURVES, MOST_ROWS, curves_of, plain_number
+from measure.pages import Section
 from measure.sweeps import Group
 
 SCRIPT = 'EXPERIMENT = "ghmm"\n'
@@ -53,7 +57,7 @@ def rows(path: Path | str = "comparison.csv") -> list[dict]:
 
 def cells(section: str, page: Path | str = "report.html") -> list[list[str]]:
     """The rows of the first table below a title of the page, as texts."""
-    text = Path(page).read_text().split(f">{section}</", 1)[1].split("</table>", 1)[0]
+    text = Path(page).read_text().replace("<wbr>", "").split(f">{section}</", 1)[1].split("</table>", 1)[0]
     found = []
     for row in re.findall("<tr>(.*?)</tr>", text, re.DOTALL):
         found.append(re.findall(r"(?:<button>|data-value=\"[^\"]*\">)(.*?)</", row))
@@ -90,6 +94,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviatio
     assert table[0][:5] == ["lr", "runs", "seeds", "excess_loss", "excess_percent"]
     assert table[1][:5] == ["0.01", "3", "0, 1, 2", "0.250 ± 0.050", "25.0 ± 5.0"] and len(cells("Single runs")) == 7
     assert ["device", "cpu"] not in cells("What the runs share") and ["max_steps", "40"] in cells("What the runs share")
+    assert '"0.25">0.250 ± 0.050<' in Path("report.html").read_text()  # sorted by the mean
+    assert not any("stopped by" in line for line in lines)
     for name in ("curves", "results"):
         assert colours(matplotlib.image.imread(f"plots/{name}.png")) > 50
 
@@ -107,10 +113,12 @@ def undrawn(monkeypatch):
     ({"text": SCRIPT + "# edited"}, "script", None),
     ({"summary": {"steps": 20}}, "steps", {"40", "20"}),
     ({"summary": {"final_split": "test"}}, "final_split", {"", "test"}),
+    ({"precision": "auto", "summary": {"device": "cuda:1"}}, "precision", {"auto on cpu", "auto on cuda"}),
     ({"summary": {"data": {"d": "f" * 16}}, "data": "d"}, "data", None),
 ])  # fmt: skip
 def test_what_differs_is_never_averaged(other, column, shown, undrawn):
     known = {"data": "d", "summary": {"data": {"d": "e" * 16}}} if column == "data" else {}
+    known |= {"precision": "auto"} if column == "precision" else {}
     write_run("a", 0.5, seed=0, **known)
     write_run("b", 0.6, seed=1, **other)
     compare([Path("a"), Path("b")], Path("out"))
@@ -118,8 +126,9 @@ def test_what_differs_is_never_averaged(other, column, shown, undrawn):
     assert [row["runs"] for row in told] == ["1", "1"] and all(row["excess_loss sd"] == "" for row in told)
     texts = {row[column] for row in told}
     assert len(texts) == 2 and (shown is None or texts == shown)
-    assert {"lr", "components", "script", "steps", "final_split", "data"} & told[0].keys() == {column}
-    said = "none is the best" if column == "data" else "the order may be chance"
+    assert {"lr", "components", "script", "steps", "final_split", "data", "precision"} & told[0].keys() == {column}
+    asked = ("data", "components", "final_split")  # other problems: the numbers say how hard each is
+    said = "none is the best" if column in asked else "the order may be chance"
     assert said in Path("out/report.html").read_text()
 
 
@@ -130,9 +139,115 @@ def test_the_same_data_elsewhere_are_the_same_and_early_stops_are_averaged_and_s
     [row] = rows()
     assert row["runs"] == "2" and float(row["excess_loss"]) == pytest.approx(0.6)
     assert any("stopped by their own loss" in line for line in lines)
-    assert any("torch 2 on cpu (1 run), torch 2 on cuda:0 (1 run)" in line for line in lines)
+    assert any("torch 2 on cpu (1 run), torch 2 on cuda (1 run)" in line for line in lines)
     assert "Runs of the same settings: excess_loss 0.60 ± 0.14 (mean and standard deviation of 2 seeds)." in lines
     assert not Path("plots/results.png").exists() and Path("plots/curves.png").exists()
+
+
+@pytest.mark.parametrize("column, runs, shown", [
+    # Three runs on two data, of which one lies at two places.
+    ("data", [("x", {"x": "f1"}), ("y", {"y": "f1"}), ("x", {"x": "f2"})], {"1": "x", "2": "x"}),
+    ("data", [("./x", {"x": "f1"}), ("x", {"x": "f1"}), ("./x", {"x": "f2"})], {"1": "./x", "2": "./x"}),
+    # Matrices in files that a setting names among other things.
+    ("components", [([{"m": "a"}], {"components": "f1"}), ([{"m": "a"}], {"components": "f1"}),
+                    ([{"m": "a"}], {"components": "f2"})], {"1": '[{"m": "a"}]', "2": '[{"m": "a"}]'}),
+    ("data", [(None, {"p": "f1"}), (None, {"p": "f1"}), (None, {"p": "f2"})], {"1": "p", "2": "p"}),
+    # A list of one is not the text, nor a text with a comma a list of two.
+    ("categories", [(["a", "b"], {}), (["a", "b"], {}), (["a, b"], {})], {"1": "a, b", "2": "a, b"}),
+    ("categories", [(["a", "b"], {}), (["a", "b"], {}), (["b"], {})], {"1": "b", "2": "a, b"}),
+])  # fmt: skip
+def test_what_looks_the_same_and_is_not_is_told_apart_by_a_digest(column, runs, shown, undrawn):
+    for seed, (value, data) in enumerate(runs):
+        settings = {} if value is None else {column: value}
+        write_run(f"r{seed}", 0.5, seed=seed, summary={"data": data} if data else None, **settings)
+    compare(find_runs([Path(".")]), Path("out"))
+    told = {row["runs"]: row[column] for row in rows("out/comparison.csv")}
+    assert told.keys() == {"1", "2"}
+    for count, text in told.items():
+        assert re.sub(r" ?\(\w{6}\)$", "", text) == shown[count]
+    assert len({*told.values()}) == 2
+
+
+def test_a_copy_of_a_page_is_compared_with_it_and_averaged_only_while_it_is_the_same(undrawn):
+    for seed, (script, text) in enumerate([("train_ghmm.py", SCRIPT), ("train_mine.py", SCRIPT),
+                                           ("train_mine.py", SCRIPT + "# edited")]):  # fmt: skip
+        write_run(f"r{seed}", seed=seed, script=script, text=text)
+    compare(find_runs([Path(".")]), Path("."))
+    told = {row["seeds"]: row["script"].split()[0] for row in rows()}
+    assert told == {"0, 1": "train_ghmm.py", "2": "train_mine.py"}
+    assert "<h1>3 runs of train_ghmm.py, train_mine.py</h1>" in Path("report.html").read_text()
+
+
+def test_the_split_of_the_final_numbers_is_that_of_the_summary_and_its_content_counts(undrawn):
+    known = [("test", "f1", "d1"), ("test", "f1", "d1"), ("test", "f2", "d1"), ("validation", "", "d1"),
+             ("test", "f1", "d2")]  # fmt: skip
+    for seed, (split, content, data) in enumerate(known):
+        run = write_run(f"r{seed}", seed=seed, final_split="test", summary={"final_split": split, "control_of": 2},
+                        control_of=2, data="x")  # fmt: skip
+        results = {"final_fingerprint": content, "data": {"path": "x", "fingerprint": data}}
+        (run / "results.json").write_text(json.dumps(results))
+    compare(find_runs([Path(".")]), Path("."))
+    told = {row["seeds"]: row["final_split"] for row in rows()}
+    assert told.keys() == {"0, 1", "2", "3", "4"} and told["3"] == "validation"
+    assert len({row["data"] for row in rows()}) == 2  # other training data under the same name
+    assert told["0, 1"] != told["2"] and told["2"].startswith("test (")
+    assert not [name for name in rows()[0] if "control_of" in name]  # a setting that the summary says again
+
+
+def test_steps_that_follow_from_other_settings_are_no_column_and_another_optimum_has_no_best(undrawn):
+    write_run("a", 0.5, lr=0.1, summary={"steps": 10})
+    write_run("b", 0.6, lr=0.2, summary={"steps": 20, "optimal_loss": 1.0001})
+    compare([Path("a"), Path("b")], Path("."))
+    assert "steps" not in rows()[0] and "Best of 2 by" in Path("report.html").read_text()
+    write_run("b2", 0.7, lr=0.2, seed=1, summary={"steps": 20})
+    lines = compare([Path("a"), Path("b"), Path("b2")], Path("."))
+    assert any("next lr=0.2, 0.650 ± 0.071" in line and line.endswith("the order may be chance.") for line in lines)
+    write_run("c", 0.7, lr=0.2, seed=1, summary={"steps": 30, "optimal_loss": 1.1})
+    lines = compare([Path("a"), Path("b"), Path("c")], Path("."))
+    assert [row["steps"] for row in rows()] == ["10", "20", "30"]
+    assert "The rows differ in optimal_loss: excess_loss tells how hard each is, and none is the best." in lines
+
+
+def test_a_label_is_short():
+    def of(**settings) -> str:
+        return overlays.label(Group(settings, []))
+
+    assert of(lr="0.1", act="relu") == "lr=0.1, act=relu" and of() == "all runs"
+    assert of(categories="cs.DS, math.ST", budget="none", x="") == "categories=cs.DS, math.ST"
+    assert of(categories="a, b", lr="1") == "categories=a, b; lr=1" and of(x="none", y="") == "x=none, y=none"
+    assert overlays.label(Group({}, [{}])) == "one run"
+    paths = [overlays.shorter(f"/data/{place}/a_rather_long_name_of_a_folder/x.toml") for place in (1, 2)]
+    texts = [overlays.shorter("b" * 60 + end) for end in "12"]
+    assert len({*paths, *texts}) == 4 and all(len(text) <= 40 for text in paths + texts)
+    assert paths[0].endswith("of_a_folder/x.toml") and texts[0].startswith("bbbb") and overlays.shorter("b") == "b"
+    assert of(x="b" * 60 + "1") == f"x={texts[0]}"
+
+
+def test_a_setting_without_effect_is_told(undrawn):
+    for folder, excess, settings in (("a", 0.5, {"x": 1}), ("b", 0.5, {"x": 2}), ("c", 0.6, {"x": 1, "y": 1}),
+                                     ("d", 0.6, {"x": 2, "seed": 1})):  # fmt: skip
+        write_run(folder, excess, summary={"seconds": ord(folder) / 7}, **settings)
+    told = [line for line in compare(find_runs([Path(".")]), Path(".")) if "no effect" in line]
+    assert told == ["Runs that differ in x alone came to the same numbers: that had no effect."]
+
+
+def test_long_values_are_cut_for_a_terminal_alone(undrawn):
+    for folder, value in (("a", "v" * 60), ("b", "w" * 60)):
+        write_run(folder, process=value)
+    lines = compare([Path("a"), Path("b")], Path("."))
+    assert not any("v" * 40 in line for line in lines) and any("v" * 30 in line for line in lines)
+    assert {row["process"] for row in rows()} == {"v" * 60, "w" * 60}
+
+
+def test_an_axis_is_logarithmic_over_a_factor_of_ten_and_else_without_the_first_steps():
+    axes = new_figure(2, 2).subplots()
+    overlays.fit_axis(axes, [[{1: 5.0, 10: 1.1, 20: 1.0}], [{1: 6.0, 20: 1.2}]])
+    assert axes.get_yscale() == "linear" and axes.get_ylim() == pytest.approx((0.99, 1.21))
+    overlays.fit_axis(axes, [[{1: 11.0, 20: 1.0}]])
+    assert axes.get_yscale() == "log"
+    axes = new_figure(2, 2).subplots()
+    overlays.fit_axis(axes, [[{1: 11.0, 20: -1.0}]])
+    assert axes.get_yscale() == "linear"
 
 
 def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
@@ -146,13 +261,14 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     write_run("runs/bare", 0.5, lr=0.5)
     Path("runs/bare/train_ghmm.py").unlink()
     write_run("runs/nan", 0.5, lr=0.6, summary={"excess_loss": None, "loss": float("nan")})
+    Path("runs/good/aaa.py").write_text("")  # of the user's own
     Path("runs/good/analysis").mkdir()
     Path("runs/good/analysis/summary.json").write_text("{}")  # no run: it has nothing else
     lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
     told = "\n".join(lines)
     assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
     assert "runs/null: left out, for config.json holds no" in told and "runs/bare: left out, for it has no copy" in told
-    assert "runs/good: left out, for runs/again has the same settings and seed" in told
+    assert "runs/good: left out, for runs/again has the same settings and seed" in told and "analysis" not in told
     assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
         ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip
     page = Path("runs/report.html").read_text()
@@ -165,13 +281,14 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
     Path("run/report.html").write_text("mine")
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
+    assert sweep.report(["run/summary.json"])[-1] == "all of it in run/report/report.html"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
-    assert find_runs([Path("run")]) == [Path("run")]
+    assert find_runs([Path("run")]) == [Path("run")] == find_runs([Path("run/summary.json")])
 
 
 def test_what_cannot_be_compared_is_one_sentence(undrawn):
     write_run("a")
-    write_run("b", script="train_mine.py", text=SCRIPT)
+    write_run("b", script="train_mine.py", text="")
     with pytest.raises(DataError, match="^a is a run of train_ghmm.py and b one of train_mine.py: compare runs of one"):
         compare([Path("a"), Path("b")], Path("."))
     with pytest.raises(DataError, match="^absent: there is no such folder"):
@@ -202,6 +319,10 @@ def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch
     write_run("b", 0.5, seed=1)
     group = Group({}, [{"folder": "a"}, {"folder": "b"}])
     assert curves_of([group], "train", "loss/ema") == ("loss/ema", [[{10: 2.1, 20: 2.05}, {10: 3.1, 20: 3.05}]])
+    for line in (b"[1]", b'{"step": "7", "split": "train", "loss/ema": 1}', b'{"step": 7}', b'{"step": \xff\xfe'):
+        with open("a/metrics.jsonl", "ab") as file:  # of a full disk, or another program
+            file.write(b"\n" + line)
+    assert curves_of([group], "train", "loss/ema")[1][0][0] == {10: 2.1, 20: 2.05}
     assert curves_of([group], "train", "")[0] == "loss/ema" and curves_of([group], "eval", "absent") == ("", [[]])
     drawn = []
     monkeypatch.setattr(overlays, "draw_group", lambda axes, runs, place, name: drawn.append((place, name)))
@@ -210,6 +331,36 @@ def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch
     expected = [(i, f"lr={i}") for i in range(10)] + [(10, "3 others"), (11, None), (12, None)]
     assert drawn == 2 * expected
     assert [plain_number(value) for value in (5e-5, 0.02, 1.0, 20.0, 1000.0)] == ["0.00005", "0.02", "1", "20", "1000"]
+
+
+def test_a_band_is_from_the_smallest_to_the_largest_where_all_runs_of_a_group_have_a_value():
+    axes = new_figure(2, 2).subplots()
+    overlays.draw_group(axes, [{10: 1.0, 20: 2.0, 30: 9.0}, {10: 3.0, 20: 5.0}], 0, "name")
+    mean, *single = axes.lines
+    assert mean.get_xydata().tolist() == [[10, 2], [20, 3.5]] and mean.get_label() == "name"
+    assert [len(line.get_xydata()) for line in single] == [3, 2]
+    [band] = axes.collections
+    assert {(10, 1), (10, 3), (20, 2), (20, 5)} == {tuple(point) for point in band.get_paths()[0].vertices}
+
+
+def test_a_picture_of_results_has_the_first_rows_alone_and_their_labels_in_lines(monkeypatch):
+    drawn = []
+
+    @contextlib.contextmanager
+    def figure(out, name, width, height, title):
+        drawn.extend([height, title, new_figure(width, height).subplots()])
+        yield drawn[-1]
+
+    monkeypatch.setattr(overlays, "figure", figure)
+    many = [Group({"lr": str(i), "data": "d" * 30}, [{"summary": {"loss": 1.0 + i}}]) for i in range(MOST_ROWS + 5)]
+    overlays.draw_results(Path("."), [*many, Group({"lr": "x"}, [{"summary": {}}])], "loss", True)
+    height, title, axes = drawn
+    assert title == f"the first {MOST_ROWS} of {MOST_ROWS + 5}" and len(axes.get_yticks()) == MOST_ROWS
+    many[1].settings["act"] = "relu" * 8
+    overlays.draw_results(Path("."), many[:2], "loss", True)
+    texts = [label.get_text() for label in drawn[-1].get_yticklabels()]
+    assert "\n" not in texts[0] and all(len(line) <= 48 for line in texts[1].split("\n")) and drawn[-2] == ""
+    assert drawn[-3] / 2 > 1.2 * (height - 1.2) / MOST_ROWS
 
 
 def test_a_study_that_fails_is_a_line_beside_the_comparison(monkeypatch, undrawn):
@@ -221,3 +372,23 @@ def test_a_study_that_fails_is_a_line_beside_the_comparison(monkeypatch, undrawn
     lines = compare([Path("a")], Path("."))
     assert any("left out: results.json of a is damaged" in line for line in lines)
     assert any("pearson_delta 0.5" in line for line in lines)
+
+
+def test_the_page_of_a_study_begins_with_its_answer_once_and_the_rest_is_folded(monkeypatch):
+    answer = [Section("Held out", ["The answer.", "How."]), Section("More", ["Else."])]
+    monkeypatch.setattr("measure.holdouts.study_sections", lambda runs, out: (answer, ["The answer."]))
+    for seed in (0, 1):
+        write_run(f"r{seed}", 0.5, "train_state.py", 'EXPERIMENT = "state"', {"pearson_delta": 0.5}, lr=seed)
+    Path("plots").mkdir()
+    for name in ("results", "curves"):
+        Path("plots", f"{name}.png").write_text("of a comparison before")
+    overlays.draw_curves(Path("."), [Group({}, [{"folder": "absent"}])], ("loss", "val_loss"))
+    assert not Path("plots/curves.png").exists()
+    lines = compare([Path("r0"), Path("r1")], Path("."))
+    text = Path("report.html").read_text()
+    assert text.count("The answer.") == 1 and '<p class="lead">The answer.</p>' in text and "<p>How.</p>" in text
+    assert not any("Best of" in line for line in lines) and "Best of" not in text
+    assert "results.png" not in text and not Path("plots/results.png").exists()
+    folded = re.findall("<summary>(.*?)</summary>", text)
+    assert folded == ["By settings", "While training", "Single runs", "What the runs share"]
+    assert answer[0].text == ["The answer.", "How."]

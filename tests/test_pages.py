@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import SCRIPTS
+from commands import ROOT, SCRIPTS
 
 from common.runlog import write_json
 from configurator import config_dict
 from measure import figures
 from measure.figures import figure
-from measure.pages import Section, cell_of, run_page, write_page
+from measure.pages import Section, cell_of, filled_table, run_page, write_page
 
 
 def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
@@ -39,6 +39,7 @@ def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
         ("", "", ""), ("", "c", "c"), (number, "123456", "123,456"),
     ]  # fmt: skip
     assert text.count("<th") - text.count("<thead") == 3  # and none of the empty table
+    assert text.count('<th class="number">') == 2  # a blank is none and makes no text of a column
     [(encoded, width)] = re.findall('src="data:image/png;base64,(.*?)" width="(.*?)"', text)
     assert base64.b64decode(encoded) == picture.read_bytes() and int(width) == 600
     assert "<details>" in text and not re.search(r"(src|href)=\"(?!data:)", text)
@@ -48,16 +49,35 @@ def test_a_page_holds_text_tables_and_pictures_in_one_file(tmp_path):
 def test_a_picture_that_is_not_there_is_said(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no picture")
     pictures = [(tmp_path / "none.png", "first"), (tmp_path / "torn.png", "second")]
-    write_page(tmp_path / "page.html", "title", "", [Section("s", pictures=pictures)])
+    write_page(tmp_path / "page.html", "title of \udcff", "", [Section("s", pictures=pictures)])  # as of a file's name
     text = (tmp_path / "page.html").read_text()
     assert "none.png is not there: first" in text and "torn.png is not there: second" in text and "<img" not in text
 
 
 def test_what_is_undefined_is_blank_and_numbers_are_short():
     assert [cell_of(value).text for value in (None, float("nan"), float("inf"))] == ["", "", ""]
-    told = [cell_of(value).text for value in (1 / 3, 1e-7, 1234567.8, 1337, True, "a", np.float64(2.5))]
-    assert told == ["0.33333", "1e-07", "1,234,568", "1337", "true", "a", "2.5"]
+    told = [cell_of(value).text for value in (1 / 3, 1e-7, 12345.6, 12_345, 123_456, True, "a", np.float64(2.5))]
+    assert told == ["0.3333", "1e-07", "12,346", "12345", "123,456", "true", "a", "2.5"]
+    assert [cell_of(text).style for text in ("short", "a b " * 20, 1)] == ["", "long", "number"]
     assert cell_of(np.float64(0.1)).value == "0.1" and cell_of(np.int64(7)) == ("7", "7", True)
+
+
+def test_few_long_rows_stand_on_their_side_and_unknown_columns_are_left_out():
+    def told(rows: list[dict]) -> list[list[str]]:
+        table = filled_table(rows)
+        heads = [column["name"] for column in table["columns"]]
+        return [heads, *([cell.text for cell in row] for row in table["rows"])]
+
+    values = {f"at_{i}": i for i in range(10)}
+    first, second = {"K": 1, "gone": None} | values, {"K": 2, "gone": float("nan")} | values | {"at_3": None}
+    turned = told([first, second])
+    assert turned[0] == ["K", "K 1", "K 2"] and turned[1] == ["at_0", "0", "0"] and turned[4] == ["at_3", "3", ""]
+    assert len(turned) == 11 and filled_table([first, second])["columns"][1]["is_number"]
+    assert told([first, second | {"K": 1}])[0] == ["K", *values]  # what is across must be one thing each
+    assert told([{"K": i} | values for i in range(6)])[0] == ["K", *values]  # many rows are to be sorted
+    del first["at_9"], second["at_9"]
+    assert told([first, second])[0] == ["K", *list(values)[:9]]
+    assert told([{"a": None}]) == [[]]
 
 
 def test_every_html_file_beside_a_module_is_in_the_package():
@@ -101,7 +121,8 @@ CHOSEN = {  # as configure() fills them in; with values that a shell would take 
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, capsys):
+def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     page = importlib.import_module(name)
     folder = run_folder(tmp_path / "run 1", page, CHOSEN[name], {"verdict": "it works", "steps": 3, "torch": "2"})
     assert run_page(folder, page.Config) == f"it works; pictures in {folder}/plots, all of it in {folder}/report.html"
@@ -120,7 +141,8 @@ def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, cap
     assert {*CHOSEN[name]} <= told.keys()
 
 
-def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path):
+def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     page = importlib.import_module("train_state")
     rivals = {"mean": {"mae": 0.5, "pearson_delta": None}, "control": {"mae": 0.75, "pearson_delta": 0.0}}
     summary = {"pearson_delta": 0.25, "mae": None, "mse": 1.5, "baselines": rivals, "fit": {"c": 2.0}, "seconds": 12.0,
@@ -141,6 +163,14 @@ def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path):
     for fact in ("12 s", "345.6 cells/s", "begun", "ended", torch.__version__, f"{os.cpu_count()} cores"):
         assert fact in text, fact
     assert f"All {len(config_dict(page.Config()))} settings have their defaults" in text and "edited" not in text
+    assert ">python train_state.py</pre>" in text and "it says again what the run said" in text
+    monkeypatch.chdir(tmp_path)  # where that would find no script
+    for resume, said in (("never", "and replaces it"), ("a/last.pt", "which goes on from a/last.pt")):
+        write_json(folder / "config.json", config_dict(page.Config(resume=resume)))
+        run_page(folder, page.Config)
+        text = (folder / "report.html").read_text()
+        assert f">python {page.__file__} --resume={resume}</pre>" in text
+        assert f"The command repeats the run, {said}" in text
     (folder / "train_state.py").write_text("# edited")
     run_page(folder, page.Config)
     assert "train_state.py was edited since" in (folder / "report.html").read_text()
@@ -150,6 +180,14 @@ def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(t
     page = importlib.import_module("train_ghmm")
     folder = run_folder(tmp_path / "run", page, {}, {"loss": 1.0})
     assert run_page(folder, page.Config).startswith("pictures in ")
+    # Of a run on GPUs, whose page had another setting then.
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"gone": 1})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 of {device}")
+    assert run_page(folder, page.Config, {"device": "cuda:1"}) and "gone" not in (folder / "report.html").read_text()
+    for name, value in (("ranks", "8"), ("device", "cuda:1, H100 of cuda:1")):
+        assert re.search(f'>{name}</td>\\s*<td[^>]*>{value}<', (folder / "report.html").read_text())
     (folder / "report.html").unlink()
     (folder / "report.html").mkdir()  # in the way, for root too
     monkeypatch.setattr(figures, "STRICT", False)
@@ -168,3 +206,6 @@ def test_a_look_at_a_checkpoint_alone_has_a_page_without_settings(tmp_path):
     assert run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0}).startswith("v; ")
     text = (tmp_path / "imported" / "analysis" / "report.html").read_text()
     assert "imported: a look at a run of train_ghmm.py" in text and "no config.json" in text and "<pre>" not in text
+    write_json(tmp_path / "imported" / "config.json", config_dict(page.Config(lr=0.5)))
+    run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0})
+    assert "train_ghmm.py --lr=0.5</pre>" in (tmp_path / "imported" / "analysis" / "report.html").read_text()

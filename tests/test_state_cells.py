@@ -406,6 +406,27 @@ def test_the_fingerprint_changes_with_every_value_place_and_name(sparse):
     assert len(set(kinds)) == len(kinds), kinds
 
 
+def test_runs_whose_seeds_draw_other_validation_sets_have_one_task():
+    write_cells()
+    write_toml()
+
+    def task(toml: str = "e.toml", **changes) -> tuple[str, str, str]:
+        """(what is in the files, what the TOML makes of it, what the seed makes of that)"""
+        cells = open_cells(**{**KEYS, "toml": toml, "val_fraction": 0.5, **changes})
+        (name, text), = cells.task.items()
+        assert name == toml
+        return *text.split("-"), cells.fingerprint
+
+    content, split, drawn = task(seed=0)
+    others = [task(seed=seed) for seed in range(1, 4)]
+    assert {other[:2] for other in others} == {(content, split)} and {other[2] for other in others} - {drawn}
+    assert task(val_fraction=0.0)[1:] == (split, split)
+    write_toml("b", "b.toml")
+    assert task("b.toml")[0] == content and task("b.toml")[1] != split
+    write_cells(seed=1)
+    assert task()[0] != content
+
+
 def test_the_fingerprint_is_of_the_genes_that_all_files_have_in_the_order_of_each():
     X = write_cells()
     write_toml(files="*.h5ad")

@@ -68,9 +68,9 @@ def in_splits(variation) -> dict[str, set[str]]:
 def test_each_cell_type_is_the_test_of_one_toml_in_which_all_others_train():
     write_cells("one.h5ad", {"a": "pc", "b": "pc", "quiet": "c"})
     write_cells("two.h5ad", {"b": "pc", "c": "pc"})
-    # What it holds out itself, and what it leaves out, does not count.
+    # What it holds out itself does not count.
     Path("e.toml").write_text('[datasets]\none = "one.h5ad"\ntwo = "two.h5ad"\n[training]\none = "train"\n'
-                              '[zeroshot]\n"two.c" = "val"\n')
+                              'two = "train"\n[zeroshot]\n"two.c" = "val"\n[fewshot."one.a"]\ntest = ["p"]\n')
     variations = hold_out()
     assert [variation.name for variation in variations] == ["a", "b", "c"]
     for variation in variations:
@@ -91,6 +91,30 @@ def test_each_cell_type_is_the_test_of_one_toml_in_which_all_others_train():
     assert sorted(path.name for path in places[0].parent.iterdir()) == ["a.toml", "b.toml", "c.toml"]
 
 
+def test_what_the_toml_leaves_out_stays_out():
+    write_cells("one.h5ad", {"a": "pc", "b": "pc", "c": "pc", "lonely": "p"})
+    with pytest.raises(DataError, match="lonely in .*one.h5ad has perturbed cells but no control cells") as error:
+        hold_out(toml="one.h5ad", strict=False)
+    assert "under [zeroshot]" in str(error.value) and "strict" not in str(error.value)  # which would not help
+    Path("e.toml").write_text('[datasets]\none = "one.h5ad"\n[zeroshot]\n"one.a" = "train"\n"one.b" = "test"\n')
+    a, b = hold_out()
+    assert in_splits(a) == {"train": {"b"}, "val": set(), "test": {"a"}}
+    assert in_splits(b) == {"train": {"a"}, "val": set(), "test": {"b"}}
+    with pytest.raises(DataError, match="holdout: e.toml has no perturbed cells of 'c' in any split"):
+        hold_out("c")
+    # Another choice is in another folder: a run may be reading this one.
+    Path("e.toml").write_text(Path("e.toml").read_text() + '"one.c" = "train"\n')
+    assert [variation.values["held_out"] for variation in hold_out()] == ["a", "b", "c"]
+    assert in_splits(a)["train"] == {"b"}
+    # A type is left out of one data set, and in two files of another; of a file with its control cells alone it is in.
+    write_cells("more.h5ad", {"a": "c", "b": "pc"})
+    write_cells("two.h5ad", {"a": "pc", "b": "pc"})
+    Path("e.toml").write_text('[datasets]\none = "{one,more}.h5ad"\ntwo = "two.h5ad"\n'
+                              '[zeroshot]\n"one.b" = "train"\n"two.b" = "train"\n[fewshot."one.a"]\ntest = ["p"]\n')
+    toml = read_toml(hold_out("a")[0].settings["toml_config_path"])
+    assert toml.zeroshot == {("one", "a"): "test", ("one", "b"): "train", ("two", "b"): "train"} and not toml.training
+
+
 def test_cell_types_of_any_name_are_held_out_apart():
     names = ["CD4_T", "CD4%5FT", "CD14+ Mono", 'so "called"/x', "naïve\x7f, T", "a.b", "x" * 300, "x" * 299 + "y"]
     write_cells("one.h5ad", dict.fromkeys(names, "pc"))
@@ -108,9 +132,10 @@ def test_cell_types_of_any_name_are_held_out_apart():
 
 
 @pytest.mark.parametrize("holdout, types, words", [
-    ("alpa", {"alpha": "pc", "b": "pc"}, "has no cell type 'alpa'; did you mean 'alpha'?"),
+    ("alpa", {"alpha": "pc", "b": "pc"}, "e.toml has no cell type 'alpa'; did you mean 'alpha'?"),
+    ("all", {"alpha": "pc", "b": "pc"}, "; --holdout=each takes all in turn"),
     ("alpha,", {"alpha": "pc", "b": "pc"}, "has no cell type ''"),
-    ("quiet", {"alpha": "pc", "b": "pc", "quiet": "c"}, "no perturbed cells of 'quiet', so there is nothing to test"),
+    ("quiet", {"alpha": "pc", "b": "pc", "quiet": "c"}, "no perturbed cells of 'quiet' in any split, so there is not"),
     ("b,b", {"alpha": "pc", "b": "pc"}, "names 'b' twice"),
     ("each", {"alpha": "pc", "quiet": "c"}, "has perturbed cells of 'alpha' alone: without that type nothing is left"),
     ("each", {"alpha": "pc", "b": "p"}, "has perturbed cells but no control cells"),
@@ -129,6 +154,10 @@ def test_only_a_page_of_cells_has_types_to_hold_out():
     with pytest.raises(DataError, match="there is no file nowhere.h5ad"):
         hold_out(toml="nowhere.h5ad")
     os.mkdir("a{b")
+    write_cells("one.h5ad", {"a": "pc", "b": "pc"})
+    Path("e.toml").write_text('[datasets]\n"v1.2" = "one.h5ad"\n[training]\n"v1.2" = "train"\n')
+    with pytest.raises(DataError, match="e.toml: of the data set 'v1.2' no type can be named, for its name has a dot"):
+        hold_out()
     write_cells("a{b/one.h5ad", {"a": "pc", "b": "pc"})
     with pytest.raises(DataError, match="one.h5ad: .datasets. cannot name a path with braces"):
         hold_out(toml="a{b/one.h5ad")
@@ -137,7 +166,8 @@ def test_only_a_page_of_cells_has_types_to_hold_out():
 # ---------------------------------------------------------------------------------------------------------------
 # What held-out types come to
 # ---------------------------------------------------------------------------------------------------------------
-def write_run(name: str, cell_type: str, seed: int, model: list, rival: list, **others) -> Path:
+def write_run(name: str, cell_type: str, seed: int, model: list, rival: list, cells: str = "c0ffee", script: str = "",
+              **others) -> Path:
     """A run folder of train_state.py: Pearson delta and energy distance of the model and of the perturbation mean."""
     folder = Path("runs", name)
     folder.mkdir(parents=True)
@@ -146,8 +176,11 @@ def write_run(name: str, cell_type: str, seed: int, model: list, rival: list, **
     results = {}
     for who, numbers in (("model", model), ("perturbation_mean", rival)):
         means = dict(zip(("pearson_delta", "energy_distance"), numbers, strict=True))
-        results[who] = {"mean": means, "per_condition": [{"cell_type": cell_type, "perturbation": "p", **means}]}
+        record = {"file": f"{cells}.h5ad", "cell_type": cell_type, "perturbation": "p", **means}
+        results[who] = {"mean": means, "per_condition": [record]}
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "summary.json").write_text(json.dumps({"data": {f"{cell_type}.toml": f"{cells}-of {cell_type}"}}))
+    (folder / "train_state.py").write_text(script)
     return folder
 
 
@@ -170,9 +203,10 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
     assert mean["delta, perturbation mean"] == pytest.approx((0.7 + 0.6) / 2)
     assert mean["delta, sd"] == pytest.approx(stdev([(0.9 + 0.5 + 0.1) / 3, (0.7 + 0.5 + 0.3) / 3]))
     assert mean["energy distance"] == pytest.approx((2.0 + 0.5) / 2) and mean["energy, sd"] is None
-    assert "+0.000 against the perturbation mean (standard deviation over types 0.141)" in section.text[0]
+    assert "0.000 above that of the perturbation mean (standard deviation over types 0.141)" in section.text[0]
     assert "2 held-out cell types with 2 seeds each; it is better on 1 of 2" in section.text[0]
     assert "with up to 2 seeds each" in study_sections(runs[1:], Path("report"))[0][0].text[0]
+    assert table([read_run(run) for run in runs[1:]])[-1]["delta, sd"] is None  # one seed alone has all types
     assert lines[1].split("  ")[0] == "held out" and lines[4].split()[0] == "c" and "nan" not in "".join(lines)
     shown = section.tables[0]
     assert [row["Pearson delta"].text for row in shown] == [
@@ -190,6 +224,14 @@ def test_one_seed_has_no_spread_and_runs_of_other_settings_are_a_study_of_their_
         assert [row["Pearson delta"].text for row in section.tables[0]] == [f"{lr:.3f}"] * 3
     assert not any("sd" in name for name in table([read_run(run) for run in runs[:2]])[0])
     assert sections[0].pictures[0][0] != sections[1].pictures[0][0] and len(lines) == 2 * 7
+    # The same types of other cells, or by another script, are no seeds.
+    others = [write_run(f"other {name}", name, 1, [0.5, 1.0], [0.9, 1.0], "decaf", lr=0.25) for name in "ab"]
+    titles = [section.title for section in study_sections([*runs[:2], *others], Path("report"))[0]]
+    assert titles == [f"Each cell type held out, cells = {name}.h5ad ({name})" for name in ("c0ffee", "decaf")]
+    edited = [write_run(f"edited {name}", name, 1, [0.5, 1.0], [0.9, 1.0], script="#", lr=0.25) for name in "ab"]
+    sections, _ = study_sections([*runs[:2], *edited], Path("report"))
+    assert [row["seeds"] for section in sections for row in section.tables[0]] == [1, 1, None] * 2
+    assert "0.400 below that of the perturbation mean" in sections[1].text[0]
     # No study: one type alone, a run of something else, a damaged one.
     assert study_sections(runs[:1], Path("report")) == ([], [])
     (runs[1] / "results.json").write_text("{")
@@ -292,6 +334,9 @@ def test_plans_of_one_size_are_swept_over_beside_other_settings(capsys, monkeypa
 @pytest.mark.parametrize("words, told", [
     (["train_ghmm.py", "--process=mess3,rrxor", "--x=0.1"], "process rrxor has no parameter 'x': it takes p1, p2"),
     (["train_ghmm.py", "--process=mess3,rrxo"], "unknown process 'rrxo', did you mean 'rrxor'?"),
+    (["train_state.py", "--holdout=", "--batch_col="], "holdout is empty: --holdout=each, or leave it out"),
+    (["train_state.py", "--holdout", "--batch_col="], "--holdout needs a value: --holdout=VALUE"),
+    (["train_state.py", "--batch_col="], "no setting lists values"),
     (["train_ghmm.py", "--holdout=each"], "--holdout is of the study of train_state.py"),
     (["train_ghmm.py", "--n_layers=2,4", "--equal_parameters"], "makes models of train_apelr.py equal in size"),
     (["train_apelr.py", "--d_model=64,128", "--equal_parameters"], "equal_parameters decides about d_model"),

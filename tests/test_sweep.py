@@ -6,6 +6,8 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +15,17 @@ import pytest
 from commands import SCRIPTS, Job, python, refusal, wait_for
 
 import sweep
-from common import jobs, progress
-from measure.sweeps import OBJECTIVES, append, groups, in_words, numbers, objective, record, table
-from sources import equal_size, study_arxiv
-from sources.runs import Grid, has_ended, import_page, plan_runs
+import train_ghmm
+from measure import comparison, progress
+from measure.sweeps import OBJECTIVES, groups, in_words, objective, table
+from sources import equal_size, holdouts, jobs, study_arxiv
+from sources.outcomes import append, numbers, record
+from sources.runs import Grid, import_page, plan_runs
 from sources.studies import Variation
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
 ROOT = Path(__file__).resolve().parents[1]
+SHOW_COMPARISON = sweep.show_comparison  # it draws: left out of the tests that are not of it
 # A page without torch, that starts within a tenth of a second: it trains by waiting.
 PAGE = '''
 import json, os, signal, subprocess, sys, time
@@ -98,6 +103,8 @@ def page(in_a_folder_of_its_own, monkeypatch):
     """The page, in the folder where the test stands."""
     Path("train_tiny.py").write_text(PAGE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(sweep, "show_comparison", lambda *args: True)
     yield
     sys.modules.pop("train_tiny", None)
 
@@ -277,6 +284,9 @@ def test_the_sweeper_of_a_yaml_file_is_read_and_the_command_line_wins(capsys):
     assert all(run[2] == "experiment.yaml" and run[:2] in everything for run in runs)
     assert planned(capsys, "experiment.yaml", "seed=5", "hydra.sweeper.n_trials=9") == [
         [rate, "experiment.yaml", "seed=5"] for rate in rates]
+    # What only a dialect of the page knows is swept beside other such words.
+    own, words, _ = sweep.read_words(train_ghmm, ["hydra.sweeper.params.generative_process=choice(a,b)", "model=gru"])
+    assert [word.key for word in words] == ["generative_process", "model"]
     told = hydra_settings({"defaults": [{"override hydra/sweeper": "optuna"}, "_self_"], "hydra.sweeper.n_trials": 3,
                            "hydra.sweeper.sampler.seed": "${seed}", "seed": 7, "hydra.sweeper.storage": None})
     assert told == {"hydra/sweeper": "optuna", "hydra.sweeper.n_trials": "3", "hydra.sweeper.sampler.seed": "7"}
@@ -315,6 +325,8 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
     [
         (["--lr=0.1,abc"], "lr: expected float, got 'abc'"),
         (["--lrr=0.1,0.2"], "lrr: no such setting, did you mean lr?"),
+        (["--lr=0.1,0.2", "--job=2"], "job: no such setting, did you mean jobs?"),
+        (["--lr=0.1,0.2", "trial=2"], "trial: no such setting, did you mean trials?"),
         (["--lr=0.1,0.5"], "lr = 0.5 goes with no seed"),
         (["--seed=range(1.5,3)"], "seed: expected int, got '1.5'"),
         (["--lr=0.1,,0.2"], "one of the listed values is empty"),
@@ -328,7 +340,8 @@ def test_a_yaml_file_without_sweeper_is_a_constant(capsys):
         (["--act=tag(a,choice(b,c))"], "tag() is not read: list values instead"),
         (["lr=sort(1,2)"], "sort() is not read: list values instead"),
         (["--lr=0.1,0.10"], "lr=0.1 would be run twice"),
-        (["lr=0.1,0.2", "lr=0.3,0.4"], "lr lists values twice"),
+        (["lr=0.1,0.2", "lr=0.3,0.4"], "lr=0.1,0.2 and lr=0.3,0.4: lr is given twice, leave one out"),
+        (["--lr=0.1,0.2", "learning_rate=0.3"], "--lr=0.1,0.2 and learning_rate=0.3: lr is given twice, leave one out"),
         (["--seed=range(1001)"], "the lists make 1001 combinations, more than 1000"),
         ([], "no setting lists values"),
         (["--lr=0.1"], "no setting lists values"),
@@ -368,14 +381,21 @@ def test_what_is_no_page_is_refused(capsys):
     assert str(Path.cwd()) not in sys.path
 
 
+def test_a_page_has_short_names_and_is_shown_as_it_can_be_typed(capsys):
+    for name in ("tiny", "train_tiny", "./train_tiny.py", "train_ghmm"):
+        script = str(ROOT / "train_ghmm.py") if name == "train_ghmm" else "train_tiny.py"
+        sweep.main([name, "--lr=1,2", "--out_dir=o", "--print_config"])
+        shown = capsys.readouterr().out.splitlines()
+        assert shown == [f"python {script} --lr={lr} --out_dir=o/lr={lr}" for lr in (1, 2)]
+
+
 # --------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
-    told = swept("--lr=0.2,0.1", "--seed=0,1", "learning_rate=0.3")[0]
+def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "show_comparison", SHOW_COMPARISON)
     # The last of two names of one setting holds, as on a page.
-    assert told["summary"]["excess_loss"] == 0.3
-    told = swept("--lr=0.2,0.1", "--seed=0,1", "--resume=never")
+    told = swept("learning_rate=0.3", "--lr=0.2,0.1", "--seed=0,1")
     assert [line["run"] for line in told] == ["lr=0.2,seed=0", "lr=0.2,seed=1", "lr=0.1,seed=0", "lr=0.1,seed=1"]
     assert {line["status"] for line in told} == {"done"} and {line["exit_code"] for line in told} == {0}
     assert told[1]["settings"] == {"lr": "0.2", "seed": "1"}
@@ -391,6 +411,7 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys):
         ["lr", "seeds", "excess_loss", "loss", "seconds"],
         ["0.1", "2", "0.1050", "±", "0.0071", "1.1", "±"],
         ["0.2", "2", "0.2050", "±", "0.0071", "1.2", "±"]]  # fmt: skip
+    assert "all of it in sweep/report.html" in out and Path("sweep/report.html").stat().st_size > 10_000
 
 
 def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(capsys):
@@ -440,9 +461,15 @@ def test_other_settings_are_not_mixed_into_a_sweep(capsys):
 
 def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
     swept("--lr=0.1,0.2")
-    Path("sweep/lr=0.1/config.json").write_text("{")
-    assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in refusal(
-        capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+    whole = {}
+    for name, text in (("summary.json", '{"loss": 1'), ("summary.json", "[1]"), ("config.json", "{"),
+                       ("config.json", "[1]")):  # fmt: skip
+        path = Path("sweep/lr=0.1", name)
+        whole.setdefault(path, path.read_text())
+        path.write_text(text)
+        told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+        assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in told and told.endswith("): remove it")
+        path.write_text(whole[path])
     for path in Path("sweep/lr=0.1").iterdir():
         path.unlink()
     Path("sweep/lr=0.1").rmdir()
@@ -458,26 +485,25 @@ def test_what_cannot_be_written_is_one_sentence(capsys):
     assert [line["status"] for line in swept("--lr=0.1,0.2")] == ["done", "done"] and starts("lr=0.1") == [0]
 
 
-LONG = ("train_tiny.py", "--lr=0.1,0.2", "--seed=0,1", "--max_steps=40", "--out_dir=sweep")
+LONG = ("train_tiny.py", "--lr=0.1", "--seed=0,1,2", "--max_steps=30", "--out_dir=sweep")
 
 
 def test_a_killed_sweep_goes_on_and_no_run_is_started_twice(capsys):
-    job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
-    wait_for(lambda: len(starts("lr=0.1,seed=1")) > 0, job, "the second run")
+    job = Job("commands", *LONG, function="sweep_quickly", PYTHONPATH=str(ROOT))
+    wait_for(lambda: len(starts("seed=1")) > 0, job, "the second run")
     job.kill()
     job.process.join()
     # The run at work was not killed: the sweep that goes on waits for its end, and takes it as it is.
-    assert not Path("sweep/lr=0.1,seed=1/summary.json").exists()
+    assert not Path("sweep/seed=1/summary.json").exists()
     sweep.main(list(LONG))
     assert "at work here: waiting for its end" in capsys.readouterr().out
-    assert [line["status"] for line in lines()] == ["done"] * 4
-    for name in ("lr=0.1,seed=0", "lr=0.1,seed=1", "lr=0.2,seed=0", "lr=0.2,seed=1"):
-        assert starts(name) == [0]
+    assert [line["status"] for line in lines()] == ["done"] * 3
+    assert [starts(f"seed={seed}") for seed in range(3)] == [[0]] * 3
 
 
 def test_two_sweeps_at_once_share_the_runs(capsys):
     words = ("train_tiny.py", "--seed=0,1,2,3", "--max_steps=20", "--out_dir=sweep")
-    job = Job("sweep", *words, PYTHONPATH=str(ROOT))
+    job = Job("commands", *words, function="sweep_quickly", PYTHONPATH=str(ROOT))
     wait_for(lambda: len(starts("seed=0")) > 0, job, "the first run")
     sweep.main(list(words))
     assert job.wait() == 0
@@ -531,7 +557,9 @@ def test_lines_of_sweep_jsonl_are_mended(capsys):
     file.unlink()
     assert [line["summary"] for line in swept("--lr=0.1,0.2")] == [line["summary"] for line in before]
     # One that was torn by a full disk, and one that another machine's clock wrote.
-    file.write_text(file.read_text() + '{"run": "lr=0.1", "sta\n' + json.dumps(before[1] | {"time": 4e9}) + "\n")
+    odd = '{"run": "lr=0.1", "sta\n[1]\n7\n{"run": "lr=0.1", "status": "failed"}\n'
+    odd += json.dumps(before[0] | {"time": "noon"}) + "\n"
+    file.write_text(file.read_text() + odd + json.dumps(before[1] | {"time": 4e9}) + "\n")
     capsys.readouterr()
     sweep.main(["train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep"])
     told = capsys.readouterr()
@@ -556,26 +584,27 @@ def write_lines(argv: list[str]) -> None:
         append(Path("lines.jsonl"), {"writer": argv[0], "line": number, "long": "x" * 10_000})
 
 
-def runs_of(*words: str) -> tuple:
-    """(runs that a command line plans, whether one has ended, the command that starts them)."""
-    page, script = import_page("train_tiny.py")
+def plan(*words: str, name: str = "train_tiny.py") -> Grid:
+    """The runs that a command line plans."""
+    page, script = import_page(name)
     cfg, own, sweeper = sweep.read_words(page, [*words, "--out_dir=sweep"])
-    _, runs = plan_runs(page, own, sweeper, cfg)
-    return runs, lambda run: has_ended(run, page, script), [sys.executable, script]
+    return plan_runs(page, script, own, sweeper, cfg)
 
 
-def test_a_hopeless_run_is_stopped_and_recorded(monkeypatch):
-    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
-    runs, ended, command = runs_of("--lr=0.9,0.1", "--max_steps=60")
-    seen = []
+def run_all(source: Grid, came: list[int]) -> Iterator[tuple]:
+    return jobs.run_all(source, [sys.executable, source.script], 1, [], came, [])
 
-    class Source(Grid):
-        def hopeless(self, run, records):
-            seen.append([record["step"] for record in records])
-            return records[-1]["loss"] > 0.5
 
-    found = [(run.name, status) for run, status, _ in jobs.run_all(Source(runs), ended, command, 1, [], [], [])
-             if status]  # fmt: skip
+def test_a_hopeless_run_is_stopped_and_recorded():
+    source = plan("--lr=0.9,0.1", "--max_steps=60").open()
+    runs, seen = source.runs, []
+
+    def hopeless(run, records):
+        seen.append([record["step"] for record in records])
+        return records[-1]["loss"] > 0.5
+
+    source.hopeless = hopeless
+    found = [(run.name, status) for run, status, _ in run_all(source, []) if status]
     assert found == [("lr=0.9", "pruned"), ("lr=0.1", "done")]
     assert all(steps == list(range(1, len(steps) + 1)) for steps in seen)
     told = record(runs[0].folder, runs[0].values, "pruned", 0, 1.0)
@@ -585,9 +614,9 @@ def test_a_hopeless_run_is_stopped_and_recorded(monkeypatch):
 
 def test_a_run_that_takes_no_notice_of_signals_is_killed_with_what_it_started(monkeypatch):
     monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.2)
-    runs, ended, command = runs_of("--seed=0,1", "--max_steps=10000", "--deaf")
-    came = []
-    for run, status, job in jobs.run_all(Grid(runs), ended, command, 1, [], came, []):
+    source = plan("--seed=0,1", "--max_steps=10000", "--deaf").open()
+    runs, came = source.runs, []
+    for run, status, job in run_all(source, came):
         if not came and (runs[0].folder / "child").exists():
             child = (runs[0].folder / "child").read_text()
             came.append(signal.SIGINT)
@@ -614,42 +643,85 @@ def test_records_are_read_as_they_grow(tmp_path):
     assert records.grown() and records.records == [{"step": 1}]
 
 
-def test_time_left_is_by_steps(monkeypatch):
-    def job(name: str, first_step: int, step: int, began: float = 100.0, seconds: float = 0.0) -> SimpleNamespace:
-        run = SimpleNamespace(name=name, cfg=SimpleNamespace(max_steps=400), folder=Path("none"))
-        return SimpleNamespace(run=run, records=SimpleNamespace(records=[{"step": step, "loss": 0.5}]), total=None,
-                               first_step=first_step, began=began, seconds=seconds)
+class Simulated:
+    """A run by a clock: it gets ready, takes its steps with a record of every tenth, and ends."""
 
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: 120.0)
-    shown = progress.Progress(5, 1, {"a": 400, "b": 400, "c": 400, "d": 200}, at_a_time=2)
-    assert shown.left() is None
-    shown.show([job("a", 100, 100), job("b", 0, 0)])
-    assert shown.left() is None
-    # 0.2 s a step of either: 40 and 60 s of those at work, and 600 steps of those that wait.
-    shown.show([job("a", 100, 200), job("b", 0, 100)])
-    assert shown.left() == pytest.approx((40 + 60 + 120) / 2)
-    # A run that ended tells what a step costs with begin and end: 0.3 s; b has 200 left of 0.1 s, or 400 of 0.3 - 20 s.
-    shown.end("a", job("a", 100, 400, seconds=90))
-    shown.show([job("b", 0, 200)])
-    assert shown.left() == pytest.approx((100 + 600 * 0.3) / 2)
-    assert progress.how_far(job("a", 2, 7)) == (7, 5, 400, 0.5, 20)
-    shown.end("c", None)  # by another process
-    assert shown.left() == pytest.approx(100) and shown.ended == 3  # b alone takes longer than its share
+    def __init__(self, name: str, steps: int, began: float, ready: float, pace: float, ending: float):
+        self.run = SimpleNamespace(name=name, cfg=SimpleNamespace(max_steps=steps), folder=Path("none"))
+        self.steps, self.began, self.ready, self.pace = steps, began, ready, pace
+        self.seconds, self.first_step, self.total = ready + steps * pace + ending, 0, None
+
+    def at(self, now: float) -> "Simulated":
+        done = min(self.steps, int(max(0.0, now - self.began - self.ready) / self.pace))
+        self.records = SimpleNamespace(records=[{"step": step, "time_s": step * self.pace, "loss": 0.5}
+                                                for step in range(10, done + 1, 10)])  # fmt: skip
+        return self
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_time_left_is_near_what_it_comes_to(monkeypatch, known):
+    """Two at a time of eight runs, every second one of half the length, which take longer to get ready than to step."""
+    lengths = {f"run{i}": 100 if i % 2 else 200 for i in range(8)}
+    source = SimpleNamespace(total=8, count_ended=lambda: 0, steps=lambda: dict(lengths) if known else {})
+    shown = progress.Progress(source, at_a_time=2)
+    waiting, working, now, told = deque(lengths.items()), [], 1000.0, []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    while waiting or working:
+        while waiting and len(working) < 2:
+            working.append(Simulated(*waiting.popleft(), now, ready=20, pace=0.1, ending=10))
+        for _ in range(4):
+            now += 0.25 * min(job.began + job.seconds - now for job in working)
+            shown.show([job.at(now) for job in working])
+            told.append((now, shown.left()))
+        now = min(job.began + job.seconds for job in working)
+        for job in [job.at(now) for job in working if job.began + job.seconds <= now]:
+            working.remove(job)
+            shown.show(working)
+            shown.end(job.run.name, "", job, shown.ended + 1, True)
+            told.append((now, shown.left()))
+    first = next(left for _, left in told if left is not None)
+    assert told[0][1] is None and first > 0.4 * (now - 1000)  # the end of a run is not known before one has ended
+    # Where another process ends as many, half of what waits is left to it.
+    shown.total, shown.steps = 18, {}
+    alone = shown.left()
+    shown.ended = 16
+    assert alone == pytest.approx(10 * 45 / 2)
+    shown.total = 26
+    assert shown.left() == pytest.approx(alone / 2)
+    ended = [(now - then, left) for then, left in told if left is not None and then > 1050]
+    for comes_to, left in ended:
+        assert abs(left - comes_to) < (8 if known else 20), (comes_to, left)
+    assert len(ended) > 20 and ended[-1] == (0, 0)
+
+
+def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
+    def far(steps: int, seconds: float, pace: float | None) -> progress.HowFar:
+        return progress.HowFar(steps, steps, steps, pace, seconds)
+
+    assert progress.expected([far(200, 50, 0.1), far(100, 40, 0.1)], 400) == pytest.approx(70)
+    assert progress.expected([far(200, 50, 0.1), far(100, 40, 0.1)], None) == 45
+    assert progress.expected([far(200, 50, None)], 100) == 50  # too short a run to tell
+    # Of 400 steps from step 100 on, 50 of them done here in 20 s: its share of 80 s, or its own pace.
+    here = progress.HowFar(150, 50, 400, 0.1, 20)
+    assert progress.rest(here, 80) == 40 and progress.rest(here, 10) == pytest.approx(25)
+    assert progress.rest(here._replace(total=None), 80) == 60
+    records = [{"step": 50, "time_s": 99}, {"step": 110, "time_s": 31}, {"step": 120}, {"step": 130, "time_s": 33}]
+    assert progress.pace(records, 100) == 0.1 and progress.pace(records[:2], 100) is None
     Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
     assert progress.total_steps(Path("train.log")) == 1200 and progress.total_steps(Path("absent")) is None
 
 
 def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on():
-    job = Job("sweep", *LONG, PYTHONPATH=str(ROOT))
-    wait_for(lambda: Path("sweep/lr=0.1,seed=0/last.pt").exists(), job, "the first run")
+    job = Job("commands", *LONG, function="sweep_quickly", PYTHONPATH=str(ROOT))
+    wait_for(lambda: Path("sweep/seed=0/last.pt").exists(), job, "the first run")
     job.send_signal(signal.SIGINT)
     assert job.wait() == 128 + signal.SIGINT
-    assert "stopped after" in Path("sweep/lr=0.1,seed=0/console.log").read_text()
-    assert [(line["run"], line["status"]) for line in lines()] == [("lr=0.1,seed=0", "stopped")]
-    assert "error: stopped by a signal, 3 not begun; the same command goes on from there" in job.console.read_text()
-    saved = json.loads(Path("sweep/lr=0.1,seed=0/last.pt").read_text())
+    assert "stopped after" in Path("sweep/seed=0/console.log").read_text()
+    assert [(line["run"], line["status"]) for line in lines()] == [("seed=0", "stopped")]
+    assert "error: stopped by a signal with 0 of 3 ended; the same command goes on" in job.console.read_text()
+    saved = json.loads(Path("sweep/seed=0/last.pt").read_text())
     sweep.main(list(LONG))
-    assert starts("lr=0.1,seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 4
+    assert starts("seed=0") == [0, saved] and [line["status"] for line in lines()] == ["done"] * 3
 
 
 # -------------------------------------------------------------------------------------------------- studies
@@ -704,6 +776,25 @@ def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
     assert json.loads(Path("sweep/max_steps=3/config.json").read_text())["widths"] == [3]
 
 
+def test_held_out_types_have_one_table(monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "show_comparison", SHOW_COMPARISON)
+    Path("train_tiny.py").write_text(PAGE.replace('"ghmm"', '"state"'))
+    monkeypatch.setattr(holdouts, "plan", lambda *_: [Variation("a", {}, {"held_out": "a"}),
+                                                      Variation("b", {"lr": "7"}, {"held_out": "b"})])  # fmt: skip
+    for answer, tables in ((["its table"], 0), (None, 1)):
+
+        def compare(runs, folder, wanted, shows_table, answer=answer):
+            assert [run.name for run in runs] == ["a_seed0"] and shows_table
+            if answer is None:
+                raise ValueError("a failure never hides the table")
+            return answer
+
+        monkeypatch.setattr(comparison, "compare", compare)
+        swept("--holdout=each", code=1)
+        out = capsys.readouterr().out
+        assert out.count("held_out") == tables and "b_seed0: failed (exit code 1): error: the loss" in out
+
+
 # -------------------------------------------------------------------------------------------------- the table
 
 
@@ -720,6 +811,9 @@ def test_the_error_of_a_run_is_told_whatever_a_launcher_says_after_it():
     told = record(Path("."), {}, "failed", 1, 1.0)
     assert told["last_lines"] == [*"bcdef", "error: no such file"]
     assert in_words(told, []) == "failed (exit code 1): error: no such file"
+    ranks = ["[rank1]: Traceback (most recent call last):", "[rank1]:    main()", "[rank1]: MemoryError: too much"]
+    Path("console.log").write_text("\n".join([*ranks, "ChildFailedError:", *"=====", "Root Cause", "====="]))
+    assert in_words(record(Path("."), {}, "failed", 1, 1.0), []) == "failed (exit code 1): MemoryError: too much"
 
 
 def test_what_runs_are_compared_by():
@@ -736,7 +830,7 @@ def test_seeds_are_averaged_and_nothing_else_is():
                 "settings": {"lr": lr, "seed": str(seed)}, "summary": summary}  # fmt: skip
 
     told = [line("1", 0, loss=1.0, plan_gain=None), line("1", 1, loss=2.0), line("1", 2, loss=4.5, plan_gain=7.0),
-            line("2", 0, loss=2.0), line("3", 0, loss=None)]  # fmt: skip
+            line("2", 0, loss=2.0), line("3", 0, loss=float("nan"))]  # fmt: skip
     ranked = groups(told, ["loss"], less_is_better=True)
     assert [group.settings for group in ranked] == [{"lr": "2"}, {"lr": "1"}, {"lr": "3"}]
     assert ranked[1].mean("loss") == 2.5
@@ -789,9 +883,7 @@ def test_what_a_real_page_saves_is_what_its_run_was_planned_with(capsys, monkeyp
              "eval_sequences=16", "device=cpu", "hydra.sweep.dir=sweep", "--no-tensorboard")  # fmt: skip
     page, _ = import_page("train_ghmm.py")
     monkeypatch.setattr(page, "plot_run", lambda *args, **options: None)
-    cfg, own, sweeper = sweep.read_words(page, list(words))
-    _, runs = plan_runs(page, own, sweeper, cfg)
-    page.main(runs[0].words)
+    page.main(plan(*words, name="train_ghmm.py").runs[0].words)
     sweep.main(["train_ghmm.py", *words])
     out = capsys.readouterr().out
     assert "1 run of train_ghmm.py in sweep, 1 ended before" in out

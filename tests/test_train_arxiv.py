@@ -673,6 +673,8 @@ def test_without_a_test_the_final_numbers_are_of_validation_and_a_line_says_so(d
     settings = (*TINY, "--data=data", "--categories=a", "--max_steps=2", "--probe=false")
     if damage == "other":
         assert words in "error: " + refused(capsys, *settings) and not Path("run").exists()
+        with pytest.raises(DataError, match="differs from the training chunks"):  # once, not by every run of a study
+            planned(Path("data"), "k=1,2")
         settings = (*settings, "--final_split=validation")
     summary = train_arxiv.main([*settings])
     assert summary["final_split"] == "validation" and "test_xe" not in summary
@@ -912,7 +914,8 @@ def test_a_study_is_planned_as_it_is_called():
     assert [len(s) for s in plan_study("k=1,4", FIVE)] == [1] * 5 + [4] * 5 and len(plan_study("all", FIVE[:3])) == 7
     assert run_name(["cs.PL", "cs.DS", "cs.IT"]) == "K3_cs.DS_cs.IT_cs.PL"
     assert run_name(["cs.PL"], 7) == "K1_cs.PL_seed7"
-    for study in ("K3_cs.DS_cs.IT_cs.PL,K1_math.ST", "K3_csDS_csIT_csPL,K1_mathST",  # by the older names too
+    assert plan_study("k=4,1,4", FIVE) == plan_study("k=4,1", FIVE)
+    for study in ("K3_cs.DS_cs.IT_cs.PL,K1_math.ST,K1_mathST", "K3_csDS_csIT_csPL,K1_mathST",  # by the older names too
                   "K3_cs.PL_cs.DS_cs.IT,K1_math.ST"):
         assert plan_study(study, FIVE) == [["cs.DS", "cs.IT", "cs.PL"], ["math.ST"]]
 
@@ -959,7 +962,7 @@ def test_a_study_that_cannot_be_is_refused(study, words):
         plan_study("k=1,2", FIVE, 2)
 
 
-def test_controls_are_each_category_alone_at_its_share_of_every_k(data):
+def test_controls_are_each_category_alone_at_its_share_of_every_k(data, capsys):
     runs = planned(data, "nested:1,2,3", controls=True)
     assert [run.name for run in runs] == [
         "K1_a", "K1_b", "K1_c", "K2_a_b", "K2_b_c", "K2_a_c", "K3_a_b_c",
@@ -974,6 +977,11 @@ def test_controls_are_each_category_alone_at_its_share_of_every_k(data):
     assert [(run.name, run.settings.get("budget_tokens")) for run in half] == [
         ("K2_a_c", None), ("control2_a", "120"), ("control2_c", "120")]
     assert [run.name for run in planned(data, "all")] == [run_name(s) for s in plan_study("all", list("abc"))]
+    capsys.readouterr()
+    planned(data, "k=2,3", controls=True)  # of 13 chunks, twice in batches of 8
+    assert "a control of K = 3 has 4 steps, the first 4 of which warm up" in capsys.readouterr().err
+    planned(data, "k=2,3", "--warmup_steps=2", controls=True)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("study, settings, words", [

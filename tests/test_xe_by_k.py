@@ -160,13 +160,9 @@ def test_noise_as_large_as_the_effect_tells_no_law_from_another():
     assert not any(told.values())
 
 
-def test_aicc_is_that_of_the_textbook_and_held_out_errors_those_of_a_loop():
+def test_held_out_errors_are_those_of_a_loop():
     sizes = np.array([1, 2, 4])
     m = a_table(np.random.default_rng(8), 4, 3, 1)
-    fit = xe_by_k.fit_law(LOG, m, sizes)
-    n, k = 10, 4 + 1 + 1
-    left = np.nansum((m - fit.levels[:, None] - fit.b * np.log(sizes)[:, None]) ** 2)
-    assert xe_by_k.aicc(LOG, m, sizes)[0] == pytest.approx(n * np.log(left / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1))
     errors = []
     for j in range(3):
         rest = np.delete(m, j, 1)
@@ -174,7 +170,6 @@ def test_aicc_is_that_of_the_textbook_and_held_out_errors_those_of_a_loop():
         errors += ((m[:, j] - fit.levels - fit.b * np.log(sizes[j])) ** 2).ravel().tolist()
     assert xe_by_k.held_out_errors(LOG, m, sizes)[0] == pytest.approx(np.nanmean(errors))
     assert np.isnan(xe_by_k.held_out_errors(LOG, m[:, :2], sizes[:2])).all()  # one K left has any slope
-    assert np.isnan(xe_by_k.aicc(LOG, m[:1, :2], sizes[:2])).all()
 
 
 def test_no_law_without_a_category_in_runs_of_two_sizes():
@@ -297,6 +292,59 @@ def test_growth_is_dilution_and_interference_paired_by_category_and_seed():
     assert xe_by_k.growth_parts(study, {3: control}) == []
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_a_run_adds_to_all_of_its_categories_is_in_the_error_of_growth(seeds):
+    """The largest K has one set: its luck is in every category, and errors over categories alone know nothing of it."""
+    seen = rotations(4, (1, 2, 4))
+    covered, narrow = 0, 0
+    for number in range(100):
+        rng = np.random.default_rng(number)
+
+        def xe_of(categories, run, rng=rng):
+            luck = 0.03 * rng.standard_normal()
+            return (2 + 0.1 * np.log(categories.sum()) + luck + 0.01 * rng.standard_normal(4))[:, None]
+
+        study = a_study(seen, xe_of, seeds)
+        parts = xe_by_k.growth_parts(study, {4: study.among(study.sizes == 1)})
+        growth = [part["growth"][0] for part in parts]
+        shared = xe_by_k.shared_errors(study, np.array([1, 2, 4]))
+        low, high = xe_by_k.t_interval(growth, shared[2])
+        covered += low <= 0.1 * np.log(4) <= high
+        low, high = xe_by_k.t_interval(growth)
+        narrow += low <= 0.1 * np.log(4) <= high
+    assert covered > 0.92 * 100 and narrow < 0.9 * 100
+
+
+def test_shared_errors_are_of_seeds_and_of_sets_as_far_as_some_were_left_out():
+    levels = np.array([1.0, 5.0, 9.0, 2.0])
+    sizes = np.array([1, 2, 4])
+    seen = rotations(4, (1, 2, 4))
+    noise = 3 * np.random.default_rng(12).standard_normal((9, 1)) + np.random.default_rng(13).standard_normal((9, 2))
+    study = a_study(seen, lambda s, run: (levels + noise[run // 2, run % 2])[:, None], seeds=2)
+    several = seen.sum(1) > 1
+    within = noise - noise.mean(1, keepdims=True)
+    of_seeds = (within[several] ** 2).sum() / several.sum() / 2  # in a mean over two
+    of_pairs = study.xe[study.sizes == 2, :, 0] - levels_of(study, sizes)
+    pairs = np.array([run[s].mean() for run, s in zip(of_pairs, study.seen[study.sizes == 2], strict=True)])
+    beyond = pairs.reshape(4, 2).mean(1).var(ddof=1) - of_seeds
+    assert beyond > 0  # four of six pairs were trained on, and the only set of four
+    assert xe_by_k.shared_errors(study, sizes) == pytest.approx(
+        [0, np.sqrt((of_seeds + beyond * (1 - 4 / 6)) / 4), np.sqrt(of_seeds)])
+    few = study.among(study.sizes != 2)
+    of_four = (within[seen.sum(1) == 4] ** 2).sum() / 2
+    assert xe_by_k.shared_errors(few, sizes[[0, 2]]) == pytest.approx([0, np.sqrt(of_four)])
+    one = study.among(study.seeds == 0)  # seeds are not known apart from sets
+    pairs = one.xe[one.sizes == 2, :, 0] - levels_of(one, sizes)
+    pairs = np.array([run[s].mean() for run, s in zip(pairs, one.seen[one.sizes == 2], strict=True)])
+    assert xe_by_k.shared_errors(one, sizes) == pytest.approx([0, pairs.std(ddof=1) / 2, pairs.std(ddof=1)])
+    assert np.isnan(xe_by_k.shared_errors(few.among(few.seeds == 0), sizes[[0, 2]])[1])
+
+
+def levels_of(study: Study, sizes: np.ndarray) -> np.ndarray:
+    """The level of each category, [C]."""
+    return xe_by_k.additive(xe_by_k.cell_means(study.xe, xe_by_k.cell_weights(study, sizes)))[1][:, 0]
+
+
 def test_the_tradeoff_is_of_the_same_categories_seen_and_unseen():
     levels = np.array([1.0, 2.0, 6.0])
 
@@ -309,6 +357,17 @@ def test_the_tradeoff_is_of_the_same_categories_seen_and_unseen():
     assert [row["unseen_xe"] for row in rows[:2]] == pytest.approx([3.8, 3.6])
     assert rows[2]["unseen_xe"] is None and rows[2]["unseen_se"] is None
     assert [row["seen_se"] for row in rows] == pytest.approx([0, 0, 0], abs=1e-9)
+    # The luck of a run is in all of its categories alike: errors over categories alone do not have it.
+    luck = np.random.default_rng(13).standard_normal(7)
+    lucky = a_study(every_set(3, (1, 2, 3)), lambda s, run: xe_of(s, run) + luck[run])
+    for name, seen in (("seen", True), ("unseen", False)):
+        sizes = np.array([1, 2, 3])
+        m = xe_by_k.cell_means(lucky.xe, xe_by_k.cell_weights(lucky, sizes, seen))
+        shared = xe_by_k.shared_errors(lucky, sizes, seen)
+        expected = np.hypot(xe_by_k.paired_errors(m)[:, 0], shared)
+        found = [row[f"{name}_se"] for row in xe_by_k.tradeoff(lucky)]
+        assert shared[1] > 0.1 and found[:2] == pytest.approx(expected[:2])
+        assert found[2] == (pytest.approx(expected[2]) if seen else None)
 
 
 def test_an_interval_over_few_categories_is_students():
@@ -316,4 +375,5 @@ def test_an_interval_over_few_categories_is_students():
     low, high = xe_by_k.t_interval(values)
     mean, error = xe_by_k.mean_and_error(values)
     assert (high - mean) / error == pytest.approx(4.3027, abs=1e-4) and mean - low == pytest.approx(high - mean)
+    assert xe_by_k.mean_and_error(values, 2.0)[1] == pytest.approx(np.hypot(error, 2))
     assert xe_by_k.t_interval([1.0]) is None and xe_by_k.mean_and_error([1.0]) == (1.0, None)

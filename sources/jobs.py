@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -51,7 +51,6 @@ class Records:
         self.seen = status.st_ino, done + sum(len(line) + 1 for line in lines)
         self.records += [record for record in new if isinstance(record, dict)]
         return bool(new)
-
 
     def last_step(self) -> int:
         return self.records[-1].get("step", 0) if self.records else 0
@@ -135,8 +134,8 @@ def start(run: Any, command: list, lock: IO, jobs: int, gpu: str | None) -> Job:
     return job
 
 
-def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: int, gpus: list[str], came: list[int],
-            working: list[Job]) -> Iterator[tuple[Any, str, Job | None]]:
+def run_all(source: Any, command: list, jobs: int, gpus: list[str], came: list[int], working: list[Job]
+            ) -> Iterator[tuple[Any, str, Job | None]]:
     """(run, status, what it was) of each run as it ends: done, failed, stopped or pruned.
 
     There is no job of a run that turns out to have ended before, nor of one that another process is at work on, whose
@@ -144,7 +143,7 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
     times a second, tells that all are at work.
 
     Args:
-        source: of runs, as sources.runs.Grid is. has_ended: whether a run has ended before.
+        source: of runs, as sources.runs.Grid is.
         command: the words before those of a run. jobs: runs at a time. gpus: names of those to share, one a run.
         came: signals, after which no run starts and those at work save. working: filled with the runs at work.
     """
@@ -173,7 +172,7 @@ def run_all(source: Any, has_ended: Callable[[Any], bool], command: list, jobs: 
                     if looked != now:  # not one that was elsewhere already
                         yield run, "elsewhere", None
                     elsewhere.append(run)
-                elif has_ended(run):
+                elif source.has_ended(run):
                     with lock:
                         yield run, "done", None
                 else:
