@@ -91,9 +91,9 @@ def read_run(folder: Path) -> HeldOut | None:
             numbers.append({title: means.get(metric) for title, metric in METRICS.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not whole, or of something else
-    # Of the cells alone: who trains is another thing in each run. Runs of before do not say it.
-    tasks = summary.get("data", {}).values()
-    others = {"cells": " ".join(task.split("-")[0] for task in tasks), "script": digest("".join(scripts))}
+    # Of the cells alone, as sources.cells.Cells.task has it: who trains is another thing in each run.
+    cells = [task.split("-")[0] for task in summary.get("data", {}).values() if "-" in task]  # none of runs of before
+    others = {"cells": " ".join(cells), "script": digest("".join(scripts))}
     for name, value in settings.items():
         if name not in APART:
             others[name] = json.dumps(value)
