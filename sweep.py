@@ -83,6 +83,9 @@ def read_words(page: ModuleType, argv: list[str]) -> tuple[Config, list[Word], S
     sweeper = read_sweeper(hydra)
     if sweeper.unused:
         note(f"without effect here: {', '.join(sweeper.unused)}")
+    for name, example in (("study", "nested:1,2,4"), ("holdout", "each")):
+        if own.get(name) == "":
+            raise InputError(f"{name} is empty: --{name}={example}, or leave it out")
     cfg = configure(Config, [f"--{name}={value}" for name, value in (sweeper.ours | own).items()])
     words = [word for word in words if not HYDRA.match(word.key)]
     for word in words:

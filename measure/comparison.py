@@ -68,6 +68,11 @@ class Run:
         return typed(self.config.get(SEED))
 
     @property
+    def device(self) -> str:
+        """cpu or cuda, of whichever number."""
+        return str(self.summary.get("device")).split(":")[0]
+
+    @property
     def kind(self) -> str:
         """The experiment, which a copy of a page keeps; of a script without any its name."""
         return self.experiment or self.script
@@ -130,8 +135,7 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
     if not run.config.get("patience"):  # with it a run stops by its own loss, earlier or later by the seed
         terms["steps"] = same_text(typed(run.summary.get("steps")))
     if run.config.get("precision") == "auto":  # another one on another device
-        kind = str(run.summary.get("device")).split(":")[0]
-        terms["precision"] = same_text(f"auto on {kind}")
+        terms["precision"] = same_text(f"auto on {run.device}")
 
     results = {}
     if (run.folder / "results.json").exists():
@@ -401,7 +405,7 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
     notes = []
     places = {}
     for run in ended:
-        place = f"torch {run.summary.get('torch')} on {run.summary.get('device')}"
+        place = f"torch {run.summary.get('torch')} on {run.device}"
         places[place] = places.get(place, 0) + 1
     if len(places) > 1:
         made = ", ".join(f"{place} ({counted(count, 'run')})" for place, count in places.items())
@@ -412,7 +416,24 @@ def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
         stopped.setdefault(settings, set()).add(run.summary.get("steps"))
     if any(len(steps) > 1 for steps in stopped.values()):
         notes.append("Runs of one row stopped by their own loss (patience), after different numbers of steps.")
+    for names in without_effect(told):
+        notes.append(f"Runs that differ in {names} alone came to the same numbers: that had no effect.")
     return notes
+
+
+def without_effect(told: list[dict]) -> list[str]:
+    """The settings in which runs differ that came to the same numbers."""
+    alike = {}
+    for line in told:
+        results = {name: value for name, value in line["summary"].items() if isinstance(value, float)}
+        results = frozenset((name, value) for name, value in results.items() if name not in FACTS)
+        alike.setdefault((results, line["settings"].get(SEED)), []).append(line["settings"])
+    found = {}
+    for (results, _), settings in alike.items():
+        differing = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+        if results and differing:
+            found[", ".join(differing)] = None
+    return list(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 from common.errors import reason
 from configurator import Text, config_dict, convert
 from measure import figures
+from sources.shared import from_here
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DOTS_PER_PIXEL = 1.5  # our pictures have 150 dots an inch; at 100 their letters are as large as the page's
@@ -346,9 +347,6 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
     copy = run / script.name
     if copy.exists() and copy.read_bytes() != script.read_bytes():
         text.append(f"{script.name} was edited since: {copy} is what the run began with.")
-    where = os.path.abspath(script)
-    if Path(where).is_relative_to(Path.cwd()):
-        where = os.path.relpath(script)
     words = [f"--{name}={typed(value)}" for name, value in settings.items()]
     if untold:
         text.append(f"What cannot be typed ({', '.join(untold)}) it takes from the file.")
@@ -357,7 +355,7 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
     rows = []
     for name, value in settings.items():
         rows.append({"setting": name, "value": typed(value), "default": typed(defaults[name])})
-    return Section("Settings", text, tables=[rows], commands=[command_line(where, words)])
+    return Section("Settings", text, tables=[rows], commands=[command_line(from_here(script), words)])
 
 
 def what_the_command_does(resume: str | None) -> str:

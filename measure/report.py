@@ -405,7 +405,8 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
     by_position = columns(of_model, "position", "b", "low", "high", "held_out_rms")
 
     against, slopes = picture_name("xe_against_k", group), picture_name("law_by_position", group)
-    heading = f"XE against K: {len(arrays.names)} categories, {counted(len(group.runs), 'run')}"
+    categories = counted(int(in_law(found).sum()), "category", "categories")
+    heading = f"XE against K: {categories}, {counted(len(group.runs), 'run')}"
     draw_law(out, against, found, optimum, heading)
     draw_slopes(out, slopes, found, optimum, arrays.positions, "What an e-fold of K costs after so many tokens")
     said = (
@@ -451,19 +452,25 @@ def law_sentence(group: Group, arrays: Arrays, found: dict) -> str:
         verb, b, low, high = "falls", -b, -high, -low
     sets = arrays.study.sets.max() + 1
     seeds = len(np.unique(arrays.study.seeds))
+    inside = in_law(found)
     of = [
-        counted(len(arrays.names), "category", "categories"),
+        counted(int(inside.sum()), "category", "categories"),
         counted(int(sets), "set"),
         counted(seeds, "seed"),
     ]
     if arrays.documents is not None:
-        of.append(counted(arrays.documents, "document"))
+        of.append(counted(int(arrays.documents[inside].sum()), "document"))
     known = "no interval: nothing here says how sets vary"
     if found["varied"]:
         known = f"95% interval {low:.4f} to {high:.4f} over {found['varied']}"
     if found["varied"] == "documents":
         known += " alone: how sets vary is not known"
     return f"{subject} {verb} by {b:.4f} nats per e-fold of K ({known}; {', '.join(of)})."
+
+
+def in_law(found: dict) -> np.ndarray:
+    """The categories that say something of the law, [C]: those that runs of several K have trained on."""
+    return np.isfinite(found["means"][..., -1]).sum(1) > 1
 
 
 def optimum_sentence(optimum: dict) -> str:
@@ -514,11 +521,10 @@ def law_terms(arrays: Arrays, found: dict) -> list[str]:
         "without it, in turn. A law is told from the best where the 95% interval of the difference of the squared "
         "held-out errors, over documents and sets, is above 0."
     )
-    documents = (
-        f"documents ({arrays.documents:,}, drawn with replacement within their category, the same in all runs)"
-        if arrays.documents is not None
-        else f"no documents ({arrays.why})"
-    )
+    documents = f"no documents ({arrays.why})"
+    if arrays.documents is not None:
+        many = int(arrays.documents[in_law(found)].sum())
+        documents = f"documents ({many:,}, drawn with replacement within their category, the same in all runs)"
     if "sets" in found["varied"]:
         of_sets = (
             f"sets ({sets}, with their seeds, by a wild cluster bootstrap of what each set is off a law fitted "
@@ -720,11 +726,10 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     lines = []
     if len(both) > 1:
         first, last = both[0], both[-1]
-        seen = last["seen_xe"] - first["seen_xe"]
-        unseen = last["unseen_xe"] - first["unseen_xe"]
+        seen, unseen = (change(first, last, kind) for kind in ("seen", "unseen"))
         lines.append(
-            f"From K = {first['K']} to {last['K']} XE changes by {seen:+.4f} nats on categories trained on and by "
-            f"{unseen:+.4f} on the others."
+            f"From K = {first['K']} to {last['K']} XE changes by {seen} nats on categories trained on and by "
+            f"{unseen} on the others."
         )
         text += lines
     text.append(
@@ -740,6 +745,13 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
         titled("Specialisation and diversity", group), text, [rows], [(out / "plots" / f"{name}.png", caption)]
     )
     return Part([section], {"xe_tradeoff": rows}, lines)
+
+
+def change(first: dict, last: dict, kind: str) -> str:
+    """What XE changes by between two K, with the standard error of the difference where it is known."""
+    difference = f"{last[f'{kind}_xe'] - first[f'{kind}_xe']:+.4f}"
+    errors = first[f"{kind}_se"], last[f"{kind}_se"]
+    return difference if None in errors else f"{difference} +- {np.hypot(*errors):.4f}"
 
 
 def context_section(group: Group, arrays: Arrays, found: dict | None, out: Path) -> Part:

@@ -18,7 +18,7 @@ class Arrays(NamedTuple):
     """Runs as arrays: study (xe_by_k.Study) of its runs, optimum (of the exact one, or None), controls by K.
 
     names: of the categories. positions: those reported, early and late of the in-context score among them. documents:
-    how many, None where they are not known, and why not.
+    how many of each category, None where they are not known, and why not.
     """
 
     study: Study
@@ -28,7 +28,7 @@ class Arrays(NamedTuple):
     positions: list[int]
     early: int
     late: int
-    documents: int | None
+    documents: np.ndarray | None
     why: str
 
 
@@ -94,8 +94,8 @@ def losses(
 
 def drawn(
     runs: list[dict], names: list[str], positions: list[int], xe: np.ndarray
-) -> tuple[np.ndarray | None, int | None, str]:
-    """(XE on documents drawn with replacement [B, R, C, P], number of documents, ""), or (None, None, why not)."""
+) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+    """(XE on documents drawn with replacement [B, R, C, P], documents by category, ""), or (None, None, why not)."""
     first = None
     sums = []
     for run, measured in zip(runs, xe, strict=True):
@@ -118,7 +118,8 @@ def drawn(
     codes, _, counts, _ = first
     if np.bincount(codes).min() < 2:
         return None, None, "a category has a single document, which says nothing of others"
-    return draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED), len(codes), ""
+    draws = draw_documents(sums, counts, codes, len(names), RESAMPLES, SEED)
+    return draws, np.bincount(codes, minlength=len(names)), ""
 
 
 def read_documents(

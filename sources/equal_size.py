@@ -85,16 +85,13 @@ def resize(page: ModuleType, reference: Any, cfgs: Sequence) -> list[dict[str, s
         raise DataError("equal_parameters decides about d_model: take it out of the lists, or leave equal_parameters "
                         "out")
     wanted = size_in(page, reference)
-    sizes = [size_in(page, cfg) for cfg in cfgs]
-    if all(size == wanted for size in sizes):
+    if all(size_in(page, cfg) == wanted for cfg in cfgs):
         raise DataError(f"equal_parameters: all runs have {wanted:,} parameters as they are: list what changes the "
                         "size, such as --num_plan_states=1,2,4,8, or leave it out")
     settings = []
-    for cfg, size in zip(cfgs, sizes, strict=True):
-        widths = {"d_model": cfg.d_model}
-        if size != wanted:
-            vocab_size = page.open_data(cfg).vocab_size
-            widths, _ = as_large(page.build_model, cfg, vocab_size, wanted, "equal_parameters")
+    for cfg in cfgs:
+        vocab_size = page.open_data(cfg).vocab_size
+        widths, _ = as_large(page.build_model, cfg, vocab_size, wanted, "equal_parameters")
         settings.append({name: str(width) for name, width in widths.items()})
     return settings
 

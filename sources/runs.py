@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shlex
@@ -18,13 +17,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from common import checkpoint
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
 from sources.outcomes import BOOK, append, read, read_object, record
-from sources.shared import counted
+from sources.shared import counted, from_here
 from sources.studies import Variation, resized, variations
 from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
 
@@ -166,8 +165,7 @@ class Grid:
 
 def command(script: Path, words: list[str]) -> str:
     """What can be typed to run a page from here."""
-    path = os.path.relpath(script)
-    return shlex.join(["python", str(script) if path.startswith("..") else path, *words])
+    return shlex.join(["python", from_here(script), *words])
 
 
 def make_folder(folder: Path) -> None:
@@ -305,7 +303,9 @@ def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweepe
         varied = variations(page, reference, cfg) or varied
     if not listed and varied == [None]:
         for word in words:
-            if word.key and not word.value:
+            kind = settings.kinds.get(settings.resolve(word.key.split("."))[0])
+            may_be_none = type(None) in get_args(kind)  # such as batch_col, of which empty is a value
+            if word.key and not word.value and not may_be_none:
                 raise InputError(f"{word.head}: the list is empty: {word.head}VALUE,VALUE lists two values")
         raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
                          "some, or run the page by itself")

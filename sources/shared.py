@@ -137,6 +137,12 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near!r}? There are {quoted(names)}"
 
 
+def from_here(path: Path) -> str:
+    """A file as it can be named in the current folder: the way to it if it is below, else in full."""
+    way = os.path.relpath(path)
+    return os.path.abspath(path) if way.startswith("..") else way
+
+
 def counted(number: int, noun: str, plural: str = "") -> str:
     """1 file, 2 files; with a plural of its own: 1 batch, 2 batches; 1 token is, 2 tokens are."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {plural or noun + 's'}"

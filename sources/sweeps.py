@@ -68,7 +68,7 @@ def take_apart(argv: list[str], own_names: Collection[str], switches: Collection
                ) -> tuple[dict[str, str], list[Word]]:
     """({own name: value}, the other words): --key=value, --key value, key=value, switches and files.
 
-    switches: own names that need no value.
+    switches: own names that need no value. Raises InputError for another without one.
     """
     own, words = {}, []
     left = deque(argv)
@@ -85,6 +85,8 @@ def take_apart(argv: list[str], own_names: Collection[str], switches: Collection
             name = typed[2:].replace("-", "_")
             if re.search("[,(]", left[0]) or name in own_names or name == CONFIG_NAME:
                 match = re.fullmatch(r"(--)(.*?)=(.*)", f"{typed}={left.popleft()}", re.DOTALL)
+        if not match and typed.startswith("--") and switch in own_names:
+            raise InputError(f"{typed} needs a value: {typed}=VALUE")
         if not match:
             words.append(Word("", "", typed))
             continue

@@ -416,9 +416,13 @@ def test_where_runs_stopped_by_themselves_the_answer_claims_no_equal_tokens(caps
 def test_controls_are_no_runs_of_the_study_and_tell_dilution_from_interference(capsys):
     write_study(controls=True)
     write_run("runs/stray", "a", control_of=2, settings=SETTINGS | {"lr": 7.0})
+    other_share = write_run("runs/longer", "a", seed=5, control_of=2) | {"tokens": 880}
+    Path("runs/longer/results.json").write_text(json.dumps(other_share))
     page = told()
     assert [(row["K"], row["runs"]) for row in rows_of("runs/xe_by_k.csv")] == [("1", "8"), ("2", "8"), ("4", "2")]
-    assert "stray is a control of K = 2 of no runs here: not used" in capsys.readouterr().out
+    lines = capsys.readouterr().out
+    for name in ("stray", "longer"):
+        assert f"{name} is a control of K = 2 of no runs here: not used" in lines
     table = rows_of("runs/xe_controls.csv")
     assert len(table) == 2 * 4 + 2
     for row in table:
@@ -449,7 +453,7 @@ def test_a_control_with_nothing_beside_it_is_named(capsys):
     assert "The controls of a at K = 2" in capsys.readouterr().out  # no category is in a run of K = 1
 
 
-def test_seen_and_unseen_are_traded_off_by_k():
+def test_seen_and_unseen_are_traded_off_by_k(capsys):
     write_study()
     told()
     table = rows_of("runs/xe_tradeoff.csv")
@@ -457,6 +461,9 @@ def test_seen_and_unseen_are_traded_off_by_k():
     unseen = [float(row["unseen_xe"]) for row in table[:2]]
     assert np.diff(seen) == pytest.approx([0.1 * np.log(2)] * 2, abs=0.01)
     assert np.diff(unseen) == pytest.approx([-0.05], abs=0.01) and table[2]["unseen_xe"] == ""
+    said = re.search(r"by ([+-][.\d]+) \+- ([.\d]+) nats on categories trained on", capsys.readouterr().out).groups()
+    error = np.hypot(*(float(row["seen_se"]) for row in table[:2]))
+    assert [float(word) for word in said] == pytest.approx([seen[1] - seen[0], error], abs=1e-4)
 
 
 def test_information_and_excess_stand_beside_the_exact_optimum(capsys, monkeypatch):
@@ -495,7 +502,7 @@ def test_what_cannot_be_said_of_k_is_said_to_be_so(sets, words):
     laws = Path("runs/xe_law.csv")
     assert laws.exists() == ("Two values" in words)
     if laws.exists():  # no interval over sets: without "ab" there is no slope; over documents there is one
-        assert "over documents alone: how sets vary is not known" in page
+        assert "over documents alone: how sets vary is not known; 1 category, 2 sets, 1 seed, 8 documents)" in page
         assert all(row["interval_over"] == "documents" and row["held_out_rms"] == "" for row in rows_of(str(laws)))
 
 

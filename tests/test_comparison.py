@@ -1,5 +1,6 @@
 """Runs side by side: which are averaged, what is said of them, and what a folder may hold besides."""
 
+import contextlib
 import csv
 import json
 import math
@@ -11,10 +12,12 @@ import matplotlib.image
 import pytest
 from commands import colours
 
+import sweep
 from common.errors import DataError, InputError
 from measure import comparison, overlays
 from measure.comparison import compare, find_runs
-from measure.overlays import MOST_CURVES, curves_of, plain_number
+from measure.figures import new_figure
+from measure.overlays import MOST_CURVES, MOST_ROWS, curves_of, plain_number
 from measure.pages import Section
 from measure.sweeps import Group
 
@@ -91,6 +94,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviatio
     assert table[0][:5] == ["lr", "runs", "seeds", "excess_loss", "excess_percent"]
     assert table[1][:5] == ["0.01", "3", "0, 1, 2", "0.250 ± 0.050", "25.0 ± 5.0"] and len(cells("Single runs")) == 7
     assert ["device", "cpu"] not in cells("What the runs share") and ["max_steps", "40"] in cells("What the runs share")
+    assert '"0.25">0.250 ± 0.050<' in Path("report.html").read_text()  # sorted by the mean
+    assert not any("stopped by" in line for line in lines)
     for name in ("curves", "results"):
         assert colours(matplotlib.image.imread(f"plots/{name}.png")) > 50
 
@@ -134,7 +139,7 @@ def test_the_same_data_elsewhere_are_the_same_and_early_stops_are_averaged_and_s
     [row] = rows()
     assert row["runs"] == "2" and float(row["excess_loss"]) == pytest.approx(0.6)
     assert any("stopped by their own loss" in line for line in lines)
-    assert any("torch 2 on cpu (1 run), torch 2 on cuda:0 (1 run)" in line for line in lines)
+    assert any("torch 2 on cpu (1 run), torch 2 on cuda (1 run)" in line for line in lines)
     assert "Runs of the same settings: excess_loss 0.60 ± 0.14 (mean and standard deviation of 2 seeds)." in lines
     assert not Path("plots/results.png").exists() and Path("plots/curves.png").exists()
 
@@ -211,6 +216,38 @@ def test_a_label_is_short():
     assert of(categories="cs.DS, math.ST", budget="none", x="") == "categories=cs.DS, math.ST"
     assert of(categories="a, b", lr="1") == "categories=a, b; lr=1" and of(x="none", y="") == "x=none, y=none"
     assert overlays.label(Group({}, [{}])) == "one run"
+    paths = [overlays.shorter(f"/data/{place}/a_rather_long_name_of_a_folder/x.toml") for place in (1, 2)]
+    texts = [overlays.shorter("b" * 60 + end) for end in "12"]
+    assert len({*paths, *texts}) == 4 and all(len(text) <= 40 for text in paths + texts)
+    assert paths[0].endswith("of_a_folder/x.toml") and texts[0].startswith("bbbb") and overlays.shorter("b") == "b"
+    assert of(x="b" * 60 + "1") == f"x={texts[0]}"
+
+
+def test_a_setting_without_effect_is_told(undrawn):
+    for folder, excess, settings in (("a", 0.5, {"x": 1}), ("b", 0.5, {"x": 2}), ("c", 0.6, {"x": 1, "y": 1}),
+                                     ("d", 0.6, {"x": 2, "seed": 1})):  # fmt: skip
+        write_run(folder, excess, summary={"seconds": ord(folder) / 7}, **settings)
+    told = [line for line in compare(find_runs([Path(".")]), Path(".")) if "no effect" in line]
+    assert told == ["Runs that differ in x alone came to the same numbers: that had no effect."]
+
+
+def test_long_values_are_cut_for_a_terminal_alone(undrawn):
+    for folder, value in (("a", "v" * 60), ("b", "w" * 60)):
+        write_run(folder, process=value)
+    lines = compare([Path("a"), Path("b")], Path("."))
+    assert not any("v" * 40 in line for line in lines) and any("v" * 30 in line for line in lines)
+    assert {row["process"] for row in rows()} == {"v" * 60, "w" * 60}
+
+
+def test_an_axis_is_logarithmic_over_a_factor_of_ten_and_else_without_the_first_steps():
+    axes = new_figure(2, 2).subplots()
+    overlays.fit_axis(axes, [[{1: 5.0, 10: 1.1, 20: 1.0}], [{1: 6.0, 20: 1.2}]])
+    assert axes.get_yscale() == "linear" and axes.get_ylim() == pytest.approx((0.99, 1.21))
+    overlays.fit_axis(axes, [[{1: 11.0, 20: 1.0}]])
+    assert axes.get_yscale() == "log"
+    axes = new_figure(2, 2).subplots()
+    overlays.fit_axis(axes, [[{1: 11.0, 20: -1.0}]])
+    assert axes.get_yscale() == "linear"
 
 
 def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
@@ -244,6 +281,7 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
     Path("run/report.html").write_text("mine")
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
+    assert sweep.report(["run/summary.json"])[-1] == "all of it in run/report/report.html"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
     assert find_runs([Path("run")]) == [Path("run")] == find_runs([Path("run/summary.json")])
 
@@ -281,7 +319,7 @@ def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch
     write_run("b", 0.5, seed=1)
     group = Group({}, [{"folder": "a"}, {"folder": "b"}])
     assert curves_of([group], "train", "loss/ema") == ("loss/ema", [[{10: 2.1, 20: 2.05}, {10: 3.1, 20: 3.05}]])
-    for line in (b'[1]', b'{"step": "7", "split": "train", "loss/ema": 1}', b'{"step": 7}', b'{"step": \xff\xfe'):
+    for line in (b"[1]", b'{"step": "7", "split": "train", "loss/ema": 1}', b'{"step": 7}', b'{"step": \xff\xfe'):
         with open("a/metrics.jsonl", "ab") as file:  # of a full disk, or another program
             file.write(b"\n" + line)
     assert curves_of([group], "train", "loss/ema")[1][0][0] == {10: 2.1, 20: 2.05}
@@ -293,6 +331,36 @@ def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch
     expected = [(i, f"lr={i}") for i in range(10)] + [(10, "3 others"), (11, None), (12, None)]
     assert drawn == 2 * expected
     assert [plain_number(value) for value in (5e-5, 0.02, 1.0, 20.0, 1000.0)] == ["0.00005", "0.02", "1", "20", "1000"]
+
+
+def test_a_band_is_from_the_smallest_to_the_largest_where_all_runs_of_a_group_have_a_value():
+    axes = new_figure(2, 2).subplots()
+    overlays.draw_group(axes, [{10: 1.0, 20: 2.0, 30: 9.0}, {10: 3.0, 20: 5.0}], 0, "name")
+    mean, *single = axes.lines
+    assert mean.get_xydata().tolist() == [[10, 2], [20, 3.5]] and mean.get_label() == "name"
+    assert [len(line.get_xydata()) for line in single] == [3, 2]
+    [band] = axes.collections
+    assert {(10, 1), (10, 3), (20, 2), (20, 5)} == {tuple(point) for point in band.get_paths()[0].vertices}
+
+
+def test_a_picture_of_results_has_the_first_rows_alone_and_their_labels_in_lines(monkeypatch):
+    drawn = []
+
+    @contextlib.contextmanager
+    def figure(out, name, width, height, title):
+        drawn.extend([height, title, new_figure(width, height).subplots()])
+        yield drawn[-1]
+
+    monkeypatch.setattr(overlays, "figure", figure)
+    many = [Group({"lr": str(i), "data": "d" * 30}, [{"summary": {"loss": 1.0 + i}}]) for i in range(MOST_ROWS + 5)]
+    overlays.draw_results(Path("."), [*many, Group({"lr": "x"}, [{"summary": {}}])], "loss", True)
+    height, title, axes = drawn
+    assert title == f"the first {MOST_ROWS} of {MOST_ROWS + 5}" and len(axes.get_yticks()) == MOST_ROWS
+    many[1].settings["act"] = "relu" * 8
+    overlays.draw_results(Path("."), many[:2], "loss", True)
+    texts = [label.get_text() for label in drawn[-1].get_yticklabels()]
+    assert "\n" not in texts[0] and all(len(line) <= 48 for line in texts[1].split("\n")) and drawn[-2] == ""
+    assert drawn[-3] / 2 > 1.2 * (height - 1.2) / MOST_ROWS
 
 
 def test_a_study_that_fails_is_a_line_beside_the_comparison(monkeypatch, undrawn):
@@ -311,6 +379,11 @@ def test_the_page_of_a_study_begins_with_its_answer_once_and_the_rest_is_folded(
     monkeypatch.setattr("measure.holdouts.study_sections", lambda runs, out: (answer, ["The answer."]))
     for seed in (0, 1):
         write_run(f"r{seed}", 0.5, "train_state.py", 'EXPERIMENT = "state"', {"pearson_delta": 0.5}, lr=seed)
+    Path("plots").mkdir()
+    for name in ("results", "curves"):
+        Path("plots", f"{name}.png").write_text("of a comparison before")
+    overlays.draw_curves(Path("."), [Group({}, [{"folder": "absent"}])], ("loss", "val_loss"))
+    assert not Path("plots/curves.png").exists()
     lines = compare([Path("r0"), Path("r1")], Path("."))
     text = Path("report.html").read_text()
     assert text.count("The answer.") == 1 and '<p class="lead">The answer.</p>' in text and "<p>How.</p>" in text

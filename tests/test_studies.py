@@ -106,6 +106,13 @@ def test_what_the_toml_leaves_out_stays_out():
     Path("e.toml").write_text(Path("e.toml").read_text() + '"one.c" = "train"\n')
     assert [variation.values["held_out"] for variation in hold_out()] == ["a", "b", "c"]
     assert in_splits(a)["train"] == {"b"}
+    # A type is left out of one data set, and in two files of another; of a file with its control cells alone it is in.
+    write_cells("more.h5ad", {"a": "c", "b": "pc"})
+    write_cells("two.h5ad", {"a": "pc", "b": "pc"})
+    Path("e.toml").write_text('[datasets]\none = "{one,more}.h5ad"\ntwo = "two.h5ad"\n'
+                              '[zeroshot]\n"one.b" = "train"\n"two.b" = "train"\n[fewshot."one.a"]\ntest = ["p"]\n')
+    toml = read_toml(hold_out("a")[0].settings["toml_config_path"])
+    assert toml.zeroshot == {("one", "a"): "test", ("one", "b"): "train", ("two", "b"): "train"} and not toml.training
 
 
 def test_cell_types_of_any_name_are_held_out_apart():
@@ -199,6 +206,7 @@ def test_held_out_types_are_averaged_over_seeds_and_then_over_types():
     assert "0.000 above that of the perturbation mean (standard deviation over types 0.141)" in section.text[0]
     assert "2 held-out cell types with 2 seeds each; it is better on 1 of 2" in section.text[0]
     assert "with up to 2 seeds each" in study_sections(runs[1:], Path("report"))[0][0].text[0]
+    assert table([read_run(run) for run in runs[1:]])[-1]["delta, sd"] is None  # one seed alone has all types
     assert lines[1].split("  ")[0] == "held out" and lines[4].split()[0] == "c" and "nan" not in "".join(lines)
     shown = section.tables[0]
     assert [row["Pearson delta"].text for row in shown] == [
@@ -326,6 +334,9 @@ def test_plans_of_one_size_are_swept_over_beside_other_settings(capsys, monkeypa
 @pytest.mark.parametrize("words, told", [
     (["train_ghmm.py", "--process=mess3,rrxor", "--x=0.1"], "process rrxor has no parameter 'x': it takes p1, p2"),
     (["train_ghmm.py", "--process=mess3,rrxo"], "unknown process 'rrxo', did you mean 'rrxor'?"),
+    (["train_state.py", "--holdout=", "--batch_col="], "holdout is empty: --holdout=each, or leave it out"),
+    (["train_state.py", "--holdout", "--batch_col="], "--holdout needs a value: --holdout=VALUE"),
+    (["train_state.py", "--batch_col="], "no setting lists values"),
     (["train_ghmm.py", "--holdout=each"], "--holdout is of the study of train_state.py"),
     (["train_ghmm.py", "--n_layers=2,4", "--equal_parameters"], "makes models of train_apelr.py equal in size"),
     (["train_apelr.py", "--d_model=64,128", "--equal_parameters"], "equal_parameters decides about d_model"),
