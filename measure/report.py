@@ -726,11 +726,10 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
     lines = []
     if len(both) > 1:
         first, last = both[0], both[-1]
-        seen = last["seen_xe"] - first["seen_xe"]
-        unseen = last["unseen_xe"] - first["unseen_xe"]
+        seen, unseen = (change(first, last, kind) for kind in ("seen", "unseen"))
         lines.append(
-            f"From K = {first['K']} to {last['K']} XE changes by {seen:+.4f} nats on categories trained on and by "
-            f"{unseen:+.4f} on the others."
+            f"From K = {first['K']} to {last['K']} XE changes by {seen} nats on categories trained on and by "
+            f"{unseen} on the others."
         )
         text += lines
     text.append(
@@ -746,6 +745,13 @@ def tradeoff_section(group: Group, arrays: Arrays, out: Path) -> Part:
         titled("Specialisation and diversity", group), text, [rows], [(out / "plots" / f"{name}.png", caption)]
     )
     return Part([section], {"xe_tradeoff": rows}, lines)
+
+
+def change(first: dict, last: dict, kind: str) -> str:
+    """What XE changes by between two K, with the standard error of the difference where it is known."""
+    difference = f"{last[f'{kind}_xe'] - first[f'{kind}_xe']:+.4f}"
+    errors = first[f"{kind}_se"], last[f"{kind}_se"]
+    return difference if None in errors else f"{difference} +- {np.hypot(*errors):.4f}"
 
 
 def context_section(group: Group, arrays: Arrays, found: dict | None, out: Path) -> Part:

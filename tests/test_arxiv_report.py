@@ -453,7 +453,7 @@ def test_a_control_with_nothing_beside_it_is_named(capsys):
     assert "The controls of a at K = 2" in capsys.readouterr().out  # no category is in a run of K = 1
 
 
-def test_seen_and_unseen_are_traded_off_by_k():
+def test_seen_and_unseen_are_traded_off_by_k(capsys):
     write_study()
     told()
     table = rows_of("runs/xe_tradeoff.csv")
@@ -461,6 +461,9 @@ def test_seen_and_unseen_are_traded_off_by_k():
     unseen = [float(row["unseen_xe"]) for row in table[:2]]
     assert np.diff(seen) == pytest.approx([0.1 * np.log(2)] * 2, abs=0.01)
     assert np.diff(unseen) == pytest.approx([-0.05], abs=0.01) and table[2]["unseen_xe"] == ""
+    said = re.search(r"by ([+-][.\d]+) \+- ([.\d]+) nats on categories trained on", capsys.readouterr().out).groups()
+    error = np.hypot(*(float(row["seen_se"]) for row in table[:2]))
+    assert [float(word) for word in said] == pytest.approx([seen[1] - seen[0], error], abs=1e-4)
 
 
 def test_information_and_excess_stand_beside_the_exact_optimum(capsys, monkeypatch):
