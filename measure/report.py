@@ -533,8 +533,8 @@ def law_terms(arrays: Arrays, found: dict) -> list[str]:
     else:
         of_sets = "no sets (without one of them there is no slope: train more sets of each K)"
     unit = (
-        f"Intervals are over {documents} and {of_sets}; {counted(RESAMPLES, 'resample')}. Categories are those of the "
-        "data, not a sample of others."
+        f"Intervals are over {documents} and {of_sets}; {counted(RESAMPLES, 'resample')}. Categories, and what "
+        "some do to others, are those of the data: for a law of other categories an interval would be wider."
     )
     spreads = (
         "The last table has the spread at each K by kind: sd_sets over the sets (means over their seeds, each "
