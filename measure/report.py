@@ -671,11 +671,12 @@ def parts_sentence(mean: dict) -> str:
     for name in PARTS:
         error = mean[f"{name}_se"]
         words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
-    categories = counted(mean["categories"], "category", "categories")
+    units = f"means over {mean['categories']} categories, with standard errors"
+    if mean["categories"] == 1:
+        units = "of 1 category"
     sentence = (
         f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution (a category alone with 1/"
-        f"{mean['K']} of the tokens and of the steps), {words[2]} by interference (the rest; means over {categories}, "
-        "with standard errors)."
+        f"{mean['K']} of the tokens and of the steps), {words[2]} by interference (the rest; {units})."
     )
     if mean["optimum_growth"] is not None:
         sentence += f" That of the exact optimum changes by {mean['optimum_growth']:+.4f}."
