@@ -71,7 +71,8 @@ class Progress:
             form = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
             self.bars[name] = self.new_bar(row, far.total, form, f"  {name[-width:]}")
         loss = newest_loss(job.records.records)
-        draw(self.bars[name], far.step, far.total, f"loss {loss:.4f}" if loss is not None else "")
+        text = f"loss {loss:.4f}" if loss is not None else ""
+        draw(self.bars[name], far.step, far.total, text)
 
     def end(self, name: str, text: str, job: Job | None, ended: int, is_going_on: bool) -> None:
         """Tell of a run that has ended, here or elsewhere.
@@ -93,16 +94,26 @@ class Progress:
 
     def left(self) -> float | None:
         """Seconds until the last run of the sweep ends; None where nothing tells it yet."""
-        working = {job.run.name: how_far(job) for job in self.jobs}
-        costs = self.costs or [projected(far) for far in working.values() if far.pace and far.total]
+        working = [how_far(job) for job in self.jobs]
+        names = [job.run.name for job in self.jobs]
+        costs = self.costs
+        if not costs:
+            costs = [projected(far) for far in working if far.pace and far.total]
         if not costs:
             return None
-        waiting = [expected(costs, steps) for name, steps in self.steps.items() if name not in working]
+        waiting = []
+        for name, steps in self.steps.items():
+            if name not in names:
+                waiting.append(expected(costs, steps))
         unknown = max(0, self.total - self.ended - len(working) - len(waiting))  # of a search
-        rests = [rest(far, expected(costs, far.total)) for far in working.values()]
         later = sum(waiting) + unknown * expected(costs, None)
-        if self.costs:  # others may be at work on them too, and have a share as they had so far
-            later *= len(self.costs) / max(len(self.costs), self.ended - self.before)
+        here = len(self.costs)
+        if here:  # others may be at work on them too, and have a share as they had so far
+            later *= here / max(here, self.ended - self.before)
+        rests = []
+        for far in working:
+            seconds = expected(costs, far.total)
+            rests.append(rest(far, seconds))
         # The last to end may be one that has no other beside it.
         return max([(sum(rests) + later) / self.at_a_time, *rests])
 
@@ -124,9 +135,11 @@ def expected(costs: list[HowFar], steps: int | None) -> float:
     known = [far for far in costs if far.pace]
     if not steps or not known:
         return fmean(far.seconds for far in costs)
-    stepping = [far.here * far.pace for far in known]
-    beside = fmean(far.seconds for far in known) - fmean(stepping)  # to get ready, and to end
-    return max(0.0, beside) + steps * sum(stepping) / sum(far.here for far in known)
+    stepping = sum(far.here * far.pace for far in known)
+    done = sum(far.here for far in known)
+    seconds = sum(far.seconds for far in known)
+    beside = (seconds - stepping) / len(known)  # to get ready, and to end
+    return max(0.0, beside) + steps * stepping / done
 
 
 def projected(far: HowFar) -> HowFar:
@@ -137,10 +150,13 @@ def projected(far: HowFar) -> HowFar:
 
 def rest(far: HowFar, seconds: float) -> float:
     """Seconds that a run at work has left, where such a run is expected to take so many in all, or by its own pace."""
+    if not far.total:
+        return max(0.0, seconds - far.seconds)
     done_before = far.step - far.here
-    share = 1 - done_before / far.total if far.total else 1.0  # of a run that goes on
-    todo = max(0, far.total - far.step) if far.total else 0
-    return max(0.0, share * seconds - far.seconds, todo * (far.pace or 0.0))
+    share = 1 - done_before / far.total  # of a run that goes on
+    todo = max(0, far.total - far.step)
+    own = todo * (far.pace or 0.0)
+    return max(0.0, share * seconds - far.seconds, own)
 
 
 def draw(bar: tqdm, done: int, total: int | None, text: str) -> None:
@@ -161,12 +177,16 @@ def how_far(job: Job) -> HowFar:
 
 def pace(records: list[dict], first_step: int) -> float | None:
     """Seconds of a step, between the first record after first_step and the last; None before there are two."""
-    times = [(record["step"], record["time_s"]) for record in records
-             if record.get("step", 0) > first_step and "time_s" in record]  # fmt: skip
-    if not times or times[-1][0] == times[0][0]:
+    timed = []
+    for record in records:
+        if record.get("step", 0) > first_step and "time_s" in record:
+            timed.append(record)
+    if not timed:
         return None
-    (first, began), (last, ended) = times[0], times[-1]
-    return max(0.0, ended - began) / (last - first) or None
+    first, last = timed[0], timed[-1]
+    steps = last["step"] - first["step"]
+    seconds = last["time_s"] - first["time_s"]
+    return seconds / steps if steps > 0 and seconds > 0 else None
 
 
 def newest_loss(records: list[dict]) -> float | None:

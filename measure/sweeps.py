@@ -23,8 +23,12 @@ SEED = "seed"  # the setting over which runs are averaged
 def in_words(told: dict, shown: list[str]) -> str:
     """What came of a run, by its record; shown: names in its summary."""
     if told["status"] == "done":
-        summary = told["summary"]
-        results = [f"{HEADS.get(name, name)} {number(summary[name])}" for name in shown if number(summary.get(name))]
+        results = []
+        for name in shown:
+            value = number(told["summary"].get(name))
+            if value:
+                head = HEADS.get(name, name)
+                results.append(f"{head} {value}")
         return ", ".join(results) or "done"
     if told["status"] == "stopped":
         return "stopped by a signal"
@@ -59,7 +63,8 @@ def objective(experiment: str, word: str = "") -> tuple[list[str], bool]:
         less_is_better = False
     elif name not in shown[:1]:
         less_is_better = True
-    return [name, *(other for other in shown if other != name)], less_is_better
+    others = [other for other in shown if other != name]
+    return [name, *others], less_is_better
 
 
 @dataclass
@@ -109,8 +114,10 @@ def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Gro
             found.setdefault(tuple(settings.items()), Group(settings, [])).runs.append(line)
     known, unknown = [], []
     for group in found.values():
-        is_known = shown and group.mean(shown[0]) is not None
-        (known if is_known else unknown).append(group)
+        if shown and group.mean(shown[0]) is not None:
+            known.append(group)
+        else:
+            unknown.append(group)
     known.sort(key=lambda group: group.mean(shown[0]), reverse=not less_is_better)
     return known + unknown
 
@@ -119,7 +126,8 @@ def number(value: Any) -> str:
     """A number of a summary, a whole one with all its digits; what is undefined there is blank."""
     if not isinstance(value, float | int) or not math.isfinite(value):
         return ""
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+    is_whole = float(value).is_integer() and abs(value) < 1e15
+    return f"{value:.0f}" if is_whole else f"{value:.6g}"
 
 
 def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:
@@ -129,15 +137,21 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
     """
     ranked = groups(told, shown, less_is_better)
     # Runs of a study need not have the same settings: a control has others than the sets of categories.
-    settings = list({name: None for group in ranked for name in group.settings})
+    settings = {}
+    for group in ranked:
+        settings |= dict.fromkeys(group.settings)
     seeds = [line["settings"][SEED] for line in told if SEED in line["settings"]]
     averaged = any(len(group.runs) > 1 for group in ranked)
-    rows = [[*settings, *(["seeds" if averaged else SEED] if seeds else []),
-             *(HEADS.get(name, name) for name in shown), "seconds", "folder"]]  # fmt: skip
+    head = list(settings)
+    if seeds:
+        head.append("seeds" if averaged else SEED)
+    head += [HEADS.get(name, name) for name in shown]
+    rows = [[*head, "seconds", "folder"]]
     for group in ranked:
         row = [group.settings.get(name, "") for name in settings]
         if seeds:
-            row.append(str(len(group.runs)) if averaged else group.runs[0]["settings"][SEED])
+            seed = group.runs[0]["settings"][SEED]
+            row.append(str(len(group.runs)) if averaged else seed)
         row += [group.text(name) for name in shown]
         row.append(number(mean_seconds(group)))
         row.append(group.runs[0]["folder"] if len(group.runs) == 1 else "")
@@ -157,10 +171,15 @@ def sorted_table(told: list[dict], shown: list[str], less_is_better: bool) -> tu
     done = [line["summary"] for line in told if line["status"] == "done"]
     if not shown or not done:
         return lines, ""
-    name = HEADS.get(shown[0], shown[0])
-    lines.insert(0, f"\nby {name}, of which {'less' if less_is_better else 'more'} is better:")
+    first = shown[0]
+    name = HEADS.get(first, first)
+    better = "less" if less_is_better else "more"
+    lines.insert(0, f"\nby {name}, of which {better} is better:")
     known = set().union(*done)
-    return lines, "" if shown[0] in known else f"{shown[0]} is no number in summary.json{closest(shown[0], known)}"
+    if first in known:
+        return lines, ""
+    hint = closest(first, known)
+    return lines, f"{first} is no number in summary.json{hint}"
 
 
 def mean_seconds(group: Group) -> float | None:

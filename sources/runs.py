@@ -29,7 +29,6 @@ from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_value
 
 HERE = Path(__file__).resolve().parents[1]
 MOST_RUNS = 1_000
-INTERRUPTED = {"status": "stopped"}  # as is a run that was never begun
 CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
 STUDIES = ("study", "orders", "controls", "holdout", "equal_parameters")  # settings of a sweep that choose its runs
 NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for something else than to train one model
@@ -94,13 +93,18 @@ class Grid:
                     append(self.book, line)
             elif last.get("status") == "done":
                 print(f"{run.folder}: a run has ended here, and its results are gone: it is run again")
-        self.waiting.extend(run for run in self.mine if run.name not in self.told)
+        for run in self.mine:
+            if run.name not in self.told:
+                self.waiting.append(run)
         return self
 
     def title(self) -> str:
-        share = f", {self.total} of them in shard {self.shard}" if self.shard else ""
-        before = f", {len(self.told)} ended before" if self.told else ""
-        return f"{counted(len(self.runs), 'run')} of {self.script.name} in {self.folder}{share}{before}"
+        text = f"{counted(len(self.runs), 'run')} of {self.script.name} in {self.folder}"
+        if self.shard:
+            text += f", {self.total} of them in shard {self.shard}"
+        if self.told:
+            text += f", {len(self.told)} ended before"
+        return text
 
     def steps(self) -> dict[str, int | None]:
         """{name of a run that waits: its steps, None where its settings do not tell}."""
@@ -125,11 +129,17 @@ class Grid:
         return line
 
     def count_ended(self) -> int:
-        return len([run for run in self.mine if self.told.get(run.name, INTERRUPTED)["status"] != "stopped"])
+        count = 0
+        for run in self.mine:
+            line = self.told.get(run.name)
+            if line and line["status"] != "stopped":
+                count += 1
+        return count
 
     def lines(self) -> list[dict]:
         """The lines of all runs that have ended, other shards' too."""
-        others, lines = read(self.book), []
+        others = read(self.book)
+        lines = []
         for run in self.runs:
             line = self.told.get(run.name) or others.get(run.name)
             if line and (line["status"] != "done" or run.folder.exists()):
@@ -138,7 +148,8 @@ class Grid:
 
     def elsewhere(self) -> list[str]:
         """What is said of runs that others have not ended."""
-        missing = len(self.runs) - len([line for line in self.lines() if line["status"] != "stopped"])
+        ended = [line for line in self.lines() if line["status"] != "stopped"]
+        missing = len(self.runs) - len(ended)
         if not missing:
             return []
         return [f"{counted(missing, 'run')} of other shards not ended yet: the last shard to end compares all runs"]
@@ -170,8 +181,11 @@ def make_folder(folder: Path) -> None:
 def import_page(word: str) -> tuple[ModuleType, Path]:
     """The module of a page, and its file; train_ghmm and ghmm are train_ghmm.py. Raises InputError."""
     names = (word, f"{word}.py", f"train_{word}.py")
-    paths = [folder / name for name in names for folder in (Path(), HERE)]
-    places = [path.resolve() for path in paths if path.is_file() and path.suffix == ".py"]
+    places = []
+    for name in names:
+        for path in (Path(name), HERE / name):
+            if path.is_file() and path.suffix == ".py":
+                places.append(path.resolve())
     if not places:
         pages = ", ".join(sorted(path.name for path in HERE.glob("train_*.py")))
         raise InputError(f"the first word is the page to run, such as {pages}, not {word!r}")
@@ -184,7 +198,8 @@ def import_page(word: str) -> tuple[ModuleType, Path]:
     finally:
         sys.path.remove(str(script.parent))
     file = getattr(page, "__file__", None) or ""
-    if Path(file).resolve() != script or not hasattr(page, "main") or not hasattr(page, "Config"):
+    is_page = hasattr(page, "main") and hasattr(page, "Config")
+    if Path(file).resolve() != script or not is_page:
         raise InputError(f"{word} is no page to train: it needs a Config, a main, and a name that no other module has")
     return page, script
 
@@ -220,7 +235,8 @@ def listed_words(words: list[Word], settings: Settings, sweeper: Sweeper) -> tup
         field, inside = settings.resolve(word.key.split("."))
         kind = str(settings.kinds.get(field)) if not inside else ""
         is_list = bool(re.search(r"\b(list|tuple|dict)\b", kind))
-        if re.match(r"\s*range\(", word.value) and not inside and settings.kinds.get(field) is str:
+        is_text = not inside and settings.kinds.get(field) is str
+        if is_text and re.match(r"\s*range\(", word.value):
             raise InputError(f"{word.key}={word.value}: a range is of numbers, and {word.key} is a text: list values "
                              f"instead, as in {word.key}=VALUE,VALUE")
         values = listed_values(word.key, word.value, is_list, sweeper.inclusive) if word.key else [word.value]
@@ -314,9 +330,9 @@ def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweepe
         for (*combination, variation), size in zip(combinations, sizes, strict=True):
             runs.append(make_run(page, combination, heads, variation, folder, size))
     names = [run.name for run in runs]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name} would be run twice: list each value once")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{twice[0]} would be run twice: list each value once")
     return Grid(page, script, folder, runs, cfg.shard)
 
 
@@ -368,7 +384,9 @@ def make_run(page: ModuleType, combination: Collection[Word], heads: dict[str, s
     name = run_name(values)
     values |= sizes  # in the table; what follows from the others is in no name
     if variation:
-        others = {label: value for label, value in values.items() if label not in ("seed", *sizes)}
+        others = dict(values)
+        for label in ("seed", *sizes):
+            others.pop(label, None)
         name = f"{variation.name}_seed{settings_of(page, words).seed}"
         if others:
             name += "," + run_name(others)
@@ -381,8 +399,9 @@ def run_in(page: ModuleType, words: list[str], values: dict[str, str], place: Pa
     words = [*words, f"--out_dir={place}"]
     cfg = settings_of(page, words)
     for setting in NO_TRAINING:
-        if getattr(cfg, setting, ""):
-            raise InputError(f"{setting}={getattr(cfg, setting)} is no training of one model: run the page by itself")
+        value = getattr(cfg, setting, "")
+        if value:
+            raise InputError(f"{setting}={value} is no training of one model: run the page by itself")
     if Path(cfg.out_dir) != place:
         raise InputError(f"a setting puts the run {place.name} into {cfg.out_dir}: leave that out, --out_dir=FOLDER is "
                          "the folder of the sweep")

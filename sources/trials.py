@@ -13,7 +13,7 @@ from types import ModuleType, UnionType
 from typing import Any
 
 from common import checkpoint
-from common.errors import InputError
+from common.errors import InputError, reason
 from common.runlog import read_metrics, write_json
 from configurator import Settings, note
 from sources.jobs import is_free, take
@@ -24,7 +24,8 @@ from sources.shared import counted
 from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
 
 # Settings of which a run's length, and where it is evaluated, depend.
-LENGTHS = ("max_steps", "epochs", "eval_interval", "eval_epochs", "schedule_over", "patience", "budget")
+LENGTHS = ("max_steps", "epochs", "eval_interval", "eval_epochs", "schedule_over", "patience", "budget",
+           "budget_tokens")
 JOURNAL = "study.journal"
 
 
@@ -151,7 +152,11 @@ class Trials:
             status = "done"  # for its page, but without the number that the study asks for
         if has_summary or (folder and status != "done"):
             before = told.get(folder.name, {})
-            line = record(folder, values, status, before.get("exit_code"), before.get("seconds"))
+            try:
+                line = record(folder, values, status, before.get("exit_code"), before.get("seconds"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{folder} holds no whole run ({reason(error)}): remove it, the study goes on without "
+                                 "it") from error
         else:
             line = {
                 "run": self.name_of(trial),
@@ -252,7 +257,7 @@ class Plan:
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 return run_in(self.page, words, shown, place)
-        except SystemExit:
+        except (SystemExit, InputError):
             # Settings that do not go together: the run says so itself, and fails.
             return Run(shown, [*words, f"--out_dir={place}"], place, None)
 

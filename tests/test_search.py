@@ -361,6 +361,9 @@ class Config:
     def check(self):
         return ["wide goes with gelu"] if self.wide and self.act != "gelu" else []
 
+def build_process(cfg):
+    assert cfg.layers != 6, "no process has 6 of them"
+
 def main(argv=None):
     cfg = configure(Config, argv)
     folder, stops = Path(cfg.out_dir), []
@@ -372,8 +375,8 @@ def main(argv=None):
     step = json.loads(last.read_text()) if last.exists() else 0
     with open(folder / "starts", "a") as starts:
         starts.write(f"{step}\\n")
-    if cfg.layers == 7:
-        sys.exit("error: the loss is not finite")
+    if cfg.layers in (6, 7):
+        sys.exit(f"error: the loss is not finite with {cfg.layers}")
     best, began = abs(math.log10(cfg.lr) + 2), time.monotonic()
     with open(folder / "metrics.jsonl", "a") as metrics:
         while step < cfg.max_steps:
@@ -519,16 +522,21 @@ def test_the_commands_of_a_search_are_shown_and_nothing_is_written(page, capsys)
 
 
 def test_a_failing_trial_is_told_and_the_study_goes_on(page, capsys):
-    words = ("--layers=7,8", "--act=gelu,relu", "--wide=false,true", "--sampler=random")
+    words = ("--layers=6,7,8,9", "--act=gelu,relu", "--wide=false,true", "--sampler=random")
     told = searched(*words, "--trials=8", code=1)
     for line in told:
         values = line["settings"]
-        fails = values["layers"] == "7" or (values["wide"] == "true" and values["act"] == "relu")
+        fails = values["layers"] in "67" or (values["wide"] == "true" and values["act"] == "relu")
         assert line["status"] == ("failed" if fails else "done")
     last = {line["last_lines"][-1] for line in told if line["status"] == "failed"}
-    # Settings that do not go together fail as well, and say why.
-    assert last == {"error: the loss is not finite", "error: wide goes with gelu"}
+    # Settings that do not go together, or of which nothing can be made, fail as well, and say why.
+    assert last == {"error: the loss is not finite with 6", "error: the loss is not finite with 7",
+                    "error: wide goes with gelu"}  # fmt: skip
     assert len(searched(*words, "--trials=8")) == 8 and "8 ended before" in capsys.readouterr().out
+    done = next(Path(line["folder"]) for line in told if line["status"] == "done")
+    (done / "summary.json").write_text("{")
+    assert f"{done} holds no whole run (ValueError: summary.json is damaged): remove it" in refusal(
+        capsys, sweep.main, "train_tiny.py", *words, "--trials=8", "--out_dir=s")
 
 
 def test_a_killed_search_goes_on_with_the_trial_that_it_left(page, capsys):

@@ -89,7 +89,7 @@ def main(argv=None):
             print(f"stopped after {step}")
             return
     facts = {"seconds": 2.0, "own_session": os.getsid(0) == os.getpid(), "config_hash": config_hash(cfg)}
-    facts |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "LAUNCHED")}
+    facts |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "LAUNCHED", "OMP_NUM_THREADS")}
     results = {"excess_loss": cfg.lr + cfg.seed / 100, "loss": 1 + cfg.lr, "loss_by_position": [1]}
     write(folder / "summary.json", results | facts)
 
@@ -436,10 +436,12 @@ def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys):
 
 
 @pytest.mark.parametrize("word", ["--jobs=2", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2"])
-def test_two_runs_at_a_time_are_two(word):
+def test_two_runs_at_a_time_are_two_and_share_the_cores(word, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads = str(max(1, os.cpu_count() // 2))
     # Each ends only when the other has begun; one at a time, the first would wait for ever.
     told = swept("--seed=0,1", "--meets=seed1", word)
-    assert {line["status"] for line in told} == {"done"}
+    assert [(line["status"], line["summary"]["OMP_NUM_THREADS"]) for line in told] == [("done", threads)] * 2
 
 
 def test_other_settings_are_not_mixed_into_a_sweep(capsys):
@@ -612,14 +614,15 @@ def test_a_hopeless_run_is_stopped_and_recorded():
     assert not Path("sweep/lr=0.9/summary.json").exists()
 
 
-def test_a_run_that_takes_no_notice_of_signals_is_killed_with_what_it_started(monkeypatch):
-    monkeypatch.setattr(jobs, "GRACE_SECONDS", 0.2)
+@pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (120, 3)])
+def test_a_run_that_takes_no_notice_of_signals_is_killed_with_what_it_started(monkeypatch, grace, signals):
+    monkeypatch.setattr(jobs, "GRACE_SECONDS", grace)
     source = plan("--seed=0,1", "--max_steps=10000", "--deaf").open()
     runs, came = source.runs, []
     for run, status, job in run_all(source, came):
         if not came and (runs[0].folder / "child").exists():
             child = (runs[0].folder / "child").read_text()
-            came.append(signal.SIGINT)
+            came += [signal.SIGINT] * signals
         if status:
             assert (run, status, job.process.poll()) == (runs[0], "stopped", -signal.SIGKILL)
     deadline = time.monotonic() + 5
