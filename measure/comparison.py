@@ -37,7 +37,8 @@ CURVES = {
     "state": ("loss", "val_loss"),
 }
 # What says what is to be learned: settings, and the optimum that a problem of other parameters has.
-PROBLEMS = ("process", "components", "matrices", "data", "toml_config_path", "categories", "final_split")
+PROBLEMS = ("process", "components", "matrices", "data", "validation_data", "categories", "final_split",
+            "toml_config_path", "pert_col", "control_pert", "output_space", "counts")  # fmt: skip
 OPTIMUM = "optimal_loss"
 SAME_OPTIMUM = 1e-3  # of it
 TABLED = ("state",)  # experiments of which a study's lines for a terminal have a table of the same runs

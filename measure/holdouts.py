@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from common.checkpoint import NO_SETTINGS
 from measure.figures import figure
 from measure.pages import Cell, Section
+from measure.sweeps import in_columns
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -69,7 +70,7 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
         draw(out, name, study)
         picture = out / "plots" / f"{name}.png"
         sections.append(Section(title, [sentence], [rows], [(picture, CAPTION)]))
-        lines += [f"{title}:", *in_columns(rows), sentence, ""]
+        lines += [f"{title}:", *as_text(rows), sentence, ""]
     return sections, lines
 
 
@@ -90,9 +91,9 @@ def read_run(folder: Path) -> HeldOut | None:
             numbers.append({title: means.get(metric) for title, metric in METRICS.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not whole, or of something else
-    # Of the cells alone: who trains is another thing in each run. Runs of before do not say it.
-    tasks = summary.get("data", {}).values()
-    others = {"cells": " ".join(task.split("-")[0] for task in tasks), "script": digest("".join(scripts))}
+    # Of the cells alone, as sources.cells.Cells.task has it: who trains is another thing in each run.
+    cells = [task.split("-")[0] for task in summary.get("data", {}).values() if "-" in task]  # none of runs of before
+    others = {"cells": " ".join(cells), "script": digest("".join(scripts))}
     for name, value in settings.items():
         if name not in APART:
             others[name] = json.dumps(value)
@@ -232,19 +233,12 @@ def cell(value: Number, more: str = "") -> Cell | None:
     return Cell(f"{value:.3f}{more}", str(value), True)
 
 
-def in_columns(rows: list[dict]) -> list[str]:
+def as_text(rows: list[dict]) -> list[str]:
     """The lines of a readable table; None is blank."""
     texts = [list(rows[0])]
     for row in rows:
         texts.append([text_of(value) for value in row.values()])
-    columns = list(zip(*texts, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for line in texts:
-        padded = map(str.ljust, line, widths)
-        text = "  ".join(padded)
-        lines.append(text.rstrip())
-    return lines
+    return in_columns(texts)
 
 
 def text_of(value: Cell | str | int | None) -> str:

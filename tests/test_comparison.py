@@ -113,6 +113,7 @@ def undrawn(monkeypatch):
     ({"text": SCRIPT + "# edited"}, "script", None),
     ({"summary": {"steps": 20}}, "steps", {"40", "20"}),
     ({"summary": {"final_split": "test"}}, "final_split", {"", "test"}),
+    ({"output_space": "all"}, "output_space", {"", "all"}),
     ({"precision": "auto", "summary": {"device": "cuda:1"}}, "precision", {"auto on cpu", "auto on cuda"}),
     ({"summary": {"data": {"d": "f" * 16}}, "data": "d"}, "data", None),
 ])  # fmt: skip
@@ -126,8 +127,9 @@ def test_what_differs_is_never_averaged(other, column, shown, undrawn):
     assert [row["runs"] for row in told] == ["1", "1"] and all(row["excess_loss sd"] == "" for row in told)
     texts = {row[column] for row in told}
     assert len(texts) == 2 and (shown is None or texts == shown)
-    assert {"lr", "components", "script", "steps", "final_split", "data", "precision"} & told[0].keys() == {column}
-    asked = ("data", "components", "final_split")  # other problems: the numbers say how hard each is
+    names = {"lr", "components", "script", "steps", "final_split", "data", "precision", "output_space"}
+    assert names & told[0].keys() == {column}
+    asked = ("data", "components", "final_split", "output_space")  # other problems: the numbers say how hard each is
     said = "none is the best" if column in asked else "the order may be chance"
     assert said in Path("out/report.html").read_text()
 
