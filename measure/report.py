@@ -533,8 +533,8 @@ def law_terms(arrays: Arrays, found: dict) -> list[str]:
     else:
         of_sets = "no sets (without one of them there is no slope: train more sets of each K)"
     unit = (
-        f"Intervals are over {documents} and {of_sets}; {counted(RESAMPLES, 'resample')}. Categories are those of the "
-        "data, not a sample of others."
+        f"Intervals are over {documents} and {of_sets}; {counted(RESAMPLES, 'resample')}. Categories, and what "
+        "some do to others, are those of the data: for a law of other categories an interval would be wider."
     )
     spreads = (
         "The last table has the spread at each K by kind: sd_sets over the sets (means over their seeds, each "
@@ -671,11 +671,12 @@ def parts_sentence(mean: dict) -> str:
     for name in PARTS:
         error = mean[f"{name}_se"]
         words.append(f"{mean[name]:+.4f}" + ("" if error is None else f" +- {error:.4f}"))
-    categories = counted(mean["categories"], "category", "categories")
+    units = f"means over {mean['categories']} categories, with standard errors"
+    if mean["categories"] == 1:
+        units = "of 1 category"
     sentence = (
         f"From K = 1 to {mean['K']} XE changes by {words[0]} nats: {words[1]} by dilution (a category alone with 1/"
-        f"{mean['K']} of the tokens and of the steps), {words[2]} by interference (the rest; means over {categories}, "
-        "with standard errors)."
+        f"{mean['K']} of the tokens and of the steps), {words[2]} by interference (the rest; {units})."
     )
     if mean["optimum_growth"] is not None:
         sentence += f" That of the exact optimum changes by {mean['optimum_growth']:+.4f}."

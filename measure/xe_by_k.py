@@ -338,7 +338,9 @@ def resampled_tables(
     times a random number, which for the slope is the jackknife over clusters (CR3; MacKinnon, Nielsen and Webb 2023,
     J. Applied Econometrics 38). Drawing sets with replacement would take no account of a K that has one set. The
     numbers are Student's with S - 2 degrees of freedom, for sets are few; they and the documents are the same for all
-    positions.
+    positions. Sets count as independent but for their categories' levels: where pairs of categories help or hurt each
+    other, the same pairs are in many sets, and the interval is of the law of these categories. As one for categories
+    drawn at random it would be too narrow (85% in place of 95 in simulations of such pairs and 31 sets of 5).
     """
     weights = cell_weights(study, sizes)
     varied = []

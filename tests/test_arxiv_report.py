@@ -432,6 +432,7 @@ def test_controls_are_no_runs_of_the_study_and_tell_dilution_from_interference(c
     assert float(means["2"]["interference"]) == pytest.approx(0, abs=0.01)
     assert float(means["4"]["interference"]) == pytest.approx(0.04 * np.log(4), abs=0.01)
     assert float(means["4"]["dilution_low"]) < 0.06 * np.log(4) < float(means["4"]["dilution_high"])
+    assert "by interference (the rest; means over 4 categories, with standard errors)." in lines
     assert "(a category alone with 1/4 of the tokens and of the steps)" in page and "also makes a K-th of the" in page
     # Errors of growth, not of dilution, are also over what a set adds to all of its categories: more than over these.
     for K, row in means.items():
@@ -450,7 +451,12 @@ def test_without_controls_the_report_says_how_to_get_them():
 def test_a_control_with_nothing_beside_it_is_named(capsys):
     write_study(sets=("ab", "cd", "abcd"), seeds=(0,), controls=True)
     told()
-    assert "The controls of a at K = 2" in capsys.readouterr().out  # no category is in a run of K = 1
+    assert "by dilution" not in capsys.readouterr().out
+    write_run("runs/K1_a_seed0", "a")
+    told()
+    said = capsys.readouterr().out
+    assert "(the rest; of 1 category)." in said and " +- " not in said.split("From K = 1 to 4 ")[1].splitlines()[0]
+    assert "The controls of b at K = 2" in Path("runs/report.html").read_text()  # is in no run of K = 1
 
 
 def test_seen_and_unseen_are_traded_off_by_k(capsys):

@@ -540,6 +540,13 @@ def test_each_run_has_a_gpu_and_a_launcher_none(monkeypatch, capsys):
         ("yes", "5,7")] * 2  # fmt: skip
 
 
+def test_a_program_of_the_environment_launches_also_where_that_is_not_activated(monkeypatch):
+    python = Path(sys.executable)
+    monkeypatch.setenv("PATH", "")
+    assert jobs.launch(f"{python.name} -X 'a b'") == [str(python.parent / python.name), "-X", "a b"]
+    assert jobs.launch(" ") == [sys.executable]
+
+
 def test_gpus_are_shared_evenly(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,-1,4")
     assert jobs.devices(None, None, "") == (2, ["0", "3"])

@@ -198,7 +198,7 @@ def documents_of(rng, seen: np.ndarray, b: float, set_sd: float, M: int = 20) ->
     return Study(np.array(totals)[..., None], seen, np.zeros(len(seen)), draws)
 
 
-@pytest.mark.parametrize("seen, set_sd, studies", [(rotations(4, (1, 2, 4)), 0.03, 80),
+@pytest.mark.parametrize("seen, set_sd, studies", [(rotations(4, (1, 2, 4)), 0.03, 60),
                                                    (every_set(5, range(1, 6)), 0.03, 30),
                                                    (rotations(4, (1, 2, 4)), 0.0, 40)])
 def test_95_percent_intervals_cover_the_slope(seen, set_sd, studies):
