@@ -38,7 +38,7 @@ NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for som
 class Run:
     """A run of a sweep: {what differs: its value}, the page's command line, its folder, and all its settings.
 
-    lock: of the folder, where its source has taken it already.
+    lock: of the folder, where its source has taken it already. data: {what names the data: fingerprint}, of a study.
     """
 
     values: dict[str, str]
@@ -46,6 +46,7 @@ class Run:
     folder: Path
     cfg: Any
     lock: IO | None = None
+    data: dict[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -391,7 +392,9 @@ def make_run(page: ModuleType, combination: Collection[Word], heads: dict[str, s
         if others:
             name += "," + run_name(others)
         values = variation.values | values
-    return run_in(page, words, values, folder / name)
+    run = run_in(page, words, values, folder / name)
+    run.data = variation.data if variation else None
+    return run
 
 
 def run_in(page: ModuleType, words: list[str], values: dict[str, str], place: Path) -> Run:
@@ -418,8 +421,7 @@ def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
     if not ended and not (run.folder / "last.pt").exists():
         return False
     try:
-        if ended:
-            read_object(run.folder / "summary.json")
+        summary = read_object(run.folder / "summary.json") if ended else {}
         saved = read_object(run.folder / "config.json")
         same_script = (run.folder / script.name).read_bytes() == script.read_bytes()
     except (OSError, ValueError) as error:
@@ -428,9 +430,12 @@ def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
     changes = [line for line in lines if line.split(":")[0] not in checkpoint.NO_SETTINGS]
     if not same_script:
         changes.append(f"{script.name}: edited since")
+    recorded = summary.get("data")
+    if run.data and recorded and list(recorded.values()) != list(run.data.values()):
+        changes.append(f"other data lie in {', '.join(run.data)} now")
     if not changes:
         return ended
     if getattr(run.cfg, "resume", "") == "never":
         return False
-    raise InputError(f"{run.folder} holds a run with other settings ({'; '.join(changes)}): use another --out_dir, "
+    raise InputError(f"{run.folder} holds another run ({'; '.join(changes)}): use another --out_dir, "
                      "or --resume=never to train it anew")

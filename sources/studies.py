@@ -11,12 +11,13 @@ class Variation(NamedTuple):
 
     name: of the run's folder, as in K2_cs.DS_cs.PL; its seed and what else is listed come behind.
     settings: {setting of the page: value as typed on a command line}, in the place of what was typed for all runs.
-    values: {column of the table: value}.
+    values: {column of the table: value}. data: {what names the data: fingerprint of their content}, where it is known.
     """
 
     name: str
     settings: dict[str, str]
     values: dict[str, str]
+    data: dict[str, str] | None = None
 
 
 # The page of each word, by its EXPERIMENT.

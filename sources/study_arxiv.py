@@ -40,7 +40,9 @@ def plan(page: ModuleType, cfg: Any, words: Any) -> list[Variation]:
         if controls:
             values["control_of"] = ""  # all runs have the same columns
         runs.append(Variation(run_name(subset), {"categories": typed(subset)}, values))
-    return runs + controls
+    # A study that goes on is one on the same data, which the settings only name.
+    data = {cfg.data: train.fingerprint + validation.fingerprint}
+    return [run._replace(data=data) for run in runs + controls]
 
 
 def plan_controls(sets: list[list[str]], names: list[str], train: Any, cfg: Any) -> list[Variation]:

@@ -447,7 +447,7 @@ def test_two_runs_at_a_time_are_two_and_share_the_cores(word, monkeypatch):
 def test_other_settings_are_not_mixed_into_a_sweep(capsys):
     swept("--lr=0.1,0.2")
     told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--max_steps=2", "--out_dir=sweep")
-    assert "sweep/lr=0.1 holds a run with other settings (max_steps: 1 -> 2)" in told and "--resume=never" in told
+    assert "sweep/lr=0.1 holds another run (max_steps: 1 -> 2)" in told and "--resume=never" in told
     assert starts("lr=0.1") == [0]
     # They are trained anew where that is asked for, and once.
     for _ in range(2):
@@ -762,6 +762,22 @@ def test_the_runs_of_a_study_are_multiplied_by_the_lists(monkeypatch, capsys):
     assert names[2][:3] == ["K1_a_seed3,max_steps=1", "K2_a_b_seed3,max_steps=1", "K1_a_seed4,max_steps=1"]
     told = swept(*words, "--study_seeds=3,4")
     assert told[1]["settings"] == {"K": "2", "seed": "3"} and told[1]["run"] == "K2_a_b_seed3"
+
+
+def test_a_finished_run_of_other_data_is_no_run_of_the_study(monkeypatch, capsys):
+    """The settings of two runs may name the same data, and find others there."""
+    page = PAGE.replace('"ghmm"', '"arxiv"').replace('"loss_by_position": [1]}', '"data": {"data/x": "old"}}')
+    Path("train_tiny.py").write_text(page)
+    for content, goes_on in (("old", True), (None, True), ("new", False)):
+        data = content and {"data/x": content}
+        runs = [Variation("K1_a", {}, {"K": "1"}, data), Variation("K2_a_b", {"lr": "0.2"}, {"K": "2"}, data)]
+        monkeypatch.setattr(study_arxiv, "plan", lambda *_, runs=runs: runs, raising=False)
+        if goes_on:
+            swept("--study=all")
+        else:
+            told = refusal(capsys, sweep.main, "train_tiny.py", "--study=all", "--out_dir=sweep")
+            assert "K1_a_seed0 holds another run (other data lie in data/x now)" in told
+    assert starts("K1_a_seed0") == [0]
 
 
 def test_a_study_stops_nothing_early_unless_it_was_typed(monkeypatch, capsys):
