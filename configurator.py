@@ -159,7 +159,7 @@ def _asks_for_several_runs(Config: type, word: str) -> bool:
     name, equals, _ = word.partition("=")
     name = name.removeprefix("--").replace("-", "_")
     is_setting = equals or word.startswith("--")
-    is_page = hasattr(sys.modules[Config.__module__], "train")  # sample.py and its like have no runs to start
+    is_page = hasattr(sys.modules.get(Config.__module__), "train")  # sample.py and its like have no runs to start
     return is_page and is_setting and name in SWEEP_WORDS and name not in Config.__annotations__
 
 
