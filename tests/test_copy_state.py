@@ -99,10 +99,12 @@ def copy(cells, in_a_folder_of_its_own, monkeypatch):
         monkeypatch.setattr(page.effects, "plot_metrics", lambda *args: None)
         return page, sum(line[0] in "+-" for line in lines)
 
+    before = dict(sys.modules)
     yield edited
     for name in made:
-        if name != "train_state":  # other tests have it too
-            sys.modules.pop(name, None)
+        sys.modules.pop(name, None)
+        if name in before:
+            sys.modules[name] = before[name]
 
 
 @pytest.mark.parametrize("edits, most", [(DATA, 25), (MODEL, 20), (LOSS, 6), (DATA + MODEL + LOSS, 50)],

@@ -467,6 +467,12 @@ def test_a_search_runs_its_trials_shows_the_best_first_and_goes_on_to_more(page,
     assert [starts(number) for number in range(6)] == [[0]] * 6
 
 
+def test_the_best_is_the_largest_where_more_is_better(page):
+    told = searched(LR, "--max_steps=1", "--trials=3", "--objective=-excess_loss")
+    best = json.loads(Path("s/best.json").read_text())
+    assert best["excess_loss"] == max(line["summary"]["excess_loss"] for line in told)
+
+
 def test_hopeless_runs_are_stopped_and_recorded_with_their_last_value(page, capsys):
     told = searched(LR, "--max_steps=24", "--trials=8")
     out = capsys.readouterr().out

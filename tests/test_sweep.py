@@ -540,6 +540,23 @@ def test_each_run_has_a_gpu_and_a_launcher_none(monkeypatch, capsys):
         ("yes", "5,7")] * 2  # fmt: skip
 
 
+def test_what_another_shard_has_come_to_since_is_told():
+    source = plan("--lr=0.1,0.2", "--shard=1/2").open()
+    source.told["lr=0.1"] = {"status": "failed", "run": "lr=0.1"}
+    other = record(Path("sweep/lr=0.2"), {}, "stopped", 0, 1.0)
+    append(source.book, other)
+    assert not source.is_whole() and len(source.elsewhere()) == 1
+    append(source.book, other | {"status": "failed"})
+    assert source.is_whole() and [line["status"] for line in source.lines()] == ["failed"] * 2
+
+
+def test_runs_on_the_cpu_need_no_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for device, expected in (("cpu", (1, [])), ("auto", (2, ["0", "1"]))):
+        source = SimpleNamespace(known=[SimpleNamespace(device=device)])
+        assert sweep.processes(sweep.Config(), source, Path("x.py"))[1:] == expected
+
+
 def test_a_program_of_the_environment_launches_also_where_that_is_not_activated(monkeypatch):
     python = Path(sys.executable)
     monkeypatch.setenv("PATH", "")
@@ -717,6 +734,12 @@ def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
     assert progress.rest(here._replace(total=None), 80) == 60
     records = [{"step": 50, "time_s": 99}, {"step": 110, "time_s": 31}, {"step": 120}, {"step": 130, "time_s": 33}]
     assert progress.pace(records, 100) == 0.1 and progress.pace(records[:2], 100) is None
+    # The last to end has no other beside it, which halves nothing.
+    source = SimpleNamespace(total=2, count_ended=lambda: 1, steps=lambda: {})
+    shown = progress.Progress(source, at_a_time=2)
+    shown.costs = [far(100, 200, None)]
+    shown.jobs = [Simulated("a", 100, progress.time.perf_counter(), 0, 1, 0).at(0)]
+    assert shown.left() == pytest.approx(200, abs=5)
     Path("train.log").write_text("step     10/1200 | loss 1\nstep     20/1200 | loss 1\n")
     assert progress.total_steps(Path("train.log")) == 1200 and progress.total_steps(Path("absent")) is None
 
