@@ -968,7 +968,8 @@ def test_controls_are_each_category_alone_at_its_share_of_every_k(data, capsys):
         "K1_a", "K1_b", "K1_c", "K2_a_b", "K2_b_c", "K2_a_c", "K3_a_b_c",
         "control2_a", "control2_b", "control2_c", "control3_a", "control3_b", "control3_c"]  # fmt: skip
     assert len({tuple(run.values) for run in runs}) == 1  # columns of a table
-    assert runs[3] == ("K2_a_b", {"categories": "a,b"}, {"K": "2", "categories": "a, b", "control_of": ""})
+    assert runs[3][:3] == ("K2_a_b", {"categories": "a,b"}, {"K": "2", "categories": "a, b", "control_of": ""})
+    assert all(list(run.data) == [str(data)] and len(run.data[str(data)]) == 32 for run in runs)  # train, validation
     # 40 chunks of 12 tokens: of 3 categories 13 each.
     assert runs[-1].settings == {
         "categories": "c", "budget": "tokens", "budget_tokens": str(13 * 12), "control_of": "3"}
