@@ -362,9 +362,8 @@ def plan_search(page: ModuleType, script: Path, words: list[Word], sweeper: Swee
 def refuse(script: str, spaces: dict[str, Space], sweeper: Sweeper, cfg: Any, objective: str, less_is_better: bool
            ) -> None:
     """Raise InputError for settings of a sweep that a search cannot have."""
-    key, space = next(iter(spaces.items()))
     if cfg.trials is None:
-        raise InputError(f"{key}={in_words(space)} is searched: say for how many runs, as in --trials=20")
+        raise InputError(f"{next(iter(spaces))} is searched: say for how many runs, as in --trials=20")
     for name in STUDIES:
         if getattr(cfg, name):
             raise InputError(f"--{name} plans its runs, and a range is searched: sweep one, then the other")

@@ -605,7 +605,7 @@ def test_machines_without_a_common_disk_share_a_database(page, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--lr=log:1e-5..1e-2"], "lr=log:float:1e-05..0.01 is searched: say for how many runs, as in --trials=20"),
+        (["--lr=log:1e-5..1e-2"], "lr is searched: say for how many runs, as in --trials=20"),
         (["--act=1..2", "--trials=2"], "act=1..2: a range is of numbers, and act is a text"),
         (["--wide=log:1..2", "--trials=2"], "wide=log:1..2: a range is of numbers, and wide is a switch"),
         (["--layers=float:1..2", "--trials=2"], "layers is a whole number: layers=int:LOW..HIGH"),
