@@ -21,7 +21,7 @@ from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import Cell, Section, typed, write_page
-from measure.sweeps import HEADS, SEED, Group, groups, objective, table, with_spread
+from measure.sweeps import HEADS, SEED, Group, groups, objective, problems, table, with_spread
 from sources.outcomes import numbers, read_object
 from sources.shared import counted
 from sources.sweeps import digest
@@ -36,11 +36,6 @@ CURVES = {
     "apelr": ("loss", "val_nll"),
     "state": ("loss", "val_loss"),
 }
-# What says what is to be learned: settings, and the optimum that a problem of other parameters has.
-PROBLEMS = ("process", "components", "matrices", "data", "validation_data", "categories", "final_split",
-            "toml_config_path", "pert_col", "control_pert", "output_space", "counts")  # fmt: skip
-OPTIMUM = "optimal_loss"
-SAME_OPTIMUM = 1e-3  # of it
 TABLED = ("state",)  # experiments of which a study's lines for a terminal have a table of the same runs
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
@@ -369,9 +364,7 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     best = known[0]
     if len(ranked) == 1:
         return f"{'Runs of the same settings' if len(best.runs) > 1 else 'One run'}: {head} {spread(best, name)}."
-    apart = [setting for setting in PROBLEMS if any(setting in group.settings for group in ranked)]
-    if not apart and differs(known, OPTIMUM):
-        apart = [OPTIMUM]
+    apart = problems(ranked)
     if apart:
         return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
@@ -387,12 +380,6 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     error = sqrt(sum(stdev(values) ** 2 / len(values) for values in samples))
     difference = abs(fmean(samples[0]) - fmean(samples[1]))
     return f"{text} They are {with_spread(difference, error)} (standard error over seeds) apart."
-
-
-def differs(known: list[Group], name: str) -> bool:
-    """Whether groups differ in the least loss that there is."""
-    means = [group.mean(name) for group in known if group.values(name)]
-    return bool(means) and max(means) - min(means) > SAME_OPTIMUM * abs(max(means))
 
 
 def spread(group: Group, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -16,6 +17,11 @@ OBJECTIVES = {
     "state": (["pearson_delta", "mae", "baselines.perturbation_mean.pearson_delta"], False),
 }
 HEADS = {"baselines.perturbation_mean.pearson_delta": "perturbation_mean"}  # of columns, where the name is long
+# What says what is to be learned: settings, words of a study, and the optimum that a problem of other parameters has.
+PROBLEMS = ("process", "components", "matrices", "data", "validation_data", "categories", "final_split", "held_out",
+            "toml_config_path", "pert_col", "control_pert", "output_space", "counts")  # fmt: skip
+OPTIMUM = "optimal_loss"
+SAME_OPTIMUM = 1e-3  # of it
 DIRECTIONS = {"min": True, "max": False}
 SEED = "seed"  # the setting over which runs are averaged
 
@@ -105,13 +111,15 @@ def with_spread(mean: float, spread: float) -> str:
 def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Group]:
     """The runs that are done, grouped by all settings but the seed, the best by shown[0] first.
 
-    Those that have no such number are last.
+    Those that have no such number are last. Groups that learn different things stay in the order of their runs.
     """
     found: dict[tuple, Group] = {}
     for line in told:
         if line["status"] == "done":
             settings = {name: value for name, value in line["settings"].items() if name != SEED}
             found.setdefault(tuple(settings.items()), Group(settings, [])).runs.append(line)
+    if problems(found.values()):
+        return list(found.values())
     known, unknown = [], []
     for group in found.values():
         if shown and group.mean(shown[0]) is not None:
@@ -120,6 +128,17 @@ def groups(told: list[dict], shown: list[str], less_is_better: bool) -> list[Gro
             unknown.append(group)
     known.sort(key=lambda group: group.mean(shown[0]), reverse=not less_is_better)
     return known + unknown
+
+
+def problems(found: Collection[Group]) -> list[str]:
+    """In what groups differ that says what is to be learned: a result then tells how hard each is, and none is best."""
+    if len(found) < 2:
+        return []
+    apart = [name for name in PROBLEMS if any(name in group.settings for group in found)]
+    optima = [group.mean(OPTIMUM) for group in found if group.values(OPTIMUM)]
+    if not apart and optima and max(optima) - min(optima) > SAME_OPTIMUM * abs(max(optima)):
+        apart = [OPTIMUM]
+    return apart
 
 
 def number(value: Any) -> str:
@@ -174,7 +193,9 @@ def sorted_table(told: list[dict], shown: list[str], less_is_better: bool) -> tu
     first = shown[0]
     name = HEADS.get(first, first)
     better = "less" if less_is_better else "more"
-    lines.insert(0, f"\nby {name}, of which {better} is better:")
+    apart = problems(groups(told, shown, less_is_better))
+    order = f"of different {', '.join(apart)}, none the best" if apart else f"by {name}, of which {better} is better"
+    lines.insert(0, f"\n{order}:")
     known = set().union(*done)
     if first in known:
         return lines, ""

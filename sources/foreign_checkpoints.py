@@ -11,6 +11,9 @@ import torch
 from common import checkpoint
 from common.errors import CheckpointError
 
+# What the checkpoints in the run folders of other systems are called, the first choice first.
+NAMES = ("final.ckpt", "last.ckpt", "best.ckpt", "checkpoint.pt", "best_model.pt", "latest.pt")
+
 
 class Inert(dict):
     """Takes the place of a class or function that a checkpoint names: it holds what it is given, and does nothing."""
@@ -83,9 +86,6 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
-
-# What the checkpoints in the run folders of other systems are called, the first choice first.
-NAMES = ("final.ckpt", "last.ckpt", "best.ckpt", "checkpoint.pt", "best_model.pt", "latest.pt")
 
 
 def source_file(path: Path) -> Path | None:

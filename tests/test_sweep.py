@@ -17,7 +17,7 @@ from commands import SCRIPTS, Job, python, refusal, wait_for
 import sweep
 import train_ghmm
 from measure import comparison, progress
-from measure.sweeps import OBJECTIVES, groups, in_words, objective, table
+from measure.sweeps import OBJECTIVES, groups, in_words, objective, sorted_table, table
 from sources import equal_size, holdouts, jobs, study_arxiv
 from sources.outcomes import append, numbers, record
 from sources.runs import Grid, import_page, plan_runs
@@ -901,6 +901,18 @@ def test_what_has_no_number_is_last_in_the_table():
              "summary": {"pearson_delta": value}} for i, value in enumerate([None, 0.1, 0.9])]
     rows = [line.split() for line in table(told, ["pearson_delta"], less_is_better=False)]
     assert rows == [["a", "pearson_delta", "folder"], ["2", "0.9", "f2"], ["1", "0.1", "f1"], ["0", "f0"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "optima", "apart"),
+    [("categories", (0, 0), "categories"), ("lr", (1, 2), "optimal_loss"), ("lr", (2, 2.001), "")],
+)
+def test_what_learns_different_things_is_not_ranked(name, optima, apart):
+    told = [{"run": f"{i}", "status": "done", "folder": f"f{i}", "seconds": 1, "settings": {name: str(i)},
+             "summary": {"loss": 3 - i, "optimal_loss": optima[i]}} for i in (0, 1)]
+    (head, _, *rows), _ = sorted_table(told, ["loss"], less_is_better=True)
+    order = f"of different {apart}, none the best" if apart else "by loss, of which less is better"
+    assert head == f"\n{order}:" and [row[0] for row in rows] == (["0", "1"] if apart else ["1", "0"])
 
 
 def test_a_run_that_was_killed_says_by_what():
