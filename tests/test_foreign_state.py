@@ -578,7 +578,9 @@ def test_a_folder_that_arc_state_itself_wrote_predicts_the_same(space, data, tmp
 
     from state.tx.models.state_transition import StateTransitionPerturbationModel
 
-    peer = StateTransitionPerturbationModel.load_from_checkpoint("theirs/checkpoints/final.ckpt", weights_only=False)
+    saved = read_checkpoint("theirs/checkpoints/final.ckpt")
+    peer = StateTransitionPerturbationModel(**saved["hyper_parameters"])
+    peer.load_state_dict(saved["state_dict"])
     cfg, model, step, extra = train_state.load_run("theirs", "cpu")
     assert step == 2 and extra["batches"] == list(BATCHES) and cfg.pert_col == "target"
     cells = torch.rand(5, peer.input_dim)
