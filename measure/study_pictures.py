@@ -53,12 +53,7 @@ def stack(runs: list[dict], key: str, levels: dict[str, np.ndarray]) -> np.ndarr
 # ---------------------------------------------------------------------------------------------------------------
 # Of all groups of runs
 # ---------------------------------------------------------------------------------------------------------------
-def draw_curves(
-    folder: Path,
-    by_group: dict,
-    T: int,
-    tokens: str,
-) -> None:
+def draw_curves(folder: Path, by_group: dict, T: int, tokens: str) -> None:
     """XE by position for every group and K, beside the exact optimum where it is known.
 
     What a set has by its composition, the levels of its categories, is taken off each curve: it would hide all else.
@@ -123,13 +118,7 @@ def draw_categories(folder: Path, rows: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Of one group
 # ---------------------------------------------------------------------------------------------------------------
-def draw_law(
-    folder: Path,
-    name: str,
-    found: dict,
-    optimum: dict | None,
-    title: str,
-) -> None:
+def draw_law(folder: Path, name: str, found: dict, optimum: dict | None, title: str) -> None:
     """XE against K at the mean over positions with its laws, on a linear and on a logarithmic axis.
 
     found, optimum: as xe_by_k.law_of_k returns them, of the model and of the exact optimum.
@@ -159,13 +148,7 @@ def draw_law(
         linear.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
 
 
-def draw_points(
-    axes,
-    found: dict,
-    colour: str,
-    label: str | None,
-    hollow: bool = False,
-) -> None:
+def draw_points(axes, found: dict, colour: str, label: str | None, hollow: bool = False) -> None:
     """Paired means over categories against K, with 95% intervals where something varies."""
     means = paired_means(found["means"])[:, -1]
     errors = None
@@ -191,14 +174,7 @@ def mean_curve(law: str, fit: Fit, K: np.ndarray) -> np.ndarray:
     return mean_of(predicted(law, fit, K), -3)[..., -1]
 
 
-def draw_slopes(
-    folder: Path,
-    name: str,
-    found: dict,
-    optimum: dict | None,
-    positions: list[int],
-    title: str,
-) -> None:
+def draw_slopes(folder: Path, name: str, found: dict, optimum: dict | None, positions: list[int], title: str) -> None:
     """b of a + b log K by position with its interval, beside that of the exact optimum."""
     with figure(folder, name, title=title) as axes:
         shown = [("model", found, BLUE)]
@@ -218,13 +194,7 @@ def draw_slopes(
         axes.legend(fontsize=8)
 
 
-def draw_controls(
-    folder: Path,
-    name: str,
-    by_k: list[dict],
-    by_category: list[dict],
-    title: str,
-) -> None:
+def draw_controls(folder: Path, name: str, by_k: list[dict], by_category: list[dict], title: str) -> None:
     """Growth from K = 1 and its two parts against K: means over categories with errors, categories as small points."""
     ks = [row["K"] for row in by_k]
     with figure(folder, name, title=title) as axes:
@@ -248,12 +218,7 @@ def draw_controls(
         axes.legend(fontsize=8)
 
 
-def draw_tradeoff(
-    folder: Path,
-    name: str,
-    rows: list[dict],
-    title: str,
-) -> None:
+def draw_tradeoff(folder: Path, name: str, rows: list[dict], title: str) -> None:
     """XE on categories seen and unseen against K; and one against the other, a point for each K."""
     ks = [row["K"] for row in rows]
     both = [row for row in rows if row["unseen_xe"] is not None]
@@ -282,12 +247,7 @@ def draw_tradeoff(
         curve.set(xlabel="XE on seen categories (nats)", ylabel="XE on unseen categories (nats)")
 
 
-def draw_context(
-    folder: Path,
-    name: str,
-    rows: list[dict],
-    title: str,
-) -> None:
+def draw_context(folder: Path, name: str, rows: list[dict], title: str) -> None:
     """The in-context score by K; on synthetic documents also information beside log K, and the excess."""
     ks = [row["K"] for row in rows]
     synthetic = any(row["information_predictions"] is not None for row in rows)
