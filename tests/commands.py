@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import sweep
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_ghmm", "train_arxiv", "train_apelr", "train_state")
 
@@ -34,6 +36,17 @@ def refusal(capsys, main, *argv: str, code: int = 2) -> str:
     told = capsys.readouterr().err.splitlines()
     assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
     return told[0]
+
+
+def sweep_tiny(words: tuple[str, ...], folder: str, code: int) -> None:
+    """A sweep of train_tiny.py in this folder, which must end with this exit code."""
+    command = ["train_tiny.py", *words, f"--out_dir={folder}"]
+    if code:
+        with pytest.raises(SystemExit) as end:
+            sweep.main(command)
+        assert end.value.code == code
+    else:
+        sweep.main(command)
 
 
 def colours(image) -> int:

@@ -1,13 +1,18 @@
 """What all tests stand on."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch read it: small tensors gain nothing from threads
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from commands import ROOT  # noqa: E402
 
+import sweep  # noqa: E402
 from measure import effects, figures, plans, speed  # noqa: E402
+from sources import jobs  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,6 +47,16 @@ def quickly(in_a_folder_of_its_own, monkeypatch):
     for name in ("draw_loss", "draw_plans"):
         monkeypatch.setattr(plans, name, lambda *args, **options: None)
     monkeypatch.setattr(effects, "plot_metrics", lambda *args, **options: None)
+
+
+@pytest.fixture
+def stand_in_page(in_a_folder_of_its_own, monkeypatch):
+    """stand_in_page(text): make train_tiny.py, a page without torch, where the test stands."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "show_comparison", lambda *args: True)
+    yield Path("train_tiny.py").write_text
+    sys.modules.pop("train_tiny", None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from commands import Job, refusal, wait_for
+from commands import ROOT, Job, refusal, sweep_tiny, wait_for
 
 import sweep
 from common.errors import InputError
@@ -337,7 +337,6 @@ def test_importances_tell_what_matters_and_nothing_of_few_runs(in_a_folder_of_it
 
 # -------------------------------------------------------------------------------------------------------- runs
 
-ROOT = Path(__file__).resolve().parents[1]
 # A page without torch: its loss comes down to |log10(lr) + 2|, by steps of 10 ms.
 PAGE = '''
 import json, math, signal, sys, time
@@ -405,26 +404,15 @@ LR = "--lr=log:1e-4..1"
 
 
 @pytest.fixture
-def page(in_a_folder_of_its_own, monkeypatch):
+def page(stand_in_page):
     """The page, in the folder where the test stands."""
     pytest.importorskip("optuna")
-    Path("train_tiny.py").write_text(PAGE)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(sweep, "show_comparison", lambda *args: True)
-    yield
-    sys.modules.pop("train_tiny", None)
+    stand_in_page(PAGE)
 
 
 def searched(*words: str, code: int = 0) -> list[dict]:
     """The lines of sweep.jsonl in the folder `s`, in the order of trials."""
-    command = ["train_tiny.py", *words, "--out_dir=s"]
-    if code:
-        with pytest.raises(SystemExit) as end:
-            sweep.main(command)
-        assert end.value.code == code
-    else:
-        sweep.main(command)
+    sweep_tiny(words, "s", code)
     return sorted(lines(), key=lambda line: line["run"])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import SCRIPTS, Job, python, refusal, wait_for
+from commands import ROOT, SCRIPTS, Job, python, refusal, sweep_tiny, wait_for
 
 import sweep
 import train_ghmm
@@ -24,7 +24,6 @@ from sources.runs import Grid, import_page, plan_runs
 from sources.studies import Variation
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
-ROOT = Path(__file__).resolve().parents[1]
 SHOW_COMPARISON = sweep.show_comparison  # it draws: left out of the tests that are not of it
 # A page without torch, that starts within a tenth of a second: it trains by waiting.
 PAGE = '''
@@ -99,25 +98,14 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(autouse=True)
-def page(in_a_folder_of_its_own, monkeypatch):
+def page(stand_in_page):
     """The page, in the folder where the test stands."""
-    Path("train_tiny.py").write_text(PAGE)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(sweep, "show_comparison", lambda *args: True)
-    yield
-    sys.modules.pop("train_tiny", None)
+    stand_in_page(PAGE)
 
 
 def swept(*words: str, code: int = 0) -> list[dict]:
     """The lines of sweep.jsonl in the folder `sweep`, after the command has ended with this code."""
-    command = ["train_tiny.py", *words, "--out_dir=sweep"]
-    if code:
-        with pytest.raises(SystemExit) as end:
-            sweep.main(command)
-        assert end.value.code == code
-    else:
-        sweep.main(command)
+    sweep_tiny(words, "sweep", code)
     return lines()
 
 
