@@ -104,7 +104,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
     argv = list(sys.argv[1:] if argv is None else argv)
     dialects = tuple(dialects)
     if "--help" in argv or "-h" in argv:
-        _show(help_text(Config, _script(Config).name, dialects))
+        print_text(help_text(Config, _script(Config).name, dialects))
+        raise SystemExit(0)
     if any(_asks_for_several_runs(Config, word) for word in argv):
         hand_to_sweep(Config, argv)
     settings = Settings(Config, aliases or {}, dialects)
@@ -122,7 +123,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
             settings.assign(key.split("."), raw, "command line")
     cfg = settings.build()
     if show & set(argv):
-        _show(print_config(cfg))
+        print_text(print_config(cfg))
+        raise SystemExit(0)
     return cfg
 
 
@@ -1052,12 +1054,11 @@ def _with_item(mapping: Any, keys: list[str], value: Any) -> dict:
     return {**old, keys[0]: _with_item(old.get(keys[0]), keys[1:], value) if keys[1:] else value}
 
 
-def _show(text: str) -> NoReturn:
-    """Print and stop, whatever the terminal's encoding; of the processes torchrun starts, one prints."""
+def print_text(text: str) -> None:
+    """Print in any encoding, also into a closed pipe; of the processes torchrun starts, one prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         encoding = sys.stdout.encoding or "utf-8"
         try:
             print(text.encode(encoding, "backslashreplace").decode(encoding).removesuffix("\n"), flush=True)
         except BrokenPipeError:  # who reads, as head does, has seen enough; nothing may be left to flush at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(0)

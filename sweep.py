@@ -31,7 +31,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
 
 from common.errors import InputError, clear_errors, leave
-from configurator import Count, Range, Settings, Whole, configure, note
+from configurator import Count, Range, Settings, Whole, configure, note, print_text
 from measure.progress import Progress
 from measure.sweeps import in_words, objective, sorted_table
 from sources.jobs import devices, launch, run_all, signals
@@ -200,7 +200,7 @@ def report(argv: list[str]) -> list[str]:
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     out = Path(options.get("out", first))
     lines = compare(find_runs(paths), out)
-    print("\n".join(lines))
+    print_text("\n".join(lines))
     if options.get("open") == "True":
         import webbrowser
 
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> Any:
         plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
         plan = plan or plan_runs(page, script, words, sweeper, cfg)
         if shows:
-            print("\n".join(plan.commands()))
+            print_text("\n".join(plan.commands()))
             return []
         try:
             return run_sweep(plan, cfg, script, shown, less_is_better)

@@ -191,16 +191,14 @@ def sorted_table(told: list[dict], shown: list[str], less_is_better: bool) -> tu
     if not shown or not done:
         return lines, ""
     first = shown[0]
+    known = set().union(*done)
+    if first not in known:
+        return lines, f"{first} is no number in summary.json{closest(first, known)}"
     name = HEADS.get(first, first)
     better = "less" if less_is_better else "more"
     apart = problems(groups(told, shown, less_is_better))
     order = f"of different {', '.join(apart)}, none the best" if apart else f"by {name}, of which {better} is better"
-    lines.insert(0, f"\n{order}:")
-    known = set().union(*done)
-    if first in known:
-        return lines, ""
-    hint = closest(first, known)
-    return lines, f"{first} is no number in summary.json{hint}"
+    return [f"\n{order}:", *lines], ""
 
 
 def mean_seconds(group: Group) -> float | None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
@@ -367,6 +368,14 @@ def test_what_is_no_page_is_refused(capsys):
                            ("broken.py", "cannot be imported (ModuleNotFoundError"), ("settings.py", "is no page")):
         assert sentence in refusal(capsys, sweep.main, name, "--lr=1,2")
     assert str(Path.cwd()) not in sys.path
+
+
+def test_commands_are_shown_to_who_has_seen_enough():
+    words = [sys.executable, ROOT / "sweep.py", "train_tiny.py", "--lr=0.1,0.2", "--print_config"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as head does
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
 
 
 def test_a_page_has_short_names_and_is_shown_as_it_can_be_typed(capsys):
