@@ -107,11 +107,14 @@ def drawn(
         except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
             return None, None, f"documents.npz of {run['run']} cannot be used ({reason(error)})"
         codes, _, counts, values = documents
+        # The same documents are drawn for all runs, so they must have the same.
         first = first or documents
         if not all(np.array_equal(*pair) for pair in zip(documents[:3], first[:3], strict=True)):
             return None, None, f"{run['run']} was measured on other documents than {runs[0]['run']}"
+        # Sums and results of two lives of a run would give intervals around another mean.
         for c in np.unique(codes):
-            mean = values[codes == c].sum(0) / counts[codes == c].sum()
+            chosen = codes == c
+            mean = values[chosen].sum(0) / counts[chosen].sum()
             if not np.allclose(mean, measured[c], rtol=1e-3, atol=1e-3):
                 return None, None, f"documents.npz of {run['run']} is not of its results.json"
         sums.append(values)
@@ -133,5 +136,7 @@ def read_documents(
         codes = np.array(places)[file["codes"]]
         kept = file["positions"].tolist()
         columns = [kept.index(position) for position in positions]
-        values = np.concatenate([file["sums"][:, columns], file["total"][:, None]], 1).astype(np.float64)
+        sums = file["sums"][:, columns]
+        total = file["total"][:, None]
+        values = np.concatenate([sums, total], 1).astype(np.float64)
         return codes, file["documents"], file["counts"], values

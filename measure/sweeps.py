@@ -134,7 +134,8 @@ def problems(found: Collection[Group]) -> list[str]:
     """In what groups differ that says what is to be learned: a result then tells how hard each is, and none is best."""
     if len(found) < 2:
         return []
-    apart = [name for name in PROBLEMS if any(name in group.settings for group in found)]
+    settings = {name for group in found for name in group.settings}
+    apart = [name for name in PROBLEMS if name in settings]
     optima = [group.mean(OPTIMUM) for group in found if group.values(OPTIMUM)]
     if not apart and optima and max(optima) - min(optima) > SAME_OPTIMUM * abs(max(optima)):
         apart = [OPTIMUM]
@@ -194,10 +195,13 @@ def sorted_table(told: list[dict], shown: list[str], less_is_better: bool) -> tu
     known = set().union(*done)
     if first not in known:
         return lines, f"{first} is no number in summary.json{closest(first, known)}"
-    name = HEADS.get(first, first)
-    better = "less" if less_is_better else "more"
     apart = problems(groups(told, shown, less_is_better))
-    order = f"of different {', '.join(apart)}, none the best" if apart else f"by {name}, of which {better} is better"
+    if apart:
+        order = f"of different {', '.join(apart)}, none the best"
+    else:
+        name = HEADS.get(first, first)
+        better = "less" if less_is_better else "more"
+        order = f"by {name}, of which {better} is better"
     return [f"\n{order}:", *lines], ""
 
 
