@@ -73,7 +73,8 @@ def main(argv=None):
         sys.exit("error: the loss is not finite")
     Path(f"seed{cfg.seed}").touch()
     if cfg.deaf:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         child = subprocess.Popen(["sleep", "30"], start_new_session=True)
         (folder / "child").write_text(str(child.pid))
     began = time.monotonic()
