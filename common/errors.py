@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ ADVICE = {  # by what the system says
     errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close what has many files open",
     errno.EIO: BROKEN, errno.ESTALE: BROKEN, errno.ENODEV: BROKEN, errno.ENXIO: BROKEN,
 }  # fmt: skip
+KINDS_OF_FILES = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK,
+                  "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode)}
 
 
 class InputError(ValueError):
@@ -203,3 +206,22 @@ def rehearsal(what: str = "what the end of the run asks of model and data", advi
         line = (ours or frames)[-1]  # the innermost of the repository, not of torch
         raise InputError(f"{what} does not work ({reason(e)}; {os.path.basename(line.filename)}, line "
                          f"{line.lineno}): {advice}") from e
+
+
+def regular_file(path: str | os.PathLike, error: type[InputError] = DataError) -> Path:
+    """The path of a file that has an end and something in it; raises `error` for what is none, without opening it.
+
+    To open a pipe is to wait for its writer, a device may never end, and a name with NUL opens another file in HDF5.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as e:
+        raise error(f"{str(path)!r} is no name of a file ({e})") from e
+    except OSError as e:
+        raise error(f"{path}: {'no such file' if e.errno == errno.ENOENT else e.strerror}") from e
+    kind = next((kind for kind, is_of in KINDS_OF_FILES.items() if is_of(status.st_mode)), "")
+    if kind:
+        raise error(f"{path} is a {kind}, and no file: name a file")
+    if not status.st_size:
+        raise error(f"{path} is empty: copy or make it again")
+    return Path(path)
