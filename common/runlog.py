@@ -254,7 +254,7 @@ def read_metrics(folder: Path) -> list[dict]:
 def _look_at_names(folder: Path) -> None:
     """Raises InputError where something that no file can replace has the name of one that a run may write."""
     for path in sorted([*folder.glob("*"), *(folder / "plots").glob("*")]):
-        if path.name in FOLDERS and path.exists() and not path.is_dir():
+        if path.name in FOLDERS and not path.is_dir():
             raise InputError(f"{path} is no folder, as the run needs one there: move it, or use another out_dir")
         is_ours = path.suffix in FILES or path.name.startswith(".saving-")
         if is_ours and (path.is_dir() or path.is_fifo() or path.is_socket()):
