@@ -770,8 +770,8 @@ def main(argv: list[str] | None = None) -> dict:
         target = Path(cfg.json)
         if target.is_dir() or not target.resolve().parent.is_dir():
             fail(f"json = {cfg.json}: not a file in a folder that exists")
-    path = foreign_checkpoints.checkpoint_in(argv[0])
     with clear_errors():
+        path = foreign_checkpoints.checkpoint_in(argv[0])
         stem = page_stem(path)
         page = import_page(stem, path)
         refuse_others(cfg, page.EXPERIMENT)
