@@ -20,6 +20,9 @@ logarithms. A forward filter over chunks is Rabiner (1989); with transitions tha
 input-output HMM of Bengio & Frasconi (1995).
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import DataError, clear_errors, rehearsal  # isort: skip
+
 import math
 import time
 from dataclasses import dataclass
@@ -33,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import checkpoint, store
-from common.errors import DataError, clear_errors, rehearsal
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -1234,8 +1236,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, APELR)
     with clear_errors():
+        cfg = configure(Config, argv, ALIASES, APELR)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

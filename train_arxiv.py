@@ -18,6 +18,9 @@ Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is m
 vocabulary, D width, H heads, K components, R chunks, M documents.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import DataError, clear_errors, rehearsal  # isort: skip
+
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +33,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
-from common.errors import DataError, clear_errors, rehearsal
 from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -794,8 +796,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, ICL)  # a study, and a report, are sweep.py's from here on
     with clear_errors():
+        cfg = configure(Config, argv, ALIASES, ICL)  # a study, and a report, are sweep.py's from here on
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

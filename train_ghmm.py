@@ -14,6 +14,9 @@ stream (Shai et al. 2024, arXiv:2405.15943).
 Dimensions: B batch, L or T tokens, V tokens of the vocabulary, S states, D width, N or P words and prefixes.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import InputError, clear_errors, rehearsal  # isort: skip
+
 import math
 import time
 from dataclasses import dataclass
@@ -25,7 +28,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
-from common.errors import InputError, clear_errors, rehearsal
 from common.runlog import RunLog, ended_before, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -739,8 +741,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
     with clear_errors():
+        cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

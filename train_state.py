@@ -14,6 +14,9 @@ types and perturbations that were never seen together, beside three baselines th
 Dimensions: B sentences, S cells of a sentence, N cells, D input features, G genes, P perturbation features, H width.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal  # isort: skip
+
 import math
 import re
 import sys
@@ -30,7 +33,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
-from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (

@@ -43,17 +43,13 @@ def run_folder(cfg, rt) -> Iterator[Path]:
     """
     folder, url, profile = place_of(cfg.out_dir, getattr(cfg, "s3_config", ""))
     with contextlib.ExitStack() as stack:
-        problem = None
-        if rt.is_main:
-            try:
-                stack.enter_context(locked(folder))
-                if url:
-                    stack.enter_context(mirrored(folder, url, profile, cfg.resume == "never"))
-            except InputError as error:
-                problem = error
-        problem = rt.gather(problem)[0]
-        if problem:
-            raise problem
+
+        def enter() -> None:
+            stack.enter_context(locked(folder))
+            if url:
+                stack.enter_context(mirrored(folder, url, profile, cfg.resume == "never"))
+
+        rt.from_main(enter)
         yield folder
 
 
