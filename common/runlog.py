@@ -40,6 +40,7 @@ class RunLog:
         self.data = {"data": data} if data else {}
         self.bar = self.board = self.wandb = None
         self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
+        rt.agree(**config, **{"the first step": start_step, "the fingerprint of the data": data or {}})
         if not self.active:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
@@ -164,13 +165,17 @@ def ended_before(rt, folder: Path, path: Path | None, state: dict | None, change
     Args:
         path, state, changes: what checkpoint.start_from found.
     """
+
+    def read() -> dict | None:
+        try:
+            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # ended by a kill between its last step and its summary
+            return None
+
     if not state or changes or not checkpoint.is_over(state) or path.parent.resolve() != folder.resolve():
         return None
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ended by a kill between its last step and its summary
-        return None
-    if rt.is_main:
+    summary = rt.from_main(read)
+    if summary and rt.is_main:
         print(f"{folder}: this run ended at step {state['step']}, nothing was left to train. It said:")
         print("\n".join(_lines(summary)))
         if "verdict" in summary:

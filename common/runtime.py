@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import leave
+from common.errors import InputError, leave
 
 _RENDEZVOUS: dict = {}  # torchrun's store and the number of groups opened through it
 STOP_CHECK_STEPS = 10  # ranks agree on stopping at every tenth step: a 0.1 ms exchange of one number
@@ -187,6 +188,38 @@ class Runtime:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def from_main(self, function: Callable[[], object]):
+        """function() as rank 0 finds it, on every rank: of what lies on a disk that others may not see, or see older.
+
+        An InputError of rank 0 is raised on all; any other error of it on rank 0 alone, which ends the others.
+        """
+        if self.world_size == 1:
+            return function()
+        found = [None]
+        if self.is_main:
+            try:
+                found = [function()]
+            except InputError as error:
+                found = [error]
+        self.barrier()
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+        if isinstance(found[0], InputError):
+            raise found[0]
+        return found[0]
+
+    def agree(self, **facts) -> None:
+        """Raise InputError where ranks do not have the same of something, such as the fingerprint of the data."""
+        everywhere = self.gather((platform.node(), facts))
+        for name in facts:
+            values = [of_rank.get(name) for _, of_rank in everywhere]
+            if all(value == values[0] for value in values):
+                continue
+            told = [f"{value} on rank {rank} ({host})"
+                    for rank, ((host, _), value) in enumerate(zip(everywhere, values, strict=True))
+                    if rank == 0 or value != values[0]]
+            raise InputError(f"{name} is not the same on all ranks: {', '.join(told)}. Give all the same settings "
+                             "and the same files, on a disk that they share or copied to each host")
 
     # Stopping --------------------------------------------------------------------------------------------------
 

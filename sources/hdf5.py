@@ -1,0 +1,258 @@
+"""HDF5 files of anybody: opened and read so that whatever is wrong with one is a sentence, and no other file is read.
+
+A file of HDF5 may name others, whose bytes would be read as its own: by external links, by external storage and by
+virtual data sets. All three are refused. Soft links are followed inside the file, one step at a time. Sizes are held
+against what the file stores before memory is asked for, and types against what is expected: h5py converts numbers of
+any layout to the nearest of numpy, so that one flipped bit of a type would change every value without a word.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+from h5py import h5t
+
+from common.errors import DataError, reason, regular_file
+
+DAMAGE = (  # what h5py raises of bytes that are not as they should be; UnicodeDecodeError is a ValueError
+    OSError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    SystemError,
+)
+MOST_LINKS = 16  # soft links on the way to one member, as HDF5 itself follows: more are a circle
+SMALL = 1 << 26  # bytes of a data set that need not be stored: it may be all fill values
+MOST_PACKED = 2_000  # bytes that a stored byte can stand for; gzip comes to 1,032
+NUMBERS = "iufb"  # kinds of numpy that are numbers
+KINDS = {h5py.Dataset: "data set", h5py.Group: "group", h5py.Datatype: "type"}
+
+
+def where(node, name: str = "") -> str:
+    """A member as messages name it."""
+    try:
+        place = "/".join((node.name or "", name)).strip("/")
+        return f"{node.file.filename}: {place or 'its root'}"
+    except DAMAGE:  # so damaged that it has no name
+        return name or "a member"
+
+
+@contextlib.contextmanager
+def guard(what: str) -> Iterator[None]:
+    """What h5py says of bytes that are not as they should be, as a DataError; what: of which file and member."""
+    try:
+        yield
+    except DataError:
+        raise
+    except DAMAGE as error:
+        raise DataError(
+            f"{what} cannot be read ({reason(error)}): the file is damaged or of an unknown layout"
+        ) from error
+
+
+def open_hdf5(path: str | Path) -> h5py.File:
+    """An HDF5 file to read. Raises DataError for what is missing, no file, no HDF5, cut short, damaged or locked."""
+    path = regular_file(path)
+    try:
+        return h5py.File(path, "r")
+    except BlockingIOError as error:
+        raise DataError(f"{path} is being written by another process: wait for it") from error
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read ({error.strerror.split('(')[0].strip()}): see its permissions"
+                        ) from error
+    except DAMAGE as error:
+        raise DataError(f"{path}: cut short, damaged or no HDF5 file: copy or make it again") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Members
+# ---------------------------------------------------------------------------------------------------------------
+def names(group: h5py.Group) -> list[str]:
+    """Names of a group's members, those of dead links too."""
+    with guard(where(group)):
+        return list(group)
+
+
+def has(group: h5py.Group, name: str) -> bool:
+    """Whether there is a member of that name; one that cannot be read is there, and `member` says what is wrong."""
+    node = group
+    steps = [step for step in name.split("/") if step]
+    for i, step in enumerate(steps):
+        if not isinstance(node, h5py.Group):
+            return False
+        with guard(where(node, step)):
+            if node.get(step, getlink=True) is None:
+                return False
+        if i < len(steps) - 1:
+            node = member(node, step)
+    return True
+
+
+def member(group: h5py.Group, name: str, kind: type | None = None) -> h5py.Dataset | h5py.Group:
+    """A data set or group by its name, or path, in a group; every link on the way is looked at before it is followed.
+
+    kind: h5py.Dataset or h5py.Group. Raises DataError for what is not there, of another kind, in another file, behind
+    a dead link, damaged, or larger than what is stored can be.
+    """
+    node = follow(group, name)
+    wanted = KINDS.get(kind, "data set or group")
+    if not isinstance(node, kind or (h5py.Dataset, h5py.Group)):
+        raise DataError(f"{where(group, name)} should be a {wanted}, not a {KINDS.get(type(node), 'thing unknown')}")
+    if isinstance(node, h5py.Dataset):
+        check_dataset(node)
+    return node
+
+
+def follow(group: h5py.Group, name: str) -> h5py.Dataset | h5py.Group | h5py.Datatype:
+    """What is at the end of a path, without leaving the file."""
+    what = where(group, name)
+    with guard(what):
+        node = group.file["/"] if name.startswith("/") else group
+        steps = name.split("/")[::-1]
+        links = 0
+        while steps:
+            step = steps.pop()
+            if step in ("", "."):
+                continue
+            link = node.get(step, getlink=True) if isinstance(node, h5py.Group) else None
+            if link is None:
+                on_the_way = f"; {where(node)} has no {step!r}" if steps or links else ""
+                raise DataError(f"{what} is not there{on_the_way}")
+            if isinstance(link, h5py.ExternalLink):
+                raise DataError(f"{what} is a link to another file, {link.filename}, which is not followed: copy the "
+                                "data into one file")
+            if isinstance(link, h5py.HardLink):
+                node = node[step]
+                continue
+            links += 1
+            if links > MOST_LINKS:
+                raise DataError(f"{what} is a soft link that leads back to itself: the file is damaged")
+            if link.path.startswith("/"):
+                node = node.file["/"]
+            steps += link.path.split("/")[::-1]
+        return node
+
+
+def check_dataset(node: h5py.Dataset) -> None:
+    """Raise DataError for a data set of other files, or of more values than the file can hold. Nothing is read."""
+    what = where(node)
+    with guard(what):
+        if node.external:
+            raise DataError(f"{what} is stored in another file, {node.external[0][0]}, which is not read: copy the "
+                            "data into one file")
+        if node.is_virtual:
+            check_sources(node)
+            return
+        size = math.prod(node.shape or ()) * node.dtype.itemsize  # a null space holds nothing
+        stored = node.id.get_storage_size()
+        if size > SMALL and size > MOST_PACKED * stored:
+            raise DataError(f"{what} claims {size / 1e9:,.1f} GB, shape {node.shape}, where the file stores {stored:,} "
+                            "bytes of it: it is damaged, or made to fill the memory")
+        piece = math.prod(node.chunks or ()) * node.dtype.itemsize  # unpacked as a whole
+        if piece > max(SMALL, MOST_PACKED * stored):
+            raise DataError(f"{what} has chunks of {piece / 1e9:,.1f} GB, where the file stores {stored:,} bytes")
+
+
+def check_sources(node: h5py.Dataset) -> None:
+    """Raise DataError for a virtual data set of anything but plain data sets of its own file.
+
+    HDF5 reads zeros in the place of a source that is gone, without a word.
+    """
+    what = where(node)
+    for file_name, name in {(source.file_name, source.dset_name) for source in node.virtual_sources()}:
+        if file_name != ".":
+            raise DataError(f"{what} is a virtual data set of another file, {file_name}, which is not read: copy the "
+                            "data into one file")
+        source = follow(node.file, name)
+        if not isinstance(source, h5py.Dataset) or source.is_virtual or source.external:
+            raise DataError(f"{what} is a virtual data set of {name}, which is no plain data set: copy the data")
+        check_dataset(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read(node: h5py.Dataset, selection=()) -> np.ndarray:
+    """node[selection] as h5py gives it; selection: () for all, slices or anything that h5py takes.
+
+    Raises DataError for a null space, for more than the machine's memory, and for what is damaged.
+    """
+    what = where(node)
+    with guard(what):
+        if node.shape is None:
+            raise DataError(f"{what} holds nothing (its space is null)")
+        size = node.dtype.itemsize
+        parts = selection if isinstance(selection, tuple) else (selection,)
+        for i, length in enumerate(node.shape):
+            part = parts[i] if i < len(parts) else slice(None)
+            size *= len(range(*part.indices(length))) if isinstance(part, slice) else np.size(part)
+        if size > machine_memory():
+            raise DataError(f"{what} takes {size / 1e9:,.1f} GB, more than the memory of this machine")
+        return node[selection]
+
+
+def check_numbers(node: h5py.Dataset, kinds: str = NUMBERS, ndim: int | None = None) -> None:
+    """Raise DataError unless a data set holds numbers of these kinds (of numpy: iufb), in so many dimensions.
+
+    Numbers of a layout that numpy has not, which h5py would convert, are refused, and so are bits and references.
+    """
+    what = where(node)
+    with guard(what):
+        shape = node.shape
+        kind = node.id.get_type()
+        expected = h5t.py_create(node.dtype) if node.dtype.kind in NUMBERS else None
+    if expected is None or node.dtype.kind not in kinds:
+        raise DataError(f"{what} holds {node.dtype} of shape {shape}, not {'whole ' if kinds in 'iu' else ''}numbers")
+    if shape is None:
+        raise DataError(f"{what} holds nothing (its space is null)")
+    if ndim is not None and len(shape) != ndim:
+        raise DataError(f"{what} has shape {shape}, not {ndim} dimension{'s' if ndim != 1 else ''}")
+    with guard(what):
+        base = kind.get_super() if kind.get_class() == h5t.ENUM and node.dtype.kind != "b" else kind
+        is_plain = base.equal(expected)
+    if not is_plain:
+        raise DataError(f"{what} holds numbers of an unknown layout, which would be read as {node.dtype}: the file is "
+                        "damaged, or written by a system that should write plain ones")
+
+
+def numbers(group: h5py.Group, name: str, kinds: str = NUMBERS, ndim: int | None = 1) -> h5py.Dataset:
+    """A data set of plain numbers: `member` with `check_numbers`."""
+    node = member(group, name, h5py.Dataset)
+    check_numbers(node, kinds, ndim)
+    return node
+
+
+def attribute(node: h5py.Dataset | h5py.Group, name: str, default=None):
+    """An attribute as h5py gives it, or the default where there is none. Raises DataError for one that is damaged."""
+    with guard(f"{where(node)}, attribute {name!r},"):
+        if name not in node.attrs:
+            return default
+        value = node.attrs[name]
+        if isinstance(value, h5py.Empty):
+            raise DataError(f"{where(node)}, attribute {name!r}, holds nothing")
+        return value
+
+
+def as_text(value, what: str) -> str:
+    """A value of HDF5 as text. Raises DataError for bytes that are not UTF-8; what: whose they are."""
+    try:
+        text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+        text.encode("utf-8")  # h5py hides bytes that are not UTF-8 in surrogates
+        return text
+    except UnicodeError:
+        raise DataError(f"{what} has the text {value!r:.60}, which is not UTF-8: write it anew, or copy the file again"
+                        ) from None
