@@ -29,6 +29,10 @@ class CheckpointError(InputError):
     """A checkpoint cannot be used."""
 
 
+class RunError(Exception):
+    """A run that had begun has failed; the message says why, what was kept, and what to do."""
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, as part of a sentence: its kind and first line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
@@ -48,7 +52,7 @@ def clear_errors() -> Iterator[None]:
         yield
     except InputError as e:
         leave(str(e), 2)
-    except FloatingPointError as e:
+    except (RunError, FloatingPointError) as e:
         leave(str(e), 1)
 
 
