@@ -289,10 +289,7 @@ def load(path: Path, script: str | None = None, **kinds) -> dict:
     if script and state["experiment"] != identity(script):
         raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}.py, not of {identity(script)}.py: use "
                               "another out_dir, or that script")
-    wrong = [name for name, kind in kinds.items() if not _is(state["extra"].get(name), kind)]
-    if wrong:
-        raise CheckpointError(f"{path} is no whole checkpoint of {state['experiment']}.py: look at {', '.join(wrong)} "
-                              "in its extra state")
+    _check_kinds(state, path, kinds)
     if state["format_version"] == 1:
         _tell(f"note: {path} is of an older version, without a digest of its values: whether they are as they were "
               "written is checked less well")
@@ -304,6 +301,13 @@ def _tell(note: str) -> None:
     """Once, by rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(note)
+
+
+def _check_kinds(state: dict, path: Path, kinds: dict) -> None:
+    wrong = [name for name, kind in kinds.items() if not _is(state["extra"].get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is no whole checkpoint of {state['experiment']}.py: look at {', '.join(wrong)} "
+                              "in its extra state")
 
 
 def _is(value: object, kind: type) -> bool:
@@ -447,10 +451,11 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
             return None, None, []
     else:
         path = Path(cfg.resume)
-    state = load(path, script, **kinds)
+    state = load(path, script)
     path = path / "last.pt" if path.is_dir() else path
     if not state["optimizer"]:
         raise CheckpointError(_no_optimizer(path, "it was imported"))
+    _check_kinds(state, path, kinds)
     same_data(state["extra"], data, path)
     changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name

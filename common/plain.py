@@ -74,7 +74,7 @@ def objection(state: dict) -> str:
     wrong = []
     for name, fits in (
         ("format_version", is_count(state["format_version"]) and state["format_version"] > 0),
-        ("experiment", type(state["experiment"]) is str and state["experiment"] != ""),
+        ("experiment", type(state["experiment"]) is str),
         ("config", _is_dict(state["config"], str)),
         ("step", is_count(state["step"])),
         ("best", type(state["best"]) in NUMBERS and not math.isnan(state["best"])),
