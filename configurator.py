@@ -242,7 +242,9 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
 
 def config_hash(cfg: Any) -> str:
     """12 hexadecimal digits that tell resolved configurations apart, the same in every process."""
-    return hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
+    known = config_dict(cfg)
+    known.pop("s3_config", None)  # a copy of a run is no other run
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None) -> list[str]:

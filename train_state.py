@@ -14,6 +14,9 @@ types and perturbations that were never seen together, beside three baselines th
 Dimensions: B sentences, S cells of a sentence, N cells, D input features, G genes, P perturbation features, H width.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal  # isort: skip
+
 import math
 import re
 import sys
@@ -29,8 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
-from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -77,6 +79,7 @@ SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -898,7 +901,7 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
 # ---------------------------------------------------------------------------------------------------------------
 def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     """For init_from: (cfg with the shape of that checkpoint, its weights). Raises CheckpointError."""
-    path = Path(cfg.init_from)
+    path = store.local(cfg.init_from)
     source = source_file(path)
     # The source's, or ours, of this page or of a copy. Only what decides the shape is taken over from its settings.
     if source:
@@ -993,8 +996,8 @@ def train(cfg: Config) -> dict:
     Raises InputError (before anything is written) and FloatingPointError (the loss).
     """
     cfg = from_the_source(cfg)
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    began = time.perf_counter()
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         cfg, cells, model, fresh = prepare(cfg, rt)
         optimizer = make_optimizer(model, cfg, rt)
@@ -1085,7 +1088,7 @@ def train(cfg: Config) -> dict:
                         optimizer,
                         best,
                         meter,
-                        extra=known | {"ended": step == cfg.max_steps},
+                        extra=known,
                         rank_extra={},
                     )
                     if rt.is_main:
@@ -1170,7 +1173,7 @@ def open_run_data(cfg: Config, extra: dict) -> Cells:
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
