@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import store
-from common.errors import CheckpointError, InputError, RunError, reason
+from common.errors import CheckpointError, InputError, RunError, reason, writing
 from common.plain import NUMBERS, digest, is_count, objection
 from common.runtime import Meter, Runtime
 
@@ -125,20 +125,21 @@ def _no_optimizer(path: Path, reason: str) -> str:
             "script has it, or anew with resume=never, which replaces what is there")
 
 
-def load_weights(model, weights: dict, path: Path, **options) -> None:
+def load_weights(model, weights: dict, path: Path) -> None:
     """Put weights into a model; raises CheckpointError where it is not of these shapes and names."""
     try:
-        model.load_state_dict(weights, **options)
+        model.load_state_dict(weights)
     except Exception as e:  # whatever values that are no weights make torch raise
         why = textwrap.shorten(" ".join(str(e).split()), 300, placeholder=" ...")
         raise CheckpointError(f"{path} does not fit the model as its script builds it now: {why}. Use the settings "
                               "and the code it was trained with, or train anew in another out_dir") from e
 
 
-def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], put=load_weights) -> torch.nn.Module:
     """The model that build() makes of the settings of a checkpoint, with its weights.
 
     It is built without memory first: settings that are not of these weights may ask for more than there is.
+    put(model, weights, path) gives a model its weights.
     Raises CheckpointError where settings make no model, or not that of the weights.
     """
     parameters = []
@@ -150,16 +151,20 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) 
 
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:
-        with contextlib.suppress(NotImplementedError), torch.device("meta"):  # an edited model may need its numbers
-            load_weights(build(), weights, path, assign=True)
-        model = build()
-    except InputError:
-        raise
-    except Exception as e:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+        for place in ("meta", "cpu"):
+            try:
+                with torch.device(place):
+                    model = build()
+            except InputError:
+                raise
+            except Exception as e:  # an edited model may not know meta tensors
+                if place == "cpu":
+                    raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+            else:
+                with warnings.catch_warnings(action="ignore"):  # of what a meta tensor is told to hold
+                    put(model, weights, path)
     finally:
         hook.remove()
-    load_weights(model, weights, path)
     return model
 
 
@@ -202,7 +207,7 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
         raise CheckpointError(f"no checkpoint can be written: {e}") from e
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:
-        with open(fresh, "wb") as file:
+        with writing(folder / "last.pt"), open(fresh, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -210,9 +215,11 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
             _link(fresh, folder / "best.pt")
         if keep_step:
             _link(fresh, folder / f"step_{state['step']}.pt")
-        os.replace(fresh, folder / "last.pt")
+        with writing(folder / "last.pt"):
+            os.replace(fresh, folder / "last.pt")
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # make the renames themselves durable, where folders can be synced
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -230,15 +237,17 @@ def _prune(folder: Path, keep_last: int) -> None:
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, atomically. Checkpoints are replaced, never written over, so sharing is safe."""
     twin = source.with_suffix(".twin")
-    twin.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, twin)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, twin)
-        os.replace(twin, target)
-    finally:
+    with writing(target):
         twin.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(source, twin)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(source, twin)
+            os.replace(twin, target)
+        finally:
+            with contextlib.suppress(OSError):
+                twin.unlink(missing_ok=True)
 
 
 def _step_files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ import torch
 
 from common import checkpoint
 from common.errors import CheckpointError, reason
-from sources.foreign_checkpoints import read_checkpoint
+from sources.foreign_checkpoints import check_sizes, converting, read_checkpoint, scalar, small
 from sources.foreign_state import (
     SIZES_OF_DATA,
     complete_decoder,
@@ -57,17 +57,20 @@ def _storage(content: bytes) -> object:
     return torch.load(io.BytesIO(content), weights_only=True)
 
 
-SCALAR = np.float64(0).__reduce__()[0]  # what numpy makes its values from
-ARRAY = np.zeros(1).__reduce__()[0]
+def _empty(kind: str, shape: tuple, dtype: str) -> np.ndarray:
+    """An array that gets its shape and numbers next; one of the shape that a file says may be of any size."""
+    return np.zeros(0, "b")
+
+
 BUFFER = np.zeros(1).__reduce_ex__(5)[0]
 PLAIN = {  # all that a pickle may name
     "collections.OrderedDict": OrderedDict,
     "numpy.dtype": np.dtype,
-    "numpy.ndarray": np.ndarray,
-    "numpy.core.multiarray.scalar": SCALAR,
-    "numpy._core.multiarray.scalar": SCALAR,
-    "numpy.core.multiarray._reconstruct": ARRAY,
-    "numpy._core.multiarray._reconstruct": ARRAY,
+    "numpy.ndarray": "ndarray",  # which nothing here calls
+    "numpy.core.multiarray.scalar": scalar,
+    "numpy._core.multiarray.scalar": scalar,
+    "numpy.core.multiarray._reconstruct": _empty,
+    "numpy._core.multiarray._reconstruct": _empty,
     "numpy.core.numeric._frombuffer": BUFFER,
     "numpy._core.numeric._frombuffer": BUFFER,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
@@ -93,8 +96,9 @@ def read_plain(path: Path) -> object:
     if path.suffix != ".pkl":
         return read_checkpoint(path)
     try:
-        with open(path, "rb") as file:
-            return Plain(file).load()
+        table = Plain(small(path.read_bytes())).load()
+        check_sizes(table)
+        return table
     except Exception as error:  # a torn pickle raises whatever its bytes happen to ask for
         raise CheckpointError(f"{path} is damaged, or holds more than names, numbers and tensors "
                               f"({reason(error)}): nothing of it was run") from error
@@ -131,6 +135,12 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     weights can be trained from, but not be used by themselves.
     Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
     """
+    with converting(path, "State"):
+        return as_ours(path, attention)
+
+
+def as_ours(path: str | Path, attention: str) -> tuple[dict, dict, int, dict, list[str]]:
+    """See convert."""
     weights, keywords, step = read_source_checkpoint(path)
     if not {"input_dim", "output_dim", "pert_dim", "hidden_dim"} <= keywords.keys():
         return {}, weights, step, {}, []
