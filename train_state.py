@@ -1012,7 +1012,7 @@ def train(cfg: Config) -> dict:
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         data = {cfg.toml_config_path: cells.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:

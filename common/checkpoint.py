@@ -440,7 +440,7 @@ def start_from(rt: Runtime, cfg, folder: Path, script: str, differences, data: d
     is neither evaluated as if it were the new one nor overwritten: that is a CheckpointError with the choices.
 
     Args:
-        script: the page's __file__. differences: saved config (a dict) -> list of lines "field: old -> new".
+        script: the page's __file__. differences: (saved config, path) -> list of lines "field: old -> new".
         data: see same_data. kinds: see load.
     """
     return rt.from_main(lambda: _start(cfg, folder, script, differences, data, kinds))
@@ -461,7 +461,7 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
         raise CheckpointError(_no_optimizer(path, "it was imported"))
     _check_kinds(state, path, kinds)
     same_data(state["extra"], data, path)
-    changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
+    changes = [line for line in differences(state["config"], path) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
         changes = [*changes, f"{copy.name}: edited since"]

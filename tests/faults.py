@@ -674,6 +674,7 @@ def seal(state: dict) -> None:
     from common import checkpoint
 
     if hasattr(checkpoint, "digest"):
+        state.pop("digest", None)
         with contextlib.suppress(Exception):
             state["digest"] = checkpoint.digest(state)
 
