@@ -253,7 +253,8 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
 def config_hash(cfg: Any) -> str:
     """12 hexadecimal digits that tell resolved configurations apart, the same in every process."""
     known = config_dict(cfg)
-    known.pop("s3_config", None)  # a copy of a run is no other run
+    for name in ("s3_config", "out"):  # a copy of a run is no other run, and no run has anything to do with out
+        known.pop(name, None)
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
