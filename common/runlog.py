@@ -41,6 +41,7 @@ class RunLog:
         self.bar = self.board = self.wandb = None
         self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
         rt.agree(**config, **{"the first step": start_step, "the fingerprint of the data": data or {}})
+        rt.take_signals()
         if not self.active:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
