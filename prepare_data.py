@@ -29,7 +29,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common import checkpoint
+from common import checkpoint, store
 from common.runlog import write_json
 from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
 from sources import foreign_checkpoints
@@ -357,7 +357,7 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
     file = foreign_checkpoints.checkpoint_in(path)
     name = Path(path).name if Path(path).is_dir() else file.stem
-    folder = checkpoint.local_folder(out_dir or f"out/{name}")
+    folder = store.on_disk(out_dir or f"out/{name}")
     system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")

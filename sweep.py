@@ -32,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
 
+from common import store
 from configurator import Count, Range, Settings, Whole, configure, note, print_text
 from measure.progress import Progress
 from measure.sweeps import in_words, objective, sorted_table
@@ -190,7 +191,7 @@ def report(argv: list[str]) -> list[str]:
     from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
-    paths = [Path(word.head + word.value) for word in words]
+    paths = [store.local(word.head + word.value) for word in words]
     usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
     for path in paths:
         if not path.exists():

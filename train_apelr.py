@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import checkpoint
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -84,6 +84,7 @@ HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nat
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint,
     # ^ ours or the source's
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
@@ -1059,8 +1060,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     cfg, source = to_go_on(cfg)  # a checkpoint of the source, whose sizes, weights, step and AdamW this run takes over
     if cfg.compare_baseline and not (rehearsal_only or beside):
         return compare_baseline.train_beside(cfg, train, build_model)
-    folder = checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         cfg, weights = start_from(cfg, Config(), rt.is_main)
         rt.divide(cfg.batch_size, cfg.grad_accum)
         check_prepared(cfg.data, cfg.prepare)
@@ -1079,7 +1079,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         # Before step 0: whatever the end of the run asks of an edited copy fails now.
         rehearse(model, corpus, rt, cfg)
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        params = [p for p in model.parameters() if p.requires_grad]
+        params = list(model.parameters())
         step = 0
         best = math.inf
         batch_size = cfg.batch_size

@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -81,6 +81,7 @@ SYNTHETIC = "data/ergodic"  # made when it is missing
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder; of a study, the folder of its runs
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -624,8 +625,7 @@ def train(cfg: Config) -> dict:
     Raises DataError, CheckpointError (bad input, before anything is written) and FloatingPointError (the loss).
     """
     began = time.perf_counter()
-    folder = checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         chunks, validation = open_data(cfg)
         active = active_categories(chunks, validation, cfg)
@@ -770,7 +770,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to.

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -65,6 +65,7 @@ EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to analyse instead of training
@@ -568,8 +569,8 @@ def train(cfg: Config) -> dict:
 
     Raises InputError (bad input, before anything is written) and FloatingPointError (the loss).
     """
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    began = time.perf_counter()
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         # Data: a process, its floor, batches of it, and the contexts to evaluate on while training and at the end.
         rt.divide(cfg.batch_size, cfg.grad_accum)
         process = build_process(cfg)
@@ -721,7 +722,7 @@ def load_source(path: Path, device: str) -> tuple[Config, Process, nn.Module, in
 
 def analyze(cfg: Config) -> dict:
     """The final evaluation, analysis and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.

@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -71,6 +71,7 @@ SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -892,7 +893,7 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
 # ---------------------------------------------------------------------------------------------------------------
 def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     """For init_from: (cfg with the shape of that checkpoint, its weights). Raises CheckpointError."""
-    path = Path(cfg.init_from)
+    path = store.local(cfg.init_from)
     source = source_file(path)
     # The source's, or ours, of this page or of a copy. Only what decides the shape is taken over from its settings.
     if source:
@@ -987,8 +988,8 @@ def train(cfg: Config) -> dict:
     Raises InputError (before anything is written) and FloatingPointError (the loss).
     """
     cfg = from_the_source(cfg)
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    began = time.perf_counter()
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         cfg, cells, model, fresh = prepare(cfg, rt)
         optimizer = make_optimizer(model, cfg, rt)
@@ -1082,7 +1083,7 @@ def train(cfg: Config) -> dict:
                         optimizer,
                         best,
                         meter,
-                        extra=known | {"ended": step == cfg.max_steps},
+                        extra=known,
                         rank_extra={},
                     )
                     if rt.is_main:
@@ -1169,7 +1170,7 @@ def open_run_data(cfg: Config, extra: dict) -> Cells:
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.

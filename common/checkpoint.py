@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import store
 from common.errors import CheckpointError
 from common.runtime import Meter, Runtime
 
 FORMAT_VERSION = 1
 # Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval", "log_level",
-               "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
+NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval",
+               "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
@@ -33,13 +34,6 @@ def identity(script: str) -> str:
 def default_out_dir(script: str) -> str:
     """Where a page's runs go by default: train_ghmm.py to out/ghmm, its copy train_mine.py to out/mine."""
     return f"out/{identity(script).removeprefix('train_')}"
-
-
-def local_folder(out_dir: str) -> Path:
-    """The folder of a run. The one place that decides where runs live: remote stores would be resolved here."""
-    if "://" in str(out_dir):
-        raise CheckpointError(f"out_dir={out_dir} is a URL; only folders of this machine are supported: use a path")
-    return Path(out_dir)
 
 
 def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer, best: float, meter: Meter, extra: dict,
@@ -150,6 +144,7 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
     if keep_last > 0:
         for old in _step_files(folder)[keep_last:]:
             old.unlink(missing_ok=True)
+    store.mirror(folder, state["step"])
 
 
 def _link(source: Path, target: Path) -> None:
@@ -283,7 +278,7 @@ def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple
         if cfg.resume == "never" or not path.exists():
             return None, None, []
     else:
-        path = Path(cfg.resume)
+        path = store.local(cfg.resume)
     state = load(path, script)
     path = path / "last.pt" if path.is_dir() else path
     if not state["optimizer"]:

@@ -564,8 +564,3 @@ def test_a_checkpoint_holds_plain_values_only_and_loads_safely(finished):
 
     plain = {dict, list, tuple, str, int, float, bool, type(None), torch.Tensor}
     assert {kind for kind in kinds(state) if kind.__name__ != "OrderedDict"} <= plain
-
-
-def test_a_url_is_refused_before_anything_is_written(tmp_path, capsys):
-    assert "out_dir=s3://bucket/x is a URL" in refused(capsys, "--out_dir=s3://bucket/x")
-    assert list(tmp_path.iterdir()) == []
