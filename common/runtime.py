@@ -253,6 +253,7 @@ class Runtime:
 
     def take_signals(self) -> None:
         """From now on a signal to stop waits for what is being done, which is then saved; a second one does not."""
+        self.doing = "this step"
         self._signals.enter_context(signals_to(self._on_signal))
 
     def _on_signal(self, number: int, frame) -> None:
@@ -266,15 +267,11 @@ class Runtime:
         elif now > self._echoes_until:
             stop_now(number, frame)
 
-    def stopping(self, step: int, asks: bool = False) -> bool:
-        """Whether to finish after this step because of a signal; all ranks get the same answer.
-
-        Args:
-            asks: whether ranks must ask each other now, as before an evaluation; else they do so now and then.
-        """
+    def stopping(self, step: int) -> bool:
+        """Whether to finish after this step because of a signal; all ranks get the same answer, now and then."""
         if self.world_size == 1:
             return self.stop_signal is not None
-        if 0 < step < self._next_look and not asks:
+        if 0 < step < self._next_look:
             return False
         (before, began), now = self._looked, time.monotonic()
         # On the CPU: gloo, no wait for the accelerator.
@@ -289,7 +286,9 @@ class Runtime:
         """What follows step `step` of `last`; by default a save goes with an evaluation. The last step asks for all."""
         ends = step == last
         evaluates = ends or step % eval_interval == 0
-        stops = self.stopping(step, asks=evaluates)
+        if evaluates:
+            self._next_look = step  # an evaluation takes long: ask now
+        stops = self.stopping(step)
         self.doing = "the analysis" if ends else "this evaluation" if evaluates else "this step"
         return Due(logs=evaluates or step % log_interval == 0, evaluates=evaluates, stops=stops and not ends,
                    saves=ends or stops or step % (save_interval or eval_interval) == 0)

@@ -1419,7 +1419,7 @@ EVALUATIONS = {
 
 
 def signal_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
-    """SIGINT or SIGTERM, once or twice, in training, evaluation, saving or the final analysis; then the same command."""
+    """SIGINT or SIGTERM, once or twice, in training, evaluation, saving or analysis; then the same command."""
     page = draw.choice(list(TINY))
     words = training(page, "--keep_last=-1")
     expected = undisturbed(words, goods)

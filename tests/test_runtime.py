@@ -460,7 +460,7 @@ def findings(out: Path, watching: list, written: list) -> dict:
         rt.stop_signal = signal.SIGTERM if rt.rank == 1 else None
         found["stopping"] += [rt.stopping(2), rt.stopping(STOP_CHECK_STEPS), rt.stopping(STOP_CHECK_STEPS + 1)]
         runtime.STOP_CHECK_SECONDS = 0  # steps are slow
-        found["stopping"] += [rt.stopping(STOP_CHECK_STEPS + 2, asks=True), rt.stopping(STOP_CHECK_STEPS + 3)]
+        found["stopping"] += [rt.due(STOP_CHECK_STEPS + 2, 99, 99, 4, 99).stops, rt.stopping(STOP_CHECK_STEPS + 3)]
         runtime.STOP_CHECK_SECONDS = 1e9
 
     console = io.StringIO()
