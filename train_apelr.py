@@ -1067,7 +1067,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, batch_size=int
         )
         summary = None if beside else ended_before(rt, folder, path, state, changes)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
@@ -1085,7 +1085,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         batch_size = cfg.batch_size
         if state:
             corpus.same_tokenizer(state["extra"], path)
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
             if batch_size == "auto":
                 batch_size = extra["batch_size"]
         else:
@@ -1110,7 +1110,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, best, cfg.keep_last)
                 corpus.copy_tokenizer(folder)
             peak = matmul_rate(rt) * rt.world_size  # what these devices reach: the 1 of mfu
             log.say(rt.describe())
@@ -1170,8 +1170,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
 
             # The result is that of the best weights; rank 0 has written them by now.
             rt.barrier()
-            if (folder / "best.pt").exists():
-                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
+            checkpoint.load_best(rt, folder, __file__, model)
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
             facts = {"version": cfg.version, "parameters": plans.size_of(model), "config_hash": config_hash(cfg)}
             summary = metrics | facts | (beside or {}) | run_facts(rt, step, meter)
@@ -1195,10 +1194,9 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
         model = load_source_checkpoint(path, Config(device=device))
         extra = {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
         return model.cfg, model, convert(path)[2], extra
-    state = checkpoint.load(checkpoint.best_of(path), __file__)
+    state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int, tokenizer_hash=str | None)
     cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
-    model = build_model(cfg, state["extra"]["vocab_size"])
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, state["extra"]["vocab_size"]))
     return cfg, model, state["step"], state["extra"]
 
 

@@ -656,7 +656,8 @@ def train(cfg: Config) -> dict:
         # A run that was stopped goes on; of one that has ended there is nothing left to train.
         data = {cfg.data: chunks.fingerprint + validation.fingerprint}
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, n_ctx=int, reference=float,
+            waited=int, ended=bool
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -665,7 +666,7 @@ def train(cfg: Config) -> dict:
         step, progress = 0, Progress()
         if state:
             state = without_last_position(state, path)
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
             ended = extra["ended"] and not changes  # with more epochs or more patience it is not over
             progress = Progress(best, extra["reference"], extra["waited"], ended)
         trained = rt.wrap(model)  # compiled, or synchronised over ranks; the same weights as `model`
@@ -675,7 +676,7 @@ def train(cfg: Config) -> dict:
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, progress.best, cfg.keep_last)
                 copy_tokenizer(cfg.data, folder)  # now: an interrupted run can be prompted too
                 # Those of an earlier run: like summary.json they are there when the run has ended, and only then.
                 for name in ("results.json", "documents.npz"):
@@ -731,10 +732,7 @@ def train(cfg: Config) -> dict:
 
             # The weights of the lowest validation XE are measured, not the last. Rank 0 has written them by now.
             rt.barrier()
-            if (folder / "best.pt").exists():
-                best = checkpoint.load(folder / "best.pt", __file__)
-                best = without_last_position(best, folder / "best.pt")
-                checkpoint.load_weights(model, best["model"], folder / "best.pt")
+            checkpoint.load_best(rt, folder, __file__, model, without_last_position)
             lesson = training_facts(config_dict(cfg), data, chunks, step)
             summary = finish(model, validation, final, active, lesson, cfg, rt, folder)
             summary["K"] = len(active)
@@ -759,12 +757,15 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
     path = checkpoint_in(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
-    state = source_checkpoint(path, ICL[0].defaults) or without_last_position(checkpoint.load(path, __file__), path)
+    state = source_checkpoint(path, ICL[0].defaults) or without_last_position(
+        checkpoint.load(path, __file__, vocab_size=int, n_ctx=int, categories=list), path
+    )
     cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
     extra = state["extra"]
-    model = build_model(cfg, extra["vocab_size"], extra["n_ctx"])
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(
+        state["model"], path, lambda: build_model(cfg, extra["vocab_size"], extra["n_ctx"])
+    )
     return cfg, model, state["step"], extra
 
 

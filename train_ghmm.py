@@ -15,7 +15,7 @@ Dimensions: B batch, L or T tokens, V tokens of the vocabulary, S states, D widt
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
-from common.errors import InputError, clear_errors, rehearsal  # isort: skip
+from common.errors import InputError, clear_errors, reason, rehearsal  # isort: skip
 
 import math
 import time
@@ -228,7 +228,10 @@ class Batches:
         if not self.cfg.carry_state or left[0] is None:
             return
         # Sequence b of rank r of R is number b R + r of the batch, whose new shares are taken from there.
-        state = torch.stack(left, 1).flatten(0, 1)  # [B] or [B, S]
+        try:
+            state = torch.stack(left, 1).flatten(0, 1)  # [B] or [B, S]
+        except (TypeError, RuntimeError, IndexError) as e:
+            raise InputError(f"the checkpoint's ranks do not say where their sequences stand ({reason(e)})") from e
         if len(state) != self.cfg.batch_size:
             sequences = counted(len(state), "sequence")
             raise InputError(f"carry_state goes on with {sequences}, but batch_size = {self.cfg.batch_size}: "
@@ -591,21 +594,21 @@ def train(cfg: Config) -> dict:
         # Start: anew, or where a checkpoint stopped.
         step, best = 0, math.inf
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, tracker=dict
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
             return summary
         meter = Meter(rt, cfg.batch_size * cfg.n_ctx, began, state)
         if state:
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-            tracker.load_state_dict(extra["tracker"])
+            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
+            tracker.load_state_dict(extra["tracker"], path)
             batches.take_up([rank.get("carried") for rank in state["ranks"]])
         trained = rt.wrap(model)  # what steps go through: compiled and synchronised; `model` is the same weights
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, best, cfg.keep_last)
             # The first lines: the machine, what is trained on what, where it starts.
             log.say(rt.describe())
             log.say(describe(process, model, floor, error, cfg))
@@ -701,8 +704,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     cfg.device = device  # that of this machine, not of the one it was trained on
     process = build_process(cfg)
     checkpoint.same_data(state["extra"], data_of(cfg, process), path)
-    model = build_model(cfg, process.vocab_size)
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, process.vocab_size))
     return cfg, process, model, state["step"]
 
 
@@ -715,8 +717,7 @@ def load_source(path: Path, device: str) -> tuple[Config, Process, nn.Module, in
     cfg.device = device
     if "position" in weights:
         weights["position"] = weights["position"][: cfg.n_ctx]  # it was trained on no longer sequences
-    model = build_model(cfg, process.vocab_size)
-    checkpoint.load_weights(model, weights, path)
+    model = checkpoint.build_with(weights, path, lambda: build_model(cfg, process.vocab_size))
     return cfg, process, model, step
 
 

@@ -51,7 +51,15 @@ from kernels.energy import energy_distance
 from kernels.geomloss_distance import geomloss_distance
 from measure import baselines, effects
 from measure.pages import run_page
-from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
+from sources.cell_sets import (  # noqa: F401
+    choose,
+    codes_of,
+    control_pools,
+    known_perturbations,
+    renumber,
+    same_meaning,
+    summary_of,
+)
 from sources.cells import Cells, open_cells
 from sources.foreign import STATE
 from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
@@ -1004,7 +1012,7 @@ def train(cfg: Config) -> dict:
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         data = {cfg.toml_config_path: cells.fingerprint}
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -1014,16 +1022,13 @@ def train(cfg: Config) -> dict:
         known = {"data": data, "dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
             # Resume: with other perturbations or genes the same numbers would mean others.
-            other = [name for name in ("dims", *cells.maps()) if state["extra"].get(name) != known[name]]
-            if other:
-                raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
-                                      "resume=never to train anew there, which replaces the checkpoints")
-            step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            same_meaning(state["extra"], {"dims": cells.dims(), **cells.maps()}, path)
+            step, best, _, _ = checkpoint.restore(rt, state, path, model, optimizer)
         trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, cells.task) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, best, cfg.keep_last)
                 write_maps(folder, cells)
             log.say(rt.describe())
             log.say(summary_of(cells))
@@ -1096,8 +1101,7 @@ def train(cfg: Config) -> dict:
 
             # The weights that validated best are what is measured on cells that were never seen.
             rt.barrier()
-            if (folder / "best.pt").exists():
-                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
+            checkpoint.load_best(rt, folder, __file__, model)
             if cfg.source_files and rt.is_main:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
@@ -1134,15 +1138,14 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
         return load_source_run(source, device, attention)
     # What a run was measured with: its best weights, or the last where nothing validated.
     folder = path if path.is_dir() else path.parent
-    state = checkpoint.load(checkpoint.best_of(path), __file__)
+    state = checkpoint.load(checkpoint.best_of(path), __file__, dims=dict, perturbations=list | None)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     # The features of its perturbations are in the run folder too, should their file be gone.
     features = cfg.perturbation_features_file
     if features and not Path(features).exists():
         cfg.perturbation_features_file = str(folder / "pert_onehot_map.pt")
-    model = build_model(cfg, extra["dims"])
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, extra["dims"]))
     return cfg, model, state["step"], extra
 
 
