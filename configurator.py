@@ -44,6 +44,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union
 
+from common.errors import speaks
+
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False,
          "1": True, "0": False}
@@ -136,8 +138,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
 
 
 def fail(*messages: str) -> NoReturn:
-    """Exit with code 2 after one `error:` line a message; of the processes torchrun starts, one prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Exit with code 2 after one `error:` line a message; of several ranks the first that ends prints."""
+    if speaks(2):
         for message in messages:
             text = " ".join(str(message).splitlines())
             if len(text) > LONGEST_ERROR:
