@@ -195,17 +195,23 @@ def _random_state(rt: Runtime) -> dict:
     }
 
 
+def seal(state: dict) -> dict:
+    """A state with this code's version and the digest of its values. Raises CheckpointError for what is not plain."""
+    state = {**state, "format_version": FORMAT_VERSION}
+    state.pop("digest", None)
+    try:
+        return state | {"digest": digest(state)}
+    except ValueError as e:  # of a page that keeps what cannot be read again
+        raise CheckpointError(f"no checkpoint can be written: {e}") from e
+
+
 def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = False, keep_last: int = 0) -> None:
     """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0 or less: all).
 
     Each name changes from one complete file to the next in one rename, whenever the process dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**state, "format_version": FORMAT_VERSION}
-    try:
-        state["digest"] = digest(state)
-    except ValueError as e:  # of a page that keeps what cannot be read again
-        raise CheckpointError(f"no checkpoint can be written: {e}") from e
+    state = seal(state)
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:
         with writing(folder / "last.pt"), open(fresh, "wb") as file:
