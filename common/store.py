@@ -42,6 +42,8 @@ def run_folder(cfg, rt) -> Iterator[Path]:
     A folder that is made for it and stays empty is removed, so a refused command leaves nothing.
     Raises InputError where the place cannot be used, or is in use.
     """
+    if getattr(cfg, "out", ""):
+        raise InputError(f"out = {cfg.out} is of a look at a run, with analyze: a run writes into out_dir")
     folder, url, profile = place_of(cfg.out_dir, getattr(cfg, "s3_config", ""))
     with contextlib.ExitStack() as stack:
 

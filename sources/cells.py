@@ -241,7 +241,7 @@ def open_cells(
 
         make_store(Path(folder) / f"{plan.path.stem}-{name}", write)
     store = wait_for_store(folder, name)
-    meta = read_meta(store)
+    meta = read_meta(store, values=is_first_rank)  # who reads expression for the others
     if cells is None:
         cells = Cells(plan, stored_survey(store, meta), reading)
     cells.open_matrices(store, meta, ram_budget_gb)
