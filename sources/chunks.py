@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -21,7 +20,7 @@ from common.errors import DataError, reason
 from configurator import note
 from sources.digests import ChunkDigest, fingerprint, sample
 from sources.files import kind_of, text_files
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report
+from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report, spooled_array
 from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
 from sources.tokenizer import Tokenizer, load_tokenizer, readable, train_bpe
 
@@ -261,8 +260,8 @@ class ChunkSpool:
         array = np.asarray(ids[: count * self.chunk_size], dtype=np.int64)
         if len(array) and not 0 <= array.min() <= array.max() < self.vocab_size:
             raise DataError(f"a document of {category} has the token {array.max()}, but vocab_size = {self.vocab_size}")
-        array.astype(self.dtype).tofile(self.tokens)
-        np.full(count, self.document, dtype=np.int64).tofile(self.documents)
+        self.tokens.write(array.astype(self.dtype))
+        self.documents.write(np.full(count, self.document, dtype=np.int64))
         self.dropped += len(ids) - len(array)
         self.sizes[category] += count
         self.document += 1
@@ -448,11 +447,10 @@ def map_tokens(file: h5py.File) -> np.ndarray:
     contiguous = tokens.chunks is None and tokens.id.get_offset() is not None
     if contiguous and tokens.dtype.isnative:
         return np.memmap(file.filename, tokens.dtype, "r", tokens.id.get_offset(), tokens.shape)
-    with tempfile.TemporaryFile() as copy:
-        mapped = np.memmap(copy, tokens.dtype.newbyteorder("="), "w+", shape=tokens.shape)
-        for begin in range(0, len(tokens), BLOCK):
-            mapped[begin : begin + BLOCK] = tokens[begin : begin + BLOCK]
-        return mapped
+    mapped = spooled_array(tokens.dtype.newbyteorder("="), *tokens.shape)
+    for begin in range(0, len(tokens), BLOCK):
+        mapped[begin : begin + BLOCK] = tokens[begin : begin + BLOCK]
+    return mapped
 
 
 def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import tomllib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from sources.foreign_state import (
     source_weights,
     translate,
 )
-from sources.splits import TABLES, pattern_of
+from sources.splits import TABLES, pattern_of, read_tables
 
 # Settings of the source's data that are settings of ours, and what values of them may be.
 OF_DATA = {
@@ -205,7 +204,7 @@ def data_settings(folder: Path) -> dict:
     if not said and config.is_file():
         try:
             said = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["kwargs"]
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        except Exception as error:  # torn YAML raises whatever its text happens to ask for
             raise CheckpointError(f"{config} does not say data: kwargs: ({reason(error)})") from error
     settings = {}
     for name, kind in OF_DATA.items():
@@ -245,10 +244,25 @@ def in_order(path: Path) -> list[str]:
     """The names of a dict name -> one-hot vector, by their numbers; empty where there is no file."""
     numbered = {}
     for name, vector in table_in(path).items():
-        if not isinstance(vector, (torch.Tensor, np.ndarray)) or not len(vector.shape) == 1 or not len(vector):
-            raise CheckpointError(f"{path} should hold names and one-hot vectors, but {str(name)!r} has none")
-        numbered[int(vector.argmax())] = str(name)
+        number = one_hot(vector)
+        if number is None:
+            raise CheckpointError(f"{path} should hold names and one-hot vectors, but {str(name)!r:.80} has none")
+        if number in numbered:
+            raise CheckpointError(f"{path} is damaged: {numbered[number]!r:.80} and {str(name)!r:.80} have one vector")
+        numbered[number] = str(name)
     return [numbered[number] for number in sorted(numbered)]
+
+
+def one_hot(vector) -> int | None:
+    """Where the one of a vector of zeros is; None for anything else."""
+    if not isinstance(vector, torch.Tensor | np.ndarray) or vector.ndim != 1:
+        return None
+    try:
+        values = torch.as_tensor(vector).double().numpy()
+    except (TypeError, RuntimeError, ValueError):  # no numbers, or sparse ones
+        return None
+    places = np.flatnonzero(values)
+    return int(places[0]) if len(places) == 1 and values[places[0]] == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -357,7 +371,7 @@ def write_names(folder: Path, cells, smol: bool) -> None:
 
 def whole_tables(toml: Path) -> dict:
     """The tables of the TOML of an experiment that mean something, with whole paths of files."""
-    tables = tomllib.loads(toml.read_text(encoding="utf-8-sig"))
+    tables = read_tables(toml)
     tables = {name: tables[name] for name in TABLES if name in tables}
     for name, text in tables["datasets"].items():
         tables["datasets"][name] = os.path.abspath(pattern_of(toml, str(text)))

@@ -533,7 +533,7 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
             data = ids.astype(dtype)
-            data.tofile(file)
+            file.write(data)
             digest.update(data)
             unknown += int((ids == unk).sum())
             sizes["tokens"] += len(ids)
