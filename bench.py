@@ -13,6 +13,9 @@ below 1 is less). Peers take part where they can be imported: hmmlearn, transfor
 medians; on a shared machine trust the ratios.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import clear_errors  # isort: skip
+
 import argparse
 import contextlib
 import copy
@@ -849,7 +852,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--peer", metavar="PATH", help="checkout of the peer, for the benchmarks that take one by path")
     parser.add_argument("--full", action="store_true", help="apelr: the whole grid of shapes; state: more rounds")
-    args = parser.parse_args(argv)
+    with clear_errors():
+        return measure(parser.parse_args(argv))
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """What the command line asks for: the results."""
     for name in args.names:
         if name not in BENCHES:
             fail(f"no benchmark {name!r}{closest(name, BENCHES) or '.'} There are {', '.join(BENCHES)}")

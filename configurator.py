@@ -10,6 +10,8 @@ may have a range: Count (1, 2, ...), Whole (0, 1, ...), NonNegative, Positive, S
   underscore, imports and functions are the file's own; any other name must be a field.
 - .yaml and .json files may be nested, and keys may be dotted: only the last part counts, so that
   `model.kwargs.hidden_dim` is hidden_dim. A dict field takes the mapping, or the keys, below its name.
+- A text that begins with ~/ is below the home folder. Texts that no file name can hold (NUL, half a character) are
+  refused.
 - The command line wins over the files: --key=value, --key value, key=value, --flag, --no-flag.
 - Settings of another system, recognised by its names of them, are read as its dialect: what they leave out has the
   default that it has there, Hydra's group=NAME stands for settings, and a line says so.
@@ -17,6 +19,7 @@ may have a range: Count (1, 2, ...), Whole (0, 1, ...), NonNegative, Positive, S
 Bad input is the user's mistake, not ours: every error of a call is one line on stderr, then exit code 2.
 """
 import ast
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -56,6 +59,10 @@ ELSEWHERE = {  # names of other systems, for which a page has its own way: what 
     "checkpoint": BARE,
     "set": "settings go bare too, without --{key}: {value}",
 }  # fmt: skip
+LARGEST_FILE = 4_000_000  # bytes of a configuration file
+MOST_NODES = 100_000  # of a YAML file with its aliases written out, and of references looked up in one
+LONGEST_TEXT = 100_000  # letters of a value with references
+LONGEST_ERROR = 1_000  # letters
 SWEEP_WORDS = ("study", "orders", "controls", "holdout", "equal_parameters", "trials", "jobs", "report")  # of sweep.py
 
 
@@ -132,7 +139,10 @@ def fail(*messages: str) -> NoReturn:
     """Exit with code 2 after one `error:` line a message; of the processes torchrun starts, one prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for message in messages:
-            print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+            text = " ".join(str(message).splitlines())
+            if len(text) > LONGEST_ERROR:
+                text = f"{text[: LONGEST_ERROR - 200]} ... {text[-150:]}"
+            print("error:", text, file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -242,7 +252,9 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
 
 def config_hash(cfg: Any) -> str:
     """12 hexadecimal digits that tell resolved configurations apart, the same in every process."""
-    return hashlib.sha256(json.dumps(config_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
+    known = config_dict(cfg)
+    known.pop("s3_config", None)  # a copy of a run is no other run
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None) -> list[str]:
@@ -363,10 +375,10 @@ class Settings:
                 value = _with_item(self.values[name], inside, raw) if inside else raw
                 self.values[name] = convert(value, self.kinds[name])
                 return name, *inside
-            except (ValueError, RecursionError) as error:
+            except Exception as error:  # an object of a .py file may do anything when it is read
                 alias = f" ({name})" if key.replace("-", "_") != name else ""
                 expected = f"expected {_type_name(self.kinds[name])}, got {_short(raw)}"
-                self.errors.append(f"{where}{alias}: {expected}: {error}")
+                self.errors.append(f"{where}{alias}: {expected}: {_reason(error)}")
         return None
 
     def suggest(self, key: str) -> str:
@@ -533,7 +545,9 @@ class Settings:
             return
         try:
             settings = list(self.read(path, name))
-        except (Exception, SystemExit) as error:  # whatever a user's file does wrong is told in one line
+        except BaseException as error:  # whatever a user's file does wrong is told in one line
+            if isinstance(error, KeyboardInterrupt) and path.suffix != ".py":
+                raise
             self.errors.append(f"{name}{_line_number(error, path)}: {_reason(error)}")
             return
         seen: dict[tuple[str, ...], tuple[str, Any]] = {}
@@ -556,6 +570,9 @@ class Settings:
         for path in self.places(name):
             if os.path.isfile(path):
                 return path
+        if "\0" not in name and os.path.lexists(name):  # a folder, a pipe, a link to nothing
+            self.errors.append(f"command line: no config file {_short(name)}: what has this name is no regular file")
+            return None
         there = {file.name: file.relative_to(folder).as_posix()
                  for file in sorted((folder / "config").rglob("*")) if file.suffix in SUFFIXES}
         near = _nearest(Path(name).name, there, 3) or list(there)[:8]
@@ -564,7 +581,7 @@ class Settings:
         return None
 
     def places(self, name: str) -> tuple[Path, Path]:
-        return Path(name), _script(self.Config).parent / name
+        return Path(_at_home(name)), _script(self.Config).parent / name
 
     def read(self, path: Path, name: str) -> Iterator[tuple[list[str], Any]]:
         """The (key path, value) pairs of one config file."""
@@ -595,7 +612,8 @@ class Settings:
             try:
                 value = value if isinstance(value, dict) and not whole else fill(value)
                 self.given |= _flat({".".join(parts): value})
-                nested = isinstance(value, dict) and not whole
+                # A setting that has nothing below it is no section: it is told that {} is no value of its own.
+                nested = isinstance(value, dict) and not whole and (value or field is None)
                 yield from self.leaves(value, fill, source, parts) if nested else [(parts, value)]
             except ValueError as error:
                 self.errors.append(f"{source}: {'.'.join(parts)}: {error}")
@@ -603,11 +621,20 @@ class Settings:
 
 def _read_tree(path: Path) -> dict:
     """The settings of a .yaml or .json file. Raises ValueError and what the readers raise."""
-    data = path.read_bytes()
+    data = _content(path)
     tree = json.loads(data, object_pairs_hook=_without_repeats) if path.suffix == ".json" else _read_yaml(data)
     if not isinstance(tree, dict | None):
         raise ValueError(f"expected a mapping of settings at the top, got {_short(tree)}")
     return tree or {}
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a config file. Raises ValueError for one that is too large to hold settings."""
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_FILE + 1)  # a file that says it has none, as in /proc, may have no end
+    if len(data) > LARGEST_FILE:
+        raise ValueError(f"is larger than {LARGEST_FILE / 1e6:.0f} MB: too large for a file of settings")
+    return data
 
 
 def _groups(defaults: Any) -> Iterator[tuple[str, Any]]:
@@ -630,11 +657,20 @@ def _flat(tree: dict, above: str = "") -> Iterator[tuple[str, Any]]:
 def _run_python(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """What a .py file sets when the current values are its globals."""
     scope = {**copy.deepcopy(values), "__file__": str(path.absolute()), "__name__": "config"}
-    exec(compile(path.read_bytes(), str(path), "exec"), scope)
+    code = compile(_content(path), str(path), "exec")
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is no part of --print_config
+        exec(code, scope)
     changed = {name: value for name, value in scope.items()
-               if name not in values or repr(value) != repr(values[name])}  # also what was changed in place
+               if name not in values or not _is_same(value, values[name])}  # also what was changed in place
     return {name: value for name, value in changed.items() if name in values
             or not (name.startswith("_") or callable(value) or isinstance(value, types.ModuleType))}
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    try:
+        return repr(value) == repr(before)
+    except Exception:  # of an object that cannot be shown, or an integer of 5,000 digits
+        return False
 
 
 def _read_yaml(data: bytes) -> Any:
@@ -656,6 +692,20 @@ def _read_yaml(data: bytes) -> Any:
                 keys.add(str(key.value))
             return node
 
+        def get_single_node(self) -> yaml.Node:
+            node = super().get_single_node()
+            _size_written_out(node, {})
+            return node
+
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (yaml.YAMLError, RecursionError):
+                raise
+            except Exception as error:  # !!int abc, !!timestamp 2026-99-99
+                problem = f"{_short(node.value)} is no {node.tag.rpartition(':')[2]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
     for tag, pattern, first in (
         ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
         ("merge", "<<", ["<"]),
@@ -667,18 +717,45 @@ def _read_yaml(data: bytes) -> Any:
     return yaml.load(data, Loader)
 
 
+def _size_written_out(node: Any, known: dict[Any, int]) -> int:
+    """The nodes of a YAML file with each alias written out: nine nested ones can stand for billions.
+
+    known: sizes of the nodes met so far, 0 of those around this one. Raises ValueError for too many, and for a circle.
+    """
+    if node in known:
+        if not known[node]:
+            raise ValueError("an alias refers to what it is a part of")
+        return known[node]
+    known[node] = 0
+    inside = node.value if isinstance(getattr(node, "value", None), list) else []
+    size = 1
+    for part in inside:
+        size += sum(_size_written_out(each, known) for each in (part if isinstance(part, tuple) else (part,)))
+    if size > MOST_NODES:
+        raise ValueError(f"holds more than {MOST_NODES:,} values once its aliases are written out")
+    known[node] = size
+    return size
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        raise ValueError(f"a key of {', '.join(tree)} is set twice")
+    tree = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"{_short(key)} is set twice")
+        tree[key] = value
     return tree
 
 
 def _reference_filler(tree: Any) -> Callable[[Any], Any]:
     """A function that replaces "${a.b}" in a value by what `tree` holds at a.b, as OmegaConf does."""
     reference = re.compile(r"\$\{([^${}]*)\}")
+    looked_up = 0
 
     def look_up(path: str, seen: tuple[str, ...]) -> Any:
+        nonlocal looked_up
+        looked_up += 1
+        if looked_up > MOST_NODES:
+            raise ValueError(f"more than {MOST_NODES:,} references, with those that they lead to")
         resolver, colon, argument = path.partition(":")
         if colon and resolver == "now":
             # Processes of one run start at times of their own: build() refuses what is left of this.
@@ -711,6 +788,8 @@ def _reference_filler(tree: Any) -> Callable[[Any], Any]:
         if match := reference.fullmatch(value):
             return look_up(match[1].strip(), seen)
         text = reference.sub(lambda match: str(look_up(match[1].strip(), seen)), value)
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"its references make a text of {len(text):,} letters")
         if "${" in text.replace("${now:", ""):
             raise ValueError(f"cannot read the reference in {_short(value)}, expected ${{key.path}}")
         return type(value)(text)
@@ -740,10 +819,17 @@ def _nearest(word: str, names: Iterable[str], most: int) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    if type(error) is ValueError:
-        return str(error)
-    told = getattr(error, "problem", None) or getattr(error, "msg", None)  # by PyYAML; by Python and JSON
-    return told or f"{type(error).__name__}: {error}"
+    """What an exception says, in one line of some length."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply, or in a circle"
+    try:
+        told = getattr(error, "problem", None) or getattr(error, "msg", None)  # by PyYAML; by Python and JSON
+        told = str(told or error)
+    except Exception:  # of a class of the user's
+        told = ""
+    is_clear = type(error) is ValueError or told and hasattr(error, "problem") or hasattr(error, "msg")
+    text = told if is_clear else f"{type(error).__name__}: {told}"
+    return textwrap.shorten(text.removesuffix(": "), LONGEST_ERROR // 2, placeholder=" ...")
 
 
 # --------------------------------------------------------------------------------------- from values to types
@@ -856,18 +942,31 @@ def _literal(text: str) -> Any:
 
 def _to_int(value: Any) -> int:
     if isinstance(value, str):
+        _refuse_octal(value)
         try:
-            return int(value)
+            value = int(value)
         except ValueError:
             value = _to_float(value)  # 1e5
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError("not a number")
     if value % 1 != 0:  # inf too: inf % 1 is nan
         raise ValueError("not a whole number")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("does not fit into 64 bits")
     return int(value)
 
 
+def _refuse_octal(text: str) -> None:
+    """YAML 1.1 reads 010 as 8, and other digits than ours as a text: who wrote them may mean either."""
+    if re.fullmatch(r"[-+]?0[0-9_]+", text.strip()):
+        raise ValueError("YAML reads a number that begins with 0 as octal: leave the 0 out")
+    if not text.isascii():
+        raise ValueError("not a number")
+
+
 def _to_float(value: Any) -> float:
+    if isinstance(value, str):
+        _refuse_octal(value)
     try:
         number = None if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):
@@ -888,8 +987,23 @@ def _to_bool(value: Any) -> bool:
 
 def _to_str(value: Any) -> str:
     if isinstance(value, str | os.PathLike | numbers.Integral) and not isinstance(value, bool):
-        return str(value)
+        return _plain_text(str(value))
     raise ValueError("not a text, and only whole numbers become one without quotes")
+
+
+def _plain_text(text: str) -> str:
+    """A text that files can hold and be named by; ~/x in the home folder."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half a character (a lone surrogate), or bytes that are no UTF-8") from error
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return _at_home(text)
+
+
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
 
 
 def _to_none(value: Any) -> None:
@@ -905,15 +1019,17 @@ def _to_plain(value: Any, depth: int = 0) -> Any:
         try:
             return _to_plain(_jsonable(_literal(value)), depth)
         except ValueError:
-            return str(value)
+            return _plain_text(str(value))
     if isinstance(value, list | tuple):
         return (tuple if isinstance(value, tuple) else list)(_to_plain(item, depth + 1) for item in value)
     if isinstance(value, dict):
         return {_to_str(key): _to_plain(item, depth + 1) for key, item in value.items()}
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return _plain_text(value)
     if isinstance(value, numbers.Real):  # numpy's too
-        return int(value) if isinstance(value, numbers.Integral) else _to_float(value)
+        return _to_int(value) if isinstance(value, numbers.Integral) else _to_float(value)
     return _to_str(value)
 
 
@@ -1043,7 +1159,7 @@ def _short(value: Any) -> str:
     """repr(value), cut to fit an error line."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of 5,000 digits, a list in a list in a list ...
+    except Exception:  # an integer of 5,000 digits, a list in a list in a list, an object of the user's
         return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 

@@ -17,6 +17,9 @@ Files are written beside their final place and renamed at the end: what exists i
 chunk, K components; in `planted` N documents of D tokens, K plans, S states, V tokens, chunks of C tokens.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import DataError, clear_errors  # isort: skip
+
 import importlib
 import re
 import shutil
@@ -26,8 +29,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common import checkpoint
-from common.errors import DataError, clear_errors
+from common import checkpoint, store
 from common.runlog import write_json
 from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
 from sources import foreign_checkpoints
@@ -356,7 +358,7 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
     file = foreign_checkpoints.checkpoint_in(path)
     name = Path(path).name if Path(path).is_dir() else file.stem
-    folder = checkpoint.local_folder(out_dir or f"out/{name}")
+    folder = store.on_disk(out_dir or f"out/{name}")
     system = foreign_checkpoints.importable(file)
     if (folder / "last.pt").exists():
         raise DataError(f"{folder} holds a run: use another out_dir")
@@ -421,7 +423,12 @@ def bare_action(words: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with clear_errors():
+        return prepare(list(sys.argv[1:] if argv is None else argv))
+
+
+def prepare(argv: list[str]) -> dict:
+    """The words of a command line -> what the job returns."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0 if argv else 2)
@@ -441,8 +448,7 @@ def main(argv: list[str] | None = None) -> dict:
         words.remove(files[0])
     settings, work = JOBS[job]
     cfg = configure(settings, words, ALIASES.get(job))
-    with clear_errors():
-        return work(*files, **vars(cfg))
+    return work(*files, **vars(cfg))
 
 
 if __name__ == "__main__":

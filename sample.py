@@ -18,6 +18,9 @@ the defaults of its sampler. state: cells, written as h5ad; a .ckpt or run folde
 says; the page must still be in the folder of this script.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import CheckpointError, DataError, InputError, clear_errors, reason, rehearsal  # isort: skip
+
 import importlib
 import importlib.util
 import json
@@ -32,7 +35,6 @@ import numpy as np
 import torch
 
 from common import checkpoint
-from common.errors import CheckpointError, DataError, InputError, clear_errors, reason, rehearsal
 from common.runlog import write_json
 from common.runtime import Runtime
 from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
@@ -760,7 +762,12 @@ def bare_command(argv: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with clear_errors():
+        return sample(list(sys.argv[1:] if argv is None else argv))
+
+
+def sample(argv: list[str]) -> dict:
+    """The words of a command line -> what was sampled."""
     if not argv or argv[0] in ("-h", "--help"):
         configure(Config, ["--help"])
     if argv[0].startswith("-"):
@@ -771,13 +778,12 @@ def main(argv: list[str] | None = None) -> dict:
         if target.is_dir() or not target.resolve().parent.is_dir():
             fail(f"json = {cfg.json}: not a file in a folder that exists")
     path = foreign_checkpoints.checkpoint_in(argv[0])
-    with clear_errors():
-        stem = page_stem(path)
-        page = import_page(stem, path)
-        refuse_others(cfg, page.EXPERIMENT)
-        sampler = SAMPLERS[page.EXPERIMENT]
-        with rehearsal(f"sampling {path} by {stem}.py", "is the page still as the run was trained?"):
-            result = sampler(page, path, cfg)
+    stem = page_stem(path)
+    page = import_page(stem, path)
+    refuse_others(cfg, page.EXPERIMENT)
+    sampler = SAMPLERS[page.EXPERIMENT]
+    with rehearsal(f"sampling {path} by {stem}.py", "is the page still as the run was trained?"):
+        result = sampler(page, path, cfg)
     if cfg.json:
         write_json(Path(cfg.json), result)  # -inf of impossible tokens becomes null
         print(f"\nwritten to {cfg.json}")

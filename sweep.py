@@ -22,6 +22,9 @@ evaluations stay worse than the median of the others' is stopped (not of train_s
 at its end). A failed run is not tried again. best.json has the command that repeats the best run.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import InputError, RunError, clear_errors, leave, os_sentence  # isort: skip
+
 import contextlib
 import signal
 import sys
@@ -30,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
 
-from common.errors import InputError, clear_errors, leave
+from common import store
 from configurator import Count, Range, Settings, Whole, configure, note, print_text
 from measure.progress import Progress
 from measure.sweeps import in_words, objective, sorted_table
@@ -189,7 +192,7 @@ def report(argv: list[str]) -> list[str]:
     from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
-    paths = [Path(word.head + word.value) for word in words]
+    paths = [store.local(word.head + word.value) for word in words]
     usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
     for path in paths:
         if not path.exists():
@@ -209,29 +212,32 @@ def report(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with clear_errors():
+        return sweep(list(sys.argv[1:] if argv is None else argv))
+
+
+def sweep(argv: list[str]) -> Any:
+    """The words of a command line -> the lines of sweep.jsonl, or of a report."""
     if not argv or "--help" in argv or "-h" in argv:
         configure(Config, ["--help"])
     shows = {"--print_config", "--print-config"} & set(argv)
     words = [word for word in argv[1:] if word not in ("-m", "--multirun", *shows)]
-    with clear_errors():
-        if argv[0] == "report":
-            return report(argv[1:])
-        page, script = import_page(argv[0])
-        cfg, words, sweeper = read_words(page, words)
-        shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
-        plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
-        plan = plan or plan_runs(page, script, words, sweeper, cfg)
-        if shows:
-            print_text("\n".join(plan.commands()))
-            return []
-        try:
-            return run_sweep(plan, cfg, script, shown, less_is_better)
-        except KeyboardInterrupt:  # before the first run, or after the last
-            leave("interrupted", 128 + signal.SIGINT)
-        except OSError as error:  # a full disk, a file where a folder should be; the runs at work save
-            what = f"{error.filename or plan.folder}: {error.strerror}"
-            leave(f"{what}; the same command goes on once that is mended", 1)
+    if argv[0] == "report":
+        return report(argv[1:])
+    page, script = import_page(argv[0])
+    cfg, words, sweeper = read_words(page, words)
+    shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
+    plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
+    plan = plan or plan_runs(page, script, words, sweeper, cfg)
+    if shows:
+        print_text("\n".join(plan.commands()))
+        return []
+    try:
+        return run_sweep(plan, cfg, script, shown, less_is_better)
+    except KeyboardInterrupt:  # before the first run, or after the last
+        leave("interrupted", 128 + signal.SIGINT)
+    except OSError as error:  # a full disk, a file where a folder should be; the runs at work save
+        raise RunError(f"{os_sentence(error)}. The same command goes on once that is mended") from error
 
 
 if __name__ == "__main__":

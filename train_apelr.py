@@ -20,6 +20,9 @@ logarithms. A forward filter over chunks is Rabiner (1989); with transitions tha
 input-output HMM of Bengio & Frasconi (1995).
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import DataError, clear_errors, rehearsal  # isort: skip
+
 import math
 import time
 from dataclasses import dataclass
@@ -32,8 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import checkpoint
-from common.errors import DataError, clear_errors, rehearsal
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -82,6 +84,7 @@ HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nat
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint,
     # ^ ours or the source's
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
@@ -1057,15 +1060,14 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
     cfg, source = to_go_on(cfg)  # a checkpoint of the source, whose sizes, weights, step and AdamW this run takes over
     if cfg.compare_baseline and not (rehearsal_only or beside):
         return compare_baseline.train_beside(cfg, train, build_model)
-    folder = checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         cfg, weights = start_from(cfg, Config(), rt.is_main)
         rt.divide(cfg.batch_size, cfg.grad_accum)
         check_prepared(cfg.data, cfg.prepare)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, batch_size=int
         )
         summary = None if beside else ended_before(rt, folder, path, state, changes)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
@@ -1077,13 +1079,13 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         # Before step 0: whatever the end of the run asks of an edited copy fails now.
         rehearse(model, corpus, rt, cfg)
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        params = [p for p in model.parameters() if p.requires_grad]
+        params = list(model.parameters())
         step = 0
         best = math.inf
         batch_size = cfg.batch_size
         if state:
             corpus.same_tokenizer(state["extra"], path)
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
             if batch_size == "auto":
                 batch_size = extra["batch_size"]
         else:
@@ -1108,7 +1110,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, best, cfg.keep_last)
                 corpus.copy_tokenizer(folder)
             peak = matmul_rate(rt) * rt.world_size  # what these devices reach: the 1 of mfu
             log.say(rt.describe())
@@ -1168,8 +1170,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
 
             # The result is that of the best weights; rank 0 has written them by now.
             rt.barrier()
-            if (folder / "best.pt").exists():
-                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
+            checkpoint.load_best(rt, folder, __file__, model)
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
             facts = {"version": cfg.version, "parameters": plans.size_of(model), "config_hash": config_hash(cfg)}
             summary = metrics | facts | (beside or {}) | run_facts(rt, step, meter)
@@ -1193,10 +1194,9 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
         model = load_source_checkpoint(path, Config(device=device))
         extra = {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
         return model.cfg, model, convert(path)[2], extra
-    state = checkpoint.load(checkpoint.best_of(path), __file__)
+    state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int, tokenizer_hash=str | None)
     cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
-    model = build_model(cfg, state["extra"]["vocab_size"])
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, state["extra"]["vocab_size"]))
     return cfg, model, state["step"], state["extra"]
 
 
@@ -1234,8 +1234,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, APELR)
     with clear_errors():
+        cfg = configure(Config, argv, ALIASES, APELR)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

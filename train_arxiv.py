@@ -18,6 +18,9 @@ Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is m
 vocabulary, D width, H heads, K components, R chunks, M documents.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import DataError, clear_errors, rehearsal  # isort: skip
+
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
-from common.errors import DataError, clear_errors, rehearsal
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -79,6 +81,7 @@ SYNTHETIC = "data/ergodic"  # made when it is missing
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder; of a study, the folder of its runs
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -622,8 +625,7 @@ def train(cfg: Config) -> dict:
     Raises DataError, CheckpointError (bad input, before anything is written) and FloatingPointError (the loss).
     """
     began = time.perf_counter()
-    folder = checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         chunks, validation = open_data(cfg)
         active = active_categories(chunks, validation, cfg)
@@ -654,7 +656,8 @@ def train(cfg: Config) -> dict:
         # A run that was stopped goes on; of one that has ended there is nothing left to train.
         data = {cfg.data: chunks.fingerprint + validation.fingerprint}
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, n_ctx=int, reference=float,
+            waited=int, ended=bool
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -663,7 +666,7 @@ def train(cfg: Config) -> dict:
         step, progress = 0, Progress()
         if state:
             state = without_last_position(state, path)
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
             ended = extra["ended"] and not changes  # with more epochs or more patience it is not over
             progress = Progress(best, extra["reference"], extra["waited"], ended)
         trained = rt.wrap(model)  # compiled, or synchronised over ranks; the same weights as `model`
@@ -673,7 +676,7 @@ def train(cfg: Config) -> dict:
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, max_steps) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, progress.best, cfg.keep_last)
                 copy_tokenizer(cfg.data, folder)  # now: an interrupted run can be prompted too
                 # Those of an earlier run: like summary.json they are there when the run has ended, and only then.
                 for name in ("results.json", "documents.npz"):
@@ -729,10 +732,7 @@ def train(cfg: Config) -> dict:
 
             # The weights of the lowest validation XE are measured, not the last. Rank 0 has written them by now.
             rt.barrier()
-            if (folder / "best.pt").exists():
-                best = checkpoint.load(folder / "best.pt", __file__)
-                best = without_last_position(best, folder / "best.pt")
-                checkpoint.load_weights(model, best["model"], folder / "best.pt")
+            checkpoint.load_best(rt, folder, __file__, model, without_last_position)
             lesson = training_facts(config_dict(cfg), data, chunks, step)
             summary = finish(model, validation, final, active, lesson, cfg, rt, folder)
             summary["K"] = len(active)
@@ -757,18 +757,21 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
     path = checkpoint_in(path)
     if (path / "best.pt").exists():  # the weights that the run's numbers are of
         path = path / "best.pt"
-    state = source_checkpoint(path, ICL[0].defaults) or without_last_position(checkpoint.load(path, __file__), path)
+    state = source_checkpoint(path, ICL[0].defaults) or without_last_position(
+        checkpoint.load(path, __file__, vocab_size=int, n_ctx=int, categories=list), path
+    )
     cfg = from_dict(Config, state["config"], str(path), ALIASES)  # settings of older runs by their newer names
     cfg.device = device
     extra = state["extra"]
-    model = build_model(cfg, extra["vocab_size"], extra["n_ctx"])
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(
+        state["model"], path, lambda: build_model(cfg, extra["vocab_size"], extra["n_ctx"])
+    )
     return cfg, model, state["step"], extra
 
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to.
@@ -794,8 +797,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, ICL)  # a study, and a report, are sweep.py's from here on
     with clear_errors():
+        cfg = configure(Config, argv, ALIASES, ICL)  # a study, and a report, are sweep.py's from here on
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -14,6 +14,9 @@ stream (Shai et al. 2024, arXiv:2405.15943).
 Dimensions: B batch, L or T tokens, V tokens of the vocabulary, S states, D width, N or P words and prefixes.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import InputError, clear_errors, reason, rehearsal  # isort: skip
+
 import math
 import time
 from dataclasses import dataclass
@@ -24,8 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
-from common.errors import InputError, clear_errors, rehearsal
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -63,6 +65,7 @@ EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to analyse instead of training
@@ -225,7 +228,10 @@ class Batches:
         if not self.cfg.carry_state or left[0] is None:
             return
         # Sequence b of rank r of R is number b R + r of the batch, whose new shares are taken from there.
-        state = torch.stack(left, 1).flatten(0, 1)  # [B] or [B, S]
+        try:
+            state = torch.stack(left, 1).flatten(0, 1)  # [B] or [B, S]
+        except (TypeError, RuntimeError, IndexError) as e:
+            raise InputError(f"the checkpoint's ranks do not say where their sequences stand ({reason(e)})") from e
         if len(state) != self.cfg.batch_size:
             sequences = counted(len(state), "sequence")
             raise InputError(f"carry_state goes on with {sequences}, but batch_size = {self.cfg.batch_size}: "
@@ -566,8 +572,8 @@ def train(cfg: Config) -> dict:
 
     Raises InputError (bad input, before anything is written) and FloatingPointError (the loss).
     """
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    began = time.perf_counter()
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         # Data: a process, its floor, batches of it, and the contexts to evaluate on while training and at the end.
         rt.divide(cfg.batch_size, cfg.grad_accum)
         process = build_process(cfg)
@@ -588,21 +594,21 @@ def train(cfg: Config) -> dict:
         # Start: anew, or where a checkpoint stopped.
         step, best = 0, math.inf
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, tracker=dict
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
             return summary
         meter = Meter(rt, cfg.batch_size * cfg.n_ctx, began, state)
         if state:
-            step, best, extra, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
-            tracker.load_state_dict(extra["tracker"])
+            step, best, extra, _ = checkpoint.restore(rt, state, path, model, optimizer)
+            tracker.load_state_dict(extra["tracker"], path)
             batches.take_up([rank.get("carried") for rank in state["ranks"]])
         trained = rt.wrap(model)  # what steps go through: compiled and synchronised; `model` is the same weights
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, data) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, best, cfg.keep_last)
             # The first lines: the machine, what is trained on what, where it starts.
             log.say(rt.describe())
             log.say(describe(process, model, floor, error, cfg))
@@ -698,8 +704,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Process, nn.Modu
     cfg.device = device  # that of this machine, not of the one it was trained on
     process = build_process(cfg)
     checkpoint.same_data(state["extra"], data_of(cfg, process), path)
-    model = build_model(cfg, process.vocab_size)
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, process.vocab_size))
     return cfg, process, model, state["step"]
 
 
@@ -712,14 +717,13 @@ def load_source(path: Path, device: str) -> tuple[Config, Process, nn.Module, in
     cfg.device = device
     if "position" in weights:
         weights["position"] = weights["position"][: cfg.n_ctx]  # it was trained on no longer sequences
-    model = build_model(cfg, process.vocab_size)
-    checkpoint.load_weights(model, weights, path)
+    model = checkpoint.build_with(weights, path, lambda: build_model(cfg, process.vocab_size))
     return cfg, process, model, step
 
 
 def analyze(cfg: Config) -> dict:
     """The final evaluation, analysis and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
@@ -738,8 +742,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
     with clear_errors():
+        cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

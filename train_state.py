@@ -14,6 +14,9 @@ types and perturbations that were never seen together, beside three baselines th
 Dimensions: B sentences, S cells of a sentence, N cells, D input features, G genes, P perturbation features, H width.
 """
 
+# First, as a Ctrl-C while what follows is imported shall be quiet.
+from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal  # isort: skip
+
 import math
 import re
 import sys
@@ -29,8 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint
-from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal
+from common import checkpoint, store
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -49,7 +51,15 @@ from kernels.energy import energy_distance
 from kernels.geomloss_distance import geomloss_distance
 from measure import baselines, effects
 from measure.pages import run_page
-from sources.cell_sets import choose, codes_of, control_pools, known_perturbations, renumber, summary_of  # noqa: F401
+from sources.cell_sets import (  # noqa: F401
+    choose,
+    codes_of,
+    control_pools,
+    known_perturbations,
+    renumber,
+    same_meaning,
+    summary_of,
+)
 from sources.cells import Cells, open_cells
 from sources.foreign import STATE
 from sources.foreign_blocks import GPT2, ConfidenceToken, LatentToGeneDecoder, add_lora, in_sentences, rotate
@@ -69,6 +79,7 @@ SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
@@ -890,7 +901,7 @@ def rehearse(model: StateTransitionPerturbationModel, batches: Batches, rt: Runt
 # ---------------------------------------------------------------------------------------------------------------
 def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
     """For init_from: (cfg with the shape of that checkpoint, its weights). Raises CheckpointError."""
-    path = Path(cfg.init_from)
+    path = store.local(cfg.init_from)
     source = source_file(path)
     # The source's, or ours, of this page or of a copy. Only what decides the shape is taken over from its settings.
     if source:
@@ -985,8 +996,8 @@ def train(cfg: Config) -> dict:
     Raises InputError (before anything is written) and FloatingPointError (the loss).
     """
     cfg = from_the_source(cfg)
-    began, folder = time.perf_counter(), checkpoint.local_folder(cfg.out_dir)
-    with Runtime(cfg) as rt:
+    began = time.perf_counter()
+    with Runtime(cfg) as rt, store.run_folder(cfg, rt) as folder:
         rt.divide(cfg.batch_size, cfg.grad_accum)
         cfg, cells, model, fresh = prepare(cfg, rt)
         optimizer = make_optimizer(model, cfg, rt)
@@ -1001,7 +1012,7 @@ def train(cfg: Config) -> dict:
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         data = {cfg.toml_config_path: cells.fingerprint}
         path, state, changes = checkpoint.start_from(
-            cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -1011,16 +1022,13 @@ def train(cfg: Config) -> dict:
         known = {"data": data, "dims": cells.dims(), **cells.maps()}  # what the model's numbers mean
         if state:
             # Resume: with other perturbations or genes the same numbers would mean others.
-            other = [name for name in ("dims", *cells.maps()) if state["extra"].get(name) != known[name]]
-            if other:
-                raise CheckpointError(f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or "
-                                      "resume=never to train anew there, which replaces the checkpoints")
-            step, best, _, _ = checkpoint.restore(rt, state, path, folder, model, optimizer)
+            same_meaning(state["extra"], {"dims": cells.dims(), **cells.maps()}, path)
+            step, best, _, _ = checkpoint.restore(rt, state, path, model, optimizer)
         trained = rt.wrap(model)
 
         with RunLog(rt, cfg, config_dict(cfg), folder, __file__, step, cfg.max_steps, cells.task) as log:
             if rt.is_main:
-                checkpoint.clear(folder, after=step)
+                checkpoint.clear(folder, step, best, cfg.keep_last)
                 write_maps(folder, cells)
             log.say(rt.describe())
             log.say(summary_of(cells))
@@ -1080,7 +1088,7 @@ def train(cfg: Config) -> dict:
                         optimizer,
                         best,
                         meter,
-                        extra=known | {"ended": step == cfg.max_steps},
+                        extra=known,
                         rank_extra={},
                     )
                     if rt.is_main:
@@ -1093,8 +1101,7 @@ def train(cfg: Config) -> dict:
 
             # The weights that validated best are what is measured on cells that were never seen.
             rt.barrier()
-            if (folder / "best.pt").exists():
-                model.load_state_dict(checkpoint.load(folder / "best.pt", __file__)["model"])
+            checkpoint.load_best(rt, folder, __file__, model)
             if cfg.source_files and rt.is_main:
                 write_source_files(folder, model, cells, step)
             result = finish(model, cells, cfg, rt, folder)
@@ -1131,15 +1138,14 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
         return load_source_run(source, device, attention)
     # What a run was measured with: its best weights, or the last where nothing validated.
     folder = path if path.is_dir() else path.parent
-    state = checkpoint.load(checkpoint.best_of(path), __file__)
+    state = checkpoint.load(checkpoint.best_of(path), __file__, dims=dict, perturbations=list | None)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     # The features of its perturbations are in the run folder too, should their file be gone.
     features = cfg.perturbation_features_file
     if features and not Path(features).exists():
         cfg.perturbation_features_file = str(folder / "pert_onehot_map.pt")
-    model = build_model(cfg, extra["dims"])
-    checkpoint.load_weights(model, state["model"], path)
+    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, extra["dims"]))
     return cfg, model, state["step"], extra
 
 
@@ -1167,7 +1173,7 @@ def open_run_data(cfg: Config, extra: dict) -> Cells:
 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
-    path = Path(cfg.analyze)
+    path = store.local(cfg.analyze)
     folder = checkpoint.analysis_of(path)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.

@@ -1,26 +1,33 @@
 """Checkpoints: one file of plain dicts, tensors, numbers and strings, written atomically, read without pickled code.
 
-A run folder holds last.pt (newest), best.pt (lowest evaluation loss) and, on demand, step_N.pt.
+A run folder holds last.pt (newest), best.pt (lowest evaluation loss) and, on demand, step_N.pt. Each has a digest of
+its values, without which torch would load a flipped bit in silence.
 """
 
 import contextlib
+import functools
 import math
 import os
 import re
 import shutil
 import textwrap
+import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.errors import CheckpointError
+from common import store
+from common.errors import CheckpointError, InputError, RunError, reason
+from common.plain import NUMBERS, digest, is_count, objection
 from common.runtime import Meter, Runtime
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval", "log_level",
-               "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
+NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval",
+               "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
@@ -33,13 +40,6 @@ def identity(script: str) -> str:
 def default_out_dir(script: str) -> str:
     """Where a page's runs go by default: train_ghmm.py to out/ghmm, its copy train_mine.py to out/mine."""
     return f"out/{identity(script).removeprefix('train_')}"
-
-
-def local_folder(out_dir: str) -> Path:
-    """The folder of a run. The one place that decides where runs live: remote stores would be resolved here."""
-    if "://" in str(out_dir):
-        raise CheckpointError(f"out_dir={out_dir} is a URL; only folders of this machine are supported: use a path")
-    return Path(out_dir)
 
 
 def capture(rt: Runtime, script: str, config: dict, step: int, model, optimizer, best: float, meter: Meter, extra: dict,
@@ -66,38 +66,58 @@ def weights_alone(script: str, config: dict, step: int, model, extra: dict) -> d
     }  # fmt: skip
 
 
-def restore(rt: Runtime, state: dict, path: Path, folder: Path, model, optimizer) -> tuple[int, float, dict, dict]:
-    """Put a captured state back; returns (step, best, extra, this rank's rank_extra).
-
-    best is infinite where the run goes on in a folder that the checkpoint is not from: its best.pt is not there.
-    """
-    asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int, float, dict, dict]:
+    """Put the state of start_from back; returns (step, best, extra, this rank's rank_extra)."""
     try:
         load_weights(model, state["model"], path)
     except CheckpointError as e:
         raise CheckpointError(f"{e}, or here with resume=never, which replaces the checkpoints that are there") from e
+    _restore_optimizer(optimizer, state["optimizer"], path)
+    ranks, mine = len(state["ranks"]), {}
     try:
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as e:
-        raise CheckpointError(_no_optimizer(path, str(e))) from e
+        if rt.scaler.is_enabled() and state["scaler"]:
+            rt.scaler.load_state_dict(state["scaler"])
+        if ranks == rt.world_size:
+            mine = _restore_random(rt, state["ranks"][rt.rank])
+    except Exception as e:  # another torch may have another kind of generator
+        raise CheckpointError(f"{path} has random numbers or a loss scale that torch {torch.__version__} cannot go on "
+                              f"with ({reason(e)}): use the torch that it was trained with, or init_from") from e
+    if ranks != rt.world_size and rt.is_main:
+        print(f"note: {path} was written with ranks {ranks}, now {rt.world_size}: the data stay the same, random "
+              "numbers of dropout do not")
+    return state["step"], state["best"], state["extra"], mine
+
+
+def _restore_optimizer(optimizer, saved: dict, path: Path) -> None:
+    """Its state, but the settings (betas, weight decay and so on) as they are configured now."""
+    asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except Exception as e:  # whatever values of another optimizer make torch raise
+        raise CheckpointError(_no_optimizer(path, reason(e))) from e
     for group, options in zip(optimizer.param_groups, asked, strict=True):
-        group.update(options)  # betas, weight decay and so on as now configured
-    if rt.scaler.is_enabled() and state["scaler"]:
-        rt.scaler.load_state_dict(state["scaler"])
-    best = state["best"] if path.parent.resolve() == folder.resolve() else math.inf
-    if len(state["ranks"]) != rt.world_size:
-        if rt.is_main:
-            print(f"note: {path} was written with ranks {len(state['ranks'])}, now {rt.world_size}: the data stay "
-                  "the same, random numbers of dropout do not")
-        return state["step"], best, state["extra"], {}
-    mine = dict(state["ranks"][rt.rank])
+        group.update(options)
+    for parameter, known in optimizer.state.items():
+        moments = [known[name] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+                   if known.get(name) is not None]
+        fits = isinstance(parameter, torch.Tensor) and \
+            all(getattr(moment, "shape", None) == parameter.shape for moment in moments)
+        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+            fits = fits and len(moments) >= 2 and isinstance(known.get("step"), torch.Tensor)
+        if not fits:
+            raise CheckpointError(_no_optimizer(path, "it is of other parameters, or of another kind"))
+
+
+def _restore_random(rt: Runtime, mine: dict) -> dict:
+    """Put the random numbers of this rank back; returns what else it had."""
+    mine = dict(mine)
     torch.set_rng_state(mine.pop("torch_rng"))
     key = mine.pop("numpy_rng")
     np.random.set_state(("MT19937", key["keys"].numpy().astype(np.uint32), key["pos"], key["gauss"], key["cached"]))
     cuda_rng = mine.pop("cuda_rng")
     if rt.device.type == "cuda" and cuda_rng is not None:
         torch.cuda.set_rng_state(cuda_rng, rt.device)
-    return state["step"], best, state["extra"], mine
+    return mine
 
 
 def _no_optimizer(path: Path, reason: str) -> str:
@@ -105,14 +125,59 @@ def _no_optimizer(path: Path, reason: str) -> str:
             "script has it, or anew with resume=never, which replaces what is there")
 
 
-def load_weights(model, weights: dict, path: Path) -> None:
+def load_weights(model, weights: dict, path: Path, **options) -> None:
     """Put weights into a model; raises CheckpointError where it is not of these shapes and names."""
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError, KeyError) as e:
-        reason = textwrap.shorten(" ".join(str(e).split()), 300, placeholder=" ...")
-        raise CheckpointError(f"{path} does not fit the model as its script builds it now: {reason}. Use the settings "
+        model.load_state_dict(weights, **options)
+    except Exception as e:  # whatever values that are no weights make torch raise
+        why = textwrap.shorten(" ".join(str(e).split()), 300, placeholder=" ...")
+        raise CheckpointError(f"{path} does not fit the model as its script builds it now: {why}. Use the settings "
                               "and the code it was trained with, or train anew in another out_dir") from e
+
+
+def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """The model that build() makes of the settings of a checkpoint, with its weights.
+
+    It is built without memory first: settings that are not of these weights may ask for more than there is.
+    Raises CheckpointError where settings make no model, or not that of the weights.
+    """
+    parameters = []
+
+    def count(*parameter) -> None:
+        parameters.append(None)
+        if len(parameters) > 1_000 + 10 * len(weights):
+            raise CheckpointError(f"{path}: its settings make a larger model than its weights are of")
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with contextlib.suppress(NotImplementedError), torch.device("meta"):  # an edited model may need its numbers
+            load_weights(build(), weights, path, assign=True)
+        model = build()
+    except InputError:
+        raise
+    except Exception as e:
+        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+    finally:
+        hook.remove()
+    load_weights(model, weights, path)
+    return model
+
+
+def load_best(rt: Runtime, folder: Path, script: str, model, older: Callable[[dict, Path], dict] | None = None) -> None:
+    """After training: put the weights of best.pt into the model, which stays as it is where there is no such file.
+
+    Args:
+        older: makes what the page reads now of a checkpoint of an older version, (state, path) -> state.
+    Collective. Raises RunError where the file is damaged.
+    """
+    path = folder / "best.pt"
+    try:
+        state = rt.from_main(lambda: load(path, script) if path.exists() else None)
+        if state:
+            load_weights(model, (older(state, path) if older else state)["model"], path)
+    except CheckpointError as e:
+        raise RunError(f"training is over, but its best weights cannot be measured: {e}. {folder / 'last.pt'} is "
+                       f"kept: move {path} away, and the same command measures the last weights") from e
 
 
 def _random_state(rt: Runtime) -> dict:
@@ -130,6 +195,11 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
     Each name changes from one complete file to the next in one rename, whenever the process dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    state = {**state, "format_version": FORMAT_VERSION}
+    try:
+        state["digest"] = digest(state)
+    except ValueError as e:  # of a page that keeps what cannot be read again
+        raise CheckpointError(f"no checkpoint can be written: {e}") from e
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:
         with open(fresh, "wb") as file:
@@ -147,6 +217,11 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    _prune(folder, keep_last)
+    store.mirror(folder, state["step"])
+
+
+def _prune(folder: Path, keep_last: int) -> None:
     if keep_last > 0:
         for old in _step_files(folder)[keep_last:]:
             old.unlink(missing_ok=True)
@@ -172,25 +247,28 @@ def _step_files(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def clear(folder: Path, after: int = 0) -> None:
+def clear(folder: Path, after: int = 0, best: float = math.inf, keep_last: int = 0) -> None:
     """Remove what no longer belongs to a run that starts from step `after`; call it once its input is known to be good.
 
     A fresh run (after=0) keeps no checkpoint of an earlier one; a run that goes back loses the future it abandons.
+    best: that of restore, without which best.pt is not this run's. What a killed run left to prune goes too.
     """
     stale = [path for path in _step_files(folder) if int(path.stem[5:]) > after] + [*folder.glob(".saving-*")]
-    if after == 0:
-        stale += [folder / "last.pt"]
-    if after == 0 or ((folder / "best.pt").exists() and _read(folder / "best.pt")[0].get("step", math.inf) > after):
-        stale += [folder / "best.pt"]
+    stale += [folder / "last.pt"] if after == 0 else []
+    stale += [folder / "best.pt"] if math.isinf(best) else []
     for path in stale:
         path.unlink(missing_ok=True)
+    _prune(folder, keep_last)
 
 
-def load(path: Path, script: str | None = None) -> dict:
-    """Read a checkpoint (or a run folder's last.pt) to the CPU, checked.
+def load(path: Path, script: str | None = None, **kinds) -> dict:
+    """Read a checkpoint (or a run folder's last.pt) to the CPU, checked: its digest, and every value's kind.
 
-    Raises CheckpointError if it is missing, torn, foreign, newer than this code or, given a page's __file__, of another
-    page; it names the newest good checkpoint beside a damaged one where there is one.
+    Args:
+        script: the page's __file__. kinds: what it reads of `extra`, name=type: int (a count), float, bool, str, dict,
+            list (of str), and X | None where it may be absent.
+    Raises CheckpointError if it is missing, damaged, foreign, newer than this code or of another page; it names the
+    newest good checkpoint beside a damaged one where there is one.
     """
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
@@ -198,14 +276,43 @@ def load(path: Path, script: str | None = None) -> dict:
         raise CheckpointError(f"no checkpoint at {path}")
     state, problem = _read(path)
     if problem:
-        others = [p for p in sorted(path.parent.glob("*.pt")) if p != path and not p.name.startswith(".")]
-        good = max((p for p in others if not _read(p)[1]), key=lambda p: _read(p)[0]["step"], default=None)
+        steps = {other: found["step"] for other in sorted(path.parent.glob("*.pt"))
+                 if other != path and not other.name.startswith(".") and (found := _read(other)[0])}
+        good = max(steps, key=steps.get, default=None)
         raise CheckpointError(f"{path} {problem}. " + (f"The newest good checkpoint is {good}: use resume={good}"
                                                        if good else "There is no other good checkpoint beside it"))
     if script and state["experiment"] != identity(script):
         raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}.py, not of {identity(script)}.py: use "
                               "another out_dir, or that script")
+    _check_kinds(state, path, kinds)
+    if state["format_version"] == 1:
+        _tell(f"note: {path} is of an older version, without a digest of its values: whether they are as they were "
+              "written is checked less well")
     return state
+
+
+@functools.cache
+def _tell(note: str) -> None:
+    """Once, by rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(note)
+
+
+def _check_kinds(state: dict, path: Path, kinds: dict) -> None:
+    wrong = [name for name, kind in kinds.items() if not _is(state["extra"].get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} is no whole checkpoint of {state['experiment']}.py: look at {', '.join(wrong)} "
+                              "in its extra state")
+
+
+def _is(value: object, kind: type) -> bool:
+    if not isinstance(value, kind) and not (kind is float and type(value) is int):
+        return False
+    if kind is int:
+        return is_count(value)
+    if isinstance(value, list):
+        return all(type(part) is str for part in value)
+    return not isinstance(value, dict) or all(type(name) is str for name in value)
 
 
 def best_of(path: str | Path) -> Path:
@@ -221,27 +328,77 @@ def analysis_of(path: Path) -> Path:
 
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
-    return _read(path / "last.pt" if path.is_dir() else path, mmap=True)[0].get("experiment", "")
+    found = _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
+    return found if isinstance(found, str) else ""
 
 
-def _read(path: Path, mmap: bool = False) -> tuple[dict, str]:
-    """(state, "") or ({}, what is wrong with the file); mmap: without reading its tensors."""
+def check_archive(path: Path, reads_all: bool = True) -> None:
+    """Raise an error unless a file is a zip file as torch.save writes it, by its checksums, which torch does not read.
+
+    Nothing in it is packed, so what it holds is no larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
+        damaged = archive.testzip() if reads_all else None
+    if damaged:
+        raise ValueError(f"the checksum of its part {damaged} is another")
+
+
+def read_archive(path: Path, peeks: bool = False) -> object:
+    """What torch.save wrote, on the CPU, without running code in it; peeks: without reading tensors and checksums."""
+    check_archive(path, not peeks)
+    with warnings.catch_warnings(action="ignore"):  # of torch, on what damaged files seem to be
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=peeks)
+
+
+def damage(error: Exception) -> str:
+    """What an error in reading a checkpoint says of the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    why = str(error)[:200] if type(error) is ValueError else type(error).__name__
+    return f"is damaged or no checkpoint ({why})"
+
+
+def _read(path: Path, peeks: bool = False) -> tuple[dict, str]:
+    """(state, "") or ({}, what is wrong with the file); peeks: without reading its tensors, and unchecked."""
+    if not path.is_file():
+        return {}, "is no file"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = read_archive(path, peeks)
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
-        return {}, f"is damaged or no checkpoint ({type(e).__name__})"
+        return {}, damage(e)
     if not isinstance(state, dict) or any(key not in state for key in KEYS):
         return {}, "is no checkpoint of this repository (prepare_data.py import makes one of another system's)"
-    if state["experiment"] in FIRST_NAMES:  # written before a run was known by its script
-        state["experiment"] = f"train_{state['experiment']}"
-    if state["format_version"] > FORMAT_VERSION:
-        return {}, f"has format {state['format_version']}, newer than this code ({FORMAT_VERSION}): update the code"
+    version = state["format_version"]
+    if is_count(version) and version > FORMAT_VERSION:
+        return {}, f"has format {version}, newer than this code ({FORMAT_VERSION}): update the code"
+    problem = "" if peeks else _problem(state)
+    if problem:
+        return {}, f"is damaged ({problem})"
+    if isinstance(state["experiment"], str) and state["experiment"] in FIRST_NAMES:
+        state["experiment"] = f"train_{state['experiment']}"  # written before a run was known by its script
     return state, ""
+
+
+def _problem(state: dict) -> str:
+    """Takes the digest out of a state. "" where it is that of the values, which are all of the kinds written here."""
+    told = state.pop("digest", None)
+    try:
+        found = digest(state, hashes=told is not None)
+    except (ValueError, RecursionError) as e:
+        return damage(e) if isinstance(e, RecursionError) else str(e)
+    if (told is None) != (state["format_version"] == 1) or told is not None and told != found:
+        return "its values are not those of its digest"
+    wrong = objection(state)
+    return f"look at {wrong} in it" if wrong else ""
 
 
 def is_over(state: dict) -> bool:
     """Whether the run of a checkpoint has ended, by its last step or by what stops it early."""
-    return state["extra"].get("ended", state["step"] >= (state["config"]["max_steps"] or math.inf))
+    steps = state["config"].get("max_steps")
+    return state["extra"].get("ended", type(steps) in NUMBERS and 0 < steps <= state["step"])
 
 
 def same_data(extra: dict, data: dict, path: Path) -> None:
@@ -266,16 +423,21 @@ def same_data(extra: dict, data: dict, path: Path) -> None:
                                   "resume=never, which replaces the checkpoints)")
 
 
-def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple[Path | None, dict | None, list]:
-    """Decide what a run starts from: (path, state, changed settings), or (None, None, []) for a fresh one.
+def start_from(rt: Runtime, cfg, folder: Path, script: str, differences, data: dict, **kinds
+               ) -> tuple[Path | None, dict | None, list]:
+    """Decide what a run starts from: (path, state, changed settings), or (None, None, []) for a fresh one. Collective.
 
     Under resume=auto an unfinished run goes on, telling what changed. A finished run whose settings or script changed
     is neither evaluated as if it were the new one nor overwritten: that is a CheckpointError with the choices.
 
     Args:
         script: the page's __file__. differences: saved config (a dict) -> list of lines "field: old -> new".
-        data: see same_data.
+        data: see same_data. kinds: see load.
     """
+    return rt.from_main(lambda: _start(cfg, folder, script, differences, data, kinds))
+
+
+def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict) -> tuple:
     if getattr(cfg, "load_checkpoint_step", None) is not None:
         path = folder / f"step_{cfg.load_checkpoint_step}.pt"
     elif cfg.resume in ("auto", "never"):
@@ -283,11 +445,12 @@ def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple
         if cfg.resume == "never" or not path.exists():
             return None, None, []
     else:
-        path = Path(cfg.resume)
+        path = store.local(cfg.resume)
     state = load(path, script)
     path = path / "last.pt" if path.is_dir() else path
     if not state["optimizer"]:
         raise CheckpointError(_no_optimizer(path, "it was imported"))
+    _check_kinds(state, path, kinds)
     same_data(state["extra"], data, path)
     changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
@@ -297,4 +460,17 @@ def start_from(cfg, folder: Path, script: str, differences, data: dict) -> tuple
         raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
                               f"out_dir, or resume={path} to go on from it, or resume=never to train anew, which "
                               "replaces the checkpoints that are there")
+    if path.parent.resolve() != folder.resolve() or not _goes_on_with_best(folder / "best.pt", path, state["step"]):
+        state["best"] = math.inf
     return path, state, changes
+
+
+def _goes_on_with_best(best: Path, path: Path, step: int) -> bool:
+    """Whether best.pt is there, and not of a future that a run which goes on from `path` abandons."""
+    if not best.exists():
+        return False
+    state, problem = _read(best)
+    if problem:
+        raise CheckpointError(f"{best} {problem}. Move it away: the run goes on from {path}, and its next evaluation "
+                              "writes another")
+    return state["step"] <= step

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import signal
 import stat
 import sys
 import traceback
@@ -10,6 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from common import quiet_interrupt
+
+ANOTHER_PLACE = "free some space, or choose another place"
+IN_THE_WAY = "move what is in the way, or choose another name"
+BROKEN = "the disk, or the way to it, fails: the system's log knows more"
+ADVICE = {  # by what the system says
+    errno.ENOSPC: ANOTHER_PLACE, errno.EDQUOT: ANOTHER_PLACE,
+    errno.EFBIG: "files may not grow so large here: raise the limit (ulimit -f), or choose another place",
+    errno.EROFS: "choose another place", errno.EACCES: "get the rights to it, or choose another place",
+    errno.EPERM: "get the rights to it, or choose another place",
+    errno.EISDIR: IN_THE_WAY, errno.ENOTDIR: IN_THE_WAY, errno.EEXIST: IN_THE_WAY, errno.ENOTEMPTY: IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name", errno.ELOOP: "remove the link, which leads to itself",
+    errno.ENOENT: "is the name right?",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close what has many files open",
+    errno.EIO: BROKEN, errno.ESTALE: BROKEN, errno.ENODEV: BROKEN, errno.ENXIO: BROKEN,
+}  # fmt: skip
 KINDS_OF_FILES = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK,
                   "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode)}
 
@@ -29,27 +46,147 @@ class CheckpointError(InputError):
     """A checkpoint cannot be used."""
 
 
+class RunError(Exception):
+    """A run that had begun and cannot go on; the message says why, what was kept, and what to do, in one line."""
+
+
 def reason(error: BaseException) -> str:
     """What an exception says, as part of a sentence: its kind and first line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
+def os_sentence(error: OSError) -> str:
+    """What the system could not do: the file, the reason in words, what to do."""
+    known = error.errno in errno.errorcode
+    said = os.strerror(error.errno) if known else " ".join(str(error).split())[:200] or type(error).__name__
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    # Of the two names of a renaming the second is what was asked for, and the first may be a temporary one.
+    place = f"{os.fsdecode(names[-1])}: " if names and not isinstance(names[-1], int) else ""
+    advice = ADVICE.get(error.errno)
+    return place + said[:1].lower() + said[1:] + (f": {advice}" if advice else "")
+
+
+def system_sentence(error: BaseException | None) -> str:
+    """What an error of the machine comes to, in a sentence; "" for any other, whose traceback is wanted."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return os_sentence(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory ({reason(error)}): make the batch, the model or the data smaller"
+    if isinstance(error, RecursionError):
+        return f"{reason(error)}: what was given is nested too deep"
+    if isinstance(error, UnicodeEncodeError):
+        wrong, told = error.object[error.start], error.object[max(0, error.start - 40) : error.start + 40]
+        return (f"{told!a} cannot be spelled in {error.encoding}: leave {wrong!a} out"
+                + ("" if error.encoding.startswith("utf") else ", or set PYTHONUTF8=1"))
+    if isinstance(error, ValueError) and "embedded null" in text:
+        return "a file name holds a NUL character: use another name"
+    return ""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Around the writing of a file: what fails names it, whatever name it had meanwhile.
+
+    Raises OSError, also for what HDF5 and torch make of one.
+    """
+    try:
+        yield
+    except OSError as e:
+        e.filename, e.filename2 = os.fspath(path), None
+        raise
+    except RuntimeError as e:  # of torch's writer, which says what it was doing when the file took no more
+        if "inline_container" not in str(e) and "PytorchStreamWriter" not in str(e):
+            raise
+        cause = e.__context__ if isinstance(e.__context__, OSError) else None
+        number = cause.errno if cause and cause.errno else errno.EIO
+        raise OSError(number, os.strerror(number), os.fspath(path)) from e
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` at the end: that is whole, or as it was before.
+
+    Raises OSError, naming `path`.
+    """
+    fresh = path.with_name(f".saving-{os.getpid()}-{path.name[-100:]}")
+    with writing(path):
+        try:
+            yield fresh
+            os.replace(fresh, path)
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+
+
+def say_aside(text: str) -> None:
+    """A line on stderr, if that takes any; of the processes torchrun starts, one prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            hush(sys.stderr)
+
+
+def hush(stream) -> None:
+    """Let a stream that takes no more lead nowhere: what it still holds would fail once more when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def leave(message: str, code: int) -> NoReturn:
     """End the process after one `error:` line; of the processes torchrun starts, one prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    flush_console()
+    say_aside(f"error: {message}")
     raise SystemExit(code)
+
+
+def flush_console() -> OSError | None:
+    """Print what is waiting for it; returns what is wrong where standard output takes no more, which is then hushed."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as e:
+        hush(sys.stdout)
+        return e if isinstance(e, OSError) else None
 
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Around the work of a command: bad input ends it with code 2, a loss or weight that is not finite with code 1."""
+    """Around the whole of a command, which any error that is not a mistake of ours ends with one line.
+
+    Exit codes: 2 for bad input and what the machine refuses before a run has begun, 1 for a run that failed, 130 for
+    Ctrl-C. Who reads standard output and goes, as head does, has seen enough: no line.
+    """
+    quiet = signal.getsignal(signal.SIGINT) is quiet_interrupt
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+        if trouble := flush_console():
+            raise trouble
     except InputError as e:
         leave(str(e), 2)
-    except FloatingPointError as e:
+    except (RunError, FloatingPointError) as e:
         leave(str(e), 1)
+    except KeyboardInterrupt as e:
+        flush_console()
+        say_aside(str(e) or "stopped")
+        raise SystemExit(130) from e
+    except Exception as e:
+        trouble = flush_console()
+        if isinstance(trouble, BrokenPipeError):
+            raise SystemExit(1) from e
+        if trouble:
+            leave(f"standard output: {os_sentence(trouble)}", 1)
+        sentence = system_sentence(e)
+        if not sentence:
+            raise
+        leave(sentence, 2)
+    finally:
+        if quiet:
+            signal.signal(signal.SIGINT, quiet_interrupt)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,12 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint
-from common.errors import leave
+from common.errors import InputError, RunError, hush, leave, replacing, say_aside, system_sentence, writing
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
+FILES = (".csv", ".html", ".json", ".jsonl", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")  # of a run
+FOLDERS = ("checkpoints", "plots", "smolstate", "tensorboard", "wandb")
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 
 
@@ -40,22 +43,23 @@ class RunLog:
         self.data = {"data": data} if data else {}
         self.bar = self.board = self.wandb = None
         self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
+        goes_on = cfg.resume == "auto" and getattr(cfg, "load_checkpoint_step", None) is None
+        self.again = "the same command" if goes_on else "the same command with resume=auto"
         rt.agree(**config, **{"the first step": start_step, "the fingerprint of the data": data or {}})
         if not self.active:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
         off = _dotenv("WANDB_MODE") == "disabled"  # whatever the settings say
         self.wandb = _optional("wandb", "wandb") if cfg.wandb and not off else None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            leave(f"out_dir={folder} cannot be made ({e.strerror}): use another folder", 2)
-        (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
-        self._metrics = _reopen(folder / "metrics.jsonl", start_step)
-        self._text = open(folder / "train.log", "a" if start_step else "w", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        _look_at_names(folder)
         write_json(folder / "config.json", config)
         if not (start_step and (folder / Path(script).name).exists()):
-            shutil.copyfile(script, folder / Path(script).name)
+            with replacing(folder / Path(script).name) as fresh:
+                shutil.copyfile(script, fresh)
+        self._text = open(folder / "train.log", "a" if start_step else "w", **TEXT)
+        self._metrics = _reopen(folder / "metrics.jsonl", start_step)
+        (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         if board:
             self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
         if self.wandb:
@@ -83,37 +87,60 @@ class RunLog:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if not self.active:
-            return
-        if error is not None and not isinstance(error, SystemExit):
-            self._text.write(f"stopped by {kind.__name__}: {error}\n")
-        self.bar.close()
-        self._metrics.close()
-        self._text.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(error is not None))
+        """An error of the system becomes a RunError, which says what was kept."""
+        told = system_sentence(error)
+        if told:
+            told = f"{told}. {self._kept()}"
+        if self.active:
+            if error is not None and not isinstance(error, SystemExit):
+                with contextlib.suppress(OSError):
+                    self._text.write(f"stopped by {kind.__name__}: {told or error}\n")
+            for opened in filter(None, (self.bar, self._metrics, self._text, self.board)):
+                with contextlib.suppress(OSError):  # what they still hold has been told of
+                    opened.close()
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error is not None))
+        if told:
+            raise RunError(told) from error
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (f"stopped at once. {self._kept()}",)
+
+    def _kept(self) -> str:
+        """Where a run that failed can go on."""
+        try:
+            step = checkpoint.load(self.folder)["step"]
+        except (InputError, OSError):
+            return f"No checkpoint was saved before: {self.again} begins anew"
+        return f"{self.folder / 'last.pt'} of step {step} is whole, and {self.again} goes on from there"
 
     def say(self, text: str, level: str = "INFO") -> None:
         """A line for the console and train.log, where the setting log_level is not above its level."""
-        if self.active and LEVELS.index(level) >= self.level:
+        if not self.active or LEVELS.index(level) < self.level:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except OSError as e:  # whoever read it has gone, or its disk is full
+            hush(sys.stdout)
+            say_aside(f"note: standard output takes no more ({e.strerror}): the run goes on, and its lines are in "
+                      f"{self.folder / 'train.log'}")
+        path = self.folder / "train.log"
+        with writing(path):
             self._text.write(text + "\n")
             self._text.flush()
             if self._text.tell() > LOG_BYTES:
                 self._text.close()
-                os.replace(self.folder / "train.log", self.folder / "train.log.1")
-                self._text = open(self.folder / "train.log", "w", encoding="utf-8")
+                os.replace(path, self.folder / "train.log.1")
+                self._text = open(path, "w", **TEXT)
 
     def metrics(self, step: int, split: str, values: dict) -> None:
         """A line of metrics.jsonl, whole or not at all: numbers, or lists of numbers."""
         if not self.active:
             return
         record = {"step": step, "time_s": round(time.perf_counter() - self.began, 3), "split": split, **values}
-        self._metrics.write(json.dumps(_plain(record)) + "\n")
-        self._metrics.flush()
+        with writing(self.folder / "metrics.jsonl"):
+            self._metrics.write(json.dumps(_plain(record)) + "\n")
+            self._metrics.flush()
         numbers = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.board:
             for key, value in numbers.items():
@@ -224,20 +251,30 @@ def read_metrics(folder: Path) -> list[dict]:
     return records
 
 
+def _look_at_names(folder: Path) -> None:
+    """Raises InputError where something that no file can replace has the name of one that a run may write."""
+    for path in sorted([*folder.glob("*"), *(folder / "plots").glob("*")]):
+        if path.name in FOLDERS and not path.is_dir():
+            raise InputError(f"{path} is no folder, as the run needs one there: move it, or use another out_dir")
+        is_ours = path.suffix in FILES or path.name.startswith(".saving-")
+        if is_ours and (path.is_dir() or path.is_fifo() or path.is_socket()):
+            kind = "a folder" if path.is_dir() else "no file"
+            raise InputError(f"{path} is {kind}, where the run may write a file: move it, or use another out_dir")
+
+
 def _reopen(path: Path, start_step: int):
     """metrics.jsonl for appending, without what an interrupted run wrote after its last checkpoint."""
     kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= start_step] if start_step else []
-    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        fresh.write_text("".join(kept), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
 
 
 def write_json(path: Path, value: dict) -> None:
     """A JSON file, complete or not there; what is not finite becomes null."""
-    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    fresh.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as fresh:
+        fresh.write_text(text, **TEXT)
 
 
 def _plain(value):

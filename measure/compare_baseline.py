@@ -22,7 +22,7 @@ def baseline_settings(cfg, build: Callable, trains: dict):
         version="baseline",
         experts="full",
         plan_commitment="soft",
-        out_dir=str(Path(cfg.out_dir) / BESIDE),
+        out_dir=os.path.join(cfg.out_dir, BESIDE),  # of a URL, too
         resume=resume_beside(cfg.resume),
         load_checkpoint_step=None,
         compare_baseline=False,

@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from common.checkpoint import NO_SETTINGS
-from common.errors import DataError, InputError
+from common.errors import DataError, InputError, replacing
 from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
@@ -449,7 +449,7 @@ def csv_row(group: Group, names: list[str]) -> dict:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """A table whose columns are the keys of the rows; blank for None."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, open(fresh, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, list({name: None for row in rows for name in row}))
         writer.writeheader()
         writer.writerows(rows)

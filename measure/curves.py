@@ -5,7 +5,6 @@ Position t = 1..T is the prediction made after t tokens. Everything is in nats.
 
 import csv
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.errors import DataError
+from common.errors import DataError, replacing
 from measure.figures import figure
 from measure.overlays import COLOURS, log_axis
 from sources.ergodic import mixture_log_prob
@@ -561,7 +560,7 @@ def logistic_regression(
 # ---------------------------------------------------------------------------------------------------------------
 def write_curves(path: Path, groups: dict) -> None:
     """The curves of `measure` as a table: group, position, xe, low, high, oracle_xe."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["group", "position", "xe", "low", "high", "oracle_xe"])
         for name, group in groups.items():
@@ -602,9 +601,8 @@ def write_documents(path: Path, curves: Curves, names: list[str], documents: np.
         "sums": curves.sums[:, positions - 1].astype(np.float32),
         "total": curves.sums.mean(1).astype(np.float32),
     }
-    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    np.savez(fresh, **arrays)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        np.savez(fresh, **arrays)
 
 
 def blank(value: float | str | None) -> float | str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import DataError
+from common.errors import DataError, replacing
 from common.runlog import read_metrics, write_json
 from kernels.rank_sum import rank_sum
 from measure.baselines import Baselines
@@ -592,7 +592,7 @@ def write_metrics(path: Path, results: dict) -> None:
                 is_blank = column not in LABELS and not is_defined(value)
                 row[column] = "" if is_blank else value
             rows.append(row)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import reason
+from common.errors import reason, replacing, say_aside, system_sentence
 
 STRICT = False  # for tests: a picture that cannot be drawn is an error
 
@@ -30,11 +30,13 @@ def figure(folder: Path, name: str, width: float = 7.0, height: float = 4.5, row
     try:
         yield axes
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        drawn.savefig(folder / "plots" / f"{name}.png")
+        with replacing(folder / "plots" / f"{name}.png") as fresh:
+            drawn.savefig(fresh)
     except Exception as error:
         if STRICT:
             raise
-        print(f"note: the picture {name} was not drawn ({reason(trouble or error)})", file=sys.stderr)
+        trouble = trouble or error
+        say_aside(f"note: the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
 
 
 def new_figure(width: float, height: float):

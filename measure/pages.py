@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.errors import reason
+from common.errors import reason, replacing, say_aside, system_sentence
 from configurator import Text, config_dict, convert
 from measure import figures
 from sources.shared import from_here
@@ -126,12 +126,8 @@ def write_page(path: Path, title: str, lead: str, sections: list[Section]) -> No
     """
     text = template().render(title=title, lead=lead, sections=[filled(section) for section in sections])
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    try:
+    with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8", errors="replace")  # a file name may be no text
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 @lru_cache
@@ -251,7 +247,7 @@ def run_page(folder: Path, Config: type, result: dict | None = None) -> str:
     except Exception as error:
         if figures.STRICT:
             raise
-        print(f"note: {page} was not written ({reason(error)})", file=sys.stderr)
+        say_aside(f"note: {page} was not written ({system_sentence(error) or reason(error)})")
     return f"{verdict}; {places}" if verdict else places
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import replacing
 from measure.curves import blank, is_fit, perplexity
 from sources.shared import counted
 
@@ -116,7 +117,7 @@ def run_row(result: dict) -> dict:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """A table whose columns are the keys of the first row; empty cells for None."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, open(fresh, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(rows[0])
         for row in rows:

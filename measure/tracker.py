@@ -5,6 +5,9 @@ import time
 
 import torch
 
+from common.errors import CheckpointError
+from common.plain import unlike
+
 
 class MetricTracker:
     """Serves any loop that calls update() after each optimizer step, before or after zero_grad().
@@ -165,8 +168,14 @@ class MetricTracker:
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Take up a saved state; call it after the model's own weights are loaded."""
+    def load_state_dict(self, state: dict, path="the checkpoint") -> None:
+        """Take up a saved state; call it after the model's own weights are loaded.
+
+        path: where it is from, for the CheckpointError that a state of another kind raises.
+        """
+        wrong = unlike(state, self.state_dict(), "tracker")
+        if wrong:
+            raise CheckpointError(f"{path} has metrics of another kind than this code keeps: look at {wrong} in it")
         for name, value in state.items():
             if name == "sums":
                 value = {key: self._own(number) for key, number in value.items()}

@@ -1,9 +1,11 @@
 """Cells arranged for a model: control cells of each group, a choice of each group, the numbers of an earlier run."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from common.errors import DataError
+from common.errors import CheckpointError, DataError
 from sources.cells import Cells, load_features
 from sources.shared import counted, suggest
 from sources.splits import SPLITS, grouped, objection
@@ -104,6 +106,26 @@ def check_genes(toml: str, name: str, genes: list[str] | None, extra: dict) -> N
         first = f", the first that differ are {odd[0]!r} and {odd[1]!r}" if odd else ""
         raise DataError(
             f"{toml} has other {name} than this run, or in another order: {len(genes)} against {len(trained)}{first}"
+        )
+
+
+def same_meaning(extra: dict, known: dict, path: Path) -> None:
+    """Raise CheckpointError where the numbers of a checkpoint, by its extra state, mean others than those of the cells.
+
+    known: {name: sizes or names} of the cells.
+    """
+    other = []
+    for name, value in known.items():
+        try:
+            same = bool(extra.get(name) == value)
+        except (RuntimeError, TypeError):  # tensors, of a file that is no whole one
+            same = False
+        if not same:
+            other.append(name)
+    if other:
+        raise CheckpointError(
+            f"{path} is of other data ({', '.join(other)} differ): use another out_dir, or resume=never to train anew "
+            "there, which replaces the checkpoints"
         )
 
 

@@ -60,7 +60,7 @@ def start_from(cfg, default, is_main: bool = True):
     """
     if not cfg.init_from:
         return cfg, {}
-    path = str(checkpoint_in(Path(cfg.init_from)))
+    path = str(checkpoint_in(cfg.init_from))
     cfg = replace(cfg, init_from=path)
     if is_source_checkpoint(path):
         saved, weights, _ = convert(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint
+from common import checkpoint, store
 from common.errors import CheckpointError
 
 # What the checkpoints in the run folders of other systems are called, the first choice first.
@@ -111,8 +111,10 @@ def source_file(path: Path) -> Path | None:
 
 
 def checkpoint_in(path: str | Path) -> Path:
-    """The checkpoint that a run folder of another system stands for; any other path as it is."""
-    return source_file(Path(path)) or Path(path)
+    """The checkpoint that a run folder of another system stands for; any other path as it is, of a URL what is fetched.
+    """
+    path = store.local(path)
+    return source_file(path) or path
 
 
 # What a system is known by: how the names of some of its weights begin.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint
+from common import store
 from common.errors import InputError
 from configurator import READ, note
 from sources.foreign_checkpoints import system_of
@@ -475,7 +475,7 @@ def from_the_source(cfg):
     but of a run that began so. Perturbations keep the numbers that they have there, if pert_onehot_map.pt tells. Prints
     a note where it begins.
     """
-    folder = checkpoint.local_folder(cfg.out_dir)
+    folder, *_ = store.place_of(cfg.out_dir, cfg.s3_config)
     path = Path(cfg.resume)
     if cfg.resume == "auto":
         path = folder / "checkpoints" / "last.ckpt"

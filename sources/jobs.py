@@ -1,7 +1,6 @@
 """Runs as processes: who is at work on a run, how one starts, on which GPU, and how it ends."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -17,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from common import store
 from common.errors import InputError
 
+LOCK = "job.lock"  # of a sweep, in the folder of a run; the run itself holds store.LOCK
 LOOK_SECONDS = 1.0  # between two looks at a run of another process, and at metrics.jsonl
 GRACE_SECONDS = 120.0  # for a run that is asked to stop; it ends its step and saves
 
@@ -85,10 +86,8 @@ def take(folder: Path) -> IO | None:
     of them twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "run.lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    lock = store.hold(folder / LOCK)
+    if lock and store.holder(folder):  # a page that nobody but its user started
         lock.close()
         return None
     return lock
@@ -96,8 +95,8 @@ def take(folder: Path) -> IO | None:
 
 def is_free(folder: Path) -> bool:
     """Whether no process is at work on the run of a folder."""
-    if not (folder / "run.lock").exists():
-        return True
+    if not (folder / LOCK).exists():
+        return not store.holder(folder)
     lock = take(folder)
     if lock:
         lock.close()

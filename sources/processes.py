@@ -474,7 +474,7 @@ class Process:
     def can_start_from(self, start: torch.Tensor) -> bool:
         """Whether generate can go on from there: states [B] of a hidden Markov model, else beliefs [B, S]."""
         if self.is_hmm:
-            return start.ndim == 1 and int(start.max()) < self.num_states
+            return start.ndim == 1 and 0 <= int(start.min()) <= int(start.max()) < self.num_states
         return start.ndim == 2 and start.shape[1] == self.num_states
 
     def _generate_by_belief(self, uniforms: torch.Tensor, start: torch.Tensor | None):

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, get_args
 
-from common import checkpoint
+from common import checkpoint, store
 from common.errors import InputError, reason, rehearsal
 from configurator import Settings, differences, note
 from sources.outcomes import BOOK, append, read, read_object, record
@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parents[1]
 MOST_RUNS = 1_000
 CLOCK_SECONDS = 120  # by which clocks of two machines may differ before it is said
 STUDIES = ("study", "orders", "controls", "holdout", "equal_parameters")  # settings of a sweep that choose its runs
+COPIED = "--out_dir=FOLDER --s3_config=FILE copies each run of it to a bucket"
 NO_TRAINING = ("analyze", "report", "study")  # settings that ask a page for something else than to train one model
 
 
@@ -322,7 +323,7 @@ def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweepe
     default = first.out_dir
     if not cfg.study:
         default += f"_sweep_{digest(json.dumps([constant + studied, listed]))}"
-    folder = checkpoint.local_folder(cfg.out_dir or default)
+    folder = store.on_disk(cfg.out_dir or default, COPIED)
     heads = named(listed, settings)
     runs = [make_run(page, combination, heads, variation, folder) for *combination, variation in combinations]
     if cfg.equal_parameters:

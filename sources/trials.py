@@ -12,13 +12,13 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any
 
-from common import checkpoint
+from common import checkpoint, store
 from common.errors import InputError, reason
 from common.runlog import read_metrics, write_json
 from configurator import Settings, note
 from sources.jobs import is_free, take
 from sources.outcomes import BOOK, append, read, record
-from sources.runs import STUDIES, Run, command, has_ended, make_folder, refuse_later, run_in, settings_of
+from sources.runs import COPIED, STUDIES, Run, command, has_ended, make_folder, refuse_later, run_in, settings_of
 from sources.search import Search, Space, Trial, import_optuna, in_words, open_search, read_space
 from sources.shared import counted
 from sources.sweeps import Sweeper, Word, digest, labels, listed_values, plain, run_name
@@ -348,7 +348,7 @@ def plan_search(page: ModuleType, script: Path, words: list[Word], sweeper: Swee
     ranges = {key: in_words(space) for key, space in spaces.items()}
     facts = json.dumps([terms, ranges, cfg.study_name])
     default = f"{plan.first.out_dir}_search_{digest(facts)}"
-    plan.folder = checkpoint.local_folder(cfg.out_dir or default)
+    plan.folder = store.on_disk(cfg.out_dir or default, COPIED)
     for key in spaces:
         field, _ = settings.resolve(key.split("."))
         if field == "seed":

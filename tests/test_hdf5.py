@@ -143,6 +143,24 @@ def test_what_is_no_hdf5_file_is_told_at_once(tmp_path, kind):
         hdf5.open_hdf5(path)
 
 
+@pytest.mark.parametrize("damage", ["no end", "a size beyond memory"])
+def test_a_damaged_heap_of_texts_ends_with_a_sentence(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(hdf5, "STEP_SECONDS", 1)
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("words", data=["abcdefgh"] * 5, dtype=h5py.string_dtype())
+        offset = file["words"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    if damage == "no end":  # objects of no size, of which HDF5 seeks the last
+        heap = data.index(b"GCOL")
+        data[heap + 16 : heap + 400] = bytes(384)
+    else:  # the length and the heap of the first text
+        data[offset : offset + 12] = b"\xff" * 12
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a.h5 is damaged in words, HDF5 "):
+        hdf5.open_hdf5(path)
+
+
 def test_text_that_is_not_utf_8_is_refused():
     assert hdf5.as_text("\u00b5g".encode(), "x") == hdf5.as_text("\u00b5g", "x") == "\u00b5g"
     with pytest.raises(DataError, match="not UTF-8"):

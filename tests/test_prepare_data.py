@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import errno
 import gc
 import gzip
 import itertools
@@ -582,19 +583,20 @@ def test_tokens_are_of_the_smallest_type_that_holds_them(vocab_size, kind):
     assert (found.dtype, found.tolist(), spool.dropped) == (kind, [[0, 1, vocab_size - 1]], 1)
 
 
-def test_an_error_midway_keeps_the_older_files_and_leaves_nothing_else(monkeypatch):
+def test_a_full_disk_midway_keeps_the_older_files_and_leaves_nothing_else(monkeypatch, capsys):
     prepare(write_jsonl(papers()))
     before, write = {path: path.read_bytes() for path in Path("out").rglob("*")}, ChunkSpool.write
 
     def full(self, path, **attributes):
         write(self, path, **attributes)
         if path.name == "validation.h5":
-            raise OSError("no space left")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(ChunkSpool, "write", full)
     for folder in ("out", "new"):
-        with pytest.raises(OSError, match="no space left"):
-            prepare("--input=papers.jsonl", "--chunk_size=20", f"--out_dir={folder}")
+        told = refusal(capsys, prepare_data.main, "arxiv", *SMALL, "--input=papers.jsonl", "--chunk_size=20",
+                       f"--out_dir={folder}")
+        assert "validation.h5: no space left on device: free some space" in told
     assert {path: path.read_bytes() for path in Path("out").rglob("*")} == before and not Path("new").exists()
 
 

@@ -139,7 +139,7 @@ def test_a_page_that_is_gone_is_named_and_that_in_the_run_folder_is_never_run(re
 def test_a_checkpoint_cannot_name_what_is_no_page(stem, repository, data, capsys):
     train_copy("ghmm", repository, data)
     state = checkpoint.load(Path("run/last.pt"))
-    torch.save(state | {"experiment": stem}, "odd.pt")
+    torch.save(state | {"experiment": stem, "format_version": 1}, "odd.pt")
     assert "which is not in" in refused(capsys, "odd.pt")
 
 

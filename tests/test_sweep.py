@@ -480,7 +480,7 @@ def test_what_cannot_be_written_is_one_sentence(capsys):
     Path("sweep").mkdir()
     Path("sweep/lr=0.2").touch()
     told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep", code=1)
-    assert "sweep/lr=0.2: File exists; the same command goes on" in told
+    assert "sweep/lr=0.2: file exists: move what is in the way" in told and "The same command goes on" in told
     Path("sweep/lr=0.2").unlink()
     assert [line["status"] for line in swept("--lr=0.1,0.2")] == ["done", "done"] and starts("lr=0.1") == [0]
 

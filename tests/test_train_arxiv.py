@@ -226,7 +226,8 @@ def as_older(path: Path) -> None:
     T = len(model["position"])
     assert T == extra["n_ctx"] and moments["exp_avg"].shape == model["position"].shape
     extra["n_ctx"] = extra.pop("chunk_size")
-    del extra["data"], state["meter"]
+    del extra["data"], state["meter"], state["digest"]
+    state["format_version"] = 1
     model["position"] = torch.cat([model["position"], torch.full_like(model["position"][:1], 9.0)])
     for name in ("exp_avg", "exp_avg_sq"):
         moments[name] = torch.cat([moments[name], torch.zeros_like(moments[name][:1])])
@@ -830,7 +831,8 @@ def test_a_checkpoint_with_the_older_names_of_settings_loads_and_goes_on(data, w
     for path in (Path("run/last.pt"), Path("run/best.pt")):
         state = torch.load(path, weights_only=True)
         config = state["config"]
-        state["experiment"] = "arxiv"
+        state |= {"experiment": "arxiv", "format_version": 1}
+        del state["digest"]
         config |= {"adam_beta1": config.pop("beta1"), "adam_beta2": config.pop("beta2"), "min_lr_ratio": 0.1}
         del config["min_lr"], config["schedule"]
         torch.save(state, path)

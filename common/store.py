@@ -1,0 +1,271 @@
+"""Where a run lives: a folder that one process trains in at a time, and the URL that it is copied to.
+
+out_dir=URL (s3://bucket/prefix, file://, memory://, whatever fsspec knows) works in a folder that stands for the URL,
+out/.remote/NAME; s3_config=FILE copies out_dir=FOLDER to s3://BUCKET/PREFIX/FOLDER. See common/mirror.py.
+"""
+
+import configparser
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
+
+from common.errors import CheckpointError, InputError, reason
+from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored, note
+
+LOCK = "run.lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
+KEPT = ("last.pt", "best.pt")  # what is fetched of a run that is looked at
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_folder(cfg, rt) -> Iterator[Path]:
+    """The folder of the run of cfg, locked and brought up to date by rank 0; at the end its copy is, too.
+
+    A folder that is made for it and stays empty is removed, so a refused command leaves nothing.
+    Raises InputError where the place cannot be used, or is in use.
+    """
+    folder, url, profile = place_of(cfg.out_dir, getattr(cfg, "s3_config", ""))
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(locked(folder))
+            if url:
+                stack.enter_context(mirrored(folder, url, profile, cfg.resume == "never"))
+
+        rt.from_main(enter)
+        yield folder
+
+
+def place_of(out_dir: str, s3_config: str = "") -> tuple[Path, str, str]:
+    """(folder, URL of its copy or "", AWS profile or "") of a run. Raises InputError."""
+    if is_url(out_dir):
+        if s3_config:
+            raise InputError("out_dir is a URL, and s3_config says where a folder is copied: give one of them")
+        return staging(out_dir), plain_url(out_dir), ""
+    if not s3_config:
+        return Path(out_dir), "", ""
+    bucket, prefix, profile = read_s3_config(s3_config)
+    name = os.path.normpath(out_dir)
+    if os.path.isabs(name):
+        inside = os.path.relpath(name)
+        name = name.lstrip("/") if inside.startswith("..") else inside
+    if name.startswith(".."):
+        raise InputError(f"out_dir={out_dir}: with s3_config it is a name below the bucket's prefix, which .. is not")
+    return Path(out_dir), "/".join(["s3:/", *filter(None, (bucket, prefix, name))]), profile
+
+
+def read_s3_config(path: str) -> tuple[str, str, str]:
+    """(bucket, prefix, profile) of an .ini: [s3] bucket, prefix (may be missing), [aws] profile_name. InputError."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(Path(path).read_text(encoding="utf-8"))
+        bucket, profile = parser["s3"]["bucket"].strip(), parser["aws"]["profile_name"].strip()
+        prefix = parser["s3"].get("prefix", "").strip(" /")
+    except OSError as error:
+        raise InputError(f"s3_config={path} cannot be read ({error.strerror}): name an .ini file") from error
+    except (ValueError, configparser.Error) as error:
+        raise InputError(f"s3_config={path} is no .ini file ({reason(error)}): mend it") from error
+    except KeyError as error:
+        raise InputError(f"s3_config={path} has no {error.args[0]}: it needs [aws] with profile_name, [s3] with bucket "
+                         "and, if wanted, prefix") from error
+    if not bucket or "/" in bucket or not profile:
+        raise InputError(f"s3_config={path}: [s3] bucket is the name of a bucket, [aws] profile_name that of a profile")
+    return bucket, prefix, profile
+
+
+def is_url(place: str | Path) -> bool:
+    return "://" in str(place)
+
+
+def plain_url(url: str) -> str:
+    """A URL without a slash at its end. Raises InputError, without its secret, where it may hold one."""
+    parts = urlsplit(str(url))
+    if "@" in parts.netloc or (":" in parts.netloc and "@" in parts.path) or "?" in str(url):
+        raise InputError(f"the URL {parts.scheme}://... has a name, password or query in it, which would go to logs "
+                         "and checkpoints: keep those in ~/.aws/credentials or in the environment")
+    return str(url).rstrip("/")
+
+
+def staging(url: str) -> Path:
+    """The folder of this machine that stands for a URL."""
+    url = plain_url(url)
+    name = re.sub(r"[^\w.=,-]+", "-", url.partition("://")[2]).strip("-.")[-60:]
+    return Path("out/.remote") / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+def on_disk(out_dir: str | Path, instead: str = "use a path") -> Path:
+    """A folder where URLs are not for. Raises InputError."""
+    if is_url(out_dir):
+        raise InputError(f"out_dir={plain_url(out_dir)} is a URL; here a folder of this machine is needed: {instead}")
+    return Path(out_dir)
+
+
+def local(place: str | Path) -> Path:
+    """A run folder or checkpoint: itself, or, of a URL, what is fetched of it. Raises InputError, CheckpointError.
+
+    Of a run its last and best weights are, of a checkpoint itself; while a run is at work here, its folder as it is.
+    """
+    if not is_url(place):
+        return Path(place)
+    url, name = plain_url(place), ""
+    if url.endswith((".pt", ".ckpt", ".eqx")):
+        url, _, name = url.rpartition("/")
+    folder = staging(url)
+    if not holder(folder):
+        made = make(folder)
+        try:
+            copy = Mirror(folder, url)
+            if not copy.fetch(lambda file: not CHECKPOINT.fullmatch(file) or file in ([name] if name else KEPT), name):
+                raise CheckpointError(f"there is no {'checkpoint' if name else 'run'} at {place}")
+        finally:
+            remove(made)
+    return folder / name
+
+
+
+def mirror(folder: Path, step: int | None = None) -> None:
+    """Send what is new in a run folder to its URL, in the background; nothing for a folder that has none."""
+    copy = MIRRORS.get(os.path.abspath(folder))
+    if copy:
+        copy.send_soon(step)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run a folder
+# ---------------------------------------------------------------------------------------------------------------
+HELD: weakref.WeakSet = weakref.WeakSet()
+
+
+def let_go() -> None:
+    """In a forked child, which must not hold a lock beyond the life of the run."""
+    while HELD:
+        HELD.pop().close()
+
+
+os.register_at_fork(after_in_child=let_go)
+
+
+def hold(path: Path) -> IO | None:
+    """Hold a lock file, made if missing, until it is closed or the process ends; None while another process does.
+
+    Raises OSError. Where a file system has no locks a note says so, and all is as if it had.
+    """
+    for _ in range(10):  # those who look whether it is held (see holder) hold it for a moment
+        file = open(path, "a+", encoding="utf-8")  # which programs that are started do not inherit
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                note(f"{path.parent} is on a file system without locks ({error.strerror}): see to it that no other "
+                     "run writes there")
+            else:
+                file.close()
+                if not isinstance(error, BlockingIOError):
+                    raise
+                time.sleep(0.02)
+                continue
+        # Who held it before may have removed it meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                HELD.add(file)
+                return file
+        file.close()
+    return None
+
+
+def holder(folder: Path) -> str:
+    """Who trains in a folder: "a run on HOST, pid N, since TIME"; "" where nobody does."""
+    try:
+        with open(folder / LOCK, encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return ""
+            except BlockingIOError:
+                return in_words(file.read())
+    except OSError:  # no such file, or no locks
+        return ""
+
+
+def in_words(text: str) -> str:
+    try:
+        known = json.loads(text)
+        return f"a run on {known['host']}, pid {known['pid']}, since {known['since']}"
+    except (ValueError, KeyError, TypeError):  # it has just begun
+        return "another run"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, made if missing. Raises InputError while another run does."""
+    made, lock = [], None
+    try:
+        for is_last in (False, False, True):
+            try:
+                made += make(folder)
+                lock = hold(folder / LOCK)
+                break
+            except FileNotFoundError:  # another run that was refused has just removed its folder
+                if is_last:
+                    raise
+        if lock is None:
+            who = holder(folder) or "another run"
+            raise InputError(f"{folder} is in use by {who}: wait for it, stop it, or use another out_dir")
+        facts = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                 "command": shlex.join(sys.argv)}
+        lock.truncate(0)
+        lock.write(json.dumps(facts) + "\n")
+        lock.flush()
+    except OSError as error:
+        # A finished run in a folder that is read-only is only told again; any other ends where it first writes.
+        if lock or made or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not folder.is_dir():
+            release(lock, folder)
+            remove(made)
+            raise InputError(f"out_dir={folder} cannot be used ({error.strerror}): use another folder") from error
+    try:
+        yield
+    finally:
+        release(lock, folder)
+        remove(made)
+
+
+def release(lock: IO | None, folder: Path) -> None:
+    if lock:
+        HELD.discard(lock)
+        with contextlib.suppress(OSError):
+            os.unlink(folder / LOCK)  # before it is let go: nobody else holds it by that name
+            lock.close()
+
+
+def make(folder: Path) -> list[Path]:
+    """Make a folder; returns those that are new, the innermost first. Raises InputError."""
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or letters that no file name here has
+        what = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"out_dir={str(folder)!a} cannot be made ({what}): use another folder") from error
+    return new
+
+
+def remove(folders: list[Path]) -> None:
+    """Remove folders that are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
