@@ -958,7 +958,7 @@ def make_process(
         if name == "nonergodic":
             process = _mixture(initial_state=initial_state, **params)
         elif name == "custom":
-            process = _custom(_read_matrices(**params), initial_state)
+            process = _custom(_read_matrices(**params), initial_state, params.get("matrices"))
         else:
             process = Process(PROCESSES[name](**params), initial_state, name=name)
     except ProcessError:
@@ -981,9 +981,17 @@ def shown(value) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def _custom(matrices: np.ndarray, initial_state) -> Process:
-    """The process of these matrices, with their fingerprint, and a note where they were scaled."""
-    process = Process(matrices, initial_state)
+def _custom(matrices: np.ndarray, initial_state, source) -> Process:
+    """The process of these matrices, with their fingerprint, and a note where they were scaled.
+
+    source: the file that they are of, for messages, or they themselves.
+    """
+    try:
+        process = Process(matrices, initial_state)
+    except ProcessError as error:
+        if isinstance(source, (str, Path)):
+            raise ProcessError(f"{source}: {error}") from error
+        raise
     process.fingerprint = _digest(str(matrices.shape).encode() + matrices.tobytes())
     given = np.abs(matrices).sum()
     scale = float(given / process.transition_matrices.abs().sum())
