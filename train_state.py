@@ -19,7 +19,6 @@ from common.errors import CheckpointError, DataError, clear_errors, reason, rehe
 
 import math
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -83,6 +82,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
+    out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     source_files: bool | Literal["state", "smolstate"] = False  # also write the run as arc-state (true) or SmolState do
     # data
     toml_config_path: str | None = SYNTHETIC  # or --toml: which cells train, validate and test
@@ -1174,7 +1174,7 @@ def open_run_data(cfg: Config, extra: dict) -> Cells:
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = store.local(cfg.analyze)
-    folder = checkpoint.analysis_of(path)
+    folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
     for name in ("precision", "toml_config_path", "ram_budget_gb"):
@@ -1188,9 +1188,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    words = sys.argv[1:] if argv is None else argv
     with clear_errors():
-        cfg = configure(Config, command(words), ALIASES, STATE)
+        cfg = configure(Config, command(argv), ALIASES, STATE)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import textwrap
 import warnings
 import zipfile
@@ -20,14 +21,14 @@ import numpy as np
 import torch
 
 from common import store
-from common.errors import CheckpointError, InputError, RunError, reason
+from common.errors import CheckpointError, InputError, RunError, reason, replacing, writing
 from common.plain import NUMBERS, digest, is_count, objection
 from common.runtime import Meter, Runtime
 
 FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval",
-               "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
+NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "out", "compare_baseline",
+               "log_interval", "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
@@ -202,7 +203,7 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
         raise CheckpointError(f"no checkpoint can be written: {e}") from e
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:
-        with open(fresh, "wb") as file:
+        with writing(folder / "last.pt"), open(fresh, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -212,7 +213,8 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
             _link(fresh, folder / f"step_{state['step']}.pt")
         os.replace(fresh, folder / "last.pt")
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # make the renames themselves durable, where folders can be synced
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -232,11 +234,12 @@ def _link(source: Path, target: Path) -> None:
     twin = source.with_suffix(".twin")
     twin.unlink(missing_ok=True)
     try:
-        try:
-            os.link(source, twin)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, twin)
-        os.replace(twin, target)
+        with writing(target):
+            try:
+                os.link(source, twin)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(source, twin)
+            os.replace(twin, target)
     finally:
         twin.unlink(missing_ok=True)
 
@@ -321,9 +324,36 @@ def best_of(path: str | Path) -> Path:
     return best if best.exists() else Path(path)
 
 
-def analysis_of(path: Path) -> Path:
-    """Where a look at a run or checkpoint writes: analysis/ of the run folder, whose own results stay as they are."""
-    return (path if path.is_dir() else path.parent) / "analysis"
+def analysis_of(path: Path, cfg) -> Path:
+    """Where a look at a run or checkpoint writes: analysis/ of the run folder, whose own results stay as they are.
+
+    With cfg.out there, beside a copy of what a report needs of the run. Raises InputError where that cannot be written.
+    """
+    run = path if path.is_dir() else path.parent
+    folder = Path(cfg.out) if cfg.out else run / "analysis"
+    if os.environ.get("RANK", "0") != "0":
+        return folder
+    if (folder / "last.pt").exists() or folder.resolve() == run.resolve():
+        raise InputError(f"out = {folder} holds a run, whose files stay as they are: name another folder")
+    try_place(folder)
+    for name in ("config.json", "metrics.jsonl") if cfg.out else ():
+        if (run / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / name) as fresh:
+                shutil.copyfile(run / name, fresh)
+    return folder
+
+
+def try_place(folder: Path) -> None:
+    """Raises InputError, naming --out, where nothing can be written to a folder, which need not be there yet."""
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        store.remove(new)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{folder} cannot be written ({getattr(e, 'strerror', e)}): name another folder, "
+                         "--out=FOLDER") from e
 
 
 def experiment_of(path: Path) -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -51,9 +51,10 @@ def mirrored(folder: Path, url: str, profile: str, anew: bool) -> Iterator[None]
 class Mirror:
     """A folder and its copy at a URL.
 
-    Attributes: index of the URL, as it was read or written last: {"writer", "host", "time", "step", "files": {name: [
-    {"bytes", "sha256"}, ...]}}; record, which the folder keeps: {"writer": its own name, "synced": {file: facts_of it
-    as it was sent or fetched}}.
+    Attributes:
+        index: of the URL, as read or written last: {"writer", "host", "time", "step", "files": {name: what it may
+            be, [{"bytes", "sha256"}, ...]}, "new": names that may not be there yet}.
+        record: kept in the folder: {"writer": a name of its own, "synced": {file: facts_of it as sent or fetched}}.
     """
 
     def __init__(self, folder: Path, url: str, profile: str = ""):
@@ -151,6 +152,8 @@ class Mirror:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.get_file(f"{self.root}/{file}", str(fresh))
+            if not fresh.exists() and self.index and file in self.index.get("new", ()):  # it never arrived
+                return
             if not fresh.exists() or (self.index and not self.is_one_of(fresh, versions)):
                 what = "is damaged: it is not what" if fresh.exists() else "is missing, though it is in what"
                 raise CheckpointError(f"{self.url}/{file} {what} {INDEX} beside it says: bring it back, or name "
@@ -243,8 +246,9 @@ class Mirror:
         gone = [name for name in before if name not in names]  # such as step files beyond keep_last
         if not fresh and not gone:
             return
-        self.write_index(before | {name: [*(v for v in before.get(name, []) if v != one), one] for name, one in
-                                   new.items()})
+        may_be = {name: [*(other for other in before.get(name, []) if other != one), one] for name, one in new.items()}
+        unseen = {*new} - {*before} | {*(theirs or {}).get("new", ())}
+        self.write_index(before | may_be, sorted(unseen))
         for name in fresh:
             with self.whole(name) as target:
                 self.fs.put_file(str(place / name), target)
@@ -256,9 +260,9 @@ class Mirror:
         self.record["synced"] = {name: facts for name, facts in (synced | fresh).items() if name in names}
         self.keep_record()
 
-    def write_index(self, files: dict) -> None:
+    def write_index(self, files: dict, new: Collection[str] = ()) -> None:
         index = {"writer": self.record["writer"], "host": socket.gethostname(), "step": self.step,
-                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "files": files}
+                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "new": list(new), "files": files}
         if not (self.folder / RECORD).exists():
             self.keep_record()  # so that the writer is known again after a kill
         with self.whole(INDEX) as target:
@@ -334,7 +338,7 @@ def file_system(url: str, profile: str):
     options, is_s3 = {}, urlsplit(url).scheme in AT_ONCE
     if is_s3:  # by default a network that swallows packets is waited for by the hour
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
-        options["use_listings_cache"] = False
+        options |= {"use_listings_cache": False, "skip_instance_cache": True}
         options |= {"profile": profile} if profile else {}
     try:
         return fsspec.core.url_to_fs(url, **options)

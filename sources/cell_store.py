@@ -39,6 +39,7 @@ from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from common.errors import DataError, reason
+from sources import hdf5
 from sources.h5ad import H5ad, Matrix, as_dense, kind_of_values, row_sums, stored
 from sources.shared import counted
 from sources.splits import Plan, grouped
@@ -504,7 +505,7 @@ class Draft:
         for f, matrix in enumerate(self.matrices):
             if matrix.format == "csr" and self.orders[f] is None:
                 rows = self.place[self.first[f] : self.first[f + 1]]
-                lengths[rows] = np.diff(matrix.node["indptr"][:])
+                lengths[rows] = np.diff(hdf5.read(matrix.parts["indptr"]))
                 continue
             for place, block in self.blocks(f):  # not told by the file: dense, by columns, or genes are left out
                 lengths[place] = np.diff(block.indptr)

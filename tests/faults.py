@@ -58,7 +58,7 @@ COLUMNS = ("clear", "right", "traceback", "hang", "silent", "vague", "unnoticed"
 GOOD = ("clear", "right", "unnoticed")
 PATIENCE_S = 100  # a trial that takes longer hangs: the slowest takes 10 on two busy cores
 MEMORY = 12 << 30  # bytes of address space of a trial: what asks for more is refused by the system
-TIMED = set("""time_s seconds tokens_per_second cells_per_second tokens_per_s cells_per_s mfu torch out_dir
+TIMED = set("""time_s seconds tokens_per_second cells_per_second tokens_per_s cells_per_s mfu torch out_dir folder
                step/tokens_per_second cum/tokens_per_second""".split())
 Hook = Callable[[], None]  # something to do in a process before its command starts
 
@@ -455,7 +455,12 @@ def stumble(call: int, action: Callable[[], None]) -> Hook:
 
     def install() -> None:
         save = torch.save
-        torch.save = lambda state, file, **options: save(state, Stumbling(file, call, action), **options)
+
+        def stumbling(state: Any, file: Any, **options) -> None:
+            is_open = hasattr(file, "write")
+            save(state, Stumbling(file, call, action) if is_open else file, **options)
+
+        torch.save = stumbling
 
     return install
 
@@ -566,6 +571,7 @@ def disk_fault(draw: random.Random, out: Path) -> tuple[str, list[Hook], Callabl
 
 def put_in_the_way(kind: str, target: Path) -> Callable[[], None]:
     """A folder, a full disk or a link to nowhere in the place of a file; returns how that is mended."""
+    is_new = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = target.rename(target.with_name("kept")) if target.exists() else None
     if kind == "full":
@@ -576,7 +582,9 @@ def put_in_the_way(kind: str, target: Path) -> Callable[[], None]:
         (target / "full").mkdir(parents=True)
 
     def mend() -> None:
-        if target.is_dir() and not target.is_symlink():
+        if is_new:
+            shutil.rmtree(target.parent)
+        elif target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
@@ -596,9 +604,12 @@ def disk_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
     what, hooks, mend = disk_fault(draw, Path(out))
     first = run(command, *hooks)
     mend()
+    if first.code == 0:  # it was not in the way
+        column = "right" if holds(first.finding, expected) else "silent"
+        return column, f"{what}: {command}\n{first.text}\n{differing(first.finding, expected)}"
     column, text = goes_on(command, expected, first)
     if column == "right":
-        column = first.verdict() or "right"
+        column = first.verdict()
     return column, f"{what}: {command}\n{text}"
 
 

@@ -544,8 +544,8 @@ def test_a_new_preparation_of_any_job_leaves_no_file_of_the_older_one():
     assert set(contents()) == {*FILES, "notes.md"}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
-def test_an_interruption_leaves_the_older_files_and_nothing_else(error, monkeypatch):
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError("no space left"), 2)])
+def test_an_interruption_leaves_the_older_files_and_nothing_else(error, code, monkeypatch):
     prepare(write("a.json", stories()))
     before, write_tokens = contents(), text_source.write_tokens
 
@@ -556,8 +556,9 @@ def test_an_interruption_leaves_the_older_files_and_nothing_else(error, monkeypa
 
     monkeypatch.setattr(text_source, "write_tokens", full)
     for folder in ("out", "new"):
-        with pytest.raises((KeyboardInterrupt, OSError)):
+        with pytest.raises(SystemExit) as end:
             prepare("--input=a.json", "--seed=5", f"--out_dir={folder}")
+        assert end.value.code == code
     assert contents() == before and not Path("new").exists()
 
 
@@ -571,7 +572,7 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", once)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         prepare("--input=a.json", "--seed=5")
     assert "meta.json" not in contents()
 
