@@ -375,7 +375,8 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     write_json(folder / "config.json", config)
     state = checkpoint.weights_alone(page.__file__, config, step, model, extra)
     if system == "arxiv":
-        training = training_state(file, model, page.parameter_groups(model, cfg))
+        with foreign_checkpoints.converting(file, system):
+            training = training_state(file, model, page.parameter_groups(model, cfg))
         extra |= training.pop("patience", {})
         state |= training
         commands = commands + [GO_ON] if state["optimizer"] else commands

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -31,7 +30,7 @@ from sources.chunk_checks import (
 from sources.digests import ChunkDigest, fingerprint, sample
 from sources.files import kind_of, text_files
 from sources.hdf5 import member, open_hdf5, read
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report
+from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report, spooled_array
 from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
 from sources.tokenizer import Tokenizer, load_tokenizer, read_spec, readable, train_bpe
 
@@ -271,8 +270,8 @@ class ChunkSpool:
         array = np.asarray(ids[: count * self.chunk_size], dtype=np.int64)
         if len(array) and not 0 <= array.min() <= array.max() < self.vocab_size:
             raise DataError(f"a document of {category} has the token {array.max()}, but vocab_size = {self.vocab_size}")
-        array.astype(self.dtype).tofile(self.tokens)
-        np.full(count, self.document, dtype=np.int64).tofile(self.documents)
+        self.tokens.write(array.astype(self.dtype))
+        self.documents.write(np.full(count, self.document, dtype=np.int64))
         self.dropped += len(ids) - len(array)
         self.sizes[category] += count
         self.document += 1
@@ -442,12 +441,11 @@ def map_tokens(file: h5py.File) -> np.ndarray:
     tokens = member(file, "token_chunks", h5py.Dataset)
     if is_mapped(file):
         return np.memmap(file.filename, tokens.dtype, "r", tokens.id.get_offset(), tokens.shape)
-    with tempfile.TemporaryFile() as copy:
-        mapped = np.memmap(copy, tokens.dtype.newbyteorder("="), "w+", shape=tokens.shape)
-        for begin in range(0, len(tokens), BLOCK):
-            rows = slice(begin, begin + BLOCK)
-            mapped[rows] = read(tokens, rows)
-        return mapped
+    mapped = spooled_array(tokens.dtype.newbyteorder("="), *tokens.shape)
+    for begin in range(0, len(tokens), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        mapped[rows] = read(tokens, rows)
+    return mapped
 
 
 def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:

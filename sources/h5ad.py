@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,11 +9,11 @@ import h5py
 import numpy as np
 from scipy.sparse import csc_array, csr_array
 
-from common.errors import DataError
+from common.errors import DataError, os_sentence, replacing
 from sources import hdf5
 from sources.columns import Categorical, Column, Nullable
 from sources.hdf5 import as_text, member, numbers, read, where
-from sources.shared import counted, suggest
+from sources.shared import counted, spooled_array, suggest
 
 
 def attribute(node, *names: str) -> str:
@@ -558,9 +556,8 @@ class Matrix:
             counts += np.bincount(row_of_value, minlength=rows)
         pointers = np.concatenate(([0], counts.cumsum()))
         size = max(self.nnz, 1)  # an empty file cannot be mapped
-        with tempfile.TemporaryFile() as data_file, tempfile.TemporaryFile() as indices_file:
-            data = np.memmap(data_file, np.float32, "w+", shape=size)
-            indices = np.memmap(indices_file, np.int32, "w+", shape=size)
+        data = spooled_array(np.float32, size)
+        indices = spooled_array(np.int32, size)
         free = pointers[:-1].copy()  # where the next value of each row goes
         for start, stop in self._stretches(by_column, columns):
             values, row_of_value = self._read(start, stop, by_column)
@@ -849,24 +846,20 @@ def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict, index: str = "_i
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the file to write")
-    saving = path.with_name(f".saving-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path.parent} cannot be made ({error.strerror}): use another folder") from error
     try:
-        with h5py.File(saving, "w") as file:
+        with replacing(path) as saving, h5py.File(saving, "w") as file:
             encoded(file, "anndata", "0.1.0")
             write_frame(file, "obs", np.asarray(obs_names), obs, index)
             for name in ("obsm", "layers", "varm", "obsp", "varp"):
                 write_values(file, name, {})
             write_values(file, "uns", uns)
             yield file
-        os.replace(saving, path)
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error}): free some space or choose another place") from error
-    finally:
-        saving.unlink(missing_ok=True)
+        raise DataError(f"{os_sentence(error)}. {path} was not written") from error
 
 
 def write_h5ad(

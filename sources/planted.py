@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.shared import Workshop, counted, progress
+from sources.shared import Workshop, counted, progress, reserve
 from sources.streams import stream_dtype, write_meta
 
 BLOCK = 1_000  # documents drawn at once
@@ -210,7 +210,7 @@ def planted(
                     rows = slice(begin, min(begin + BLOCK, count))
                     tokens, plans[rows] = process.sample(rows.stop - begin, generator)
                     documents = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos)
-                    documents.astype(stream_dtype(bos + 1)).tofile(file)
+                    file.write(documents.astype(stream_dtype(bos + 1)))
                     if split == "val":
                         nll[rows] = oracle.add(tokens, plans[rows])
             sizes[split] = {"tokens": count * length, "documents": count}
@@ -250,4 +250,9 @@ def planted(
 
 def new_array(path: Path, dtype: type, *shape: int) -> np.ndarray:
     """A .npy file of this shape, as a memory map to fill."""
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    dtype = np.dtype(dtype)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        file.flush()
+        reserve(file, file.tell() + dtype.itemsize * math.prod(shape))
+    return np.lib.format.open_memmap(path, "r+")

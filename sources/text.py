@@ -531,7 +531,7 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             # A tokenizer.json of others may claim fewer tokens than it gives.
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
-            ids.astype(dtype).tofile(file)
+            file.write(ids.astype(dtype))
             unknown += int((ids == unk).sum())
             sizes["tokens"] += len(ids)
             sizes["documents"] += len(batch)
