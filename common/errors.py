@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import stat
 import sys
@@ -76,11 +77,26 @@ def os_sentence(error: OSError) -> str:
     return place + said[:1].lower() + said[1:] + (f": {advice}" if advice else "")
 
 
+def os_error(error: BaseException | None) -> OSError | None:
+    """The error of the system that this is, or that HDF5 or torch's writer made another of; None for any other."""
+    if isinstance(error, OSError):
+        return error
+    if not isinstance(error, RuntimeError):
+        return None
+    if found := re.search(r"errno = (\d+)", str(error)):  # in a message of HDF5
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        cause = error.__context__  # of the file that torch wrote to
+        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+        return OSError(number, os.strerror(number))
+    return None
+
+
 def system_sentence(error: BaseException | None) -> str:
     """What an error of the machine comes to, in a sentence; "" for any other, whose traceback is wanted."""
     text = str(error)
-    if isinstance(error, OSError):
-        return os_sentence(error)
+    if failed := os_error(error):
+        return os_sentence(failed)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"out of memory ({reason(error)}): make the batch, the model or the data smaller"
     if isinstance(error, RecursionError):
@@ -96,21 +112,16 @@ def system_sentence(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Around the writing of a file: what fails names it, whatever name it had meanwhile.
-
-    Raises OSError, also for what HDF5 and torch make of one.
-    """
+    """Around the writing of a file, maybe by another name in its folder: what fails names it. Raises OSError."""
     try:
         yield
-    except OSError as e:
-        e.filename, e.filename2 = os.fspath(path), None
-        raise
-    except RuntimeError as e:  # of torch's writer, which says what it was doing when the file took no more
-        if "inline_container" not in str(e) and "PytorchStreamWriter" not in str(e):
+    except (OSError, RuntimeError) as e:
+        failed = os_error(e)
+        if failed is None:
             raise
-        cause = e.__context__ if isinstance(e.__context__, OSError) else None
-        number = cause.errno if cause and cause.errno else errno.EIO
-        raise OSError(number, os.strerror(number), os.fspath(path)) from e
+        if failed.filename is None or os.path.dirname(os.fsdecode(failed.filename)) == os.path.dirname(path):
+            failed.filename, failed.filename2 = os.fspath(path), None
+        raise failed from e.__cause__
 
 
 @contextlib.contextmanager
@@ -258,6 +269,8 @@ def rehearsal(what: str = "what the end of the run asks of model and data", advi
     except InputError:
         raise
     except Exception as e:
+        if system_sentence(e):
+            raise
         frames = traceback.extract_tb(e.__traceback__)
         ours = [frame for frame in frames if "site-packages" not in frame.filename]
         line = (ours or frames)[-1]  # the innermost of the repository, not of torch
