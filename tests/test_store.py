@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -296,6 +297,15 @@ def test_uploads_that_fail_are_tried_again_and_told(remote, whole, monkeypatch, 
     assert_same(Path("remote/run"), whole)
 
 
+def test_slow_uploads_are_of_the_newest_save(remote, whole, monkeypatch, capsys):
+    store = Store(monkeypatch, lambda name: name == "config.json" and time.sleep(0.5))
+    run(f"--out_dir={remote}", "--save_interval=1", "--keep_last=1")
+    assert_same(Path("remote/run"), whole)
+    assert store.tried.count("last.pt") < 6 and "fail" not in capsys.readouterr().err
+    assert {name for name in names_at(remote) if name.startswith("step")} == {"step_12.pt"}
+    assert not list(Path("out").rglob(".sending*"))
+
+
 @pytest.mark.parametrize("lost", ["best.pt", "last.pt"])
 def test_an_upload_that_broke_off_leaves_a_whole_run(remote, whole, monkeypatch, capsys, lost):
     run_until(4, f"--out_dir={remote}")
@@ -459,6 +469,8 @@ def test_a_run_at_s3_is_the_run_and_its_secret_is_nowhere(bucket, whole, capsys,
     shutil.rmtree("out")
     assert sample.main([url]) == sample.main([str(whole)])
     shutil.rmtree("out")
+    Path("out/x").mkdir(parents=True)
+    Path("out/x/console.log").write_text("what a sweep has written")
     run("--out_dir=out/x", "--s3_config=s3.ini")
     assert_same(Path("out/x"), whole)
     told = capsys.readouterr()
