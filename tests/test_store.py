@@ -24,7 +24,7 @@ import train_ghmm
 from common import checkpoint, mirror, store
 from common.errors import InputError
 from common.runtime import Runtime
-from sources import jobs
+from sources import jobs, outcomes
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=100",
         "--eval_sequences=16", "--device=cpu", "--max_steps=12", "--save_interval=4", "--eval_interval=6")
@@ -140,6 +140,8 @@ def test_a_file_system_without_locks_is_told_once(monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     run_until(4, "--out_dir=run")
     run("--out_dir=run")
+    with jobs.take(Path("run")), jobs.take(Path("run")):
+        outcomes.append(Path("run/sweep.jsonl"), {"run": "a"})
     told = capsys.readouterr().err
     assert told.count("there are no locks on the file system of run (No locks available)") == 1
 
