@@ -45,7 +45,8 @@ from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
-from sources.text import inspect_stream, prepare_text
+from sources.streams import inspect_stream
+from sources.text import prepare_text
 from sources.tokenizer import HALF_BYTES, SPECIAL
 
 
