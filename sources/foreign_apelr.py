@@ -265,6 +265,9 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
+MOST = 1e6  # of any setting of a model
+
+
 def is_source_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of the source rather than of this repository."""
     return system_of(Path(path)) == "apelr"
@@ -363,6 +366,8 @@ def checked(source: object, where: str | Path) -> dict:
         fits = setting not in MODEL_SETTINGS or value is None or isinstance(value, numbers.Real)  # a switch is one too
         if setting in COUNTS:
             fits = isinstance(value, numbers.Integral) and value >= 1
+        if isinstance(value, numbers.Real) and not abs(value) <= MOST:
+            fits = False
         if not fits:
             wrong.append(f"model_config.{name} = {value}")
     if wrong:
