@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from common.errors import CheckpointError, InputError, reason
+from common.errors import CheckpointError, InputError, reason, say_aside
 
 INDEX, RECORD = "index.json", ".remote.json"
 CHECKPOINT = re.compile(r"(last|best|step_\d+)\.pt")
@@ -82,8 +82,8 @@ class Mirror:
             self.index = self.read_index()
             if self.index is None and self.scheme in AT_ONCE and not self.fs.exists(self.root.partition("/")[0]):
                 raise InputError(f"{self.url}: there is no such bucket: make it, or name another")
-            files = self.index["files"] if self.index else self.files_without_index()
-        return files
+            self.step = (self.index or {}).get("step", 0)
+            return self.index["files"] if self.index else self.files_without_index()
 
     def read_index(self) -> dict | None:
         try:
@@ -399,6 +399,6 @@ def redacted(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """A line on stderr that a progress bar does not tear; of the processes that torchrun starts one prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"note: {text}", file=sys.stderr)
+    """A line on stderr that no progress bar tears."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        say_aside(f"note: {text}")

@@ -44,7 +44,7 @@ def run_folder(cfg, rt) -> Iterator[Path]:
     """
     if getattr(cfg, "out", ""):
         raise InputError(f"out = {cfg.out} is of a look at a run, with analyze: a run writes into out_dir")
-    folder, url, profile = place_of(cfg.out_dir, getattr(cfg, "s3_config", ""))
+    folder, url, profile = place_of(cfg.out_dir, cfg.s3_config)
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
