@@ -26,8 +26,13 @@ def test_what_a_run_found_is_told_from_what_another_found():
     state = {"step": 3, "model": {"w": torch.arange(4.0)}, "seconds": 1.0}
     same = {"seconds": 2.0, "model": {"w": torch.arange(4.0)}, "step": 3}
     assert faults.fingerprint(state) == faults.fingerprint(same)
-    for other in ({**state, "step": 4}, {**state, "model": {"w": torch.arange(4.0).nextafter(torch.tensor(9.0))}},
-                  {**state, "model": {"w": torch.arange(4.0).double()}}, {**state, "more": None}):
+    others = [
+        state | {"step": 4},
+        state | {"model": {"w": torch.arange(4.0).nextafter(torch.tensor(9.0))}},
+        state | {"model": {"w": torch.arange(4.0).double()}},
+        state | {"more": None},
+    ]
+    for other in others:
         assert faults.fingerprint(other) != faults.fingerprint(state)
 
 
