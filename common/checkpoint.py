@@ -375,6 +375,11 @@ def experiment_of(path: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
+def step_of(folder: Path) -> int | None:
+    """The step of a run folder's last.pt, at a glance; None where there is no such file, or none that can be read."""
+    return _read(folder / "last.pt", peeks=True)[0].get("step")
+
+
 def check_archive(path: Path, reads_all: bool = True) -> None:
     """Raise an error unless a file is a zip file as torch.save writes it, by its checksums, which torch does not read.
 
