@@ -20,7 +20,18 @@ from common.errors import DataError, reason
 from configurator import note
 from sources.digests import ChunkDigest, fingerprint, sample
 from sources.files import kind_of, text_files
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report, spooled_array
+from sources.shared import (
+    SPLIT_NAMES,
+    SPLITS,
+    Workshop,
+    closest,
+    counted,
+    progress,
+    quoted,
+    report,
+    room_for,
+    spooled_array,
+)
 from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
 from sources.tokenizer import Tokenizer, load_tokenizer, readable, train_bpe
 
@@ -279,6 +290,7 @@ class ChunkSpool:
         codes = np.repeat(np.arange(len(names)), list(self.sizes.values())).astype(np.uint16)
         encoded = np.array([name.encode() for name in names])  # of fixed length: a row costs no pointer
         digest = ChunkDigest()
+        room_for(path, N * (self.chunk_size * self.dtype.itemsize + 8 + encoded.dtype.itemsize + 2))
         with h5py.File(path, "w") as file:
             tokens = file.create_dataset("token_chunks", (N, self.chunk_size), dtype=self.dtype)
             documents = file.create_dataset("doc_idx_for_chunk", (N,), dtype=np.int64)
@@ -303,8 +315,8 @@ class ChunkSpool:
             file.attrs.update(attributes)
 
     def close(self) -> None:
-        self.tokens.close()
-        self.documents.close()
+        with contextlib.closing(self.documents):  # also where the other has no room for what it holds
+            self.tokens.close()
 
 
 def balanced_sample(spool: Spool, categories: list[str], most: int) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from common.errors import DataError
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
-from sources.shared import SPLITS, Workshop, counted, progress
+from sources.shared import SPLITS, Workshop, counted, progress, room_for
 
 COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
     {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
@@ -114,6 +114,7 @@ def mean_by_owner(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
 def add_oracles(path: Path, log_prob: np.ndarray, owner: np.ndarray) -> None:
     """Write what the exact predictors reach on the chunks of a file into it."""
     mixture, known = oracle_xe(log_prob, owner)
+    room_for(path, log_prob.size * 4 + mixture.nbytes + known.nbytes)
     with h5py.File(path, "a") as file:
         file["oracle_log_prob"] = log_prob.astype(np.float32)
         file["oracle_xe_mixture"] = mixture
