@@ -260,10 +260,11 @@ def config_hash(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None) -> list[str]:
-    """Lines "lr: 0.001 -> 0.0001" for what changed since `old` was saved; what it lacks had the default."""
+def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None, where: Any = "the checkpoint"
+                ) -> list[str]:
+    """Lines "lr: 0.001 -> 0.0001" for what changed since `old` was saved in `where`; what it lacks had the default."""
     with warnings.catch_warnings(action="ignore"):
-        before = config_dict(from_dict(type(cfg), old, "the checkpoint", aliases))
+        before = config_dict(from_dict(type(cfg), old, str(where), aliases))
     return [f"{name}: {_source(before[name])} -> {_source(value)}"
             for name, value in config_dict(cfg).items() if value != before[name]]
 

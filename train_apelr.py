@@ -1068,7 +1068,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, batch_size=int
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, batch_size=int
         )
         summary = None if beside else ended_before(rt, folder, path, state, changes)
         if summary and (not rehearsal_only or "baseline_nll" in summary):

@@ -657,8 +657,8 @@ def train(cfg: Config) -> dict:
         # A run that was stopped goes on; of one that has ended there is nothing left to train.
         data = {cfg.data: chunks.fingerprint + validation.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, n_ctx=int, reference=float,
-            waited=int, ended=bool
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data,
+            n_ctx=int, reference=float, waited=int, ended=bool
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:

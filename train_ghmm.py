@@ -595,7 +595,7 @@ def train(cfg: Config) -> dict:
         # Start: anew, or where a checkpoint stopped.
         step, best = 0, math.inf
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, tracker=dict
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, tracker=dict
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:

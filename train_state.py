@@ -15,7 +15,7 @@ Dimensions: B sentences, S cells of a sentence, N cells, D input features, G gen
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
-from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal  # isort: skip
+from common.errors import DataError, clear_errors, rehearsal  # isort: skip
 
 import math
 import re
@@ -1012,7 +1012,7 @@ def train(cfg: Config) -> dict:
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         data = {cfg.toml_config_path: cells.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -1154,11 +1154,8 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
     settings, weights, step, known = convert_whole(path, attention)
     cfg = from_dict(Config, settings, str(path))  # which ends here where a setting has a value that is none of ours
     cfg.device = device
-    try:
-        model = build_model(cfg, known["dims"])
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
-    load_source_state_dict(model, weights)
+    put = load_source_state_dict
+    model = checkpoint.build_with(weights, path, lambda: build_model(cfg, known["dims"]), lambda m, w, _: put(m, w))
     return cfg, model, step, known
 
 

@@ -126,20 +126,21 @@ def _no_optimizer(path: Path, reason: str) -> str:
             "script has it, or anew with resume=never, which replaces what is there")
 
 
-def load_weights(model, weights: dict, path: Path, **options) -> None:
+def load_weights(model, weights: dict, path: Path) -> None:
     """Put weights into a model; raises CheckpointError where it is not of these shapes and names."""
     try:
-        model.load_state_dict(weights, **options)
+        model.load_state_dict(weights)
     except Exception as e:  # whatever values that are no weights make torch raise
         why = textwrap.shorten(" ".join(str(e).split()), 300, placeholder=" ...")
         raise CheckpointError(f"{path} does not fit the model as its script builds it now: {why}. Use the settings "
                               "and the code it was trained with, or train anew in another out_dir") from e
 
 
-def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], put=load_weights) -> torch.nn.Module:
     """The model that build() makes of the settings of a checkpoint, with its weights.
 
     It is built without memory first: settings that are not of these weights may ask for more than there is.
+    put(model, weights, path) gives a model its weights.
     Raises CheckpointError where settings make no model, or not that of the weights.
     """
     parameters = []
@@ -151,16 +152,20 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) 
 
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:
-        with contextlib.suppress(NotImplementedError), torch.device("meta"):  # an edited model may need its numbers
-            load_weights(build(), weights, path, assign=True)
-        model = build()
-    except InputError:
-        raise
-    except Exception as e:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+        for place in ("meta", "cpu"):
+            try:
+                with torch.device(place):
+                    model = build()
+            except InputError:
+                raise
+            except Exception as e:  # an edited model may not know meta tensors
+                if place == "cpu":
+                    raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+            else:
+                with warnings.catch_warnings(action="ignore"):  # of what a meta tensor is told to hold
+                    put(model, weights, path)
     finally:
         hook.remove()
-    load_weights(model, weights, path)
     return model
 
 
@@ -190,17 +195,23 @@ def _random_state(rt: Runtime) -> dict:
     }
 
 
+def seal(state: dict) -> dict:
+    """A state with this code's version and the digest of its values. Raises CheckpointError for what is not plain."""
+    state = {**state, "format_version": FORMAT_VERSION}
+    state.pop("digest", None)
+    try:
+        return state | {"digest": digest(state)}
+    except ValueError as e:  # of a page that keeps what cannot be read again
+        raise CheckpointError(f"no checkpoint can be written: {e}") from e
+
+
 def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = False, keep_last: int = 0) -> None:
     """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0 or less: all).
 
     Each name changes from one complete file to the next in one rename, whenever the process dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**state, "format_version": FORMAT_VERSION}
-    try:
-        state["digest"] = digest(state)
-    except ValueError as e:  # of a page that keeps what cannot be read again
-        raise CheckpointError(f"no checkpoint can be written: {e}") from e
+    state = seal(state)
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:
         with writing(folder / "last.pt"), open(fresh, "wb") as file:
@@ -211,7 +222,8 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
             _link(fresh, folder / "best.pt")
         if keep_step:
             _link(fresh, folder / f"step_{state['step']}.pt")
-        os.replace(fresh, folder / "last.pt")
+        with writing(folder / "last.pt"):
+            os.replace(fresh, folder / "last.pt")
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
@@ -232,16 +244,17 @@ def _prune(folder: Path, keep_last: int) -> None:
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, atomically. Checkpoints are replaced, never written over, so sharing is safe."""
     twin = source.with_suffix(".twin")
-    twin.unlink(missing_ok=True)
-    try:
-        with writing(target):
+    with writing(target):
+        twin.unlink(missing_ok=True)
+        try:
             try:
                 os.link(source, twin)
             except OSError:  # a file system without hard links
                 shutil.copyfile(source, twin)
             os.replace(twin, target)
-    finally:
-        twin.unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):
+                twin.unlink(missing_ok=True)
 
 
 def _step_files(folder: Path) -> list[Path]:
@@ -364,6 +377,11 @@ def experiment_of(path: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
+def step_of(folder: Path) -> int | None:
+    """The step of a run folder's last.pt, at a glance; None where there is no such file, or none that can be read."""
+    return _read(folder / "last.pt", peeks=True)[0].get("step")
+
+
 def check_archive(path: Path, reads_all: bool = True) -> None:
     """Raise an error unless a file is a zip file as torch.save writes it, by its checksums, which torch does not read.
 
@@ -463,7 +481,7 @@ def start_from(rt: Runtime, cfg, folder: Path, script: str, differences, data: d
     is neither evaluated as if it were the new one nor overwritten: that is a CheckpointError with the choices.
 
     Args:
-        script: the page's __file__. differences: saved config (a dict) -> list of lines "field: old -> new".
+        script: the page's __file__. differences: (saved config, path) -> list of lines "field: old -> new".
         data: see same_data. kinds: see load.
     """
     return rt.from_main(lambda: _start(cfg, folder, script, differences, data, kinds))
@@ -484,7 +502,7 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
         raise CheckpointError(_no_optimizer(path, "it was imported"))
     _check_kinds(state, path, kinds)
     same_data(state["extra"], data, path)
-    changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
+    changes = [line for line in differences(state["config"], path) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
         changes = [*changes, f"{copy.name}: edited since"]

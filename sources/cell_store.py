@@ -188,8 +188,8 @@ def store_hash(files: list[Path], columns: dict, keys: dict, counts: str) -> str
     """Twelve digits that change with all that the arrays are made from: files by size and time, so none is read."""
     stats = []
     for file in files:
-        stat = file.stat()
-        stats.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
+        stat = regular_file(file).stat()
+        stats.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
     text = json.dumps([VERSION, stats, columns, keys, counts])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -3,9 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from common.errors import DataError
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
-from sources.shared import SPLITS, Workshop, counted, progress, room_for
+from sources.shared import SPLITS, Workshop, counted, progress
 
 COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
     {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
@@ -111,14 +109,14 @@ def mean_by_owner(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return np.stack([values[owner == k].mean(0) for k in range(owner.max() + 1)])
 
 
-def add_oracles(path: Path, log_prob: np.ndarray, owner: np.ndarray) -> None:
-    """Write what the exact predictors reach on the chunks of a file into it."""
+def oracles(log_prob: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
+    """What the exact predictors reach on the chunks of a file, by the name that it has there."""
     mixture, known = oracle_xe(log_prob, owner)
-    room_for(path, log_prob.size * 4 + mixture.nbytes + known.nbytes)
-    with h5py.File(path, "a") as file:
-        file["oracle_log_prob"] = log_prob.astype(np.float32)
-        file["oracle_xe_mixture"] = mixture
-        file["oracle_xe_component"] = known
+    return {
+        "oracle_log_prob": log_prob.astype(np.float32),
+        "oracle_xe_mixture": mixture,
+        "oracle_xe_component": known,
+    }
 
 
 def ergodic(
@@ -151,7 +149,6 @@ def ergodic(
         for s, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
             if not count:
                 continue
-            path = shop.folder / f"{split}.h5"
             log_prob = []  # [N, K, n] of each draw
             owner = []  # the component of each chunk
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
@@ -165,9 +162,15 @@ def ergodic(
                         of_components = [other.log_prob(cut) for other in processes]
                         log_prob.append(torch.stack(of_components, 1).numpy())
                         owner += [k] * len(cut)
-                chunks.write(path, tokenizer="", source="ergodic", seed=seed, components=json.dumps(components))
-            if split != "train":
-                add_oracles(path, np.concatenate(log_prob), np.array(owner))
+                exact = {} if split == "train" else oracles(np.concatenate(log_prob), np.array(owner))
+                chunks.write(
+                    shop.folder / f"{split}.h5",
+                    exact,
+                    tokenizer="",
+                    source="ergodic",
+                    seed=seed,
+                    components=json.dumps(components),
+                )
             sizes[split] = dict(chunks.sizes)
         # validation.h5 comes last: who waits for it (make_once) finds the others.
         shop.finish(*(f"{split}.h5" for split in ("train", "test", "validation") if split in sizes))

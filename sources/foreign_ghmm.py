@@ -13,7 +13,7 @@ import torch
 
 from common.errors import CheckpointError
 from configurator import READ, Derived, convert, note
-from sources.foreign_checkpoints import is_equinox, read_checkpoint, system_of
+from sources.foreign_checkpoints import converting, is_equinox, read_checkpoint, system_of
 from sources.given import is_null, is_on
 from sources.processes import all_parameters, make_process, parameters
 
@@ -485,10 +485,11 @@ def convert_checkpoint(path: str | Path) -> tuple[dict[str, Any], Weights, int]:
     """
     path = Path(path)
     step = re.fullmatch(r"(?:step_)?(\d+)", path.resolve().parent.name)
-    if is_equinox(path):
-        settings, weights = from_gru(read_leaves(path), path)
-    else:
-        settings, weights = from_hooked(plain_weights(read_checkpoint(path)), path)
+    with converting(path, "Simplexity"):
+        if is_equinox(path):
+            settings, weights = from_gru(read_leaves(path), path)
+        else:
+            settings, weights = from_hooked(plain_weights(read_checkpoint(path)), path)
     return settings, weights, int(step[1]) if step else 0
 
 
@@ -619,8 +620,10 @@ def read_leaves(path: Path) -> list[torch.Tensor]:
         with open(path, "rb") as file:
             while file.peek(1):
                 leaves.append(torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False)))
-    except (ValueError, EOFError, OSError, TypeError, MemoryError) as error:
+    except Exception as error:  # numpy evaluates a header that may hold anything
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+    if not all(leaf.is_floating_point() and leaf.isfinite().all() for leaf in leaves):
+        raise CheckpointError(f"{path} is damaged, or its training diverged: it holds what are no finite numbers")
     return leaves
 
 

@@ -120,7 +120,9 @@ class Process:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.is_over = True
-        texts = [file.read_text(errors="replace") if file.exists() else "" for file in (self.console, self.finding)]
+        texts = []
+        for file in (self.console, self.finding):
+            texts.append(file.read_text(errors="replace") if file.exists() else "")
         return Ending(self.code, *texts)
 
 
@@ -647,8 +649,16 @@ def line_trial(script: str, draw: random.Random, goods: Path) -> tuple[str, str]
     for _ in range(draw.randint(1, 2)):
         name, value = draw.choice(settings), draw.choice(ODD_WORDS)
         unknown = "".join(draw.choices("bcdfghjkq", k=9))
-        word = draw.choice([f"--{name}={value}"] * 6 + [f"--{name}", f"--no-{name}", f"--{name[:-1]}q={value}", value,
-                           f"--{unknown}={value}", f"--{name} {value}", draw.choice(ODD_FILES)])
+        odd = [
+            f"--{name}",
+            f"--no-{name}",
+            f"--{name[:-1]}q={value}",
+            f"--{name} {value}",
+            f"--{unknown}={value}",
+            value,
+            draw.choice(ODD_FILES),
+        ]
+        word = draw.choice([f"--{name}={value}"] * len(odd) + odd)
         is_unknown |= unknown in word
         words.append(word)
     if draw.random() < 0.3:
@@ -681,7 +691,9 @@ def endurance_trial(draw: random.Random, goods: Path, steps: int = LONG_STEPS) -
     command = training("ghmm", f"--max_steps={steps} --log_interval=50 --eval_interval=500 --save_interval=500 "
                        "--keep_last=2")
     ending = run(command, hook(STEP, 0, nothing, lambda *args, **options: look(done)), seconds=40 * PATIENCE_S)
-    rows = [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = []
+    for line in log.read_text().splitlines() if log.exists() else ():
+        rows.append(tuple(map(int, line.split())))
     late = rows[len(rows) // 4 :]
     text = f"bytes and descriptors: {rows}\n{ending.text[-3000:]}"
     if ending.verdict() or not late:
@@ -763,8 +775,12 @@ class Kind(NamedTuple):
 KINDS = {name: Kind(functools.partial(damage_trial, name), 2, 500) for name in FORMATS}
 KINDS |= {f"line {script}": Kind(functools.partial(line_trial, script), 2, 300) for script in COMMANDS}
 KINDS |= {
-    "kill": Kind(kill_trial, 2, 100), "signal": Kind(signal_trial, 2, 40), "disk": Kind(disk_trial, 4, 200),
-    "two runs": Kind(folder_trial, 1, 12), "ranks": Kind(rank_trial, 1, 12), "endurance": Kind(endurance_trial, 0, 1),
+    "kill": Kind(kill_trial, 2, 100),
+    "signal": Kind(signal_trial, 2, 40),
+    "disk": Kind(disk_trial, 4, 200),
+    "two runs": Kind(folder_trial, 1, 12),
+    "ranks": Kind(rank_trial, 1, 12),
+    "endurance": Kind(endurance_trial, 0, 1),
 }
 
 
@@ -863,9 +879,11 @@ def lines_of(table: dict[str, dict[str, int]]) -> list[str]:
     """The table as text, with a row of sums."""
     names = ["tried", *COLUMNS] + ["broken"] * any("broken" in row for row in table.values())
     sums = {name: sum(row.get(name, 0) for row in table.values()) for name in names}
-    lines = [" | ".join([f"{'kind':<18}", *(f"{name:>9}" for name in names)])]
-    for kind, row in (table | {"all": sums}).items():
-        lines.append(" | ".join([f"{kind:<18}", *(f"{row.get(name, 0):>9}" for name in names)]))
+    head = dict(zip(names, names, strict=True))
+    lines = []
+    for kind, row in ({"kind": head} | table | {"all": sums}).items():
+        cells = [f"{row.get(name, 0):>9}" for name in names]
+        lines.append(" | ".join([f"{kind:<18}", *cells]))
     return lines
 
 
