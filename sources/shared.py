@@ -6,6 +6,7 @@ import errno
 import importlib
 import math
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -42,6 +43,7 @@ WRITTEN = (  # all that a job may leave in its folder
     "test.h5",
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+HDF5_BYTES = 1 << 16  # that a small file has beside its arrays
 WAIT_S = 600  # that ranks wait for data which rank 0 makes
 
 
@@ -112,6 +114,20 @@ def reserve(file: IO, size: int) -> None:
     """
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(file.fileno(), 0, size)
+
+
+def room_for(path: str | Path, size: int) -> None:
+    """Raises OSError where a file of `size` bytes has no room beside `path`.
+
+    HDF5 that meets a full disk cannot close its file, and may crash when the process ends: it is asked for before.
+    """
+    size += HDF5_BYTES
+    place = os.statvfs(Path(path).parent)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if place.f_bavail * place.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    if most != resource.RLIM_INFINITY and most < size:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
 
 
 def spooled_array(dtype: np.dtype | type, *shape: int) -> np.ndarray:
