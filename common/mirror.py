@@ -29,6 +29,7 @@ CHECKPOINT = re.compile(r"(last|best|step_\d+)\.pt")
 AT_ONCE = ("s3", "s3a")  # where a put arrives whole or not at all; elsewhere a file gets its name once it is whole
 RETRY_SECONDS, MOST_SECONDS = 1.0, 30.0  # before a failed upload is tried again: doubled up to the most
 WAIT_SECONDS, PATIENCE_SECONDS = 600.0, 30.0  # at the end of a run, for uploads; for uploads that fail
+NOT_OF_THE_RUN = (".lock", "console.log")
 MIRRORS: dict[str, "Mirror"] = {}  # of the runs at work in this process, by folder
 
 
@@ -38,6 +39,8 @@ def mirrored(folder: Path, url: str, profile: str, anew: bool) -> Iterator[None]
 
     anew: the run replaces what is there. Raises InputError.
     """
+    for left in (*folder.glob(".sending-*"), *folder.rglob(".fetching-*")):  # by a kill
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     copy = Mirror(folder, url, profile)
     copy.replace() if anew else copy.fetch(lambda file: True)
     MIRRORS[os.path.abspath(folder)] = copy
@@ -356,11 +359,11 @@ def file_system(url: str, profile: str):
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a run, without hidden ones, locks, and runs below it that have copies of their own."""
+    """The files of a run, without hidden ones, those of a sweep, and runs below it that have copies of their own."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and not Path(place, name, RECORD).exists()]
-        found += [Path(place, name) for name in files if name[0] != "." and not name.endswith(".lock")]
+        found += [Path(place, name) for name in files if name[0] != "." and not name.endswith(NOT_OF_THE_RUN)]
     return found
 
 

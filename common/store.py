@@ -166,25 +166,33 @@ def let_go() -> None:
 os.register_at_fork(after_in_child=let_go)
 
 
+def flock(file: IO, how: int = fcntl.LOCK_EX) -> None:
+    """Lock a file; where its file system has no locks a note says so once, and all is as if it had. Raises OSError."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        say_once(f"there are no locks on the file system of {os.path.dirname(file.name) or '.'} ({error.strerror}): "
+                 "see to it that no folder has two runs")
+
+
 def hold(path: Path) -> IO | None:
     """Hold a lock file, made if missing, until it is closed or the process ends; None while another process does.
 
-    Raises OSError. Where a file system has no locks a note says so, and all is as if it had.
+    Raises OSError.
     """
     for _ in range(10):  # those who look whether it is held (see holder) hold it for a moment
         file = open(path, "a+", encoding="utf-8")  # which programs that are started do not inherit
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                say_once(f"there are no locks on the file system of {path.parent} ({error.strerror}): see to it that "
-                         "no folder has two runs")
-            else:
-                file.close()
-                if not isinstance(error, BlockingIOError):
-                    raise
-                time.sleep(0.02)
-                continue
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            time.sleep(0.02)
+            continue
+        except OSError:
+            file.close()
+            raise
         # Who held it before may have removed it meanwhile.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import train_ghmm
 from common import checkpoint, mirror, store
 from common.errors import InputError
 from common.runtime import Runtime
-from sources import jobs
+from sources import jobs, outcomes
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=100",
         "--eval_sequences=16", "--device=cpu", "--max_steps=12", "--save_interval=4", "--eval_interval=6")
@@ -139,6 +140,8 @@ def test_a_file_system_without_locks_is_told_once(monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     run_until(4, "--out_dir=run")
     run("--out_dir=run")
+    with jobs.take(Path("run")), jobs.take(Path("run")):
+        outcomes.append(Path("run/sweep.jsonl"), {"run": "a"})
     told = capsys.readouterr().err
     assert told.count("there are no locks on the file system of run (No locks available)") == 1
 
@@ -294,6 +297,15 @@ def test_uploads_that_fail_are_tried_again_and_told(remote, whole, monkeypatch, 
     assert told.count(f"uploads to {remote} fail (OSError: the network is down at http://***@host/)") == 1
     assert told.count("arrive again") == 1 and "not all of" not in told
     assert_same(Path("remote/run"), whole)
+
+
+def test_slow_uploads_are_of_the_newest_save(remote, whole, monkeypatch, capsys):
+    store = Store(monkeypatch, lambda name: name == "config.json" and time.sleep(0.5))
+    run(f"--out_dir={remote}", "--save_interval=1", "--keep_last=1")
+    assert_same(Path("remote/run"), whole)
+    assert store.tried.count("last.pt") < 6 and "fail" not in capsys.readouterr().err
+    assert {name for name in names_at(remote) if name.startswith("step")} == {"step_12.pt"}
+    assert not list(Path("out").rglob(".sending*"))
 
 
 @pytest.mark.parametrize("lost", ["best.pt", "last.pt"])
@@ -459,6 +471,8 @@ def test_a_run_at_s3_is_the_run_and_its_secret_is_nowhere(bucket, whole, capsys,
     shutil.rmtree("out")
     assert sample.main([url]) == sample.main([str(whole)])
     shutil.rmtree("out")
+    Path("out/x").mkdir(parents=True)
+    Path("out/x/console.log").write_text("what a sweep has written")
     run("--out_dir=out/x", "--s3_config=s3.ini")
     assert_same(Path("out/x"), whole)
     told = capsys.readouterr()
