@@ -44,7 +44,8 @@ WRITTEN = (  # all that a job may leave in its folder
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 HDF5_BYTES = 1 << 16  # that a small file has beside its arrays
-WAIT_S = 600  # that ranks wait for data which rank 0 makes
+WAIT_S = 600  # for data that another process makes
+LATE_S = 60  # after which a disk of the network shows what another machine has written
 
 
 class Workshop:
@@ -142,17 +143,30 @@ def spooled_array(dtype: np.dtype | type, *shape: int) -> np.ndarray:
 
 
 def make_once(path: Path, make: Callable[[], object]) -> None:
-    """Call make(), which ends with the file `path`, if that is not there: on rank 0, while the others wait."""
-    if path.exists():
+    """Call make(), which ends with the file `path`, if that is not there: on rank 0, while the others wait.
+
+    Where machines do not share the disk, the first rank of each makes the file that it cannot see.
+    """
+    from common import ranks  # which brings torch: not for what starts no ranks
+
+    word = f"{path} is made"
+    if int(os.environ.get("RANK") or 0) == 0:
+        if not path.exists():
+            make()
+        ranks.tell(word)
         return
-    if int(os.environ.get("RANK", 0)) == 0:
-        make()
-        return
-    deadline = time.monotonic() + WAIT_S
+    told = ranks.is_told(word)
+    deadline = time.monotonic() + (WAIT_S if told is None else LATE_S)
     while not path.exists():
+        if told is False:  # rank 0 lives, and is at it
+            deadline = time.monotonic() + LATE_S
         if time.monotonic() > deadline:
-            raise DataError(f"{path} did not come within {WAIT_S} s: make it first, with one process")
+            if told is None:
+                raise DataError(f"{path} did not come within {WAIT_S} s: make it first, with one process")
+            if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+                make()
         time.sleep(0.1)
+        told = ranks.is_told(word)
 
 
 def counter_rng(seed: int, *counters: int) -> np.random.Generator:
