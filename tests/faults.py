@@ -238,12 +238,14 @@ def fingerprint(value: Any) -> str:
                 add(item)
         elif isinstance(part, torch.Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+            if part.numel():
+                digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(part, bytes):
             digest.update(part)
-        else:  # what is not finite is null in files
-            is_number = isinstance(part, float) and math.isfinite(part)
-            digest.update(repr(part if is_number or not isinstance(part, float) else None).encode())
+        elif isinstance(part, float) and not math.isfinite(part):
+            add(None)  # as in files
+        else:
+            digest.update(repr(part).encode())
 
     add(value)
     return digest.hexdigest()
@@ -512,7 +514,13 @@ def signal_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
     command = training(page, "--keep_last=-1")
     expected, _ = undisturbed(command, "data", goods)
     fetch(goods, "data")
-    place, most = draw.choice([(STEP, 6), (EVALUATIONS[page], 3), ("torch:save", 3), (f"train_{page}:finish", 1)])
+    places = [
+        (STEP, 6),
+        (EVALUATIONS[page], 3),
+        ("torch:save", 3),
+        (f"train_{page}:finish", 1),
+    ]
+    place, most = draw.choice(places)
     numbers = [draw.choice([signal.SIGINT, signal.SIGTERM])] * draw.randint(1, 2)
     first = run(command, hook(place, draw.randint(1, most), send(*numbers)))
     column, text = goes_on(command, expected, first)
@@ -600,8 +608,12 @@ def put_in_the_way(kind: str, target: Path) -> Callable[[], None]:
 def disk_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
     """A command that cannot write; then, the disk mended, the same command."""
     page, needs = draw.choice(list(TINY)), "data out ended foreign"
-    command, out = draw.choice([(training(page, out=f"out/{page}"), f"out/{page}"), (training(page), "new"),
-                                draw.choice(WRITERS)])
+    commands = [
+        (training(page), "new"),
+        (training(page, out=f"out/{page}"), f"out/{page}"),
+        draw.choice(WRITERS),
+    ]
+    command, out = draw.choice(commands)
     expected, _ = undisturbed(command, needs, goods)
     fetch(goods, needs)
     what, hooks, mend = disk_fault(draw, Path(out))
@@ -626,8 +638,11 @@ ODD_FILES = ["config/nowhere.py", "data/stories.jsonl", "/dev/null", "data", "tr
 LEFT_OUT = {"wandb", "tensorboard", "compile", "max_steps", "multirun", "max_words"}  # what asks for more or for long
 COMMANDS = {f"train_{page}": [training(page)] for page in TINY} | {  # by script: such as end soon
     "sample": [f"sample out/{page} --device=cpu --max_new_tokens=2 --out=new" for page in TINY],
-    "prepare_data": [command for command, _ in WRITERS if command.startswith("prepare_data")] + [
-        "prepare_data inspect data/ergodic", "prepare_data arxiv --input=data/papers.jsonl --vocab_size=280"],
+    "prepare_data": [
+        "prepare_data inspect data/ergodic",
+        "prepare_data arxiv --input=data/papers.jsonl --vocab_size=280",
+        *(command for command, _ in WRITERS if command.startswith("prepare_data")),
+    ],
     "sweep": ["sweep train_ghmm.py --print_config"],
 }
 
