@@ -359,14 +359,16 @@ def analysis_of(path: Path, cfg) -> Path:
 
 def try_place(folder: Path) -> None:
     """Raises InputError, naming --out, where nothing can be written to a folder, which need not be there yet."""
+    new = []
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        store.remove(new)
     except (OSError, ValueError) as e:
         raise InputError(f"{folder} cannot be written ({getattr(e, 'strerror', e)}): name another folder, "
                          "--out=FOLDER") from e
+    finally:
+        store.remove(new)
 
 
 def experiment_of(path: Path) -> str:

@@ -64,6 +64,20 @@ def ends_first(code: int) -> bool:
     return end is None or end["by"] == _me()
 
 
+def tell(word: str) -> None:
+    """Let the other ranks know something; it stays known."""
+    if _job.get("store"):
+        _job["store"].set(word, "")
+
+
+def is_told(word: str) -> bool | None:
+    """Whether a rank has told this word; None where this process is in no job. Ends with a job that ends."""
+    store = _job.get("store")
+    if store and store.check(["end"]):
+        raise SystemExit(json.loads(store.get("end"))["code"])
+    return store and store.check([word])
+
+
 def _me() -> list:
     return [platform.node(), os.getpid()]
 

@@ -23,7 +23,7 @@ from common.errors import InputError, RunError, hush, leave, replacing, say_asid
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
-FILES = (".csv", ".html", ".json", ".jsonl", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")  # of a run
+FILES = (".1", ".csv", ".html", ".json", ".jsonl", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")  # of a run
 FOLDERS = ("checkpoints", "plots", "smolstate", "tensorboard", "wandb")
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 

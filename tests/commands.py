@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import common
 import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,28 @@ def sweep_quickly(argv: list[str]) -> None:
 
     sweep.show_comparison, jobs.LOOK_SECONDS = lambda *args: True, 0.05
     sweep.main(argv)
+
+
+def with_console(argv: list[str]) -> None:
+    """For a Job: a script with a console of some kind, without pictures of train_ghmm.py."""
+    kind, script, *argv = argv
+    if kind == "ascii":
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    elif kind == "closed":
+        sys.stdout = None
+        os.close(1)
+    elif kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif kind == "pipe":
+        ours, theirs = os.pipe()
+        os.close(ours)
+        os.dup2(theirs, 1)
+    elif kind == "deaf":  # and dumb
+        for number in (1, 2):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    common.open_streams()
+    importlib.import_module("train_ghmm").plot_run = lambda *args, **options: None
+    importlib.import_module(script).main(argv)
 
 
 def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60) -> None:

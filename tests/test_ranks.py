@@ -6,6 +6,9 @@ import platform
 import re
 import signal
 import socket
+import time
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ import train_ghmm
 from common import checkpoint, ranks, runtime
 from common.errors import DataError, InputError
 from common.runtime import Runtime
+from sources import shared
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
         "--eval_sequences=64", "--device=cpu", "--precision=fp32", "--out_dir=run")
@@ -52,6 +56,37 @@ def test_one_rank_reads_for_itself_and_agrees_with_itself():
     with Runtime(settings()) as rt:
         assert rt.from_main(lambda: 5) == 5
         rt.agree(lr=0.1)
+
+
+def make_on_disks_of_their_own(argv: list[str]) -> None:
+    """The second rank is the first of another machine, whose disk shows nothing of what rank 0 makes."""
+    shared.LATE_S, made = 0.2, []
+    if os.environ["RANK"] == "1":
+        os.environ["LOCAL_RANK"] = "0"
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+    with Runtime(settings()):
+        for _ in range(2):
+            shared.make_once(Path("data"), lambda: made.append(Path("data").write_text("made")))
+    assert len(made) == 1
+
+
+def test_each_machine_makes_data_that_its_disk_does_not_show(tmp_path):
+    assert two_ranks("test_ranks", function="make_on_disks_of_their_own", folder=tmp_path) == ""
+
+
+def wait_for_a_long_analysis(argv: list[str]) -> None:
+    """Rank 0 alone is at work for longer than an exchange may take."""
+    open_group = dist.init_process_group
+    dist.init_process_group = lambda *args, **options: open_group(*args, **options, timeout=timedelta(seconds=1))
+    with Runtime(settings()) as rt:
+        assert rt.from_main(lambda: time.sleep(1.5) or "results") == "results"
+        if rt.is_main:
+            time.sleep(1.5)
+
+
+def test_a_long_analysis_of_rank_0_does_not_run_into_the_timeout_of_exchanges(tmp_path):
+    assert two_ranks("test_ranks", function="wait_for_a_long_analysis", folder=tmp_path) == ""
 
 
 # --------------------------------------------------------------------------------------------- how a job of ranks ends
@@ -121,6 +156,16 @@ def test_a_rank_that_ends_by_an_error_of_its_own_says_so_and_the_others_end_quie
     told = two_ranks("test_ranks", what, rank, function="train_to_an_end", folder=tmp_path, code=code)
     assert [told.count(word) for word in words] == [1] * len(words), told
     assert "died" not in told and "gloo" not in told and told.count("error:") == (code == 2), told
+
+
+def told_to_stop_before_training(argv: list[str]) -> None:
+    train_ghmm.build_process = lambda cfg: os.kill(os.getpid(), signal.SIGTERM)
+    train_ghmm.main([*TINY])
+
+
+def test_ranks_told_to_stop_before_training_end_at_once_and_one_says_so(tmp_path):
+    told = two_ranks("test_ranks", function="told_to_stop_before_training", folder=tmp_path, code=128 + signal.SIGTERM)
+    assert told == "stopped by SIGTERM\n" and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------ the environment of a job
