@@ -579,7 +579,7 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
 
 @pytest.mark.parametrize("name, text, more, words", [
     ("a.json", [], "", "leaves no training document"), ("a.json", ["", " \n"], "", "leaves no training document"),
-    ("a.txt", "", "", "leaves no training document"), ("a.json", ["one"], "", "leaves no validation document"),
+    ("a.txt", "", "", "is empty"), ("a.json", ["one"], "", "leaves no validation document"),
     ("a.json", stories(), "--val_fraction=1e-9", "leaves no validation document: use more text, raise val_fraction"),
     ("a.json", stories(), "--val_input=b.json", "b.json: no such file"),
     ("a.json", [{"body": "b", "id": 1}], "", "item 1: no column 'text'; there are 'body', 'id'. Name it with"),
