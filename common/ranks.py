@@ -86,7 +86,12 @@ def _me() -> list:
 
 def _end(store: dist.Store, rank: int | None, code: int, died: str = "") -> dict | None:
     """How the job ends, by the first who said so, which may be this call; None where the store is gone."""
-    mine = {"rank": rank, "code": code, "died": died, "by": _me()}
+    mine = {
+        "rank": rank,
+        "code": code,
+        "died": died,
+        "by": _me(),
+    }
     with contextlib.suppress(dist.DistError):
         return json.loads(store.compare_set("end", "", json.dumps(mine)))
     return None
@@ -159,7 +164,12 @@ class Ranks:
         # Processes see one another where they share a table of processes: not in two containers of a host.
         table = "/proc/self/ns/pid"
         machine = f"{platform.node()} {os.stat(table).st_ino if os.path.exists(table) else ''}"
-        me = {"host": platform.node(), "pid": os.getpid(), "machine": machine, **facts}
+        me = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "machine": machine,
+            **facts,
+        }
         self.store.set(f"rank {rank}", json.dumps(me))
         names = [f"rank {other}" for other in range(size)]
         self._wait(names, JOIN_SECONDS)
@@ -270,7 +280,12 @@ class Ranks:
             otherwise = f"rank {rank} died ({self.members[rank]['host']}, pid {self.members[rank]['pid']})"
         speaker = self.members[min(1, self.size - 1)]  # where there is no store to ask, as rank 0 had it
         end = None if rank == 0 and _is_with_rank_0() else _end(store, rank, 1, otherwise)
-        end = end or {"rank": rank, "code": 1, "died": otherwise, "by": [speaker["host"], speaker["pid"]]}
+        end = end or {
+            "rank": rank,
+            "code": 1,
+            "died": otherwise,
+            "by": [speaker["host"], speaker["pid"]],
+        }
         if self.end is None and end["by"] == _me():
             print(f"error: {otherwise}: {self.kept()}", file=sys.stderr, flush=True)
         self.end = end
