@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -485,6 +486,7 @@ def start_from(rt: Runtime, cfg, folder: Path, script: str, differences, data: d
         script: the page's __file__. differences: (saved config, path) -> list of lines "field: old -> new".
         data: see same_data. kinds: see load.
     """
+    rt.agree(**{"the fingerprint of the data": data, Path(script).name: zlib.crc32(Path(script).read_bytes())})
     return rt.from_main(lambda: _start(cfg, folder, script, differences, data, kinds))
 
 
