@@ -269,7 +269,7 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
     told = "\n".join(lines)
     assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
-    assert "runs/null: left out, for config.json holds no" in told and "runs/bare: left out, for it has no copy" in told
+    assert "runs/null: left out, for config.json is damaged (holds no" in told and "runs/bare: left out, for it has no copy" in told
     assert "runs/good: left out, for runs/again has the same settings and seed" in told and "analysis" not in told
     assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
         ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip
