@@ -44,6 +44,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union
 
+from common.errors import speaks
+
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False,
          "1": True, "0": False}
@@ -136,8 +138,8 @@ def configure(Config: type, argv: list[str] | None = None, aliases: Aliases | No
 
 
 def fail(*messages: str) -> NoReturn:
-    """Exit with code 2 after one `error:` line a message; of the processes torchrun starts, one prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Exit with code 2 after one `error:` line a message; of several ranks the first that ends prints."""
+    if speaks(2):
         for message in messages:
             text = " ".join(str(message).splitlines())
             if len(text) > LONGEST_ERROR:
@@ -253,14 +255,16 @@ def from_dict(Config: type, saved: dict[str, Any], where: str, aliases: Aliases 
 def config_hash(cfg: Any) -> str:
     """12 hexadecimal digits that tell resolved configurations apart, the same in every process."""
     known = config_dict(cfg)
-    known.pop("s3_config", None)  # a copy of a run is no other run
+    for name in ("s3_config", "out"):  # a copy of a run is no other run, and no run has anything to do with out
+        known.pop(name, None)
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None) -> list[str]:
-    """Lines "lr: 0.001 -> 0.0001" for what changed since `old` was saved; what it lacks had the default."""
+def differences(old: dict[str, Any], cfg: Any, aliases: Aliases | None = None, where: Any = "the checkpoint"
+                ) -> list[str]:
+    """Lines "lr: 0.001 -> 0.0001" for what changed since `old` was saved in `where`; what it lacks had the default."""
     with warnings.catch_warnings(action="ignore"):
-        before = config_dict(from_dict(type(cfg), old, "the checkpoint", aliases))
+        before = config_dict(from_dict(type(cfg), old, str(where), aliases))
     return [f"{name}: {_source(before[name])} -> {_source(value)}"
             for name, value in config_dict(cfg).items() if value != before[name]]
 

@@ -45,7 +45,8 @@ from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
-from sources.text import inspect_stream, prepare_text
+from sources.streams import inspect_stream
+from sources.text import prepare_text
 from sources.tokenizer import HALF_BYTES, SPECIAL
 
 
@@ -374,7 +375,8 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     write_json(folder / "config.json", config)
     state = checkpoint.weights_alone(page.__file__, config, step, model, extra)
     if system == "arxiv":
-        training = training_state(file, model, page.parameter_groups(model, cfg))
+        with foreign_checkpoints.converting(file, system):
+            training = training_state(file, model, page.parameter_groups(model, cfg))
         extra |= training.pop("patience", {})
         state |= training
         commands = commands + [GO_ON] if state["optimizer"] else commands

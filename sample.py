@@ -92,7 +92,7 @@ class Config:
     columns: dict[str, str] = field(default_factory=dict)  # pert_col, cell_type_key, batch_col, control_pert, if others
     # output
     json: str = ""  # file to write the samples to as well
-    out: str = ""  # of state: folder of what is written; default RUN/predictions
+    out: str = ""  # of state and apelr: folder of what is written; default RUN/predictions, or RUN for pictures
     # system
     precision: Literal["fp32", "bf16"] = "fp32"  # apelr: of the heads, which every token reads whole
     seed: Seed = 0
@@ -305,6 +305,9 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
         notes = untold(path), source_note(run, getattr(model, "tau", 1.0), cfg)
         print("\n".join(note for note in notes if note))
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
+    folder = Path(cfg.out or run_folder(path))
+    if cfg.show_plan:
+        checkpoint.try_place(folder / "plots")
     plans = run.plans()
     note = f", {plans} plans" if plans > 1 else ""
     print(f"{run.version} after {counted(step, 'step')}{note}")
@@ -323,7 +326,7 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
                 if cfg.show_plan and not cfg.sweep_states:
                     name = f"sampled_belief_{cfg.seed}"
                     strip = strip_of(entries[0], len(ids), model, run, tokenizer)
-                    draw_plan(run_folder(path), name, *strip)
+                    draw_plan(folder, name, *strip)
     return result
 
 
@@ -512,7 +515,7 @@ def print_strip(beliefs: list[list[float]], words: list[str], begins: list[int])
 
 
 def draw_plan(folder: Path, name: str, beliefs: list[list[float]], words: list[str], begins: list[int]) -> None:
-    """Draw the first beliefs of a text into plots/ of the run folder."""
+    """Draw the first beliefs of a text into plots/ of a folder."""
     draw_beliefs(
         folder,
         name,
@@ -536,6 +539,7 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     if cfg.toml:
         run.toml_config_path = cfg.toml
     folder = Path(cfg.out) if cfg.out else run_folder(path) / "predictions"
+    checkpoint.try_place(folder)
     with Runtime(run) as rt:
         model.to(rt.device)
         if cfg.adata:
@@ -674,7 +678,7 @@ OF_TEXT = ("num_samples", "length", "max_new_tokens", "prompt", "temperature", "
 OPTIONS = {
     "ghmm": OF_TEXT,
     "arxiv": OF_TEXT,
-    "apelr": (*OF_TEXT, "top_p", "repetition_penalty", "no_repeat_ngram_size", "precision", *OF_PLANNER),
+    "apelr": (*OF_TEXT, "top_p", "repetition_penalty", "no_repeat_ngram_size", "precision", *OF_PLANNER, "out"),
     "state": ("toml", "adata", "perturbations", "cells", "drop_unlabelled", "source_attention", "columns", "out"),
 }
 NEEDS = {  # what sampling asks of a page

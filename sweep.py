@@ -26,7 +26,6 @@ at its end). A failed run is not tried again. best.json has the command that rep
 from common.errors import InputError, RunError, clear_errors, leave, os_sentence  # isort: skip
 
 import contextlib
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,8 +233,6 @@ def sweep(argv: list[str]) -> Any:
         return []
     try:
         return run_sweep(plan, cfg, script, shown, less_is_better)
-    except KeyboardInterrupt:  # before the first run, or after the last
-        leave("interrupted", 128 + signal.SIGINT)
     except OSError as error:  # a full disk, a file where a folder should be; the runs at work save
         raise RunError(f"{os_sentence(error)}. The same command goes on once that is mended") from error
 

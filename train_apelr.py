@@ -91,6 +91,7 @@ class Config:
     compare_baseline: bool = False  # first train a baseline of equal size on the same batches, in out_dir/baseline
     init_from: str = ""  # weights to start from, with their sizes: a checkpoint of this repository or of the source
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
+    out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     # data
     data: str = OFFLINE  # folder of train.bin, val.bin and meta.json, by prepare_data.py text or planted
     prepare: dict | None = None  # settings of prepare_data.py text that must have made it; checked at the start
@@ -1067,7 +1068,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         corpus = open_data(cfg)
         data = {cfg.data: corpus.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, batch_size=int
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, batch_size=int
         )
         summary = None if beside else ended_before(rt, folder, path, state, changes)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
@@ -1172,8 +1173,11 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             rt.barrier()
             checkpoint.load_best(rt, folder, __file__, model)
             metrics = finish(model, corpus, cfg, rt, folder, log.say)
-            facts = {"version": cfg.version, "parameters": plans.size_of(model), "config_hash": config_hash(cfg)}
-            summary = metrics | facts | (beside or {}) | run_facts(rt, step, meter)
+            summary = metrics | {
+                "version": cfg.version,
+                "parameters": plans.size_of(model),
+                "config_hash": config_hash(cfg),
+            } | (beside or {}) | run_facts(rt, step, meter)
             summary["verdict"] = plans.verdict(summary)
             log.summary(summary)
             if rt.is_main:
@@ -1225,7 +1229,7 @@ def analyze(cfg: Config) -> dict:
         corpus = open_data(saved)
         corpus.same_tokenizer(extra, path)
         checkpoint.same_data(extra, {saved.data: corpus.fingerprint}, path)
-        folder = checkpoint.analysis_of(path)
+        folder = checkpoint.analysis_of(path, cfg)
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
         if rt.is_main:
             metrics["verdict"] = plans.verdict(metrics)

@@ -85,6 +85,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
+    out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     # data
     data: str = SYNTHETIC  # folder of train.h5 and validation.h5, by prepare_data.py arxiv or ergodic; or one of them
     validation_data: str = ""  # file of validation chunks, where it is not beside the other
@@ -656,8 +657,8 @@ def train(cfg: Config) -> dict:
         # A run that was stopped goes on; of one that has ended there is nothing left to train.
         data = {cfg.data: chunks.fingerprint + validation.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, n_ctx=int, reference=float,
-            waited=int, ended=bool
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data,
+            n_ctx=int, reference=float, waited=int, ended=bool
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -772,7 +773,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, nn.Module, int, 
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = store.local(cfg.analyze)
-    folder = checkpoint.analysis_of(path)
+    folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to.
     for name in ("precision", "bootstrap", "probe", "data", "validation_data", "final_split", "icl_early", "icl_late"):

@@ -69,6 +69,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to analyse instead of training
+    out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     # data
     process: str = "mess3"  # a process by name, nonergodic (see components) or custom (see matrices)
     x: float | None = None  # mess3: probability of moving to each other state
@@ -594,7 +595,7 @@ def train(cfg: Config) -> dict:
         # Start: anew, or where a checkpoint stopped.
         step, best = 0, math.inf
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data, tracker=dict
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, tracker=dict
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -724,7 +725,7 @@ def load_source(path: Path, device: str) -> tuple[Config, Process, nn.Module, in
 def analyze(cfg: Config) -> dict:
     """The final evaluation, analysis and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = store.local(cfg.analyze)
-    folder = checkpoint.analysis_of(path)
+    folder = checkpoint.analysis_of(path, cfg)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
     for name in ("precision", "max_words", "last_token_only", "deal_seed"):

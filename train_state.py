@@ -15,11 +15,10 @@ Dimensions: B sentences, S cells of a sentence, N cells, D input features, G gen
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
-from common.errors import CheckpointError, DataError, clear_errors, reason, rehearsal  # isort: skip
+from common.errors import DataError, clear_errors, rehearsal  # isort: skip
 
 import math
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -83,6 +82,7 @@ class Config:
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training
+    out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     source_files: bool | Literal["state", "smolstate"] = False  # also write the run as arc-state (true) or SmolState do
     # data
     toml_config_path: str | None = SYNTHETIC  # or --toml: which cells train, validate and test
@@ -1012,7 +1012,7 @@ def train(cfg: Config) -> dict:
         # A fresh run, or one that goes on; a finished run of other settings is refused.
         data = {cfg.toml_config_path: cells.fingerprint}
         path, state, changes = checkpoint.start_from(
-            rt, cfg, folder, __file__, lambda old: differences(old, cfg, ALIASES), data
+            rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data
         )
         summary = ended_before(rt, folder, path, state, changes)
         if summary:
@@ -1154,11 +1154,8 @@ def load_source_run(path: Path, device: str, attention: str) -> tuple[Config, nn
     settings, weights, step, known = convert_whole(path, attention)
     cfg = from_dict(Config, settings, str(path))  # which ends here where a setting has a value that is none of ours
     cfg.device = device
-    try:
-        model = build_model(cfg, known["dims"])
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
-    load_source_state_dict(model, weights)
+    put = load_source_state_dict
+    model = checkpoint.build_with(weights, path, lambda: build_model(cfg, known["dims"]), lambda m, w, _: put(m, w))
     return cfg, model, step, known
 
 
@@ -1174,7 +1171,7 @@ def open_run_data(cfg: Config, extra: dict) -> Cells:
 def analyze(cfg: Config) -> dict:
     """The final measurements and pictures again, for the run folder or checkpoint cfg.analyze."""
     path = store.local(cfg.analyze)
-    folder = checkpoint.analysis_of(path)
+    folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
     for name in ("precision", "toml_config_path", "ram_budget_gb"):
@@ -1188,9 +1185,8 @@ def analyze(cfg: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    words = sys.argv[1:] if argv is None else argv
     with clear_errors():
-        cfg = configure(Config, command(words), ALIASES, STATE)
+        cfg = configure(Config, command(argv), ALIASES, STATE)
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import textwrap
 import warnings
 import zipfile
@@ -20,14 +21,14 @@ import numpy as np
 import torch
 
 from common import store
-from common.errors import CheckpointError, InputError, RunError, reason
+from common.errors import CheckpointError, InputError, RunError, reason, replacing, writing
 from common.plain import NUMBERS, digest, is_count, objection
 from common.runtime import Meter, Runtime
 
 FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "compare_baseline", "log_interval",
-               "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
+NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "out", "compare_baseline",
+               "log_interval", "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
 
@@ -125,20 +126,21 @@ def _no_optimizer(path: Path, reason: str) -> str:
             "script has it, or anew with resume=never, which replaces what is there")
 
 
-def load_weights(model, weights: dict, path: Path, **options) -> None:
+def load_weights(model, weights: dict, path: Path) -> None:
     """Put weights into a model; raises CheckpointError where it is not of these shapes and names."""
     try:
-        model.load_state_dict(weights, **options)
+        model.load_state_dict(weights)
     except Exception as e:  # whatever values that are no weights make torch raise
         why = textwrap.shorten(" ".join(str(e).split()), 300, placeholder=" ...")
         raise CheckpointError(f"{path} does not fit the model as its script builds it now: {why}. Use the settings "
                               "and the code it was trained with, or train anew in another out_dir") from e
 
 
-def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], put=load_weights) -> torch.nn.Module:
     """The model that build() makes of the settings of a checkpoint, with its weights.
 
     It is built without memory first: settings that are not of these weights may ask for more than there is.
+    put(model, weights, path) gives a model its weights.
     Raises CheckpointError where settings make no model, or not that of the weights.
     """
     parameters = []
@@ -150,16 +152,20 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module]) 
 
     hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
     try:
-        with contextlib.suppress(NotImplementedError), torch.device("meta"):  # an edited model may need its numbers
-            load_weights(build(), weights, path, assign=True)
-        model = build()
-    except InputError:
-        raise
-    except Exception as e:
-        raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+        for place in ("meta", "cpu"):
+            try:
+                with torch.device(place):
+                    model = build()
+            except InputError:
+                raise
+            except Exception as e:  # an edited model may not know meta tensors
+                if place == "cpu":
+                    raise CheckpointError(f"{path}: its settings make no model ({reason(e)})") from e
+            else:
+                with warnings.catch_warnings(action="ignore"):  # of what a meta tensor is told to hold
+                    put(model, weights, path)
     finally:
         hook.remove()
-    load_weights(model, weights, path)
     return model
 
 
@@ -189,20 +195,26 @@ def _random_state(rt: Runtime) -> dict:
     }
 
 
+def seal(state: dict) -> dict:
+    """A state with this code's version and the digest of its values. Raises CheckpointError for what is not plain."""
+    state = {**state, "format_version": FORMAT_VERSION}
+    state.pop("digest", None)
+    try:
+        return state | {"digest": digest(state)}
+    except ValueError as e:  # of a page that keeps what cannot be read again
+        raise CheckpointError(f"no checkpoint can be written: {e}") from e
+
+
 def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = False, keep_last: int = 0) -> None:
     """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0 or less: all).
 
     Each name changes from one complete file to the next in one rename, whenever the process dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**state, "format_version": FORMAT_VERSION}
-    try:
-        state["digest"] = digest(state)
-    except ValueError as e:  # of a page that keeps what cannot be read again
-        raise CheckpointError(f"no checkpoint can be written: {e}") from e
+    state = seal(state)
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:
-        with open(fresh, "wb") as file:
+        with writing(folder / "last.pt"), open(fresh, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -210,9 +222,11 @@ def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = Fal
             _link(fresh, folder / "best.pt")
         if keep_step:
             _link(fresh, folder / f"step_{state['step']}.pt")
-        os.replace(fresh, folder / "last.pt")
+        with writing(folder / "last.pt"):
+            os.replace(fresh, folder / "last.pt")
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # make the renames themselves durable, where folders can be synced
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -230,15 +244,17 @@ def _prune(folder: Path, keep_last: int) -> None:
 def _link(source: Path, target: Path) -> None:
     """Give a file a second name, atomically. Checkpoints are replaced, never written over, so sharing is safe."""
     twin = source.with_suffix(".twin")
-    twin.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, twin)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, twin)
-        os.replace(twin, target)
-    finally:
+    with writing(target):
         twin.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(source, twin)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(source, twin)
+            os.replace(twin, target)
+        finally:
+            with contextlib.suppress(OSError):
+                twin.unlink(missing_ok=True)
 
 
 def _step_files(folder: Path) -> list[Path]:
@@ -321,9 +337,36 @@ def best_of(path: str | Path) -> Path:
     return best if best.exists() else Path(path)
 
 
-def analysis_of(path: Path) -> Path:
-    """Where a look at a run or checkpoint writes: analysis/ of the run folder, whose own results stay as they are."""
-    return (path if path.is_dir() else path.parent) / "analysis"
+def analysis_of(path: Path, cfg) -> Path:
+    """Where a look at a run or checkpoint writes: analysis/ of the run folder, whose own results stay as they are.
+
+    With cfg.out there, beside a copy of what a report needs of the run. Raises InputError where that cannot be written.
+    """
+    run = path if path.is_dir() else path.parent
+    folder = Path(cfg.out) if cfg.out else run / "analysis"
+    if os.environ.get("RANK", "0") != "0":
+        return folder
+    if (folder / "last.pt").exists() or folder.resolve() == run.resolve():
+        raise InputError(f"out = {folder} holds a run, whose files stay as they are: name another folder")
+    try_place(folder)
+    for name in ("config.json", "metrics.jsonl") if cfg.out else ():
+        if (run / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / name) as fresh:
+                shutil.copyfile(run / name, fresh)
+    return folder
+
+
+def try_place(folder: Path) -> None:
+    """Raises InputError, naming --out, where nothing can be written to a folder, which need not be there yet."""
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        store.remove(new)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{folder} cannot be written ({getattr(e, 'strerror', e)}): name another folder, "
+                         "--out=FOLDER") from e
 
 
 def experiment_of(path: Path) -> str:
@@ -431,7 +474,7 @@ def start_from(rt: Runtime, cfg, folder: Path, script: str, differences, data: d
     is neither evaluated as if it were the new one nor overwritten: that is a CheckpointError with the choices.
 
     Args:
-        script: the page's __file__. differences: saved config (a dict) -> list of lines "field: old -> new".
+        script: the page's __file__. differences: (saved config, path) -> list of lines "field: old -> new".
         data: see same_data. kinds: see load.
     """
     return rt.from_main(lambda: _start(cfg, folder, script, differences, data, kinds))
@@ -452,7 +495,7 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
         raise CheckpointError(_no_optimizer(path, "it was imported"))
     _check_kinds(state, path, kinds)
     same_data(state["extra"], data, path)
-    changes = [line for line in differences(state["config"]) if line.split(":")[0] not in NO_SETTINGS]
+    changes = [line for line in differences(state["config"], path) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
     if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
         changes = [*changes, f"{copy.name}: edited since"]

@@ -3,16 +3,19 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import stat
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from common import quiet_interrupt
-
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler's or torchrun's, a terminal closed
+ECHO_SECONDS = 1.0  # of a signal: a scheduler sends it to all processes, of which torchrun passes it on to the others
 ANOTHER_PLACE = "free some space, or choose another place"
 IN_THE_WAY = "move what is in the way, or choose another name"
 BROKEN = "the disk, or the way to it, fails: the system's log knows more"
@@ -46,6 +49,14 @@ class CheckpointError(InputError):
     """A checkpoint cannot be used."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to stop came where nothing is lost by stopping at once."""
+
+    def __init__(self, number: int):
+        super().__init__("stopped" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
 class RunError(Exception):
     """A run that had begun and cannot go on; the message says why, what was kept, and what to do, in one line."""
 
@@ -66,11 +77,26 @@ def os_sentence(error: OSError) -> str:
     return place + said[:1].lower() + said[1:] + (f": {advice}" if advice else "")
 
 
+def os_error(error: BaseException | None) -> OSError | None:
+    """The error of the system that this is, or that HDF5 or torch's writer made another of; None for any other."""
+    if isinstance(error, OSError):
+        return error
+    if not isinstance(error, RuntimeError):
+        return None
+    if found := re.search(r"errno = (\d+)", str(error)):  # in a message of HDF5
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        cause = error.__context__  # of the file that torch wrote to
+        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+        return OSError(number, os.strerror(number))
+    return None
+
+
 def system_sentence(error: BaseException | None) -> str:
     """What an error of the machine comes to, in a sentence; "" for any other, whose traceback is wanted."""
     text = str(error)
-    if isinstance(error, OSError):
-        return os_sentence(error)
+    if failed := os_error(error):
+        return os_sentence(failed)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"out of memory ({reason(error)}): make the batch, the model or the data smaller"
     if isinstance(error, RecursionError):
@@ -86,21 +112,16 @@ def system_sentence(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Around the writing of a file: what fails names it, whatever name it had meanwhile.
-
-    Raises OSError, also for what HDF5 and torch make of one.
-    """
+    """Around the writing of a file, maybe by another name in its folder: what fails names it. Raises OSError."""
     try:
         yield
-    except OSError as e:
-        e.filename, e.filename2 = os.fspath(path), None
-        raise
-    except RuntimeError as e:  # of torch's writer, which says what it was doing when the file took no more
-        if "inline_container" not in str(e) and "PytorchStreamWriter" not in str(e):
+    except (OSError, RuntimeError) as e:
+        failed = os_error(e)
+        if failed is None:
             raise
-        cause = e.__context__ if isinstance(e.__context__, OSError) else None
-        number = cause.errno if cause and cause.errno else errno.EIO
-        raise OSError(number, os.strerror(number), os.fspath(path)) from e
+        if failed.filename is None or os.path.dirname(os.fsdecode(failed.filename)) == os.path.dirname(path):
+            failed.filename, failed.filename2 = os.fspath(path), None
+        raise failed from e.__cause__
 
 
 @contextlib.contextmanager
@@ -120,12 +141,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def say_aside(text: str) -> None:
-    """A line on stderr, if that takes any; of the processes torchrun starts, one prints."""
+    """A line on stderr, if that takes any; of the ranks of a machine the first prints."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            hush(sys.stderr)
+        _print_aside(text)
+
+
+def _print_aside(text: str) -> None:
+    try:
+        print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        hush(sys.stderr)
 
 
 def hush(stream) -> None:
@@ -137,10 +162,62 @@ def hush(stream) -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """End the process after one `error:` line; of the processes torchrun starts, one prints."""
+    """End the process after one `error:` line; of several ranks the first that ends prints."""
+    _end(f"error: {message}", code)
+
+
+def _end(last_line: str, code: int) -> NoReturn:
     flush_console()
-    say_aside(f"error: {message}")
+    if speaks(code):
+        _print_aside(last_line)
     raise SystemExit(code)
+
+
+def speaks(code: int) -> bool:
+    """Whether this process says why it ends, with this exit code: alone, or as the first of several ranks."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    from common.ranks import ends_first  # with torch, which the one process of a command may not need
+
+    return ends_first(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """Of a command that this error ends: 2 for bad input and what the machine refuses, 1 for a run that failed."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT)
+    return 2 if isinstance(error, InputError) or system_sentence(error) else 1
+
+
+@contextlib.contextmanager
+def signals_to(handler: Callable) -> Iterator[None]:
+    """Let the signals that ask to stop call handler(number, frame); a hang-up that nohup has off stays off."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in STOPS
+                  if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def stop_now(number: int, frame) -> NoReturn:
+    """A signal ends what is being done, by an exception: what is half written goes. A second one ends the process."""
+    came = time.monotonic()
+
+    def end(number: int, frame) -> None:
+        if time.monotonic() > came + ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for other in STOPS:
+        if signal.getsignal(other) != signal.SIG_IGN:
+            signal.signal(other, end)
+    raise Stopped(number)
 
 
 def flush_console() -> OSError | None:
@@ -157,36 +234,27 @@ def clear_errors() -> Iterator[None]:
     """Around the whole of a command, which any error that is not a mistake of ours ends with one line.
 
     Exit codes: 2 for bad input and what the machine refuses before a run has begun, 1 for a run that failed, 130 for
-    Ctrl-C. Who reads standard output and goes, as head does, has seen enough: no line.
+    Ctrl-C, 143 for SIGTERM. Who reads standard output and goes, as head does, has seen enough: no line.
     """
-    quiet = signal.getsignal(signal.SIGINT) is quiet_interrupt
-    if quiet:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-        if trouble := flush_console():
-            raise trouble
-    except InputError as e:
-        leave(str(e), 2)
-    except (RunError, FloatingPointError) as e:
-        leave(str(e), 1)
-    except KeyboardInterrupt as e:
-        flush_console()
-        say_aside(str(e) or "stopped")
-        raise SystemExit(130) from e
-    except Exception as e:
-        trouble = flush_console()
-        if isinstance(trouble, BrokenPipeError):
-            raise SystemExit(1) from e
-        if trouble:
-            leave(f"standard output: {os_sentence(trouble)}", 1)
-        sentence = system_sentence(e)
-        if not sentence:
-            raise
-        leave(sentence, 2)
-    finally:
-        if quiet:
-            signal.signal(signal.SIGINT, quiet_interrupt)
+    with signals_to(stop_now):
+        try:
+            yield
+            if trouble := flush_console():
+                raise trouble
+        except (InputError, RunError, FloatingPointError) as e:
+            leave(str(e), exit_code(e))
+        except KeyboardInterrupt as e:
+            _end(str(e) or "stopped", exit_code(e))
+        except Exception as e:
+            trouble = flush_console()
+            if isinstance(trouble, BrokenPipeError):
+                raise SystemExit(1) from e
+            if trouble:
+                leave(f"standard output: {os_sentence(trouble)}", 1)
+            sentence = system_sentence(e)
+            if not sentence:
+                raise
+            leave(sentence, exit_code(e))
 
 
 @contextlib.contextmanager
@@ -201,6 +269,8 @@ def rehearsal(what: str = "what the end of the run asks of model and data", advi
     except InputError:
         raise
     except Exception as e:
+        if system_sentence(e):
+            raise
         frames = traceback.extract_tb(e.__traceback__)
         ours = [frame for frame in frames if "site-packages" not in frame.filename]
         line = (ours or frames)[-1]  # the innermost of the repository, not of torch

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -51,15 +51,18 @@ def mirrored(folder: Path, url: str, profile: str, anew: bool) -> Iterator[None]
 class Mirror:
     """A folder and its copy at a URL.
 
-    Attributes: index of the URL, as it was read or written last: {"writer", "host", "time", "step", "files": {name: [
-    {"bytes", "sha256"}, ...]}}; record, which the folder keeps: {"writer": its own name, "synced": {file: facts_of it
-    as it was sent or fetched}}.
+    Attributes:
+        index: of the URL, as read or written last: {"writer", "mark": of this version, "host", "time", "step", "files":
+            {name: what it may be, [{"bytes", "sha256"}, ...]}, "new": names that may not be there yet, "gone": names
+            that may still be there}.
+        record: kept in the folder: {"writer": a name of its own, "seen": mark of the index that was fetched last,
+            "synced": {file: facts_of it as sent or fetched}}.
     """
 
     def __init__(self, folder: Path, url: str, profile: str = ""):
         self.folder, self.url, self.scheme = folder, url, urlsplit(url).scheme
         self.fs, self.root = file_system(url, profile)
-        self.record = {"writer": uuid.uuid4().hex, "synced": {}}
+        self.record = {"writer": uuid.uuid4().hex, "seen": "", "synced": {}}
         with contextlib.suppress(OSError, ValueError, TypeError):
             self.record |= json.loads((folder / RECORD).read_text(encoding="utf-8"))
         self.index: dict | None = None
@@ -77,10 +80,6 @@ class Mirror:
             if self.index is None and self.scheme in AT_ONCE and not self.fs.exists(self.root.partition("/")[0]):
                 raise InputError(f"{self.url}: there is no such bucket: make it, or name another")
             files = self.index["files"] if self.index else self.files_without_index()
-        for name in files:
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise CheckpointError(f"{self.url}/{INDEX} names {name!a}, which is not below it: it is no copy of a "
-                                      "run")
         return files
 
     def read_index(self) -> dict | None:
@@ -92,6 +91,10 @@ class Mirror:
             index = json.loads(text)
             for versions in index["files"].values():
                 _ = versions[0], [(int(one["bytes"]), str(one["sha256"])) for one in versions]
+            names = [*index["files"], *index.setdefault("new", []), *index.setdefault("gone", [])]
+            outside = [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]
+            if outside:
+                raise ValueError(f"{outside[0]!a} is not below it")
             return index
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f"{self.url}/{INDEX} is damaged ({reason(error)}): remove it, and the files beside "
@@ -112,7 +115,7 @@ class Mirror:
     def replace(self) -> None:
         """Know what is at the URL, to be replaced by a run that starts anew."""
         self.look()
-        self.record = {"writer": uuid.uuid4().hex, "synced": {}}
+        self.record = {"writer": uuid.uuid4().hex, "seen": "", "synced": {}}
         if (self.folder / RECORD).exists():
             self.keep_record()
 
@@ -124,7 +127,9 @@ class Mirror:
         files = self.look()
         if not files or (name and name not in files):
             return False
-        is_mine = self.index is not None and self.index.get("writer") == self.record["writer"]
+        index = self.index or {}
+        # Nobody else has written since this folder was sent or fetched.
+        is_mine = index.get("writer") == self.record["writer"] or index.get("mark", "none") == self.record["seen"]
         todo = []
         for file, versions in files.items():
             path = self.folder / file
@@ -139,7 +144,8 @@ class Mirror:
             note(f"fetching files of {self.url}: {len(todo)}, to {self.folder}")
         for file in todo:
             self.get(file, files[file])
-        if todo:
+        if todo or not is_mine:
+            self.record["seen"] = index.get("mark", "")
             self.keep_record()
         return True
 
@@ -151,6 +157,8 @@ class Mirror:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.get_file(f"{self.root}/{file}", str(fresh))
+            if not fresh.exists() and self.index and file in self.index.get("new", ()):  # it never arrived
+                return
             if not fresh.exists() or (self.index and not self.is_one_of(fresh, versions)):
                 what = "is damaged: it is not what" if fresh.exists() else "is missing, though it is in what"
                 raise CheckpointError(f"{self.url}/{file} {what} {INDEX} beside it says: bring it back, or name "
@@ -240,25 +248,27 @@ class Mirror:
                 fresh[name] = facts
         new = {name: {"bytes": facts[0], "sha256": facts[2]} for name, facts in fresh.items()}
         before = theirs["files"] if theirs else {}
-        gone = [name for name in before if name not in names]  # such as step files beyond keep_last
-        if not fresh and not gone:
+        gone = {*before, *(theirs or {}).get("gone", ())} - names  # such as step files beyond keep_last
+        if not fresh and not gone & {*before}:
             return
-        self.write_index(before | {name: [*(v for v in before.get(name, []) if v != one), one] for name, one in
-                                   new.items()})
+        may_be = {name: [*(other for other in before.get(name, []) if other != one), one] for name, one in new.items()}
+        unseen = {*new} - {*before} | {*(theirs or {}).get("new", ())}
+        self.write_index(before | may_be, new=unseen)
         for name in fresh:
             with self.whole(name) as target:
                 self.fs.put_file(str(place / name), target)
         files = before | {name: [one] for name, one in new.items()}
-        self.write_index({name: versions for name, versions in files.items() if name in names})
+        self.write_index({name: versions for name, versions in files.items() if name in names}, gone=gone)
         for name in gone:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(f"{self.root}/{name}")
         self.record["synced"] = {name: facts for name, facts in (synced | fresh).items() if name in names}
         self.keep_record()
 
-    def write_index(self, files: dict) -> None:
-        index = {"writer": self.record["writer"], "host": socket.gethostname(), "step": self.step,
-                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "files": files}
+    def write_index(self, files: dict, new: Iterable[str] = (), gone: Iterable[str] = ()) -> None:
+        index = {"writer": self.record["writer"], "mark": uuid.uuid4().hex, "host": socket.gethostname(),
+                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": self.step, "files": files, "new": sorted(new),
+                 "gone": sorted(gone)}
         if not (self.folder / RECORD).exists():
             self.keep_record()  # so that the writer is known again after a kill
         with self.whole(INDEX) as target:
@@ -334,7 +344,7 @@ def file_system(url: str, profile: str):
     options, is_s3 = {}, urlsplit(url).scheme in AT_ONCE
     if is_s3:  # by default a network that swallows packets is waited for by the hour
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}}
-        options["use_listings_cache"] = False
+        options |= {"use_listings_cache": False, "skip_instance_cache": True}
         options |= {"profile": profile} if profile else {}
     try:
         return fsspec.core.url_to_fs(url, **options)

@@ -56,6 +56,7 @@ class RunLog:
         goes_on = cfg.resume == "auto" and getattr(cfg, "load_checkpoint_step", None) is None
         self.again = "the same command" if goes_on else "the same command with resume=auto"
         rt.agree(**config, **{"the first step": start_step, "the fingerprint of the data": data or {}})
+        rt.take_signals()
         if not self.active:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None

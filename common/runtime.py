@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import InputError, leave
+from common.errors import ECHO_SECONDS, InputError, leave, signals_to, stop_now
+from common.ranks import Ranks, environment
 
-_RENDEZVOUS: dict = {}  # torchrun's store and the number of groups opened through it
-STOP_CHECK_STEPS = 10  # ranks agree on stopping at every tenth step: a 0.1 ms exchange of one number
+_GROUP: list = []  # the last process group
+# Ranks agree on stopping at every tenth step, a 0.1 ms exchange of two numbers, or more often where steps are slow.
+STOP_CHECK_STEPS, STOP_CHECK_SECONDS = 10, 1.0
 
 
 class Due(NamedTuple):
@@ -50,14 +52,18 @@ class Runtime:
 
     def __init__(self, cfg):
         self.seed = cfg.seed
-        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.local_rank, self.world_size = environment()
         self.is_main = self.rank == 0
         self.device = _pick_device(cfg.device, self.local_rank)
         self.precision, self.reason = _pick_precision(cfg.precision, self.device)
         self.compile = str(cfg.compile).lower() == "true" or (cfg.compile == "auto" and self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.ranks: Ranks | None = None  # where there are several
         self.stop_signal: int | None = None
+        self._echoes_until = 0.0
+        self.doing = "this step"  # what a signal waits for
+        self._signals = contextlib.ExitStack()
+        self._looked, self._next_look = (0, time.monotonic()), 0  # when ranks asked each other for signals
 
     def __enter__(self) -> "Runtime":
         _keep_freed_memory()
@@ -66,31 +72,50 @@ class Runtime:
             # TF32 is bf16's partner for what autocast leaves in float32; precision=fp32 means full float32.
             torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
         if self.world_size > 1:
-            # Keys of its own for each group: several runs of one process (a study) share torchrun's store.
-            if "store" not in _RENDEZVOUS:
-                _RENDEZVOUS["store"] = next(dist.rendezvous("env://", self.rank, self.world_size))[0]
-            _RENDEZVOUS["groups"] = number = _RENDEZVOUS.get("groups", 0) + 1
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                    store=dist.PrefixStore(f"group_{number}", _RENDEZVOUS["store"]), rank=self.rank,
-                                    world_size=self.world_size)
-            # Gloo's threads need the interpreter to free the tensors of the last exchange. So nobody may close the
-            # group with the interpreter locked, as DDP's destructor would (a hang), and Python must not end in the
-            # middle of it (an abort): the last reference is ours, and the threads get half a second before the end.
-            if "group" not in _RENDEZVOUS:
-                atexit.register(time.sleep, 0.5)
-            _RENDEZVOUS["group"] = dist.group.WORLD
+            self._join()
         self.reseed()
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
-                          if _in_main_thread()}
         return self
 
-    def __exit__(self, *error) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self.world_size > 1 and dist.is_initialized():
-            if error[0] is None:
-                dist.barrier()  # nobody leaves while another still talks
-            dist.destroy_process_group()
+    def _join(self) -> None:
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+        self.ranks = Ranks(self.rank, self.world_size, gpu=gpu)
+        place = (platform.node(), gpu)
+        sharing = [str(rank) for rank, it in enumerate(self.ranks.members) if (it["host"], it["gpu"]) == place]
+        if gpu and len(sharing) > 1:
+            leave(f"ranks {', '.join(sharing)} of {place[0]} would share one GPU: use device=cuda, and start as many "
+                  "ranks as there are GPUs", 2)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=self.ranks.store, rank=self.rank,
+                                world_size=self.world_size)
+        # Gloo's threads need the interpreter to free the tensors of the last exchange. So nobody may close the
+        # group with the interpreter locked, as DDP's destructor would (a hang), and Python must not end in the
+        # middle of it (an abort): the last reference is ours, and the threads get half a second before the end.
+        if not _GROUP:
+            atexit.register(time.sleep, 0.5)
+        _GROUP[:] = [dist.group.WORLD]
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            code = self._part(error) if self.ranks else None
+        finally:
+            self._signals.close()
+        if code is not None:
+            raise SystemExit(code) from error
+
+    def _part(self, error: BaseException | None) -> int | None:
+        """Leave the group; returns an exit code where another rank has ended the job."""
+        try:
+            if error is not None:
+                return self.ranks.leave(error)
+            self.ranks.meet()  # nobody leaves while another still talks
+            self.synchronize()
+            self.ranks.close()
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()  # nor rank 0, which may have the store, while another asks it
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self.ranks.close()
+        return None
 
     def reseed(self, rank: int = 0) -> None:
         """Seed the global generators, which only parameter initialisation and dropout draw from.
@@ -182,18 +207,21 @@ class Runtime:
         values = [None] * self.world_size
         if self.world_size == 1:
             return [value]
+        self.barrier()
         dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        """Wait for all ranks, for hours if it must be: an exchange of tensors waits for minutes."""
+        if self.ranks:
+            self.ranks.meet()
 
     def from_main(self, function: Callable[[], object]):
         """function() as rank 0 finds it, on every rank: of what lies on a disk that others may not see, or see older.
 
         An InputError of rank 0 is raised on all; any other error of it on rank 0 alone, which ends the others.
         """
+        self.doing = "the analysis"  # which what is read in the end, such as the best weights, is for
         if self.world_size == 1:
             return function()
         found = [None]
@@ -223,25 +251,45 @@ class Runtime:
 
     # Stopping --------------------------------------------------------------------------------------------------
 
+    def take_signals(self) -> None:
+        """From now on a signal to stop waits for what is being done, which is then saved; a second one does not."""
+        self.doing = "this step"
+        self._signals.enter_context(signals_to(self._on_signal))
+
     def _on_signal(self, number: int, frame) -> None:
-        if self.stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
-        self.stop_signal = number
+        now = time.monotonic()
+        if self.stop_signal is None:
+            self.stop_signal, self._echoes_until = number, now + ECHO_SECONDS
+            if self.is_main and not (self.ranks and self.ranks.end):
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError):  # past Python's buffers, which this may have interrupted
+                    os.write(2, f"{name}: stopping after {self.doing}; again to end now\n".encode())
+        elif now > self._echoes_until:
+            stop_now(number, frame)
 
     def stopping(self, step: int) -> bool:
-        """Whether to finish after this step because a SIGINT or SIGTERM came; all ranks get the same answer."""
+        """Whether to finish after this step because of a signal; all ranks get the same answer, now and then."""
         if self.world_size == 1:
             return self.stop_signal is not None
-        if step % STOP_CHECK_STEPS:
+        if 0 < step < self._next_look:
             return False
-        flag = torch.tensor(float(self.stop_signal is not None))  # on the CPU: gloo, no wait for the accelerator
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        (before, began), now = self._looked, time.monotonic()
+        # On the CPU: gloo, no wait for the accelerator.
+        facts = torch.tensor([float(self.stop_signal is not None), now - began], dtype=torch.float64)
+        dist.all_reduce(facts, op=dist.ReduceOp.MAX)
+        stops, seconds = facts.tolist()
+        steps = STOP_CHECK_SECONDS * max(1, step - before) / max(seconds, 1e-9)
+        self._looked, self._next_look = (step, now), step + int(min(max(steps, 1), STOP_CHECK_STEPS))
+        return bool(stops)
 
     def due(self, step: int, last: int, log_interval: int, eval_interval: int, save_interval: int | None) -> Due:
         """What follows step `step` of `last`; by default a save goes with an evaluation. The last step asks for all."""
-        ends, stops = step == last, self.stopping(step)
+        ends = step == last
         evaluates = ends or step % eval_interval == 0
+        if evaluates:
+            self._next_look = step  # an evaluation takes long: ask now
+        stops = self.stopping(step)
+        self.doing = "the analysis" if ends else "this evaluation" if evaluates else "this step"
         return Due(logs=evaluates or step % log_interval == 0, evaluates=evaluates, stops=stops and not ends,
                    saves=ends or stops or step % (save_interval or eval_interval) == 0)
 
@@ -295,6 +343,7 @@ class Meter:
     def start(self, step: int) -> None:
         """Start the clock: what follows are training steps."""
         self._lap = (time.perf_counter(), step)
+        self.rt.doing = "this step"
 
     def check(self, step: int, loss: torch.Tensor) -> None:
         """Remember the first step whose loss is not finite."""
@@ -361,8 +410,8 @@ def _pick_device(asked: str, local_rank: int) -> torch.device:
         leave(f"device={asked}, but this torch ({torch.__version__}) sees no CUDA device: use device=cpu or auto", 2)
     if device.type == "mps" and not torch.backends.mps.is_available():
         leave(f"device={asked}, but this machine has no Metal device: use device=cpu or auto", 2)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index is None:  # of one GPU each rank is shown its own, as some schedulers do
+        device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         leave(f"device={device} does not exist: there are {torch.cuda.device_count()}; start as many ranks as devices",
               2)
@@ -385,9 +434,3 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, bytes; the largest glibc takes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()

@@ -8,6 +8,7 @@ import configparser
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -41,6 +42,8 @@ def run_folder(cfg, rt) -> Iterator[Path]:
     A folder that is made for it and stays empty is removed, so a refused command leaves nothing.
     Raises InputError where the place cannot be used, or is in use.
     """
+    if getattr(cfg, "out", ""):
+        raise InputError(f"out = {cfg.out} is of a look at a run, with analyze: a run writes into out_dir")
     folder, url, profile = place_of(cfg.out_dir, getattr(cfg, "s3_config", ""))
     with contextlib.ExitStack() as stack:
 
@@ -79,7 +82,8 @@ def read_s3_config(path: str) -> tuple[str, str, str]:
         bucket, profile = parser["s3"]["bucket"].strip(), parser["aws"]["profile_name"].strip()
         prefix = parser["s3"].get("prefix", "").strip(" /")
     except OSError as error:
-        raise InputError(f"s3_config={path} cannot be read ({error.strerror}): name an .ini file") from error
+        raise InputError(f"s3_config={path} cannot be read ({error.strerror}): name an .ini file, or --s3_config= for "
+                         "no copy") from error
     except (ValueError, configparser.Error) as error:
         raise InputError(f"s3_config={path} is no .ini file ({reason(error)}): mend it") from error
     except KeyError as error:
@@ -173,8 +177,8 @@ def hold(path: Path) -> IO | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                note(f"{path.parent} is on a file system without locks ({error.strerror}): see to it that no other "
-                     "run writes there")
+                say_once(f"there are no locks on the file system of {path.parent} ({error.strerror}): see to it that "
+                         "no folder has two runs")
             else:
                 file.close()
                 if not isinstance(error, BlockingIOError):
@@ -188,6 +192,11 @@ def hold(path: Path) -> IO | None:
                 return file
         file.close()
     return None
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    note(text)
 
 
 def holder(folder: Path) -> str:

@@ -19,6 +19,7 @@ core dense, 960,000 sparse), and ranks share its pages. But a mapped page counts
 So what exceeds ram_budget_gb is read instead, row by row: 240,000 and 200,000 cells, and no memory but for a batch.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -38,13 +39,18 @@ import torch
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from common.errors import DataError, reason
+from common.errors import DataError, reason, regular_file
+from sources import hdf5
 from sources.h5ad import H5ad, Matrix, as_dense, kind_of_values, row_sums, stored
 from sources.shared import counted
 from sources.splits import Plan, grouped
 from sources.survey import CODES, Survey
 
 VERSION = 3  # of the folder's layout
+HEADER = 128  # bytes before the values of a .npy file
+BLOCK = 1 << 24  # bytes under one checksum
+MOST_BLOCKS = 16  # of a file, that a start reads: one of 256 MB is verified whole, of a larger one a sample
+WAIT_S = 600  # for a folder that nobody seems to be making
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
 STORED_NAMES = (  # of a survey, in meta.json
     "cell_types",
@@ -182,8 +188,8 @@ def store_hash(files: list[Path], columns: dict, keys: dict, counts: str) -> str
     """Twelve digits that change with all that the arrays are made from: files by size and time, so none is read."""
     stats = []
     for file in files:
-        stat = file.stat()
-        stats.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
+        stat = regular_file(file).stat()
+        stats.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
     text = json.dumps([VERSION, stats, columns, keys, counts])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -194,11 +200,15 @@ def find_store(folder: str | Path, name: str) -> Path | None:
 
 
 def wait_for_store(folder: str | Path, name: str) -> Path:
-    """The folder, once the first rank of the machine has made it; where that one fails, torchrun ends all."""
-    store = find_store(folder, name)
-    while not store:
+    """The folder, once the first rank of the machine has made it. Raises DataError where nobody seems to make it."""
+    deadline = time.monotonic() + WAIT_S
+    while not (store := find_store(folder, name)):
+        if next(Path(folder).glob(f"*-{name}.making"), None):
+            deadline = time.monotonic() + WAIT_S
+        if time.monotonic() > deadline:
+            raise DataError(f"the prepared cells {Path(folder) / name} did not come within {WAIT_S} s: make them "
+                            "first, with python prepare_data.py state --toml=FILE")
         time.sleep(0.1)
-        store = find_store(folder, name)
     return store
 
 
@@ -213,7 +223,7 @@ def make_store(target: Path, write: Callable[[Path], None]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel lets go when its holder ends, however it ends
+            lock_file(handle)
             if not target.exists():
                 fill_and_rename(work, target, write)
             lock.unlink(missing_ok=True)  # who still waits for this one finds the folder
@@ -222,6 +232,17 @@ def make_store(target: Path, write: Callable[[Path], None]) -> None:
             f"the prepared cells cannot be written to {target} ({error.strerror or error}): "
             "free some space, or start where data/ can be written"
         ) from error
+
+
+def lock_file(handle) -> None:
+    """Wait for a lock, which the kernel lets go when its holder ends, however it ends; go on where there are no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        print(f"note: {handle.name} is on a disk without locks: start a second run when these cells are ready")
 
 
 def fill_and_rename(work: Path, target: Path, write: Callable[[Path], None]) -> None:
@@ -235,17 +256,19 @@ def fill_and_rename(work: Path, target: Path, write: Callable[[Path], None]) -> 
 
 
 def holds_values(name: str) -> bool:
-    """Whether a file holds expression, which is too much to be read at every start: its size and header are checked."""
+    """Whether a file holds expression, of which a start reads at most MOST_BLOCKS; the others it reads whole."""
     return name in ("input.npy", "counts.npy") or name.endswith(("_data.npy", "_indices.npy"))
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, read in blocks."""
-    value = 0
+def checksums_of(path: Path) -> tuple[int, list[int]]:
+    """(CRC-32 of a file, those of its blocks)."""
+    whole = 0
+    blocks = []
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+        while block := file.read(BLOCK):
+            whole = zlib.crc32(block, whole)
+            blocks.append(zlib.crc32(block))
+    return whole, blocks
 
 
 def write_meta(store: Path, meta: dict) -> None:
@@ -254,34 +277,93 @@ def write_meta(store: Path, meta: dict) -> None:
     (store / "meta.json").write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
 
 
-def read_meta(store: Path) -> dict:
-    """meta.json of a prepared folder whose files are all there and as they were written. Raises DataError."""
+def read_meta(store: Path, values: bool = True) -> dict:
+    """meta.json of a prepared folder whose files are all there and as they were written. Raises DataError.
+
+    Each file is compared with its checksum, as far as it is read; values: also those with expression.
+    """
     try:
-        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(regular_file(store / "meta.json").read_text(encoding="utf-8"))
         whole = meta.pop("checksum") == zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{store} is damaged, its meta.json cannot be read ({error}): {REMEDY}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{store} is damaged, its meta.json cannot be read ({reason(error)}): {REMEDY}") from error
     if not whole:
         raise DataError(f"{store} is damaged, its meta.json was changed: {REMEDY}")
+    try:
+        if meta["version"] != VERSION:
+            raise DataError(f"{store} is of an earlier version, which no start reads: delete it")
+        verify_files(store, meta, values)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"{store} is damaged, its meta.json says something else ({reason(error)}): {REMEDY}"
+                        ) from error
+    return meta
+
+
+def verify_files(store: Path, meta: dict, values: bool) -> None:
+    """Sizes, contents and headers of the files of a folder; DataError where they are not as they were written."""
     for name, size in meta["sizes"].items():
         file = store / name
-        actual = file.stat().st_size if file.exists() else 0
+        actual = file.stat().st_size if file.is_file() else 0
         if actual != size:
             raise DataError(f"{store} is damaged, {name} has {actual:,} bytes instead of {size:,}: {REMEDY}")
         # Codes and places of a million cells: some milliseconds. A wrong one would be another cell, without a word.
         if not holds_values(name):
             verify(store, name, meta)
+        elif values:
+            verify_blocks(store, name, meta)
+    cells = (meta["sizes"]["place.npy"] - HEADER) // 8
+    for name, (kind, shape) in expected_arrays(meta, cells).items():
         try:
-            np.load(file, mmap_mode="r")  # the header
-        except (OSError, ValueError) as error:
+            array = np.load(store / name, mmap_mode="r")  # the header
+        except Exception as error:  # which is a text of Python: it raises whatever its bytes happen to ask for
             raise DataError(f"{store} is damaged, {name} cannot be read ({reason(error)}): {REMEDY}") from error
-    return meta
+        if array.dtype not in kind or array.shape != shape:
+            raise DataError(f"{store} is damaged, {name} holds {array.dtype} of shape {array.shape}: {REMEDY}")
+
+
+def expected_arrays(meta: dict, cells: int) -> dict[str, tuple]:
+    """(types, shape) of the arrays of a folder by their files."""
+    if set(meta["survey"]) != set(STORED_NAMES):
+        raise LookupError("survey")
+    arrays = {f"{name}.npy": ([np.int32], (cells,)) for name in CODES}
+    arrays["place.npy"] = [np.int64], (cells,)
+    for which, entry in meta["matrices"].items():
+        if entry["format"] == "dense":
+            arrays[f"{which}.npy"] = [np.float32], (cells, entry["columns"])
+        else:
+            values = (meta["sizes"][f"{which}_data.npy"] - HEADER) // 4
+            arrays[f"{which}_data.npy"] = [np.float32], (values,)
+            arrays[f"{which}_indices.npy"] = [np.int32], (values,)
+            arrays[f"{which}_indptr.npy"] = [np.int32, np.int64], (cells + 1,)
+    return arrays
 
 
 def verify(store: Path, name: str, meta: dict) -> None:
     """Read a file whole; DataError unless it holds what was written."""
-    if checksum(store / name) != meta["checksums"][name]:
+    if checksums_of(store / name)[0] != meta["checksums"][name]:
         raise DataError(f"{store} is damaged, {name} does not hold what was written: {REMEDY}")
+
+
+def verify_blocks(store: Path, name: str, meta: dict) -> None:
+    """Read a file up to MOST_BLOCKS: its first block, and others that differ from start to start.
+
+    A folder of before has no checksums of blocks: its larger files are not read. DataError as of verify.
+    """
+    size = meta["sizes"][name]
+    if size <= MOST_BLOCKS * BLOCK:
+        verify(store, name, meta)
+        return
+    blocks = meta.get("blocks", {}).get(name)
+    if blocks is None:
+        print(f"note: {store} has no checksums of parts, so {name} is not verified: python prepare_data.py inspect "
+              f"{store} reads it whole; deleted, the next start makes it anew with them")
+        return
+    others = np.random.default_rng().permutation(np.arange(1, len(blocks)))
+    with open(store / name, "rb") as file:
+        for block in sorted([0, *others[: MOST_BLOCKS - 1].tolist()]):
+            file.seek(block * BLOCK)
+            if zlib.crc32(file.read(BLOCK)) != blocks[block]:
+                raise DataError(f"{store} is damaged, {name} does not hold what was written: {REMEDY}")
 
 
 def content_digest(meta: dict) -> str:
@@ -359,7 +441,7 @@ def write_store(
 
     written = sorted(file.name for file in work.iterdir())
     # Read back at once, from memory: 7 GB a second where the disk writes at less than one.
-    checksums = {name: checksum(work / name) for name in written}
+    checksums = {name: checksums_of(work / name) for name in written}
     meta = {
         "version": VERSION,
         "made_for": str(plan.path),
@@ -367,7 +449,8 @@ def write_store(
         "matrices": {which: draft.entry() for which, draft in drafts.items()},
         "survey": {name: getattr(survey, name) for name in STORED_NAMES},
         "sizes": {name: (work / name).stat().st_size for name in written},
-        "checksums": checksums,
+        "checksums": {name: whole for name, (whole, _) in checksums.items()},
+        "blocks": {name: blocks for name, (_, blocks) in checksums.items() if holds_values(name)},
     }
     write_meta(work, meta)
     for name in [*written, "meta.json"]:
@@ -504,7 +587,7 @@ class Draft:
         for f, matrix in enumerate(self.matrices):
             if matrix.format == "csr" and self.orders[f] is None:
                 rows = self.place[self.first[f] : self.first[f + 1]]
-                lengths[rows] = np.diff(matrix.node["indptr"][:])
+                lengths[rows] = np.diff(hdf5.read(matrix.parts["indptr"]))
                 continue
             for place, block in self.blocks(f):  # not told by the file: dense, by columns, or genes are left out
                 lengths[place] = np.diff(block.indptr)

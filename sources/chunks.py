@@ -3,11 +3,9 @@
 import ast
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -19,11 +17,22 @@ import numpy as np
 
 from common.errors import DataError, reason
 from configurator import note
+from sources.chunk_checks import (
+    MOST_TOKENS,
+    is_mapped,
+    layout,
+    oracle,
+    seal,
+    text_attribute,
+    verify,
+    whole_attribute,
+)
 from sources.digests import ChunkDigest, fingerprint, sample
 from sources.files import kind_of, text_files
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report
+from sources.hdf5 import member, open_hdf5, read
+from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report, spooled_array
 from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
-from sources.tokenizer import Tokenizer, load_tokenizer, readable, train_bpe
+from sources.tokenizer import Tokenizer, load_tokenizer, read_spec, readable, train_bpe
 
 CCDV = "ccdv/arxiv-classification"  # a data set of the hub whose labels are numbers
 CATEGORIES = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]  # of those that it has
@@ -261,14 +270,14 @@ class ChunkSpool:
         array = np.asarray(ids[: count * self.chunk_size], dtype=np.int64)
         if len(array) and not 0 <= array.min() <= array.max() < self.vocab_size:
             raise DataError(f"a document of {category} has the token {array.max()}, but vocab_size = {self.vocab_size}")
-        array.astype(self.dtype).tofile(self.tokens)
-        np.full(count, self.document, dtype=np.int64).tofile(self.documents)
+        self.tokens.write(array.astype(self.dtype))
+        self.documents.write(np.full(count, self.document, dtype=np.int64))
         self.dropped += len(ids) - len(array)
         self.sizes[category] += count
         self.document += 1
 
-    def write(self, path: Path, **attributes) -> None:
-        """The HDF5 file; raises DataError if a category has no chunk."""
+    def write(self, path: Path, arrays: dict[str, np.ndarray] | None = None, **attributes) -> None:
+        """The HDF5 file, with further arrays by name and attributes; raises DataError if a category has no chunk."""
         for category, count in self.sizes.items():
             if not count:
                 raise DataError(
@@ -302,6 +311,9 @@ class ChunkSpool:
             file.attrs["selected_categories_in_file"] = names
             file.attrs["reference_chunk_budget_smallest_top_category"] = min(self.sizes.values())
             file.attrs.update(attributes)
+            for name, array in (arrays or {}).items():
+                file[name] = array
+            seal(file, codes, names)
 
     def close(self) -> None:
         self.tokens.close()
@@ -411,32 +423,14 @@ def open_chunks(path: str | Path) -> tuple[h5py.File, list[str], np.ndarray]:
 
     Raises DataError for a file that is missing, truncated or foreign, or lacks a dataset.
     """
+    if not Path(path).exists():
+        raise DataError(f"{path}: no such file; make it with python prepare_data.py arxiv or ergodic")
+    file = open_hdf5(path)
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        lack = "damaged or no HDF5 file" if Path(path).exists() else "no such file"
-        raise DataError(f"{path}: {lack}; make it with python prepare_data.py arxiv or ergodic") from error
-    for name, ndim in (("token_chunks", 2), ("category_for_chunk", 1), ("doc_idx_for_chunk", 1)):
-        if name not in file or file[name].ndim != ndim:
-            raise DataError(f"{path} has no dataset {name!r} of {ndim} dimensions; it has {', '.join(file) or 'none'}")
-    tokens = file["token_chunks"]
-    labels = file["category_for_chunk"]
-    documents = file["doc_idx_for_chunk"]
-    if not len(tokens) or not len(tokens) == len(labels) == len(documents):
-        raise DataError(f"{path}: token_chunks, category_for_chunk and doc_idx_for_chunk must have one length, above 0")
-    if tokens.dtype.kind not in "ui":
-        raise DataError(f"{path}: token_chunks holds {tokens.dtype}, not whole numbers")
-    if "category_code" in file and "names" in file["category_code"].attrs:
-        codes = file["category_code"]
-        names = [str(name) for name in codes.attrs["names"]]
-        return file, names, codes[:]
-    if h5py.check_string_dtype(labels.dtype) is None:
-        raise DataError(f"{path}: category_for_chunk holds {labels.dtype}, not names")
-    label_names = labels.asstr("utf-8")[:].astype(str)
-    names, first, codes = np.unique(label_names, return_index=True, return_inverse=True)
-    order = first.argsort()  # as they come in the file
-    place = order.argsort()  # of each name in that order
-    return file, names[order].tolist(), place[codes].astype(np.uint16)
+        return file, *layout(file)
+    except DataError:
+        file.close()
+        raise
 
 
 def map_tokens(file: h5py.File) -> np.ndarray:
@@ -444,15 +438,14 @@ def map_tokens(file: h5py.File) -> np.ndarray:
 
     A file whose chunks are compressed or scattered (the source's may be) is first copied to an unnamed temporary file.
     """
-    tokens = file["token_chunks"]
-    contiguous = tokens.chunks is None and tokens.id.get_offset() is not None
-    if contiguous and tokens.dtype.isnative:
+    tokens = member(file, "token_chunks", h5py.Dataset)
+    if is_mapped(file):
         return np.memmap(file.filename, tokens.dtype, "r", tokens.id.get_offset(), tokens.shape)
-    with tempfile.TemporaryFile() as copy:
-        mapped = np.memmap(copy, tokens.dtype.newbyteorder("="), "w+", shape=tokens.shape)
-        for begin in range(0, len(tokens), BLOCK):
-            mapped[begin : begin + BLOCK] = tokens[begin : begin + BLOCK]
-        return mapped
+    mapped = spooled_array(tokens.dtype.newbyteorder("="), *tokens.shape)
+    for begin in range(0, len(tokens), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        mapped[rows] = read(tokens, rows)
+    return mapped
 
 
 def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
@@ -468,34 +461,37 @@ def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
     with file:
         tokens = map_tokens(file)
         low, top = token_range(tokens)
-        size = int(file.attrs.get("vocab_size", 0)) or vocabulary_of(path, file, vocab_size, top + 1)
+        if not verify(file, tokens, codes, names, every=False) and "vocab_size" in file.attrs:  # one of ours
+            note(f"{path} has no checksums: whether it has changed cannot be said; prepared again it has them")
+        size = whole_attribute(file, "vocab_size", 1, MOST_TOKENS) or vocabulary_of(path, file, vocab_size, top + 1)
         if low < 0 or top >= size:
             wrong = low if low < 0 else top
             raise DataError(
                 f"{path} has the token {wrong}, but vocab_size = {size}: see python prepare_data.py inspect {path}"
             )
         # Numbers of documents may begin anew in each category: the pair is what tells them apart.
-        numbers = file["doc_idx_for_chunk"][:].astype(np.int64)
-        pairs = np.stack([codes.astype(np.int64), numbers], 1)
+        in_category = read(member(file, "doc_idx_for_chunk")).astype(np.int64)
+        pairs = np.stack([codes.astype(np.int64), in_category], 1)
         _, documents = np.unique(pairs, axis=0, return_inverse=True)
         smallest = np.bincount(codes, minlength=len(names)).min()
-        budget = file.attrs.get("reference_chunk_budget_smallest_top_category", smallest)
+        budget = whole_attribute(file, "reference_chunk_budget_smallest_top_category", 0)
         return {
             "tokens": tokens,
             "codes": codes,
             "documents": documents.ravel(),
             "names": names,
             "vocab_size": size,
-            "budget": int(budget),
-            "oracle": file["oracle_log_prob"][:] if "oracle_log_prob" in file else None,
+            "budget": int(smallest) if budget is None else budget,
+            "oracle": oracle(file, codes, len(names)),
             "fingerprint": chunk_fingerprint(file, tokens, codes, names),
         }
 
 
 def chunk_fingerprint(file: h5py.File, tokens: np.ndarray, codes: np.ndarray, names: list[str]) -> str:
     """The identity of chunks; of a file without a digest, that of a sample of its tokens and of its categories."""
-    if "sha256" in file.attrs:
-        return fingerprint(str(file.attrs["sha256"]))
+    digest = text_attribute(file, "sha256")
+    if digest:
+        return fingerprint(digest)
     return fingerprint(sample(tokens), sample(codes), *names)
 
 
@@ -592,13 +588,13 @@ def vocabulary_of(path: Path, file: h5py.File, least: int, needed: int) -> int:
 
     least: what another file of the same vocabulary needs, 0 where this is the first.
     """
-    named = str(file.attrs.get(TOKENIZER_NAME, ""))
+    named = text_attribute(file, TOKENIZER_NAME)
     tokenizer = tokenizer_beside(path, named)
     if tokenizer:
         try:
-            spec = json.loads(tokenizer.read_text(encoding="utf-8"))
+            spec = read_spec(tokenizer)
             tokens = {*spec["model"]["vocab"], *(token["content"] for token in spec.get("added_tokens") or ())}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"cannot read the tokenizer {tokenizer}, which {path} names: {reason(error)}") from error
         return max(least, needed, len(tokens))
     if named.endswith(".json") and not least:
@@ -607,7 +603,13 @@ def vocabulary_of(path: Path, file: h5py.File, least: int, needed: int) -> int:
 
 
 def tokenizer_beside(path: Path, named: str) -> Path | None:
-    """The tokenizer that a file of chunks names: beside it, as ours do, or from the root of a project with data/."""
+    """The tokenizer that a file of chunks names: beside it, as ours do, or from the root of a project with data/.
+
+    Raises DataError for a name that leads out of these folders: a file of others may name any file of the machine.
+    """
+    if Path(named).is_absolute() or ".." in Path(named).parts or "\0" in named:
+        raise DataError(f"{path} names the tokenizer {named!r}, outside its project, which is not read: put it beside "
+                        "the file and name it so")
     for folder in (path.parent, path.parent.parent, Path()):
         if named and (folder / named).is_file():
             return folder / named
@@ -626,8 +628,9 @@ def copy_tokenizer(data: str | Path, folder: Path) -> None:
         tokenizer = None
     if path.is_file() and not tokenizer:
         with open_chunks(path)[0] as file:
-            tokenizer = tokenizer_beside(path, str(file.attrs.get(TOKENIZER_NAME, "")))
+            tokenizer = tokenizer_beside(path, text_attribute(file, TOKENIZER_NAME))
     if tokenizer:
+        read_spec(tokenizer)  # a damaged one ends here
         shutil.copyfile(tokenizer, target)
     else:
         target.unlink(missing_ok=True)
@@ -658,10 +661,10 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
     path = Path(path)
     file, names, codes = open_chunks(path)
     with file:
-        chunks = file["token_chunks"]
-        documents = file["doc_idx_for_chunk"][:]
+        chunks = map_tokens(file)
+        documents = read(member(file, "doc_idx_for_chunk"))
         N, n = chunks.shape  # read block by block: the file may be larger than memory
-        vocab_size = int(file.attrs.get("vocab_size", 0))  # 0: the file does not say
+        vocab_size = whole_attribute(file, "vocab_size", 1, MOST_TOKENS) or 0  # 0: the file does not say
         counts, negative = count_tokens(chunks, vocab_size)
         problems = range_problems(counts, negative, vocab_size)
         problems += repeats(path, chunks)
@@ -677,34 +680,20 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
             print(f"  {name:<16} {held[0]:>17} {held[1]:>19} {held[2]:>19}")
             sizes[name] = size
             owners[name] = owner
-        tokenizer_file = str(file.attrs.get("tokenizer", ""))
-        expected = str(file.attrs.get("sha256", ""))
-        digest = digest_of(chunks, codes, names) if expected else ""
-    most_frequent = counts.argsort()[::-1][:tokens].tolist()
-    most_frequent = [token for token in most_frequent if counts[token]]
-    words = spelled(most_frequent, path.parent / tokenizer_file if tokenizer_file else None)
-    print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
-    if problems:
-        report(problems)
-    if digest != expected:
-        raise DataError(f"{path} is not what was prepared: its tokens and categories have the sha256 {digest[:16]}..., "
-                        f"not {expected[:16]}... as the file says; prepare the folder again")
-    if expected:
-        print(f"  tokens and categories are as they were prepared: sha256 {digest}")
-    else:
-        print("  prepared without a digest: whether it has changed cannot be said")
+        most_frequent = counts.argsort()[::-1][:tokens].tolist()
+        most_frequent = [token for token in most_frequent if counts[token]]
+        words = spelled(most_frequent, tokenizer_beside(path, text_attribute(file, "tokenizer")))
+        print(f"  most frequent: {', '.join(words)} (the first is {counts.max() / N / n:.1%} of all)")
+        if problems:
+            report(problems)
+        oracle(file, codes, len(names))
+        if verify(file, chunks, codes, names, every=True):
+            print(f"  tokens and categories are as they were prepared: sha256 {text_attribute(file, 'sha256')}")
+        else:
+            print("  prepared without a digest: whether it has changed cannot be said")
     if not problems:  # known only now
         report(problems)
     return {"chunks": sizes, "documents": owners, "problems": problems}
-
-
-def digest_of(chunks: h5py.Dataset, codes: np.ndarray, names: list[str]) -> str:
-    """The digest of all rows, read block by block."""
-    digest = ChunkDigest()
-    for begin in range(0, len(chunks), BLOCK):
-        rows = slice(begin, begin + BLOCK)
-        digest.add(chunks[rows], codes[rows])
-    return digest.hexdigest(chunks.shape[1], names)
 
 
 def inspect_folder(folder: Path, tokens: int = 20) -> dict:
@@ -718,7 +707,7 @@ def split_files(folder: Path) -> list[Path]:
     return [file for file in files if file.exists()] or sorted(folder.glob("*.hdf5"))
 
 
-def count_tokens(chunks: h5py.Dataset, vocab_size: int) -> tuple[np.ndarray, int]:
+def count_tokens(chunks: np.ndarray, vocab_size: int) -> tuple[np.ndarray, int]:
     """(how often each token occurs, at least vocab_size of them; how many are negative)."""
     counts = np.zeros(max(vocab_size, 1), dtype=np.int64)
     negative = 0
@@ -744,7 +733,7 @@ def range_problems(counts: np.ndarray, negative: int, vocab_size: int) -> list[s
     return problems
 
 
-def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
+def repeats(path: Path, chunks: np.ndarray) -> list[str]:
     """Problems: chunks that come twice in this file, or in another split beside it."""
     problems = []
     digests = hashes(chunks)
@@ -756,7 +745,7 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
             continue
         file, _, _ = open_chunks(other)
         with file:
-            other_chunks = file["token_chunks"]
+            other_chunks = map_tokens(file)
             if other_chunks.shape[1] != chunks.shape[1]:
                 continue
             shared = int(np.isin(digests, hashes(other_chunks)).sum())
@@ -765,7 +754,7 @@ def repeats(path: Path, chunks: h5py.Dataset) -> list[str]:
     return problems
 
 
-def hashes(chunks: h5py.Dataset) -> np.ndarray:
+def hashes(chunks: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every chunk [N]."""
     one = np.uint64(1)
     draws = np.random.default_rng(0)  # the same odd factors for every file; one for each place in a chunk
@@ -782,7 +771,7 @@ def hashes(chunks: h5py.Dataset) -> np.ndarray:
 
 def spelled(tokens: list[int], path: Path | None) -> list[str]:
     """Tokens in the spelling of the tokenizer in this file, where there is one."""
-    if path is None or not path.exists():
+    if path is None:
         return [str(token) for token in tokens]
     tokenizer = load_tokenizer(path)
     words = []

@@ -1,13 +1,13 @@
 """What an h5ad file or a folder of prepared cells holds and what is wrong with it, printed and returned."""
 
-import contextlib
 import math
 from pathlib import Path
 
 import h5py
 
 from common.errors import DataError
-from sources.cell_store import VERSION, content_digest, load_codes, read_meta, verify
+from sources import hdf5
+from sources.cell_store import content_digest, load_codes, read_meta, verify
 from sources.h5ad import H5ad, kind_of_values
 from sources.shared import counted, progress, report
 
@@ -78,9 +78,8 @@ def holds_cells(path: str) -> bool:
     """Whether an HDF5 file of any name is one of cells."""
     if not Path(path).is_file() or not h5py.is_hdf5(path):
         return False
-    with contextlib.suppress(OSError), h5py.File(path) as file:
-        return "obs" in file
-    return False
+    with hdf5.open_hdf5(path) as file:
+        return hdf5.has(file, "obs")
 
 
 def holds_store(folder: str | Path) -> bool:
@@ -94,9 +93,7 @@ def inspect_store(folder: str | Path) -> dict:
     Raises DataError for a folder that does not hold what was written.
     """
     store = Path(folder)
-    meta = read_meta(store)  # which verifies all but the matrices
-    if meta["version"] != VERSION:
-        raise DataError(f"{store} is of an earlier version, which no start reads: delete it")
+    meta = read_meta(store, values=False)  # which verifies all but the matrices
     for name in progress(sorted(meta["sizes"]), "verifying", "files"):
         verify(store, name, meta)
     survey = meta["survey"]

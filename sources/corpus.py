@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 from common.errors import DataError
+from sources.arrays import open_npy
 from sources.digests import fingerprint, sample
-from sources.text import read_stream
+from sources.streams import read_stream
 from sources.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 
 PIECE = 1 << 24  # tokens looked at at once
+ROWS = 1 << 16  # documents looked at at once
 ROUNDING = 1e-6  # nats a token that are no optimum but single precision
 
 
@@ -184,10 +186,34 @@ def read_corpus(folder: str) -> Corpus:
         corpus.version = meta["version"]
         corpus.chunk_size = meta["chunk_size"]
         corpus.first_id = meta["bos_id"]
-        corpus.oracle_nll = np.load(path / "val_oracle_nll.npy", mmap_mode="r")
-        corpus.plans = np.load(path / "val_plans.npy")
+        corpus.oracle_nll, corpus.plans = read_oracle(path, meta)
         return corpus
     if meta.get("val_bytes"):
         corpus.bytes_per_token = meta["val_bytes"] / meta["val_tokens"]
     corpus.first_id = meta.get("eos_id") or 0
     return corpus
+
+
+def read_oracle(path: Path, meta: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(exact -log p of validation tokens [documents, L], true plans of their chunks [documents, N]) of planted ones.
+
+    Raises DataError for arrays that are missing, damaged or not of these documents, and for what no oracle gives.
+    """
+    nll, plans = open_npy(path / "val_oracle_nll.npy"), np.array(open_npy(path / "val_plans.npy"))
+    documents, rest = divmod(meta["val_tokens"], meta["document_length"])
+    if rest or nll.shape != (documents, meta["document_length"] - 1) or plans.shape[:1] != (documents,):
+        raise DataError(f"{path}: val_oracle_nll.npy {nll.shape} and val_plans.npy {plans.shape} are not of its "
+                        f"{documents:,} documents of {meta['document_length']} tokens: prepare the folder again")
+    is_plan = plans.ndim == 2 and plans.dtype.kind in "iu" and (plans >= 0).all()
+    if not is_plan or plans.max() >= meta.get("num_plans", math.inf):
+        raise DataError(f"{path / 'val_plans.npy'} holds what are no plans: prepare the folder again")
+    is_nll = nll.dtype.kind == "f" and all(possible(nll[i : i + ROWS]) for i in range(0, len(nll), ROWS))
+    if not is_nll:
+        raise DataError(f"{path / 'val_oracle_nll.npy'} holds values that no -log p has (below 0, infinite, none): "
+                        "prepare the folder again")
+    return nll, plans
+
+
+def possible(nll: np.ndarray) -> bool:
+    """Whether all values may be -log p of something that came."""
+    return bool((np.isfinite(nll) & (nll >= -ROUNDING)).all())

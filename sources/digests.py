@@ -1,13 +1,17 @@
-"""The identity of prepared data: a digest of all of it, made while it is written, or a sample where there is none."""
+"""The identity of prepared data: digests of all of it and of samples, by which damage is found."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
+
+from common.errors import DataError
 
 SAMPLES = 64  # blocks of an array that a sample reads
 SAMPLE_TOKENS = 1 << 15  # of each: 64 kB of the usual type
 PIECE = 1 << 20  # tokens that are copied at once
+CHECKED_WHOLE = 1 << 28  # bytes: when training starts, a larger file is held against a digest of a sample alone
 
 
 def fingerprint(*parts: str) -> str:
@@ -36,6 +40,47 @@ def sample(array: np.ndarray) -> str:
         block = array[begin : begin + rows]
         digest.update(plain(block, "<u4"))
     return digest.hexdigest()
+
+
+def content(array: np.ndarray, dtype: str) -> str:
+    """A digest of an array's shape and of all its numbers as this type, whatever layout a file has them in."""
+    shape = str(array.shape)
+    digest = hashlib.sha256(shape.encode())
+    rows = max(1, PIECE * len(array) // max(array.size, 1))
+    for begin in range(0, len(array), rows):
+        digest.update(plain(array[begin : begin + rows], dtype))
+    return digest.hexdigest()
+
+
+def of_file(path: Path) -> dict:
+    """{bytes, sha256, sample} of a file; the sample is of its bytes as an array."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": digest, "sample": sample(as_bytes(path))}
+
+
+def as_bytes(path: Path) -> np.ndarray:
+    """All bytes of a file as a memory map."""
+    return np.memmap(path, np.uint8, "r")
+
+
+def check_file(path: Path, facts: dict, whole: bool) -> None:
+    """Hold a file against what `of_file` said of it; raises DataError for one that has changed.
+
+    whole: read all of it, and not a sample alone where it is large.
+    """
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise DataError(f"{path} has {size:,} bytes, but meta.json says {facts['bytes']:,}: prepare the folder again")
+    if whole or size <= CHECKED_WHOLE:
+        with open(path, "rb") as file:
+            kind, digest = "sha256", hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        kind, digest = "sample", sample(as_bytes(path))
+    if digest != facts[kind]:
+        raise DataError(f"{path} is not what was prepared: its {kind} is {digest[:16]}..., but meta.json says "
+                        f"{facts[kind][:16]}...; prepare the folder again")
 
 
 def plain(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -3,9 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -111,13 +109,14 @@ def mean_by_owner(values: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return np.stack([values[owner == k].mean(0) for k in range(owner.max() + 1)])
 
 
-def add_oracles(path: Path, log_prob: np.ndarray, owner: np.ndarray) -> None:
-    """Write what the exact predictors reach on the chunks of a file into it."""
+def oracles(log_prob: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
+    """What the exact predictors reach on the chunks of a file, by the name that it has there."""
     mixture, known = oracle_xe(log_prob, owner)
-    with h5py.File(path, "a") as file:
-        file["oracle_log_prob"] = log_prob.astype(np.float32)
-        file["oracle_xe_mixture"] = mixture
-        file["oracle_xe_component"] = known
+    return {
+        "oracle_log_prob": log_prob.astype(np.float32),
+        "oracle_xe_mixture": mixture,
+        "oracle_xe_component": known,
+    }
 
 
 def ergodic(
@@ -150,7 +149,6 @@ def ergodic(
         for s, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
             if not count:
                 continue
-            path = shop.folder / f"{split}.h5"
             log_prob = []  # [N, K, n] of each draw
             owner = []  # the component of each chunk
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
@@ -164,9 +162,15 @@ def ergodic(
                         of_components = [other.log_prob(cut) for other in processes]
                         log_prob.append(torch.stack(of_components, 1).numpy())
                         owner += [k] * len(cut)
-                chunks.write(path, tokenizer="", source="ergodic", seed=seed, components=json.dumps(components))
-            if split != "train":
-                add_oracles(path, np.concatenate(log_prob), np.array(owner))
+                exact = {} if split == "train" else oracles(np.concatenate(log_prob), np.array(owner))
+                chunks.write(
+                    shop.folder / f"{split}.h5",
+                    exact,
+                    tokenizer="",
+                    source="ergodic",
+                    seed=seed,
+                    components=json.dumps(components),
+                )
             sizes[split] = dict(chunks.sizes)
         # validation.h5 comes last: who waits for it (make_once) finds the others.
         shop.finish(*(f"{split}.h5" for split in ("train", "test", "validation") if split in sizes))

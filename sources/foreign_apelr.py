@@ -17,7 +17,7 @@ import torch
 from common.errors import CheckpointError, DataError
 from configurator import READ, Derived, note
 from sources.corpus import folder_of
-from sources.foreign_checkpoints import checkpoint_in, read_checkpoint, system_of
+from sources.foreign_checkpoints import checkpoint_in, converting, read_checkpoint, system_of
 from sources.given import is_on, value_of
 from sources.prepared import place_for
 from sources.text import HUB
@@ -283,7 +283,13 @@ def convert(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], i
     The settings are those of the model, and compat=source. A weight that we have no name for keeps its own; a head that
     is missing is zero, and printed. Raises CheckpointError where it is no such checkpoint.
     """
-    source = read(source) if isinstance(source, (str, Path)) else checked(source, "the source checkpoint")
+    where = source if isinstance(source, (str, Path)) else "the source checkpoint"
+    with converting(where, "APEL-R"):
+        return as_ours(checked(source, where) if isinstance(source, dict) else read(source))
+
+
+def as_ours(source: dict) -> tuple[dict, dict[str, torch.Tensor], int]:
+    """What `convert` returns, of what is in a checkpoint."""
     weights = plain_weights(source)
     settings = sizes_of(weights) | {"compat": "source"}
     saved = {}

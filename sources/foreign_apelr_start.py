@@ -24,7 +24,7 @@ from sources.foreign_apelr import (
     tokenizer_file,
     trained_with,
 )
-from sources.foreign_checkpoints import checkpoint_in
+from sources.foreign_checkpoints import checkpoint_in, converting
 
 SIZES = ("version", "backbone", "experts", "n_layers", "d_model", "n_heads", "token_dim", "num_plan_states",
          "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that decide the shapes of weights
@@ -123,9 +123,10 @@ def optimizer_settings(path: str | Path) -> dict:
     state = adamw_of(read(path))
     if not state:
         return {}
-    group = state["param_groups"][0]
-    beta1, beta2 = group["betas"]
-    return {"weight_decay": group["weight_decay"], "beta1": beta1, "beta2": beta2}
+    with converting(path, "APEL-R"):
+        group = state["param_groups"][0]
+        beta1, beta2 = map(float, group["betas"])
+        return {"weight_decay": float(group["weight_decay"]), "beta1": beta1, "beta2": beta2}
 
 
 def go_on(
@@ -150,6 +151,22 @@ def go_on(
             f"{path} has done {done} steps already, and max_steps = {max_steps}: ask for more of them, or for "
             f"init_from={path}, which begins at step 0 with its weights, or analyze={path}, which measures them"
         )
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    with converting(path, "APEL-R"):
+        carried = put_moments(path, source, model, optimizer)
+    adam = f"AdamW's moments of {carried} of {count} tensors" if carried else "no state of AdamW, which starts anew"
+    said = (
+        f"resumed from {path} of APEL-R at step {done}: its weights, {adam}, the rate of that step; it keeps no random "
+        "numbers and no loss scale, and batches are ours"
+    )
+    before, now = trained_with(source, "train", "lr"), optimizer.defaults["lr"]
+    if before not in (None, now):
+        said += f". It was trained with lr = {before} and goes on with {now}: name its YAML file to train as there"
+    return done, said
+
+
+def put_moments(path: str | Path, source: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """The state of AdamW of go_on; returns of how many parameters there was one."""
     settings, _, _ = convert(source)
     moments = {part: our_names(found, settings) for part, found in adam_state(source).items()}
     state = {}
@@ -167,16 +184,7 @@ def go_on(
             state[number] = known | {"step": known["step"].max()}  # of stacked heads all are the same
             carried += 1
     optimizer.load_state_dict({"state": state, "param_groups": ours})
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    adam = f"AdamW's moments of {carried} of {count} tensors" if carried else "no state of AdamW, which starts anew"
-    said = (
-        f"resumed from {path} of APEL-R at step {done}: its weights, {adam}, the rate of that step; it keeps no random "
-        "numbers and no loss scale, and batches are ours"
-    )
-    before, now = trained_with(source, "train", "lr"), optimizer.defaults["lr"]
-    if before not in (None, now):
-        said += f". It was trained with lr = {before} and goes on with {now}: name its YAML file to train as there"
-    return done, said
+    return carried
 
 
 def adam_state(source: dict) -> dict[str, dict[str, torch.Tensor]]:

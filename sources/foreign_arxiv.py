@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from common.errors import CheckpointError, reason
+from common.errors import CheckpointError
 from configurator import READ, Derived, convert, note
-from sources.foreign_checkpoints import read_checkpoint, system_of
+from sources.foreign_checkpoints import converting, read_checkpoint, system_of
 from sources.given import value_of
 
 CATEGORIES = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]  # by their number of chunks, the most first
@@ -291,13 +291,8 @@ def source_checkpoint(path: Path, defaults: dict[str, Any]) -> dict:
     """
     if not is_source_checkpoint(path):
         return {}
-    contents = read_checkpoint(path)
-    try:
-        return as_ours(contents, path, defaults)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is no whole checkpoint of the source ({reason(error)})") from error
+    with converting(path, "the source"):
+        return as_ours(read_checkpoint(path), path, defaults)
 
 
 def as_ours(contents: dict, path: Path, defaults: dict[str, Any]) -> dict:

@@ -1,15 +1,22 @@
 """Checkpoints of other systems: whose a file is, read without running anything that it names."""
 
+import contextlib
+import functools
+import io
 import pickle
+import pickletools
+import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import checkpoint, store
-from common.errors import CheckpointError
+from common.errors import CheckpointError, InputError, reason
+from common.plain import REPEATED_BYTES
 
 # What the checkpoints in the run folders of other systems are called, the first choice first.
 NAMES = ("final.ckpt", "last.ckpt", "best.ckpt", "checkpoint.pt", "best_model.pt", "latest.pt")
@@ -53,19 +60,34 @@ class Structure(pickle.Unpickler):
         return None
 
 
+def small(content: bytes) -> io.BytesIO:
+    """A pickle to be read, which asks for no more memory than its own size suggests.
+
+    Raises ValueError for a torn one, and for one that would have Python make a table of billions of places.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("PUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError("its pickle numbers more values than it has")
+    return io.BytesIO(content)
+
+
 def read_structure(path: Path) -> tuple[Structure, object]:
     """(the names in a checkpoint, its contents with None for every tensor): reads no tensor, and nothing of it runs."""
+    checkpoint.check_archive(path, reads_all=False)
     with zipfile.ZipFile(path) as archive:
         content = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        with archive.open(content) as file:
-            structure = Structure(file)
-            return structure, structure.load()
+        structure = Structure(small(archive.read(content)))
+        return structure, structure.load()
+
+
+def scalar(dtype: np.dtype, content: bytes) -> np.generic:
+    """A number of numpy as it pickles one; without its bytes numpy would make any size of zeros."""
+    return np.float64(0).__reduce__()[0](dtype, content)
 
 
 def stand_ins(path: Path) -> list[tuple]:
     """(what to use, name) for all that a checkpoint names beyond what torch's safe reader knows: nothing of it runs."""
-    number = np.float64(0).__reduce__()[0]  # makes a numpy scalar of a dtype and bytes
-    known = {"numpy.dtype": np.dtype, "numpy.core.multiarray.scalar": number, "numpy._core.multiarray.scalar": number}
+    known = {"numpy.dtype": np.dtype, "numpy.core.multiarray.scalar": scalar, "numpy._core.multiarray.scalar": scalar}
     structure, _ = read_structure(path)
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     dtypes = [type(np.dtype(kind)) for kind in np.typecodes["All"]]
@@ -76,16 +98,52 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> object:
     """What torch.save wrote, on the CPU: plain data and tensors as they are, anything else as an empty Inert.
 
     mmap: tensors are read when they are used.
-    Raises CheckpointError if the file is missing or damaged. No code of it runs.
+    Raises CheckpointError if the file is missing or damaged, by the checksums in it too. No code of it runs.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with torch.serialization.safe_globals(stand_ins(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        status = path.stat()
+        verify(path.resolve(), status.st_size, status.st_mtime_ns)
+        with torch.serialization.safe_globals(stand_ins(path)), warnings.catch_warnings(action="ignore"):
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        check_sizes(contents)
     except Exception as error:  # torch raises a dozen kinds for torn files; each means the same here
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+        raise CheckpointError(f"{path} {checkpoint.damage(error)}") from error
+    return contents
+
+
+@functools.lru_cache(maxsize=16)
+def verify(path: Path, size: int, changed: int) -> None:
+    """Raise an error where the checksums of a file of this size and time are not those of its parts; once for each."""
+    checkpoint.check_archive(path)
+
+
+def check_sizes(contents: object) -> None:
+    """Raise ValueError for a tensor that says more numbers than are stored, which would be made when it is used."""
+    seen = set()
+    left = [contents]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), REPEATED_BYTES):
+                raise ValueError(f"a tensor in it says {list(value.shape)}, more numbers than are stored")
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+
+
+@contextlib.contextmanager
+def converting(path: object, system: str) -> Iterator[None]:
+    """Around what makes ours of a checkpoint's contents, which may be anything: what fails there is a CheckpointError.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever values of other kinds and shapes make Python and torch raise
+        raise CheckpointError(f"{path} is no whole checkpoint of {system} ({reason(error)})") from error
 
 
 def source_file(path: Path) -> Path | None:

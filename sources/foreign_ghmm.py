@@ -13,7 +13,7 @@ import torch
 
 from common.errors import CheckpointError
 from configurator import READ, Derived, convert, note
-from sources.foreign_checkpoints import is_equinox, read_checkpoint, system_of
+from sources.foreign_checkpoints import converting, is_equinox, read_checkpoint, system_of
 from sources.given import is_null, is_on
 from sources.processes import all_parameters, make_process, parameters
 
@@ -37,15 +37,16 @@ NO_EFFECT = (  # names, sizes that follow from others, what is judged and writte
     "validation_data_generator.instance.pR2", "validation_data_generator.use_bos", "num_validation_steps",
     "log_expensive_every", "logging", "mlflow", "tracking", "metric_tracker", "training_metric_tracker",
     "eval_metric_tracker", "activation_tracker", "state_sampler", "training_state_sampler",
-    "validation_state_sampler", "lr_scheduler", "learning_rate_scheduler", "hydra", "filename", "prefix", "bucket",
-    "bucket_name", "model_framework", "config_filename", "tracking_uri", "registry_uri", "artifact_path",
+    "validation_state_sampler", "lr_scheduler", "learning_rate_scheduler", "hydra", "prefix", "bucket",
+    "bucket_name", "model_framework", "tracking_uri", "registry_uri", "artifact_path",
     "registered_model_name", "downgrade_unity_catalog", "file_path", "use_cache", "use_hook_tokens")  # fmt: skip
 TOGETHER = (  # what `complete` reads
     "_target_", "_partial_", "_recursive_", "_convert_", "process_names", "process_kwargs", "process_params",
     "process_weights", "component_weights", "vocab_maps", "add_bos_token", "bos_token", "eos_token", "use_eos",
     "d_vocab", "cfg.n_heads", "cfg.n_ctx", "instance.n_ctx", "cfg.seed", "instance.seed", "cfg.device",
     "instance.device", "cfg.positional_embedding_type", "attn_only", "act_type", "use_ln", "hidden_sizes",
-    "init_mode", "initializer_range", "betas", "eps", "eps_root", "nesterov", "amsgrad")  # fmt: skip
+    "init_mode", "initializer_range", "betas", "eps", "eps_root", "nesterov", "amsgrad", "filename",
+    "config_filename")  # fmt: skip
 ALIASES = {  # names of the source's command lines and YAML files, then those that a setting had here before
     "process_name": "process",
     "pR1": "p1",
@@ -124,6 +125,7 @@ NOT_BUILT = {  # group=NAME of what has no like here
     "gruformer": "the GRU in a transformer",
 }  # fmt: skip
 OTHER_PROCESS = "choose training_data_generator=mess3 or another of python train_ghmm.py --help"
+S3_CONFIG = "config.ini"
 OTHER_MODEL = "choose predictive_model=gru_rnn or predictive_model=transformer_lens_2L2H"
 
 
@@ -159,6 +161,7 @@ def complete(given: dict[str, Any], values: dict[str, Any], fields: dict[str, st
     more |= of_model(given, names, values | more, fields)
     more |= of_optimizer(given, names, values, fields)
     more |= of_intervals(names, values, fields)
+    more |= of_persister(given, names, fields)
     say_what_differs(given, names, values)
     return more
 
@@ -424,14 +427,29 @@ def of_intervals(names: dict, values: dict, fields: dict) -> dict[str, Any]:
     return more
 
 
+def of_persister(given: dict, names: dict, fields: dict) -> dict[str, Any]:
+    """s3_config, where checkpoints go to S3: the persister's file has bucket, prefix and profile as ours has."""
+    kind = "".join(chosen(given, {}, ("persistence", "persister"))).lower()
+    if "mlflow" in kind:
+        note("checkpoints are written to out_dir on this machine, not to MLflow")
+    if "s3" not in kind or "s3_config" in fields:
+        return {}
+    file = names.get("config_filename") or names.get("filename")
+    if not file and Path(S3_CONFIG).is_file():  # where the source looks if it is not told
+        file = S3_CONFIG
+    if not file:
+        note(f"checkpoints are written to out_dir on this machine, as no {S3_CONFIG} here names a bucket: "
+             "--s3_config=FILE.ini copies them to S3")
+        return {}
+    note(f"s3_config = {file}: out_dir is copied to s3://BUCKET/PREFIX/{{out_dir}}, of bucket and prefix in that file")
+    return {"s3_config": file}
+
+
 def say_what_differs(given: dict, names: dict, values: dict) -> None:
     """A line for each choice that changes no result, but where it is found."""
     logger, logs = chosen(given, {}, ("logging",))
     if "mlflow" in f"{logger}{logs}".lower():
         note("nothing is sent to MLflow: metrics go to metrics.jsonl in out_dir; --tensorboard and --wandb log as well")
-    persister, stores = chosen(given, {}, ("persistence", "persister"))
-    if any(word in f"{persister}{stores}".lower() for word in ("s3", "mlflow")):
-        note("checkpoints are written to out_dir on this machine, not to S3 or MLflow")
     elsewhere = ("hydra", "validation", "evaluation")
     seeds = {str(value) for key, value in given.items()
              if key.split(".")[-1] == "seed" and not key.startswith(elsewhere) and not is_null(value)}
@@ -467,10 +485,11 @@ def convert_checkpoint(path: str | Path) -> tuple[dict[str, Any], Weights, int]:
     """
     path = Path(path)
     step = re.fullmatch(r"(?:step_)?(\d+)", path.resolve().parent.name)
-    if is_equinox(path):
-        settings, weights = from_gru(read_leaves(path), path)
-    else:
-        settings, weights = from_hooked(plain_weights(read_checkpoint(path)), path)
+    with converting(path, "Simplexity"):
+        if is_equinox(path):
+            settings, weights = from_gru(read_leaves(path), path)
+        else:
+            settings, weights = from_hooked(plain_weights(read_checkpoint(path)), path)
     return settings, weights, int(step[1]) if step else 0
 
 
@@ -601,8 +620,10 @@ def read_leaves(path: Path) -> list[torch.Tensor]:
         with open(path, "rb") as file:
             while file.peek(1):
                 leaves.append(torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False)))
-    except (ValueError, EOFError, OSError, TypeError, MemoryError) as error:
+    except Exception as error:  # numpy evaluates a header that may hold anything
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+    if not all(leaf.is_floating_point() and leaf.isfinite().all() for leaf in leaves):
+        raise CheckpointError(f"{path} is damaged, or its training diverged: it holds what are no finite numbers")
     return leaves
 
 

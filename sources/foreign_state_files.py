@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import tomllib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 
 from common import checkpoint
 from common.errors import CheckpointError, reason
-from sources.foreign_checkpoints import read_checkpoint
+from sources.foreign_checkpoints import check_sizes, converting, read_checkpoint, scalar, small
 from sources.foreign_state import (
     SIZES_OF_DATA,
     complete_decoder,
@@ -30,7 +29,7 @@ from sources.foreign_state import (
     source_weights,
     translate,
 )
-from sources.splits import TABLES, pattern_of
+from sources.splits import TABLES, pattern_of, read_tables
 
 # Settings of the source's data that are settings of ours, and what values of them may be.
 OF_DATA = {
@@ -57,17 +56,20 @@ def _storage(content: bytes) -> object:
     return torch.load(io.BytesIO(content), weights_only=True)
 
 
-SCALAR = np.float64(0).__reduce__()[0]  # what numpy makes its values from
-ARRAY = np.zeros(1).__reduce__()[0]
+def _empty(kind: str, shape: tuple, dtype: str) -> np.ndarray:
+    """An array that gets its shape and numbers next; one of the shape that a file says may be of any size."""
+    return np.zeros(0, "b")
+
+
 BUFFER = np.zeros(1).__reduce_ex__(5)[0]
 PLAIN = {  # all that a pickle may name
     "collections.OrderedDict": OrderedDict,
     "numpy.dtype": np.dtype,
-    "numpy.ndarray": np.ndarray,
-    "numpy.core.multiarray.scalar": SCALAR,
-    "numpy._core.multiarray.scalar": SCALAR,
-    "numpy.core.multiarray._reconstruct": ARRAY,
-    "numpy._core.multiarray._reconstruct": ARRAY,
+    "numpy.ndarray": "ndarray",  # which nothing here calls
+    "numpy.core.multiarray.scalar": scalar,
+    "numpy._core.multiarray.scalar": scalar,
+    "numpy.core.multiarray._reconstruct": _empty,
+    "numpy._core.multiarray._reconstruct": _empty,
     "numpy.core.numeric._frombuffer": BUFFER,
     "numpy._core.numeric._frombuffer": BUFFER,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
@@ -93,8 +95,9 @@ def read_plain(path: Path) -> object:
     if path.suffix != ".pkl":
         return read_checkpoint(path)
     try:
-        with open(path, "rb") as file:
-            return Plain(file).load()
+        table = Plain(small(path.read_bytes())).load()
+        check_sizes(table)
+        return table
     except Exception as error:  # a torn pickle raises whatever its bytes happen to ask for
         raise CheckpointError(f"{path} is damaged, or holds more than names, numbers and tensors "
                               f"({reason(error)}): nothing of it was run") from error
@@ -131,6 +134,12 @@ def convert(path: str | Path, attention: str = "auto") -> tuple[dict, dict, int,
     weights can be trained from, but not be used by themselves.
     Raises CheckpointError if the file is missing, damaged or foreign. No code of it runs.
     """
+    with converting(path, "State"):
+        return as_ours(path, attention)
+
+
+def as_ours(path: str | Path, attention: str) -> tuple[dict, dict, int, dict, list[str]]:
+    """See convert."""
     weights, keywords, step = read_source_checkpoint(path)
     if not {"input_dim", "output_dim", "pert_dim", "hidden_dim"} <= keywords.keys():
         return {}, weights, step, {}, []
@@ -195,7 +204,7 @@ def data_settings(folder: Path) -> dict:
     if not said and config.is_file():
         try:
             said = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["kwargs"]
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        except Exception as error:  # torn YAML raises whatever its text happens to ask for
             raise CheckpointError(f"{config} does not say data: kwargs: ({reason(error)})") from error
     settings = {}
     for name, kind in OF_DATA.items():
@@ -235,10 +244,25 @@ def in_order(path: Path) -> list[str]:
     """The names of a dict name -> one-hot vector, by their numbers; empty where there is no file."""
     numbered = {}
     for name, vector in table_in(path).items():
-        if not isinstance(vector, (torch.Tensor, np.ndarray)) or not len(vector.shape) == 1 or not len(vector):
-            raise CheckpointError(f"{path} should hold names and one-hot vectors, but {str(name)!r} has none")
-        numbered[int(vector.argmax())] = str(name)
+        number = one_hot(vector)
+        if number is None:
+            raise CheckpointError(f"{path} should hold names and one-hot vectors, but {str(name)!r:.80} has none")
+        if number in numbered:
+            raise CheckpointError(f"{path} is damaged: {numbered[number]!r:.80} and {str(name)!r:.80} have one vector")
+        numbered[number] = str(name)
     return [numbered[number] for number in sorted(numbered)]
+
+
+def one_hot(vector) -> int | None:
+    """Where the one of a vector of zeros is; None for anything else."""
+    if not isinstance(vector, torch.Tensor | np.ndarray) or vector.ndim != 1:
+        return None
+    try:
+        values = torch.as_tensor(vector).double().numpy()
+    except (TypeError, RuntimeError, ValueError):  # no numbers, or sparse ones
+        return None
+    places = np.flatnonzero(values)
+    return int(places[0]) if len(places) == 1 and values[places[0]] == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -347,7 +371,7 @@ def write_names(folder: Path, cells, smol: bool) -> None:
 
 def whole_tables(toml: Path) -> dict:
     """The tables of the TOML of an experiment that mean something, with whole paths of files."""
-    tables = tomllib.loads(toml.read_text(encoding="utf-8-sig"))
+    tables = read_tables(toml)
     tables = {name: tables[name] for name in TABLES if name in tables}
     for name, text in tables["datasets"].items():
         tables["datasets"][name] = os.path.abspath(pattern_of(toml, str(text)))

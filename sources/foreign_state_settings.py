@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -385,12 +386,12 @@ EARLY_EMBEDDING = ["state-sets", "state"], ["state", "state"]  # what `emb` was 
 UNNEEDED = {"quiet", "verbose", "profile", "predict_only", "skip_adatas"}  # options that change no prediction
 
 
-def command(words: list[str]) -> list[str]:
-    """A command line of arc-state (`tx train ...`) or SmolState (`train ...`) as one of train_state.py.
+def command(argv: list[str] | None) -> list[str]:
+    """A command line of arc-state (`tx train ...`) or SmolState (`train ...`), or this one, as one of train_state.py.
 
     Raises InputError for verbs that other scripts serve, naming the command to type.
     """
-    words = list(words)
+    words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] in EARLY_EMBEDDING:
         raise InputError(NO_EMBEDDING)
     program = words.pop(0) if words and words[0] in PROGRAMS and set(words[1:2]) & (VERBS | ROOMS) else ""

@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,32 +9,73 @@ import h5py
 import numpy as np
 from scipy.sparse import csc_array, csr_array
 
-from common.errors import DataError, reason
+from common.errors import DataError, os_sentence, replacing
+from sources import hdf5
 from sources.columns import Categorical, Column, Nullable
-from sources.shared import counted, suggest
-
-
-def as_text(value) -> str:
-    """A value of HDF5 as text: bytes are UTF-8."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return str(value)
+from sources.hdf5 import as_text, member, numbers, read, where
+from sources.shared import counted, spooled_array, suggest
 
 
 def attribute(node, *names: str) -> str:
     """The first of these attributes that there is, as text."""
     for name in names:
-        if name in node.attrs:
-            return as_text(node.attrs[name])
+        value = hdf5.attribute(node, name)
+        if value is not None:
+            return as_text(value, f"{where(node)}, attribute {name!r},")
     return ""
 
 
-def plain(values) -> np.ndarray:
-    """A column as h5py reads it, at least one value: byte strings become text (dtype object), numbers stay."""
+def column_order(frame: h5py.Group, names: list[str]) -> list[str]:
+    """The columns of a frame in their order; names, where it does not say one."""
+    order = hdf5.attribute(frame, "column-order", names)
+    what = f"{where(frame)}, attribute 'column-order',"
+    return [as_text(name, what) for name in np.atleast_1d(order).ravel().tolist()]
+
+
+def plain(values, what: str) -> np.ndarray:
+    """A column as h5py reads it, at least one value: byte strings become text (dtype object), numbers stay.
+
+    Raises DataError for what is neither text nor numbers; what: whose values they are.
+    """
     values = np.atleast_1d(values)
-    if values.dtype.kind not in "SO":
+    if values.dtype.kind in hdf5.NUMBERS:
         return values
-    return np.array([as_text(value) for value in values.tolist()], object)
+    texts = values.ravel().tolist()
+    if values.dtype.kind not in "SO" or not all(isinstance(text, bytes | str) for text in texts):
+        raise DataError(f"{what} holds {values.dtype}, neither numbers nor text")
+    array = np.array([as_text(text, what) for text in texts], object)
+    return array.reshape(values.shape)
+
+
+def column_of(node: h5py.Dataset) -> np.ndarray:
+    """All values of a data set, numbers or text."""
+    if node.dtype.kind in hdf5.NUMBERS:
+        hdf5.check_numbers(node)
+    return plain(read(node), where(node))
+
+
+def categories_of(node: h5py.Dataset | h5py.Group) -> np.ndarray:
+    """The values that codes stand for. Raises DataError for one that is there twice."""
+    if isinstance(node, h5py.Group):  # of nullable text
+        node = member(node, "values", h5py.Dataset)
+    return distinct(column_of(node), where(node))
+
+
+def distinct(values: np.ndarray, what: str) -> np.ndarray:
+    """The values [n] as they are. Raises DataError for one that is there twice: the codes would say one thing."""
+    if values.ndim != 1:
+        raise DataError(f"{what} has shape {values.shape}, not 1 dimension")
+    known, times = np.unique(values, return_counts=True)
+    if (times > 1).any():
+        raise DataError(f"{what} has the category {known[times.argmax()]!r} twice: the file is damaged")
+    return values
+
+
+def codes(values: np.ndarray, what: str) -> np.ndarray:
+    """Values that should be codes. Raises DataError for others."""
+    if values.dtype.kind not in "iu":
+        raise DataError(f"{what} holds {values.dtype}, where its categories need codes")
+    return values
 
 
 def factor(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -50,15 +89,6 @@ def factor(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return code_of_distinct[codes.reshape(-1)], names
 
 
-def missing_file(path: Path) -> str:
-    """Why HDF5 does not open a file."""
-    if not path.exists():
-        return "no such file"
-    if path.is_dir():
-        return "it is a folder"
-    return "cut short, damaged or no HDF5 file: copy or make it again"
-
-
 class H5ad:
     """An h5ad file of any anndata, 0.1 to now, read by h5py alone. Opening checks structure, not values.
 
@@ -68,17 +98,13 @@ class H5ad:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            self.file = h5py.File(path, "r")
-        except OSError as error:
-            raise DataError(f"{path}: {missing_file(self.path)}") from error
-        with self.guard("the list of its parts"):
-            for part in ("obs", "var"):
-                if part not in self.file:
-                    raise DataError(
-                        f"{path} has no {part}, so it is no h5ad file of cells; "
-                        f"it has {', '.join(self.file) or 'nothing'}"
-                    )
+        self.file = hdf5.open_hdf5(path)
+        for part in ("obs", "var"):
+            if not hdf5.has(self.file, part):
+                raise DataError(
+                    f"{path} has no {part}, so it is no h5ad file of cells; "
+                    f"it has {', '.join(hdf5.names(self.file)) or 'nothing'}"
+                )
         self.rows = {}  # of obs and var, once their names are read
         self.obs_names = self._text("obs", None)
         self.var_names = self._text("var", None)
@@ -99,97 +125,96 @@ class H5ad:
     def __exit__(self, *error) -> None:
         self.file.close()
 
-    @contextlib.contextmanager
     def guard(self, what: str):
         """What HDF5 says of bytes that are not as they should be, as a DataError."""
-        try:
-            yield
-        except DataError:
-            raise
-        except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise DataError(
-                f"{self.path}: {what} cannot be read ({reason(error)}): the file is damaged or of an unknown layout"
-            ) from error
+        return hdf5.guard(f"{self.path}: {what}")
 
     # A frame, obs or var, is one compound data set in files of anndata before 0.7, and since then a group of columns.
 
     def _names(self, part: str) -> list[str]:
         """Everything in a frame: its columns, its index, and what older files keep beside them."""
-        frame = self.file[part]
-        return list(frame) if isinstance(frame, h5py.Group) else list(frame.dtype.names)
+        frame = member(self.file, part)
+        if isinstance(frame, h5py.Group):
+            return hdf5.names(frame)
+        if not frame.dtype.names or len(frame.shape or ()) != 1:
+            raise DataError(f"{where(frame)} holds {frame.dtype} of shape {frame.shape}, not a table")
+        return list(frame.dtype.names)
 
     def _index(self, part: str) -> str:
         """The column that names the rows."""
         names = self._names(part)
-        told = attribute(self.file[part], "_index")
+        told = attribute(member(self.file, part), "_index")
         if told:
             return told
+        if not names:
+            raise DataError(f"{self.path}: {part} is empty: it has no names of its rows")
         return next(name for name in ("_index", "index", *names) if name in names)
 
     def index_name(self, part: str) -> str:
         """What the names of the rows are called; "_index" where they are not."""
-        return attribute(self.file[part], "_index") or "_index"
+        return attribute(member(self.file, part), "_index") or "_index"
 
     def _columns(self, part: str) -> list[str]:
         """The columns of a frame in their order, without its index."""
-        with self.guard(part):
-            frame = self.file[part]
-            names = self._names(part)
-            order = [as_text(name) for name in frame.attrs.get("column-order", names)]
-            hidden = (self._index(part), "__categories")
-            columns = []
-            for name in order:
-                # A name of column-order may have slashes: then it is in the group, but not in its list.
-                is_there = name in names or name in frame
-                if is_there and name not in hidden:
-                    columns.append(name)
-            return columns
+        frame = member(self.file, part)
+        names = self._names(part)
+        hidden = (self._index(part), "__categories")
+        columns = []
+        for name in column_order(frame, names):
+            # A name of column-order may have slashes: then it is in the group, but not in its list.
+            if name not in names and not (isinstance(frame, h5py.Group) and hdf5.has(frame, name)):
+                raise DataError(f"{where(frame)} has no column {name!r}, which its column-order names: the file is "
+                                "damaged")
+            if name not in hidden:
+                columns.append(name)
+        return columns
 
     def _parts(self, part: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(values, None), or (codes, categories) with code -1 for a missing value."""
-        frame = self.file[part]
+        frame = member(self.file, part)
         if isinstance(frame, h5py.Dataset):  # anndata before 0.7
-            values = plain(frame.fields(name)[:])
+            with self.guard(f"{part} column {name!r}"):
+                hdf5.check_field(frame, name)
+                values = plain(frame.fields(name)[:], where(frame, name))
             categories = f"uns/{name}_categories"
-            if categories in self.file:
-                return values, plain(self.file[categories][()])
-            return values, None
-        node = frame[name]
+            if not hdf5.has(self.file, categories):
+                return values, None
+            return codes(values, where(frame, name)), categories_of(member(self.file, categories))
+        node = member(frame, name)
         if isinstance(node, h5py.Dataset):
-            reference = node.attrs.get("categories")
+            reference = hdf5.attribute(node, "categories")
             if isinstance(reference, h5py.Reference):  # anndata 0.7
-                return node[:], plain(self.file[reference][()])
-            return plain(node[()]), None
-        if "codes" in node:
-            categories = node["categories"]
-            if isinstance(categories, h5py.Group):  # of nullable text
-                categories = categories["values"]
-            return node["codes"][:], plain(categories[()])
+                return read(numbers(frame, name, "iu")), categories_of(hdf5.referred(node, reference))
+            return column_of(node), None
+        if hdf5.has(node, "codes"):
+            return read(numbers(node, "codes", "iu")), categories_of(member(node, "categories"))
         # Nullable, with a mask.
-        values, codes = np.unique(plain(node["values"][:]), return_inverse=True)
-        codes = np.where(node["mask"][:], -1, codes.reshape(-1))
-        return codes, values
+        values, places = np.unique(column_of(member(node, "values", h5py.Dataset)), return_inverse=True)
+        mask = read(numbers(node, "mask", "biu"))
+        if mask.shape != places.shape:
+            raise DataError(f"{where(node)}: its mask has shape {mask.shape} for {places.size:,} values")
+        return np.where(mask, -1, places), values
 
     def _coded(self, part: str, name: str | None, missing: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """As _parts, checked: a value for each row, unless some may be missing. None is the index."""
-        where = f"{part} column {name!r}" if name else f"the names of {part}"
-        with self.guard(where):
+        what = f"{part} column {name!r}" if name else f"the names of {part}"
+        with self.guard(what):
             values, categories = self._parts(part, name or self._index(part))
             rows = self.rows.get(part, len(values))
             if values.shape != (rows,):
-                raise DataError(f"{self.path}: {where} has shape {values.shape} for {rows:,} rows")
+                raise DataError(f"{self.path}: {what} has shape {values.shape} for {rows:,} rows")
             if categories is None:
                 lost = values != values  # NaN differs from itself
             else:
                 if rows and (values.max() >= len(categories) or values.min() < -1):
                     raise DataError(
-                        f"{self.path}: {where} has codes {values.min()} to {values.max()} "
+                        f"{self.path}: {what} has codes {values.min()} to {values.max()} "
                         f"for {len(categories)} categories"
                     )
                 lost = values < 0
             if lost.any() and not missing:
                 remedy = no_value(lost) if part == "obs" else f"has no value for row {lost.argmax()}: fill it in"
-                raise DataError(f"{self.path}: {where} {remedy}")
+                raise DataError(f"{self.path}: {what} {remedy}")
         return values, categories
 
     def _text(self, part: str, name: str | None) -> np.ndarray:
@@ -213,18 +238,18 @@ class H5ad:
         return columns
 
     def _is_masked(self, part: str, name: str) -> bool:
-        frame = self.file[part]
-        return isinstance(frame, h5py.Group) and isinstance(frame[name], h5py.Group) and "mask" in frame[name]
+        frame = member(self.file, part)
+        return isinstance(frame, h5py.Group) and hdf5.has(frame, f"{name}/mask")
 
     def _is_ordered(self, part: str, name: str) -> bool:
         """Whether the order of a column's categories means something: an attribute of theirs in anndata 0.7."""
-        frame = self.file[part]
+        frame = member(self.file, part)
         if isinstance(frame, h5py.Dataset):
             return False
-        node = frame[name]
+        node = member(frame, name)
         if isinstance(node, h5py.Dataset):
-            node = self.file[node.attrs["categories"]]
-        return bool(node.attrs.get("ordered", False))
+            node = hdf5.referred(node, hdf5.attribute(node, "categories"))
+        return bool(np.any(hdf5.attribute(node, "ordered", False)))
 
     def flags(self, part: str, name: str) -> np.ndarray | None:
         """A column of yes and no, bool [rows], however it is stored; a missing value is no. None if it is no such."""
@@ -293,7 +318,7 @@ class H5ad:
     def raw(self) -> str:
         """What the parts of raw begin with in the file: "raw/", "raw." before anndata 0.7, "" where there is none."""
         for prefix in ("raw/", "raw."):
-            if f"{prefix}X" in self.file and f"{prefix}var" in self.file:
+            if hdf5.has(self.file, f"{prefix}X") and hdf5.has(self.file, f"{prefix}var"):
                 return prefix
         return ""
 
@@ -304,11 +329,15 @@ class H5ad:
     @property
     def log_base(self) -> float:
         """What the logarithm of log(1 + x) is to, as uns/log1p/base says. Raises DataError for what is no base."""
-        base = self.file.get("uns/log1p/base")
-        if not isinstance(base, h5py.Dataset) or base.shape != ():  # None is stored as an empty data set
+        if not hdf5.has(self.file, "uns/log1p/base"):
             return math.e
-        with self.guard("uns/log1p/base"):
-            value = float(base[()])
+        base = member(self.file, "uns/log1p/base", h5py.Dataset)
+        if base.shape is None:  # None is stored as an empty data set
+            return math.e
+        hdf5.check_numbers(base)
+        if base.size != 1:
+            raise DataError(f"{where(base)} has shape {base.shape}, not one number: correct or delete it")
+        value = float(read(base).item())
         if not math.isfinite(value) or value <= 1:
             raise DataError(f"{self.path}: uns/log1p/base is {value:g}, no base of a logarithm: correct or delete it")
         return value
@@ -316,15 +345,17 @@ class H5ad:
     @property
     def keys(self) -> list[str]:
         """"X", "obsm/NAME", "layers/NAME", "raw/X", of those that there are: what matrix takes."""
-        keys = ["X"] if "X" in self.file else []
+        keys = ["X"] if hdf5.has(self.file, "X") else []
         for part in ("obsm", "layers"):
-            with self.guard(part):
-                node = self.file.get(part, ())
-                if isinstance(node, h5py.Dataset):  # anndata before 0.7
-                    names = [name for name in node.dtype.names or () if node.dtype[name].ndim == 1]
-                else:
-                    names = [name for name in node if is_matrix(node[name]) or is_table(node[name])]
-                keys += [f"{part}/{name}" for name in names]
+            if not hdf5.has(self.file, part):
+                continue
+            node = member(self.file, part)
+            if isinstance(node, h5py.Dataset):  # anndata before 0.7
+                names = [name for name in node.dtype.names or () if node.dtype[name].ndim == 1]
+            else:
+                parts = {name: member(node, name) for name in hdf5.names(node)}
+                names = [name for name, inner in parts.items() if is_matrix(inner) or is_table(inner)]
+            keys += [f"{part}/{name}" for name in names]
         if self.raw:
             keys.append("raw/X")
         return keys
@@ -337,7 +368,7 @@ class H5ad:
         keys = self.keys
         candidates = (key or "X", f"obsm/{key}", f"layers/{key}")
         place = next((candidate for candidate in candidates if candidate in keys), None)
-        if place is None and f"obsm/{key}" in self.file:
+        if place is None and hdf5.has(self.file, f"obsm/{key}"):
             raise DataError(f"{self.path}: obsm/{key} is no table of numbers: write it as an array")
         if place is None:
             names = [known.removeprefix("obsm/").removeprefix("layers/") for known in keys]
@@ -376,39 +407,25 @@ def is_table(node: h5py.Dataset | h5py.Group) -> bool:
     """Whether it is a data frame whose columns are all numbers, and so as good as a matrix."""
     if attribute(node, "encoding-type") != "dataframe":
         return False
-    columns = [node.get(as_text(name)) for name in node.attrs["column-order"]]
-    return bool(columns) and all(isinstance(column, h5py.Dataset) and column.dtype.kind in "iufb" for column in columns)
+    columns = [member(node, name) for name in column_order(node, [])]
+    kinds = [column.dtype.kind if isinstance(column, h5py.Dataset) else "" for column in columns]
+    return bool(kinds) and all(kind and kind in hdf5.NUMBERS for kind in kinds)
 
 
 class Table:
     """A data frame of numbers in the place of a data set [rows, columns]."""
 
     def __init__(self, frame: h5py.Group):
-        self.names = [as_text(name) for name in frame.attrs["column-order"]]
-        self.columns = [frame[name] for name in self.names]
-        self.shape = (len(self.columns[0]), len(self.columns))
+        self.names = column_order(frame, [])
+        self.columns = [numbers(frame, name) for name in self.names]
+        lengths = {len(column) for column in self.columns}
+        if len(lengths) > 1:
+            raise DataError(f"{where(frame)} has columns of different lengths, {sorted(lengths)}: the file is damaged")
+        self.shape = (lengths.pop(), len(self.columns))
         self.dtype = np.result_type(*(column.dtype for column in self.columns))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return np.stack([column[rows] for column in self.columns], axis=1)
-
-
-def check_sources(where: str, node, folder: Path) -> None:
-    """Raise DataError for a virtual data set whose sources are gone: HDF5 reads zeros in their place, without a word.
-
-    folder: of its file, from which its sources are named.
-    """
-    if not isinstance(node, h5py.Dataset) or not node.is_virtual:
-        return
-    for source in node.virtual_sources():
-        if source.file_name == "." or "%" in source.file_name:  # the file itself; a pattern, of which some may be gone
-            continue
-        places = [folder / source.file_name, Path(source.file_name)]
-        if not any(place.exists() for place in places):
-            raise DataError(
-                f"{where} is a virtual data set of {source.file_name}, which is not there, so that zeros would be "
-                "read: put that file back, or copy the data into one file"
-            )
 
 
 class Matrix:
@@ -425,13 +442,14 @@ class Matrix:
         self.where = f"{source.path}: {key}"
         place = f"{source.raw}X" if key == "raw/X" else key
         part, _, name = place.partition("/")
-        parent = source.file[part]
+        parent = member(source.file, part)
         self.by_rows = None  # a CSC matrix once it is transposed
         if isinstance(parent, h5py.Dataset) and name:  # a field of a compound data set: anndata before 0.7
+            hdf5.check_field(parent, name)
             self.node = parent.fields(name)
             kind = parent.dtype[name]
         else:
-            self.node = parent[name] if name else parent
+            self.node = member(parent, name) if name else parent
             if is_table(self.node):
                 self.node = Table(self.node)
             kind = getattr(self.node, "dtype", None)
@@ -442,14 +460,15 @@ class Matrix:
             if kind.shape:
                 self.shape = (len(parent), *kind.shape)
             else:
-                self.shape = tuple(self.node.shape)
+                self.shape = tuple(self.node.shape or ())
             self.nnz = math.prod(self.shape)
             kinds = [kind.base]
-            check_sources(self.where, self.node, source.path.parent)
         are_numbers = kinds[0].kind in "iufb"
         whole_numbers = all(kind.kind in "iu" for kind in kinds[1:])  # of indices and indptr
         if len(self.shape) != 2 or not are_numbers or not whole_numbers:
             raise DataError(f"{self.where} holds {kinds[0]} of shape {self.shape}, not a table of numbers")
+        if isinstance(self.node, h5py.Dataset):
+            hdf5.check_numbers(self.node)
 
     def _open_sparse(self) -> list[np.dtype]:
         """Format, shape and number of values; the types of data, indices and indptr."""
@@ -457,25 +476,29 @@ class Matrix:
         self.format = attribute(node, "encoding-type", "h5sparse_format")[:3]
         if self.format not in ("csr", "csc"):
             raise DataError(f"{self.where} is {self.format or 'of no known encoding'}, not dense, CSR or CSC")
-        name = "shape" if "shape" in node.attrs else "h5sparse_shape"
-        self.shape = tuple(map(int, node.attrs[name]))
-        self.nnz = len(node["data"])
-        pointers = node["indptr"]
+        name = "shape" if hdf5.attribute(node, "shape") is not None else "h5sparse_shape"
+        shape = np.asarray(hdf5.attribute(node, name, ()))
+        if shape.shape != (2,) or shape.dtype.kind not in "iu" or shape.min() < 0:
+            raise DataError(f"{self.where} has the shape {shape.tolist()}, not rows and columns: the file is damaged")
+        self.shape = tuple(map(int, shape))
+        # The matrix keeps them: each is checked once, and read many times.
+        self.parts = {"data": numbers(node, "data")}
+        for part in ("indices", "indptr"):
+            self.parts[part] = numbers(node, part, "iu")
+        self.nnz = len(self.parts["data"])
+        pointers = self.parts["indptr"]
         major = self.shape[0] if self.format == "csr" else self.shape[1]
-        is_whole = len(pointers) == major + 1 and len(node["indices"]) == self.nnz
-        if not is_whole or pointers[0] != 0 or pointers[-1] != self.nnz:
+        is_whole = len(pointers) == major + 1 and len(self.parts["indices"]) == self.nnz
+        if not is_whole or read(pointers, 0) != 0 or read(pointers, major) != self.nnz:
             raise DataError(
                 f"{self.where}: its data, indices and indptr are not of one sparse matrix of "
                 f"{self.shape[0]:,} x {self.shape[1]:,}"
             )
-        parts = [node[name] for name in ("data", "indices", "indptr")]
-        for stored_part in parts:
-            check_sources(self.where, stored_part, self.source.path.parent)
-        return [stored_part.dtype for stored_part in parts]
+        return [stored_part.dtype for stored_part in self.parts.values()]
 
     def _pointers(self) -> np.ndarray:
         """indptr, int64, ascending."""
-        pointers = self.node["indptr"][:].astype(np.int64)
+        pointers = read(self.parts["indptr"]).astype(np.int64)
         if (np.diff(pointers) < 0).any():
             raise DataError(f"{self.where}: indptr falls, so the matrix is damaged")
         return pointers
@@ -495,8 +518,8 @@ class Matrix:
     def _read(self, start: int, stop: int, pointers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(data, indices) of these rows (CSC: columns), indices in range."""
         part = slice(int(pointers[start]), int(pointers[stop]))
-        data = single(self.node["data"][part])
-        indices = self.node["indices"][part]
+        data = single(read(self.parts["data"], part))
+        indices = read(self.parts["indices"], part)
         rows, columns = self.shape
         if self.format == "csr":
             bound, names = columns, "columns"
@@ -533,9 +556,8 @@ class Matrix:
             counts += np.bincount(row_of_value, minlength=rows)
         pointers = np.concatenate(([0], counts.cumsum()))
         size = max(self.nnz, 1)  # an empty file cannot be mapped
-        with tempfile.TemporaryFile() as data_file, tempfile.TemporaryFile() as indices_file:
-            data = np.memmap(data_file, np.float32, "w+", shape=size)
-            indices = np.memmap(indices_file, np.int32, "w+", shape=size)
+        data = spooled_array(np.float32, size)
+        indices = spooled_array(np.int32, size)
         free = pointers[:-1].copy()  # where the next value of each row goes
         for start, stop in self._stretches(by_column, columns):
             values, row_of_value = self._read(start, stop, by_column)
@@ -824,24 +846,20 @@ def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict, index: str = "_i
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the file to write")
-    saving = path.with_name(f".saving-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path.parent} cannot be made ({error.strerror}): use another folder") from error
     try:
-        with h5py.File(saving, "w") as file:
+        with replacing(path) as saving, h5py.File(saving, "w") as file:
             encoded(file, "anndata", "0.1.0")
             write_frame(file, "obs", np.asarray(obs_names), obs, index)
             for name in ("obsm", "layers", "varm", "obsp", "varp"):
                 write_values(file, name, {})
             write_values(file, "uns", uns)
             yield file
-        os.replace(saving, path)
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error}): free some space or choose another place") from error
-    finally:
-        saving.unlink(missing_ok=True)
+        raise DataError(f"{os_sentence(error)}. {path} was not written") from error
 
 
 def write_h5ad(

@@ -247,6 +247,19 @@ def follow(group: h5py.Group, name: str) -> h5py.Dataset | h5py.Group | h5py.Dat
         return node
 
 
+def check_below(group: h5py.Group, name: str) -> None:
+    """Raise DataError unless a member, and all that is in it, is of this file: HDF5 would copy links to others."""
+    nodes = [member(group, name)]
+    places = set()
+    while nodes:
+        node = nodes.pop()
+        with guard(where(node)):
+            place = h5py.h5o.get_info(node.id).addr
+        if isinstance(node, h5py.Group) and place not in places:
+            nodes += [member(node, inner) for inner in names(node)]
+        places.add(place)
+
+
 def check_dataset(node: h5py.Dataset) -> None:
     """Raise DataError for a data set of other files, or of more values than the file can hold. Nothing is read."""
     what = where(node)
@@ -319,19 +332,48 @@ def check_numbers(node: h5py.Dataset, kinds: str = NUMBERS, ndim: int | None = N
     with guard(what):
         shape = node.shape
         kind = node.id.get_type()
-        expected = h5t.py_create(node.dtype) if node.dtype.kind in NUMBERS else None
-    if expected is None or node.dtype.kind not in kinds:
+    if node.dtype.kind not in kinds:
         raise DataError(f"{what} holds {node.dtype} of shape {shape}, not {'whole ' if kinds in 'iu' else ''}numbers")
     if shape is None:
         raise DataError(f"{what} holds nothing (its space is null)")
     if ndim is not None and len(shape) != ndim:
         raise DataError(f"{what} has shape {shape}, not {ndim} dimension{'s' if ndim != 1 else ''}")
+    check_layout(kind, node.dtype, what)
+
+
+def check_layout(kind: h5t.TypeID, dtype: np.dtype, what: str) -> None:
+    """Raise DataError unless a type of HDF5 is what numpy calls dtype, bit by bit, and not merely turned into it."""
     with guard(what):
-        base = kind.get_super() if kind.get_class() == h5t.ENUM and node.dtype.kind != "b" else kind
-        is_plain = base.equal(expected)
+        if kind.get_class() == h5t.ENUM and dtype.kind != "b":
+            kind = kind.get_super()
+        is_plain = kind.equal(h5t.py_create(dtype))
     if not is_plain:
-        raise DataError(f"{what} holds numbers of an unknown layout, which would be read as {node.dtype}: the file is "
+        raise DataError(f"{what} holds numbers of an unknown layout, which would be read as {dtype}: the file is "
                         "damaged, or written by a system that should write plain ones")
+
+
+def check_field(node: h5py.Dataset, name: str) -> None:
+    """check_layout of a field of a compound data set, if it holds numbers; raises DataError, too, if it is not there.
+    """
+    what = where(node, name)
+    with guard(what):
+        dtype = node.dtype[name]
+        kind = node.id.get_type()
+        kind = kind.get_member_type(kind.get_member_index(name.encode()))
+        if kind.get_class() == h5t.ARRAY:
+            kind = kind.get_super()
+    if dtype.base.kind in NUMBERS:
+        check_layout(kind, dtype.base, what)
+
+
+def referred(node: h5py.Dataset, reference: h5py.Reference) -> h5py.Dataset:
+    """The data set of the same file that a reference, an attribute of `node`, means."""
+    with guard(f"what {where(node)} refers to"):
+        found = node.file[reference]
+    if not isinstance(found, h5py.Dataset):
+        raise DataError(f"{where(node)} refers to {where(found)}, which is no data set")
+    check_dataset(found)
+    return found
 
 
 def numbers(group: h5py.Group, name: str, kinds: str = NUMBERS, ndim: int | None = 1) -> h5py.Dataset:

@@ -3,15 +3,14 @@
 N documents of D tokens, K plans, S states, V tokens, chunks of C tokens.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sources.shared import Workshop, counted, progress
-from sources.text import stream_dtype, write_meta
+from sources.shared import Workshop, counted, progress, reserve
+from sources.streams import stream_dtype, write_meta
 
 BLOCK = 1_000  # documents drawn at once
 
@@ -205,26 +204,27 @@ def planted(
         nll = new_array(shop.folder / "val_oracle_nll.npy", np.float32, validation_documents, length - 1)
         for s, (split, count) in enumerate(counts.items(), 1):
             generator = np.random.default_rng([seed, s])  # of the split: 0 made the plans
-            digest = hashlib.sha256()
             plans = new_array(shop.folder / f"{split}_plans.npy", np.int64, count, document_chunks)
             with open(shop.folder / f"{split}.bin", "wb") as file:
                 for begin in progress(range(0, count, BLOCK), f"{split} documents", "kdoc"):
                     rows = slice(begin, min(begin + BLOCK, count))
                     tokens, plans[rows] = process.sample(rows.stop - begin, generator)
                     documents = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos)
-                    data = documents.astype(stream_dtype(bos + 1))
-                    data.tofile(file)
-                    digest.update(data)
+                    file.write(documents.astype(stream_dtype(bos + 1)))
                     if split == "val":
                         nll[rows] = oracle.add(tokens, plans[rows])
-            sizes[split] = {"tokens": count * length, "documents": count, "sha256": digest.hexdigest()}
+            sizes[split] = {"tokens": count * length, "documents": count}
+            plans.flush()
+        nll.flush()
         results = oracle.results()
+        files = ["train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy"]
         meta = write_meta(
             shop.folder,
             "planted",
             bos + 1,
             {"bos": bos},
             sizes,
+            files,
             tokenizer="",
             tokenizer_hash="",
             source="planted",
@@ -236,7 +236,7 @@ def planted(
             **results,
             transition_matrix=process.transition.tolist(),
         )
-        shop.finish("train.bin", "val.bin", "train_plans.npy", "val_plans.npy", "val_oracle_nll.npy", "meta.json")
+        shop.finish(*files, "meta.json")
     found = ""
     if results["oracle_nmi"] is not None:
         found = f"; the oracle finds the plan with NMI {results['oracle_nmi']:.4f}"
@@ -250,4 +250,9 @@ def planted(
 
 def new_array(path: Path, dtype: type, *shape: int) -> np.ndarray:
     """A .npy file of this shape, as a memory map to fill."""
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    dtype = np.dtype(dtype)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        file.flush()
+        reserve(file, file.tell() + dtype.itemsize * math.prod(shape))
+    return np.lib.format.open_memmap(path, "r+")

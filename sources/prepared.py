@@ -1,11 +1,11 @@
 """Prepared text held against what somebody wants: the settings of prepare_data.py text that should have made it."""
 
-import json
 import shlex
 from pathlib import Path
 
 from common.errors import DataError
 from sources.corpus import folder_of
+from sources.streams import read_meta
 from sources.tokenizer import OURS, Tokenizer, load_tokenizer
 
 DATA = Path("data")
@@ -47,13 +47,13 @@ def wanted(prepare: dict) -> str:
 def found(folder: Path, prepare: dict) -> str:
     """What a folder holds in the words of `wanted`, and with no more than that tells. Raises DataError."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_meta(folder)
         if not meta["tokenizer"]:
             return f"{meta['kind']} tokens, and no text"
         tokenizer = load_tokenizer(folder / meta["tokenizer"])
         source = meta["source"] if "input" in prepare else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no folder of prepare_data.py text ({type(error).__name__}: {error})") from error
+    except DataError as error:
+        raise DataError(f"{folder} is no folder of prepare_data.py text: {error}") from error
     # Where no size is asked for, as of characters, which are as many as the text has, none is told.
     size = tokenizer.vocab_size if prepare.get("vocab_size") else None
     return words_for(source, kind_of(tokenizer), size, bool(tokenizer.spec.get("lowercase")))
@@ -95,7 +95,7 @@ def check_prepared(name: str, prepare: dict | None) -> None:
     if holds == wants:
         return
     if "input" not in prepare:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_meta(folder)
         prepare = {"input": meta["source"] if meta["tokenizer"] else "FILE.txt"} | prepare
     place = place_for(prepare)
     other = f"{folder}_new" if place.exists() and not fits(place, prepare) else place

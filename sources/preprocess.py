@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from common.errors import DataError
+from sources import hdf5
 from sources.h5ad import (
     H5ad,
     Matrix,
@@ -221,20 +222,22 @@ def write_variable(file: h5py.File, blocks: Iterator[tuple], shape: tuple, chose
 
 def names_in(file: h5py.File, part: str) -> list[str]:
     """What a part of a file holds: a group, or the fields of a compound data set before anndata 0.7."""
-    node = file.get(part, {})
-    return list(node.dtype.names or ()) if isinstance(node, h5py.Dataset) else list(node)
+    if not hdf5.has(file, part):
+        return []
+    node = hdf5.member(file, part)
+    return list(node.dtype.names or ()) if isinstance(node, h5py.Dataset) else hdf5.names(node)
 
 
 def copy_obsm(file: h5py.File, cells: H5ad, keep: np.ndarray) -> list[str]:
     """The kept rows, bool [cells], of what obsm has but for X_hvg; returns the names of what cannot be copied."""
     left_out = []
-    source = cells.file.get("obsm")
     for name in names_in(cells.file, "obsm"):
         if name == "X_hvg":
             left_out.append("X_hvg (chosen anew)")
             continue
         with cells.guard(f"obsm/{name}"):
-            node = source.fields(name)[:] if isinstance(source, h5py.Dataset) else source[name]
+            source = hdf5.member(cells.file, "obsm")
+            node = source.fields(name)[:] if isinstance(source, h5py.Dataset) else hdf5.member(source, name)
             if isinstance(node, h5py.Group):
                 is_copied = copy_group(file["obsm"], name, cells, keep)
             else:
@@ -248,7 +251,7 @@ def copy_obsm(file: h5py.File, cells: H5ad, keep: np.ndarray) -> list[str]:
 
 def copy_group(group: h5py.Group, name: str, cells: H5ad, keep: np.ndarray) -> bool:
     """The kept rows of a table or a sparse matrix in obsm; False if it is neither."""
-    node = cells.file[f"obsm/{name}"]
+    node = hdf5.member(cells.file, f"obsm/{name}")
     if attribute(node, "encoding-type") == "dataframe":
         columns = {column: values[keep] for column, values in cells.frame(f"obsm/{name}").items()}
         write_frame(group, name, cells.obs_names[keep], columns, cells.index_name("obs"))
@@ -294,11 +297,11 @@ def copy_rest(file: h5py.File, cells: H5ad, key: str, keep: np.ndarray) -> list[
 
     key: of the matrix that became X. keep: cells of the new file, bool [cells].
     """
-    is_old = isinstance(cells.file["obs"], h5py.Dataset)  # anndata before 0.7
+    is_old = isinstance(hdf5.member(cells.file, "obs"), h5py.Dataset)  # anndata before 0.7
     same_genes = key != "raw/X"
     fits = {"uns": True, "varm": same_genes, "varp": same_genes, "obsp": keep.all()}
     left_out = []
-    for part in cells.file:
+    for part in hdf5.names(cells.file):
         if part in ("X", "obs", "var", "obsm"):
             continue
         names = [f"{part}/{name}" for name in names_in(cells.file, part)]
@@ -306,9 +309,10 @@ def copy_rest(file: h5py.File, cells: H5ad, key: str, keep: np.ndarray) -> list[
             names = [name for name in names if name.removeprefix("uns/") not in OF_X_HVG]
         if is_old:  # it keeps the categories of obs there
             names = [name for name in names if not name.endswith("_categories")]
-        if fits.get(part, False) and not isinstance(cells.file[part], h5py.Dataset):
+        if fits.get(part, False) and isinstance(hdf5.member(cells.file, part), h5py.Group):
             with cells.guard(part):
                 for name in names:
+                    hdf5.check_below(cells.file, name)
                     cells.file.copy(name, file[part])
         elif part.startswith("raw"):  # "raw", or "raw.X" and "raw.var" of old files
             if key != "raw/X" and part in ("raw", "raw.X"):

@@ -13,7 +13,6 @@ Dimensions: B batch, L tokens, V tokens of the vocabulary, S states, N words or 
 import hashlib
 import inspect
 import math
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError, reason
+from sources.arrays import read_array
 from sources.shared import closest, counted
 
 
@@ -245,6 +245,7 @@ ZOO = (
     post_quantum,
 )
 PROCESSES = {function.__name__: function for function in ZOO}
+MOST_SHOWN = 500  # characters of a setting in a message
 COMPOSED = {"nonergodic": ("components",), "custom": ("matrices",)}  # built from other processes, or read
 
 
@@ -957,7 +958,7 @@ def make_process(
         if name == "nonergodic":
             process = _mixture(initial_state=initial_state, **params)
         elif name == "custom":
-            process = _custom(_read_matrices(**params), initial_state)
+            process = _custom(_read_matrices(**params), initial_state, params.get("matrices"))
         else:
             process = Process(PROCESSES[name](**params), initial_state, name=name)
     except ProcessError:
@@ -965,15 +966,32 @@ def make_process(
     except Exception as error:  # a parameter of another type or far out of range, or a function that is not right yet
         if initial_state is not None:
             params["initial_state"] = initial_state
-        raise ProcessError(f"process {name} cannot be built from {params}: {reason(error)}") from error
+        raise ProcessError(f"process {name} cannot be built from {shown(params)}: {reason(error)}") from error
     if add_bos or add_eos:
         process = _framed(process, add_bos, eos_prob if add_eos else 0.0)
     return process
 
 
-def _custom(matrices: np.ndarray, initial_state) -> Process:
-    """The process of these matrices, with their fingerprint, and a note where they were scaled."""
-    process = Process(matrices, initial_state)
+def shown(value) -> str:
+    """A setting as messages show it: not all of long ones, nor of what is nested too deeply to be spelled."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "what is nested too deeply"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def _custom(matrices: np.ndarray, initial_state, source) -> Process:
+    """The process of these matrices, with their fingerprint, and a note where they were scaled.
+
+    source: the file that they are of, for messages, or they themselves.
+    """
+    try:
+        process = Process(matrices, initial_state)
+    except ProcessError as error:
+        if isinstance(source, (str, Path)):
+            raise ProcessError(f"{source}: {error}") from error
+        raise
     process.fingerprint = _digest(str(matrices.shape).encode() + matrices.tobytes())
     given = np.abs(matrices).sum()
     scale = float(given / process.transition_matrices.abs().sum())
@@ -993,15 +1011,11 @@ def _read_matrices(matrices=None) -> np.ndarray:
         raise ProcessError("process custom needs matrices: a nested list [V, S, S] or the path of an .npy or .npz file")
     is_file = isinstance(matrices, (str, Path))
     try:
-        data = np.load(matrices, allow_pickle=False) if is_file else matrices
-        if isinstance(data, np.lib.npyio.NpzFile):
-            names = data.files
-            is_named = "matrices" in names or len(names) != 1
-            data = data["matrices" if is_named else names[0]]
-        if is_file and not np.isrealobj(data):
-            raise ValueError("the numbers are complex")
+        data = read_array(matrices, "matrices") if is_file else matrices
+        if is_file and data.dtype.kind not in "iufb":
+            raise ValueError(f"it holds {data.dtype}")
         return np.asarray(data, dtype=np.float64)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         source = matrices if is_file else "the nested list"
         raise ProcessError(
             f"cannot read matrices from {source}: {error}; expected numbers of shape [V, S, S]"
@@ -1019,7 +1033,7 @@ class Component(NamedTuple):
 def _component(spec, where: str) -> Component:
     """Of {"process": NAME, "weight": 1, "vocab_map": [...], ...params}; where: how messages call it."""
     if not isinstance(spec, dict) or "process" not in spec:
-        raise ProcessError(f"{where} = {spec!r}: expected {{'process': NAME, ...}}")
+        raise ProcessError(f"{where} = {shown(spec)}: expected {{'process': NAME, ...}}")
     params = dict(spec)
     name = params.pop("process")
     weight = params.pop("weight", 1.0)

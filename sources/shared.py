@@ -1,18 +1,24 @@
 """What the sources share: a folder that is complete or not there, optional packages, progress, seeds."""
 
+import contextlib
 import difflib
+import errno
 import importlib
+import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import DataError
+from common.errors import DataError, os_error, os_sentence
+from common.store import on_disk
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # what files call them
@@ -35,29 +41,48 @@ WRITTEN = (  # all that a job may leave in its folder
     "validation.h5",
     "test.h5",
 )
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 WAIT_S = 600  # that ranks wait for data which rank 0 makes
 
 
 class Workshop:
-    """A folder beside the final one; `finish` renames its files into place, leaving early removes it."""
+    """A folder beside the final one; `finish` renames its files into place, leaving early removes it.
+
+    What the system refuses meanwhile is a DataError, which says what became of the folder.
+    """
 
     def __init__(self, out_dir: str):
-        self.target = Path(out_dir)
+        self.target = on_disk(out_dir)
         self.folder = self.target / f".saving-{os.getpid()}"
+        self.is_whole = True  # what an earlier preparation left
 
     def __enter__(self) -> "Workshop":
         try:
+            self.refuse_folders(WRITTEN)
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a killed process that had this number
             self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(f"out_dir = {self.target} cannot be made ({error.strerror}): use another folder") from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            what = getattr(error, "strerror", None) or error
+            raise DataError(f"out_dir = {self.target} cannot be made ({what}): use another folder") from error
         return self
+
+    def refuse_folders(self, names: Iterable[str]) -> None:
+        """Raises DataError where a folder has the name of a file that is to be put into place."""
+        for name in names:
+            if (self.target / name).is_dir():
+                raise DataError(f"{self.target / name} is a folder, where a file shall be written: move it, or use "
+                                "another out_dir")
 
     def finish(self, *names: str) -> None:
         """Put the files into place; what an earlier preparation left goes, and first of all its last name.
 
         So a kill between two renames cannot leave a set that looks whole.
         """
+        self.refuse_folders(names)
         stale = [name for name in WRITTEN if name not in names]
+        self.is_whole = False
         for name in [names[-1], *stale]:
             (self.target / name).unlink(missing_ok=True)
         for name in names:
@@ -65,8 +90,39 @@ class Workshop:
 
     def __exit__(self, kind, error, trace) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        if kind and not any(self.target.iterdir()):
-            self.target.rmdir()
+        if kind:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.target.rmdir()
+        failed = os_error(error)
+        if failed is None:
+            return
+        if failed.filename is None and failed.errno in DISK_ERRORS:
+            failed.filename = str(self.target)
+        became = f"{self.target} is incomplete: the same command makes it anew"
+        if self.is_whole:
+            became = f"{self.target} is as it was" if self.target.exists() else "Nothing was written"
+        sentence = os_sentence(failed).replace(f"{self.folder}{os.sep}", f"{self.target}{os.sep}")
+        raise DataError(f"{sentence}. {became}") from error
+
+
+def reserve(file: IO, size: int) -> None:
+    """Take the space of a file's `size` bytes now. Raises OSError.
+
+    A file that is mapped with holes in it ends the process by SIGBUS where the disk is full when they are written.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def spooled_array(dtype: np.dtype | type, *shape: int) -> np.ndarray:
+    """An array in an unnamed temporary file, memory-mapped. Raises DataError where it does not fit there."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            reserve(file, np.dtype(dtype).itemsize * math.prod(shape))
+            return np.memmap(file, dtype, "w+", shape=shape)
+    except OSError as error:
+        raise DataError(f"{math.prod(shape) * np.dtype(dtype).itemsize:,} bytes do not fit into the folder of "
+                        f"temporary files ({error.strerror or error}): set TMPDIR to a folder with room") from error
 
 
 def make_once(path: Path, make: Callable[[], object]) -> None:

@@ -23,11 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, regular_file
 from sources.shared import counter_rng, suggest
 
 SPLITS = ("train", "val", "test")
 TRAIN, VAL, TEST = 1, 2, 4  # bit s of a cell for SPLITS[s]: a control cell is in several
+MOST_PATTERNS = 10_000  # that braces may stand for
+BRACES = re.compile(r"\{([^{}]+)\}")
+MOST_PATTERNS = 10_000  # that braces may stand for
+LONGEST_PATTERN = 20_000  # characters
 TABLES = ("datasets", "training", "zeroshot", "fewshot")
 
 
@@ -71,17 +75,31 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
     that would have no effect (unknown tables, keys and values) and for a perturbation in val and test both.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.exists(path):  # which takes any text
         raise DataError(f"there is no file {path}: give the TOML of your data, or leave --toml out for synthetic cells")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as TOML: {error}") from error
+        return plan_of(path, read_tables(path), strict)
+    except RecursionError as error:  # of dotted keys, a hundred levels deep
+        raise DataError(f"{path} nests its tables too deeply: it needs two levels at most") from error
+
+
+def read_tables(path: Path) -> dict:
+    """The tables of a TOML as they are. Raises DataError for what is none."""
+    try:
+        return tomllib.loads(regular_file(path).read_text(encoding="utf-8-sig"))
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as TOML: {error!s:.200}") from error
+
+
+def plan_of(path: Path, tables: dict, strict: bool) -> Plan:
+    """What the tables of a TOML mean, checked as of read_toml."""
     for name, table in tables.items():
         if name not in TABLES:
-            objection(strict, f"{path} has a table [{name}], which means nothing{suggest(name, TABLES)}")
+            objection(strict, f"{path} has a table [{name:.80}], which means nothing{suggest(name[:80], TABLES)}")
         elif not isinstance(table, dict):
-            raise DataError(f"{path}: {name} = {table!r} should be a table [{name}]")
+            raise DataError(f"{path}: {name} = {table!r:.80} should be a table [{name}]")
 
     zeroshot = read_pairs(path, tables, "zeroshot", str, 'with "train", "val" or "test"', strict)
     fewshot = read_pairs(path, tables, "fewshot", dict, "with lists val and test", strict)
@@ -90,7 +108,7 @@ def read_toml(path: str | Path, strict: bool = True) -> Plan:
         if value == "train":
             trained.add(name)
         else:
-            objection(strict, f'{path}: [training] {name} = {value!r}: only "train" counts')
+            objection(strict, f'{path}: [training] {name:.80} = {value!r:.80}: only "train" counts')
     check_zeroshot(path, zeroshot)
     check_fewshot(path, fewshot, strict)
     datasets = find_datasets(path, tables, strict)
@@ -113,7 +131,7 @@ def read_pairs(
         if dot and (kind is str or isinstance(value, kind)):
             pairs[name, cell_type] = value
         else:
-            objection(strict, f'{path}: [{title}] {key} should be "{name}.CELL TYPE" in quotes, {what}')
+            objection(strict, f'{path}: [{title}] {key:.80} should be "{name:.80}.CELL TYPE" in quotes, {what}')
     return pairs
 
 
@@ -121,7 +139,7 @@ def check_zeroshot(path: Path, zeroshot: dict) -> None:
     """Raise DataError for a split that is none."""
     for pair, split in zeroshot.items():
         if split not in SPLITS:
-            raise DataError(f'{path}: [zeroshot] "{".".join(pair)}" = {split!r} is none of train, val, test')
+            raise DataError(f'{path}: [zeroshot] "{".".join(pair):.80}" = {split!r:.80} is none of train, val, test')
 
 
 def check_fewshot(path: Path, fewshot: dict, strict: bool) -> None:
@@ -133,7 +151,7 @@ def check_fewshot(path: Path, fewshot: dict, strict: bool) -> None:
                 hint = suggest(split, ("val", "test"))
                 objection(strict, f"{where} {split}: only val and test count, the rest trains{hint}")
             elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise DataError(f"{where} {split} = {names!r} should be a list of perturbations")
+                raise DataError(f"{where} {split:.80} = {names!r:.80} should be a list of perturbations")
         validates = set(lists.get("val", ()))
         tests = set(lists.get("test", ()))
         both = sorted(validates & tests)
@@ -159,7 +177,7 @@ def find_datasets(path: Path, tables: dict, strict: bool) -> dict[str, list[Path
             continue
         datasets[name] = find_files(path, name, text, strict)
         for file in datasets[name]:
-            first = dataset_of.setdefault(file.resolve(), name)
+            first = dataset_of.setdefault(os.path.realpath(file), name)
             if first != name:
                 objection(
                     strict,
@@ -174,16 +192,17 @@ def find_datasets(path: Path, tables: dict, strict: bool) -> dict[str, list[Path
 def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
     """The h5 and h5ad files of a text of [datasets], relative to the TOML: file, files of a folder, glob, {a,b}."""
     if not isinstance(text, str):
-        raise DataError(f"{toml}: [datasets] {name} = {text!r} should be a path or a pattern in quotes")
+        raise DataError(f"{toml}: [datasets] {name:.80} = {text!r:.80} should be a path or a pattern in quotes")
     by_stem: dict[str, Path] = {}
     for pattern in expand_braces(pattern_of(toml, text)):
         matches = match_files(pattern)
         if not matches:
-            objection(strict, f"{toml}: [datasets] {name} = {text!r}: there is no h5 or h5ad file at {pattern}")
+            where = f"{toml}: [datasets] {name} = {text!r:.200}"
+            objection(strict, f"{where}: there is no h5 or h5ad file at {pattern:.200}")
         for match in matches:
             file = Path(match)
             twin = by_stem.get(file.stem)
-            if twin and twin.resolve() != file.resolve():
+            if twin and os.path.realpath(twin) != os.path.realpath(file):
                 objection(
                     strict,
                     f"{toml}: data set {name} has two files called {file.stem}: {twin} and {file}; "
@@ -191,7 +210,7 @@ def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
                 )
             by_stem[file.stem] = file
     if not by_stem:
-        raise DataError(f"{toml}: [datasets] {name} = {text!r} has no file")
+        raise DataError(f"{toml}: [datasets] {name} = {text!r:.200} has no file")
     return list(by_stem.values())
 
 
@@ -208,7 +227,7 @@ def pattern_of(toml: Path, text: str) -> str:
 
 def match_files(pattern: str) -> list[str]:
     """The files of one pattern. Without .h5 or .h5ad it stands for folders, *.h5 before *.h5ad, or else for names."""
-    if Path(pattern).is_file():
+    if os.path.isfile(pattern):  # False for a text that is no name
         return [pattern]
     if pattern.endswith((".h5", ".h5ad")):
         return sorted(glob.glob(pattern))
@@ -227,15 +246,25 @@ def match_files(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """a{b,c}d -> abd, acd; several groups give every combination, the first one slowest."""
-    group = re.search(r"\{([^{}]+)\}", pattern)
-    if not group:
-        return [pattern]
-    before = pattern[: group.start()]
-    after = pattern[group.end() :]
-    texts = []
-    for option in group[1].split(","):
-        texts += expand_braces(before + option.strip() + after)
+    """a{b,c}d -> abd, acd; several groups give every combination, the first one slowest.
+
+    Raises DataError for a pattern that is longer than LONGEST_PATTERN or stands for more than MOST_PATTERNS.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        raise DataError(f"{pattern:.80}... is longer than {LONGEST_PATTERN:,} characters: use * in it")
+    texts = [pattern]
+    while any(BRACES.search(text) for text in texts):
+        expanded = []
+        for text in texts:
+            group = BRACES.search(text)
+            if not group:
+                expanded.append(text)
+                continue
+            for option in group[1].split(","):
+                expanded.append(text[: group.start()] + option.strip() + text[group.end() :])
+            if len(expanded) > MOST_PATTERNS:
+                raise DataError(f"{pattern:.80} stands for more than {MOST_PATTERNS:,} names: use * in it")
+        texts = expanded
     return texts
 
 

@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 
 from common.errors import DataError
-from sources.h5ad import H5ad, as_text, no_value
+from sources import hdf5
+from sources.h5ad import H5ad, column_of, no_value
 from sources.shared import counted
 
 CODES = ("file", "row", "cell_type", "perturbation", "batch")
@@ -176,13 +177,14 @@ def variable_names(file: H5ad, width: int) -> np.ndarray | int:
 
 def uns_texts(file: H5ad, name: str) -> list[str] | None:
     """A list of texts in uns; None where there is none."""
-    node = file.file.get(f"uns/{name}")
-    if isinstance(node, h5py.Group) and "values" in node:  # nullable text
-        node = node["values"]
+    if not hdf5.has(file.file, f"uns/{name}"):
+        return None
+    node = hdf5.member(file.file, f"uns/{name}")
+    if isinstance(node, h5py.Group) and hdf5.has(node, "values"):  # nullable text
+        node = hdf5.member(node, "values")
     if not isinstance(node, h5py.Dataset) or len(node.shape or ()) != 1:
         return None
-    with file.guard(f"uns/{name}"):
-        return [as_text(value) for value in node[:]]
+    return [str(value) for value in column_of(node).tolist()]
 
 
 def as_genes(file: H5ad, names: list[str]) -> np.ndarray:

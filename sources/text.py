@@ -1,4 +1,4 @@
-"""Text: documents from files, the hub or Python's own documentation, and streams of tokens with their meta.json."""
+"""Text: documents from files, the hub or Python's own documentation, made streams of tokens."""
 
 import ast
 import contextlib
@@ -21,12 +21,12 @@ import numpy as np
 
 from common.errors import DataError
 from sources.files import KINDS, UNREADABLE, kind_of, open_text, text_files, utf8_blocks
-from sources.shared import Workshop, closest, counted, optional, progress, quoted, report
+from sources.shared import Workshop, closest, counted, optional, progress, quoted
+from sources.streams import stream_dtype, write_meta
 from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
 
 LEAST, MOST = 2_000, 1 << 16  # bytes of a document cut from a running text
 READ_BYTES = 1 << 20  # of such a file, at once
-PIECE = 1 << 22  # tokens of a stream that are looked at at once
 MOST_CHARACTERS = 1 << 28  # of a cell of a table: a longer one is a quote that is not closed
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 22  # to the tokenizer at once
 HUB_BYTES = 1e9  # read of a hub data set where the settings name no limit
@@ -502,14 +502,13 @@ def batches(texts: Iterable[str], most: int = BATCH_CHARACTERS) -> Iterator[list
 
 def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, threads: int, most: int | None = None
                  ) -> dict:
-    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes, sha256}.
+    """All documents of a split in one stream, each followed by eos; returns {tokens, documents, bytes}.
 
     most: the stream ends before the document that would make it longer than so many tokens.
     Says how many tokens are unk: tokenizers of others have no token for some characters.
     """
     sizes = {"tokens": 0, "documents": 0, "bytes": 0}
     unk, unknown = tokenizer.special.get("unk", -1), 0
-    digest = hashlib.sha256()
     eos, dtype = tokenizer.special["eos"], stream_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "wb"))
@@ -532,9 +531,7 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             # A tokenizer.json of others may claim fewer tokens than it gives.
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gives the token {ids.max()}, but vocab_size = {tokenizer.vocab_size}")
-            data = ids.astype(dtype)
-            data.tofile(file)
-            digest.update(data)
+            file.write(ids.astype(dtype))
             unknown += int((ids == unk).sum())
             sizes["tokens"] += len(ids)
             sizes["documents"] += len(batch)
@@ -547,12 +544,7 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
     if unknown:
         print(f"note: {unknown:,} of {sizes['tokens']:,} tokens of the {split} text are unk: characters that the "
               "tokenizer has no token for, which are lost")
-    sizes["sha256"] = digest.hexdigest()
     return sizes
-
-
-def stream_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def prepare_text(
@@ -596,6 +588,7 @@ def prepare_text(
             encoder.vocab_size,
             encoder.special,
             sizes,
+            ["tokenizer.json", "train.bin", "val.bin"],
             tokenizer="tokenizer.json",
             tokenizer_hash=encoder.hash(),
             source=input or f"documentation of Python {platform.python_version()}",
@@ -606,119 +599,3 @@ def prepare_text(
           f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes; vocabulary {encoder.vocab_size:,} ({encoder.kind}"
           f"); written to {out_dir}")
     return meta
-
-
-# ------------------------------------------------------------------------------------------------ a folder of a stream
-
-
-def write_meta(folder: Path, kind: str, vocab_size: int, special: dict, sizes: dict, **more) -> dict:
-    """meta.json, from {split: {tokens, documents, bytes, sha256}}; ids of special tokens that there are not are null.
-    """
-    meta = {"kind": kind, "vocab_size": vocab_size, "dtype": stream_dtype(vocab_size).name}
-    for name in ("eos", "bos", "pad", "unk"):
-        meta[f"{name}_id"] = special.get(name)
-    for what in ("tokens", "documents", "sha256"):
-        for split, facts in sizes.items():
-            meta[f"{split}_{what}"] = facts[what]
-    meta["val_bytes"] = sizes["val"].get("bytes")
-    meta |= more
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    return meta
-
-
-def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(meta.json, {"train": tokens, "val": tokens} as memory maps) of a folder by `text` or `planted`.
-
-    Raises DataError for files that are missing, cut short, or not of one preparation.
-    """
-    folder, maker = Path(folder), "make it with python prepare_data.py text or planted"
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")  # on every machine
-        streams = {}
-        for split in ("train", "val"):
-            path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
-            size = path.stat().st_size
-            if size != count * dtype.itemsize:
-                raise DataError(f"{path} has {size:,} bytes, but meta.json says {count:,} tokens of {dtype.name}: "
-                                "prepare the folder again")
-            streams[split] = np.memmap(path, dtype, "r")
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; {maker}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        kind = type(error).__name__
-        raise DataError(f"{folder / 'meta.json'} is damaged or foreign ({kind}: {error}); {maker}") from error
-    return meta, streams
-
-
-def inspect_stream(folder: Path, tokens: int = 20) -> dict:
-    """Print what train.bin and val.bin of a folder hold, the most frequent tokens too; returns it with the problems."""
-    meta, streams = read_stream(folder)
-    vocab_size, problems, documents = meta["vocab_size"], [], {}
-    print(f"{folder}: {meta['kind']} from {meta['source']}, vocabulary {vocab_size:,}, {meta['dtype']}")
-    tokenizer = load_tokenizer(folder / meta["tokenizer"]) if meta["tokenizer"] else None
-    if tokenizer and tokenizer.hash() != meta["tokenizer_hash"]:
-        problems.append(f"{meta['tokenizer']} is not the tokenizer that made these tokens")
-    for split, stream in streams.items():
-        counts = count_stream(stream, vocab_size)
-        beyond = len(stream) - counts.sum()
-        if beyond:
-            those = counted(beyond, "token is", "tokens are")
-            problems.append(f"{split}.bin: {those} beyond vocab_size = {vocab_size}")
-        # A document of text ends with eos, a planted one begins with bos.
-        planted = meta["kind"] == "planted"
-        mark = meta["bos_id"] if planted else meta["eos_id"]
-        edge = stream[0] if planted else stream[-1]
-        documents[split] = int(counts[mark])
-        if edge != mark or documents[split] != meta[f"{split}_documents"]:
-            those = counted(documents[split], "document has", "documents have")
-            problems.append(f"{split}.bin: {those} the token {mark} where they should, not "
-                            f"the {meta[f'{split}_documents']:,} of meta.json")
-        top = counts.argsort(kind="stable")[::-1][:tokens].tolist()
-        words = [spelled(t, tokenizer, meta["bos_id"]) for t in top if counts[t]]
-        print(f"  {split:<5} {counted(len(stream), 'token'):>20} {counted(documents[split], 'document'):>19}; "
-              f"{counted(np.count_nonzero(counts), 'token occurs', 'tokens occur')}; most frequent: {', '.join(words)}")
-    if problems:
-        report(problems)
-    for split, stream in streams.items():
-        verify(folder / f"{split}.bin", stream, meta.get(f"{split}_sha256"))
-    if not problems:  # known only now
-        report(problems)
-    sizes = {split: len(stream) for split, stream in streams.items()}
-    return {"tokens": sizes, "documents": documents, "problems": problems}
-
-
-def verify(path: Path, stream: np.ndarray, expected: str | None) -> None:
-    """Hold all bytes of a file against the digest of its preparation, and say so; raises DataError if they differ."""
-    if not expected:
-        print(f"  {path.name} was prepared without a digest: whether it has changed cannot be said")
-        return
-    digest = hashlib.sha256()
-    for begin in range(0, len(stream), PIECE):
-        digest.update(stream[begin : begin + PIECE])
-    found = digest.hexdigest()
-    if found != expected:
-        raise DataError(f"{path} is not what was prepared: its sha256 is {found[:16]}..., but meta.json says "
-                        f"{expected[:16]}...; prepare the folder again")
-    print(f"  {path.name} is as it was prepared: sha256 {found}")
-
-
-def count_stream(stream: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token of the vocabulary occurs [V]."""
-    counts = np.zeros(vocab_size, np.int64)
-    for begin in range(0, len(stream), PIECE):
-        block = stream[begin : begin + PIECE]
-        counts += np.bincount(block[block < vocab_size], minlength=vocab_size)
-    return counts
-
-
-def spelled(token: int, tokenizer: Tokenizer | None, bos: int) -> str:
-    """A token as a reader wants to see it."""
-    if tokenizer is None:
-        return "<bos>" if token == bos else str(token)
-    for name in ("eos", "bos", "unk", "pad"):  # one token may be several of them
-        if tokenizer.special.get(name) == token:
-            return f"<{name}>"
-    return repr(tokenizer.decode([token]))

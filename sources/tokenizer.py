@@ -1,24 +1,37 @@
 """Tokenizers: byte-level BPE and characters of our own, and those of tiktoken and Hugging Face, behind one class."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import tiktoken
 
-from common.errors import DataError
+from common.errors import DataError, reason
+from sources.plain_json import read_json
 from sources.shared import optional
 
 PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|"""
            r"""\s+(?!\S)|\s+""")  # how text is split before BPE: GPT-4's
 SPECIAL = ("bos", "eos", "unk", "pad")
-OURS = ("char", "bpe", "gpt2")  # kinds that a tokenizer.json of this repository may be of
+OURS = {  # kinds that a tokenizer.json of this repository may be of, and what each says
+    "char": {"characters": str},
+    "bpe": {"pattern": str, "tokens": list},
+    "gpt2": {},
+}
+EXTRA = {"kind": str, "lowercase": bool, "special": list}  # said by some
+PROBES = (  # that every tokenizer must take; long runs are what patterns that go back and forth die of
+    "The quick brown fox doesn't jump over 1234567 lazy dogs: \u00e4\u00df \u4e2d\u6587 \U0001f600\r\n\n\tx  y\n ",
+    *(f"{run * 2_000}!{run * 40}" for run in ("a", "A", "7", " ", ".", "\n", "ab ", "\u00e4")),
+)
+PROBE_S = 30  # seconds that all of them may take; they take a hundredth of one
 HALF_BYTES = 16  # tokens that spell what has none of its own, two a byte
 FIRST_HALF = 0xD800  # they are decoded to surrogates from here on, which no text holds
 ESCAPED = re.compile("([\udc80-\udcff])")  # a byte that is no UTF-8, as Python's surrogateescape writes it
@@ -122,6 +135,10 @@ class Tokenizer:
         texts = [readable(text) for text in texts]
         if self.spec.get("lowercase"):
             texts = [text.lower() for text in texts]
+        with no_panic(f"the {self.kind} tokenizer"):
+            return self._encode_batch(texts, threads)
+
+    def _encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         if self.kind == "huggingface":
             texts = [ESCAPED.sub("\ufffd", text) for text in texts]
             return [row.ids for row in self.engine.encode_batch(texts, add_special_tokens=False)]
@@ -149,17 +166,61 @@ class Tokenizer:
         """The bytes of ids; bos, eos and pad are none."""
         silent = {self.special.get(name) for name in ("bos", "eos", "pad")}
         heard = [int(i) for i in ids if int(i) not in silent]
-        return self.engine.decode(heard).encode() if self.kind == "huggingface" else self.engine.decode_bytes(heard)
+        with no_panic(f"the {self.kind} tokenizer"):
+            if self.kind == "huggingface":
+                return self.engine.decode(heard).encode()
+            return self.engine.decode_bytes(heard)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.spec, ensure_ascii=False) + "\n", encoding="utf-8")
+        """A tokenizer.json; one of ours ends with its hash, by which damage is found."""
+        spec = {**self.spec, "sha256": self.hash()} if self.kind in OURS else self.spec
+        path.write_text(json.dumps(spec, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hash_of(spec: dict) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """Make a panic of the Rust in tiktoken and tokenizers, which is no Exception of Python, a DataError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what} gave up on a text ({reason(error)}): its pattern or vocabulary is damaged, or goes "
+                        "back and forth without end; use another") from error
+
+
+def probe(tokenizer: Tokenizer, source: str | Path) -> Tokenizer:
+    """The tokenizer, once it has taken some texts there and back. Raises DataError where it fails, or takes too long.
+    """
+    is_lossless = tokenizer.kind in OURS
+    trouble = []
+
+    def there_and_back() -> None:
+        try:
+            for text in PROBES:
+                back = tokenizer.decode(tokenizer.encode(text))
+                if is_lossless and back != (text.lower() if tokenizer.spec.get("lowercase") else text):
+                    raise DataError(f"{text[:20]!r} comes back as {back[:20]!r}")
+        except Exception as error:
+            trouble.append(error)
+
+    # A pattern may take forever inside the library, which no signal stops: a thread of its own can be left behind.
+    thread = threading.Thread(target=there_and_back, daemon=True)
+    thread.start()
+    thread.join(PROBE_S)
+    if thread.is_alive():
+        raise DataError(f"the tokenizer {source} takes more than {PROBE_S} s for a short text: its pattern goes back "
+                        "and forth without end; use another")
+    if trouble:
+        raise DataError(f"the tokenizer {source} is damaged: {trouble[0]}") from trouble[0]
+    return tokenizer
 
 
 def has_long_space(text: str) -> bool:
@@ -252,29 +313,43 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if str(source) == "gpt2":
         return gpt2_tokenizer({"kind": "gpt2"})
     spec = read_spec(source)
+    if "model" in spec:
+        return probe(foreign_tokenizer(spec, source), source)
+    if "kind" not in spec and "itos" not in spec:
+        raise DataError(f"{source} is no tokenizer.json of this repository, of APEL-R or of Hugging Face tokenizers")
     try:
-        if spec.get("kind") in OURS:
-            return make_tokenizer(spec)
         if "itos" in spec:
-            return listed_tokenizer(spec)
+            return probe(listed_tokenizer(spec), source)
+        check_spec(spec)
+        with no_panic(f"the tokenizer {source}"):
+            return probe(make_tokenizer(spec), source)
     except DataError:
         raise
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError) as error:
         raise DataError(f"cannot read the tokenizer {source}: {error}") from error
-    if "model" not in spec:
-        raise DataError(f"{source} is no tokenizer.json of this repository, of APEL-R or of Hugging Face tokenizers")
-    return foreign_tokenizer(spec, source)
 
 
 def read_spec(source: str | Path) -> dict:
-    """What a tokenizer.json says, of whatever kind. Raises DataError."""
+    """What a tokenizer.json says, of whatever kind; of ours without the hash that it ends with. Raises DataError."""
     try:
-        spec = json.loads(Path(source).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        spec = read_json(source)
+    except DataError as error:
         raise DataError(f"cannot read the tokenizer {source}: {error}") from error
-    if not isinstance(spec, dict):
-        raise DataError(f"cannot read the tokenizer {source}: it is no table of settings")
+    digest = spec.pop("sha256", None) if "kind" in spec else None
+    if digest is not None and digest != hash_of(spec):
+        raise DataError(f"the tokenizer {source} is damaged: it is not what was saved, by the sha256 in it; copy or "
+                        "make it again")
     return spec
+
+
+def check_spec(spec: dict) -> None:
+    """Raises ValueError for what no tokenizer.json of ours says."""
+    kinds = EXTRA | OURS.get(spec["kind"], {}) if isinstance(spec["kind"], str) else {}
+    if not kinds or spec["kind"] not in OURS:
+        raise ValueError(f"its kind {spec['kind']!r:.40} is none of {', '.join(OURS)}")
+    for name, value in spec.items():
+        if name not in kinds or not isinstance(value, kinds[name]):
+            raise ValueError(f"{name!r:.40} is not known here, or of another type")
 
 
 def make_tokenizer(spec: dict) -> Tokenizer:
@@ -313,7 +388,10 @@ def listed_tokenizer(spec: dict) -> Tokenizer:
 def gpt2_tokenizer(spec: dict) -> Tokenizer:
     """That of GPT-2, whose one special token is bos, eos and pad."""
     try:
-        engine = tiktoken.get_encoding("gpt2")
+        with no_panic("the tokenizer gpt2"):
+            engine = tiktoken.get_encoding("gpt2")
+    except DataError:
+        raise
     except Exception as error:  # the library raises what its transport raises
         raise DataError(f"tiktoken cannot fetch the vocabulary of gpt2 ({type(error).__name__}): go online once, or "
                         "set TIKTOKEN_CACHE_DIR to a folder that has it") from error
@@ -329,9 +407,13 @@ def foreign_tokenizer(spec: dict, source: str | Path) -> Tokenizer:
     try:
         if spec["model"].get("dropout"):
             plain["model"] = {**spec["model"], "dropout": None}
-        engine = library.Tokenizer.from_str(json.dumps(plain))
+        with no_panic(f"the tokenizer {source}"):
+            engine = library.Tokenizer.from_str(json.dumps(plain))
         engine.encode_special_tokens = True  # those in a text are plain text
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or ()}
+        check_ids(spec, added, engine.get_vocab(with_added_tokens=True))
+    except DataError:
+        raise
     except Exception as error:  # the library raises a bare Exception
         raise DataError(f"cannot read the tokenizer {source}: {error}") from error
     special = {}
@@ -340,3 +422,23 @@ def foreign_tokenizer(spec: dict, source: str | Path) -> Tokenizer:
         if ids:
             special[name] = ids[0]
     return Tokenizer("huggingface", engine, spec, special)
+
+
+def check_ids(spec: dict, added: dict[str, int], known: dict[str, int]) -> None:
+    """Raises ValueError where a token of a foreign file has two ids, or an id two tokens.
+
+    added: {text: id} of the tokens beside the vocabulary, as the file says. known: {text: id} of all, as the library
+    reads the file, which gives an id of its own to a token whose id is taken.
+    """
+    vocabulary = spec["model"].get("vocab") or {}
+    if isinstance(vocabulary, list):  # Unigram: [[text, score], ...], ids by place
+        vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
+    for text, number in [*vocabulary.items(), *added.items()]:
+        if known.get(text) != number:
+            raise ValueError(f"the token {text!r:.40} has the id {number} in the file, and another of that id or text "
+                             "is there too")
+    owners = Counter(known.values())
+    twice = next((number for number, times in owners.items() if times > 1), None)
+    if twice is not None:
+        names = [text for text, number in known.items() if number == twice]
+        raise ValueError(f"the id {twice} is that of {len(names)} tokens, {names[0]!r:.40} and {names[1]!r:.40}")

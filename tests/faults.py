@@ -56,9 +56,10 @@ from damage import CELLS, FORMATS, STORIES, TINY, Format, analysis, make_goods, 
 
 COLUMNS = ("clear", "right", "traceback", "hang", "silent", "vague", "unnoticed")
 GOOD = ("clear", "right", "unnoticed")
+KNOWN_CODES = (0, 1, 2, 130, 143)  # 130: it obeyed SIGINT, 143: SIGTERM
 PATIENCE_S = 100  # a trial that takes longer hangs: the slowest takes 10 on two busy cores
 MEMORY = 12 << 30  # bytes of address space of a trial: what asks for more is refused by the system
-TIMED = set("""time_s seconds tokens_per_second cells_per_second tokens_per_s cells_per_s mfu torch out_dir
+TIMED = set("""time_s seconds tokens_per_second cells_per_second tokens_per_s cells_per_s mfu torch out_dir folder
                step/tokens_per_second cum/tokens_per_second""".split())
 Hook = Callable[[], None]  # something to do in a process before its command starts
 
@@ -78,7 +79,7 @@ class Ending(NamedTuple):
         """A column, or "" where it ended with 0 and its finding decides."""
         if self.code is None:
             return "hang"
-        if "Traceback (most recent" in self.text or self.code not in (0, 1, 2, 130):
+        if "Traceback (most recent" in self.text or self.code not in KNOWN_CODES:
             return "traceback"
         if self.code == 0:
             return ""
@@ -259,15 +260,15 @@ def holds(finding: str, expected: str) -> bool:
     return lines <= set(finding.split("\n"))
 
 
-def undisturbed(command: str, needs: str, goods: Path) -> tuple[str, float]:
+def undisturbed(command: str, needs: str, goods: Path, ranks: int = 1) -> tuple[str, float]:
     """(the finding, the seconds) of a command that nothing disturbs; kept beside the goods."""
-    known = goods.parent / "findings" / hashlib.sha256(command.encode()).hexdigest()
+    known = goods.parent / "findings" / hashlib.sha256(f"{ranks} {command}".encode()).hexdigest()
     if not known.exists():
         known.parent.mkdir(exist_ok=True)
         with folder_apart("../whole"):
             fetch(goods, needs)
             began = time.monotonic()
-            ending = run(command)
+            ending = run(command) if ranks == 1 else on_ranks(command, ranks)[0]
             seconds = time.monotonic() - began
         if ending.code or not ending.finding:
             raise RuntimeError(f"{command} fails undisturbed: {ending.code} {ending.text[-2000:]}")
@@ -455,7 +456,12 @@ def stumble(call: int, action: Callable[[], None]) -> Hook:
 
     def install() -> None:
         save = torch.save
-        torch.save = lambda state, file, **options: save(state, Stumbling(file, call, action), **options)
+
+        def stumbling(state: Any, file: Any, **options) -> None:
+            is_open = hasattr(file, "write")
+            save(state, Stumbling(file, call, action) if is_open else file, **options)
+
+        torch.save = stumbling
 
     return install
 
@@ -566,6 +572,7 @@ def disk_fault(draw: random.Random, out: Path) -> tuple[str, list[Hook], Callabl
 
 def put_in_the_way(kind: str, target: Path) -> Callable[[], None]:
     """A folder, a full disk or a link to nowhere in the place of a file; returns how that is mended."""
+    is_new = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = target.rename(target.with_name("kept")) if target.exists() else None
     if kind == "full":
@@ -576,7 +583,9 @@ def put_in_the_way(kind: str, target: Path) -> Callable[[], None]:
         (target / "full").mkdir(parents=True)
 
     def mend() -> None:
-        if target.is_dir() and not target.is_symlink():
+        if is_new:
+            shutil.rmtree(target.parent)
+        elif target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
@@ -596,9 +605,12 @@ def disk_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
     what, hooks, mend = disk_fault(draw, Path(out))
     first = run(command, *hooks)
     mend()
+    if first.code == 0:  # it was not in the way
+        column = "right" if holds(first.finding, expected) else "silent"
+        return column, f"{what}: {command}\n{first.text}\n{differing(first.finding, expected)}"
     column, text = goes_on(command, expected, first)
     if column == "right":
-        column = first.verdict() or "right"
+        column = first.verdict()
     return column, f"{what}: {command}\n{text}"
 
 
@@ -607,7 +619,7 @@ def disk_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------------
 ODD_WORDS = ["", "[1", "\udcff", "é", "١", "x" * 300, "\n", "{'a': 1}"]
 ODD_WORDS += """-1 0 1 2 0.5 nan inf -inf 1e400 None null true x [] {} [1,2] a,b ../x ~ ~nobody/x ' nowhere.pt data
-                1_000 s3:// file:// http://x/y % $HOME 1,2 * a=b --""".split()
+                1_000 s3:// file:// http://x/y % $HOME 1,2 * a=b -- 1 2 3 0.5 0.1 true false none""".split()
 ODD_FILES = ["config/nowhere.py", "data/stories.jsonl", "/dev/null", "data", "train_ghmm.py", "x.yaml"]
 LEFT_OUT = {"wandb", "tensorboard", "compile", "max_steps", "multirun", "max_words"}  # what asks for more or for long
 COMMANDS = {f"train_{page}": [training(page)] for page in TINY} | {  # by script: such as end soon
@@ -632,7 +644,7 @@ def line_trial(script: str, draw: random.Random, goods: Path) -> tuple[str, str]
     fetch(goods, "data out foreign")
     words = draw.choice(COMMANDS[script]).split()
     settings, is_unknown = settings_of(words), False
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.randint(1, 2)):
         name, value = draw.choice(settings), draw.choice(ODD_WORDS)
         unknown = "".join(draw.choices("bcdfghjkq", k=9))
         word = draw.choice([f"--{name}={value}"] * 6 + [f"--{name}", f"--no-{name}", f"--{name[:-1]}q={value}", value,
@@ -703,29 +715,34 @@ def folder_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
 
 
 def rank_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
-    """Two ranks, one of which is killed: the other ends in 30 seconds and says so; then the same command on both."""
+    """Two ranks, one of which is killed or fails: the other ends in 30 seconds too, and one of them says why; then the
+    same command on both."""
     page, victim = draw.choice(list(TINY)), draw.randrange(2)
     command = training(page)
+    expected, _ = undisturbed(command, "data", goods, ranks=2)
     fetch(goods, "data")
     place, call = draw.choice([(STEP, draw.randint(2, 5)), (EVALUATIONS[page], 2)])
-    endings = two_ranks(command, victim, hook(place, call, send(signal.SIGKILL)))
-    again = two_ranks(command, 0, nothing)
-    column = endings[1 - victim].verdict() or ("silent" if endings[victim].code else "right")
-    for ending in again:
-        if ending.verdict():
-            column = "vague" if ending.verdict() == "clear" else ending.verdict()
-    told = [f"--- {ending.code}\n{ending.text}" for ending in (*endings, *again)]
-    return column, f"rank {victim} killed at {place} of {command}\n" + "\n".join(told)
+    action = draw.choice([send(signal.SIGKILL), refuse(errno.ENOSPC)])
+    endings = on_ranks(command, 2, {victim: hook(place, call, action)})
+    again = on_ranks(command, 2)
+    told = "\n".join(f"--- {ending.code}\n{ending.text}" for ending in (*endings, *again))
+    text = f"rank {victim} hit at {place} of {command}\n{told}\n{differing(again[0].finding, expected)}"
+    other = endings[1 - victim]
+    column = other._replace(text="".join(ending.text for ending in endings)).verdict()
+    if any(ending.code for ending in again):
+        return next(filter(None, (ending.verdict() for ending in again))).replace("clear", "vague"), text
+    return column if column and holds(again[0].finding, expected) else "silent", text
 
 
-def two_ranks(command: str, victim: int, fault: Hook, seconds: float = 30) -> list[Ending]:
-    """A command on two ranks, with a fault in one: how each ended, the other so many seconds after it."""
+def on_ranks(command: str, count: int, faults: dict[int, Hook] | None = None, seconds: float = 30) -> list[Ending]:
+    """A command on several ranks, with these faults in some: how each ended; the last, so many seconds after the first.
+    """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
               "TORCHELASTIC_USE_AGENT_STORE": "True"}
     ranks = []
-    for rank in range(2):
-        hooks = [fault] if rank == victim else []
+    for rank in range(count):
+        hooks = [faults[rank]] if rank in (faults or {}) else []
         ranks.append(Process(command, *hooks, **shared, RANK=str(rank), LOCAL_RANK=str(rank)))
     until(lambda: any([rank.poll() for rank in ranks]))
     until(lambda: all([rank.poll() for rank in ranks]), seconds)

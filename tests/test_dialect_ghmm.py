@@ -229,12 +229,26 @@ def test_several_runs_are_left_to_sweep(monkeypatch):
 def test_what_is_kept_elsewhere_is_told(capsys):
     read("persister=s3", "logging=mlflow_logger", "predictive_model.instance.seed=5")
     told = capsys.readouterr().err
-    assert "checkpoints are written to out_dir on this machine, not to S3" in told
+    assert "checkpoints are written to out_dir on this machine, as no config.ini here names a bucket" in told
     assert "--tensorboard and --wandb log as well" in told and "one seed is for model and data: seed = 0" in told
     read("seed=3", "training.seed=5")
     assert "one seed is for model and data: seed = 5" in capsys.readouterr().err
     read("persister=local", "logging=print_logger", "predictive_model.instance.seed=0")
     assert capsys.readouterr().err.count("\n") == 1  # what it is read as
+
+
+@pytest.mark.parametrize(("words", "s3_config"), [
+    ("persister=s3", "config.ini"),
+    ("persister=s3_eqx_persister persister.instance.config_filename=my.ini", "my.ini"),
+    ("persistence=s3_persister persistence.instance.filename=older.ini", "older.ini"),
+    ("persister=s3 persister.config_filename=my.ini s3_config=", ""),
+    ("persister=local persister.filename=model.eqx", ""),
+])  # fmt: skip
+def test_a_persister_to_s3_is_the_bucket_of_its_file(capsys, words, s3_config):
+    Path("config.ini").write_text("[aws]\nprofile_name = default\n[s3]\nbucket = b\nprefix = p\n")
+    assert read(*words.split()).s3_config == s3_config
+    told = f"note: s3_config = {s3_config}: out_dir is copied to s3://BUCKET/PREFIX/{{out_dir}}"
+    assert (told in capsys.readouterr().err) == bool(s3_config)
 
 
 # ------------------------------------------------------------------------------------------ configuration files
@@ -287,7 +301,7 @@ def test_a_resolved_file_is_the_run_that_it_was(capsys):
     cfg = read("config.yaml")
     assert has(cfg, process="mess3", x=0.1, a=0.7, model="gru", n_layers=2, d_model=8, lr=2e-3, beta1=0.8, beta2=0.99)
     assert has(cfg, weight_decay=1e-4, n_ctx=7, batch_size=4, max_steps=3, eval_interval=3, save_interval=2, seed=3)
-    assert "not to S3 or MLflow" in capsys.readouterr().err
+    assert "written to out_dir on this machine, as no config.ini here names a bucket" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="without effect here: .*validation_data_generator.*hydra"):
         found = train_ghmm.main(["config.yaml", "--max_words=100", "--eval_sequences=16", "--out_dir=run"])
     assert found["steps"] == 3 and math.isfinite(found["loss"])

@@ -324,7 +324,7 @@ COLUMN_FAULTS = {
     "mask": ("x", {"x": nullable(TYPES, [0, 0, 0, 0, 1])}, "no value for 1 of 5 rows, first for row 4"),
     "length": ("x", {"x": array(["a"] * 4)}, "has shape (4,) for 5 rows"),
     "beyond": ("x", {"x": categorical([0, 1, 2, 0, 0], ["a", "b"])}, "codes 0 to 2 for 2 categories"),
-    "half": ("x", {"x": lambda obs, name: obs.create_group(name)}, "cannot be read"),
+    "half": ("x", {"x": lambda obs, name: obs.create_group(name)}, "cells.h5ad: obs/x/values is not there"),
 }
 
 

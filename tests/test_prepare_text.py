@@ -26,6 +26,7 @@ import prepare_data
 from common.errors import DataError
 from measure.plans import verdict
 from prepare_data import PlantedConfig, TextConfig
+from sources import streams as stream_source
 from sources import text as text_source
 from sources.corpus import Corpus, read_corpus
 from sources.digests import sample
@@ -77,7 +78,7 @@ def contents(folder: str = "out") -> dict[str, bytes]:
 
 def documents(split: str, folder: str = "out") -> list[bytes]:
     """The documents of a stream, after every promise about it has been checked."""
-    meta, streams = text_source.read_stream(folder)
+    meta, streams = stream_source.read_stream(folder)
     tokens, tokenizer = streams[split], load_tokenizer(Path(folder, "tokenizer.json"))
     assert tokens.max() < meta["vocab_size"] == tokenizer.vocab_size and tokens[-1] == meta["eos_id"]
     ends = np.flatnonzero(tokens == meta["eos_id"])
@@ -491,7 +492,11 @@ def test_meta_says_what_the_files_hold():
     texts = stories()
     meta = prepare(write("a.json", texts), "--seed=7")
     tokenizer, val = load_tokenizer("out/tokenizer.json"), documents("val")
-    assert meta == json.loads(Path("out/meta.json").read_text()) == {
+    assert meta == json.loads(Path("out/meta.json").read_text())
+    files, _ = meta.pop("files"), meta.pop("digest")
+    assert {name: facts["sha256"] for name, facts in files.items()} == {
+        name: hashlib.sha256(Path("out", name).read_bytes()).hexdigest() for name in FILES - {"meta.json"}}
+    assert meta == {
         "kind": "text", "vocab_size": 300, "dtype": "uint16", "bos_id": 296, "eos_id": 297, "unk_id": 298,
         "pad_id": 299, "tokenizer": "tokenizer.json", "tokenizer_hash": tokenizer.hash(),
         "train_documents": 60 - len(val), "val_documents": len(val), "val_bytes": sum(map(len, val)),
@@ -539,8 +544,8 @@ def test_a_new_preparation_of_any_job_leaves_no_file_of_the_older_one():
     assert set(contents()) == {*FILES, "notes.md"}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
-def test_an_interruption_leaves_the_older_files_and_nothing_else(error, monkeypatch):
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError("no space left"), 2)])
+def test_an_interruption_leaves_the_older_files_and_nothing_else(error, code, monkeypatch):
     prepare(write("a.json", stories()))
     before, write_tokens = contents(), text_source.write_tokens
 
@@ -551,8 +556,9 @@ def test_an_interruption_leaves_the_older_files_and_nothing_else(error, monkeypa
 
     monkeypatch.setattr(text_source, "write_tokens", full)
     for folder in ("out", "new"):
-        with pytest.raises((KeyboardInterrupt, OSError)):
+        with pytest.raises(SystemExit) as end:
             prepare("--input=a.json", "--seed=5", f"--out_dir={folder}")
+        assert end.value.code == code
     assert contents() == before and not Path("new").exists()
 
 
@@ -566,7 +572,7 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", once)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         prepare("--input=a.json", "--seed=5")
     assert "meta.json" not in contents()
 
@@ -610,6 +616,12 @@ def test_ids_beyond_the_vocabulary_of_a_foreign_tokenizer_are_refused(capsys, mo
         def get_vocab_size(self):
             return 200
 
+        def get_vocab(self, with_added_tokens):
+            return {"</s>": 0}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
     monkeypatch.setitem(sys.modules, "tokenizers", SimpleNamespace(Tokenizer=SimpleNamespace(
         from_str=lambda spec: Letters())))
     write("hf.json", json.dumps({"model": {}, "added_tokens": [{"content": "</s>", "id": 0}]}))
@@ -631,6 +643,12 @@ class Words:
 
     def get_vocab_size(self) -> int:
         return 100
+
+    def get_vocab(self, with_added_tokens: bool) -> dict[str, int]:
+        return {"</s>": 0}
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join("x" * (i - 1) for i in ids)
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list:
         assert not self.dropout
@@ -700,7 +718,7 @@ def test_inspect_counts_and_finds_what_is_wrong(capsys):
     assert "documents have the token 1" in problems[2]
     for damage, words in ((lambda: tokens[:-1].tofile("out/train.bin"), "train.bin has"),
                           (lambda: Path("out/meta.json").write_text("{}"), "damaged or foreign"),
-                          (lambda: Path("out/meta.json").unlink(), "No such file")):
+                          (lambda: Path("out/meta.json").unlink(), "no such file")):
         damage()
         assert words in refused(capsys, "inspect", "out")
 
@@ -712,7 +730,8 @@ def without_digests(folder: str) -> None:
     """Make a folder what an older preparation wrote."""
     path = Path(folder, "meta.json")
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in meta.items() if not name.endswith("sha256")}))
+    later = ("train_sha256", "val_sha256", "files", "digest")
+    path.write_text(json.dumps({name: value for name, value in meta.items() if name not in later}))
 
 
 def put(path: str, place: int, value: int) -> None:
@@ -879,7 +898,7 @@ def test_the_chain_and_the_chunks_are_as_planted(version, length):
     assert meta["transition_matrix"] == ring
     process = planted_plans(PlantedConfig(version=version))
     plans = np.load("out/train_plans.npy")
-    tokens = text_source.read_stream("out")[1]["train"].reshape(-1, length)
+    tokens = stream_source.read_stream("out")[1]["train"].reshape(-1, length)
     assert plans.shape == (4_000, 8) and plans.dtype == np.int64 and (tokens[:, 0] == 32).all()
     assert tokens[:, 1:].max() < 32 and meta["document_length"] == length
     assert np.bincount(plans[:, 0]) / 4_000 == pytest.approx([0.25] * 4, abs=0.03)
@@ -904,7 +923,7 @@ def test_planted_meta_and_oracle_files_agree():
     assert wanted.items() <= meta.items()
     oracle, plans = np.load("out/val_oracle_nll.npy"), np.load("out/val_plans.npy")
     assert (oracle.shape, oracle.dtype, plans.shape, plans.dtype) == ((300, 127), np.float32, (300, 8), np.int64)
-    tokens = text_source.read_stream("out")[1]["val"].reshape(300, 128)[:, 1:].astype(np.int64)
+    tokens = stream_source.read_stream("out")[1]["val"].reshape(300, 128)[:, 1:].astype(np.int64)
     process = planted_plans(PlantedConfig(seed=4))
     nll, posterior = process.filter(tokens)
     assert np.abs(oracle - nll).max() < 1e-5 and meta["oracle_nll"] == pytest.approx(nll.mean(), abs=1e-9)

@@ -19,7 +19,6 @@ from comparison import unequal
 
 import train_ghmm
 from common import checkpoint
-from common.plain import digest
 from common.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -362,8 +361,7 @@ def change(key: str, value):
 
     def damage(path: Path) -> None:
         state = torch.load(path, weights_only=True) | {key: value}
-        del state["digest"]
-        torch.save(state | {"digest": digest(state)}, path)
+        torch.save(checkpoint.seal(state) | ({key: value} if key == "format_version" else {}), path)
 
     return damage
 

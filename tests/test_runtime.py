@@ -24,7 +24,8 @@ from commands import two_ranks
 from comparison import unequal
 
 import train_ghmm
-from common import checkpoint, runlog
+from common import checkpoint, runlog, runtime
+from common.errors import STOPS, Stopped, exit_code, stop_now
 from common.runtime import STOP_CHECK_STEPS, Meter, Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,37 +236,78 @@ def test_the_gradient_norm_is_reported_before_clipping_and_zero_does_not_clip():
 
 
 def handlers() -> list:
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(number) for number in STOPS]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop_and_leaving_the_runtime_restores_the_handlers(number):
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_asks_to_stop_and_leaving_the_runtime_restores_the_handlers(number, capfd):
     before = handlers()
     with Runtime(settings()) as rt:
+        assert handlers() == before  # nothing is lost by stopping before training
+        rt.take_signals()
         assert handlers() != before and not rt.stopping(1)
         os.kill(os.getpid(), number)
         assert rt.stopping(1) and rt.stopping(2)
     assert handlers() == before
+    assert capfd.readouterr().err == f"{number.name}: stopping after this step; again to end now\n"
 
 
-def test_a_second_interrupt_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), Runtime(settings()) as rt:
-        os.kill(os.getpid(), signal.SIGINT)
+def test_a_hang_up_that_nohup_has_off_stays_off():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Runtime(settings()) as rt, contextlib.suppress(KeyboardInterrupt):
+        rt.take_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not rt.stopping(1)
+        stop_now(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("first", STOPS)
+@pytest.mark.parametrize("second", STOPS)
+def test_a_second_signal_of_any_kind_stops_at_once(first, second, monkeypatch):
+    monkeypatch.setattr(runtime, "ECHO_SECONDS", 0)
+    with pytest.raises(Stopped) as stopped, Runtime(settings()) as rt:
+        rt.take_signals()
+        os.kill(os.getpid(), first)
         assert rt.stopping(1)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), second)
         rt.synchronize()
+    assert exit_code(stopped.value) == 128 + second
 
 
-def test_a_repeated_sigterm_changes_nothing():
+def test_the_echo_of_a_signal_changes_nothing(capfd):
+    """A scheduler that signals all processes of a job signals torchrun too, which passes it on."""
     with Runtime(settings()) as rt:
-        for _ in range(2):
+        rt.take_signals()
+        for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert rt.stopping(1)
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_signal_names_what_it_waits_for(capfd):
+    with Runtime(settings()) as rt:
+        rt.take_signals()
+        meter = Meter(rt, 1, began=time.perf_counter())
+        for step in (10, 20, 99, 100):
+            meter.start(step)
+            rt.due(step, 100, 10, 20, None)
+            rt.stop_signal = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        meter.start(30)
+        rt.from_main(lambda: "the best weights")
+        rt.stop_signal = None
+        os.kill(os.getpid(), signal.SIGTERM)
+    told = [line.split(";")[0] for line in capfd.readouterr().err.splitlines()]
+    assert told == ["SIGTERM: stopping after " + what
+                    for what in ("this step", "this evaluation", "this step", "the analysis", "the analysis")]
 
 
 def test_handlers_are_restored_after_an_error_too():
     before = handlers()
-    with pytest.raises(ZeroDivisionError), Runtime(settings()):
+    with pytest.raises(ZeroDivisionError), Runtime(settings()) as rt:
+        rt.take_signals()
         assert 1 / 0
     assert handlers() == before
 
@@ -274,7 +316,8 @@ def test_a_thread_can_hold_a_runtime_without_touching_signals():
     before, seen = handlers(), []
 
     def work():
-        with Runtime(settings()):
+        with Runtime(settings()) as rt:
+            rt.take_signals()
             seen.append(handlers())
 
     thread = threading.Thread(target=work)
@@ -398,7 +441,7 @@ def rank_main(argv: list[str]) -> None:
 
     with one_group_for_all():
         found |= findings(out, watching, written)
-    with contextlib.suppress(ZeroDivisionError), Runtime(settings()):
+    with contextlib.suppress(ZeroDivisionError, SystemExit), Runtime(settings()):  # one rank says what it was
         found["open_inside"] = dist.is_initialized()
         assert 1 / 0
     found["open_after_error"] = dist.is_initialized()
@@ -412,8 +455,13 @@ def findings(out: Path, watching: list, written: list) -> dict:
         found["mean"], found["gathered"] = rt.mean(torch.tensor([1.0 + rt.rank])), rt.gather({"mine": rt.rank})
         found["share"] = rt.share(torch.arange(6))
         found["gradients"], found["accumulated"] = gradients(rt, 1), gradients(rt, 2)
+        runtime.STOP_CHECK_SECONDS = 1e9  # steps are fast
+        found["stopping"] = [rt.stopping(1)]
         rt.stop_signal = signal.SIGTERM if rt.rank == 1 else None
-        found["stopping"] = [rt.stopping(step) for step in (1, STOP_CHECK_STEPS - 1, STOP_CHECK_STEPS)]
+        found["stopping"] += [rt.stopping(2), rt.stopping(STOP_CHECK_STEPS), rt.stopping(STOP_CHECK_STEPS + 1)]
+        runtime.STOP_CHECK_SECONDS = 0  # steps are slow
+        found["stopping"] += [rt.due(STOP_CHECK_STEPS + 2, 99, 99, 4, 99).stops, rt.stopping(STOP_CHECK_STEPS + 3)]
+        runtime.STOP_CHECK_SECONDS = 1e9
 
     console = io.StringIO()
     watching.append(True)
@@ -508,7 +556,7 @@ def many_groups(argv: list[str]) -> None:
 
 
 def test_all_ranks_agree_on_stopping_though_one_got_the_signal(ranks):
-    assert [found["stopping"] for found in ranks.found] == [[False, False, True]] * 2
+    assert [found["stopping"] for found in ranks.found] == [[False, False, False, True, True, True]] * 2
 
 
 def test_the_process_group_is_closed_after_an_error(ranks):

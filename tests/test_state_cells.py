@@ -263,6 +263,76 @@ def test_a_changed_file_of_the_right_size_is_refused(name, begin):
         open_cells(**KEYS)
 
 
+def rewrite(change):
+    """Change meta.json of a folder and seal it again, as nobody but we should."""
+    def damage(store: Path) -> None:
+        meta = cell_store.read_meta(store)
+        change(meta)
+        cell_store.write_meta(store, meta)
+    return damage
+
+
+def as_whole_numbers(store: Path) -> None:
+    path = store / "input.npy"
+    path.write_bytes(path.read_bytes().replace(b"<f4", b"<i4"))
+    rewrite(lambda meta: meta["checksums"].update({"input.npy": cell_store.checksums_of(path)[0]}))
+
+
+ODD = {
+    "nested": lambda store: (store / "meta.json").write_text("[" * 100_000),
+    "a list": lambda store: (store / "meta.json").write_text("[1]"),
+    "a huge number": lambda store: (store / "meta.json").write_text('{"checksum": ' + "9" * 10_000 + "}"),
+    "not utf-8": lambda store: (store / "meta.json").write_bytes(b"\xff\xfe"),
+    "a pipe": lambda store: [(store / "meta.json").unlink(), os.mkfifo(store / "meta.json")],
+    "a folder": lambda store: [(store / "input.npy").unlink(), (store / "input.npy").mkdir()],
+    "no survey": rewrite(lambda meta: meta.pop("survey")),
+    "a survey of less": rewrite(lambda meta: meta["survey"].pop("batches")),
+    "wrong types": rewrite(lambda meta: meta.update(sizes=3)),
+    "other columns": rewrite(lambda meta: meta["matrices"]["input"].update(columns=7)),
+    "whole numbers": as_whole_numbers,
+    "pickled": lambda store: np.save(store / "batch.npy", np.array([{}] * 200, object)),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_folder_of_anything_else_is_refused_in_a_sentence(odd):
+    write_cells()
+    write_toml()
+    store = open_cells(**KEYS).store
+    ODD[odd](store)
+    with pytest.raises(DataError, match=f"{store} is damaged, .*: delete this folder"):
+        cell_store.read_meta(store)
+
+
+def test_of_a_large_file_a_start_verifies_a_sample_and_inspect_all(monkeypatch, capsys):
+    monkeypatch.setattr(cell_store, "BLOCK", 512)
+    monkeypatch.setattr(cell_store, "MOST_BLOCKS", 3)
+    write_cells()
+    write_toml()
+    store = open_cells(**KEYS).store  # of 200 x 6 numbers in 10 blocks
+    overwrite(store / "input.npy", 4_000, b"\x7f")
+    found = 0
+    for _ in range(60):  # two of nine blocks each time: with 1 - 3e-7 some find it, and with 1 - 3e-40 some do not
+        try:
+            cell_store.read_meta(store)
+        except DataError as error:
+            assert "input.npy does not hold what was written" in str(error)
+            found += 1
+    assert 0 < found < 60
+    assert "input.npy does not hold what was written" in refusal(capsys, prepare_data.main, "inspect", str(store))
+    rewritten = json.loads((store / "meta.json").read_text())
+    del rewritten["checksum"], rewritten["blocks"]
+    cell_store.write_meta(store, rewritten)  # as it was before there were checksums of blocks
+    cell_store.read_meta(store)
+    assert "has no checksums of parts, so input.npy is not verified" in capsys.readouterr().out
+
+
+def test_who_waits_for_a_folder_that_nobody_makes_is_told(monkeypatch):
+    monkeypatch.setattr(cell_store, "WAIT_S", 0)
+    with pytest.raises(DataError, match="did not come within 0 s: make them first"):
+        cell_store.wait_for_store("data/cells", "0123456789ab")
+
+
 def test_of_more_than_two_billion_values_nothing_is_copied(monkeypatch):
     """indptr is of 64 bits then: rows are read from the files, to the same values."""
     X = write_cells(sparse=True)
@@ -271,7 +341,7 @@ def test_of_more_than_two_billion_values_nothing_is_copied(monkeypatch):
     path, meta = store / "input_indptr.npy", json.loads((store / "meta.json").read_text())
     np.save(path, np.load(path).astype(np.int64))
     meta["sizes"][path.name] = path.stat().st_size
-    meta["checksums"][path.name] = cell_store.checksum(path)
+    meta["checksums"][path.name] = cell_store.checksums_of(path)[0]
     del meta["checksum"]
     cell_store.write_meta(store, meta)
     cells = open_cells(**KEYS)
@@ -458,7 +528,8 @@ def test_inspect_reads_a_folder_whole_and_finds_a_flipped_bit(sparse, name, caps
     content = bytearray((store / name).read_bytes())
     content[-9] ^= 1
     (store / name).write_bytes(content)
-    open_cells(**KEYS)  # a start does not read it all
+    with pytest.raises(DataError, match=f"{name} does not hold what was written: delete this folder"):
+        open_cells(**KEYS)
     told = refusal(capsys, prepare_data.main, "inspect", str(store))
     assert f"{name} does not hold what was written: delete this folder" in told
 

@@ -332,6 +332,57 @@ def test_braces_expand_to_every_combination():
 # --------------------------------------------------------------------------------------------------- what files lack
 
 
+def test_braces_nest_and_have_an_end():
+    assert expand_braces("{a,{b,c}d}e") == ["ae", "bde", "ae", "cde"]
+    assert expand_braces("{a}" * 2_000) == ["a" * 2_000]
+    with pytest.raises(DataError, match="stands for more than 10,000 names: use"):
+        expand_braces("{a,b}" * 40)
+    with pytest.raises(DataError, match="longer than 20,000 characters"):
+        expand_braces("a" * 1_000_000)
+
+
+ODD_TOMLS = {
+    "nul": b"[datasets]\na = \"\x00\"",
+    "an escaped nul": b'[datasets]\na = "\\u0000.h5ad"\n[training]\na = "train"',
+    "brackets": b"a = " + b"[" * 100_000,
+    "dots": b"[datasets]\na" + b".a" * 5_000 + b" = 1\n[training]\na = 'train'",
+    "a table of dots": b"[zeroshot]\n'one.a'" + b".a" * 5_000 + b" = 1",
+    "a long line": b"[datasets]\na = '" + b"x" * 2_000_000 + b"'\n[training]\na = 'train'",
+    "a long name": b"[datasets]\na = '" + b"x" * 5_000 + b".h5ad'\n[training]\na = 'train'",
+    "a long key": b"y" * 2_000_000 + b" = 1",
+    "twice": b"[training]\na = 1\na = 2",
+    "not utf-8": b"[datasets]\na = '\xff'",
+    "utf-16": "[datasets]".encode("utf-16"),
+    "a date": b"[datasets]\na = 2026-01-01\n[training]\na = 'train'",
+    "infinity": b"[training]\na = inf",
+    "an array": b"[[datasets]]\na = 'b'",
+    "a number": b"datasets = 1",
+    "lists": b"[zeroshot]\n'a.b' = ['test']",
+    "no list": b"[datasets]\na = 'one.h5ad'\n[fewshot.'a.b']\nval = 'p'",
+    "numbers in a list": b"[datasets]\na = 'one.h5ad'\n[fewshot.'a.b']\nval = [1]",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TOMLS)
+def test_an_odd_toml_is_refused_in_a_short_sentence(odd, tmp_path):
+    path = tmp_path / "odd.toml"
+    path.write_bytes(ODD_TOMLS[odd])
+    with pytest.raises(DataError) as error:
+        read_toml(path)
+    assert str(path) in str(error.value) or "characters: use" in str(error.value)
+    assert len(str(error.value)) < 1_000
+
+
+@pytest.mark.parametrize("kind, told", [
+    ("pipe", "is a pipe"), ("folder", "is a folder"), ("circle", "there is no file")])
+def test_what_is_no_file_is_no_toml(kind, told, tmp_path):
+    path = tmp_path / "odd.toml"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "circle": lambda path: path.symlink_to(path)}[kind](path)
+    with pytest.raises(DataError, match=told):
+        read_toml(path)
+
+
 def test_files_that_cannot_serve_are_refused_in_a_sentence():
     made = simple()
     told = refused(cell_type_key="celltype")

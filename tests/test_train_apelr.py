@@ -28,6 +28,7 @@ from configurator import config_dict, configure, differences, from_dict
 from measure import compare_baseline, plans, speed
 from sources import equal_size
 from sources.corpus import Corpus, read_corpus
+from sources.streams import sealed
 from train_apelr import ALIASES, APELR, Batches, Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -821,9 +822,11 @@ def test_damaged_data_are_refused_before_anything_is_written(damage, words, text
     elif damage == "tokenizer":
         spec = read("data/tokenizer.json")
         spec["lowercase"] = not spec.get("lowercase", False)
+        del spec["sha256"]  # a tokenizer of its own
         Path("data/tokenizer.json").write_text(json.dumps(spec))
     elif damage == "beyond":
-        Path("data/meta.json").write_text(json.dumps(meta | {"vocab_size": 20}))
+        meta |= {"vocab_size": max(meta[f"{name}_id"] for name in ("bos", "eos", "unk", "pad")) + 1}
+        Path("data/meta.json").write_text(json.dumps(meta | {"digest": sealed(meta)}))
     elif damage == "meta":
         Path("data/meta.json").write_text("{")
     else:

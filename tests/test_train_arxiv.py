@@ -37,6 +37,7 @@ from measure.curves import Curves, describe_fit, fit_power_law, gains, is_fit, m
 from measure.report import study_sections
 from measure.sequences import sequence_xe
 from sources import chunks as chunks_source
+from sources.chunk_checks import digest_of, layout, seal
 from sources.chunks import chunk_arrays
 from sources.processes import make_process
 from sources.study_arxiv import plan, plan_study, run_name, typed
@@ -1060,6 +1061,10 @@ def spoil(folder: Path, name: str) -> None:
             tokens[3, 3] = {"beyond": 4, "negative": -1}.get(name, 0)
             del file["token_chunks"]
             file["token_chunks"] = tokens if name != "other_size" else tokens[:, :8]
+            names, codes = layout(file)
+            file.attrs["sha256"] = digest_of(file["token_chunks"], codes, names)
+            del file.attrs["checksums"]
+            seal(file, codes, names)
 
 
 @pytest.mark.parametrize("damage, line, words", [
