@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.checkpoint import NO_SETTINGS
-from measure.curves import TOGETHER, gain_definition, reported_positions
+from measure.curves import gain_definition, reported_positions
 from measure.pages import Section
 from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of
 from measure.study_pictures import (
@@ -37,7 +37,7 @@ from measure.xe_by_k import (
     told_apart,
     tradeoff,
 )
-from sources.outcomes import COUNT, NUMBER, NUMBERS, TABLE, TEXT, TEXTS, Kind, check, read_object
+from sources.outcomes import COUNT, NUMBER, NUMBERS, TABLE, TEXT, TEXTS, Kind, check, is_number, read_object
 from sources.shared import counted
 
 # Settings that runs of one study may differ in, and those of the measurements after training.
@@ -91,6 +91,8 @@ GROUP = dict.fromkeys(CURVES, NUMBERS) | dict.fromkeys(
     ("xe", "icl_gain", "total_gain", "oracle_icl_gain", "largest_excess", "largest_relative_excess"), NUMBER
 ) | {"fit": TABLE, "icl_score": TABLE}
 FIT = ("alpha", "xe_inf", "c")
+ROWS = Kind("list of lists of numbers", lambda value: isinstance(value, list) and len(value) > 0 and all(
+    isinstance(row, list) and all(each is None or is_number(each) for each in row) for row in value))  # fmt: skip
 SCORE = {"value": NUMBER, "early": POSITION, "late": POSITION}
 
 
@@ -284,7 +286,7 @@ def check_result(result: dict) -> None:
     T = len(groups["seen"].get("xe_by_position") or ())
     for name, group in groups.items():
         place = f"{where}, {name},"
-        check(group, GROUP, place, ("xe_by_position", "xe", "icl_gain", "total_gain") if name not in TOGETHER else ())
+        check(group, GROUP, place, ("xe_by_position", "xe", "icl_gain", "total_gain"))
         curves = [group[curve] for curve in CURVES if group.get(curve) is not None]
         if not T or any(len(curve) != T for curve in curves):
             raise ValueError(f"{place} has curves of other lengths than {T or 'one position'}")
@@ -294,6 +296,8 @@ def check_result(result: dict) -> None:
                 check(group["fit"][parameter], {"value": NUMBER}, f"{place} {parameter}", ("value",))
         score = group.get("icl_score") or {}
         check(score, SCORE, place)
+    if result.get("probe"):
+        check(result["probe"], {"accuracy": ROWS}, f"{where}, probe,", ("accuracy",))
 
 
 def grouped(results: list[dict]) -> tuple[list[Group], list[str]]:
