@@ -23,7 +23,6 @@ import functools
 import importlib.util
 import io
 import itertools
-import json
 import logging
 import os
 import resource
@@ -48,6 +47,7 @@ import train_apelr
 import train_arxiv
 import train_ghmm
 import train_state
+from common.runlog import write_json
 from common.runtime import Runtime
 from configurator import fail
 from measure.speed import matmul_rate
@@ -869,7 +869,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         run = BENCHES[name]
         run(args.peer, full=True) if args.full and name in LONGER else run(args.peer)
     if args.json:
-        Path(args.json).write_text(json.dumps(RESULTS, indent=2) + "\n")
+        write_json(Path(args.json), RESULTS)
     return RESULTS
 
 

@@ -1196,8 +1196,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
     """
     if is_source_checkpoint(path):
         model = load_source_checkpoint(path, Config(device=device))
-        extra = {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
-        return model.cfg, model, convert(path)[2], extra
+        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
     state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int, tokenizer_hash=str | None)
     cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
     model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, state["extra"]["vocab_size"]))

@@ -9,7 +9,7 @@ import signal
 import sys
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Descriptors 0 to 2 are never those of our files: what prints to a stream that was closed would write into them.
     """
     for number in range(3):
@@ -31,7 +31,7 @@ def quiet_interrupt(number: int, frame) -> None:
     os._exit(130)
 
 
-_open_streams()
+open_streams()
 _script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
 _is_ours = os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

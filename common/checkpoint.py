@@ -359,20 +359,27 @@ def analysis_of(path: Path, cfg) -> Path:
 
 def try_place(folder: Path) -> None:
     """Raises InputError, naming --out, where nothing can be written to a folder, which need not be there yet."""
+    new = []
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        store.remove(new)
     except (OSError, ValueError) as e:
         raise InputError(f"{folder} cannot be written ({getattr(e, 'strerror', e)}): name another folder, "
                          "--out=FOLDER") from e
+    finally:
+        store.remove(new)
 
 
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
     found = _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
     return found if isinstance(found, str) else ""
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a run folder's last.pt, at a glance; None where there is no such file, or none that can be read."""
+    return _read(folder / "last.pt", peeks=True)[0].get("step")
 
 
 def check_archive(path: Path, reads_all: bool = True) -> None:

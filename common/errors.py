@@ -128,8 +128,12 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` at the end: that is whole, or as it was before.
 
-    Raises OSError, naming `path`.
+    A pipe or device, such as /dev/stdout, is written to as it is. Raises OSError, naming `path`.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with writing(path):
+            yield path
+        return
     fresh = path.with_name(f".saving-{os.getpid()}-{path.name[-100:]}")
     with writing(path):
         try:
@@ -220,9 +224,10 @@ def stop_now(number: int, frame) -> NoReturn:
     raise Stopped(number)
 
 
-def flush_console() -> OSError | None:
+def flush_console(last: str = "") -> OSError | None:
     """Print what is waiting for it; returns what is wrong where standard output takes no more, which is then hushed."""
     try:
+        sys.stdout.write(last)
         sys.stdout.flush()
     except (OSError, ValueError) as e:
         hush(sys.stdout)
@@ -246,7 +251,8 @@ def clear_errors() -> Iterator[None]:
         except KeyboardInterrupt as e:
             _end(str(e) or "stopped", exit_code(e))
         except Exception as e:
-            trouble = flush_console()
+            # What print could not print it has forgotten: whether that was the trouble a line more shows.
+            trouble = flush_console("\n" if isinstance(e, OSError) and e.filename is None else "")
             if isinstance(trouble, BrokenPipeError):
                 raise SystemExit(1) from e
             if trouble:

@@ -22,13 +22,15 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from common.errors import CheckpointError, InputError, reason
+from common.errors import CheckpointError, InputError, reason, say_aside
 
 INDEX, RECORD = "index.json", ".remote.json"
 CHECKPOINT = re.compile(r"(last|best|step_\d+)\.pt")
 AT_ONCE = ("s3", "s3a")  # where a put arrives whole or not at all; elsewhere a file gets its name once it is whole
 RETRY_SECONDS, MOST_SECONDS = 1.0, 30.0  # before a failed upload is tried again: doubled up to the most
 WAIT_SECONDS, PATIENCE_SECONDS = 600.0, 30.0  # at the end of a run, for uploads; for uploads that fail
+NOT_OF_THE_RUN = (".lock", "console.log")
+RUN_FILES = ("config.json", "config.yaml", "metrics.jsonl")  # by which a folder is known as that of a run
 MIRRORS: dict[str, "Mirror"] = {}  # of the runs at work in this process, by folder
 
 
@@ -38,8 +40,11 @@ def mirrored(folder: Path, url: str, profile: str, anew: bool) -> Iterator[None]
 
     anew: the run replaces what is there. Raises InputError.
     """
+    for left in (*folder.glob(".sending-*"), *folder.rglob(".fetching-*")):  # by a kill
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     copy = Mirror(folder, url, profile)
     copy.replace() if anew else copy.fetch(lambda file: True)
+    copy.try_out()
     MIRRORS[os.path.abspath(folder)] = copy
     try:
         yield
@@ -79,8 +84,8 @@ class Mirror:
             self.index = self.read_index()
             if self.index is None and self.scheme in AT_ONCE and not self.fs.exists(self.root.partition("/")[0]):
                 raise InputError(f"{self.url}: there is no such bucket: make it, or name another")
-            files = self.index["files"] if self.index else self.files_without_index()
-        return files
+            self.step = (self.index or {}).get("step", 0)
+            return self.index["files"] if self.index else self.files_without_index()
 
     def read_index(self) -> dict | None:
         try:
@@ -104,7 +109,9 @@ class Mirror:
         """The top level of a run that was copied there by other means, without checksums."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             entries = [entry for entry in self.fs.ls(self.root, detail=True) if entry["type"] == "file"]
-            return {PurePosixPath(entry["name"]).name: [{"bytes": entry["size"]}] for entry in entries}
+            files = {PurePosixPath(entry["name"]).name: [{"bytes": entry["size"]}] for entry in entries}
+            if any(name in RUN_FILES or name.endswith((".pt", ".ckpt", ".eqx")) for name in files):
+                return files
         return {}
 
     def who(self, index: dict | None) -> str:
@@ -118,6 +125,15 @@ class Mirror:
         self.record = {"writer": uuid.uuid4().hex, "seen": "", "synced": {}}
         if (self.folder / RECORD).exists():
             self.keep_record()
+
+    def try_out(self) -> None:
+        """Write where nothing is yet, so that what cannot be written is known before training. Raises InputError."""
+        if self.index is None:
+            with self.in_words():
+                with self.whole("empty") as target:
+                    self.fs.pipe_file(target, b"")
+                with contextlib.suppress(Exception):  # who may write may not remove, maybe
+                    self.fs.rm_file(f"{self.root}/empty")
 
     def fetch(self, wanted: Callable[[str], bool], name: str = "") -> bool:
         """Get what the folder lacks of the files that are wanted; whether there is a copy at all, or that name in it.
@@ -333,7 +349,7 @@ class Mirror:
         except InputError:
             raise
         except Exception as error:  # each store has its own kinds
-            raise InputError(f"{self.url} cannot be read ({redacted(reason(error))}): see to the name, the network and "
+            raise InputError(f"{self.url} cannot be used ({redacted(reason(error))}): see to the name, the network and "
                              "the credentials (for S3 AWS_PROFILE, AWS_ENDPOINT_URL)") from error
 
 
@@ -356,11 +372,11 @@ def file_system(url: str, profile: str):
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a run, without hidden ones, locks, and runs below it that have copies of their own."""
+    """The files of a run, without hidden ones, those of a sweep, and runs below it that have copies of their own."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and not Path(place, name, RECORD).exists()]
-        found += [Path(place, name) for name in files if name[0] != "." and not name.endswith(".lock")]
+        found += [Path(place, name) for name in files if name[0] != "." and not name.endswith(NOT_OF_THE_RUN)]
     return found
 
 
@@ -396,6 +412,6 @@ def redacted(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """A line on stderr that a progress bar does not tear; of the processes that torchrun starts one prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"note: {text}", file=sys.stderr)
+    """A line on stderr that no progress bar tears."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        say_aside(f"note: {text}")

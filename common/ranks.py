@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -29,9 +30,9 @@ def environment() -> tuple[int, int, int]:
 
     Exits with code 2 where the variables are not those of a job.
     """
-    if "WORLD_SIZE" in os.environ:
-        for name, slurm in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")):
-            os.environ.setdefault(name, os.environ.get(slurm, ""))
+    for name, slurm in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        if "WORLD_SIZE" in os.environ and slurm in os.environ:
+            os.environ.setdefault(name, os.environ[slurm])
     told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     told |= {name: os.environ[name] for name in (*told, "MASTER_PORT") if os.environ.get(name)}
     advice = "start ranks by torchrun, which sets it, or unset WORLD_SIZE and RANK to train alone"
@@ -54,11 +55,27 @@ def ends_first(code: int) -> bool:
     if not size.isdecimal() or int(size) < 2:
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        store = _job.get("store") or _connect(1)
+        store = _job["store"] if "store" in _job else _connect(1)
     except (OSError, ValueError, KeyError, dist.DistError):
+        store = None
+    if store is None:
         return True  # nobody to ask, and it may be wrong on this rank alone
     end = _end(store, int(os.environ.get("RANK") or 0), code)
     return end is None or end["by"] == _me()
+
+
+def tell(word: str) -> None:
+    """Let the other ranks know something; it stays known."""
+    if _job.get("store"):
+        _job["store"].set(word, "")
+
+
+def is_told(word: str) -> bool | None:
+    """Whether a rank has told this word; None where this process is in no job. Ends with a job that ends."""
+    store = _job.get("store")
+    if store and store.check(["end"]):
+        raise SystemExit(json.loads(store.get("end"))["code"])
+    return store and store.check([word])
 
 
 def _me() -> list:
@@ -80,26 +97,35 @@ def _connect(seconds: float, hosts: bool = False) -> dist.Store:
     """
     address = "localhost" if hosts else os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + seconds
-    while not hosts:  # torch would try too, with a page of warnings
+    while True:  # torch would try too, with a page of warnings
         try:
             socket.create_connection(address, 5).close()
+            if hosts:
+                raise ValueError("another program is there")
             break
         except OSError:
+            if hosts:
+                break
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
-    store = dist.TCPStore(*address, None, hosts, wait_for_workers=False, multi_tenant=hosts)
+    store = dist.TCPStore(*address, None, hosts, timedelta(seconds=30), wait_for_workers=False, multi_tenant=hosts)
     # What torchrun starts again after a failure finds nothing of what was before.
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def _is_with_rank_0() -> bool:
+    """Whether rank 0 has the store, as it must where no torchrun has."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def _rendezvous(rank: int) -> dist.Store:
-    """The store of the job, which rank 0 has where no torchrun has."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = rank == 0 and _is_with_rank_0()
     try:
         return _connect(JOIN_SECONDS, hosts)
     except (dist.DistError, OSError, ValueError, OverflowError) as e:
+        _job["store"] = None
         if hosts:
             leave(f"rank 0 cannot be found by the others at {place} ({str(e)[-60:]}): set another MASTER_PORT, "
                   "the same on all ranks", 2)
@@ -121,9 +147,8 @@ class Ranks:
     def __init__(self, rank: int, size: int, **facts):
         self.rank, self.size, self.meetings = rank, size, 0
         self.end: dict | None = None
-        self.kept = lambda: "start it again by the same command"
-        if "store" not in _job:
-            _job["store"] = _rendezvous(rank)
+        self.kept = lambda: "start it again"
+        _job["store"] = _job.get("store") or _rendezvous(rank)
         _job["groups"] = number = _job.get("groups", 0) + 1  # several runs of one process, as for a comparison
         self.store = dist.PrefixStore(f"group {number}", _job["store"])
         if self.store.add(f"came {rank}", 1) > 1:
@@ -199,15 +224,15 @@ class Ranks:
         while not self.left.is_set() and self.end is None:
             dead = [peers[descriptor] for descriptor, _ in eyes.poll(1000) if descriptor in peers]
             try:
-                store.set(f"beat {self.rank}", str(time.monotonic()))
                 if dead:
                     self._tell_who_died(store, dead[0], "")
-                elif store.check(["end"]):
+                    break
+                store.set(f"beat {self.rank}", str(time.monotonic()))
+                if store.check(["end"]):
                     self.end = json.loads(store.get("end"))
             except dist.DistError:
                 if not self.left.is_set():
-                    rank = None if "TORCHELASTIC_RUN_ID" in os.environ else 0  # who had the store
-                    self._tell_who_died(None, rank, "torchrun died")
+                    self._tell_who_died(store, 0 if _is_with_rank_0() else None, "torchrun died")
         for descriptor in peers:
             os.close(descriptor)
         if self.end and not self.left.wait(GRACE_SECONDS):
@@ -218,13 +243,17 @@ class Ranks:
 
     def _find_who_died(self, error: BaseException) -> None:
         """An exchange failed: wait for word of who ended the job, or see whose watch has stopped."""
-        before, deadline = self._beats(), time.monotonic() + NOTICE_SECONDS
-        while not self.end and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if not self.end:
+        before = {}
+        for wait in (NOTICE_SECONDS / 4, NOTICE_SECONDS):
+            deadline = time.monotonic() + wait
+            while not self.end and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if self.end:
+                return
             still = before.items() & self._beats().items()
-            rank = min((rank for rank, _ in still), default=None)
-            self._tell_who_died(_job["store"], rank, f"the connection to a rank broke ({str(error)[-100:]})")
+            before = self._beats()
+        rank = min((rank for rank, _ in still), default=None)
+        self._tell_who_died(_job["store"], rank, f"the connection to a rank broke ({str(error)[-100:]})")
 
     def _beats(self) -> dict[int, bytes]:
         """The last sign of life of each rank."""
@@ -233,13 +262,13 @@ class Ranks:
             return {rank: store.get(f"beat {rank}") for rank in range(self.size) if store.check([f"beat {rank}"])}
         return {}
 
-    def _tell_who_died(self, store: dist.Store | None, rank: int | None, otherwise: str) -> None:
+    def _tell_who_died(self, store: dist.Store, rank: int | None, otherwise: str) -> None:
         """Write into the store how the job ends, and say so if nobody has."""
         if rank is not None:
             otherwise = f"rank {rank} died ({self.members[rank]['host']}, pid {self.members[rank]['pid']})"
         speaker = self.members[min(1, self.size - 1)]  # where there is no store to ask, as rank 0 had it
-        end = store and _end(store, rank, 1, otherwise)
+        end = None if rank == 0 and _is_with_rank_0() else _end(store, rank, 1, otherwise)
         end = end or {"rank": rank, "code": 1, "died": otherwise, "by": [speaker["host"], speaker["pid"]]}
-        is_new, self.end = self.end is None, end
-        if is_new and end["by"] == _me():
+        if self.end is None and end["by"] == _me():
             print(f"error: {otherwise}: {self.kept()}", file=sys.stderr, flush=True)
+        self.end = end

@@ -33,7 +33,7 @@ from common.errors import (
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
-FILES = (".csv", ".html", ".json", ".jsonl", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")  # of a run
+FILES = (".1", ".csv", ".html", ".json", ".jsonl", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")  # of a run
 FOLDERS = ("checkpoints", "plots", "smolstate", "tensorboard", "wandb")
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 
@@ -57,6 +57,8 @@ class RunLog:
         self.again = "the same command" if goes_on else "the same command with resume=auto"
         rt.agree(**config, **{"the first step": start_step, "the fingerprint of the data": data or {}})
         rt.take_signals()
+        if rt.ranks:
+            rt.ranks.kept = self._goes_on
         if not self.active:
             return
         board = _optional("torch.utils.tensorboard", "tensorboard") if cfg.tensorboard else None
@@ -123,6 +125,10 @@ class RunLog:
         except (InputError, OSError):
             return f"No checkpoint was saved before: {self.again} begins anew"
         return f"{self.folder / 'last.pt'} of step {step} is whole, and {self.again} goes on from there"
+
+    def _goes_on(self) -> str:
+        step = checkpoint.step_of(self.folder)
+        return f"{self.again} " + ("begins anew" if step is None else f"goes on from step {step}")
 
     def say(self, text: str, level: str = "INFO") -> None:
         """A line for the console and train.log, where the setting log_level is not above its level."""

@@ -343,7 +343,8 @@ class Meter:
     def start(self, step: int) -> None:
         """Start the clock: what follows are training steps."""
         self._lap = (time.perf_counter(), step)
-        self.rt.doing = "this step"
+        if self.rt.doing == "this evaluation":
+            self.rt.doing = "this step"
 
     def check(self, step: int, loss: torch.Tensor) -> None:
         """Remember the first step whose loss is not finite."""

@@ -21,14 +21,14 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit
 
 from common.errors import CheckpointError, InputError, reason
 from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored, note
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
-KEPT = ("last.pt", "best.pt")  # what is fetched of a run that is looked at
+KEPT = ("last.pt", "best.pt")  # what is fetched of a run that is looked at, beside all that is no checkpoint
+KINDS = (".pt", ".ckpt", ".eqx")  # of checkpoints, the first for other files, too
 
 # ---------------------------------------------------------------------------------------------------------------
 # Folders
@@ -44,7 +44,7 @@ def run_folder(cfg, rt) -> Iterator[Path]:
     """
     if getattr(cfg, "out", ""):
         raise InputError(f"out = {cfg.out} is of a look at a run, with analyze: a run writes into out_dir")
-    folder, url, profile = place_of(cfg.out_dir, getattr(cfg, "s3_config", ""))
+    folder, url, profile = place_of(cfg.out_dir, cfg.s3_config)
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
@@ -98,12 +98,16 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
 
-def plain_url(url: str) -> str:
-    """A URL without a slash at its end. Raises InputError, without its secret, where it may hold one."""
-    parts = urlsplit(str(url))
-    if "@" in parts.netloc or (":" in parts.netloc and "@" in parts.path) or "?" in str(url):
-        raise InputError(f"the URL {parts.scheme}://... has a name, password or query in it, which would go to logs "
-                         "and checkpoints: keep those in ~/.aws/credentials or in the environment")
+def plain_url(url: str | Path) -> str:
+    """A URL without a slash at its end. Raises InputError where it names no place or, untold, may hold a secret."""
+    scheme, _, rest = str(url).partition("://")
+    where, _, path = rest.partition("/")
+    if "@" in where or (":" in where and "@" in path) or "?" in rest:
+        raise InputError(f"the URL {scheme}://... has a name, password or query in it, which would go to logs and "
+                         "checkpoints: keep those in ~/.aws/credentials or in the environment")
+    is_plain = re.fullmatch(r"[a-z][a-z0-9+]*", scheme) and "::" not in rest and rest.strip("/")
+    if not is_plain or bool(where) == (scheme in ("file", "local")):
+        raise InputError(f"{url} is no place for a run: name s3://BUCKET/NAME, file:///FOLDER or what else fsspec has")
     return str(url).rstrip("/")
 
 
@@ -129,14 +133,18 @@ def local(place: str | Path) -> Path:
     if not is_url(place):
         return Path(place)
     url, name = plain_url(place), ""
-    if url.endswith((".pt", ".ckpt", ".eqx")):
+    if url.endswith(KINDS):
         url, _, name = url.rpartition("/")
+
+    def is_wanted(file: str) -> bool:
+        return file == name or not (CHECKPOINT.fullmatch(file) or file.endswith(KINDS[1:])) or not name and file in KEPT
+
     folder = staging(url)
     if not holder(folder):
         made = make(folder)
         try:
             copy = Mirror(folder, url)
-            if not copy.fetch(lambda file: not CHECKPOINT.fullmatch(file) or file in ([name] if name else KEPT), name):
+            if not copy.fetch(is_wanted, name):
                 raise CheckpointError(f"there is no {'checkpoint' if name else 'run'} at {place}")
         finally:
             remove(made)
@@ -166,25 +174,33 @@ def let_go() -> None:
 os.register_at_fork(after_in_child=let_go)
 
 
+def flock(file: IO, how: int = fcntl.LOCK_EX) -> None:
+    """Lock a file; where its file system has no locks a note says so once, and all is as if it had. Raises OSError."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        say_once(f"there are no locks on the file system of {os.path.dirname(file.name) or '.'} ({error.strerror}): "
+                 "see to it that no folder has two runs")
+
+
 def hold(path: Path) -> IO | None:
     """Hold a lock file, made if missing, until it is closed or the process ends; None while another process does.
 
-    Raises OSError. Where a file system has no locks a note says so, and all is as if it had.
+    Raises OSError.
     """
     for _ in range(10):  # those who look whether it is held (see holder) hold it for a moment
         file = open(path, "a+", encoding="utf-8")  # which programs that are started do not inherit
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                say_once(f"there are no locks on the file system of {path.parent} ({error.strerror}): see to it that "
-                         "no folder has two runs")
-            else:
-                file.close()
-                if not isinstance(error, BlockingIOError):
-                    raise
-                time.sleep(0.02)
-                continue
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            time.sleep(0.02)
+            continue
+        except OSError:
+            file.close()
+            raise
         # Who held it before may have removed it meanwhile.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:

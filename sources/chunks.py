@@ -30,7 +30,18 @@ from sources.chunk_checks import (
 from sources.digests import ChunkDigest, fingerprint, sample
 from sources.files import kind_of, text_files
 from sources.hdf5 import member, open_hdf5, read
-from sources.shared import SPLIT_NAMES, SPLITS, Workshop, closest, counted, progress, quoted, report, spooled_array
+from sources.shared import (
+    SPLIT_NAMES,
+    SPLITS,
+    Workshop,
+    closest,
+    counted,
+    progress,
+    quoted,
+    report,
+    room_for,
+    spooled_array,
+)
 from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
 from sources.tokenizer import Tokenizer, load_tokenizer, read_spec, readable, train_bpe
 
@@ -289,6 +300,8 @@ class ChunkSpool:
         codes = np.repeat(np.arange(len(names)), list(self.sizes.values())).astype(np.uint16)
         encoded = np.array([name.encode() for name in names])  # of fixed length: a row costs no pointer
         digest = ChunkDigest()
+        size = N * (self.chunk_size * self.dtype.itemsize + 8 + encoded.dtype.itemsize + 2)
+        room_for(path, size + sum(array.nbytes for array in (arrays or {}).values()))
         with h5py.File(path, "w") as file:
             tokens = file.create_dataset("token_chunks", (N, self.chunk_size), dtype=self.dtype)
             documents = file.create_dataset("doc_idx_for_chunk", (N,), dtype=np.int64)
@@ -316,8 +329,8 @@ class ChunkSpool:
             seal(file, codes, names)
 
     def close(self) -> None:
-        self.tokens.close()
-        self.documents.close()
+        with contextlib.closing(self.documents):  # also where the other has no room for what it holds
+            self.tokens.close()
 
 
 def balanced_sample(spool: Spool, categories: list[str], most: int) -> Iterator[str]:

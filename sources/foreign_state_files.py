@@ -206,6 +206,8 @@ def data_settings(folder: Path) -> dict:
             said = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["kwargs"]
         except Exception as error:  # torn YAML raises whatever its text happens to ask for
             raise CheckpointError(f"{config} does not say data: kwargs: ({reason(error)})") from error
+        if not isinstance(said, dict):
+            raise CheckpointError(f"{config}: data: kwargs: should be settings, not {said!r:.80}")
     settings = {}
     for name, kind in OF_DATA.items():
         if isinstance(said, dict) and name in said and isinstance(said[name], kind):

@@ -9,11 +9,11 @@ import h5py
 import numpy as np
 from scipy.sparse import csc_array, csr_array
 
-from common.errors import DataError, os_sentence, replacing
+from common.errors import DataError, replacing
 from sources import hdf5
 from sources.columns import Categorical, Column, Nullable
 from sources.hdf5 import as_text, member, numbers, read, where
-from sources.shared import counted, spooled_array, suggest
+from sources.shared import counted, room_for, spooled_array, suggest
 
 
 def attribute(node, *names: str) -> str:
@@ -828,6 +828,7 @@ def matrix_space(
     nnz: int | None = None,
 ) -> h5py.Dataset | h5py.Group:
     """Room for a dense matrix, or for a CSR one of nnz values, in one piece each, so that it can be memory-mapped."""
+    room_for(group.file.filename, 4 * math.prod(shape) if nnz is None else 8 * (nnz + shape[0]))
     if nnz is None:
         return encoded(group.create_dataset(name, shape, np.float32), "array")
     node = encoded(group.create_group(name), "csr_matrix", "0.1.0", shape=np.array(shape))
@@ -850,16 +851,14 @@ def new_h5ad(path: str | Path, obs_names, obs: dict, uns: dict, index: str = "_i
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path.parent} cannot be made ({error.strerror}): use another folder") from error
-    try:
-        with replacing(path) as saving, h5py.File(saving, "w") as file:
-            encoded(file, "anndata", "0.1.0")
-            write_frame(file, "obs", np.asarray(obs_names), obs, index)
-            for name in ("obsm", "layers", "varm", "obsp", "varp"):
-                write_values(file, name, {})
-            write_values(file, "uns", uns)
-            yield file
-    except OSError as error:
-        raise DataError(f"{os_sentence(error)}. {path} was not written") from error
+    room_for(path, 8 * len(obs_names) * (1 + len(obs)))
+    with replacing(path) as saving, h5py.File(saving, "w") as file:
+        encoded(file, "anndata", "0.1.0")
+        write_frame(file, "obs", np.asarray(obs_names), obs, index)
+        for name in ("obsm", "layers", "varm", "obsp", "varp"):
+            write_values(file, name, {})
+        write_values(file, "uns", uns)
+        yield file
 
 
 def write_h5ad(

@@ -11,6 +11,7 @@ that nothing can interrupt, and two ended the process. So a process of its own r
 
 import contextlib
 import faulthandler
+import itertools
 import math
 import mmap
 import os
@@ -41,6 +42,7 @@ DAMAGE = (  # what h5py raises of bytes that are not as they should be; UnicodeD
 MOST_LINKS = 16  # soft links on the way to one member, as HDF5 itself follows: more are a circle
 SMALL = 1 << 26  # bytes of a data set that need not be stored: it may be all fill values
 MOST_PACKED = 2_000  # bytes that a stored byte can stand for; gzip comes to 1,032
+NOT_PACKING = (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
 NUMBERS = "iufb"  # kinds of numpy that are numbers
 STEP_SECONDS = 2  # of the processor, for an attribute or some thousand texts: thousands of times what they take
 STEP_TEXTS = 10_000
@@ -102,13 +104,16 @@ def probe(file: h5py.File, path: Path) -> None:
             limit_memory(path)
             read_texts(file, progress)
             os._exit(0)
-        finally:  # whatever it was
+        except BaseException as error:
+            place = progress[:].rstrip(b"\0") + f" ({reason(error)})".encode("utf-8", "replace")
+            progress[:] = place[: len(progress)].ljust(len(progress), b"\0")
+        finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     if status:
-        place = progress[:].rstrip(b"\0").decode("utf-8", "replace") or "its root"
-        how = "HDF5 crashes in it or finds no end" if os.WIFSIGNALED(status) else "HDF5 cannot read it"
-        raise DataError(f"{path} is damaged in {place}, {how}: copy or make the file again")
+        place = progress[:].rstrip(b"\0").decode("utf-8", "replace")
+        how = ", where HDF5 crashes or finds no end" if os.WIFSIGNALED(status) else ""
+        raise DataError(f"{path} is damaged in {place}{how}: copy or make the file again")
 
 
 def limit_memory(path: Path) -> None:
@@ -134,8 +139,10 @@ def allow_seconds() -> None:
 def read_texts(file: h5py.File, progress: mmap.mmap) -> None:
     """Read every attribute, and every data set of texts of any length; raises what HDF5 says of one it cannot read.
 
-    What else is wrong with a member is no matter here: who needs it will be told.
+    Two members that share bytes are told, too: one of them leads elsewhere. What else is wrong with a member is no
+    matter here: who needs it will be told.
     """
+    extents = []
     nodes = [file["/"]]
     places = set()  # in the file: a group may have several names, or hold itself
     while nodes:
@@ -144,7 +151,7 @@ def read_texts(file: h5py.File, progress: mmap.mmap) -> None:
         if place in places:
             continue
         places.add(place)
-        name = (node.name or "").strip("/").encode("utf-8", "replace")[: len(progress)]
+        name = ((node.name or "").strip("/") or "its root").encode("utf-8", "replace")[: len(progress)]
         progress[:] = name.ljust(len(progress), b"\0")
         for attribute_name in node.attrs:
             allow_seconds()
@@ -152,10 +159,43 @@ def read_texts(file: h5py.File, progress: mmap.mmap) -> None:
                 node.attrs[attribute_name]
         if isinstance(node, h5py.Group):
             nodes += hard_linked(node)
-        elif has_texts(node):
+            continue
+        if isinstance(node, h5py.Dataset):
+            extents += extents_of(node)
+        if has_texts(node):
             for start in range(0, len(node), STEP_TEXTS):
                 allow_seconds()
                 node[start : start + STEP_TEXTS]
+    for (begin, size, _), (following, _, name) in itertools.pairwise(sorted(extents)):
+        if begin + size > following:
+            raise OSError(f"{name} has bytes of another, at {following}")
+
+
+def extents_of(node: h5py.Dataset) -> list[tuple[int, int, str]]:
+    """(begin in the file, bytes, name) of the pieces of a data set.
+
+    Raises OSError for a piece that is not packed as the others are.
+    """
+    if node.external or node.is_virtual or not node.size:
+        return []
+    if node.chunks is None:
+        begin = node.id.get_offset()
+        return [(begin, node.id.get_storage_size(), node.name)] if begin else []
+    pieces = []
+
+    def keep(piece) -> None:
+        if len(pieces) % STEP_TEXTS == 0:
+            allow_seconds()
+        pieces.append(piece)
+
+    node.id.chunk_iter(keep)
+    unpacked = math.prod(node.chunks) * node.id.get_type().get_size()
+    packing = sum(1 << i for i, code in enumerate(filters_of(node)) if code not in NOT_PACKING)
+    for piece in pieces:
+        # Only what does not get smaller is stored as it is; else the mark says that packed bytes are values.
+        if piece.filter_mask & packing == packing and piece.size < unpacked:
+            raise OSError(f"{piece.size} bytes are marked as a piece of {unpacked}")
+    return [(piece.byte_offset, piece.size, node.name) for piece in pieces]
 
 
 def hard_linked(group: h5py.Group) -> list:
@@ -171,11 +211,16 @@ def hard_linked(group: h5py.Group) -> list:
 def has_texts(node: h5py.Dataset | h5py.Datatype) -> bool:
     """Whether it is a data set of things of any length, which is here and packed in a way that is known here."""
     with contextlib.suppress(*DAMAGE):
-        settings = node.id.get_create_plist()
-        filters = [settings.get_filter(i)[0] for i in range(settings.get_nfilters())]
         is_here = not node.external and not node.is_virtual
-        return bool(node.shape) and node.dtype.hasobject and is_here and all(map(h5py.h5z.filter_avail, filters))
+        is_known = all(map(h5py.h5z.filter_avail, filters_of(node)))
+        return bool(node.shape) and node.dtype.hasobject and is_here and is_known
     return False
+
+
+def filters_of(node: h5py.Dataset) -> list[int]:
+    """The codes of what the pieces of a data set are packed with, in the order of packing."""
+    settings = node.id.get_create_plist()
+    return [settings.get_filter(i)[0] for i in range(settings.get_nfilters())]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -270,14 +315,27 @@ def check_dataset(node: h5py.Dataset) -> None:
         if node.is_virtual:
             check_sources(node)
             return
-        size = math.prod(node.shape or ()) * node.dtype.itemsize  # a null space holds nothing
+        size = 0 if node.shape is None else math.prod(node.shape) * node.dtype.itemsize
         stored = node.id.get_storage_size()
         if size > SMALL and size > MOST_PACKED * stored:
             raise DataError(f"{what} claims {size / 1e9:,.1f} GB, shape {node.shape}, where the file stores {stored:,} "
                             "bytes of it: it is damaged, or made to fill the memory")
+        if size and not is_stored(node):
+            raise DataError(f"{what} claims shape {node.shape}, but not all of its values are stored: zeros would be "
+                            "read in their place")
         piece = math.prod(node.chunks or ()) * node.dtype.itemsize  # unpacked as a whole
         if piece > max(SMALL, MOST_PACKED * stored):
             raise DataError(f"{what} has chunks of {piece / 1e9:,.1f} GB, where the file stores {stored:,} bytes")
+
+
+def is_stored(node: h5py.Dataset) -> bool:
+    """Whether all pieces of a data set are in the file."""
+    if node.id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS:
+        return node.id.get_offset() is not None
+    if node.chunks is None:  # within the header of the data set
+        return True
+    pieces = math.prod(-(-length // piece) for length, piece in zip(node.shape, node.chunks, strict=True))
+    return node.id.get_num_chunks() >= pieces
 
 
 def check_sources(node: h5py.Dataset) -> None:

@@ -1,7 +1,6 @@
 """What came of the runs of a sweep: sweep.jsonl, which has a line for each run that ended."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 from common.errors import DataError
 from common.runlog import parse_json, read_json
+
+from common import store
 
 BOOK = "sweep.jsonl"
 PARTS = {"run", "status", "exit_code", "seconds", "time", "settings"}  # that each of its lines has
@@ -119,7 +120,7 @@ KINDS = {
 def append(path: Path, told: dict) -> None:
     """Add a line to sweep.jsonl, whole, where several processes do so at once."""
     with open(path, "ab") as file:  # appending, so that all is written behind what there is
-        fcntl.flock(file, fcntl.LOCK_EX)  # a network's file system appends in one piece under a lock alone
+        store.flock(file)  # a network's file system appends in one piece under a lock alone
         os.write(file.fileno(), (json.dumps(told) + "\n").encode())
 
 

@@ -6,6 +6,7 @@ import errno
 import importlib
 import math
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -42,7 +43,9 @@ WRITTEN = (  # all that a job may leave in its folder
     "test.h5",
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-WAIT_S = 600  # that ranks wait for data which rank 0 makes
+HDF5_BYTES = 1 << 16  # that a small file has beside its arrays
+WAIT_S = 600  # for data that another process makes
+LATE_S = 60  # after which a disk of the network shows what another machine has written
 
 
 class Workshop:
@@ -114,6 +117,20 @@ def reserve(file: IO, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
+def room_for(path: str | Path, size: int) -> None:
+    """Raises OSError where a file of `size` bytes has no room beside `path`.
+
+    HDF5 that meets a full disk cannot close its file, and may crash when the process ends: it is asked for before.
+    """
+    size += HDF5_BYTES
+    place = os.statvfs(Path(path).parent)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if place.f_bavail * place.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    if most != resource.RLIM_INFINITY and most < size:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+
+
 def spooled_array(dtype: np.dtype | type, *shape: int) -> np.ndarray:
     """An array in an unnamed temporary file, memory-mapped. Raises DataError where it does not fit there."""
     try:
@@ -126,17 +143,30 @@ def spooled_array(dtype: np.dtype | type, *shape: int) -> np.ndarray:
 
 
 def make_once(path: Path, make: Callable[[], object]) -> None:
-    """Call make(), which ends with the file `path`, if that is not there: on rank 0, while the others wait."""
-    if path.exists():
+    """Call make(), which ends with the file `path`, if that is not there: on rank 0, while the others wait.
+
+    Where machines do not share the disk, the first rank of each makes the file that it cannot see.
+    """
+    from common import ranks  # which brings torch: not for what starts no ranks
+
+    word = f"{path} is made"
+    if int(os.environ.get("RANK") or 0) == 0:
+        if not path.exists():
+            make()
+        ranks.tell(word)
         return
-    if int(os.environ.get("RANK", 0)) == 0:
-        make()
-        return
-    deadline = time.monotonic() + WAIT_S
+    told = ranks.is_told(word)
+    deadline = time.monotonic() + (WAIT_S if told is None else LATE_S)
     while not path.exists():
+        if told is False:  # rank 0 lives, and is at it
+            deadline = time.monotonic() + LATE_S
         if time.monotonic() > deadline:
-            raise DataError(f"{path} did not come within {WAIT_S} s: make it first, with one process")
+            if told is None:
+                raise DataError(f"{path} did not come within {WAIT_S} s: make it first, with one process")
+            if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+                make()
         time.sleep(0.1)
+        told = ranks.is_told(word)
 
 
 def counter_rng(seed: int, *counters: int) -> np.random.Generator:

@@ -412,8 +412,9 @@ class Spool:
                 yield json.loads(line)
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+        with contextlib.ExitStack() as stack:  # all of them, also where one has no room for what it holds
+            for file in self.files.values():
+                stack.callback(file.close)
 
 
 def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool: Spool) -> None:

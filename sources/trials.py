@@ -1,7 +1,6 @@
 """The runs of a search: a line of settings with ranges becomes a study, and each of its trials a run of the page."""
 
 import contextlib
-import fcntl
 import io
 import json
 import socket
@@ -108,7 +107,7 @@ class Trials:
     def alone(self) -> Iterator[None]:
         """While one process begins a trial, no other of this folder takes it for one that was left."""
         with open(self.folder / "study.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            store.flock(lock)
             yield
 
     def begin(self, trial: Trial) -> Run:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import common
 import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +145,28 @@ def sweep_quickly(argv: list[str]) -> None:
     sweep.main(argv)
 
 
+def with_console(argv: list[str]) -> None:
+    """For a Job: a script with a console of some kind, without pictures of train_ghmm.py."""
+    kind, script, *argv = argv
+    if kind == "ascii":
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    elif kind == "closed":
+        sys.stdout = None
+        os.close(1)
+    elif kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif kind == "pipe":
+        ours, theirs = os.pipe()
+        os.close(ours)
+        os.dup2(theirs, 1)
+    elif kind == "deaf":  # and dumb
+        for number in (1, 2):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    common.open_streams()
+    importlib.import_module("train_ghmm").plot_run = lambda *args, **options: None
+    importlib.import_module(script).main(argv)
+
+
 def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60) -> None:
     """Until ready() is true; fails if the job ends before."""
     deadline = time.monotonic() + timeout
@@ -152,19 +175,24 @@ def wait_for(ready, job: Job, what: str = "what is awaited", timeout: float = 60
         time.sleep(0.001)
 
 
-def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "main", code: int = 0,
-              timeout: float = 100) -> str:
-    """Run a function of a module in two ranks, in the environment that torchrun gives them, to this exit code; what
-    they printed."""
+def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "main", code: int | tuple[int, int] = 0,
+              timeout: float = 100, agent: bool = True) -> str:
+    """Run a function of a module in two ranks to this exit code, or these; what they printed.
+
+    They have the environment that torchrun gives them, or with agent=False that of a job without it.
+    """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
-              "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    if agent:
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    else:
+        del store  # its port is free now, for rank 0
     jobs = [Job(module, *argv, folder=folder, console=f"console.{rank}", function=function, **shared, RANK=str(rank),
                 LOCAL_RANK=str(rank)) for rank in range(2)]
     deadline = time.monotonic() + timeout
     while None in (codes := [job.poll() for job in jobs]) and time.monotonic() < deadline:
         if any(codes):  # the other may wait for this one in vain
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + 10)
         time.sleep(0.005)
     for job in jobs:
         if job.poll() is None:
@@ -173,5 +201,6 @@ def two_ranks(module: str, *argv, folder: Path | str = ".", function: str = "mai
     with contextlib.suppress(OSError):
         for job in jobs:
             job.console.unlink()
-    assert codes == [code, code], f"exit codes {codes}: {texts[0][-3000:]}\n{texts[1][-3000:]}"
+    expected = [code, code] if isinstance(code, int) else list(code)
+    assert codes == expected, f"exit codes {codes}: {texts[0][-3000:]}\n{texts[1][-3000:]}"
     return "".join(texts)

@@ -252,9 +252,22 @@ def odd_tensor(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
         wrong = tensor.clone()
         wrong.view(-1)[draw.randrange(tensor.numel())] = draw.choice([math.nan, math.inf, 1e30, 0.0])
         return wrong
-    kinds = [tensor.to(kind) for kind in (torch.float64, torch.int32, torch.bool, torch.complex64, torch.float16)]
-    shapes = [tensor[None], tensor.flatten()[:-1], torch.zeros(0), torch.zeros(1).expand(1 << 20)]
-    return draw.choice([*kinds, *shapes, tensor.to_sparse(), tensor.to("meta")])
+    kinds = [
+        tensor.double(),
+        tensor.half(),
+        tensor.int(),
+        tensor.bool(),
+        tensor.to(torch.complex64),
+        tensor.to_sparse(),
+        tensor.to("meta"),
+    ]
+    shapes = [
+        tensor[None],
+        tensor.flatten()[:-1],
+        torch.zeros(0),
+        torch.zeros(1).expand(1 << 20),
+    ]
+    return draw.choice([*kinds, *shapes])
 
 
 class Bomb:
@@ -323,7 +336,10 @@ def damage_hdf5(file: Path, draw: random.Random) -> bool:
 
 
 def link_out(file: Path, name: str, kind: str) -> h5py.ExternalLink:
-    return h5py.ExternalLink(*(("nowhere.h5", "/x") if kind == "elsewhere" else (secret_of(file, name), "/" + name)))
+    """A link to another file, which is there or (elsewhere) not."""
+    if kind == "elsewhere":
+        return h5py.ExternalLink("nowhere.h5", "/x")
+    return h5py.ExternalLink(secret_of(file, name), "/" + name)
 
 
 def replace_dataset(f: h5py.File, file: Path, name: str, kind: str, array: np.ndarray, draw: random.Random) -> None:
@@ -417,7 +433,8 @@ def damage_npz(file: Path, draw: random.Random) -> None:
     with np.errstate(all="ignore"):
         values = [-number - 1, number * math.nan, number * math.inf, number * 1e308]
     shapes = [np.float64(3), number[:0], number[None], number.flatten()]
-    types = [number.astype("S3"), np.array([None, {}], object), number + 1j, number.astype("i1")]
+    objects = np.array([None, {}], object)
+    types = [number.astype("S3"), number + 1j, number.astype("i1"), objects]
     arrays[name] = draw.choice([*values, *shapes, *types])
     if draw.random() < 0.2:
         del arrays[name]
@@ -538,8 +555,12 @@ def analysis(page: str, path: str) -> str:
 def readers_of_ours(page: str) -> tuple[str, list[str]]:
     """(the checkpoint of a run of ours, the commands that read it)."""
     run = f"out/{page}"
-    readers = [training(page, out=run), f"sample {run} --device=cpu {SAMPLED[page]}", analysis(page, run),
-               training(page, f"--resume={run}/last.pt")]
+    readers = [
+        training(page, out=run),
+        training(page, f"--resume={run}/last.pt"),
+        f"sample {run} --device=cpu {SAMPLED[page]}",
+        analysis(page, run),
+    ]
     if page in ("apelr", "state"):
         readers.append(training(page, f"--init_from={run}"))
     return f"{run}/last.pt", readers
@@ -583,11 +604,15 @@ FORMATS = {
     "toml": Format("data", [
         ("data/cells.toml", [training("state"), "prepare_data inspect data/cells.toml"])],
         None, damaged_text, parse_toml, lambda value: "\n".join(toml_lines(value)) + "\n"),
-    "yaml": Format("config", [("config/tiny.yaml", [f"{CONFIG}.yaml"])], None, damaged_text, yaml.safe_load,
-                   json.dumps),
-    "json": Format("config", [("config/tiny.json", [f"{CONFIG}.json"])], damage_json, damaged_text, json.loads,
-                   json.dumps),
-    "py": Format("config", [("config/tiny.py", [f"{CONFIG}.py"])], None, damaged_text, parse_python, write_python),
+    "yaml": Format("config", [
+        ("config/tiny.yaml", [f"{CONFIG}.yaml"])],
+        None, damaged_text, yaml.safe_load, json.dumps),
+    "json": Format("config", [
+        ("config/tiny.json", [f"{CONFIG}.json"])],
+        damage_json, damaged_text, json.loads, json.dumps),
+    "py": Format("config", [
+        ("config/tiny.py", [f"{CONFIG}.py"])],
+        None, damaged_text, parse_python, write_python),
     "npz": Format("data", [
         ("data/matrices.npz", [training("ghmm", "--process=custom --matrices=data/matrices.npz")])],
         damage_npz, is_checked=True),  # a zip, too

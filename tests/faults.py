@@ -120,7 +120,9 @@ class Process:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.is_over = True
-        texts = [file.read_text(errors="replace") if file.exists() else "" for file in (self.console, self.finding)]
+        texts = []
+        for file in (self.console, self.finding):
+            texts.append(file.read_text(errors="replace") if file.exists() else "")
         return Ending(self.code, *texts)
 
 
@@ -236,12 +238,14 @@ def fingerprint(value: Any) -> str:
                 add(item)
         elif isinstance(part, torch.Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+            if part.numel():
+                digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(part, bytes):
             digest.update(part)
-        else:  # what is not finite is null in files
-            is_number = isinstance(part, float) and math.isfinite(part)
-            digest.update(repr(part if is_number or not isinstance(part, float) else None).encode())
+        elif isinstance(part, float) and not math.isfinite(part):
+            add(None)  # as in files
+        else:
+            digest.update(repr(part).encode())
 
     add(value)
     return digest.hexdigest()
@@ -510,7 +514,13 @@ def signal_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
     command = training(page, "--keep_last=-1")
     expected, _ = undisturbed(command, "data", goods)
     fetch(goods, "data")
-    place, most = draw.choice([(STEP, 6), (EVALUATIONS[page], 3), ("torch:save", 3), (f"train_{page}:finish", 1)])
+    places = [
+        (STEP, 6),
+        (EVALUATIONS[page], 3),
+        ("torch:save", 3),
+        (f"train_{page}:finish", 1),
+    ]
+    place, most = draw.choice(places)
     numbers = [draw.choice([signal.SIGINT, signal.SIGTERM])] * draw.randint(1, 2)
     first = run(command, hook(place, draw.randint(1, most), send(*numbers)))
     column, text = goes_on(command, expected, first)
@@ -598,8 +608,12 @@ def put_in_the_way(kind: str, target: Path) -> Callable[[], None]:
 def disk_trial(draw: random.Random, goods: Path) -> tuple[str, str]:
     """A command that cannot write; then, the disk mended, the same command."""
     page, needs = draw.choice(list(TINY)), "data out ended foreign"
-    command, out = draw.choice([(training(page, out=f"out/{page}"), f"out/{page}"), (training(page), "new"),
-                                draw.choice(WRITERS)])
+    commands = [
+        (training(page), "new"),
+        (training(page, out=f"out/{page}"), f"out/{page}"),
+        draw.choice(WRITERS),
+    ]
+    command, out = draw.choice(commands)
     expected, _ = undisturbed(command, needs, goods)
     fetch(goods, needs)
     what, hooks, mend = disk_fault(draw, Path(out))
@@ -624,8 +638,11 @@ ODD_FILES = ["config/nowhere.py", "data/stories.jsonl", "/dev/null", "data", "tr
 LEFT_OUT = {"wandb", "tensorboard", "compile", "max_steps", "multirun", "max_words"}  # what asks for more or for long
 COMMANDS = {f"train_{page}": [training(page)] for page in TINY} | {  # by script: such as end soon
     "sample": [f"sample out/{page} --device=cpu --max_new_tokens=2 --out=new" for page in TINY],
-    "prepare_data": [command for command, _ in WRITERS if command.startswith("prepare_data")] + [
-        "prepare_data inspect data/ergodic", "prepare_data arxiv --input=data/papers.jsonl --vocab_size=280"],
+    "prepare_data": [
+        "prepare_data inspect data/ergodic",
+        "prepare_data arxiv --input=data/papers.jsonl --vocab_size=280",
+        *(command for command, _ in WRITERS if command.startswith("prepare_data")),
+    ],
     "sweep": ["sweep train_ghmm.py --print_config"],
 }
 
@@ -647,8 +664,16 @@ def line_trial(script: str, draw: random.Random, goods: Path) -> tuple[str, str]
     for _ in range(draw.randint(1, 2)):
         name, value = draw.choice(settings), draw.choice(ODD_WORDS)
         unknown = "".join(draw.choices("bcdfghjkq", k=9))
-        word = draw.choice([f"--{name}={value}"] * 6 + [f"--{name}", f"--no-{name}", f"--{name[:-1]}q={value}", value,
-                           f"--{unknown}={value}", f"--{name} {value}", draw.choice(ODD_FILES)])
+        odd = [
+            f"--{name}",
+            f"--no-{name}",
+            f"--{name[:-1]}q={value}",
+            f"--{name} {value}",
+            f"--{unknown}={value}",
+            value,
+            draw.choice(ODD_FILES),
+        ]
+        word = draw.choice([f"--{name}={value}"] * len(odd) + odd)
         is_unknown |= unknown in word
         words.append(word)
     if draw.random() < 0.3:
@@ -681,7 +706,9 @@ def endurance_trial(draw: random.Random, goods: Path, steps: int = LONG_STEPS) -
     command = training("ghmm", f"--max_steps={steps} --log_interval=50 --eval_interval=500 --save_interval=500 "
                        "--keep_last=2")
     ending = run(command, hook(STEP, 0, nothing, lambda *args, **options: look(done)), seconds=40 * PATIENCE_S)
-    rows = [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = []
+    for line in log.read_text().splitlines() if log.exists() else ():
+        rows.append(tuple(map(int, line.split())))
     late = rows[len(rows) // 4 :]
     text = f"bytes and descriptors: {rows}\n{ending.text[-3000:]}"
     if ending.verdict() or not late:
@@ -763,8 +790,12 @@ class Kind(NamedTuple):
 KINDS = {name: Kind(functools.partial(damage_trial, name), 2, 500) for name in FORMATS}
 KINDS |= {f"line {script}": Kind(functools.partial(line_trial, script), 2, 300) for script in COMMANDS}
 KINDS |= {
-    "kill": Kind(kill_trial, 2, 100), "signal": Kind(signal_trial, 2, 40), "disk": Kind(disk_trial, 4, 200),
-    "two runs": Kind(folder_trial, 1, 12), "ranks": Kind(rank_trial, 1, 12), "endurance": Kind(endurance_trial, 0, 1),
+    "kill": Kind(kill_trial, 2, 100),
+    "signal": Kind(signal_trial, 2, 40),
+    "disk": Kind(disk_trial, 4, 200),
+    "two runs": Kind(folder_trial, 1, 12),
+    "ranks": Kind(rank_trial, 1, 12),
+    "endurance": Kind(endurance_trial, 0, 1),
 }
 
 
@@ -863,9 +894,11 @@ def lines_of(table: dict[str, dict[str, int]]) -> list[str]:
     """The table as text, with a row of sums."""
     names = ["tried", *COLUMNS] + ["broken"] * any("broken" in row for row in table.values())
     sums = {name: sum(row.get(name, 0) for row in table.values()) for name in names}
-    lines = [" | ".join([f"{'kind':<18}", *(f"{name:>9}" for name in names)])]
-    for kind, row in (table | {"all": sums}).items():
-        lines.append(" | ".join([f"{kind:<18}", *(f"{row.get(name, 0):>9}" for name in names)]))
+    head = dict(zip(names, names, strict=True))
+    lines = []
+    for kind, row in ({"kind": head} | table | {"all": sums}).items():
+        cells = [f"{row.get(name, 0):>9}" for name in names]
+        lines.append(" | ".join([f"{kind:<18}", *cells]))
     return lines
 
 

@@ -14,7 +14,8 @@ SECRET = np.arange(100, 105, dtype=np.float32)
 
 
 def odd_type(file: h5py.File, name: str, kind) -> None:
-    h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple((5,)))
+    node = h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple((5,)))
+    node.write(h5py.h5s.ALL, h5py.h5s.ALL, np.zeros(5, np.uint32), kind)
 
 
 def other_bias():
@@ -58,9 +59,11 @@ def path(tmp_path):
         file["scalar"] = 3.0
         file["words"] = ["a", "b"]
         file["complex"] = np.zeros(3, complex)
-        file.create_dataset("references", (3,), h5py.ref_dtype)
-        file.create_dataset("ragged", (3,), h5py.vlen_dtype(np.int32))
-        file.create_dataset("opaque", (3,), np.dtype("V5"))
+        file.create_dataset("references", (3,), h5py.ref_dtype, data=np.array([file.ref] * 3, h5py.ref_dtype))
+        file.create_dataset("ragged", (3,), h5py.vlen_dtype(np.int32))[...] = [[1], [2], [3]]
+        file["opaque"] = np.zeros(3, "V5")
+        file.create_dataset("nothing written", (3,), np.float32)
+        file.create_dataset("holes", (9,), np.float32, chunks=(3,))[:6] = 1
         file["type"] = np.dtype("f4")
         odd_type(file, "bits", h5t.STD_B32LE)
         odd_type(file, "other bias", other_bias())
@@ -92,6 +95,8 @@ def test_members_are_read_also_through_soft_links_inside_the_file(path, name):
     ("virtual itself", "which is no plain data set"),
     ("huge", "claims 4,000.0 GB, shape (1000000000000,), where the file stores 0 bytes"),
     ("null", "holds nothing"),
+    ("nothing written", "not all of its values are stored"),
+    ("holes", "not all of its values are stored"),
     ("scalar", "has shape (), not 1 dimension"),
     ("words", "not numbers"),
     ("complex", "not numbers"),
@@ -143,6 +148,30 @@ def test_what_is_no_hdf5_file_is_told_at_once(tmp_path, kind):
         hdf5.open_hdf5(path)
 
 
+@pytest.mark.parametrize("damage", ["leads elsewhere", "not unpacked"])
+def test_pieces_that_cannot_be_those_of_their_data_set_are_refused(tmp_path, damage):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["first"] = np.arange(100.0)
+        file["second"] = np.arange(100.0) + 1000
+        values = np.r_[np.sqrt(np.arange(60)), np.zeros(40)]
+        file.create_dataset("packed", data=values, chunks=(100,), compression="gzip", shuffle=True)
+        offsets = {name: file[name].id.get_offset() for name in ("first", "second")}
+        piece = file["packed"].id.get_chunk_info(0)
+    data = path.read_bytes()
+    if damage == "leads elsewhere":
+        data = data.replace(offsets["second"].to_bytes(8, "little"), (offsets["first"] + 8).to_bytes(8, "little"))
+        told = "/second has bytes of another"
+    else:  # as of a piece that gzip did not make smaller: its packed bytes would be read as values
+        size = piece.size.to_bytes(4, "little")
+        assert data.count(size + bytes(4)) == 1
+        data = data.replace(size + bytes(4), size + b"\2" + bytes(3))  # of the second, gzip
+        told = f"packed .OSError: {piece.size} bytes are marked as a piece of 800"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=told):
+        hdf5.open_hdf5(path)
+
+
 @pytest.mark.parametrize("damage", ["no end", "a size beyond memory"])
 def test_a_damaged_heap_of_texts_ends_with_a_sentence(tmp_path, damage, monkeypatch):
     monkeypatch.setattr(hdf5, "STEP_SECONDS", 1)
@@ -157,7 +186,7 @@ def test_a_damaged_heap_of_texts_ends_with_a_sentence(tmp_path, damage, monkeypa
     else:  # the length and the heap of the first text
         data[offset : offset + 12] = b"\xff" * 12
     path.write_bytes(data)
-    with pytest.raises(DataError, match="a.h5 is damaged in words, HDF5 "):
+    with pytest.raises(DataError, match="a.h5 is damaged in words"):
         hdf5.open_hdf5(path)
 
 

@@ -23,7 +23,14 @@ import torch.distributed as dist
 from commands import two_ranks
 from comparison import unequal
 
+import bench
+import prepare_data
+import sample
+import sweep
+import train_apelr
+import train_arxiv
 import train_ghmm
+import train_state
 from common import checkpoint, runlog, runtime
 from common.errors import STOPS, Stopped, exit_code, stop_now
 from common.runtime import STOP_CHECK_STEPS, Meter, Runtime
@@ -291,11 +298,11 @@ def test_a_signal_names_what_it_waits_for(capfd):
         rt.take_signals()
         meter = Meter(rt, 1, began=time.perf_counter())
         for step in (10, 20, 99, 100):
-            meter.start(step)
             rt.due(step, 100, 10, 20, None)
             rt.stop_signal = None
             os.kill(os.getpid(), signal.SIGTERM)
-        meter.start(30)
+            meter.start(step)
+        rt.doing = "this step"
         rt.from_main(lambda: "the best weights")
         rt.stop_signal = None
         os.kill(os.getpid(), signal.SIGTERM)
@@ -324,6 +331,53 @@ def test_a_thread_can_hold_a_runtime_without_touching_signals():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def signalled(monkeypatch, module, name: str, *numbers: int) -> None:
+    """Let these signals come when a function of a module is called, which then goes on."""
+    function = getattr(module, name)
+
+    def disturbed(*args, **options):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, disturbed)
+
+
+@pytest.mark.parametrize("module, name, words", [
+    (train_ghmm, "build_process", ()), (train_arxiv, "open_data", ()), (train_apelr, "open_data", ()),
+    (train_state, "open_data", ()), (prepare_data, "configure", ("text",)), (bench, "print", ("ghmm",)),
+    (sample, "page_stem", ("out/none",)), (sweep, "import_page", ("train_ghmm.py",)),
+], ids=lambda value: getattr(value, "__name__", None))  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_it_trains_and_in_other_commands_a_signal_ends_all_at_once(module, name, words, number, tmp_path, capfd,
+                                                                           monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "print", print, raising=False)
+    signalled(monkeypatch, module, name, number)
+    before = handlers()
+    with pytest.raises(SystemExit) as end:
+        module.main(list(words))
+    assert end.value.code == 128 + number and handlers() == before
+    assert capfd.readouterr().err == ("stopped\n" if number == signal.SIGINT else "stopped by SIGTERM\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_in_the_analysis_waits_for_it_and_a_second_one_ends_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "ECHO_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        signalled(patch, train_ghmm, "finish", signal.SIGTERM, signal.SIGINT)
+        with pytest.raises(SystemExit) as end:
+            train_ghmm.main([*FIVE, "--out_dir=run"])
+    told = capfd.readouterr().err.splitlines()
+    assert end.value.code == 130 and told[0] == "SIGTERM: stopping after the analysis; again to end now"
+    assert len(told) == 2 and "step 5" in told[1]
+    assert not (tmp_path / "run" / "summary.json").exists() and checkpoint.load(tmp_path / "run")["step"] == 5
+    signalled(monkeypatch, train_ghmm, "finish", signal.SIGTERM)
+    assert train_ghmm.main([*FIVE, "--out_dir=run"])["steps"] == 5
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def meter_on(units: int = 1, state: dict | None = None) -> Meter:

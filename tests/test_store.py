@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import train_ghmm
 from common import checkpoint, mirror, store
 from common.errors import InputError
 from common.runtime import Runtime
-from sources import jobs
+from sources import jobs, outcomes
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=100",
         "--eval_sequences=16", "--device=cpu", "--max_steps=12", "--save_interval=4", "--eval_interval=6")
@@ -139,6 +140,8 @@ def test_a_file_system_without_locks_is_told_once(monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     run_until(4, "--out_dir=run")
     run("--out_dir=run")
+    with jobs.take(Path("run")), jobs.take(Path("run")):
+        outcomes.append(Path("run/sweep.jsonl"), {"run": "a"})
     told = capsys.readouterr().err
     assert told.count("there are no locks on the file system of run (No locks available)") == 1
 
@@ -296,6 +299,15 @@ def test_uploads_that_fail_are_tried_again_and_told(remote, whole, monkeypatch, 
     assert_same(Path("remote/run"), whole)
 
 
+def test_slow_uploads_are_of_the_newest_save(remote, whole, monkeypatch, capsys):
+    store = Store(monkeypatch, lambda name: name == "config.json" and time.sleep(0.5))
+    run(f"--out_dir={remote}", "--save_interval=1", "--keep_last=1")
+    assert_same(Path("remote/run"), whole)
+    assert store.tried.count("last.pt") < 6 and "fail" not in capsys.readouterr().err
+    assert {name for name in names_at(remote) if name.startswith("step")} == {"step_12.pt"}
+    assert not list(Path("out").rglob(".sending*"))
+
+
 @pytest.mark.parametrize("lost", ["best.pt", "last.pt"])
 def test_an_upload_that_broke_off_leaves_a_whole_run(remote, whole, monkeypatch, capsys, lost):
     run_until(4, f"--out_dir={remote}")
@@ -371,14 +383,22 @@ def test_a_run_anew_replaces_what_is_at_its_url_once_it_has_begun(remote, capsys
     (f"s3://me:{SECRET}@bucket/x", "has a name, password or query in it"),
     (f"s3://AKIA:{SECRET[:5]}/{SECRET}@bucket/x", "has a name, password or query in it"),
     (f"https://host/x?signature={SECRET}", "has a name, password or query in it"),
+    ("s3://", "is no place for a run: name s3://BUCKET/NAME"),
+    ("s3:///x", "is no place for a run"),
+    ("file://relative", "is no place for a run"),
+    ("file:///", "is no place for a run"),
+    ("://x", "is no place for a run"),
+    ("simplecache::memory://x", "is no place for a run"),
+    ("file:///proc/x", "file:///proc/x cannot be used (FileNotFoundError"),
     ("nosuch://host/x", "nosuch://host/x cannot be used (ValueError: Protocol not known: nosuch"),
     ("s3://bucket/x", "credentials"),
 ])  # fmt: skip
 def test_urls_that_cannot_be_used_are_one_sentence_without_secrets(capsys, url, sentence):
     pytest.importorskip("s3fs")
-    for words in ([f"--out_dir={url}"], [f"--resume={url}/last.pt"], [f"--analyze={url}"]):
-        told = refused(capsys, *words)
-        assert sentence in told and SECRET not in told
+    told = refused(capsys, f"--out_dir={url}")
+    assert sentence in told and SECRET not in told
+    for words in (f"--resume={url}/last.pt", f"--analyze={url}"):
+        assert SECRET not in refused(capsys, words)
     assert list(Path().iterdir()) == []
 
 
@@ -459,6 +479,8 @@ def test_a_run_at_s3_is_the_run_and_its_secret_is_nowhere(bucket, whole, capsys,
     shutil.rmtree("out")
     assert sample.main([url]) == sample.main([str(whole)])
     shutil.rmtree("out")
+    Path("out/x").mkdir(parents=True)
+    Path("out/x/console.log").write_text("what a sweep has written")
     run("--out_dir=out/x", "--s3_config=s3.ini")
     assert_same(Path("out/x"), whole)
     told = capsys.readouterr()
@@ -474,4 +496,4 @@ def test_an_s3_that_does_not_answer_is_one_sentence(bucket, capsys, monkeypatch)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     told = refused(capsys, "--out_dir=s3://bucket/away")
-    assert "s3://bucket/away cannot be read (EndpointConnectionError" in told
+    assert "s3://bucket/away cannot be used (EndpointConnectionError" in told
