@@ -11,10 +11,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import store
 from common.errors import DataError
 from common.runlog import parse_json, read_json
-
-from common import store
 
 BOOK = "sweep.jsonl"
 PARTS = {"run", "status", "exit_code", "seconds", "time", "settings"}  # that each of its lines has
