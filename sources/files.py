@@ -6,15 +6,17 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from common.errors import DataError
+from common.errors import DataError, regular_file
 from sources.shared import counted
 
 KINDS = (".txt", ".json", ".jsonl", ".csv", ".parquet")  # in upper case too, and all but the last packed
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = (".gz", ".bz2", ".xz")
+MOST_CHARACTERS = 1 << 28  # of a line, or a file read whole: more is a quote that is not closed, or fills the memory
+MOST_UNPACKED = 64  # characters for each byte of a file read whole, where that is more; text packs to a fifth
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # what damaged files raise
 MARKS = (  # byte order marks and what they say; the first that fits counts, for UTF-32's begins as UTF-16's does
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -23,6 +25,7 @@ MARKS = (  # byte order marks and what they say; the first that fits counts, for
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+READ_BYTES = 1 << 16  # of a packed file, at once
 HEAD_BYTES = 1 << 16  # looked at to tell UTF-16 that has no mark
 NAMED = 5  # skipped files that are named; the others are counted
 
@@ -30,7 +33,7 @@ NAMED = 5  # skipped files that are named; the others are counted
 def kind_of(path: Path) -> str:
     """Its ending in lower case, without that of a compression: .jsonl of Papers.JSONL.gz; "" for none of KINDS."""
     endings = [ending.lower() for ending in path.suffixes]
-    packed = bool(endings) and endings[-1] in OPENERS
+    packed = bool(endings) and endings[-1] in PACKED
     if packed:
         endings.pop()
     kind = endings[-1] if endings else ""
@@ -44,7 +47,7 @@ def text_files(path: Path) -> list[Path]:
     Hidden files are no data: a hidden folder may be this preparation's own. Raises DataError if none is left.
     """
     if not path.is_dir():
-        return [path]
+        return [regular_file(path)]
     files, skipped = [], []
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -57,7 +60,7 @@ def text_files(path: Path) -> list[Path]:
             skipped.append(str(file.relative_to(path)))
     kinds = ", ".join(KINDS)
     if not files:
-        raise DataError(f"{path} holds no {kinds} files; they may be packed as {', '.join(OPENERS)}")
+        raise DataError(f"{path} holds no {kinds} files; they may be packed as {', '.join(PACKED)}")
     if skipped:
         more = f" and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else ""
         print(f"{path}: {counted(len(files), 'file')} read, {len(skipped):,} skipped as no documents ({kinds} are): "
@@ -72,10 +75,76 @@ def is_prepared(file: Path) -> bool:
     return any((file.parent / name).exists() for name in ("train.bin", "train.h5"))
 
 
+class Streams(io.RawIOBase):
+    """The bytes of a file of one packed stream after another, as bzip2 and xz write them.
+
+    Python's own readers take a damaged stream after the first for the end of the file.
+
+    Args:
+        file: what is packed. decompressor: makes one for each stream.
+    """
+
+    def __init__(self, file: BinaryIO, decompressor: Callable):
+        self.file = file
+        self.decompressor = decompressor
+        self.stream = decompressor()
+        self.rest = b""  # what follows the stream, as far as it is read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        while True:
+            if self.stream.eof:
+                self.rest = (self.stream.unused_data or self.rest).lstrip(b"\0") or self.file.read(READ_BYTES)
+                if not self.rest:
+                    return 0
+                if not self.rest.strip(b"\0"):  # padding
+                    continue
+                self.stream = self.decompressor()
+            elif self.stream.needs_input and not self.rest:
+                self.rest = self.file.read(READ_BYTES)
+                if not self.rest:
+                    raise EOFError("it ends in the middle of a packed stream")
+            packed, self.rest = self.rest, b""
+            data = self.stream.decompress(packed, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def open_packed(path: Path) -> BinaryIO:
-    """A file's bytes, unpacked."""
-    opener = OPENERS.get(path.suffix.lower(), open)
-    return opener(path, "rb")
+    """A file's bytes, unpacked as they are read."""
+    packing = path.suffix.lower()
+    if packing == ".gz":
+        return gzip.open(path, "rb")
+    if packing in (".bz2", ".xz"):
+        decompressor = bz2.BZ2Decompressor if packing == ".bz2" else lzma.LZMADecompressor
+        return io.BufferedReader(Streams(open(path, "rb"), decompressor), READ_BYTES)
+    return open(path, "rb")
+
+
+def lines_of(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file. Raises DataError for one without end, before it fills the memory."""
+    while line := file.readline(MOST_CHARACTERS + 1):
+        if len(line) > MOST_CHARACTERS:
+            raise DataError(f"{path} has a line of more than {MOST_CHARACTERS:,} characters: put a document on a line")
+        yield line
+
+
+def read_whole(path: Path) -> str:
+    """A file's text at once. Raises DataError for one that would fill the memory, as a small packed file can."""
+    most = max(MOST_CHARACTERS, MOST_UNPACKED * path.stat().st_size)
+    with open_text(path) as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise DataError(f"{path} unpacks to more than {most:,} characters, which is read at once: use .jsonl, with a "
+                        "document a line")
+    return text
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:

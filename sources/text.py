@@ -20,14 +20,24 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import DataError
-from sources.files import KINDS, UNREADABLE, kind_of, open_text, text_files, utf8_blocks
+from sources.files import (
+    KINDS,
+    MOST_CHARACTERS,
+    UNREADABLE,
+    kind_of,
+    lines_of,
+    open_text,
+    read_whole,
+    text_files,
+    utf8_blocks,
+)
+from sources.plain_json import in_words
 from sources.shared import Workshop, closest, counted, optional, progress, quoted
 from sources.streams import stream_dtype, write_meta
 from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
 
 LEAST, MOST = 2_000, 1 << 16  # bytes of a document cut from a running text
 READ_BYTES = 1 << 20  # of such a file, at once
-MOST_CHARACTERS = 1 << 28  # of a cell of a table: a longer one is a quote that is not closed
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 22  # to the tokenizer at once
 HUB_BYTES = 1e9  # read of a hub data set where the settings name no limit
 
@@ -87,21 +97,21 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
 def has_lines(path: Path) -> bool:
     """Whether a .json has a value a line, as Kaggle's have: the first line is one, and another follows."""
     with open_text(path) as file:
-        lines = (line for line in file if line.strip())
-        first = next(lines, "")
-        if not next(lines, ""):
+        lines = iter(lambda: file.readline(MOST_CHARACTERS), "")
+        filled = (line for line in lines if line.strip())
+        first = next(filled, "")
+        if not first.endswith("\n") or not next(filled, ""):
             return False
     try:
-        json.loads(first)
-    except json.JSONDecodeError:
+        parsed(first, str(path))
+    except DataError:
         return False
     return True
 
 
 def json_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
     """Those of the list that the file is, or of the only list in its object; an object with a text is a record."""
-    with open_text(path) as file:
-        value = parsed(file.read(), str(path))
+    value = parsed(read_whole(path), str(path))
     if isinstance(value, dict) and isinstance(value.get(column), str):
         yield str(path), value
         return
@@ -118,7 +128,7 @@ def json_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
 
 def jsonl_records(path: Path, column: str) -> Iterator[tuple[str, dict]]:
     with open_text(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path), 1):
             where = f"{path}, line {number}"
             if line.strip():
                 yield where, record_of(parsed(line, where), where, column)
@@ -128,7 +138,7 @@ def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
     """The rows of a table. Raises DataError for a row that only a guess could read: what follows it would be wrong."""
     csv.field_size_limit(MOST_CHARACTERS)
     with open_text(path, newline="") as file:
-        rows = csv.reader(file, strict=True)
+        rows = csv.reader(lines_of(file, path), strict=True)
         names = None
         number = 1  # of a row: the names are row 1, and a text may go over many lines
         while True:
@@ -159,7 +169,7 @@ def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
     parquet = optional("pyarrow.parquet", "pyarrow")
-    for batch in parquet.ParquetFile(path).iter_batches(1_000):
+    for batch in parquet.ParquetFile(path, page_checksum_verification=True).iter_batches(1_000):
         for record in batch.to_pylist():
             yield str(path), record
 
@@ -167,8 +177,8 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
 def parsed(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({getattr(error, 'msg', in_words(error))})") from error
 
 
 def record_of(value, where: str, column: str) -> dict:
@@ -202,8 +212,7 @@ def text_of(where: str, record: dict, column: str) -> str:
 
 def whole(path: Path) -> Iterator[str]:
     """A .txt file as one document."""
-    with open_text(path) as file:
-        yield file.read()
+    yield read_whole(path)
 
 
 def cut_text(path: Path) -> Iterator[bytes]:
@@ -215,6 +224,9 @@ def cut_text(path: Path) -> Iterator[bytes]:
     for block in utf8_blocks(path, READ_BYTES):
         data = rest + block
         *texts, rest = data.split(mark) if marked else cut_running(data, MOST)
+        if len(rest) > MOST_CHARACTERS:
+            raise DataError(f"{path} has a document of more than {MOST_CHARACTERS:,} bytes: put {mark.decode()} "
+                            "between documents")
         for text in texts:
             yield text.strip(b"\r\n")
     texts = [rest] if marked else cut_running(rest, LEAST)

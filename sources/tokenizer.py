@@ -432,7 +432,10 @@ def check_ids(spec: dict, added: dict[str, int], known: dict[str, int]) -> None:
     """
     vocabulary = spec["model"].get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram: [[text, score], ...], ids by place
-        vocabulary = {text: i for i, (text, _) in enumerate(vocabulary)}
+        texts = [text for text, _ in vocabulary]
+        vocabulary = {text: i for i, text in enumerate(texts)}
+        if len(vocabulary) < len(texts):
+            raise ValueError(f"{len(texts) - len(vocabulary):,} tokens come twice, so that the id is not certain")
     for text, number in [*vocabulary.items(), *added.items()]:
         if known.get(text) != number:
             raise ValueError(f"the token {text!r:.40} has the id {number} in the file, and another of that id or text "
