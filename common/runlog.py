@@ -19,7 +19,17 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint
-from common.errors import InputError, RunError, hush, leave, replacing, say_aside, system_sentence, writing
+from common.errors import (
+    InputError,
+    RunError,
+    hush,
+    leave,
+    regular_file,
+    replacing,
+    say_aside,
+    system_sentence,
+    writing,
+)  # fmt: skip
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
@@ -202,7 +212,7 @@ def ended_before(rt, folder: Path, path: Path | None, state: dict | None, change
 
     def read() -> dict | None:
         try:
-            return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            return read_json(folder / "summary.json")
         except (OSError, ValueError):  # ended by a kill between its last step and its summary
             return None
 
@@ -252,10 +262,58 @@ def read_metrics(folder: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):  # a line torn by a kill, or by a full disk
-            record = json.loads(line)
-            whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "split" in record
-            records += [record] if whole else []
+            record = parse_json(line)
+            step, numbers = record.get("step"), [value for name, value in record.items() if name != "split"]
+            whole = isinstance(record.get("split"), str) and type(step) is int and step >= 0
+            records += [record] if whole and all(map(_is_numeric, numbers)) else []
     return records
+
+
+def _is_numeric(value) -> bool:
+    """Whether a value is one of those that metrics() writes: a number, None, or a list of such."""
+    return all(map(_is_numeric, value)) if isinstance(value, list) else value is None or type(value) in (int, float)
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file of a run holds. Raises ValueError (see parse_json) and OSError."""
+    return parse_json(regular_file(path, InputError).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> dict:
+    """A JSON object in which every number is one: NaN, infinity and what does not fit into 64 bits are None.
+
+    Raises ValueError for what is no JSON, no object, nested too deeply, sets a name twice or is no text that can be
+    printed.
+    """
+
+    def object_of(pairs: list[tuple]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is set twice")
+        return dict(pairs)
+
+    def finite(word: str) -> float | None:
+        return number if math.isfinite(number := float(word)) else None
+
+    def whole(word: str) -> int | None:
+        return int(word) if len(word) < 20 and abs(int(word)) < 2**63 else None
+
+    try:
+        tree = json.loads(text, object_pairs_hook=object_of, parse_float=finite, parse_int=whole,
+                          parse_constant=lambda word: None)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    level, depth = [tree], 0
+    while level and depth < 50:
+        inside = [value.values() if isinstance(value, dict) else value for value in level
+                  if isinstance(value, dict | list)]
+        level, depth = [value for values in inside for value in values], depth + 1
+    if level:
+        raise ValueError("is nested too deeply")
+    if "\\u" in text:
+        json.dumps(tree, ensure_ascii=False).encode()  # half a character cannot be printed: UnicodeError, a ValueError
+    if not isinstance(tree, dict):
+        raise ValueError("holds no settings or results")
+    return tree
 
 
 def _look_at_names(folder: Path) -> None:

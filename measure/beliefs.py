@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.runlog import read_metrics
 from measure.figures import figure
 from measure.overlays import log_axis, spans
+from sources.outcomes import is_number
 
 FOLDS = 5  # four fit, the fifth is predicted, in turn
 STRATA = 5  # prefixes are dealt into FOLDS * STRATA hands once, and hands into folds in every deal
@@ -576,9 +577,10 @@ def plot_excess_loss(folder: Path, title: str) -> None:
     steps = []
     excess = []
     for record in read_metrics(folder):
-        if record["split"] == "eval" and record["excess_loss"] > 0:
+        value = record.get("excess_loss")
+        if record["split"] == "eval" and is_number(value) and value > 0:
             steps.append(record["step"])
-            excess.append(record["excess_loss"])
+            excess.append(value)
     if not steps:
         return
     with figure(folder, "excess_loss", 6, 4) as axes:

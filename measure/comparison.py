@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from math import isfinite, sqrt
+from math import sqrt
 from os.path import normpath
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,9 +20,9 @@ from common.errors import DataError, InputError, replacing
 from common.runlog import read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
-from measure.pages import Cell, Section, typed, write_page
-from measure.sweeps import HEADS, SEED, Group, groups, objective, problems, table, with_spread
-from sources.outcomes import numbers, read_object
+from measure.pages import HEADLINES, Cell, Section, typed, write_page
+from measure.sweeps import HEADS, OBJECTIVES, SEED, Group, groups, objective, problems, table, with_spread
+from sources.outcomes import COUNT, NUMBER, TABLE, TEXT, check, is_number, numbers, read_object
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -110,6 +110,7 @@ def read_run(folder: Path) -> Run:
     summary = None
     if (folder / "summary.json").exists():
         summary = read_object(folder / "summary.json")
+        check_summary(summary)
     scripts = sorted(folder.glob("*.py"), key=lambda path: (not path.name.startswith("train_"), path.name))
     if not scripts:
         raise ValueError("it has no copy of its script")
@@ -119,6 +120,16 @@ def read_run(folder: Path) -> Run:
     if summary is not None:
         run.terms = terms_of(run, text)
     return run
+
+
+def check_summary(summary: dict) -> None:
+    """Raise ValueError where a summary has something else in the place of a number or a name."""
+    results = {name: NUMBER for names, _ in OBJECTIVES.values() for name in names}
+    results |= {name: NUMBER for headlines in HEADLINES.values() for name in headlines}
+    kinds = results | dict.fromkeys(FACTS, COUNT) | dict.fromkeys(("torch", "device", "final_split", "verdict"), TEXT)
+    check(summary | numbers(summary), kinds | {"data": TABLE}, "summary.json")
+    data = summary.get("data") or {}
+    check(data, dict.fromkeys(data, TEXT), "summary.json")
 
 
 def terms_of(run: Run, script: str) -> dict[str, Term]:
@@ -136,6 +147,8 @@ def terms_of(run: Run, script: str) -> dict[str, Term]:
     results = {}
     if (run.folder / "results.json").exists():
         results = read_object(run.folder / "results.json")
+        check(results, {"data": TABLE, "final_fingerprint": TEXT}, "results.json")
+        check(results.get("data") or {}, {"path": TEXT, "fingerprint": TEXT}, "results.json")
     if "final_split" in run.summary:
         split = run.summary["final_split"]
         terms["final_split"] = Term(split, f"{split} {results.get('final_fingerprint', '')}")
@@ -326,7 +339,7 @@ def keys_of(runs: list[Run], names: list[str]) -> set[tuple]:
 
 def is_lost(value: Any) -> bool:
     """Whether a number is none: JSON of other programs may have NaN."""
-    return value is None or isinstance(value, float) and not isfinite(value)
+    return value is None or isinstance(value, float) and not is_number(value)
 
 
 def results_of(told: list[dict]) -> list[str]:
@@ -334,7 +347,7 @@ def results_of(told: list[dict]) -> list[str]:
     names = {}
     for line in told:
         for name, value in line["summary"].items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and name not in FACTS:
+            if is_number(value) and name not in FACTS:
                 names[name] = None
     return list(names)
 

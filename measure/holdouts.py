@@ -15,6 +15,7 @@ from common.checkpoint import NO_SETTINGS
 from measure.figures import figure
 from measure.pages import Cell, Section
 from measure.sweeps import in_columns
+from sources.outcomes import NUMBER, TABLE, TEXTS, check, read_object
 from sources.shared import counted
 from sources.sweeps import digest
 
@@ -78,7 +79,7 @@ def read_run(folder: Path) -> HeldOut | None:
     """A run by the files in its folder; None if it is none that tested a single cell type."""
     try:
         settings, results, summary = [
-            json.loads((folder / name).read_text(encoding="utf-8"))
+            read_object(folder / name)
             for name in ("config.json", "results.json", "summary.json")
         ]
         scripts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
@@ -88,11 +89,18 @@ def read_run(folder: Path) -> HeldOut | None:
         numbers = []
         for who in ("model", "perturbation_mean"):
             means = results[who]["mean"]
+            check(means, dict.fromkeys(METRICS.values(), NUMBER), "results.json")
             numbers.append({title: means.get(metric) for title, metric in METRICS.items()})
+        check(summary, {"data": TABLE}, "summary.json")
+        tasks = (summary.get("data") or {}).values()
+        check(settings, {"seed": NUMBER}, "config.json")
+        named = TEXTS.holds([cell_type, *files, *tasks])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not whole, or of something else
+    if not named:
+        return None
     # Of the cells alone, as sources.cells.Cells.task has it: who trains is another thing in each run.
-    cells = [task.split("-")[0] for task in summary.get("data", {}).values() if "-" in task]  # none of runs of before
+    cells = [task.split("-")[0] for task in tasks if "-" in task]  # none of runs of before
     others = {"cells": " ".join(cells), "script": digest("".join(scripts))}
     for name, value in settings.items():
         if name not in APART:

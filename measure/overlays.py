@@ -1,14 +1,13 @@
 """Pictures of runs side by side: their curves over the steps, and what they came to."""
 
 import textwrap
-from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from common.runlog import read_metrics
 from measure.figures import figure
 from measure.sweeps import HEADS, Group
+from sources.outcomes import is_number
 from sources.sweeps import digest
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
@@ -89,10 +88,6 @@ def curves_of(ranked: list[Group], split: str, key: str) -> tuple[str, list[list
                 runs.append(points)
         curves.append(runs)
     return key if any(curves) else "", curves
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
 
 
 def first_number(record: dict) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import numbers
 import os
 import platform
@@ -20,8 +19,10 @@ import numpy as np
 import torch
 
 from common.errors import reason, replacing, say_aside, system_sentence
+from common.runlog import read_json
 from configurator import Text, config_dict, convert
 from measure import figures
+from sources.outcomes import is_number
 from sources.shared import from_here
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -195,7 +196,7 @@ def cell_of(value: Any) -> Cell:
     """A value in a table; a Cell is as it is. What is undefined (None, nan, infinity) is blank."""
     if isinstance(value, Cell):
         return value
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and not is_number(value):
         value = None
     if value is None:
         return Cell("", "", False)
@@ -240,7 +241,7 @@ def run_page(folder: Path, Config: type, result: dict | None = None) -> str:
     places = f"pictures in {folder / 'plots'}"
     try:
         if result is None:
-            result = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            result = read_json(folder / "summary.json")
             verdict = result.get("verdict", "")
         write_page(page, title_of(folder, Config), verdict, run_sections(folder, Config, result))
         places += f", all of it in {page}"
@@ -267,7 +268,7 @@ def run_sections(folder: Path, Config: type, result: dict) -> list[Section]:
     run = folder.parent if folder.name == "analysis" else folder  # what was trained, and how
     config = None  # of a checkpoint that lies alone
     if (run / "config.json").exists():
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = read_json(run / "config.json")
     experiment = getattr(sys.modules[Config.__module__], "EXPERIMENT", "")
     headlines, rest = figures_of(result, experiment)
     sections = [

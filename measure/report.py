@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from common.checkpoint import NO_SETTINGS
-from common.errors import reason
 from measure.curves import gain_definition, reported_positions
 from measure.pages import Section
 from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of
@@ -38,6 +37,7 @@ from measure.xe_by_k import (
     told_apart,
     tradeoff,
 )
+from sources.outcomes import COUNT, NUMBER, NUMBERS, TABLE, TEXT, TEXTS, Kind, check, is_number, read_object
 from sources.shared import counted
 
 # Settings that runs of one study may differ in, and those of the measurements after training.
@@ -73,6 +73,27 @@ def training_facts(config: dict, data: dict[str, str], chunks, steps: int, measu
         "tokens": steps * config["batch_size"] * chunks.n_ctx,
         "settings": shared_settings(config),
     }
+
+# What results.json of a run must hold where the report shows it.
+POSITION = Kind("position", lambda value: type(value) is int and value > 0)
+RESULT = {"K": POSITION, "seed": NUMBER, "categories": TEXTS, "control_of": POSITION, "steps": COUNT, "tokens": COUNT,
+          "final_split": TEXT, "final_fingerprint": TEXT, "groups": TABLE, "data": TABLE, "measured_on": TABLE,
+          "budget": TABLE, "settings": TABLE, "information": TABLE, "probe": TABLE}  # fmt: skip
+TABLES = {
+    "data": {"path": TEXT, "fingerprint": TEXT},
+    "measured_on": {"path": TEXT, "fingerprint": TEXT},
+    "budget": {"kind": TEXT},
+    "settings": {"epochs": COUNT, "batch_size": COUNT, "patience": COUNT},
+    "information": dict.fromkeys(("document", "predictions", "log_K"), NUMBER),
+}
+CURVES = ("xe_by_position", "oracle_xe_by_position", "known_xe_by_position", "excess_by_position")
+GROUP = dict.fromkeys(CURVES, NUMBERS) | dict.fromkeys(
+    ("xe", "icl_gain", "total_gain", "oracle_icl_gain", "largest_excess", "largest_relative_excess"), NUMBER
+) | {"fit": TABLE, "icl_score": TABLE}
+FIT = ("alpha", "xe_inf", "c")
+ROWS = Kind("list of lists of numbers", lambda value: isinstance(value, list) and len(value) > 0 and all(
+    isinstance(row, list) and all(each is None or is_number(each) for each in row) for row in value))  # fmt: skip
+SCORE = {"value": NUMBER, "early": POSITION, "late": POSITION}
 
 
 def shared_settings(config: dict) -> dict:
@@ -223,10 +244,10 @@ def read_results(folders: list[Path], out: Path) -> tuple[list[dict], list[str]]
         if not path.exists() or (folder.name == "analysis" and looked_at.exists()):  # a later look at a run that counts
             continue
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_object(path)
             check_result(result)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            notes.append(f"{path} is damaged or foreign ({reason(error)}) and left out: --analyze that run again")
+        except (OSError, ValueError) as error:
+            notes.append(f"{path} is damaged or foreign ({error}) and left out: --analyze that run again")
             continue
         if "settings" not in result:
             result |= older_facts(folder)
@@ -240,26 +261,43 @@ def older_facts(folder: Path) -> dict:
     """What config.json and summary.json say of a run whose results.json does not say what it was trained on."""
     facts = {}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json")
         facts["data"] = {"path": config["data"]}
         facts["budget"] = {"kind": config["budget"], "tokens": config["budget_tokens"] or NOT_SAID}
         facts["settings"] = shared_settings(config)
-        facts["steps"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]
+        facts["steps"] = read_object(folder / "summary.json")["steps"]
+        check(facts, {"steps": COUNT}, "summary.json")
     except (OSError, ValueError, KeyError, TypeError):
         pass  # what there is has been taken
     return facts
 
 
 def check_result(result: dict) -> None:
-    """Raises KeyError or TypeError where a result lacks what the report shows."""
-    _ = result["K"] + result["seed"]  # adding fails for what is no number
-    for name in ("seen", *result["categories"]):
-        group = result["groups"][name]
-        losses = group["xe_by_position"][0] + group["xe"]
-        _ = losses + group["icl_gain"] + group["total_gain"]
-        fit = group["fit"]
-        if fit is not None:
-            _ = fit["alpha"]["value"] + fit["xe_inf"]["value"] + fit["c"]["value"]
+    """Raises ValueError where a result lacks what the report shows, or has something else in its place."""
+    where = "results.json"
+    check(result, RESULT, where, ("K", "seed", "categories", "groups"))
+    if result["K"] != len(set(result["categories"])):
+        raise ValueError(f"{where} says K = {result['K']} of {len(result['categories'])} categories")
+    for table, kinds in TABLES.items():
+        check(result.get(table) or {}, kinds, f"{where}, {table},")
+    groups = result["groups"]
+    names = ("seen", *result["categories"])
+    check(groups, dict.fromkeys((*groups, *names), TABLE), where, names)
+    T = len(groups["seen"].get("xe_by_position") or ())
+    for name, group in groups.items():
+        place = f"{where}, {name},"
+        check(group, GROUP, place, ("xe_by_position", "xe", "icl_gain", "total_gain"))
+        curves = [group[curve] for curve in CURVES if group.get(curve) is not None]
+        if not T or any(len(curve) != T for curve in curves):
+            raise ValueError(f"{place} has curves of other lengths than {T or 'one position'}")
+        if group.get("fit") is not None:
+            check(group["fit"], dict.fromkeys(FIT, TABLE), place, FIT)
+            for parameter in FIT:
+                check(group["fit"][parameter], {"value": NUMBER}, f"{place} {parameter}", ("value",))
+        score = group.get("icl_score") or {}
+        check(score, SCORE, place)
+    if result.get("probe"):
+        check(result["probe"], {"accuracy": ROWS}, f"{where}, probe,", ("accuracy",))
 
 
 def grouped(results: list[dict]) -> tuple[list[Group], list[str]]:

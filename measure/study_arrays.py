@@ -1,12 +1,11 @@
 """Runs of a study of train_arxiv.py as arrays: cross entropy (XE) by run, category and position, on which documents."""
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import reason
+from common.errors import reason, regular_file
 from measure.curves import TOGETHER, reported_positions, score_positions
 from measure.xe_by_k import Study, draw_documents
 
@@ -100,11 +99,11 @@ def drawn(
     sums = []
     for run, measured in zip(runs, xe, strict=True):
         path = run["folder"] / "documents.npz"
+        if not path.exists():
+            return None, None, f"{run['run']} has no documents.npz, as runs of before have none"
         try:
             documents = read_documents(path, names, positions)
-        except FileNotFoundError:
-            return None, None, f"{run['run']} has no documents.npz, as runs of before have none"
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive makes numpy, zipfile and zlib raise a dozen kinds
             return None, None, f"documents.npz of {run['run']} cannot be used ({reason(error)})"
         codes, _, counts, values = documents
         # The same documents are drawn for all runs, so they must have the same.
@@ -130,13 +129,24 @@ def read_documents(
     names: list[str],
     positions: list[int],
 ) -> tuple[np.ndarray, ...]:
-    """(category of each document as a number into names, its number, its chunks, sums over these [M, P])."""
-    with np.load(path, allow_pickle=False) as file:
-        places = [names.index(name) if name in names else -1 for name in file["names"].tolist()]
-        codes = np.array(places)[file["codes"]]
-        kept = file["positions"].tolist()
-        columns = [kept.index(position) for position in positions]
-        sums = file["sums"][:, columns]
-        total = file["total"][:, None]
-        values = np.concatenate([sums, total], 1).astype(np.float64)
-        return codes, file["documents"], file["counts"], values
+    """(category of each document as a number into names, its number, its chunks, sums over these [M, P]).
+
+    Raises ValueError where the arrays do not fit together, and what numpy raises of a damaged file.
+    """
+    with np.load(regular_file(path), allow_pickle=False) as file:
+        known, codes, counts, kept = (file[name] for name in ("names", "codes", "counts", "positions"))
+        sums, total, documents = file["sums"], file["total"], file["documents"]
+    M = len(codes)
+    whole = all(array.dtype.kind in "iu" for array in (codes, counts, kept, documents)) and known.dtype.kind == "U"
+    whole = whole and sums.dtype.kind == total.dtype.kind == "f"
+    shapes = [array.shape for array in (codes, counts, documents, total, sums)]
+    whole = whole and shapes == [(M,)] * 4 + [(M, len(kept))] and known.ndim == kept.ndim == 1
+    if not whole or not M or codes.min() < 0 or counts.min() < 1:
+        raise ValueError("its arrays do not fit together")
+    places = [names.index(name) if name in names else -1 for name in known.tolist()]
+    kept = kept.tolist()
+    columns = [kept.index(position) for position in positions]
+    values = np.concatenate([sums[:, columns], total[:, None]], 1).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    return np.array(places)[codes], documents, counts, values

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from sources.outcomes import is_number
 from sources.shared import closest
 
 # What the runs of an experiment are compared by and what is shown beside; whether less of the first is better.
@@ -144,7 +145,7 @@ def problems(found: Collection[Group]) -> list[str]:
 
 def number(value: Any) -> str:
     """A number of a summary, a whole one with all its digits; what is undefined there is blank."""
-    if not isinstance(value, float | int) or not math.isfinite(value):
+    if not is_number(value):
         return ""
     is_whole = float(value).is_integer() and abs(value) < 1e15
     return f"{value:.0f}" if is_whole else f"{value:.6g}"
@@ -170,7 +171,7 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
     for group in ranked:
         row = [group.settings.get(name, "") for name in settings]
         if seeds:
-            seed = group.runs[0]["settings"][SEED]
+            seed = group.runs[0]["settings"].get(SEED, "")
             row.append(str(len(group.runs)) if averaged else seed)
         row += [group.text(name) for name in shown]
         row.append(number(mean_seconds(group)))

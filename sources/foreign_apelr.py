@@ -514,7 +514,7 @@ def digests(file: Path) -> set[str]:
     forms = {content, content.replace(b"\r\n", b"\n")}
     try:
         spec = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         spec = None  # told by whoever reads it
     for is_ascii in (True, False):  # characters, byte pairs
         written = json.dumps(spec, indent=2, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")

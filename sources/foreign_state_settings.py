@@ -4,8 +4,8 @@ Their tables of defaults are STATE of sources/foreign.py. Here are the names of 
 of them, what they have and we have not, and the verbs of their commands.
 """
 
+import contextlib
 import importlib.util
-import json
 import re
 import shlex
 import sys
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common import store
-from common.errors import InputError
+from common.errors import InputError, regular_file
+from common.runlog import read_json
 from configurator import READ, note
 from sources.foreign_checkpoints import system_of
 from sources.given import is_on, value_of
@@ -371,8 +372,8 @@ def complete_smolstate(given: dict[str, Any], values: dict[str, Any], fields: di
 def has_fewshot(path: str) -> bool:
     """Whether a TOML holds perturbations out. What is wrong with the file, reading its cells tells."""
     try:
-        return bool(tomllib.loads(Path(path).read_text(encoding="utf-8")).get("fewshot"))
-    except (OSError, ValueError):
+        return bool(tomllib.loads(regular_file(path).read_text(encoding="utf-8")).get("fewshot"))
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -483,7 +484,10 @@ def from_the_source(cfg):
     if not path.is_file() or system_of(path) != "state":
         return cfg
     ours, saved = (folder / "last.pt").exists(), folder / "config.json"
-    began = json.loads(saved.read_text(encoding="utf-8")).get("init_from") if ours and saved.exists() else None
+    began = None
+    if ours and saved.exists():
+        with contextlib.suppress(OSError, ValueError):  # a damaged one tells nothing of how the run began
+            began = read_json(saved).get("init_from")
     if ours and cfg.resume == "auto" and began != str(path):
         return cfg
     if not ours:

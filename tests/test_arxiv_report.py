@@ -306,6 +306,27 @@ def test_a_report_and_its_picture_say_what_icl_gain_is():
     assert "Every run was trained on 880 tokens" in TITLES["xe_by_position"]
 
 
+@pytest.mark.parametrize("damage, said", [
+    (lambda result: result.update(K=3), "says K = 3 of 2 categories"),
+    (lambda result: result.update(seed="0"), "seed = '0', which is no number"),
+    (lambda result: result["groups"]["seen"].update(xe="1.5"), "xe = '1.5', which is no number"),
+    (lambda result: result["groups"]["seen"].update(xe=None), "xe = None, which is no number"),
+    (lambda result: result["groups"]["a"]["xe_by_position"].pop(), "curves of other lengths"),
+    (lambda result: result["groups"]["a"]["xe_by_position"].append(True), "which is no list of numbers"),
+    (lambda result: result["groups"].update(b=[1]), "which is no table"),
+    (lambda result: result.update(probe={"accuracy": [["x"]]}), "accuracy = [['x']]"),
+    (lambda result: result.update(data="x"), "data = 'x', which is no table"),
+])
+def test_a_result_with_something_else_for_a_number_is_left_out_and_said(damage, said):
+    result = json.loads(json.dumps(a_result("ab")))
+    damage(result)
+    write("runs/one", result)
+    write("runs/two", a_result("ab", 1))
+    _, lines = study_sections([Path("runs/one"), Path("runs/two")], Path("out"))
+    assert any("runs/one/results.json is damaged" in line and said in line for line in lines), lines
+    assert [row["runs"] for row in rows_of("out/xe_by_k.csv")] == ["1"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"K": 1}', '{"groups": {"seen": {"xe_by_position": []}}}'])
 def test_a_damaged_result_is_a_line_and_the_rest_is_reported(text):
     Path("runs/one").mkdir(parents=True)
@@ -515,6 +536,11 @@ def test_what_cannot_be_said_of_k_is_said_to_be_so(sets, words):
 @pytest.mark.parametrize("damage, words", [
     (lambda path: path.unlink(), "has no documents.npz, as runs of before have none"),
     (lambda path: path.write_bytes(b"PK"), "cannot be used"),
+    (lambda path: rewrite(path, names=lambda x: np.arange(len(x))), "its arrays do not fit together"),
+    (lambda path: rewrite(path, names=lambda x: x.astype(object)), "cannot be used"),  # a pickle
+    (lambda path: rewrite(path, counts=lambda x: -x), "its arrays do not fit together"),
+    (lambda path: rewrite(path, codes=lambda x: x - 1), "its arrays do not fit together"),
+    (lambda path: rewrite(path, sums=lambda x: x * np.nan), "values that are not finite"),
     (lambda path: rewrite(path, documents=lambda x: x[::-1]), "was measured on other documents"),
     (lambda path: rewrite(path, sums=lambda x: x + 1), "is not of its results.json"),
 ])

@@ -306,6 +306,15 @@ def test_a_state_goes_back_as_it_was():
     assert (step, best, extra["names"], mine) == (5, 0.5, ["a", "b"], {"carried": None})
 
 
+def test_means_after_a_resumption_are_of_the_terms_that_the_loss_has_now():
+    meter = Meter(machine(), 10, 0.0, {"meter": METER})
+    meter.add({"loss": torch.tensor(2.5)})
+    assert meter.read() == {"loss": 2.0}  # with the 1.5 of the checkpoint
+    meter = Meter(machine(), 10, 0.0, {"meter": METER})
+    meter.add({"loss": torch.tensor(2.5), "plan": torch.tensor(1.0)})
+    assert meter.read() == {"loss": 2.5, "plan": 1.0}
+
+
 def moments(**changes) -> dict:
     state = state_of()["optimizer"]
     state["state"][0] |= changes

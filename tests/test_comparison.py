@@ -14,12 +14,14 @@ from commands import colours
 
 import sweep
 from common.errors import DataError, InputError
+from common.runlog import parse_json, read_metrics
 from measure import comparison, overlays
 from measure.comparison import compare, find_runs
 from measure.figures import new_figure
 from measure.overlays import MOST_CURVES, MOST_ROWS, curves_of, plain_number
 from measure.pages import Section
 from measure.sweeps import Group
+from sources import outcomes
 
 SCRIPT = 'EXPERIMENT = "ghmm"\n'
 
@@ -67,6 +69,70 @@ def cells(section: str, page: Path | str = "report.html") -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("summary, said", [
+    ({"loss": "1.5"}, "loss = '1.5', which is no number"),
+    ({"loss": True}, "loss = True, which is no number"),
+    ({"excess_loss": [0.1]}, "excess_loss = [0.1], which is no number"),
+    ({"steps": -40}, "steps = -40, which is no number of at least 0"),
+    ({"data": "x"}, "data = 'x', which is no table"),
+    ({"data": {"x": [1]}}, "x = [1], which is no text"),
+    ({"device": {"a": 1}}, "device = {'a': 1}, which is no text"),
+])
+def test_a_summary_with_something_else_for_a_number_is_left_out_and_said(summary, said, undrawn):
+    write_run("runs/good", 0.5)
+    write_run("runs/odd", 0.1, lr=0.3, summary=summary)
+    told = "\n".join(compare(find_runs([Path("runs")]), Path("runs")))
+    assert f"runs/odd: left out, for summary.json says {said}" in told
+    assert [row["excess_loss"] for row in rows("runs/comparison.csv")] == ["0.5"]
+
+
+@pytest.mark.parametrize("text", ["1e999", "-Infinity", "NaN", "9" * 400, "9" * 5000])
+def test_a_number_that_is_none_is_blank_and_the_others_stand(text, undrawn):
+    write_run("runs/good", 0.5)
+    folder = write_run("runs/odd", 0.1, lr=0.3)
+    summary = (folder / "summary.json").read_text()
+    (folder / "summary.json").write_text(summary.replace('"loss": 1.1', f'"loss": {text}'))
+    compare(find_runs([Path("runs")]), Path("runs"))
+    assert [(row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [("0.1", ""), ("0.5", "1.5")]
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"a": 1, "a": 2}', "a name is set twice"),
+    ('{"a":' * 5000, "nested too deeply"),
+    ('{"a":' * 60 + "1" + "}" * 60, "nested too deeply"),
+    ('{"a": "\\ud800"}', "surrogates not allowed"),
+])
+def test_json_that_nobody_could_use_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_json(text)
+
+
+def test_lines_of_metrics_that_are_none_are_passed_over():
+    lines = [{"step": 1, "split": "eval", "loss": 1.5, "curve": [1.0, None]}, {"step": True, "split": "eval"},
+             {"step": -1, "split": "eval"}, {"step": 2, "split": "eval", "loss": "1.5"}, {"step": 3, "split": 4},
+             {"step": 4, "split": "eval", "loss": {"a": 1}}, [1], {"step": 10**30, "split": "eval"}]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 5, "split": "eval", "loss": math.nan}])
+    Path("metrics.jsonl").write_text(text)
+    assert read_metrics(Path()) == [lines[0], {"step": 5, "split": "eval", "loss": None}]
+
+
+def test_lines_of_a_sweep_that_are_none_are_passed_over():
+    line = {"run": "a", "status": "done", "exit_code": 0, "seconds": 1.0, "time": 2.0, "settings": {"lr": "1"}}
+    wrong = [{"run": ["a"]}, {"status": "over"}, {"exit_code": "0"}, {"seconds": "1"}, {"time": -1}, {"settings": []},
+             {"settings": {"lr": 1}}, {"summary": 3}, {"last_lines": "x"}]  # fmt: skip
+    Path("sweep.jsonl").write_text("".join(json.dumps(line | {"run": "b"} | each) + "\n" for each in wrong)
+                                   + json.dumps(line) + "\n" + "[" * 9000)  # fmt: skip
+    assert outcomes.read(Path("sweep.jsonl")) == {"a": line}
+
+
+def test_runs_of_which_some_have_no_seed_are_compared(undrawn):
+    write_run("runs/a", 0.5)
+    folder = write_run("runs/b", 0.4, lr=0.3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "seed"}))
+    assert any("0.4" in line for line in compare(find_runs([Path("runs")]), Path("runs")))
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviation():
@@ -269,7 +335,8 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
     told = "\n".join(lines)
     assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
-    assert "runs/null: left out, for config.json holds no" in told and "runs/bare: left out, for it has no copy" in told
+    assert "runs/null: left out, for config.json is damaged (holds no" in told
+    assert "runs/bare: left out, for it has no copy" in told
     assert "runs/good: left out, for runs/again has the same settings and seed" in told and "analysis" not in told
     assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
         ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip
