@@ -62,7 +62,7 @@ from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
-from sources.foreign_apelr import ALIASES, convert, fill, is_source_checkpoint, known_beside
+from sources.foreign_apelr import ALIASES, convert, fill_in, is_source_checkpoint, known_beside
 from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
 from sources.foreign_checkpoints import checkpoint_in
 from sources.foreign_plans import commit_source, cross_source, start_as_source
@@ -1197,7 +1197,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
     if is_source_checkpoint(path):
         model = load_source_checkpoint(path, Config(device=device))
         return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
-    state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int, tokenizer_hash=str | None)
+    state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int)
     cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
     model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, state["extra"]["vocab_size"]))
     return cfg, model, state["step"], state["extra"]
@@ -1211,9 +1211,9 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
     Weights that are missing keep their start and unknown ones are left out; both are printed. Raises CheckpointError.
     """
     settings, weights, _ = convert(source)
-    model = build_model(Config(**config_dict(cfg or Config()) | settings)).to(weights["token_emb.weight"].dtype)
-    checkpoint.load_weights(model, fill(model.state_dict(), weights), "the source checkpoint")
-    return model.eval()
+    cfg = Config(**config_dict(cfg or Config()) | settings)
+    kind = weights["token_emb.weight"].dtype  # the precision that it was saved in
+    return checkpoint.build_with(weights, "the source checkpoint", lambda: build_model(cfg).to(kind), fill_in).eval()
 
 
 def analyze(cfg: Config) -> dict:

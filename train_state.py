@@ -1138,7 +1138,8 @@ def load_run(path: str | Path, device: str = "auto", attention: str = "auto") ->
         return load_source_run(source, device, attention)
     # What a run was measured with: its best weights, or the last where nothing validated.
     folder = path if path.is_dir() else path.parent
-    state = checkpoint.load(checkpoint.best_of(path), __file__, dims=dict, perturbations=list | None)
+    names = dict.fromkeys(("genes", "count_genes", "batches"), list | None)  # what it keeps beside its sizes
+    state = checkpoint.load(checkpoint.best_of(path), __file__, dims=dict, perturbations=list | None, **names)
     cfg, extra = from_dict(Config, state["config"], str(path), ALIASES), state["extra"]
     cfg.device = device
     # The features of its perturbations are in the run folder too, should their file be gone.

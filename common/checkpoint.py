@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,7 +270,8 @@ def clear(folder: Path, after: int = 0, best: float = math.inf, keep_last: int =
     A fresh run (after=0) keeps no checkpoint of an earlier one; a run that goes back loses the future it abandons.
     best: that of restore, without which best.pt is not this run's. What a killed run left to prune goes too.
     """
-    stale = [path for path in _step_files(folder) if int(path.stem[5:]) > after] + [*folder.glob(".saving-*")]
+    stale = [path for path in _step_files(folder) if int(path.stem[5:]) > after]
+    stale += [path for path in folder.glob(".saving-*") if not path.is_dir()]
     stale += [folder / "last.pt"] if after == 0 else []
     stale += [folder / "best.pt"] if math.isinf(best) else []
     for path in stale:
@@ -484,6 +486,7 @@ def start_from(rt: Runtime, cfg, folder: Path, script: str, differences, data: d
         script: the page's __file__. differences: (saved config, path) -> list of lines "field: old -> new".
         data: see same_data. kinds: see load.
     """
+    rt.agree(**{"the fingerprint of the data": data, Path(script).name: zlib.crc32(Path(script).read_bytes())})
     return rt.from_main(lambda: _start(cfg, folder, script, differences, data, kinds))
 
 

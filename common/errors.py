@@ -119,7 +119,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         failed = os_error(e)
         if failed is None:
             raise
-        if failed.filename is None or os.path.dirname(os.fsdecode(failed.filename)) == os.path.dirname(path):
+        named = (failed.filename, failed.filename2)
+        names = [os.fsdecode(name) for name in named if name is not None and not isinstance(name, int)]
+        if not names or os.path.dirname(path) in map(os.path.dirname, names):
             failed.filename, failed.filename2 = os.fspath(path), None
         raise failed from e.__cause__
 

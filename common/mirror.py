@@ -304,8 +304,24 @@ class Mirror:
         self.fs.mv(f"{folder}/.sending-{last}", target)
 
     def finish(self) -> None:
-        """Send what is new, and wait for it, to a limit. Says what did not arrive."""
+        """Send what is new, and wait for it, to a limit or a signal. Says what did not arrive."""
         self.send_soon()
+        try:
+            self.wait()
+        finally:
+            with self.change:
+                is_missing = self.next or self.at_work or self.trouble
+                self.is_over = True
+                self.change.notify_all()
+            if is_missing:
+                note(f"not all of {self.folder} is at {self.url} ({self.trouble or 'nobody waited any longer'}): "
+                     "the same command sends what is missing, and trains no step twice")
+            if self.thread:
+                self.thread.join(1.0)
+            for place in self.folder.glob(".sending-*"):
+                shutil.rmtree(place, ignore_errors=True)
+
+    def wait(self) -> None:
         began, is_told = time.monotonic(), False
         with self.change:
             while self.next or self.at_work:
@@ -316,21 +332,13 @@ class Mirror:
                     is_told = True
                     note(f"waiting for uploads to {self.url}")
                 self.change.wait(0.1)
-            is_missing = self.next or self.at_work or self.trouble
-            self.is_over = True
-            self.change.notify_all()
-        if is_missing:
-            note(f"not all of {self.folder} is at {self.url} ({self.trouble or 'it takes longer than the wait'}): the "
-                 "same command sends what is missing, and trains no step twice")
-        if self.thread:
-            self.thread.join(1.0)
-        for place in self.folder.glob(".sending-*"):
-            shutil.rmtree(place, ignore_errors=True)
 
     # Words -----------------------------------------------------------------------------------------------------
 
     def tell(self, trouble: str) -> None:
         """Say that uploads fail, once, and that they arrive again."""
+        if self.is_over:
+            return
         if trouble and not self.trouble:
             note(f"uploads to {self.url} fail ({trouble}): training goes on, and they are tried again")
         if self.trouble and not trouble:

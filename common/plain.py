@@ -7,12 +7,12 @@ import hashlib
 import math
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator
 
+import numpy as np
 import torch
 
-MOST_VALUES = 10_000_000  # a file can hold lists that hold each other, and stand for more values than there is time for
-REPEATED_BYTES = 1 << 24  # and tensors that repeat a few stored numbers, which are no use beyond this
+MOST_REPEATED = 1_000_000  # values: lists that hold each other can stand for more than there is time for
+REPEATED_BYTES = 1 << 24  # and a tensor can repeat a few stored numbers, which is no use beyond this
 NUMBERS = (int, float)
 
 
@@ -20,53 +20,60 @@ def digest(value: object, hashes: bool = True) -> str:
     """sha256 of plain values and tensors: of their kinds, order, shapes and every bit; "" with hashes=False.
 
     Equal for equal numbers, in whatever layout and on whatever device a tensor is; no memory is copied where it is
-    contiguous. Raises ValueError for what a checkpoint cannot hold, and where a tensor says more than is stored.
+    contiguous. Raises ValueError for what a checkpoint cannot hold, and what says more than is stored.
     """
     hashed = hashlib.sha256()
-    for count, piece in enumerate(_pieces(value, "")):
-        if count > MOST_VALUES:
-            raise ValueError("it holds more values than its size allows")
+    seen: set[int] = set()
+    repeated = 0
+
+    def add(piece: str | bytes | np.ndarray) -> None:
         if hashes:
-            hashed.update(piece)
+            hashed.update(piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece)
+
+    def walk(value: object, where: str) -> None:
+        """Depth first; each kind begins with its name and size, so that no two values are alike."""
+        nonlocal repeated
+        kind = type(value)
+        if kind in (dict, OrderedDict, list, tuple, torch.Size):
+            repeated += len(value) if id(value) in seen else 0
+            seen.add(id(value))
+            if repeated > MOST_REPEATED:
+                raise ValueError("it holds more values than its size allows")
+            add(f"{'list' if kind is list else 'tuple' if issubclass(kind, tuple) else 'dict'} {len(value)};")
+        if kind in (torch.Tensor, torch.nn.Parameter):
+            tensor = _numbers(value.detach(), where)
+            add(f"{value.dtype} {list(value.shape)};")
+            add(tensor)
+        elif kind in (dict, OrderedDict):
+            for name, part in value.items():
+                walk(name, where)
+                walk(part, f"{where}.{name}" if where else str(name))
+            if kind is OrderedDict and vars(value):  # the versions of modules, in a state_dict of torch
+                walk(vars(value), where)
+        elif kind in (list, tuple, torch.Size):
+            for part in value:
+                walk(part, where)
+        elif kind is float:
+            add(b"float " + struct.pack("<d", value))  # which tells -0.0 from 0.0, and one NaN from another
+        elif kind in (str, bytes):
+            add(f"{kind.__name__} {len(value)};")
+            add(value)
+        elif value is None or kind in (bool, int):
+            add(f"{value};")
+        else:
+            raise ValueError(f"{where or 'it'} is a {kind.__module__}.{kind.__name__}, which is no plain value")
+
+    walk(value, "")
     return hashed.hexdigest() if hashes else ""
 
 
-def _pieces(value: object, where: str) -> Iterator:
-    """The bytes of a value, depth first; each kind begins with its name and size, so that no two values are alike."""
-    kind = type(value)
-    if kind in (torch.Tensor, torch.nn.Parameter):
-        yield from _of_tensor(value.detach(), where)
-    elif kind in (dict, OrderedDict):
-        yield f"dict {len(value)};".encode()
-        for name, part in value.items():
-            yield from _pieces(name, where)
-            yield from _pieces(part, f"{where}.{name}" if where else str(name))
-        if kind is OrderedDict and vars(value):  # the versions of modules, in a state_dict of torch
-            yield from _pieces(vars(value), where)
-    elif kind in (list, tuple, torch.Size):
-        yield f"{'list' if kind is list else 'tuple'} {len(value)};".encode()
-        for part in value:
-            yield from _pieces(part, where)
-    elif kind is float:
-        yield b"float " + struct.pack("<d", value)  # which tells -0.0 from 0.0, and one NaN from another
-    elif kind in (str, bytes):
-        text = value.encode("utf-8", "surrogatepass") if kind is str else value
-        yield f"{kind.__name__} {len(text)};".encode() + text
-    elif value is None or kind in (bool, int):
-        yield f"{value};".encode()
-    else:
-        raise ValueError(f"{where or 'it'} is a {kind.__module__}.{kind.__name__}, which is no plain value")
-
-
-def _of_tensor(tensor: torch.Tensor, where: str) -> Iterator:
+def _numbers(tensor: torch.Tensor, where: str) -> np.ndarray:
+    """The bytes of a tensor, row after row."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise ValueError(f"{where} is a tensor of another kind than numbers in rows")
-    size = tensor.numel() * tensor.element_size()
-    if size > max(tensor.untyped_storage().nbytes(), REPEATED_BYTES):
+    if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), REPEATED_BYTES):
         raise ValueError(f"{where} says {list(tensor.shape)}, more numbers than are stored")
-    yield f"{tensor.dtype} {list(tensor.shape)};".encode()
-    if size:
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def objection(state: dict) -> str:

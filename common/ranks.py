@@ -46,6 +46,8 @@ def environment() -> tuple[int, int, int]:
         leave(f"WORLD_SIZE={size} without {', '.join(missing)}: {advice}", 2)
     if rank >= size:
         leave(f"RANK={rank} with WORLD_SIZE={size}, where ranks are below: {advice}", 2)
+    if size == 1 and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and os.environ.get("SLURM_PROCID") == "0":
+        say_aside("note: every task of srun trains a run of its own: for one run of all start torchrun once a node")
     return rank, local_rank, size
 
 

@@ -45,7 +45,7 @@ class RunLog:
         self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
         goes_on = cfg.resume == "auto" and getattr(cfg, "load_checkpoint_step", None) is None
         self.again = "the same command" if goes_on else "the same command with resume=auto"
-        rt.agree(**config, **{"the first step": start_step, "the fingerprint of the data": data or {}})
+        rt.agree(**config, **{"the first step": start_step})
         rt.take_signals()
         if rt.ranks:
             rt.ranks.kept = self._goes_on

@@ -353,6 +353,8 @@ class Meter:
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Numbers of a step, equal on all ranks, for the means."""
+        if self._values and self._values[-1].keys() != values.keys():
+            self._values = []  # of a checkpoint whose loss had other terms
         self._values.append(values)
 
     def read(self) -> dict[str, float]:

@@ -5,7 +5,9 @@ of version 1), global_step, optimizer_state_dict (AdamW over all parameters in t
 tokenizer is, and train_config, the YAML; a bare state dict is read too, its sizes from the shapes.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import numbers
 import os
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from common import checkpoint
 from common.errors import CheckpointError, DataError
 from configurator import READ, Derived, note
 from sources.corpus import folder_of
@@ -262,6 +265,9 @@ def limits(given: dict[str, Any], source: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------------------
+MOST = 1e6  # of any setting of a model
+
+
 def is_source_checkpoint(path: str | Path) -> bool:
     """Whether a file is a checkpoint of the source rather than of this repository."""
     return system_of(Path(path)) == "apelr"
@@ -360,6 +366,8 @@ def checked(source: object, where: str | Path) -> dict:
         fits = setting not in MODEL_SETTINGS or value is None or isinstance(value, numbers.Real)  # a switch is one too
         if setting in COUNTS:
             fits = isinstance(value, numbers.Integral) and value >= 1
+        if isinstance(value, numbers.Real) and not abs(value) <= MOST:
+            fits = False
         if not fits:
             wrong.append(f"model_config.{name} = {value}")
     if wrong:
@@ -458,6 +466,15 @@ def fill(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict
         if names:
             print(f"note: {what} weights in the source checkpoint: {', '.join(sorted(names))}")
     return {name: weights.get(name, value) for name, value in own.items()}
+
+
+def fill_in(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Give a model what there is of its weights, see fill; silent for one that is built to be tried, without memory."""
+    own = model.state_dict()
+    is_trial = any(value.is_meta for value in own.values())
+    with contextlib.redirect_stdout(io.StringIO()) if is_trial else contextlib.nullcontext():
+        weights = fill(own, weights)
+    checkpoint.load_weights(model, weights, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import checkpoint
-from common.errors import CheckpointError, reason
+from common.errors import CheckpointError, reason, replacing
 from sources.foreign_checkpoints import check_sizes, converting, read_checkpoint, scalar, small
 from sources.foreign_state import (
     SIZES_OF_DATA,
@@ -270,6 +270,18 @@ def one_hot(vector) -> int | None:
 # ---------------------------------------------------------------------------------------------------------------
 # Ours for their tools
 # ---------------------------------------------------------------------------------------------------------------
+def write_whole(path: Path, content: str | bytes) -> None:
+    """A file, complete or not there. Raises OSError."""
+    with replacing(path) as fresh:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_tensors(path: Path, content: dict) -> None:
+    """What torch.save writes, complete or not there. Raises OSError."""
+    with replacing(path) as fresh, open(fresh, "wb") as file:
+        torch.save(content, file)
+
+
 def write_maps(folder: Path, cells) -> None:
     """var_dims.json, pert_onehot_map.pt, cell_type_map.json and batch_map.json: what the model's numbers mean.
 
@@ -277,12 +289,12 @@ def write_maps(folder: Path, cells) -> None:
     """
     dims = cells.dims()
     names = {"gene_names": cells.count_genes if dims["decodes"] else cells.genes, "pert_names": cells.perturbations}
-    (folder / "var_dims.json").write_text(json.dumps(dims | names, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "var_dims.json", json.dumps(dims | names, indent=1) + "\n")
     features = torch.as_tensor(cells.perturbation_features)
-    torch.save(dict(zip(cells.perturbations, features, strict=True)), folder / "pert_onehot_map.pt")
+    write_tensors(folder / "pert_onehot_map.pt", dict(zip(cells.perturbations, features, strict=True)))
     for name, values in (("cell_type", cells.cell_types), ("batch", cells.batches)):
         codes = {value: code for code, value in enumerate(values)}
-        (folder / f"{name}_map.json").write_text(json.dumps(codes, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / f"{name}_map.json", json.dumps(codes, indent=1) + "\n")
 
 
 def unlike_smolstate(cfg) -> list[str]:
@@ -324,7 +336,7 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
         print("note: the tools of the source need a transformers that lets d_model be no multiple of n_heads")
 
     tables = whole_tables(cells.toml)
-    (folder / "data.toml").write_text("\n".join(toml_lines(tables)) + "\n", encoding="utf-8")
+    write_whole(folder / "data.toml", "\n".join(toml_lines(tables)) + "\n")
     keywords = source_settings(cfg, cells.dims())
     config = source_config(folder, cfg, keywords)
     of_data = config["data"]["kwargs"] | {
@@ -335,12 +347,12 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
     }
     if smol:
         config = as_smolstate(config, tables)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
         of_data = {name: of_data[name] for name in OF_SMOLSTATE}
         shutil.copyfile(run / "pert_onehot_map.pt", folder / "pert_onehot_map.pt")
     else:
         write_yaml(folder / "config.yaml", config)
-    torch.save(of_data, folder / "data_module.torch")
+    write_tensors(folder / "data_module.torch", of_data)
     write_names(folder, cells, smol)
 
     files = [run / "last.pt", *run.glob("step_*.pt")] if smol else [run / "last.pt", run / "best.pt"]
@@ -353,7 +365,7 @@ def write_source_files(run: Path, model: torch.nn.Module, cells, step: int) -> N
         content = of_lightning(weights, done, keywords, cfg)
         if smol:
             content = of_smolstate(weights, done, keywords, cfg, config)
-        torch.save(content, folder / "checkpoints" / f"{name}.ckpt")
+        write_tensors(folder / "checkpoints" / f"{name}.ckpt", content)
 
 
 def write_names(folder: Path, cells, smol: bool) -> None:
@@ -362,13 +374,13 @@ def write_names(folder: Path, cells, smol: bool) -> None:
     genes = cells.genes if cells.count_genes is None else cells.count_genes
     sizes = {name: dims[name] for name in SIZES_OF_DATA}
     names = {"gene_names": list(map(str, genes)), "pert_names": cells.perturbations}
-    (folder / "var_dims.pkl").write_bytes(pickle.dumps(sizes | names))
+    write_whole(folder / "var_dims.pkl", pickle.dumps(sizes | names))
     for name, values in zip(CONTEXTS, (cells.cell_types, cells.batches), strict=True):
         vectors = dict(zip(values, map(torch.clone, torch.eye(len(values))), strict=True))
         if smol:
-            (folder / f"{name}.pkl").write_bytes(pickle.dumps(vectors))
+            write_whole(folder / f"{name}.pkl", pickle.dumps(vectors))
         else:
-            torch.save(vectors, folder / f"{name}.torch")
+            write_tensors(folder / f"{name}.torch", vectors)
 
 
 def whole_tables(toml: Path) -> dict:
@@ -518,4 +530,4 @@ def of_smolstate(weights: dict, step: int, keywords: dict, cfg, config: dict) ->
 def write_yaml(path: Path, content: dict) -> None:
     import yaml
 
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(content, sort_keys=False))

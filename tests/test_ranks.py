@@ -121,6 +121,34 @@ def killed() -> None:
 killed_where_the_other_is_blocked = killed
 
 
+def differ(argv: list[str]) -> None:
+    """Rank 1 has other data, or other settings."""
+    if os.environ["RANK"] == "1" and argv[0] == "data":
+        train_ghmm.data_of = lambda *args: {"components": "7f3a"}
+    elif os.environ["RANK"] == "1":
+        argv = [*argv, "--lr=0.5"]
+    train_ghmm.main([*TINY, "--max_steps=3", *argv[1:]])
+
+
+@pytest.mark.parametrize("what, words", [
+    ("data", "the fingerprint of the data is not the same on all ranks: {'components': ''} on rank 0 (HOST), "
+             "{'components': '7f3a'} on rank 1 (HOST). Give all"),
+    ("settings", "lr is not the same on all ranks: 0.003 on rank 0 (HOST), 0.5 on rank 1 (HOST). Give all"),
+])  # fmt: skip
+def test_ranks_with_other_data_or_settings_are_refused_before_anything_is_written(what, words, tmp_path):
+    told, = two_ranks("test_ranks", what, function="differ", folder=tmp_path, code=2).splitlines()
+    assert told.startswith("error: " + words.replace("HOST", platform.node())), told
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_tasks_of_srun_that_are_no_ranks_are_told_so(environment, capsys):
+    environment(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
+    assert Runtime(settings()).world_size == 1
+    assert capsys.readouterr().err.startswith("note: every task of srun trains a run of its own")
+    environment(SLURM_PROCID="1", SLURM_LOCALID="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1")
+    assert Runtime(settings()).rank == 1
+
+
 def misled() -> None:
     raise DataError("data/mine is not on this disk: copy it")
 

@@ -605,7 +605,7 @@ def many_groups(argv: list[str]) -> None:
             rt.gather(1)
             rt.barrier()
 
-    for _ in range(40):
+    for _ in range(15):
         one()
 
 
