@@ -1,6 +1,6 @@
 """Faults on purpose: kill, damage, fill the disk, type nonsense, and count what comes of it.
 
-    python tests/faults.py                     # all kinds, as often as KINDS says: 10,000 trials, half an hour of two cores
+    python tests/faults.py                     # all kinds, as often as KINDS says: 10,000 trials
     python tests/faults.py --short             # a few of each kind, as tests/test_faults.py does
     python tests/faults.py --only=last.pt,toml --seed=7 --json=found.json
     python tests/faults.py --only=toml:31      # one trial again, with what it printed and where its files are
