@@ -25,7 +25,7 @@ from sources import foreign_checkpoints
 from sources.foreign_ghmm import read_leaves
 from sources.foreign_state_files import read_plain
 
-SCRIPT = "train_mine.py"
+SCRIPT = __file__
 
 
 def machine() -> Runtime:
