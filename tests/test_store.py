@@ -172,6 +172,7 @@ def test_a_finished_run_in_a_read_only_folder_is_told_again(monkeypatch, capsys,
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(store, "hold", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     run(f"--out_dir={whole}")
     assert "nothing was left to train" in capsys.readouterr().out
 
@@ -183,6 +184,65 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_none():
     assert second and store.hold(Path("x.lock")) is None
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe"])
+def test_what_has_the_name_of_a_lock_is_neither_overwritten_nor_waited_for(kind):
+    Path("run").mkdir()
+    Path("precious").write_text("precious")
+    lock = Path("run/run.lock")
+    {"link": lambda: lock.symlink_to("../precious"), "dangling": lambda: lock.symlink_to("../nowhere"),
+     "folder": lock.mkdir, "pipe": lambda: os.mkfifo(lock)}[kind]()
+    assert store.holder(Path("run")) == ""
+    with pytest.raises(InputError, match="run/run.lock is no file of ours, .*: move it"), store.locked(Path("run")):
+        pass
+    assert os.path.lexists(lock) and Path("precious").read_text() == "precious" and not Path("nowhere").exists()
+
+
+def as_nobody(function) -> int:
+    """The exit code of a child that calls function() as a user without rights, of 3 where that is an InputError."""
+    with warnings.catch_warnings(action="ignore"):
+        child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    with contextlib.suppress(BaseException):
+        os.setuid(65534)
+        try:
+            function()
+            code = 0
+        except InputError:
+            code = 3
+    os._exit(code)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_the_lock_of_another_user_is_held_by_that_run_and_nobodys_when_it_died(tmp_path):
+    folder = Path("run").absolute()
+    folder.mkdir()
+    for place in [*folder.parents][:-1]:
+        if place.stat().st_uid == 0 and place != Path("/tmp"):
+            place.chmod(0o755)
+    folder.chmod(0o777)
+
+    def use() -> None:
+        with store.locked(folder):
+            assert json.loads((folder / "run.lock").read_text())["pid"] == os.getpid()
+
+    with store.locked(folder):
+        (folder / "run.lock").chmod(0o644)
+        assert as_nobody(use) == 3
+    (folder / "run.lock").write_text("of a run that was killed")
+    assert as_nobody(use) == 0 and not (folder / "run.lock").exists()
+
+
+def test_a_run_whose_folder_was_moved_leaves_the_lock_of_the_next_alone():
+    with store.locked(Path("run")):
+        os.rename("run", "moved")
+        second = store.locked(Path("run"))
+        second.__enter__()
+    assert store.holder(Path("run")).startswith("a run on")
+    second.__exit__(None, None, None)
 
 
 # ------------------------------------------------------------------------------------------ URLs: any store
