@@ -46,13 +46,16 @@ def layout(file: h5py.File) -> tuple[list[str], np.ndarray]:
     tokens = numbers(file, "token_chunks", "iu", 2)
     documents = numbers(file, "doc_idx_for_chunk", "iu")
     labels = member(file, "category_for_chunk", h5py.Dataset)
-    if not tokens.size or not len(tokens) == len(labels) == len(documents):
+    have_one_length = len(tokens) == len(labels) == len(documents)
+    if not tokens.size or not have_one_length:
         raise DataError(f"{path}: token_chunks, category_for_chunk and doc_idx_for_chunk must have one length, above 0")
     if h5py.check_string_dtype(labels.dtype) is None:
         raise DataError(f"{path}: category_for_chunk holds {labels.dtype}, not names")
     if has(file, "category_code"):
         return coded(file, labels)
-    texts = np.array([as_text(label, where(labels)) for label in read(labels).tolist()])
+    what = where(labels)
+    read_labels = read(labels).tolist()
+    texts = np.array([as_text(label, what) for label in read_labels])
     names, first, codes = np.unique(texts, return_index=True, return_inverse=True)
     order = first.argsort()  # as they come in the file
     place = order.argsort()  # of each name in that order
@@ -63,19 +66,24 @@ def coded(file: h5py.File, labels: h5py.Dataset) -> tuple[list[str], np.ndarray]
     """(names, codes) as a file of ours has them, which must say of every chunk what its name says."""
     node = numbers(file, "category_code", "iu")
     what = where(node)
-    names = [as_text(name, what) for name in np.atleast_1d(attribute(node, "names", [])).tolist()]
+    listed = np.atleast_1d(attribute(node, "names", []))
+    names = [as_text(name, what) for name in listed.tolist()]
     codes = read(node)
     if not names or len(set(names)) < len(names):
         raise DataError(f"{what} has no names, or one twice: {AGAIN}")
-    if len(codes) != len(labels) or codes.min() < 0 or codes.max() >= len(names):
+    in_range = len(codes) and codes.min() >= 0 and codes.max() < len(names)
+    if len(codes) != len(labels) or not in_range:
         raise DataError(f"{what} has not one number below {len(names)} for each of {len(labels):,} chunks: {AGAIN}")
     encoded = np.array([name.encode() for name in names])
     for begin in range(0, len(labels), BLOCK):
         rows = slice(begin, begin + BLOCK)
-        wrong = np.flatnonzero(read(labels, rows).astype("S") != encoded[codes[rows]])
+        told = read(labels, rows).astype("S")
+        wrong = np.flatnonzero(told != encoded[codes[rows]])
         if len(wrong):
-            raise DataError(f"{file.filename}: category_code and category_for_chunk disagree about chunk "
-                            f"{begin + wrong[0]:,}: {AGAIN}")
+            chunk = begin + wrong[0]
+            raise DataError(
+                f"{file.filename}: category_code and category_for_chunk disagree about chunk {chunk:,}: {AGAIN}"
+            )
     return names, codes
 
 
@@ -84,8 +92,11 @@ def whole_attribute(file: h5py.File, name: str, least: int, most: float = math.i
     value = attribute(file, name)
     if value is None:
         return None
-    number = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
-    if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
+    number = value
+    if isinstance(value, np.generic | np.ndarray) and value.size == 1:
+        number = value.item()
+    is_whole = isinstance(number, int) and not isinstance(number, bool)
+    if not is_whole or not least <= number <= most:
         raise DataError(f"{file.filename}: its attribute {name} is {value!r:.60}, not a whole number from {least:,} "
                         f"on: {AGAIN}")
     return number
@@ -110,11 +121,15 @@ def oracle(file: h5py.File, codes: np.ndarray, count: int) -> np.ndarray | None:
         raise DataError(f"{where(node)} has shape {node.shape}, not {(R, count, n)}: {AGAIN}")
     values = read(node)
     for begin in range(0, R, BLOCK):
-        block = values[begin : begin + BLOCK]
-        own = block[np.arange(len(block)), codes[begin : begin + BLOCK].astype(np.int64)]
-        if not ((block <= ROUNDING).all() and np.isfinite(own).all()):
-            raise DataError(f"{where(node)} holds values that no log-probability has (above 0, infinite, none): "
-                            f"{AGAIN}")
+        rows = slice(begin, begin + BLOCK)
+        block = values[rows]
+        component = codes[rows].astype(np.int64)
+        own = block[np.arange(len(block)), component]
+        are_below_0 = (block <= ROUNDING).all()  # false for what is no number too
+        if not are_below_0 or not np.isfinite(own).all():
+            raise DataError(
+                f"{where(node)} holds values that no log-probability has (above 0, infinite, none): {AGAIN}"
+            )
     return values
 
 
@@ -124,20 +139,24 @@ def oracle(file: h5py.File, codes: np.ndarray, count: int) -> np.ndarray | None:
 def seal(file: h5py.File, codes: np.ndarray, names: list[str]) -> None:
     """Write the digests of all that is in a file beside its tokens, in its attribute checksums; nothing follows it."""
     arrays = [name for name in ARRAYS if name in file]
-    file.attrs["checksums"] = json.dumps(checksums(file, codes, names, arrays, list(file.attrs)))
+    digests = checksums(file, codes, names, arrays, list(file.attrs))
+    file.attrs["checksums"] = json.dumps(digests)
 
 
 def checksums(file: h5py.File, codes: np.ndarray, names: list[str], arrays: list[str], attributes: list[str]) -> dict:
     """Digests of a sample of the tokens, of the categories, and of the arrays and attributes of these names."""
-    digests = {"a sample of its tokens": sample(member(file, "token_chunks")),
-               "its categories": sha256([names, content(codes, "<u2")])}
+    digests = {
+        "a sample of its tokens": sample(member(file, "token_chunks")),
+        "its categories": sha256([names, content(codes, "<u2")]),
+    }
     for name in arrays:
         node = member(file, name, h5py.Dataset)
         with guard(where(node)):
             digests[name] = content(node, ARRAYS[name])
     for name in attributes:
         value = attribute(file, name)
-        digests[f"its attribute {name}"] = sha256([np.asarray(value).tolist() if value is not None else None])
+        plain = None if value is None else np.asarray(value).tolist()
+        digests[f"its attribute {name}"] = sha256([plain])
     return digests
 
 
@@ -146,15 +165,18 @@ def verify(file: h5py.File, tokens: np.ndarray, codes: np.ndarray, names: list[s
 
     tokens: [R, n], an array or data set. every: read all of them, however many there are.
     """
-    path, expected = file.filename, text_attribute(file, "sha256")
+    path = file.filename
+    expected = text_attribute(file, "sha256")
     rest = text_attribute(file, "checksums")
     if not expected and not rest:
         return False
     if every or tokens.size * tokens.dtype.itemsize <= CHECKED_WHOLE:
         digest = digest_of(tokens, codes, names)
         if digest != expected:
-            raise DataError(f"{path} is not what was prepared: its tokens and categories have the sha256 "
-                            f"{digest[:16]}..., not {expected[:16]}... as the file says; {AGAIN}")
+            raise DataError(
+                f"{path} is not what was prepared: its tokens and categories have the sha256 {digest[:16]}..., "
+                f"not {expected[:16]}... as the file says; {AGAIN}"
+            )
     if not rest:
         note(f"{path} was prepared by an earlier version, without checksums of all that it holds: prepared again by "
              "prepare_data.py it has them, and damage is found")
@@ -189,8 +211,10 @@ def is_mapped(file: h5py.File) -> bool:
     node = member(file, "token_chunks", h5py.Dataset)
     with guard(where(node)):
         offset = node.id.get_offset()
-        if node.chunks is not None or offset is None or node.is_virtual or not node.dtype.isnative:
+        is_one_block = node.chunks is None and offset is not None and not node.is_virtual
+        if not is_one_block or not node.dtype.isnative:
             return False
-        if offset + node.size * node.dtype.itemsize > Path(file.filename).stat().st_size:
+        end = offset + node.size * node.dtype.itemsize
+        if end > Path(file.filename).stat().st_size:
             raise DataError(f"{where(node)} goes beyond the end of the file: it is cut short; copy it again")
         return True

@@ -64,7 +64,9 @@ def read_meta(folder: str | Path) -> dict:
     if not path.exists():
         raise DataError(f"{path}: no such file; {MAKER}")
     meta = read_json(path)
-    if ("digest" in meta) != ("files" in meta) or "digest" in meta and meta["digest"] != sealed(meta):
+    has_both = "digest" in meta and "files" in meta
+    has_none = "digest" not in meta and "files" not in meta
+    if not has_none and not (has_both and meta["digest"] == sealed(meta)):
         raise DataError(f"{path} is not as it was prepared, by its digest: prepare the folder again")
     wrong = wrong_fact(meta)
     if wrong:
@@ -79,23 +81,30 @@ def wrong_fact(meta: dict) -> str:
     for name in WORDS:
         if not isinstance(meta.get(name), str):
             return name
-    for name in (*COUNTS, *(LENGTHS if planted else ())):
+    counts = COUNTS + LENGTHS if planted else COUNTS
+    for name in counts:
         if not is_whole(meta.get(name), 1):
             return name
+    last = meta["vocab_size"] - 1
     for name in IDS:
-        if meta.get(name) is not None and not is_whole(meta[name], 0, meta["vocab_size"] - 1):
+        number = meta.get(name)
+        if number is not None and not is_whole(number, 0, last):
             return name
+    val_bytes = meta.get("val_bytes")
     possible = {
         "kind": meta["kind"] in KINDS,
         "dtype": meta["dtype"] in DTYPES,
         "vocab_size": meta["vocab_size"] <= MOST_TOKENS,
         "tokenizer": is_inside(meta["tokenizer"]),
-        "val_bytes": meta.get("val_bytes") is None or is_whole(meta["val_bytes"], 0),
+        "val_bytes": val_bytes is None or is_whole(val_bytes, 0),
         "version": not planted or isinstance(meta.get("version"), str),
         "bos_id": not planted or meta.get("bos_id") is not None,
         "files": are_digests(meta.get("files", {})),
     }
-    return next((name for name, is_possible in possible.items() if not is_possible), "")
+    for name, is_possible in possible.items():
+        if not is_possible:
+            return name
+    return ""
 
 
 def is_whole(value, least: int, most: float = float("inf")) -> bool:
@@ -112,7 +121,12 @@ def are_digests(files) -> bool:
     """Whether a value is {name of a file: what `digests.of_file` says of it}."""
     if not isinstance(files, dict) or not all(map(is_inside, files)):
         return False
-    return all(isinstance(facts, dict) and facts.keys() >= {"bytes", "sha256", "sample"} for facts in files.values())
+    for facts in files.values():
+        if not isinstance(facts, dict):
+            return False
+        if not facts.keys() >= {"bytes", "sha256", "sample"}:
+            return False
+    return True
 
 
 def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -132,7 +146,8 @@ def open_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")  # on every machine
     streams = {}
     for split in ("train", "val"):
-        path, count = regular_file(folder / f"{split}.bin"), meta[f"{split}_tokens"]
+        path = regular_file(folder / f"{split}.bin")
+        count = meta[f"{split}_tokens"]
         size = path.stat().st_size
         if size != count * dtype.itemsize:
             raise DataError(f"{path} has {size:,} bytes, but meta.json says {count:,} tokens of {dtype.name}: "
@@ -150,8 +165,9 @@ def verify(folder: Path, meta: dict, whole: bool) -> None:
         for split in ("train", "val"):
             path = folder / f"{split}.bin"
             digest = meta.get(f"{split}_sha256")
-            if digest and (whole or path.stat().st_size <= CHECKED_WHOLE):
-                check_file(path, {"bytes": path.stat().st_size, "sha256": digest}, whole=True)
+            size = path.stat().st_size
+            if digest and (whole or size <= CHECKED_WHOLE):
+                check_file(path, {"bytes": size, "sha256": digest}, whole=True)
         note(f"{folder} was prepared by an earlier version, without checksums of all its files: prepared again by "
              "prepare_data.py it has them, and damage is found")
         return
@@ -163,7 +179,9 @@ def verify(folder: Path, meta: dict, whole: bool) -> None:
 def inspect_stream(folder: Path, tokens: int = 20) -> dict:
     """Print what train.bin and val.bin of a folder hold, the most frequent tokens too; returns it with the problems."""
     meta, streams = open_stream(folder)
-    vocab_size, problems, documents = meta["vocab_size"], [], {}
+    vocab_size = meta["vocab_size"]
+    problems = []
+    documents = {}
     print(f"{folder}: {meta['kind']} from {meta['source']}, vocabulary {vocab_size:,}, {meta['dtype']}")
     tokenizer = load_tokenizer(folder / meta["tokenizer"]) if meta["tokenizer"] else None
     if tokenizer and tokenizer.hash() != meta["tokenizer_hash"]:
@@ -185,12 +203,17 @@ def inspect_stream(folder: Path, tokens: int = 20) -> dict:
                             f"the {meta[f'{split}_documents']:,} of meta.json")
         top = counts.argsort(kind="stable")[::-1][:tokens].tolist()
         words = [spelled(t, tokenizer, meta["bos_id"]) for t in top if counts[t]]
-        print(f"  {split:<5} {counted(len(stream), 'token'):>20} {counted(documents[split], 'document'):>19}; "
-              f"{counted(np.count_nonzero(counts), 'token occurs', 'tokens occur')}; most frequent: {', '.join(words)}")
+        tokens_held = counted(len(stream), "token")
+        documents_held = counted(documents[split], "document")
+        kinds = counted(np.count_nonzero(counts), "token occurs", "tokens occur")
+        print(f"  {split:<5} {tokens_held:>20} {documents_held:>19}; {kinds}; most frequent: {', '.join(words)}")
     if problems:
         report(problems)
     verify(folder, meta, whole=True)
-    known = meta.get("files") or {f"{split}.bin": {"sha256": meta.get(f"{split}_sha256")} for split in streams}
+    known = meta.get("files") or {}
+    if not known:  # of an earlier version
+        for split in streams:
+            known[f"{split}.bin"] = {"sha256": meta.get(f"{split}_sha256")}
     for name, facts in known.items():
         if facts["sha256"]:
             print(f"  {name} is as it was prepared: sha256 {facts['sha256']}")
