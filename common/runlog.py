@@ -261,12 +261,19 @@ def read_metrics(folder: Path) -> list[dict]:
         path = folder.parent / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # a line torn by a kill, or by a full disk
-            record = parse_json(line)
-            step, numbers = record.get("step"), [value for name, value in record.items() if name != "split"]
-            whole = isinstance(record.get("split"), str) and type(step) is int and step >= 0
-            records += [record] if whole and all(map(_is_numeric, numbers)) else []
+        records += filter(None, [record_of(line)])
     return records
+
+
+def record_of(line: str) -> dict | None:
+    """What a line of metrics.jsonl says; None for one that was torn by a kill or a full disk, or is damaged."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    step, numbers = record.get("step"), [value for name, value in record.items() if name != "split"]
+    is_whole = isinstance(record.get("split"), str) and type(step) is int and step >= 0
+    return record if is_whole and all(map(_is_numeric, numbers)) else None
 
 
 def _is_numeric(value) -> bool:
