@@ -105,6 +105,8 @@ def system_sentence(error: BaseException | None) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text \
             or isinstance(error, (RuntimeError, TypeError, ValueError)) and any(words in text for words in TOO_LARGE):
         return f"out of memory ({reason(error)}): make the batch, the model or the data smaller"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({reason(error)}): make the sizes smaller"
     if isinstance(error, RecursionError):
         return f"{reason(error)}: what was given is nested too deep"
     if isinstance(error, UnicodeEncodeError):

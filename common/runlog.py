@@ -24,6 +24,7 @@ from common.errors import (
     RunError,
     hush,
     leave,
+    reason,
     regular_file,
     replacing,
     say_aside,
@@ -66,6 +67,8 @@ class RunLog:
         self.wandb = _optional("wandb", "wandb") if cfg.wandb and not off else None
         folder.mkdir(parents=True, exist_ok=True)
         _look_at_names(folder)
+        if self.wandb:
+            self._start_wandb(cfg, config, folder, Path(script).stem, start_step)
         write_json(folder / "config.json", config)
         if not (start_step and (folder / Path(script).name).exists()):
             with replacing(folder / Path(script).name) as fresh:
@@ -75,18 +78,6 @@ class RunLog:
         (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         if board:
             self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
-        if self.wandb:
-            name = folder / "wandb_id.txt"  # a resumed run goes on in its own W&B run
-            known = name.read_text() if start_step and name.exists() else None
-            project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or Path(script).stem
-            entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
-            for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):  # what the package reads itself
-                if _dotenv(variable):
-                    os.environ[variable] = _dotenv(variable)
-            mode = cfg.wandb if isinstance(cfg.wandb, str) else None  # else as WANDB_MODE says
-            run = self.wandb.init(project=project, entity=entity, mode=mode, config=config, dir=str(folder), id=known,
-                                  resume="allow")
-            name.write_text(run.id)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
                         mininterval=0.5, leave=False)
@@ -95,6 +86,27 @@ class RunLog:
             self.say("W&B is off: WANDB_MODE=disabled")
         for name, value in config.items():
             self.say(f"  {name} = {value!r}", "DEBUG")
+
+    def _start_wandb(self, cfg, config: dict, folder: Path, project: str, start_step: int) -> None:
+        """A resumed run goes on in its own W&B run. Raises InputError where the package does not start one."""
+        file, known = folder / "wandb_id.txt", None
+        if start_step and file.is_file():
+            known = file.read_text(errors="replace").strip()
+            if not re.fullmatch(r"[\w-]{1,128}", known, re.ASCII):
+                print(f"note: {file} is damaged: in W&B the run goes on as another one")
+                known = None
+        project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or project
+        entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
+        for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):  # what the package reads itself
+            if _dotenv(variable):
+                os.environ[variable] = _dotenv(variable)
+        mode = cfg.wandb if isinstance(cfg.wandb, str) else None  # else as WANDB_MODE says
+        try:
+            run = self.wandb.init(project=project, entity=entity, mode=mode, config=config, dir=str(folder), id=known,
+                                  resume="allow")
+        except Exception as e:  # no key, no network, no such project: errors of its own
+            raise InputError(f"W&B does not start ({reason(e)}): mend that, or use wandb=offline or wandb=false") from e
+        file.write_text(run.id)
 
     def __enter__(self) -> "RunLog":
         return self

@@ -167,7 +167,7 @@ def draw(bar: tqdm, done: int, total: int | None, text: str) -> None:
 
 def how_far(job: Job) -> HowFar:
     records = job.records.records
-    step = job.records.last_step()
+    step = records[-1]["step"] if records else 0
     total = getattr(job.run.cfg, "max_steps", None)
     if not total:  # such as one that is trained for some epochs
         total = job.total = job.total or total_steps(job.run.folder / "train.log")

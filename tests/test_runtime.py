@@ -745,6 +745,17 @@ def test_a_run_on_the_cpu_is_refused_more_memory_than_there_is_instead_of_being_
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
+@pytest.mark.parametrize("make, told", [
+    (lambda: int(1e300 * 1e300), "a number is too large (OverflowError: cannot convert float infinity to integer)"),
+    (lambda: np.empty(2**62), "out of memory (ValueError"), (lambda: torch.empty(2**64), "out of memory (TypeError"),
+    (lambda: torch.empty(2**40, 2**40), "out of memory (RuntimeError"),
+])  # fmt: skip
+def test_sizes_that_no_machine_has_are_a_sentence(make, told):
+    with pytest.raises((ArithmeticError, RuntimeError, TypeError, ValueError)) as error:
+        make()
+    assert system_sentence(error.value).startswith(told)
+
+
 def test_a_batch_that_no_machine_holds_is_refused_by_its_name(capsys):
     with pytest.raises(SystemExit):
         Runtime(settings()).divide(10**11, 1)
