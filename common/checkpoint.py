@@ -220,9 +220,9 @@ def seal(state: dict) -> dict:
 def save(state: dict, folder: Path, is_best: bool = False, keep_step: bool = False, keep_last: int = 0) -> None:
     """Write last.pt, and best.pt and step_N.pt where asked; the newest keep_last step files stay (0 or less: all).
 
-    Each name changes from one complete file to the next in one rename, whenever the process dies.
+    Each name changes from one complete file to the next in one rename, whenever the process dies. The folder is not
+    made: where it was moved away while a run was at work, another would grow in its place. Raises OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = seal(state)
     fresh = folder / f".saving-{os.getpid()}.pt"
     try:

@@ -155,7 +155,11 @@ class RunLog:
         if not self.active:
             return
         record = {"step": step, "time_s": round(time.perf_counter() - self.began, 3), "split": split, **values}
-        with writing(self.folder / "metrics.jsonl"):
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            raise RunError(f"{path} is gone: it or its folder was moved or removed under this run. Put the folder "
+                           f"back, and {self.again} goes on from the last checkpoint in it")
+        with writing(path):
             self._metrics.write(json.dumps(_plain(record)) + "\n")
             self._metrics.flush()
         numbers = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}

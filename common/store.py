@@ -188,26 +188,40 @@ def flock(file: IO, how: int = fcntl.LOCK_EX) -> None:
 def hold(path: Path) -> IO | None:
     """Hold a lock file, made if missing, until it is closed or the process ends; None while another process does.
 
-    Raises OSError.
+    Raises OSError, and InputError where something else has its name: through a link another file would be overwritten.
     """
     for _ in range(10):  # those who look whether it is held (see holder) hold it for a moment
-        file = open(path, "a+", encoding="utf-8")  # which programs that are started do not inherit
+        if path.is_symlink() or path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file of ours, but has the name of a lock: move it, or use another folder")
         try:
-            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            time.sleep(0.02)
-            continue
-        except OSError:
-            file.close()
-            raise
-        # Who held it before may have removed it meanwhile.
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-                HELD.add(file)
-                return file
-        file.close()
+            file = open(path, "a+", encoding="utf-8")  # which programs that are started do not inherit
+        except PermissionError:
+            if not path.exists():
+                raise
+            file = open(path, encoding="utf-8")  # of another user: a file that one may read one may lock
+        with contextlib.ExitStack() as stack:
+            stack.callback(file.close)
+            try:
+                flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.02)
+                continue
+            if not is_at(path, file):  # who held it before has removed it meanwhile
+                continue
+            if not file.writable():  # left by a run of that user which died: ours takes its place
+                os.unlink(path)
+                continue
+            HELD.add(file)
+            stack.pop_all()
+            return file
     return None
+
+
+def is_at(path: Path, file: IO) -> bool:
+    """Whether an open file is still the one of this name."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
+    return False
 
 
 @functools.cache
@@ -217,6 +231,8 @@ def say_once(text: str) -> None:
 
 def holder(folder: Path) -> str:
     """Who trains in a folder: "a run on HOST, pid N, since TIME"; "" where nobody does."""
+    if not (folder / LOCK).is_file():  # a pipe would be waited for
+        return ""
     try:
         with open(folder / LOCK, encoding="utf-8", errors="replace") as file:
             try:
@@ -259,7 +275,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.flush()
     except OSError as error:
         # A finished run in a folder that is read-only is only told again; any other ends where it first writes.
-        if lock or made or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not folder.is_dir():
+        if lock or made or os.access(folder, os.W_OK) or not folder.is_dir():
             release(lock, folder)
             remove(made)
             raise InputError(f"out_dir={folder} cannot be used ({error.strerror}): use another folder") from error
@@ -274,7 +290,8 @@ def release(lock: IO | None, folder: Path) -> None:
     if lock:
         HELD.discard(lock)
         with contextlib.suppress(OSError):
-            os.unlink(folder / LOCK)  # before it is let go: nobody else holds it by that name
+            if is_at(folder / LOCK, lock):  # not another run's, where the folder was moved and made anew
+                os.unlink(folder / LOCK)  # before it is let go: nobody else holds it by that name
             lock.close()
 
 

@@ -19,7 +19,6 @@ core dense, 960,000 sparse), and ranks share its pages. But a mapped page counts
 So what exceeds ram_budget_gb is read instead, row by row: 240,000 and 200,000 cells, and no memory but for a batch.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -33,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from common.errors import DataError, reason, regular_file
+from common.store import flock
 from sources import hdf5
 from sources.h5ad import H5ad, Matrix, as_dense, kind_of_values, row_sums, stored
 from sources.shared import counted
@@ -234,15 +235,13 @@ def make_store(target: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
-def lock_file(handle) -> None:
-    """Wait for a lock, which the kernel lets go when its holder ends, however it ends; go on where there are no locks.
-    """
+def lock_file(handle: IO) -> None:
+    """Wait for a lock, which the kernel lets go when its holder ends, however it ends."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        print(f"note: {handle.name} is on a disk without locks: start a second run when these cells are ready")
+        flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process, which prepares these cells and holds {handle.name}", flush=True)
+        flock(handle)
 
 
 def fill_and_rename(work: Path, target: Path, write: Callable[[Path], None]) -> None:

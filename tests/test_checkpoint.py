@@ -345,6 +345,8 @@ def test_a_damaged_best_checkpoint_is_told_before_training_goes_on(tmp_path):
 
 
 def test_the_best_checkpoint_of_another_run_does_not_stay(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     checkpoint.save(state_of(4), tmp_path / "a", is_best=True)
     checkpoint.save(state_of(3), tmp_path / "b", is_best=True)
     _, state, _ = start(tmp_path / "b", resume=str(tmp_path / "a" / "last.pt"))

@@ -1,9 +1,11 @@
 """The prepared cells of train_state.py: made once, whole or not there, shared by ranks, and remade when need be."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +47,25 @@ def write_toml(test: str = "c", path: str = "e.toml", files: str = "one.h5ad") -
 
 def stores() -> list[str]:
     return sorted(path.name for path in Path("data/cells").iterdir())
+
+
+def test_who_waits_for_another_that_makes_the_cells_says_so(capsys):
+    target, waits, made = Path("cells-0"), Path("cells-0.lock"), []
+
+    def make() -> None:
+        cell_store.make_store(target, lambda work: made.append(work))
+
+    with open(waits, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        other = threading.Thread(target=make)
+        other.start()
+        told = ""
+        while "waiting for another process" not in told and other.is_alive():
+            told += capsys.readouterr().out
+        assert f"holds {waits}" in told and made == []
+        target.mkdir()
+    other.join()
+    assert made == []
 
 
 def test_a_folder_is_made_once_and_said_to_be_then_mapped(capsys):

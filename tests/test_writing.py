@@ -197,6 +197,28 @@ def test_a_disk_that_fills_up_in_training_ends_with_1_and_the_run_goes_on_to_the
     assert [r["step"] for r in records if r["split"] == "train"] == [1, 2, 3, 4]
 
 
+def test_a_folder_that_is_moved_away_ends_its_run_which_makes_no_other(capsys, monkeypatch):
+    train_ghmm.main([*TINY, "--out_dir=whole"])
+    save = checkpoint.save
+
+    def save_and_go(state, folder, *args) -> None:
+        save(state, folder, *args)
+        os.rename(folder, "moved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_go)
+        told = refusal(capsys, train_ghmm.main, *TINY, "--out_dir=run", code=1)
+    assert told == ("error: run/metrics.jsonl is gone: it or its folder was moved or removed under this run. Put the "
+                    "folder back, and the same command goes on from the last checkpoint in it")
+    assert sorted(path.name for path in Path().iterdir()) == ["moved", "whole"]
+    with pytest.raises(FileNotFoundError):
+        save(checkpoint.load(Path("moved")), Path("run"))
+    os.rename("moved", "run")
+    train_ghmm.main([*TINY, "--out_dir=run"])
+    weights, same = (checkpoint.load(Path(folder))["model"] for folder in ("run", "whole"))
+    assert all((weights[name] == same[name]).all() for name in same)
+
+
 @pytest.mark.parametrize("resume, again", [("auto", "the same command begins"),
                                            ("never", "the same command with resume=auto begins")])
 def test_a_log_on_a_full_disk_is_an_error_that_says_what_was_kept(resume, again):
