@@ -255,16 +255,12 @@ class Ranks:
 
     def _find_who_died(self, error: BaseException) -> None:
         """An exchange failed: wait for word of who ended the job, or see whose watch has stopped."""
-        before = {}
-        for wait in (NOTICE_SECONDS / 4, NOTICE_SECONDS):
-            deadline = time.monotonic() + wait
-            while not self.end and time.monotonic() < deadline:
-                time.sleep(0.02)
+        before, deadline = self._beats(), time.monotonic() + NOTICE_SECONDS
+        while time.monotonic() < deadline:
             if self.end:
                 return
-            still = before.items() & self._beats().items()
-            before = self._beats()
-        rank = min((rank for rank, _ in still), default=None)
+            time.sleep(0.02)
+        rank = min((rank for rank, _ in before.items() & self._beats().items()), default=None)
         self._tell_who_died(_job["store"], rank, f"the connection to a rank broke ({str(error)[-100:]})")
 
     def _beats(self) -> dict[int, bytes]:

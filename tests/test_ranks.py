@@ -96,6 +96,8 @@ def train_to_an_end(argv: list[str]) -> None:
     """Both ranks train, until at the twelfth step something happens on one of them: argv is what, and on which."""
     what, whom = argv
     backward, count = Runtime.backward, []
+    if what == "killed_elsewhere":  # where no process sees the other's
+        platform.node, ranks.NOTICE_SECONDS = lambda: f"host{os.environ['RANK']}", 1.5
 
     def interrupted(self, loss):
         backward(self, loss)
@@ -118,7 +120,7 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-killed_where_the_other_is_blocked = killed
+killed_where_the_other_is_blocked = killed_elsewhere = killed
 
 
 def differ(argv: list[str]) -> None:
@@ -167,6 +169,12 @@ def test_a_rank_that_is_killed_ends_the_others_which_name_it_once(rank, agent, t
     who = rf"error: rank {rank} died \({platform.node()}, pid \d+\)"
     assert re.fullmatch(f"{who}: the same command goes on from step 10", errors[0])
     assert checkpoint.load(tmp_path / "run")["step"] == 10
+
+
+def test_a_rank_that_dies_on_another_machine_is_named_by_its_silence(tmp_path):
+    told = two_ranks("test_ranks", "killed_elsewhere", 1, function="train_to_an_end", folder=tmp_path,
+                     code=(1, -signal.SIGKILL))
+    assert re.search(r"^error: rank 1 died \(host1, pid \d+\): the same command goes on from step 10$", told, re.M), told
 
 
 def test_a_rank_that_is_blocked_when_another_dies_is_ended(tmp_path):
