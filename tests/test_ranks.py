@@ -174,7 +174,7 @@ def test_a_rank_that_is_killed_ends_the_others_which_name_it_once(rank, agent, t
 def test_a_rank_that_dies_on_another_machine_is_named_by_its_silence(tmp_path):
     told = two_ranks("test_ranks", "killed_elsewhere", 1, function="train_to_an_end", folder=tmp_path,
                      code=(1, -signal.SIGKILL))
-    assert re.search(r"^error: rank 1 died \(host1, pid \d+\): the same command goes on from step 10$", told, re.M), told
+    assert re.search(r"^error: rank 1 died \(host1, pid \d+\): the same command goes on from step 10$", told, re.M)
 
 
 def test_a_rank_that_is_blocked_when_another_dies_is_ended(tmp_path):
