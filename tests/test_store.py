@@ -273,10 +273,7 @@ def test_a_run_goes_on_from_its_url_where_nothing_else_is_left(remote, whole, ca
     assert names_at(remote) == {"config.json", "metrics.jsonl", "train.log", "train_ghmm.py", "analysis.json",
                                 "best.pt", "step_12.pt", "last.pt", "summary.json", "index.json"}
     index = json.loads(Path("remote/run/index.json").read_text())
-    assert index["step"] == 12 and set(index["files"]) == names_at(remote) - {"index.json"}
-    for name, (facts,) in index["files"].items():
-        assert facts == {"bytes": (Path("remote/run") / name).stat().st_size,
-                         "sha256": mirror.digest(Path("remote/run") / name)}
+    assert index["step"] == 12 and set(index["names"]) == names_at(remote) - {"index.json"}
     shutil.rmtree("out")
     run(f"--out_dir={remote}", "--keep_last=1")
     assert "nothing was left to train" in capsys.readouterr().out
@@ -306,30 +303,54 @@ def test_what_looks_at_runs_takes_urls(remote, whole, capsys):
 
 def spoil(path: Path) -> None:
     text = bytearray(path.read_bytes())
-    text[len(text) // 2] ^= 1
+    middle = len(text) // 2
+    text[middle : middle + 200] = bytes(200)  # more than lies between two parts
     path.write_bytes(text)
 
 
-def test_damage_at_a_url_is_one_sentence(remote, capsys):
-    run_until(4, f"--out_dir={remote}", "--keep_last=-1")
+def test_damage_at_a_url_is_one_sentence(remote, whole, capsys):
+    run_until(8, f"--out_dir={remote}", "--keep_last=-1")
     shutil.rmtree("out")
     good = Path("remote/run/last.pt").read_bytes()
     spoil(Path("remote/run/last.pt"))
-    damaged = f"{remote}/last.pt is damaged: it is not what index.json beside it says: bring it back, or name another"
-    assert damaged in refused(capsys, f"--out_dir={remote}")
-    assert damaged in refused(capsys, remote, main=sample.main)
+    damaged = f"{here(remote)}/last.pt is damaged"
+    assert damaged in refused(capsys, f"{remote}/last.pt", main=sample.main)
+    told = refused(capsys, f"--out_dir={remote}")
+    assert damaged in told
+    # What is put right there is not hidden by what was fetched.
+    Path("remote/run/last.pt").write_bytes(good)
+    shutil.copytree("remote", "kept")
+    run(f"--out_dir={remote}", "--keep_last=-1")
+    assert_same(here(remote), whole)
+    # And the advice is true.
+    shutil.rmtree("out")
+    shutil.rmtree("remote")
+    Path("kept").rename("remote")
+    spoil(Path("remote/run/last.pt"))
+    assert refused(capsys, f"--out_dir={remote}") == told
+    run(f"--out_dir={remote}", "--keep_last=-1", told.rpartition("use ")[2])
+    assert_same(Path("remote/run"), whole)
+
+
+def test_what_is_missing_at_a_url_is_one_sentence(remote, capsys):
+    run_until(4, f"--out_dir={remote}", "--keep_last=-1")
+    shutil.rmtree("out")
     Path("remote/run/last.pt").unlink()
-    assert "last.pt is missing" in refused(capsys, f"--out_dir={remote}")
+    told = refused(capsys, f"--out_dir={remote}")
+    assert f"{remote}/last.pt is missing, though index.json beside it names it" in told
     # Another checkpoint of it does not need the one that is gone.
     run("--out_dir=b", f"--resume={remote}/step_4.pt")
-    Path("remote/run/last.pt").write_bytes(good)
-    bad = "{", "[]", '{"files": {"a": []}}', '{"files": {"a": [{"bytes": "x", "sha256": 1}]}}', "[" * 9999
+
+
+def test_a_damaged_index_is_one_sentence(remote, capsys):
+    run_until(4, f"--out_dir={remote}")
+    known = {"writer": "a", "mark": "b", "step": 1}
+    bad = ["{", "[]", json.dumps(known), '{"names": 1}', json.dumps({"names": [], **known, "step": "x"}), "[" * 9999]
+    bad += [json.dumps({"names": [name], **known}) for name in
+            ("../../escaped", "/tmp/escaped", "", "a//b", ".remote.json", "run.lock", "plots/../../x", 3)]
     for text in (*map(str.encode, bad), b"\xff"):
         Path("remote/run/index.json").write_bytes(text)
         assert "index.json is damaged" in refused(capsys, f"--out_dir={remote}")
-    for name in ("../../escaped", "/tmp/escaped"):
-        Path("remote/run/index.json").write_text(json.dumps({"files": {name: [{"bytes": 1, "sha256": "0"}]}}))
-        assert "is not below it" in refused(capsys, f"--out_dir={remote}")
 
 
 class Store:
@@ -402,7 +423,6 @@ def test_of_two_machines_none_writes_over_the_other(remote, capsys):
     shutil.copytree("remote", "kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror.Mirror, "fetch", lambda self, *args: self.look())
-        patch.setattr(mirror.Mirror, "read_index", lambda self: {"writer": "then", "files": {}})
         patch.setattr(mirror.Mirror, "send", lambda self, *args: None)
         run(f"--out_dir={remote}")
     told = refused(capsys, f"--out_dir={remote}")
@@ -412,7 +432,7 @@ def test_of_two_machines_none_writes_over_the_other(remote, capsys):
 
 def test_a_url_that_another_machine_writes_to_meanwhile_is_left_to_it(remote, monkeypatch, capsys):
     save = checkpoint.save
-    theirs = json.dumps({"writer": "they", "host": "there", "time": "now", "step": 9, "files": {}})
+    theirs = json.dumps({"writer": "they", "host": "there", "time": "now", "step": 9, "mark": "x", "names": []})
 
     def save_and_be_overtaken(state, *args):
         save(state, *args)
@@ -437,6 +457,37 @@ def test_a_run_anew_replaces_what_is_at_its_url_once_it_has_begun(remote, capsys
     shutil.rmtree("out")
     run_until(4, f"--out_dir={remote}", "--resume=never", "--seed=5")
     assert "step_12.pt" not in names_at(remote) and "summary.json" not in names_at(remote)
+
+
+def test_a_run_anew_that_is_refused_sends_nothing(remote, capsys):
+    run_until(4, f"--out_dir={remote}")
+    shutil.copytree("out", "other/out")
+    run_until(8, f"--out_dir={remote}")
+    before = {name: (Path("remote/run") / name).read_bytes() for name in names_at(remote)}
+    shutil.rmtree("out")
+    Path("other/out").rename("out")  # of a machine that has step 4
+    refused(capsys, f"--out_dir={remote}", "--resume=never", "--matrices=absent.npy", "--process=custom")
+    assert before == {name: (Path("remote/run") / name).read_bytes() for name in names_at(remote)}
+
+
+def test_a_copy_of_the_folder_of_a_url_is_another_machine(remote, whole, capsys):
+    run_until(4, f"--out_dir={remote}")
+    shutil.copytree("out", "other/out")
+    run_until(8, f"--out_dir={remote}")
+    shutil.rmtree("out")
+    Path("other/out").rename("out")
+    run(f"--out_dir={remote}")  # the copy has step 4, the URL step 8
+    assert "at step 8" in capsys.readouterr().out
+    assert_same(Path("remote/run"), whole)
+
+
+def test_what_is_no_part_of_a_run_stays_at_its_url(remote):
+    for name in ("notes.txt", ".hidden", "below/last.pt"):
+        (Path("remote/run") / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path("remote/run") / name).touch()
+    for resume in ("auto", "never"):
+        run_until(4, f"--out_dir={remote}", f"--resume={resume}", "--keep_last=1")
+        assert {"notes.txt", ".hidden", "below/last.pt"} <= names_at(remote)
 
 
 @pytest.mark.parametrize(("url", "sentence"), [
