@@ -18,9 +18,9 @@ from commands import two_ranks
 
 import train_ghmm
 from common import checkpoint, ranks, runtime
-from common.errors import DataError, InputError
+from common.errors import DataError, InputError, clear_errors
 from common.runtime import Runtime
-from sources import shared
+from sources import cell_store, shared
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
         "--eval_sequences=64", "--device=cpu", "--precision=fp32", "--out_dir=run")
@@ -73,6 +73,29 @@ def make_on_disks_of_their_own(argv: list[str]) -> None:
 
 def test_each_machine_makes_data_that_its_disk_does_not_show(tmp_path):
     assert two_ranks("test_ranks", function="make_on_disks_of_their_own", folder=tmp_path) == ""
+
+
+def look_on_another_disk(argv: list[str]) -> None:
+    """The second rank stands in another folder, and is not the first of its machine."""
+    shared.LATE_S = 0.2
+    if os.environ["RANK"] == "1":
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+    with clear_errors(), Runtime(settings()) as rt:
+        if argv[0] == "file":
+            shared.make_once(Path("data"), lambda: Path("data").write_text("made"))
+        else:
+            if rt.is_main:
+                os.makedirs("data/e-0")
+            cell_store.wait_for_store("data", "0")
+        rt.barrier()
+
+
+@pytest.mark.parametrize("what", ["file", "cells"])
+def test_ranks_of_a_machine_that_see_different_folders_are_told_so(what, tmp_path):
+    told = two_ranks("test_ranks", what, function="look_on_another_disk", folder=tmp_path, code=2)
+    path = "data" if what == "file" else "data/0"
+    assert told.startswith(f"error: {path} did not come into {tmp_path / 'elsewhere'}, ") and told.count("\n") == 1
 
 
 def wait_for_a_long_analysis(argv: list[str]) -> None:
