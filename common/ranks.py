@@ -264,10 +264,11 @@ class Ranks:
         self._tell_who_died(_job["store"], rank, f"the connection to a rank broke ({str(error)[-100:]})")
 
     def _beats(self) -> dict[int, bytes]:
-        """The last sign of life of each rank."""
+        """The last sign of life of each other rank, empty before its first."""
         store = _job["store"]
         with contextlib.suppress(dist.DistError):
-            return {rank: store.get(f"beat {rank}") for rank in range(self.size) if store.check([f"beat {rank}"])}
+            names = {rank: f"beat {rank}" for rank in range(self.size) if rank != self.rank}
+            return {rank: store.get(name) if store.check([name]) else b"" for rank, name in names.items()}
         return {}
 
     def _tell_who_died(self, store: dist.Store, rank: int | None, otherwise: str) -> None:

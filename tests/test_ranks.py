@@ -283,6 +283,21 @@ def test_ranks_that_never_come_are_one_sentence(agent, environment, capsys, monk
     assert told.startswith("error: 1 of 4 ranks came within 0.1 s, not rank 1, rank 2, rank 3: start as many")
 
 
+@pytest.mark.parametrize("attempt, words", [("0", "a rank 0 is there already: give every process a RANK of its own"),
+                                            ("1", "1 of 2 ranks came within 0.1 s, not rank 1: start as many as")])
+def test_a_rank_that_is_there_twice_is_told_so_and_one_started_again_is_not(attempt, words, environment, capsys,
+                                                                            monkeypatch):
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 0.1)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=attempt)
+    dist.PrefixStore("group 1", dist.PrefixStore("attempt 0", store)).add("came 0", 1)
+    with pytest.raises(SystemExit), Runtime(settings()):
+        pass
+    told, = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"error: {words}")
+
+
 def test_a_port_that_is_taken_is_one_sentence(environment, capsys):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
