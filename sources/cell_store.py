@@ -50,6 +50,7 @@ from sources.survey import CODES, Survey
 VERSION = 3  # of the folder's layout
 HEADER = 128  # bytes before the values of a .npy file
 BLOCK = 1 << 24  # bytes under one checksum
+PIECE = 1 << 20  # bytes of a block that are read at once
 MOST_BLOCKS = 16  # of a file, that a start reads: one of 256 MB is verified whole, of a larger one a sample
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
 STORED_NAMES = (  # of a survey, in meta.json
@@ -256,13 +257,18 @@ def holds_values(name: str) -> bool:
 
 
 def checksums_of(path: Path) -> tuple[int, list[int]]:
-    """(CRC-32 of a file, those of its blocks)."""
+    """(CRC-32 of a file, those of its blocks); memory holds a piece of a block."""
     whole = 0
     blocks = []
+    buffer = memoryview(bytearray(PIECE))
+    done = 0
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            whole = zlib.crc32(block, whole)
-            blocks.append(zlib.crc32(block))
+        while count := file.readinto(buffer):
+            if done % BLOCK == 0:
+                blocks.append(0)
+            whole = zlib.crc32(buffer[:count], whole)
+            blocks[-1] = zlib.crc32(buffer[:count], blocks[-1])
+            done += count
     return whole, blocks
 
 

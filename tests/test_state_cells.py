@@ -327,6 +327,7 @@ def test_a_folder_of_anything_else_is_refused_in_a_sentence(odd):
 
 def test_of_a_large_file_a_start_verifies_a_sample_and_inspect_all(monkeypatch, capsys):
     monkeypatch.setattr(cell_store, "BLOCK", 512)
+    monkeypatch.setattr(cell_store, "PIECE", 128)
     monkeypatch.setattr(cell_store, "MOST_BLOCKS", 3)
     write_cells()
     write_toml()
