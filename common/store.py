@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from common.errors import CheckpointError, InputError, reason
+from common.errors import CheckpointError, InputError, reason, regular_file
 from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored, note
 
 LOCK = "run.lock"
@@ -71,19 +71,19 @@ def place_of(out_dir: str, s3_config: str = "") -> tuple[Path, str, str]:
         name = name.lstrip("/") if inside.startswith("..") else inside
     if name.startswith(".."):
         raise InputError(f"out_dir={out_dir}: with s3_config it is a name below the bucket's prefix, which .. is not")
-    return Path(out_dir), "/".join(["s3:/", *filter(None, (bucket, prefix, name))]), profile
+    return Path(out_dir), plain_url("/".join(["s3:/", *filter(None, (bucket, prefix, name))])), profile
 
 
 def read_s3_config(path: str) -> tuple[str, str, str]:
     """(bucket, prefix, profile) of an .ini: [s3] bucket, prefix (may be missing), [aws] profile_name. InputError."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(Path(path).read_text(encoding="utf-8"))
+        parser.read_string(regular_file(path, InputError).read_text(encoding="utf-8"))
         bucket, profile = parser["s3"]["bucket"].strip(), parser["aws"]["profile_name"].strip()
         prefix = parser["s3"].get("prefix", "").strip(" /")
-    except OSError as error:
-        raise InputError(f"s3_config={path} cannot be read ({error.strerror}): name an .ini file, or --s3_config= for "
-                         "no copy") from error
+    except (InputError, OSError) as error:
+        raise InputError(f"s3_config = {getattr(error, 'strerror', error)}: name an .ini file, or --s3_config= for no "
+                         "copy") from error
     except (ValueError, configparser.Error) as error:
         raise InputError(f"s3_config={path} is no .ini file ({reason(error)}): mend it") from error
     except KeyError as error:
@@ -95,7 +95,8 @@ def read_s3_config(path: str) -> tuple[str, str, str]:
 
 
 def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
+    """Whether this begins as a URL does; one that is written wrong, such as s3:/x, is refused by plain_url."""
+    return bool(re.match(r"[\w+.:-]*:/", str(place)))
 
 
 def plain_url(url: str | Path) -> str:
@@ -106,7 +107,7 @@ def plain_url(url: str | Path) -> str:
         raise InputError(f"the URL {scheme}://... has a name, password or query in it, which would go to logs and "
                          "checkpoints: keep those in ~/.aws/credentials or in the environment")
     is_plain = re.fullmatch(r"[a-z][a-z0-9+]*", scheme) and "::" not in rest and rest.strip("/")
-    if not is_plain or bool(where) == (scheme in ("file", "local")):
+    if not is_plain or {".", ".."} & {*rest.split("/")} or bool(where) == (scheme in ("file", "local")):
         raise InputError(f"{url} is no place for a run: name s3://BUCKET/NAME, file:///FOLDER or what else fsspec has")
     return str(url).rstrip("/")
 
@@ -149,7 +150,6 @@ def local(place: str | Path) -> Path:
         finally:
             remove(made)
     return folder / name
-
 
 
 def mirror(folder: Path, step: int | None = None) -> None:
