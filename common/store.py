@@ -89,8 +89,9 @@ def read_s3_config(path: str) -> tuple[str, str, str]:
     except KeyError as error:
         raise InputError(f"s3_config={path} has no {error.args[0]}: it needs [aws] with profile_name, [s3] with bucket "
                          "and, if wanted, prefix") from error
-    if not bucket or "/" in bucket or not profile:
-        raise InputError(f"s3_config={path}: [s3] bucket is the name of a bucket, [aws] profile_name that of a profile")
+    if not bucket or "/" in bucket or is_url(prefix) or not profile:
+        raise InputError(f"s3_config={path}: [s3] bucket is the name of a bucket, prefix a path in it, [aws] "
+                         "profile_name the name of a profile")
     return bucket, prefix, profile
 
 
@@ -119,11 +120,11 @@ def staging(url: str) -> Path:
     return Path("out/.remote") / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
-def on_disk(out_dir: str | Path, instead: str = "use a path") -> Path:
+def on_disk(folder: str | Path, instead: str = "use a path", setting: str = "out_dir") -> Path:
     """A folder where URLs are not for. Raises InputError."""
-    if is_url(out_dir):
-        raise InputError(f"out_dir={plain_url(out_dir)} is a URL; here a folder of this machine is needed: {instead}")
-    return Path(out_dir)
+    if is_url(folder):
+        raise InputError(f"{setting}={plain_url(folder)} is a URL; here a folder of this machine is needed: {instead}")
+    return Path(folder)
 
 
 def local(place: str | Path) -> Path:

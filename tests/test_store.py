@@ -297,6 +297,7 @@ def test_what_looks_at_runs_takes_urls(remote, whole, capsys):
     capsys.readouterr()
     assert sample.main([remote]) == sample.main([str(whole)])
     assert "One run: " in "\n".join(sweep.main(["report", remote]))
+    assert "out=s3://b/x is a URL; here a folder" in refused(capsys, f"--analyze={remote}", "--out=s3://b/x")
     assert "there is no run at file://" in refused(capsys, remote + "s", main=sample.main)
     assert "there is no checkpoint at file://" in refused(capsys, f"--analyze={remote}/step_9.pt")
 
@@ -527,7 +528,8 @@ def test_s3_without_its_package_is_one_sentence(capsys, monkeypatch):
     ("[s4]\n", "has no s3"),
     ("[s3]\nbucket = b\n", "has no aws"),
     ("[aws]\nprofile_name = p\n[s3]\nprefix = b\n", "has no bucket"),
-    ("[aws]\nprofile_name =\n[s3]\nbucket = b\n", "profile_name that of a profile"),
+    ("[aws]\nprofile_name =\n[s3]\nbucket = b\n", "profile_name the name of a profile"),
+    ("[aws]\nprofile_name = p\n[s3]\nbucket = b\nprefix = s3://b/x\n", "prefix a path in it"),
     ("[aws]\nprofile_name = p\n[s3]\nbucket = s3://b\n", "bucket is the name of a bucket"),
     ("[aws]\nprofile_name = p\n[s3]\nbucket = b\nprefix = ../x\n", "s3://b/../x/run is no place for a run"),
     (f"[aws]\nprofile_name = p\n[s3]\nbucket = me:{SECRET}@b\n", "has a name, password or query in it"),
