@@ -58,6 +58,8 @@ def run_folder(cfg, rt) -> Iterator[Path]:
 
 def place_of(out_dir: str, s3_config: str = "") -> tuple[Path, str, str]:
     """(folder, URL of its copy or "", AWS profile or "") of a run. Raises InputError."""
+    if not out_dir.strip():
+        raise InputError("out_dir is empty: name a folder, . for this one")
     if is_url(out_dir):
         if s3_config:
             raise InputError("out_dir is a URL, and s3_config says where a folder is copied: give one of them")

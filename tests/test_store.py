@@ -149,6 +149,8 @@ def test_a_file_system_without_locks_is_told_once(monkeypatch, capsys):
 def test_a_refused_command_leaves_nothing_and_one_that_is_there_stays(capsys):
     refused(capsys, "--out_dir=a/b/run", "--resume=absent.pt")
     assert list(Path().iterdir()) == []
+    assert "out_dir is empty: name a folder" in refused(capsys, "--out_dir=")
+    assert list(Path().iterdir()) == []
     Path("a/run").mkdir(parents=True)
     refused(capsys, "--out_dir=a/run", "--resume=absent.pt")
     assert list(Path().rglob("*")) == [Path("a"), Path("a/run")]
