@@ -27,6 +27,7 @@ from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored, note
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
+REMOTE = Path("out/.remote")  # where folders stand for URLs
 KEPT = ("last.pt", "best.pt")  # what is fetched of a run that is looked at, beside all that is no checkpoint
 KINDS = (".pt", ".ckpt", ".eqx")  # of checkpoints, the first for other files, too
 
@@ -119,7 +120,7 @@ def staging(url: str) -> Path:
     """The folder of this machine that stands for a URL."""
     url = plain_url(url)
     name = re.sub(r"[^\w.=,-]+", "-", url.partition("://")[2]).strip("-.")[-60:]
-    return Path("out/.remote") / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    return REMOTE / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
 def on_disk(folder: str | Path, instead: str = "use a path", setting: str = "out_dir") -> Path:
