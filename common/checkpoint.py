@@ -347,7 +347,7 @@ def analysis_of(path: Path, cfg) -> Path:
     With cfg.out there, beside a copy of what a report needs of the run. Raises InputError where that cannot be written.
     """
     run = path if path.is_dir() else path.parent
-    folder = Path(cfg.out) if cfg.out else run / "analysis"
+    folder = store.on_disk(cfg.out, setting="out") if cfg.out else run / "analysis"
     if os.environ.get("RANK", "0") != "0":
         return folder
     if (folder / "last.pt").exists() or folder.resolve() == run.resolve():

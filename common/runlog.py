@@ -123,8 +123,9 @@ class RunLog:
         """Where a run that failed can go on."""
         try:
             step = checkpoint.load(self.folder)["step"]
-        except (InputError, OSError):
-            return f"No checkpoint was saved before: {self.again} begins anew"
+        except (InputError, OSError) as e:
+            is_there = (self.folder / "last.pt").exists()
+            return str(e) if is_there else f"No checkpoint was saved before: {self.again} begins anew"
         return f"{self.folder / 'last.pt'} of step {step} is whole, and {self.again} goes on from there"
 
     def _goes_on(self) -> str:
