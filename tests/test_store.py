@@ -304,6 +304,12 @@ def test_what_looks_at_runs_takes_urls(remote, whole, capsys):
     assert "there is no checkpoint at file://" in refused(capsys, f"--analyze={remote}/step_9.pt")
 
 
+def test_a_url_where_nothing_can_be_written_here_says_where_to_start(remote, capsys):
+    Path("out").touch()
+    for told in (refused(capsys, remote, main=sample.main), refused(capsys, f"--out_dir={remote}")):
+        assert f"'{here(remote)}' cannot be made (Not a directory): start in a folder that can be written" in told
+
+
 def spoil(path: Path) -> None:
     text = bytearray(path.read_bytes())
     middle = len(text) // 2
