@@ -310,6 +310,14 @@ def test_a_url_where_nothing_can_be_written_here_says_where_to_start(remote, cap
         assert f"'{here(remote)}' cannot be made (Not a directory): start in a folder that can be written" in told
 
 
+def test_a_url_that_takes_its_time_is_said_to_be_waited_for(remote, monkeypatch, capsys):
+    monkeypatch.setattr(mirror, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(mirror.Mirror, "read_index", lambda copy: time.sleep(0.3))
+    with pytest.raises(SystemExit):
+        sample.main([remote])
+    assert capsys.readouterr().err.startswith(f"note: waiting for an answer from {remote}\nerror: there is no run at ")
+
+
 def spoil(path: Path) -> None:
     text = bytearray(path.read_bytes())
     middle = len(text) // 2
