@@ -226,6 +226,26 @@ def stop_now(number: int, frame) -> NoReturn:
     raise Stopped(number)
 
 
+@contextlib.contextmanager
+def no_stop_is_lost() -> Iterator[None]:
+    """Python passes over what is raised while an object is finalised; a signal to stop is then sent once more."""
+    before = sys.unraisablehook
+
+    def send_again(passed_over) -> None:
+        if not isinstance(passed_over.exc_value, Stopped):
+            return before(passed_over)
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, stop_now)
+        threading.Timer(0.05, os.kill, (os.getpid(), passed_over.exc_value.number)).start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def flush_console(last: str = "") -> OSError | None:
     """Print what is waiting for it; returns what is wrong where standard output takes no more, which is then hushed."""
     try:
@@ -243,7 +263,7 @@ def clear_errors() -> Iterator[None]:
     Exit codes: 2 for bad input and what the machine refuses before a run has begun, 1 for a run that failed, 130 for
     Ctrl-C, 143 for SIGTERM. Who reads standard output and goes, as head does, has seen enough: no line.
     """
-    with signals_to(stop_now):
+    with signals_to(stop_now), no_stop_is_lost():
         try:
             yield
             if trouble := flush_console():

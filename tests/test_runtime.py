@@ -32,7 +32,7 @@ import train_arxiv
 import train_ghmm
 import train_state
 from common import checkpoint, runlog, runtime
-from common.errors import STOPS, Stopped, exit_code, stop_now
+from common.errors import STOPS, Stopped, clear_errors, exit_code, stop_now
 from common.runtime import STOP_CHECK_STEPS, Meter, Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -362,6 +362,21 @@ def test_before_it_trains_and_in_other_commands_a_signal_ends_all_at_once(module
     assert end.value.code == 128 + number and handlers() == before
     assert capfd.readouterr().err == ("stopped\n" if number == signal.SIGINT else "stopped by SIGTERM\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_comes_while_an_object_is_finalised_is_not_lost(number, capsys):
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.001)  # here the handler raises, which Python passes over
+
+    with pytest.raises(SystemExit) as end, clear_errors():
+        Finalised()
+        time.sleep(5)
+        pytest.fail("the signal is lost")
+    word = "stopped" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert (end.value.code, capsys.readouterr().err) == (128 + number, f"{word}\n")
 
 
 def test_a_signal_in_the_analysis_waits_for_it_and_a_second_one_ends_it(tmp_path, monkeypatch, capfd):
