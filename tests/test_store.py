@@ -345,7 +345,7 @@ def test_damage_at_a_url_is_one_sentence(remote, whole, capsys):
     Path("kept").rename("remote")
     spoil(Path("remote/run/last.pt"))
     assert refused(capsys, f"--out_dir={remote}") == told
-    run(f"--out_dir={remote}", "--keep_last=-1", told.rpartition("use ")[2])
+    run(f"--out_dir={remote}", "--keep_last=-1", re.search(r"resume=\S+?\.pt", told)[0])
     assert_same(Path("remote/run"), whole)
 
 
