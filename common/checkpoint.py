@@ -5,6 +5,7 @@ its values, without which torch would load a flipped bit in silence.
 """
 
 import contextlib
+import filecmp
 import functools
 import math
 import os
@@ -346,7 +347,7 @@ def analysis_of(path: Path, cfg) -> Path:
     With cfg.out there, beside a copy of what a report needs of the run. Raises InputError where that cannot be written.
     """
     run = path if path.is_dir() else path.parent
-    folder = Path(cfg.out) if cfg.out else run / "analysis"
+    folder = store.on_disk(cfg.out, setting="out") if cfg.out else run / "analysis"
     if os.environ.get("RANK", "0") != "0":
         return folder
     if (folder / "last.pt").exists() or folder.resolve() == run.resolve():
@@ -516,7 +517,7 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
     same_data(state["extra"], data, path)
     changes = [line for line in differences(state["config"], path) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name
-    if copy.exists() and copy.read_bytes() != Path(script).read_bytes():
+    if copy.exists() and not filecmp.cmp(copy, script, shallow=False):
         changes = [*changes, f"{copy.name}: edited since"]
     if cfg.resume == "auto" and changes and path.name == "last.pt" and is_over(state):
         raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from common.errors import (
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
-FILES = (".1", ".csv", ".html", ".json", ".jsonl", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")  # of a run
+FILES = (".1", ".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")
 FOLDERS = ("checkpoints", "plots", "smolstate", "tensorboard", "wandb")
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 
@@ -65,7 +66,7 @@ class RunLog:
         off = _dotenv("WANDB_MODE") == "disabled"  # whatever the settings say
         self.wandb = _optional("wandb", "wandb") if cfg.wandb and not off else None
         folder.mkdir(parents=True, exist_ok=True)
-        _look_at_names(folder)
+        look_at_names(folder)
         write_json(folder / "config.json", config)
         if not (start_step and (folder / Path(script).name).exists()):
             with replacing(folder / Path(script).name) as fresh:
@@ -122,8 +123,9 @@ class RunLog:
         """Where a run that failed can go on."""
         try:
             step = checkpoint.load(self.folder)["step"]
-        except (InputError, OSError):
-            return f"No checkpoint was saved before: {self.again} begins anew"
+        except (InputError, OSError) as e:
+            is_there = (self.folder / "last.pt").exists()
+            return str(e) if is_there else f"No checkpoint was saved before: {self.again} begins anew"
         return f"{self.folder / 'last.pt'} of step {step} is whole, and {self.again} goes on from there"
 
     def _goes_on(self) -> str:
@@ -320,15 +322,16 @@ def parse_json(text: str) -> dict:
     return tree
 
 
-def _look_at_names(folder: Path) -> None:
-    """Raises InputError where something that no file can replace has the name of one that a run may write."""
-    for path in sorted([*folder.glob("*"), *(folder / "plots").glob("*")]):
+def look_at_names(folder: Path, names: Collection[str] = ()) -> None:
+    """Raises InputError where something that no file can replace has one of these names, or one that a run may write.
+    """
+    for path in [folder / name for name in names] or sorted([*folder.glob("*"), *(folder / "plots").glob("*")]):
         if path.name in FOLDERS and not path.is_dir():
             raise InputError(f"{path} is no folder, as the run needs one there: move it, or use another out_dir")
-        is_ours = path.suffix in FILES or path.name.startswith(".saving-")
+        is_ours = path.name in names or path.suffix in FILES or path.name.startswith(".saving-")
         if is_ours and (path.is_dir() or path.is_fifo() or path.is_socket()):
             kind = "a folder" if path.is_dir() else "no file"
-            raise InputError(f"{path} is {kind}, where the run may write a file: move it, or use another out_dir")
+            raise InputError(f"{path} is {kind}, where a file may be written: move it, or use another out_dir")
 
 
 def _reopen(path: Path, start_step: int):

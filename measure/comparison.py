@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from common.checkpoint import NO_SETTINGS
 from common.errors import DataError, InputError, replacing
-from common.runlog import read_metrics
+from common.runlog import look_at_names, read_metrics
 from measure import figures, holdouts, report
 from measure.overlays import draw_curves, draw_results, label, shorter
 from measure.pages import HEADLINES, Cell, Section, typed, write_page
@@ -111,7 +111,8 @@ def read_run(folder: Path) -> Run:
     if (folder / "summary.json").exists():
         summary = read_object(folder / "summary.json")
         check_summary(summary)
-    scripts = sorted(folder.glob("*.py"), key=lambda path: (not path.name.startswith("train_"), path.name))
+    copies = filter(Path.is_file, folder.glob("*.py"))
+    scripts = sorted(copies, key=lambda path: (not path.name.startswith("train_"), path.name))
     if not scripts:
         raise ValueError("it has no copy of its script")
     text = scripts[0].read_text(encoding="utf-8", errors="replace")
@@ -215,6 +216,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
     out = place_for(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        look_at_names(out, ("comparison.csv", "report.html"))
         studied, lines = study_part(experiment, ended, out)
         lead = sentence
         if studied and studied[0].text:  # its runs differ in what they are asked, so that the best of them is no answer

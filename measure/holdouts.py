@@ -82,7 +82,8 @@ def read_run(folder: Path) -> HeldOut | None:
             read_object(folder / name)
             for name in ("config.json", "results.json", "summary.json")
         ]
-        scripts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
+        copies = filter(Path.is_file, sorted(folder.glob("*.py")))
+        scripts = [path.read_text(encoding="utf-8", errors="replace") for path in copies]
         conditions = results["model"]["per_condition"]
         (cell_type,) = {record["cell_type"] for record in conditions}
         files = sorted({record["file"] for record in conditions})

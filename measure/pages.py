@@ -1,6 +1,7 @@
 """Pages of results: one self-contained html file of text, tables to sort and pictures, for a run, a sweep, a study."""
 
 import base64
+import filecmp
 import json
 import numbers
 import os
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.errors import reason, replacing, say_aside, system_sentence
+from common.errors import DataError, reason, regular_file, replacing, say_aside, system_sentence
 from common.runlog import read_json
 from configurator import Text, config_dict, convert
 from measure import figures
@@ -217,8 +218,8 @@ def digits(value: float) -> str:
 def embedded(path: Path) -> dict | None:
     """A PNG file in base64, and the width in pixels at which it is shown; None where there is none."""
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = regular_file(path).read_bytes()
+    except (OSError, DataError):
         return None
     if not data.startswith(PNG) or len(data) < 24:
         return None
@@ -342,7 +343,7 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
         text = [f"{len(settings)} of {len(config)} settings are not the default; all are in {run / 'config.json'}."]
     text.append(what_the_command_does(config.get("resume")))
     copy = run / script.name
-    if copy.exists() and copy.read_bytes() != script.read_bytes():
+    if copy.exists() and not filecmp.cmp(copy, script, shallow=False):
         text.append(f"{script.name} was edited since: {copy} is what the run began with.")
     words = [f"--{name}={typed(value)}" for name, value in settings.items()]
     if untold:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common import store
-from common.errors import InputError
+from common.errors import InputError, signals_to
 
 LOCK = "job.lock"  # of a sweep, in the folder of a run; the run itself holds store.LOCK
 LOOK_SECONDS = 1.0  # between two looks at a run of another process, and at metrics.jsonl
@@ -106,15 +106,9 @@ def is_free(folder: Path) -> bool:
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
     """A list of the signals to stop that came. They do nothing else for now."""
-    came, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            before[number] = signal.signal(number, lambda number, frame: came.append(number))
-    try:
+    came = []
+    with signals_to(lambda number, frame: came.append(number)):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start(run: Any, command: list, lock: IO, jobs: int, gpu: str | None) -> Job:

@@ -1,6 +1,7 @@
 """From a command line to the runs of a sweep: the page, what is listed, and the folder and settings of each run."""
 
 import contextlib
+import filecmp
 import importlib
 import io
 import itertools
@@ -21,6 +22,7 @@ from typing import IO, Any, get_args
 
 from common import checkpoint, store
 from common.errors import InputError, reason, rehearsal
+from common.runlog import look_at_names
 from configurator import Settings, differences, note
 from sources.outcomes import BOOK, append, read, read_object, record
 from sources.shared import counted, from_here
@@ -97,6 +99,7 @@ class Grid:
                 print(f"{run.folder}: a run has ended here, and its results are gone: it is run again")
         for run in self.mine:
             if run.name not in self.told:
+                look_at_names(run.folder)
                 self.waiting.append(run)
         return self
 
@@ -171,10 +174,12 @@ def command(script: Path, words: list[str]) -> str:
 
 
 def make_folder(folder: Path) -> None:
+    """Raises InputError where there can be none, or something in it is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be used ({error.strerror}): use another --out_dir") from error
+    look_at_names(folder, (BOOK, "study.lock"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -424,7 +429,7 @@ def has_ended(run: Run, page: ModuleType, script: Path) -> bool:
     try:
         summary = read_object(run.folder / "summary.json") if ended else {}
         saved = read_object(run.folder / "config.json")
-        same_script = (run.folder / script.name).read_bytes() == script.read_bytes()
+        same_script = filecmp.cmp(run.folder / script.name, script, shallow=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{run.folder} holds no whole run of {script.name} ({reason(error)}): remove it") from error
     lines = differences(saved, run.cfg, getattr(page, "ALIASES", {}))

@@ -28,7 +28,6 @@ from sources.shared import counter_rng, suggest
 
 SPLITS = ("train", "val", "test")
 TRAIN, VAL, TEST = 1, 2, 4  # bit s of a cell for SPLITS[s]: a control cell is in several
-MOST_PATTERNS = 10_000  # that braces may stand for
 BRACES = re.compile(r"\{([^{}]+)\}")
 MOST_PATTERNS = 10_000  # that braces may stand for
 LONGEST_PATTERN = 20_000  # characters
@@ -193,6 +192,8 @@ def find_files(toml: Path, name: str, text: str, strict: bool) -> list[Path]:
     """The h5 and h5ad files of a text of [datasets], relative to the TOML: file, files of a folder, glob, {a,b}."""
     if not isinstance(text, str):
         raise DataError(f"{toml}: [datasets] {name:.80} = {text!r:.80} should be a path or a pattern in quotes")
+    if "\0" in text:
+        raise DataError(f"{toml}: [datasets] {name:.80} = {text!r:.80} holds a NUL character, which no file name has")
     by_stem: dict[str, Path] = {}
     for pattern in expand_braces(pattern_of(toml, text)):
         matches = match_files(pattern)
@@ -357,7 +358,8 @@ def check_named_cells(plan: Plan, cells, strict: bool) -> None:
         of_set = np.isin(cells.file, files)
         types = [cells.cell_types[t] for t in np.unique(cells.cell_type[of_set])]
         if cell_type not in types:
-            objection(strict, f"{plan.path}: data set {name} has no cell type {cell_type!r}{suggest(cell_type, types)}")
+            hint = suggest(cell_type, types)
+            objection(strict, f"{plan.path}: data set {name:.80} has no cell type {cell_type!r:.80}{hint}")
             continue
         of_type = of_set & (cells.cell_type == cells.cell_types.index(cell_type))
         codes = np.unique(cells.perturbation[of_type & ~cells.is_control])

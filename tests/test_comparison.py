@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 from pathlib import Path
 from statistics import fmean, stdev
@@ -328,6 +329,9 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     Path("runs/null/config.json").write_text("null")
     write_run("runs/bare", 0.5, lr=0.5)
     Path("runs/bare/train_ghmm.py").unlink()
+    write_run("runs/pipe", 0.5, lr=0.55)
+    Path("runs/pipe/train_ghmm.py").unlink()
+    os.mkfifo("runs/pipe/train_ghmm.py")  # to open it is to wait for its writer
     write_run("runs/nan", 0.5, lr=0.6, summary={"excess_loss": None, "loss": float("nan")})
     Path("runs/good/aaa.py").write_text("")  # of the user's own
     Path("runs/good/analysis").mkdir()
@@ -337,6 +341,7 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
     assert "runs/null: left out, for config.json is damaged (holds no" in told
     assert "runs/bare: left out, for it has no copy" in told
+    assert "runs/pipe: left out, for it has no copy" in told
     assert "runs/good: left out, for runs/again has the same settings and seed" in told and "analysis" not in told
     assert [(row["lr"], row["excess_loss"], row["loss"]) for row in rows("runs/comparison.csv")] == [
         ("0.1", "0.5", "1.5"), ("0.6", "", "")]  # fmt: skip

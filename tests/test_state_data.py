@@ -270,6 +270,7 @@ def test_what_cell_load_passes_over_is_refused_or_with_strict_false_told(text, c
 @pytest.mark.parametrize("text, expected", [
     ("[datasets\n", "cannot be read as TOML"),
     (ONE.replace("one.h5ad", "nowhere"), "nowhere"),
+    (ONE.replace("one.h5ad", r"one\u0000.h5ad"), "a NUL character"),
     (ONE.replace('"one.h5ad"', "7"), "should be a path or a pattern"),
     (ONE + 'twoo = "train"\n', r"names the data set 'twoo', which is none of \[datasets\]"),
     (ONE + '[zeroshot]\n"on.a" = "test"\n', "names the data set 'on'.*did you mean 'one'"),

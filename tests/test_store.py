@@ -149,6 +149,8 @@ def test_a_file_system_without_locks_is_told_once(monkeypatch, capsys):
 def test_a_refused_command_leaves_nothing_and_one_that_is_there_stays(capsys):
     refused(capsys, "--out_dir=a/b/run", "--resume=absent.pt")
     assert list(Path().iterdir()) == []
+    assert "out_dir is empty: name a folder" in refused(capsys, "--out_dir=")
+    assert list(Path().iterdir()) == []
     Path("a/run").mkdir(parents=True)
     refused(capsys, "--out_dir=a/run", "--resume=absent.pt")
     assert list(Path().rglob("*")) == [Path("a"), Path("a/run")]
@@ -297,6 +299,7 @@ def test_what_looks_at_runs_takes_urls(remote, whole, capsys):
     capsys.readouterr()
     assert sample.main([remote]) == sample.main([str(whole)])
     assert "One run: " in "\n".join(sweep.main(["report", remote]))
+    assert "out=s3://b/x is a URL; here a folder" in refused(capsys, f"--analyze={remote}", "--out=s3://b/x")
     assert "there is no run at file://" in refused(capsys, remote + "s", main=sample.main)
     assert "there is no checkpoint at file://" in refused(capsys, f"--analyze={remote}/step_9.pt")
 
@@ -499,6 +502,8 @@ def test_what_is_no_part_of_a_run_stays_at_its_url(remote):
     ("file://relative", "is no place for a run"),
     ("file:///", "is no place for a run"),
     ("://x", "is no place for a run"),
+    ("s3://bucket/x/../y", "is no place for a run"),
+    ("s3:/bucket/x", "is no place for a run: name s3://BUCKET/NAME"),
     ("simplecache::memory://x", "is no place for a run"),
     ("file:///proc/x", "file:///proc/x cannot be used (FileNotFoundError"),
     ("nosuch://host/x", "nosuch://host/x cannot be used (ValueError: Protocol not known: nosuch"),
@@ -520,12 +525,16 @@ def test_s3_without_its_package_is_one_sentence(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("ini", "sentence"), [
-    (None, "cannot be read (No such file or directory)"),
-    ("", "has no s3"),
+    (None, "s3_config = s3.ini: no such file: name an .ini file"),
+    ("", "s3_config = s3.ini is empty"),
+    ("[s4]\n", "has no s3"),
     ("[s3]\nbucket = b\n", "has no aws"),
     ("[aws]\nprofile_name = p\n[s3]\nprefix = b\n", "has no bucket"),
-    ("[aws]\nprofile_name =\n[s3]\nbucket = b\n", "profile_name that of a profile"),
+    ("[aws]\nprofile_name =\n[s3]\nbucket = b\n", "profile_name the name of a profile"),
+    ("[aws]\nprofile_name = p\n[s3]\nbucket = b\nprefix = s3://b/x\n", "prefix a path in it"),
     ("[aws]\nprofile_name = p\n[s3]\nbucket = s3://b\n", "bucket is the name of a bucket"),
+    ("[aws]\nprofile_name = p\n[s3]\nbucket = b\nprefix = ../x\n", "s3://b/../x/run is no place for a run"),
+    (f"[aws]\nprofile_name = p\n[s3]\nbucket = me:{SECRET}@b\n", "has a name, password or query in it"),
     ("bucket = b", "is no .ini file"),
     ("[aws]\nprofile_name = nobody\n[s3]\nbucket = b\n", "The config profile (nobody) could not be found"),
 ])  # fmt: skip
@@ -533,8 +542,13 @@ def test_a_bad_s3_config_is_one_sentence_before_training(capsys, ini, sentence):
     pytest.importorskip("s3fs")
     if ini is not None:
         Path("s3.ini").write_text(ini)
-    assert sentence in refused(capsys, "--s3_config=s3.ini", "--out_dir=run")
-    assert not Path("run").exists()
+    told = refused(capsys, "--s3_config=s3.ini", "--out_dir=run")
+    assert sentence in told and SECRET not in told and not Path("run").exists()
+
+
+def test_an_s3_config_that_is_a_pipe_is_not_waited_for(capsys):
+    os.mkfifo("s3.ini")
+    assert "s3_config = s3.ini is a pipe, and no file" in refused(capsys, "--s3_config=s3.ini", "--out_dir=run")
 
 
 def test_where_a_folder_is_copied_to():

@@ -470,6 +470,10 @@ def test_a_damaged_folder_is_refused_and_a_removed_one_run_again(capsys):
         told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
         assert "sweep/lr=0.1 holds no whole run of train_tiny.py" in told and told.endswith("): remove it")
         path.write_text(whole[path])
+    Path("sweep/lr=0.1/train_tiny.py").unlink()
+    os.mkfifo("sweep/lr=0.1/train_tiny.py")
+    told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+    assert "sweep/lr=0.1 holds another run (train_tiny.py: edited since)" in told
     for path in Path("sweep/lr=0.1").iterdir():
         path.unlink()
     Path("sweep/lr=0.1").rmdir()
@@ -483,6 +487,14 @@ def test_what_cannot_be_written_is_one_sentence(capsys):
     assert "sweep/lr=0.2: file exists: move what is in the way" in told and "The same command goes on" in told
     Path("sweep/lr=0.2").unlink()
     assert [line["status"] for line in swept("--lr=0.1,0.2")] == ["done", "done"] and starts("lr=0.1") == [0]
+
+
+@pytest.mark.parametrize("name", ["sweep.jsonl", "lr=0.1/console.log", "lr=0.1/run.lock", "lr=0.1/job.lock"])
+def test_a_pipe_with_the_name_of_a_file_is_refused(name, capsys):
+    Path("sweep/lr=0.1").mkdir(parents=True)
+    os.mkfifo(f"sweep/{name}")  # to open it is to wait for whoever has its other end
+    told = refusal(capsys, sweep.main, "train_tiny.py", "--lr=0.1,0.2", "--out_dir=sweep")
+    assert told.endswith(f"sweep/{name} is no file, where a file may be written: move it, or use another out_dir")
 
 
 LONG = ("train_tiny.py", "--lr=0.1", "--seed=0,1,2", "--max_steps=30", "--out_dir=sweep")

@@ -230,6 +230,13 @@ def test_a_log_on_a_full_disk_is_an_error_that_says_what_was_kept(resume, again)
             log.say("a line")
 
 
+def test_a_run_that_fails_does_not_promise_to_go_on_from_a_damaged_checkpoint():
+    with pytest.raises(RunError, match=r"run/train.log: no space left .*\. run/last.pt is damaged .*no other good"):
+        with open_log():
+            Path("run/last.pt").write_text("x")
+            raise OSError(errno.ENOSPC, "", "run/train.log")
+
+
 def test_pictures_and_pages_that_cannot_be_written_are_notes(monkeypatch, capsys):
     monkeypatch.setattr(figures, "STRICT", False)
     Path("run").mkdir()
