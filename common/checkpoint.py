@@ -25,7 +25,7 @@ import torch
 from common import store
 from common.errors import CheckpointError, InputError, RunError, reason, replacing, writing
 from common.plain import digest, fits
-from common.runtime import Meter, Runtime
+from common.runtime import Meter, Runtime, tensors_at_most
 
 FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
@@ -156,15 +156,8 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], 
     put(model, weights, path) gives a model its weights.
     Raises CheckpointError where settings make no model, or not that of the weights.
     """
-    parameters = []
-
-    def count(*parameter) -> None:
-        parameters.append(None)
-        if len(parameters) > 1_000 + 10 * len(weights):
-            raise CheckpointError(f"{path}: its settings make a larger model than its weights are of")
-
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
+    too_large = CheckpointError(f"{path}: its settings make a larger model than its weights are of")
+    with tensors_at_most(1_000 + 10 * len(weights), too_large):
         for place in ("meta", "cpu"):
             try:
                 with torch.device(place):
@@ -177,8 +170,6 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], 
             else:
                 with warnings.catch_warnings(action="ignore"):  # of what a meta tensor is told to hold
                     put(model, weights, path)
-    finally:
-        hook.remove()
     return model
 
 
