@@ -25,7 +25,7 @@ import torch
 from common import store
 from common.errors import CheckpointError, InputError, RunError, reason, replacing, writing
 from common.plain import digest, fits
-from common.runtime import Meter, Runtime
+from common.runtime import Meter, Runtime, tensors_at_most
 
 FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
@@ -156,15 +156,8 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], 
     put(model, weights, path) gives a model its weights.
     Raises CheckpointError where settings make no model, or not that of the weights.
     """
-    parameters = []
-
-    def count(*parameter) -> None:
-        parameters.append(None)
-        if len(parameters) > 1_000 + 10 * len(weights):
-            raise CheckpointError(f"{path}: its settings make a larger model than its weights are of")
-
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
+    too_large = CheckpointError(f"{path}: its settings make a larger model than its weights are of")
+    with tensors_at_most(1_000 + 10 * len(weights), too_large):
         for place in ("meta", "cpu"):
             try:
                 with torch.device(place):
@@ -177,8 +170,6 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], 
             else:
                 with warnings.catch_warnings(action="ignore"):  # of what a meta tensor is told to hold
                     put(model, weights, path)
-    finally:
-        hook.remove()
     return model
 
 
@@ -377,8 +368,7 @@ def try_place(folder: Path) -> None:
 
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
-    found = _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
-    return found if isinstance(found, str) else ""
+    return _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
 
 
 def step_of(folder: Path) -> int | None:
@@ -421,14 +411,15 @@ def _read(path: Path, peeks: bool = False) -> tuple[dict, str]:
         return {}, "is no file"
     try:
         state = read_archive(path, peeks)
+        is_ours = isinstance(state, dict) and not KINDS.keys() - state.keys() - {"meter"}
+        problem = _problem(state) if is_ours and not peeks else ""
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         return {}, damage(e)
-    if not isinstance(state, dict) or KINDS.keys() - state.keys() - {"meter"}:
+    if not is_ours:
         return {}, "is no checkpoint of this repository (prepare_data.py import makes one of another system's)"
     version = state["format_version"]
     if fits(version, int) and version > FORMAT_VERSION:
         return {}, f"has format {version}, newer than this code ({FORMAT_VERSION}): update the code"
-    problem = "" if peeks else _problem(state)
     if problem:
         return {}, f"is damaged ({problem})"
     if peeks and not (fits(state["experiment"], str) and fits(state["step"], int)):
@@ -440,13 +431,7 @@ def _read(path: Path, peeks: bool = False) -> tuple[dict, str]:
 
 def _problem(state: dict) -> str:
     """Takes the digest out of a state. "" where it is that of the values, which are all of the kinds written here."""
-    told = state.pop("digest", None)
-    try:
-        found = digest(state)
-    except ValueError as e:
-        return str(e)
-    except RecursionError as e:
-        return damage(e)
+    told, found = state.pop("digest", None), digest(state)
     version = state["format_version"]
     if not fits(version, int) or told != {1: None, FORMAT_VERSION: found}.get(version, ""):
         return "its values and format_version are not those of its digest"

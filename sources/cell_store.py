@@ -415,7 +415,8 @@ def write_store(
         np.save(work / f"{name}.npy", values)
     np.save(work / "place.npy", place)
 
-    most_values = max(1 << 16, int(ram_budget_gb * 1e9) // 256)  # memory holds a block and a few copies of it
+    size = min(ram_budget_gb * 1e9, 1 << 62)  # a number above that is no size
+    most_values = max(1 << 16, int(size) // 256)  # memory holds a block and a few copies of it
     with ExitStack() as stack:
         files = [stack.enter_context(H5ad(path)) for path in plan.files]
         drafts = {}

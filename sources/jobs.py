@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from common import store
 from common.errors import InputError, signals_to
+from common.runlog import record_of
 
 LOCK = "job.lock"  # of a sweep, in the folder of a run; the run itself holds store.LOCK
 LOOK_SECONDS = 1.0  # between two looks at a run of another process, and at metrics.jsonl
@@ -45,16 +45,13 @@ class Records:
         except OSError:
             return False
         lines.pop()  # one that is not whole yet
-        new = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # torn by a kill
-                new.append(json.loads(line))
+        new = [record for line in lines if (record := record_of(line.decode("utf-8", "replace")))]
         self.seen = status.st_ino, done + sum(len(line) + 1 for line in lines)
-        self.records += [record for record in new if isinstance(record, dict)]
+        self.records += new
         return bool(new)
 
     def last_step(self) -> int:
-        return self.records[-1].get("step", 0) if self.records else 0
+        return self.records[-1]["step"] if self.records else 0
 
 
 @dataclass

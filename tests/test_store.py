@@ -291,14 +291,16 @@ def test_memory_is_a_url_as_any(whole):
     assert_same(other, whole)
 
 
-def test_what_looks_at_runs_takes_urls(remote, whole, capsys):
+def test_what_looks_at_runs_takes_urls(remote, whole, capsys, monkeypatch):
     shutil.copytree(whole, "remote/run")  # by other means: without an index
     found = train_ghmm.main([f"--analyze={remote}"])
     assert found["loss"] == train_ghmm.main([f"--analyze={whole}"])["loss"]
     assert (here(remote) / "analysis/analysis.json").exists() and not Path("remote/run/analysis").exists()
     capsys.readouterr()
     assert sample.main([remote]) == sample.main([str(whole)])
-    assert "One run: " in "\n".join(sweep.main(["report", remote]))
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert "One run: " in "\n".join(sweep.main(["report", remote, "--out=~/told"]))
+    assert Path("told/report.html").exists() and not Path("~").exists()
     assert "out=s3://b/x is a URL; here a folder" in refused(capsys, f"--analyze={remote}", "--out=s3://b/x")
     assert "there is no run at file://" in refused(capsys, remote + "s", main=sample.main)
     assert "there is no checkpoint at file://" in refused(capsys, f"--analyze={remote}/step_9.pt")
