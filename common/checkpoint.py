@@ -368,8 +368,7 @@ def try_place(folder: Path) -> None:
 
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
-    found = _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
-    return found if isinstance(found, str) else ""
+    return _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
 
 
 def step_of(folder: Path) -> int | None:
@@ -412,14 +411,15 @@ def _read(path: Path, peeks: bool = False) -> tuple[dict, str]:
         return {}, "is no file"
     try:
         state = read_archive(path, peeks)
+        is_ours = isinstance(state, dict) and not KINDS.keys() - state.keys() - {"meter"}
+        problem = _problem(state) if is_ours and not peeks else ""
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         return {}, damage(e)
-    if not isinstance(state, dict) or KINDS.keys() - state.keys() - {"meter"}:
+    if not is_ours:
         return {}, "is no checkpoint of this repository (prepare_data.py import makes one of another system's)"
     version = state["format_version"]
     if fits(version, int) and version > FORMAT_VERSION:
         return {}, f"has format {version}, newer than this code ({FORMAT_VERSION}): update the code"
-    problem = "" if peeks else _problem(state)
     if problem:
         return {}, f"is damaged ({problem})"
     if peeks and not (fits(state["experiment"], str) and fits(state["step"], int)):
@@ -431,13 +431,7 @@ def _read(path: Path, peeks: bool = False) -> tuple[dict, str]:
 
 def _problem(state: dict) -> str:
     """Takes the digest out of a state. "" where it is that of the values, which are all of the kinds written here."""
-    told = state.pop("digest", None)
-    try:
-        found = digest(state)
-    except ValueError as e:
-        return str(e)
-    except RecursionError as e:
-        return damage(e)
+    told, found = state.pop("digest", None), digest(state)
     version = state["format_version"]
     if not fits(version, int) or told != {1: None, FORMAT_VERSION: found}.get(version, ""):
         return "its values and format_version are not those of its digest"

@@ -306,7 +306,8 @@ def make(folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL, or letters that no file name here has
         what = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"out_dir={str(folder)!a} cannot be made ({what}): use another folder") from error
+        advice = "start in a folder that can be written" if folder.is_relative_to(REMOTE) else "use another folder"
+        raise InputError(f"{str(folder)!a} cannot be made ({what}): {advice}") from error
     return new
 
 

@@ -132,6 +132,18 @@ def test_any_flipped_bit_is_refused_or_changes_no_value(tmp_path):
     assert refused > 60
 
 
+def test_no_key_of_a_state_escapes_the_digest(tmp_path):
+    state = checkpoint.seal(state_of())
+    other = {dict: {"more": 1.0}, list: [], str: "train_other", int: 1, float: 7.5}
+    assert state.keys() >= checkpoint.KINDS.keys()
+    for key, value in state.items():
+        kind = dict if isinstance(value, dict) else type(value)
+        torch.save(state | {key: other[kind]}, tmp_path / "last.pt")
+        assert "digest" in refusal(tmp_path / "last.pt"), key
+    torch.save(state | {"one more": None}, tmp_path / "last.pt")
+    assert "digest" in refusal(tmp_path / "last.pt")
+
+
 # --------------------------------------------------------------------------------------------------- format versions
 
 

@@ -525,7 +525,7 @@ def broken(name: str) -> list[str]:
 @pytest.mark.parametrize("defect, more, words", [
     ("", "--categories=cs.DQ,math.ST", "'cs.DQ', did you mean 'cs.DS'"), ("", "--text_column=body", "text_column=NAME"),
     ("", "--label_column=labels", "no column 'labels'; there are 'text', 'category', 'split'"),
-    ("empty", "", "It has: none"),
+    ("empty", "", "papers.jsonl is empty"),
     ("json", "", "papers.jsonl, line 3: not JSON"), ("array", "", "line 1: expected an object"),
     ("bytes", "", "papers.jsonl"), ("split", "", "line 5: split 'holdout' is none of train, validation"),
     ("text", "", "line 5: column 'text' holds int"),

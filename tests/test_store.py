@@ -306,6 +306,20 @@ def test_what_looks_at_runs_takes_urls(remote, whole, capsys, monkeypatch):
     assert "there is no checkpoint at file://" in refused(capsys, f"--analyze={remote}/step_9.pt")
 
 
+def test_a_url_where_nothing_can_be_written_here_says_where_to_start(remote, capsys):
+    Path("out").touch()
+    for told in (refused(capsys, remote, main=sample.main), refused(capsys, f"--out_dir={remote}")):
+        assert f"'{here(remote)}' cannot be made (Not a directory): start in a folder that can be written" in told
+
+
+def test_a_url_that_takes_its_time_is_said_to_be_waited_for(remote, monkeypatch, capsys):
+    monkeypatch.setattr(mirror, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(mirror.Mirror, "read_index", lambda copy: time.sleep(0.3))
+    with pytest.raises(SystemExit):
+        sample.main([remote])
+    assert capsys.readouterr().err.startswith(f"note: waiting for an answer from {remote}\nerror: there is no run at ")
+
+
 def spoil(path: Path) -> None:
     text = bytearray(path.read_bytes())
     middle = len(text) // 2
@@ -333,7 +347,7 @@ def test_damage_at_a_url_is_one_sentence(remote, whole, capsys):
     Path("kept").rename("remote")
     spoil(Path("remote/run/last.pt"))
     assert refused(capsys, f"--out_dir={remote}") == told
-    run(f"--out_dir={remote}", "--keep_last=-1", told.rpartition("use ")[2])
+    run(f"--out_dir={remote}", "--keep_last=-1", re.search(r"resume=\S+?\.pt", told)[0])
     assert_same(Path("remote/run"), whole)
 
 
