@@ -852,6 +852,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--peer", metavar="PATH", help="checkout of the peer, for the benchmarks that take one by path")
     parser.add_argument("--full", action="store_true", help="apelr: the whole grid of shapes; state: more rounds")
+    parser.error = fail  # one line, as everywhere
     with clear_errors():
         return measure(parser.parse_args(argv))
 

@@ -84,7 +84,8 @@ class Derived(NamedTuple):
 
 
 Aliases = dict[str, str | Derived | None]
-Count = Annotated[int, Range("int >= 1", "must be at least 1", lambda value: value >= 1)]
+MOST = 10**12  # of anything that is counted: what is multiplied by another such number still fits into 64 bits
+Count = Annotated[int, Range("int >= 1", "must be at least 1, and at most 10**12", lambda value: 1 <= value <= MOST)]
 Whole = Annotated[int, Range("int >= 0", "must not be negative", lambda value: value >= 0)]
 NonNegative = Annotated[float, Range("float >= 0", "must be finite, not negative", lambda value: 0 <= value < math.inf)]
 Positive = Annotated[float, Range("float > 0", "must be finite and above 0", lambda value: 0 < value < math.inf)]

@@ -31,7 +31,19 @@ from typing import Annotated, Literal
 
 from common import checkpoint, store
 from common.runlog import write_json
-from configurator import Count, NonNegative, Positive, Probability, Range, Share, Whole, config_dict, configure, fail
+from configurator import (
+    MOST,
+    Count,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    Share,
+    Whole,
+    config_dict,
+    configure,
+    fail,
+)
 from sources import foreign_checkpoints
 from sources.cells import inspect as inspect_experiment
 from sources.cells import load_features, prepare_cells
@@ -52,7 +64,8 @@ from sources.tokenizer import HALF_BYTES, SPECIAL
 
 def at_least(least: int):
     """The annotation of a number that a job needs more than one of."""
-    return Annotated[int, Range(f"int >= {least}", f"must be at least {least}", lambda value: value >= least)]
+    return Annotated[int, Range(f"int >= {least}", f"must be at least {least}, and at most 10**12",
+                                lambda value: least <= value <= MOST)]
 
 
 Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lambda value: 0 < value < 1)]

@@ -34,7 +34,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from common import checkpoint
+from common import checkpoint, store
 from common.runlog import write_json
 from common.runtime import Runtime
 from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
@@ -305,7 +305,7 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config) -> dict:
         notes = untold(path), source_note(run, getattr(model, "tau", 1.0), cfg)
         print("\n".join(note for note in notes if note))
     result = {"experiment": "apelr", "step": step, "version": run.version, "samples": []}
-    folder = Path(cfg.out or run_folder(path))
+    folder = store.on_disk(cfg.out or run_folder(path), setting="out")
     if cfg.show_plan:
         checkpoint.try_place(folder / "plots")
     plans = run.plans()
@@ -538,7 +538,7 @@ def sample_state(page: ModuleType, path: Path, cfg: Config) -> dict:
     run.drop_unlabelled = run.drop_unlabelled or cfg.drop_unlabelled
     if cfg.toml:
         run.toml_config_path = cfg.toml
-    folder = Path(cfg.out) if cfg.out else run_folder(path) / "predictions"
+    folder = store.on_disk(cfg.out or run_folder(path) / "predictions", setting="out")
     checkpoint.try_place(folder)
     with Runtime(run) as rt:
         model.to(rt.device)

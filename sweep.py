@@ -26,6 +26,7 @@ at its end). A failed run is not tried again. best.json has the command that rep
 from common.errors import InputError, RunError, clear_errors, leave, os_sentence  # isort: skip
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ def report(argv: list[str]) -> list[str]:
     if not paths:
         raise InputError(f"name the folders of runs to compare: {usage}")
     first = paths[0] if paths[0].is_dir() else paths[0].parent
-    out = Path(options.get("out", first))
+    out = store.on_disk(os.path.expanduser(options.get("out", first)), setting="out")
     lines = compare(find_runs(paths), out)
     print_text("\n".join(lines))
     if options.get("open") == "True":

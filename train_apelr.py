@@ -1073,7 +1073,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         summary = None if beside else ended_before(rt, folder, path, state, changes)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
             return summary
-        model = build_model(cfg, corpus.vocab_size)
+        model = rt.build(build_model, cfg, corpus.vocab_size)
         if not state:
             put_in(model, weights, cfg, corpus)
         model.to(rt.device)

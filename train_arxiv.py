@@ -633,7 +633,7 @@ def train(cfg: Config) -> dict:
         rows = training_rows(chunks, active, cfg)
         final = final_chunks(cfg, chunks, validation)
         # The weights are the same on every rank; random numbers of dropout afterwards are not.
-        model = build_model(cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
+        model = rt.build(build_model, cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
         rehearse(model, final, active, cfg, rt)  # an edit that cannot be measured fails here, not after training
         rt.reseed(rt.rank)
         params = list(model.parameters())

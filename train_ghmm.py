@@ -586,7 +586,7 @@ def train(cfg: Config) -> dict:
         final = final_contexts(process, cfg)
 
         # Model and optimizer, tried out before anything is written.
-        model = build_model(cfg, process.vocab_size).to(rt.device)
+        model = rt.build(build_model, cfg, process.vocab_size).to(rt.device)
         params = list(model.parameters())
         optimizer = rt.adamw(params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
         tracker = MetricTracker(model, optimizer, float(floor.mean()))

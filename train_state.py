@@ -982,7 +982,7 @@ def prepare(cfg: Config, rt: Runtime) -> tuple[Config, Cells, StateTransitionPer
         cfg, weights = start_from_checkpoint(cfg)
     cells = open_data(cfg)
     held_out(cells)  # a run that could not be measured ends here
-    model = build_model(cfg, cells.dims())
+    model = rt.build(build_model, cfg, cells.dims())
     if weights:
         fresh = initialise(model, weights, cfg)
     if not weights or "project_out.0.weight" in fresh:

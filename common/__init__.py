@@ -32,6 +32,8 @@ def quiet_interrupt(number: int, frame) -> None:
 
 
 open_streams()
+# Where a rank or torchrun dies, torch's C++ would print pages of stack frames around the one line that says so.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 _script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
 _is_ours = os.path.dirname(os.path.abspath(_script)) == os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if _is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

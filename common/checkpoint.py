@@ -24,15 +24,21 @@ import torch
 
 from common import store
 from common.errors import CheckpointError, InputError, RunError, reason, replacing, writing
-from common.plain import NUMBERS, digest, is_count, objection
-from common.runtime import Meter, Runtime
+from common.plain import digest, fits
+from common.runtime import Meter, Runtime, tensors_at_most
 
 FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
 NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "out", "compare_baseline",
                "log_interval", "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
-KEYS = ("format_version", "experiment", "config", "step", "best", "model", "optimizer", "scaler", "ranks", "extra")
+METER = {"seconds": float, "units": int, "since": {str: torch.Tensor}, "elapsed": float}
+# What is in a checkpoint, as fits() has it (meter: not in the oldest); and in its extra, where it is there.
+KINDS = {
+    "format_version": int, "experiment": str, "config": dict, "step": int, "best": float, "model": dict,
+    "optimizer": dict, "scaler": dict, "ranks": [dict], "extra": dict, "meter": METER,
+}  # fmt: skip
+EXTRA = {"data": {str: str}, "ended": bool}
 
 
 def identity(script: str) -> str:
@@ -96,19 +102,22 @@ def _restore_optimizer(optimizer, saved: dict, path: Path) -> None:
     asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
+        for group, options in zip(optimizer.param_groups, asked, strict=True):
+            group.update(options)
+        is_whole = all(_are_moments(known, parameter, optimizer) for parameter, known in optimizer.state.items())
     except Exception as e:  # whatever values of another optimizer make torch raise
         raise CheckpointError(_no_optimizer(path, reason(e))) from e
-    for group, options in zip(optimizer.param_groups, asked, strict=True):
-        group.update(options)
-    for parameter, known in optimizer.state.items():
-        moments = [known[name] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-                   if known.get(name) is not None]
-        fits = isinstance(parameter, torch.Tensor) and \
-            all(getattr(moment, "shape", None) == parameter.shape for moment in moments)
-        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-            fits = fits and len(moments) >= 2 and isinstance(known.get("step"), torch.Tensor)
-        if not fits:
-            raise CheckpointError(_no_optimizer(path, "it is of other parameters, or of another kind"))
+    if not is_whole:
+        raise CheckpointError(_no_optimizer(path, "it is of other parameters, or of another kind"))
+
+
+def _are_moments(known: dict, parameter, optimizer) -> bool:
+    """Whether what an optimizer knows of a parameter is of its shape, and all of it there."""
+    moments = [known[name] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+               if known.get(name) is not None]
+    is_adam = isinstance(optimizer, torch.optim.Adam)  # AdamW is one
+    return (isinstance(parameter, torch.Tensor) and all(moment.shape == parameter.shape for moment in moments)
+            and (not is_adam or len(moments) >= 2 and isinstance(known["step"], torch.Tensor)))
 
 
 def _restore_random(rt: Runtime, mine: dict) -> dict:
@@ -116,6 +125,8 @@ def _restore_random(rt: Runtime, mine: dict) -> dict:
     mine = dict(mine)
     torch.set_rng_state(mine.pop("torch_rng"))
     key = mine.pop("numpy_rng")
+    if not 0 <= key["pos"] <= 624:  # numpy would read beyond its numbers
+        raise ValueError(f"the place {key['pos']} in 624 numbers")
     np.random.set_state(("MT19937", key["keys"].numpy().astype(np.uint32), key["pos"], key["gauss"], key["cached"]))
     cuda_rng = mine.pop("cuda_rng")
     if rt.device.type == "cuda" and cuda_rng is not None:
@@ -145,15 +156,8 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], 
     put(model, weights, path) gives a model its weights.
     Raises CheckpointError where settings make no model, or not that of the weights.
     """
-    parameters = []
-
-    def count(*parameter) -> None:
-        parameters.append(None)
-        if len(parameters) > 1_000 + 10 * len(weights):
-            raise CheckpointError(f"{path}: its settings make a larger model than its weights are of")
-
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
+    too_large = CheckpointError(f"{path}: its settings make a larger model than its weights are of")
+    with tensors_at_most(1_000 + 10 * len(weights), too_large):
         for place in ("meta", "cpu"):
             try:
                 with torch.device(place):
@@ -166,8 +170,6 @@ def build_with(weights: dict, path: Path, build: Callable[[], torch.nn.Module], 
             else:
                 with warnings.catch_warnings(action="ignore"):  # of what a meta tensor is told to hold
                     put(model, weights, path)
-    finally:
-        hook.remove()
     return model
 
 
@@ -298,12 +300,12 @@ def load(path: Path, script: str | None = None, **kinds) -> dict:
         steps = {other: found["step"] for other in sorted(path.parent.glob("*.pt"))
                  if other != path and not other.name.startswith(".") and (found := _read(other)[0])}
         good = max(steps, key=steps.get, default=None)
-        raise CheckpointError(f"{path} {problem}. " + (f"The newest good checkpoint is {good}: use resume={good}"
-                                                       if good else "There is no other good checkpoint beside it"))
+        advice = f"The newest good checkpoint is {good}: use it (in training, use resume={good})"
+        raise CheckpointError(f"{path} {problem}. {advice if good else 'There is no other good checkpoint beside it'}")
     if script and state["experiment"] != identity(script):
         raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}.py, not of {identity(script)}.py: use "
                               "another out_dir, or that script")
-    _check_kinds(state, path, kinds)
+    _check_extra(state, path, kinds)
     if state["format_version"] == 1:
         _tell(f"note: {path} is of an older version, without a digest of its values: whether they are as they were "
               "written is checked less well")
@@ -317,21 +319,11 @@ def _tell(note: str) -> None:
         print(note)
 
 
-def _check_kinds(state: dict, path: Path, kinds: dict) -> None:
-    wrong = [name for name, kind in kinds.items() if not _is(state["extra"].get(name), kind)]
+def _check_extra(state: dict, path: Path, kinds: dict) -> None:
+    wrong = [name for name, kind in kinds.items() if not fits(state["extra"].get(name), kind)]
     if wrong:
         raise CheckpointError(f"{path} is no whole checkpoint of {state['experiment']}.py: look at {', '.join(wrong)} "
                               "in its extra state")
-
-
-def _is(value: object, kind: type) -> bool:
-    if not isinstance(value, kind) and not (kind is float and type(value) is int):
-        return False
-    if kind is int:
-        return is_count(value)
-    if isinstance(value, list):
-        return all(type(part) is str for part in value)
-    return not isinstance(value, dict) or all(type(name) is str for name in value)
 
 
 def best_of(path: str | Path) -> Path:
@@ -346,7 +338,7 @@ def analysis_of(path: Path, cfg) -> Path:
     With cfg.out there, beside a copy of what a report needs of the run. Raises InputError where that cannot be written.
     """
     run = path if path.is_dir() else path.parent
-    folder = Path(cfg.out) if cfg.out else run / "analysis"
+    folder = store.on_disk(cfg.out, setting="out") if cfg.out else run / "analysis"
     if os.environ.get("RANK", "0") != "0":
         return folder
     if (folder / "last.pt").exists() or folder.resolve() == run.resolve():
@@ -376,8 +368,7 @@ def try_place(folder: Path) -> None:
 
 def experiment_of(path: Path) -> str:
     """The page that made a checkpoint or run folder, by its stem; "" for a file that is not ours or cannot be read."""
-    found = _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
-    return found if isinstance(found, str) else ""
+    return _read(path / "last.pt" if path.is_dir() else path, peeks=True)[0].get("experiment", "")
 
 
 def step_of(folder: Path) -> int | None:
@@ -420,38 +411,47 @@ def _read(path: Path, peeks: bool = False) -> tuple[dict, str]:
         return {}, "is no file"
     try:
         state = read_archive(path, peeks)
+        is_ours = isinstance(state, dict) and not KINDS.keys() - state.keys() - {"meter"}
+        problem = _problem(state) if is_ours and not peeks else ""
     except Exception as e:  # torch raises a dozen kinds for torn files; each means the same here
         return {}, damage(e)
-    if not isinstance(state, dict) or any(key not in state for key in KEYS):
+    if not is_ours:
         return {}, "is no checkpoint of this repository (prepare_data.py import makes one of another system's)"
     version = state["format_version"]
-    if is_count(version) and version > FORMAT_VERSION:
+    if fits(version, int) and version > FORMAT_VERSION:
         return {}, f"has format {version}, newer than this code ({FORMAT_VERSION}): update the code"
-    problem = "" if peeks else _problem(state)
     if problem:
         return {}, f"is damaged ({problem})"
-    if isinstance(state["experiment"], str) and state["experiment"] in FIRST_NAMES:
+    if peeks and not (fits(state["experiment"], str) and fits(state["step"], int)):
+        return {}, "is damaged"
+    if state["experiment"] in FIRST_NAMES:
         state["experiment"] = f"train_{state['experiment']}"  # written before a run was known by its script
     return state, ""
 
 
 def _problem(state: dict) -> str:
     """Takes the digest out of a state. "" where it is that of the values, which are all of the kinds written here."""
-    told = state.pop("digest", None)
-    try:
-        found = digest(state, hashes=told is not None)
-    except (ValueError, RecursionError) as e:
-        return damage(e) if isinstance(e, RecursionError) else str(e)
-    if (told is None) != (state["format_version"] == 1) or told is not None and told != found:
-        return "its values are not those of its digest"
-    wrong = objection(state)
-    return f"look at {wrong} in it" if wrong else ""
+    told, found = state.pop("digest", None), digest(state)
+    version = state["format_version"]
+    if not fits(version, int) or told != {1: None, FORMAT_VERSION: found}.get(version, ""):
+        return "its values and format_version are not those of its digest"
+    wrong = [name for name, kind in KINDS.items() if name in state and not fits(state[name], kind)]
+    if wrong:
+        return f"look at {', '.join(wrong)} in it"
+    extra, columns = state["extra"], list(state.get("meter", {}).get("since", {}).values())
+    wrong = [f"extra.{name}" for name, kind in EXTRA.items() if name in extra and not fits(extra[name], kind)]
+    # What a module adds to its state_dict may be anything plain.
+    wrong += [f"model.{name}" for name, weight in state["model"].items()
+              if not isinstance(weight, torch.Tensor) and not name.endswith("_extra_state")]
+    if not all(c.ndim == 1 and c.is_floating_point() and len(c) == len(columns[0]) for c in columns):
+        wrong.append("meter.since")
+    return f"look at {', '.join(wrong)} in it" if wrong else ""
 
 
 def is_over(state: dict) -> bool:
     """Whether the run of a checkpoint has ended, by its last step or by what stops it early."""
     steps = state["config"].get("max_steps")
-    return state["extra"].get("ended", type(steps) in NUMBERS and 0 < steps <= state["step"])
+    return state["extra"].get("ended", type(steps) in (int, float) and 0 < steps <= state["step"])
 
 
 def same_data(extra: dict, data: dict, path: Path) -> None:
@@ -504,7 +504,7 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
     path = path / "last.pt" if path.is_dir() else path
     if not state["optimizer"]:
         raise CheckpointError(_no_optimizer(path, "it was imported"))
-    _check_kinds(state, path, kinds)
+    _check_extra(state, path, kinds)
     same_data(state["extra"], data, path)
     changes = [line for line in differences(state["config"], path) if line.split(":")[0] not in NO_SETTINGS]
     copy = path.parent / Path(script).name

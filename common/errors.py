@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import resource
 import signal
 import stat
 import sys
@@ -30,6 +31,10 @@ ADVICE = {  # by what the system says
     errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close what has many files open",
     errno.EIO: BROKEN, errno.ESTALE: BROKEN, errno.ENODEV: BROKEN, errno.ENXIO: BROKEN,
 }  # fmt: skip
+TOO_LARGE = (  # what numpy and torch say of sizes that are more than any machine has
+    "Storage size calculation overflowed", "Overflow when unpacking long", "array is too big", "iterator is too large",
+    "Maximum allowed dimension exceeded",
+)  # fmt: skip
 KINDS_OF_FILES = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK,
                   "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode)}
 
@@ -97,8 +102,11 @@ def system_sentence(error: BaseException | None) -> str:
     text = str(error)
     if failed := os_error(error):
         return os_sentence(failed)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text \
+            or isinstance(error, (RuntimeError, TypeError, ValueError)) and any(words in text for words in TOO_LARGE):
         return f"out of memory ({reason(error)}): make the batch, the model or the data smaller"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({reason(error)}): make the sizes smaller"
     if isinstance(error, RecursionError):
         return f"{reason(error)}: what was given is nested too deep"
     if isinstance(error, UnicodeEncodeError):
@@ -226,6 +234,26 @@ def stop_now(number: int, frame) -> NoReturn:
     raise Stopped(number)
 
 
+@contextlib.contextmanager
+def no_stop_is_lost() -> Iterator[None]:
+    """Python passes over what is raised while an object is finalised; a signal to stop is then sent once more."""
+    before = sys.unraisablehook
+
+    def send_again(passed_over) -> None:
+        if not isinstance(passed_over.exc_value, Stopped):
+            return before(passed_over)
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, stop_now)
+        threading.Timer(0.05, os.kill, (os.getpid(), passed_over.exc_value.number)).start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def flush_console(last: str = "") -> OSError | None:
     """Print what is waiting for it; returns what is wrong where standard output takes no more, which is then hushed."""
     try:
@@ -243,7 +271,7 @@ def clear_errors() -> Iterator[None]:
     Exit codes: 2 for bad input and what the machine refuses before a run has begun, 1 for a run that failed, 130 for
     Ctrl-C, 143 for SIGTERM. Who reads standard output and goes, as head does, has seen enough: no line.
     """
-    with signals_to(stop_now):
+    with signals_to(stop_now), no_stop_is_lost():
         try:
             yield
             if trouble := flush_console():
@@ -284,6 +312,31 @@ def rehearsal(what: str = "what the end of the run asks of model and data", advi
         line = (ours or frames)[-1]  # the innermost of the repository, not of torch
         raise InputError(f"{what} does not work ({reason(e)}; {os.path.basename(line.filename)}, line "
                          f"{line.lineno}): {advice}") from e
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """What asks for more memory than there is gets an error, which is a sentence; Linux would kill the process later.
+
+    No less than half of the machine's is allowed, as others may give back what they have. Elsewhere nothing changes.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        told = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
+        kilobytes = {name: int(number) for name, number in re.findall(r"(\w+):\s+(\d+) kB", told)}
+        most = 1024 * (kilobytes["VmData"] + max(kilobytes["MemAvailable"], kilobytes["MemTotal"] // 2))
+        resource.setrlimit(resource.RLIMIT_DATA, (min([most, *(limit for limit in before if limit >= 0)]), before[1]))
+    except (OSError, KeyError, ValueError):  # no Linux
+        pass
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def regular_file(path: str | os.PathLike, error: type[InputError] = DataError) -> Path:

@@ -30,6 +30,7 @@ INDEX, RECORD = "index.json", ".remote.json"
 CHECKPOINT = re.compile(r"(last|best|step_\d+)\.pt")
 RETRY_SECONDS, MOST_SECONDS = 1.0, 30.0  # before a failed upload is tried again: doubled up to the most
 WAIT_SECONDS, PATIENCE_SECONDS = 600.0, 30.0  # at the end of a run, for uploads; for uploads that fail
+SLOW_SECONDS = 10.0  # until a start says that it waits
 NOT_OF_THE_RUN = (".lock", "console.log", INDEX)
 RUN_FILES = ("config.json", "config.yaml", "metrics.jsonl")  # by which a folder is known as that of a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG)  # of a disk, not of a network
@@ -86,8 +87,10 @@ class Mirror:
 
     def look(self) -> str:
         """Find what is at the URL; returns the mark of this version of it. Raises InputError, CheckpointError."""
-        entries = []
-        with self.in_words():
+        entries, slow = [], threading.Timer(SLOW_SECONDS, note, [f"waiting for an answer from {self.url}"])
+        with self.in_words(), contextlib.ExitStack() as stack:
+            slow.start()
+            stack.callback(slow.cancel)
             self.index = self.read_index()
             if self.index is None and self.is_s3 and not self.fs.exists(self.root.partition("/")[0]):
                 raise InputError(f"{self.url}: there is no such bucket: make it, or name another")
@@ -313,8 +316,8 @@ def file_system(url: str, profile: str):
     import fsspec
 
     options, is_s3 = {}, url.startswith("s3")
-    if is_s3:  # by default a network that swallows packets is waited for by the hour
-        options = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2}},
+    if is_s3:  # five tries, of s3fs; with botocore's a network that swallows packets is waited for by the hour
+        options = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 0}},
                    "use_listings_cache": False, "skip_instance_cache": True} | ({"profile": profile} if profile else {})
     try:
         return fsspec.core.url_to_fs(url, **options)

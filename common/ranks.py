@@ -255,23 +255,20 @@ class Ranks:
 
     def _find_who_died(self, error: BaseException) -> None:
         """An exchange failed: wait for word of who ended the job, or see whose watch has stopped."""
-        before = {}
-        for wait in (NOTICE_SECONDS / 4, NOTICE_SECONDS):
-            deadline = time.monotonic() + wait
-            while not self.end and time.monotonic() < deadline:
-                time.sleep(0.02)
+        before, deadline = self._beats(), time.monotonic() + NOTICE_SECONDS
+        while time.monotonic() < deadline:
             if self.end:
                 return
-            still = before.items() & self._beats().items()
-            before = self._beats()
-        rank = min((rank for rank, _ in still), default=None)
+            time.sleep(0.02)
+        rank = min((rank for rank, _ in before.items() & self._beats().items()), default=None)
         self._tell_who_died(_job["store"], rank, f"the connection to a rank broke ({str(error)[-100:]})")
 
     def _beats(self) -> dict[int, bytes]:
-        """The last sign of life of each rank."""
+        """The last sign of life of each other rank, empty before its first."""
         store = _job["store"]
         with contextlib.suppress(dist.DistError):
-            return {rank: store.get(f"beat {rank}") for rank in range(self.size) if store.check([f"beat {rank}"])}
+            names = {rank: f"beat {rank}" for rank in range(self.size) if rank != self.rank}
+            return {rank: store.get(name) if store.check([name]) else b"" for rank, name in names.items()}
         return {}
 
     def _tell_who_died(self, store: dist.Store, rank: int | None, otherwise: str) -> None:

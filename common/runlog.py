@@ -25,6 +25,7 @@ from common.errors import (
     RunError,
     hush,
     leave,
+    reason,
     regular_file,
     replacing,
     say_aside,
@@ -67,6 +68,8 @@ class RunLog:
         self.wandb = _optional("wandb", "wandb") if cfg.wandb and not off else None
         folder.mkdir(parents=True, exist_ok=True)
         look_at_names(folder)
+        if self.wandb:
+            self._start_wandb(cfg, config, folder, Path(script).stem, start_step)
         write_json(folder / "config.json", config)
         if not (start_step and (folder / Path(script).name).exists()):
             with replacing(folder / Path(script).name) as fresh:
@@ -76,18 +79,6 @@ class RunLog:
         (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         if board:
             self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
-        if self.wandb:
-            name = folder / "wandb_id.txt"  # a resumed run goes on in its own W&B run
-            known = name.read_text() if start_step and name.exists() else None
-            project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or Path(script).stem
-            entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
-            for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):  # what the package reads itself
-                if _dotenv(variable):
-                    os.environ[variable] = _dotenv(variable)
-            mode = cfg.wandb if isinstance(cfg.wandb, str) else None  # else as WANDB_MODE says
-            run = self.wandb.init(project=project, entity=entity, mode=mode, config=config, dir=str(folder), id=known,
-                                  resume="allow")
-            name.write_text(run.id)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
                         mininterval=0.5, leave=False)
@@ -96,6 +87,27 @@ class RunLog:
             self.say("W&B is off: WANDB_MODE=disabled")
         for name, value in config.items():
             self.say(f"  {name} = {value!r}", "DEBUG")
+
+    def _start_wandb(self, cfg, config: dict, folder: Path, project: str, start_step: int) -> None:
+        """A resumed run goes on in its own W&B run. Raises InputError where the package does not start one."""
+        file, known = folder / "wandb_id.txt", None
+        if start_step and file.is_file():
+            known = file.read_text(errors="replace").strip()
+            if not re.fullmatch(r"[\w-]{1,128}", known, re.ASCII):
+                print(f"note: {file} is damaged: in W&B the run goes on as another one")
+                known = None
+        project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or project
+        entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
+        for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):  # what the package reads itself
+            if _dotenv(variable):
+                os.environ[variable] = _dotenv(variable)
+        mode = cfg.wandb if isinstance(cfg.wandb, str) else None  # else as WANDB_MODE says
+        try:
+            run = self.wandb.init(project=project, entity=entity, mode=mode, config=config, dir=str(folder), id=known,
+                                  resume="allow")
+        except Exception as e:  # no key, no network, no such project: errors of its own
+            raise InputError(f"W&B does not start ({reason(e)}): mend that, or use wandb=offline or wandb=false") from e
+        file.write_text(run.id)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -123,8 +135,9 @@ class RunLog:
         """Where a run that failed can go on."""
         try:
             step = checkpoint.load(self.folder)["step"]
-        except (InputError, OSError):
-            return f"No checkpoint was saved before: {self.again} begins anew"
+        except (InputError, OSError) as e:
+            is_there = (self.folder / "last.pt").exists()
+            return str(e) if is_there else f"No checkpoint was saved before: {self.again} begins anew"
         return f"{self.folder / 'last.pt'} of step {step} is whole, and {self.again} goes on from there"
 
     def _goes_on(self) -> str:
@@ -266,12 +279,19 @@ def read_metrics(folder: Path) -> list[dict]:
         path = folder.parent / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # a line torn by a kill, or by a full disk
-            record = parse_json(line)
-            step, numbers = record.get("step"), [value for name, value in record.items() if name != "split"]
-            whole = isinstance(record.get("split"), str) and type(step) is int and step >= 0
-            records += [record] if whole and all(map(_is_numeric, numbers)) else []
+        records += filter(None, [record_of(line)])
     return records
+
+
+def record_of(line: str) -> dict | None:
+    """What a line of metrics.jsonl says; None for one that was torn by a kill or a full disk, or is damaged."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    step, numbers = record.get("step"), [value for name, value in record.items() if name != "split"]
+    is_whole = isinstance(record.get("split"), str) and type(step) is int and step >= 0
+    return record if is_whole and all(map(_is_numeric, numbers)) else None
 
 
 def _is_numeric(value) -> bool:

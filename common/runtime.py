@@ -7,12 +7,13 @@ it, a job of one rank. Nothing here knows a model, a data set or a loss.
 import atexit
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import platform
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import ECHO_SECONDS, InputError, leave, signals_to, stop_now
+from common.errors import ECHO_SECONDS, InputError, leave, machine_memory, signals_to, stop_now, within_memory
 from common.ranks import Ranks, environment
 
 _GROUP: list = []  # the last process group
 # Ranks agree on stopping at every tenth step, a 0.1 ms exchange of two numbers, or more often where steps are slow.
 STOP_CHECK_STEPS, STOP_CHECK_SECONDS = 10, 1.0
+
+
+MOST_TENSORS = 10_000  # of weights: some hundred layers
+TOO_DEEP = f"the settings make a model of more than {MOST_TENSORS:,} tensors of weights: take fewer layers"
 
 
 class Due(NamedTuple):
@@ -62,11 +67,13 @@ class Runtime:
         self.stop_signal: int | None = None
         self._echoes_until = 0.0
         self.doing = "this step"  # what a signal waits for
-        self._signals = contextlib.ExitStack()
+        self._stack = contextlib.ExitStack()
         self._looked, self._next_look = (0, time.monotonic()), 0  # when ranks asked each other for signals
 
     def __enter__(self) -> "Runtime":
         _keep_freed_memory()
+        if self.device.type == "cpu":  # what drivers of a GPU set aside is no memory that is used
+            self._stack.enter_context(within_memory())
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             # TF32 is bf16's partner for what autocast leaves in float32; precision=fp32 means full float32.
@@ -97,7 +104,7 @@ class Runtime:
         try:
             code = self._part(error) if self.ranks else None
         finally:
-            self._signals.close()
+            self._stack.close()
         if code is not None:
             raise SystemExit(code) from error
 
@@ -135,6 +142,29 @@ class Runtime:
         return torch.Generator(device or self.device).manual_seed(int(state >> np.uint64(1)))
 
     # Model and optimizer ---------------------------------------------------------------------------------------
+
+    def build(self, build: Callable[..., torch.nn.Module], *args) -> torch.nn.Module:
+        """build(*args), a model on the CPU, once its shapes alone show that there is memory to train it.
+
+        Raises InputError where there is not.
+        """
+        try:
+            with torch.random.fork_rng(devices=()), tensors_at_most(MOST_TENSORS, InputError(TOO_DEEP)), \
+                    torch.device("meta"):
+                parameters = list(build(*args).parameters())
+            # A weight that is trained has a gradient and two moments of AdamW.
+            size = sum(it.numel() * it.element_size() * (4 if it.requires_grad else 1) for it in parameters)
+        except InputError:
+            raise
+        except Exception:  # an edited model may not know meta tensors; what else is wrong is told below
+            return build(*args)
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else machine_memory()
+        if size > memory:
+            raise InputError(f"the settings make a model of {sum(it.numel() for it in parameters):,} parameters, which "
+                             f"needs {size / 1e9:,.0f} GB in training, and this {'GPU' if on_gpu else 'machine'} has "
+                             f"{memory / 1e9:,.0f} GB: make the model smaller")
+        return build(*args)
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module to call in training: compiled if asked, synchronised over ranks. Keep `model` for the rest."""
@@ -183,6 +213,8 @@ class Runtime:
         parts = grad_accum * self.world_size
         if batch_size == "auto":
             return batch_size
+        if batch_size > machine_memory() // 64:  # bytes: what the least of sequences takes
+            leave(f"batch_size = {batch_size} is more than this machine has memory for", 2)
         if batch_size % parts:
             leave(f"batch_size = {batch_size} must be a multiple of grad_accum * ranks = {parts}", 2)
         return batch_size // parts
@@ -254,7 +286,7 @@ class Runtime:
     def take_signals(self) -> None:
         """From now on a signal to stop waits for what is being done, which is then saved; a second one does not."""
         self.doing = "this step"
-        self._signals.enter_context(signals_to(self._on_signal))
+        self._stack.enter_context(signals_to(self._on_signal))
 
     def _on_signal(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -302,6 +334,22 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return (f"device {self.device} ({name}, threads {torch.get_num_threads()}) | precision {self.precision} "
                 f"({self.reason}) | compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
+
+
+@contextlib.contextmanager
+def tensors_at_most(most: int, error: Exception) -> Iterator[None]:
+    """Raise the error in whatever builds a model of more tensors of weights."""
+    found = itertools.count(1)
+
+    def count(*parameter) -> None:
+        if next(found) > most:
+            raise error
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def learning_rate(step: int, cfg, max_steps: int | None = None) -> float:

@@ -22,11 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from common.errors import CheckpointError, InputError, reason
+from common.errors import CheckpointError, InputError, reason, regular_file
 from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored, note
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
+REMOTE = Path("out/.remote")  # where folders stand for URLs
 KEPT = ("last.pt", "best.pt")  # what is fetched of a run that is looked at, beside all that is no checkpoint
 KINDS = (".pt", ".ckpt", ".eqx")  # of checkpoints, the first for other files, too
 
@@ -58,6 +59,8 @@ def run_folder(cfg, rt) -> Iterator[Path]:
 
 def place_of(out_dir: str, s3_config: str = "") -> tuple[Path, str, str]:
     """(folder, URL of its copy or "", AWS profile or "") of a run. Raises InputError."""
+    if not out_dir.strip():
+        raise InputError("out_dir is empty: name a folder, . for this one")
     if is_url(out_dir):
         if s3_config:
             raise InputError("out_dir is a URL, and s3_config says where a folder is copied: give one of them")
@@ -71,31 +74,33 @@ def place_of(out_dir: str, s3_config: str = "") -> tuple[Path, str, str]:
         name = name.lstrip("/") if inside.startswith("..") else inside
     if name.startswith(".."):
         raise InputError(f"out_dir={out_dir}: with s3_config it is a name below the bucket's prefix, which .. is not")
-    return Path(out_dir), "/".join(["s3:/", *filter(None, (bucket, prefix, name))]), profile
+    return Path(out_dir), plain_url("/".join(["s3:/", *filter(None, (bucket, prefix, name))])), profile
 
 
 def read_s3_config(path: str) -> tuple[str, str, str]:
     """(bucket, prefix, profile) of an .ini: [s3] bucket, prefix (may be missing), [aws] profile_name. InputError."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(Path(path).read_text(encoding="utf-8"))
+        parser.read_string(regular_file(path, InputError).read_text(encoding="utf-8"))
         bucket, profile = parser["s3"]["bucket"].strip(), parser["aws"]["profile_name"].strip()
         prefix = parser["s3"].get("prefix", "").strip(" /")
-    except OSError as error:
-        raise InputError(f"s3_config={path} cannot be read ({error.strerror}): name an .ini file, or --s3_config= for "
-                         "no copy") from error
+    except (InputError, OSError) as error:
+        raise InputError(f"s3_config = {getattr(error, 'strerror', error)}: name an .ini file, or --s3_config= for no "
+                         "copy") from error
     except (ValueError, configparser.Error) as error:
         raise InputError(f"s3_config={path} is no .ini file ({reason(error)}): mend it") from error
     except KeyError as error:
         raise InputError(f"s3_config={path} has no {error.args[0]}: it needs [aws] with profile_name, [s3] with bucket "
                          "and, if wanted, prefix") from error
-    if not bucket or "/" in bucket or not profile:
-        raise InputError(f"s3_config={path}: [s3] bucket is the name of a bucket, [aws] profile_name that of a profile")
+    if not bucket or "/" in bucket or is_url(prefix) or not profile:
+        raise InputError(f"s3_config={path}: [s3] bucket is the name of a bucket, prefix a path in it, [aws] "
+                         "profile_name the name of a profile")
     return bucket, prefix, profile
 
 
 def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
+    """Whether this begins as a URL does; one that is written wrong, such as s3:/x, is refused by plain_url."""
+    return bool(re.match(r"[\w+.:-]*:/", str(place)))
 
 
 def plain_url(url: str | Path) -> str:
@@ -106,7 +111,7 @@ def plain_url(url: str | Path) -> str:
         raise InputError(f"the URL {scheme}://... has a name, password or query in it, which would go to logs and "
                          "checkpoints: keep those in ~/.aws/credentials or in the environment")
     is_plain = re.fullmatch(r"[a-z][a-z0-9+]*", scheme) and "::" not in rest and rest.strip("/")
-    if not is_plain or bool(where) == (scheme in ("file", "local")):
+    if not is_plain or {".", ".."} & {*rest.split("/")} or bool(where) == (scheme in ("file", "local")):
         raise InputError(f"{url} is no place for a run: name s3://BUCKET/NAME, file:///FOLDER or what else fsspec has")
     return str(url).rstrip("/")
 
@@ -115,14 +120,14 @@ def staging(url: str) -> Path:
     """The folder of this machine that stands for a URL."""
     url = plain_url(url)
     name = re.sub(r"[^\w.=,-]+", "-", url.partition("://")[2]).strip("-.")[-60:]
-    return Path("out/.remote") / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    return REMOTE / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
-def on_disk(out_dir: str | Path, instead: str = "use a path") -> Path:
+def on_disk(folder: str | Path, instead: str = "use a path", setting: str = "out_dir") -> Path:
     """A folder where URLs are not for. Raises InputError."""
-    if is_url(out_dir):
-        raise InputError(f"out_dir={plain_url(out_dir)} is a URL; here a folder of this machine is needed: {instead}")
-    return Path(out_dir)
+    if is_url(folder):
+        raise InputError(f"{setting}={plain_url(folder)} is a URL; here a folder of this machine is needed: {instead}")
+    return Path(folder)
 
 
 def local(place: str | Path) -> Path:
@@ -149,7 +154,6 @@ def local(place: str | Path) -> Path:
         finally:
             remove(made)
     return folder / name
-
 
 
 def mirror(folder: Path, step: int | None = None) -> None:
@@ -302,7 +306,8 @@ def make(folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL, or letters that no file name here has
         what = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"out_dir={str(folder)!a} cannot be made ({what}): use another folder") from error
+        advice = "start in a folder that can be written" if folder.is_relative_to(REMOTE) else "use another folder"
+        raise InputError(f"{str(folder)!a} cannot be made ({what}): {advice}") from error
     return new
 
 

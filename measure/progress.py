@@ -167,7 +167,7 @@ def draw(bar: tqdm, done: int, total: int | None, text: str) -> None:
 
 def how_far(job: Job) -> HowFar:
     records = job.records.records
-    step = records[-1].get("step", 0) if records else 0
+    step = records[-1]["step"] if records else 0
     total = getattr(job.run.cfg, "max_steps", None)
     if not total:  # such as one that is trained for some epochs
         total = job.total = job.total or total_steps(job.run.folder / "train.log")
@@ -177,10 +177,7 @@ def how_far(job: Job) -> HowFar:
 
 def pace(records: list[dict], first_step: int) -> float | None:
     """Seconds of a step, between the first record after first_step and the last; None before there are two."""
-    timed = []
-    for record in records:
-        if record.get("step", 0) > first_step and "time_s" in record:
-            timed.append(record)
+    timed = [record for record in records if record["step"] > first_step and record.get("time_s") is not None]
     if not timed:
         return None
     first, last = timed[0], timed[-1]

@@ -6,7 +6,6 @@ import time
 import torch
 
 from common.errors import CheckpointError
-from common.plain import unlike
 
 
 class MetricTracker:
@@ -191,3 +190,22 @@ class MetricTracker:
 def l2_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """l2 norm of all tensors together."""
     return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
+def unlike(value: object, example: object, where: str) -> str:
+    """Where a value is not of the kind of an example: its names, types, and of tensors the shape; "" if it is.
+
+    None stands for a number that is not known yet.
+    """
+    numbers = (int, float)
+    if isinstance(example, dict):
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            return where
+        return next((wrong for name in example if (wrong := unlike(value[name], example[name], f"{where}.{name}"))), "")
+    if isinstance(example, torch.Tensor):
+        alike = isinstance(value, torch.Tensor) and value.shape == example.shape and value.is_floating_point()
+    elif example is None:
+        alike = value is None or type(value) in numbers
+    else:
+        alike = type(value) is type(example) or type(value) in numbers and type(example) in numbers
+    return "" if alike else where

@@ -26,7 +26,6 @@ import math
 import os
 import shutil
 import sys
-import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -40,10 +39,11 @@ from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from common.errors import DataError, reason, regular_file
+from common.ranks import tell
 from common.store import flock
 from sources import hdf5
 from sources.h5ad import H5ad, Matrix, as_dense, kind_of_values, row_sums, stored
-from sources.shared import counted
+from sources.shared import counted, is_first_of_machine, not_here, on_this_machine, wait_until
 from sources.splits import Plan, grouped
 from sources.survey import CODES, Survey
 
@@ -52,7 +52,6 @@ HEADER = 128  # bytes before the values of a .npy file
 BLOCK = 1 << 24  # bytes under one checksum
 PIECE = 1 << 20  # bytes of a block that are read at once
 MOST_BLOCKS = 16  # of a file, that a start reads: one of 256 MB is verified whole, of a larger one a sample
-WAIT_S = 600  # for a folder that nobody seems to be making
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
 STORED_NAMES = (  # of a survey, in meta.json
     "cell_types",
@@ -202,16 +201,13 @@ def find_store(folder: str | Path, name: str) -> Path | None:
 
 
 def wait_for_store(folder: str | Path, name: str) -> Path:
-    """The folder, once the first rank of the machine has made it. Raises DataError where nobody seems to make it."""
-    deadline = time.monotonic() + WAIT_S
-    while not (store := find_store(folder, name)):
-        if next(Path(folder).glob(f"*-{name}.making"), None):
-            deadline = time.monotonic() + WAIT_S
-        if time.monotonic() > deadline:
-            raise DataError(f"the prepared cells {Path(folder) / name} did not come within {WAIT_S} s: make them "
-                            "first, with python prepare_data.py state --toml=FILE")
-        time.sleep(0.1)
-    return store
+    """The folder, once the first rank of the machine has made it. Raises DataError where it does not come."""
+    word = on_this_machine(f"{name} is made")
+    if is_first_of_machine():
+        tell(word)
+    elif not wait_until(lambda: find_store(folder, name), word):
+        raise DataError(not_here(Path(folder) / name))
+    return find_store(folder, name)
 
 
 def make_store(target: Path, write: Callable[[Path], None]) -> None:
@@ -419,7 +415,8 @@ def write_store(
         np.save(work / f"{name}.npy", values)
     np.save(work / "place.npy", place)
 
-    most_values = max(1 << 16, int(ram_budget_gb * 1e9) // 256)  # memory holds a block and a few copies of it
+    size = min(ram_budget_gb * 1e9, 1 << 62)  # a number above that is no size
+    most_values = max(1 << 16, int(size) // 256)  # memory holds a block and a few copies of it
     with ExitStack() as stack:
         files = [stack.enter_context(H5ad(path)) for path in plan.files]
         drafts = {}

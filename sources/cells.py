@@ -1,7 +1,6 @@
 """Cells of an experiment: what each is, its splits, and its expression out of the prepared folder (cell_store.py)."""
 
 import hashlib
-import os
 import pickle
 import zipfile
 import zlib
@@ -27,7 +26,7 @@ from sources.cell_store import (
 )
 from sources.foreign_checkpoints import read_checkpoint
 from sources.h5ad import H5ad
-from sources.shared import counted, suggest
+from sources.shared import counted, is_first_of_machine, suggest
 from sources.splits import (
     SPLITS,
     Plan,
@@ -230,7 +229,7 @@ def open_cells(
     columns = reading.columns()
     keys = reading.keys()
     name = store_hash(plan.files, columns, keys, counts)
-    is_first_rank = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first_rank = is_first_of_machine()
     cells = None
     if is_first_rank and not find_store(folder, name):
         survey = survey_files(plan.files, columns, keys)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common.errors import DataError
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
-from sources.shared import SPLITS, Workshop, counted, progress
+from sources.shared import SPLITS, Workshop, counted, progress, room_for
 
 COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
     {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
@@ -146,6 +146,7 @@ def ergodic(
     sizes = {}
     with Workshop(out_dir) as shop:
         counts = (train_documents, validation_documents, test_documents)
+        room_for(shop.folder / "train.h5", 2 * sum(counts) * len(names) * length)  # bytes of a token
         for s, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
             if not count:
                 continue

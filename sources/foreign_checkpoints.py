@@ -16,7 +16,7 @@ import torch
 
 from common import checkpoint, store
 from common.errors import CheckpointError, InputError, reason
-from common.plain import REPEATED_BYTES
+from common.plain import check_size
 
 # What the checkpoints in the run folders of other systems are called, the first choice first.
 NAMES = ("final.ckpt", "last.ckpt", "best.ckpt", "checkpoint.pt", "best_model.pt", "latest.pt")
@@ -127,8 +127,7 @@ def check_sizes(contents: object) -> None:
     while left:
         value = left.pop()
         if isinstance(value, torch.Tensor):
-            if value.numel() * value.element_size() > max(value.untyped_storage().nbytes(), REPEATED_BYTES):
-                raise ValueError(f"a tensor in it says {list(value.shape)}, more numbers than are stored")
+            check_size(value, "a tensor in it")
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             left += value.values() if isinstance(value, dict) else value

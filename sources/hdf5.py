@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 from h5py import h5t
 
-from common.errors import DataError, reason, regular_file
+from common.errors import DataError, machine_memory, reason, regular_file
 
 DAMAGE = (  # what h5py raises of bytes that are not as they should be; UnicodeDecodeError is a ValueError
     OSError,
@@ -357,11 +357,6 @@ def check_sources(node: h5py.Dataset) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Values
 # ---------------------------------------------------------------------------------------------------------------
-def machine_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def read(node: h5py.Dataset, selection=()) -> np.ndarray:
     """node[selection] as h5py gives it; selection: () for all, slices or anything that h5py takes.
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from common import store
-from common.errors import InputError
+from common.errors import InputError, signals_to
+from common.runlog import record_of
 
 LOCK = "job.lock"  # of a sweep, in the folder of a run; the run itself holds store.LOCK
 LOOK_SECONDS = 1.0  # between two looks at a run of another process, and at metrics.jsonl
@@ -45,16 +45,13 @@ class Records:
         except OSError:
             return False
         lines.pop()  # one that is not whole yet
-        new = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # torn by a kill
-                new.append(json.loads(line))
+        new = [record for line in lines if (record := record_of(line.decode("utf-8", "replace")))]
         self.seen = status.st_ino, done + sum(len(line) + 1 for line in lines)
-        self.records += [record for record in new if isinstance(record, dict)]
+        self.records += new
         return bool(new)
 
     def last_step(self) -> int:
-        return self.records[-1].get("step", 0) if self.records else 0
+        return self.records[-1]["step"] if self.records else 0
 
 
 @dataclass
@@ -106,15 +103,9 @@ def is_free(folder: Path) -> bool:
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
     """A list of the signals to stop that came. They do nothing else for now."""
-    came, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            before[number] = signal.signal(number, lambda number, frame: came.append(number))
-    try:
+    came = []
+    with signals_to(lambda number, frame: came.append(number)):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start(run: Any, command: list, lock: IO, jobs: int, gpu: str | None) -> Job:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
+from common.errors import DataError
 from sources.h5ad import write_h5ad
 from sources.preprocess import log_normalized
 from sources.shared import Workshop, counted, counter_rng
 
 CONTROL = "non-targeting"
+MOST_COUNTS = 10**9  # of a gene in a cell
 
 
 @dataclass
@@ -89,10 +91,13 @@ def simulate(
     log_rate = log_rate + activity @ populations.pathways + populations.batch[batch]
     log_rate = log_rate + draw.normal(size=(n, 3)) @ populations.variation + populations.shared[pert]
     log_rate = log_rate + np.einsum("nm,nmg->ng", activity, populations.modulated[pert])
-    rate = np.exp(log_rate)
     # Expected counts, after the depth of a cell, which is log-normal.
     cell_depth = depth * np.exp(draw.normal(0, 0.3, (n, 1)))
-    rate *= cell_depth / rate.sum(1, keepdims=True)
+    with np.errstate(all="ignore"):
+        rate = np.exp(log_rate)
+        rate *= cell_depth / rate.sum(1, keepdims=True)
+    if not (rate < MOST_COUNTS).all():  # NaN neither
+        raise DataError(f"depth = {depth:g} or the effects are too large: a gene has more than {MOST_COUNTS:,} counts")
     kept = draw.random(rate.shape) >= dropout**rate  # the rarer a gene, the easier it is lost
     return draw.poisson(rate) * kept, batch
 

@@ -6,6 +6,7 @@ import errno
 import importlib
 import math
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -149,24 +150,48 @@ def make_once(path: Path, make: Callable[[], object]) -> None:
     """
     from common import ranks  # which brings torch: not for what starts no ranks
 
-    word = f"{path} is made"
+    word, is_first = f"{path} is made", is_first_of_machine()
     if int(os.environ.get("RANK") or 0) == 0:
         if not path.exists():
             make()
         ranks.tell(word)
-        return
-    told = ranks.is_told(word)
-    deadline = time.monotonic() + (WAIT_S if told is None else LATE_S)
-    while not path.exists():
-        if told is False:  # rank 0 lives, and is at it
+    elif not wait_until(path.exists, word if is_first else on_this_machine(word)):
+        if not is_first or not ranks.is_told(word):
+            raise DataError(not_here(path))
+        make()
+    if is_first:
+        ranks.tell(on_this_machine(word))
+
+
+def wait_until(is_there: Callable[[], object], word: str) -> bool:
+    """Wait for what another rank makes; False where it is not there LATE_S after a rank has told `word`.
+
+    Where nobody could tell, as this process is in no job, for WAIT_S.
+    """
+    from common import ranks
+
+    deadline = time.monotonic() + (WAIT_S if ranks.is_told(word) is None else LATE_S)
+    while not is_there():
+        if ranks.is_told(word) is False:  # who makes it lives, and is at it
             deadline = time.monotonic() + LATE_S
         if time.monotonic() > deadline:
-            if told is None:
-                raise DataError(f"{path} did not come within {WAIT_S} s: make it first, with one process")
-            if int(os.environ.get("LOCAL_RANK") or 0) == 0:
-                make()
+            return False
         time.sleep(0.1)
-        told = ranks.is_told(word)
+    return True
+
+
+def not_here(path: Path) -> str:
+    return (f"{path} did not come into {os.getcwd()}, the folder of a rank which waited for another to make it: start "
+            "the ranks of a machine in one folder, or make it there first, with one process")
+
+
+def is_first_of_machine() -> bool:
+    """Whether this process is the first rank of its machine, or alone."""
+    return int(os.environ.get("LOCAL_RANK") or 0) == 0
+
+
+def on_this_machine(word: str) -> str:
+    return f"{word} on {platform.node()}"
 
 
 def counter_rng(seed: int, *counters: int) -> np.random.Generator:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, regular_file
+from common.plain import fits
 from configurator import note
 from sources.digests import CHECKED_WHOLE, check_file, of_file, sha256
 from sources.plain_json import read_json
@@ -104,6 +105,9 @@ def wrong_fact(meta: dict) -> str:
     for name, is_possible in possible.items():
         if not is_possible:
             return name
+    for split in ("train", "val"):
+        if not is_digest_of(meta, split):
+            return f"{split}_sha256"
     return ""
 
 
@@ -119,14 +123,15 @@ def is_inside(name: str) -> bool:
 
 def are_digests(files) -> bool:
     """Whether a value is {name of a file: what `digests.of_file` says of it}."""
-    if not isinstance(files, dict) or not all(map(is_inside, files)):
-        return False
-    for facts in files.values():
-        if not isinstance(facts, dict):
-            return False
-        if not facts.keys() >= {"bytes", "sha256", "sample"}:
-            return False
-    return True
+    return fits(files, {str: {"bytes": int, "sha256": str, "sample": str}}) and all(map(is_inside, files))
+
+
+def is_digest_of(meta: dict, split: str) -> bool:
+    """Whether the digest of a split's tokens, which is their identity, is that of its file; earlier ones have none."""
+    digest = meta.get(f"{split}_sha256")
+    if "files" in meta:
+        return digest == meta["files"].get(f"{split}.bin", {}).get("sha256")
+    return digest is None or isinstance(digest, str)
 
 
 def read_stream(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:

@@ -94,6 +94,7 @@ def server():
         context.set_forkserver_preload(["commands", *SCRIPTS])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as common has it for processes that import it first
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
             multiprocessing.forkserver.ensure_running()
         server.started = True

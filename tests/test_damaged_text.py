@@ -138,7 +138,9 @@ def test_data_of_an_earlier_version_are_read_with_a_note_and_the_same_fingerprin
 @pytest.mark.parametrize("fact, value", [
     ("tokenizer", "../../etc/passwd"), ("tokenizer", "/etc/passwd"), ("vocab_size", 10**30), ("vocab_size", True),
     ("train_tokens", "9"), ("dtype", "O"), ("dtype", "float64"), ("kind", []), ("eos_id", -1), ("source", None),
-    ("files", {"../x": {}}), ("val_bytes", 1.5)])
+    ("files", {"../x": {}}), ("val_bytes", 1.5), ("train_sha256", [[]]), ("val_sha256", "0" * 64),
+    *(("files", {"train.bin": {"bytes": 4, "sha256": "0", "sample": "0"} | odd})
+      for odd in ({"bytes": None}, {"bytes": 1.5}, {"sha256": 3}, {"sample": []}))])
 def test_meta_that_cannot_be_is_told_even_with_a_digest_of_its_own(fact, value, data, capsys):
     meta = json.loads(Path("text/meta.json").read_text()) | {fact: value}
     Path("text/meta.json").write_text(json.dumps(meta | {"digest": sealed(meta)}))

@@ -605,3 +605,9 @@ def test_words_after_state_are_understood_or_corrected(capsys):
     assert "did you mean 'preprocess'?" in refusal(capsys, prepare_data.main, "state", "preproces")
     told = refusal(capsys, prepare_data.main, "state", "--num_genes=3")
     assert "num_genes: expected int >= 20, got '3': must be at least 20" in told
+
+
+@pytest.mark.parametrize("word", ["--depth=1e30", "--effect=1e30"])
+def test_synthetic_cells_of_more_counts_than_there_are_numbers_are_refused(tmp_path, capsys, word):
+    told = refusal(capsys, prepare_data.main, "state", f"--out_dir={tmp_path / 'new'}", "--num_genes=20", word)
+    assert "the effects are too large: a gene has more than 1,000,000,000 counts" in told

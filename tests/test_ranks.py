@@ -18,9 +18,9 @@ from commands import two_ranks
 
 import train_ghmm
 from common import checkpoint, ranks, runtime
-from common.errors import DataError, InputError
+from common.errors import DataError, InputError, clear_errors
 from common.runtime import Runtime
-from sources import shared
+from sources import cell_store, shared
 
 TINY = ("--n_layers=1", "--d_model=16", "--d_mlp=32", "--n_ctx=6", "--batch_size=16", "--max_words=800",
         "--eval_sequences=64", "--device=cpu", "--precision=fp32", "--out_dir=run")
@@ -75,6 +75,29 @@ def test_each_machine_makes_data_that_its_disk_does_not_show(tmp_path):
     assert two_ranks("test_ranks", function="make_on_disks_of_their_own", folder=tmp_path) == ""
 
 
+def look_on_another_disk(argv: list[str]) -> None:
+    """The second rank stands in another folder, and is not the first of its machine."""
+    shared.LATE_S = 0.2
+    if os.environ["RANK"] == "1":
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+    with clear_errors(), Runtime(settings()) as rt:
+        if argv[0] == "file":
+            shared.make_once(Path("data"), lambda: Path("data").write_text("made"))
+        else:
+            if rt.is_main:
+                os.makedirs("data/e-0")
+            cell_store.wait_for_store("data", "0")
+        rt.barrier()
+
+
+@pytest.mark.parametrize("what", ["file", "cells"])
+def test_ranks_of_a_machine_that_see_different_folders_are_told_so(what, tmp_path):
+    told = two_ranks("test_ranks", what, function="look_on_another_disk", folder=tmp_path, code=2)
+    path = "data" if what == "file" else "data/0"
+    assert told.startswith(f"error: {path} did not come into {tmp_path / 'elsewhere'}, ") and told.count("\n") == 1
+
+
 def wait_for_a_long_analysis(argv: list[str]) -> None:
     """Rank 0 alone is at work for longer than an exchange may take."""
     open_group = dist.init_process_group
@@ -96,6 +119,8 @@ def train_to_an_end(argv: list[str]) -> None:
     """Both ranks train, until at the twelfth step something happens on one of them: argv is what, and on which."""
     what, whom = argv
     backward, count = Runtime.backward, []
+    if what == "killed_elsewhere":  # where no process sees the other's
+        platform.node, ranks.NOTICE_SECONDS = lambda: f"host{os.environ['RANK']}", 1.5
 
     def interrupted(self, loss):
         backward(self, loss)
@@ -118,7 +143,7 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-killed_where_the_other_is_blocked = killed
+killed_where_the_other_is_blocked = killed_elsewhere = killed
 
 
 def differ(argv: list[str]) -> None:
@@ -167,6 +192,12 @@ def test_a_rank_that_is_killed_ends_the_others_which_name_it_once(rank, agent, t
     who = rf"error: rank {rank} died \({platform.node()}, pid \d+\)"
     assert re.fullmatch(f"{who}: the same command goes on from step 10", errors[0])
     assert checkpoint.load(tmp_path / "run")["step"] == 10
+
+
+def test_a_rank_that_dies_on_another_machine_is_named_by_its_silence(tmp_path):
+    told = two_ranks("test_ranks", "killed_elsewhere", 1, function="train_to_an_end", folder=tmp_path,
+                     code=(1, -signal.SIGKILL))
+    assert re.search(r"^error: rank 1 died \(host1, pid \d+\): the same command goes on from step 10$", told, re.M)
 
 
 def test_a_rank_that_is_blocked_when_another_dies_is_ended(tmp_path):
@@ -250,6 +281,21 @@ def test_ranks_that_never_come_are_one_sentence(agent, environment, capsys, monk
     told, = capsys.readouterr().err.splitlines()
     assert end.value.code == 1
     assert told.startswith("error: 1 of 4 ranks came within 0.1 s, not rank 1, rank 2, rank 3: start as many")
+
+
+@pytest.mark.parametrize("attempt, words", [("0", "a rank 0 is there already: give every process a RANK of its own"),
+                                            ("1", "1 of 2 ranks came within 0.1 s, not rank 1: start as many as")])
+def test_a_rank_that_is_there_twice_is_told_so_and_one_started_again_is_not(attempt, words, environment, capsys,
+                                                                            monkeypatch):
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 0.1)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=attempt)
+    dist.PrefixStore("group 1", dist.PrefixStore("attempt 0", store)).add("came 0", 1)
+    with pytest.raises(SystemExit), Runtime(settings()):
+        pass
+    told, = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"error: {words}")
 
 
 def test_a_port_that_is_taken_is_one_sentence(environment, capsys):

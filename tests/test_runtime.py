@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -32,7 +33,16 @@ import train_arxiv
 import train_ghmm
 import train_state
 from common import checkpoint, runlog, runtime
-from common.errors import STOPS, Stopped, exit_code, stop_now
+from common.errors import (
+    STOPS,
+    InputError,
+    Stopped,
+    clear_errors,
+    exit_code,
+    machine_memory,
+    stop_now,
+    system_sentence,
+)
 from common.runtime import STOP_CHECK_STEPS, Meter, Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -362,6 +372,21 @@ def test_before_it_trains_and_in_other_commands_a_signal_ends_all_at_once(module
     assert end.value.code == 128 + number and handlers() == before
     assert capfd.readouterr().err == ("stopped\n" if number == signal.SIGINT else "stopped by SIGTERM\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_comes_while_an_object_is_finalised_is_not_lost(number, capsys):
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.001)  # here the handler raises, which Python passes over
+
+    with pytest.raises(SystemExit) as end, clear_errors():
+        Finalised()
+        time.sleep(5)
+        pytest.fail("the signal is lost")
+    word = "stopped" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert (end.value.code, capsys.readouterr().err) == (128 + number, f"{word}\n")
 
 
 def test_a_signal_in_the_analysis_waits_for_it_and_a_second_one_ends_it(tmp_path, monkeypatch, capfd):
@@ -698,3 +723,64 @@ def test_an_error_of_all_ranks_is_told_once(tmp_path):
     lines = two_ranks("train_ghmm", *TINY, "--grad_accum=3", folder=tmp_path, code=2).splitlines()
     assert list(tmp_path.iterdir()) == []
     assert len(lines) == 1 and lines[0].startswith("error: ") and "multiple of grad_accum * ranks = 6" in lines[0]
+
+
+class Stack(torch.nn.Module):
+    """Layers of a width, in so many steps that asking for too many would never end."""
+
+    def __init__(self, layers: int, width: int, edited: bool = False):
+        super().__init__()
+        self.layers = torch.nn.ModuleList()
+        for _ in range(layers):
+            self.layers.append(torch.nn.Linear(width, width))
+        self.edited = edited and self.layers[0].weight.sum().item()  # which a tensor without memory has not
+
+
+@pytest.mark.parametrize("layers, width, told", [
+    (10**12, 2, "more than 10,000 tensors of weights: take fewer layers"),
+    (2, 10**7, "a model of 200,000,020,000,000 parameters, which needs 3,200,000 GB in training, and this machine has"),
+    (1, 10**12, "out of memory"),  # the square does not fit into 64 bits
+])  # fmt: skip
+def test_a_model_for_which_there_is_no_memory_is_refused_before_it_takes_any(layers, width, told):
+    began = time.process_time()
+    with Runtime(settings()) as rt, pytest.raises((InputError, RuntimeError)) as refused:
+        rt.build(Stack, layers, width)
+    assert told in (system_sentence(refused.value) or str(refused.value)) and time.process_time() < began + 5
+
+
+def test_a_model_is_built_as_if_nobody_had_looked_at_its_size_first():
+    with Runtime(settings()) as rt:
+        rt.reseed()
+        plain = Stack(2, 3).state_dict()
+        for edited in (False, True):
+            rt.reseed()
+            assert not unequal(rt.build(Stack, 2, 3, edited).state_dict(), plain)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where else is what a process has asked for counted?")
+def test_a_run_on_the_cpu_is_refused_more_memory_than_there_is_instead_of_being_killed():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with Runtime(settings()):
+        most = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        assert machine_memory() // 2 <= most
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(most, dtype=torch.uint8)  # alone, the system would promise it
+        assert system_sentence(refused.value).startswith("out of memory (")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda: int(1e300 * 1e300), "a number is too large (OverflowError: cannot convert float infinity to integer)"),
+    (lambda: np.empty(2**62), "out of memory (ValueError"), (lambda: torch.empty(2**64), "out of memory (TypeError"),
+    (lambda: torch.empty(2**40, 2**40), "out of memory (RuntimeError"),
+])  # fmt: skip
+def test_sizes_that_no_machine_has_are_a_sentence(make, told):
+    with pytest.raises((ArithmeticError, RuntimeError, TypeError, ValueError)) as error:
+        make()
+    assert system_sentence(error.value).startswith(told)
+
+
+def test_a_batch_that_no_machine_holds_is_refused_by_its_name(capsys):
+    with pytest.raises(SystemExit):
+        Runtime(settings()).divide(10**11, 1)
+    assert capsys.readouterr().err == "error: batch_size = 100000000000 is more than this machine has memory for\n"

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 import prepare_data
 from common.errors import DataError
-from sources import cell_store
+from sources import cell_store, shared
 from sources.cells import open_cells
 from sources.h5ad import H5ad, write_h5ad
 
@@ -350,8 +350,9 @@ def test_of_a_large_file_a_start_verifies_a_sample_and_inspect_all(monkeypatch, 
 
 
 def test_who_waits_for_a_folder_that_nobody_makes_is_told(monkeypatch):
-    monkeypatch.setattr(cell_store, "WAIT_S", 0)
-    with pytest.raises(DataError, match="did not come within 0 s: make them first"):
+    monkeypatch.setattr(shared, "WAIT_S", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(DataError, match="data/cells/0123456789ab did not come into .*: start the ranks"):
         cell_store.wait_for_store("data/cells", "0123456789ab")
 
 

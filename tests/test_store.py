@@ -149,6 +149,8 @@ def test_a_file_system_without_locks_is_told_once(monkeypatch, capsys):
 def test_a_refused_command_leaves_nothing_and_one_that_is_there_stays(capsys):
     refused(capsys, "--out_dir=a/b/run", "--resume=absent.pt")
     assert list(Path().iterdir()) == []
+    assert "out_dir is empty: name a folder" in refused(capsys, "--out_dir=")
+    assert list(Path().iterdir()) == []
     Path("a/run").mkdir(parents=True)
     refused(capsys, "--out_dir=a/run", "--resume=absent.pt")
     assert list(Path().rglob("*")) == [Path("a"), Path("a/run")]
@@ -289,16 +291,33 @@ def test_memory_is_a_url_as_any(whole):
     assert_same(other, whole)
 
 
-def test_what_looks_at_runs_takes_urls(remote, whole, capsys):
+def test_what_looks_at_runs_takes_urls(remote, whole, capsys, monkeypatch):
     shutil.copytree(whole, "remote/run")  # by other means: without an index
     found = train_ghmm.main([f"--analyze={remote}"])
     assert found["loss"] == train_ghmm.main([f"--analyze={whole}"])["loss"]
     assert (here(remote) / "analysis/analysis.json").exists() and not Path("remote/run/analysis").exists()
     capsys.readouterr()
     assert sample.main([remote]) == sample.main([str(whole)])
-    assert "One run: " in "\n".join(sweep.main(["report", remote]))
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert "One run: " in "\n".join(sweep.main(["report", remote, "--out=~/told"]))
+    assert Path("told/report.html").exists() and not Path("~").exists()
+    assert "out=s3://b/x is a URL; here a folder" in refused(capsys, f"--analyze={remote}", "--out=s3://b/x")
     assert "there is no run at file://" in refused(capsys, remote + "s", main=sample.main)
     assert "there is no checkpoint at file://" in refused(capsys, f"--analyze={remote}/step_9.pt")
+
+
+def test_a_url_where_nothing_can_be_written_here_says_where_to_start(remote, capsys):
+    Path("out").touch()
+    for told in (refused(capsys, remote, main=sample.main), refused(capsys, f"--out_dir={remote}")):
+        assert f"'{here(remote)}' cannot be made (Not a directory): start in a folder that can be written" in told
+
+
+def test_a_url_that_takes_its_time_is_said_to_be_waited_for(remote, monkeypatch, capsys):
+    monkeypatch.setattr(mirror, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(mirror.Mirror, "read_index", lambda copy: time.sleep(0.3))
+    with pytest.raises(SystemExit):
+        sample.main([remote])
+    assert capsys.readouterr().err.startswith(f"note: waiting for an answer from {remote}\nerror: there is no run at ")
 
 
 def spoil(path: Path) -> None:
@@ -328,7 +347,7 @@ def test_damage_at_a_url_is_one_sentence(remote, whole, capsys):
     Path("kept").rename("remote")
     spoil(Path("remote/run/last.pt"))
     assert refused(capsys, f"--out_dir={remote}") == told
-    run(f"--out_dir={remote}", "--keep_last=-1", told.rpartition("use ")[2])
+    run(f"--out_dir={remote}", "--keep_last=-1", re.search(r"resume=\S+?\.pt", told)[0])
     assert_same(Path("remote/run"), whole)
 
 
@@ -499,6 +518,8 @@ def test_what_is_no_part_of_a_run_stays_at_its_url(remote):
     ("file://relative", "is no place for a run"),
     ("file:///", "is no place for a run"),
     ("://x", "is no place for a run"),
+    ("s3://bucket/x/../y", "is no place for a run"),
+    ("s3:/bucket/x", "is no place for a run: name s3://BUCKET/NAME"),
     ("simplecache::memory://x", "is no place for a run"),
     ("file:///proc/x", "file:///proc/x cannot be used (FileNotFoundError"),
     ("nosuch://host/x", "nosuch://host/x cannot be used (ValueError: Protocol not known: nosuch"),
@@ -520,12 +541,16 @@ def test_s3_without_its_package_is_one_sentence(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("ini", "sentence"), [
-    (None, "cannot be read (No such file or directory)"),
-    ("", "has no s3"),
+    (None, "s3_config = s3.ini: no such file: name an .ini file"),
+    ("", "s3_config = s3.ini is empty"),
+    ("[s4]\n", "has no s3"),
     ("[s3]\nbucket = b\n", "has no aws"),
     ("[aws]\nprofile_name = p\n[s3]\nprefix = b\n", "has no bucket"),
-    ("[aws]\nprofile_name =\n[s3]\nbucket = b\n", "profile_name that of a profile"),
+    ("[aws]\nprofile_name =\n[s3]\nbucket = b\n", "profile_name the name of a profile"),
+    ("[aws]\nprofile_name = p\n[s3]\nbucket = b\nprefix = s3://b/x\n", "prefix a path in it"),
     ("[aws]\nprofile_name = p\n[s3]\nbucket = s3://b\n", "bucket is the name of a bucket"),
+    ("[aws]\nprofile_name = p\n[s3]\nbucket = b\nprefix = ../x\n", "s3://b/../x/run is no place for a run"),
+    (f"[aws]\nprofile_name = p\n[s3]\nbucket = me:{SECRET}@b\n", "has a name, password or query in it"),
     ("bucket = b", "is no .ini file"),
     ("[aws]\nprofile_name = nobody\n[s3]\nbucket = b\n", "The config profile (nobody) could not be found"),
 ])  # fmt: skip
@@ -533,8 +558,13 @@ def test_a_bad_s3_config_is_one_sentence_before_training(capsys, ini, sentence):
     pytest.importorskip("s3fs")
     if ini is not None:
         Path("s3.ini").write_text(ini)
-    assert sentence in refused(capsys, "--s3_config=s3.ini", "--out_dir=run")
-    assert not Path("run").exists()
+    told = refused(capsys, "--s3_config=s3.ini", "--out_dir=run")
+    assert sentence in told and SECRET not in told and not Path("run").exists()
+
+
+def test_an_s3_config_that_is_a_pipe_is_not_waited_for(capsys):
+    os.mkfifo("s3.ini")
+    assert "s3_config = s3.ini is a pipe, and no file" in refused(capsys, "--s3_config=s3.ini", "--out_dir=run")
 
 
 def test_where_a_folder_is_copied_to():

@@ -669,15 +669,20 @@ def test_records_are_read_as_they_grow(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = jobs.Records(path)
     assert not records.grown()
-    path.write_text('{"step": 1}\n{"st')
-    assert records.grown() and records.records == [{"step": 1}] and not records.grown()
+    path.write_text('{"split": "eval", "step": 1}\n{"split": "eval", "st')
+    first = [{"split": "eval", "step": 1}]
+    assert records.grown() and records.records == first and not records.grown()
     with open(path, "a") as file:
         file.write('ep": 2}\n')
     assert records.grown() and records.last_step() == 2
+    with open(path, "ab") as file:  # what damage makes of a line is no record: who looks at it counts with numbers
+        file.write(b'[3]\n{"split": "eval", "step": "3"}\n{"split": "eval", "step": 3, "loss": {}}\n\xff\n')
+        file.write(b'{"step": 1e99}\n' + b"[" * 100_000 + b'\n{"split": "eval", "step": true}\n')
+    assert not records.grown() and records.last_step() == 2
     # A run that goes on writes the file anew, without what its checkpoint does not have.
-    (tmp_path / "new").write_text('{"step": 1}\n')
+    (tmp_path / "new").write_text('{"split": "eval", "step": 1}\n')
     (tmp_path / "new").rename(path)
-    assert records.grown() and records.records == [{"step": 1}]
+    assert records.grown() and records.records == first
 
 
 class Simulated:

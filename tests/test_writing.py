@@ -62,9 +62,9 @@ def contents(folder: str) -> dict[str, bytes]:
 
 
 @contextlib.contextmanager
-def open_log(resume: str = "auto"):
-    cfg = Config(device="cpu", resume=resume)
-    with Runtime(cfg) as rt, RunLog(rt, cfg, {"lr": 0.1}, Path("run"), train_ghmm.__file__, 0, 10) as log:
+def open_log(resume: str = "auto", step: int = 0, wandb: bool = False):
+    cfg = Config(device="cpu", resume=resume, wandb=wandb)
+    with Runtime(cfg) as rt, RunLog(rt, cfg, {"lr": 0.1}, Path("run"), train_ghmm.__file__, step, 10) as log:
         yield log
 
 
@@ -228,6 +228,34 @@ def test_a_log_on_a_full_disk_is_an_error_that_says_what_was_kept(resume, again)
     with pytest.raises(RunError, match=f"run/train.log: no space left .*No checkpoint was saved before: {again}"):
         with open_log(resume) as log:
             log.say("a line")
+
+
+@pytest.mark.parametrize("known, told", [(b"abc123\n", "abc123"), (b"\xff\0", None), (b"a/b", None), (b"", None)])
+def test_the_name_of_a_wandb_run_may_be_damaged(monkeypatch, known, told, capsys):
+    started = []
+
+    def init(**options):
+        started.append(options["id"])
+        if len(started) > 1:
+            raise ConnectionError("no network")
+        return SimpleNamespace(id="new")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, finish=lambda **options: None))
+    Path("run").mkdir()
+    Path("run/wandb_id.txt").write_bytes(known)
+    with open_log(step=3, wandb=True):
+        pass
+    assert started == [told] and Path("run/wandb_id.txt").read_text() == "new"
+    assert ("run/wandb_id.txt is damaged" in capsys.readouterr().out) == (told is None)
+    with pytest.raises(InputError, match="W&B does not start .ConnectionError: no network"), open_log(wandb=True):
+        pass
+
+
+def test_a_run_that_fails_does_not_promise_to_go_on_from_a_damaged_checkpoint():
+    with pytest.raises(RunError, match=r"run/train.log: no space left .*\. run/last.pt is damaged .*no other good"):
+        with open_log():
+            Path("run/last.pt").write_text("x")
+            raise OSError(errno.ENOSPC, "", "run/train.log")
 
 
 def test_pictures_and_pages_that_cannot_be_written_are_notes(monkeypatch, capsys):
