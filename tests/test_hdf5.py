@@ -198,9 +198,9 @@ def test_text_that_is_not_utf_8_is_refused():
         hdf5.as_text("a\udcb5", "x")
 
 
-def test_a_piece_that_unpacks_to_more_than_its_bytes_can_hold_is_refused_before_it_is_read():
-    with h5py.File("bomb.h5", "w") as file:
+def test_a_piece_that_unpacks_to_more_than_its_bytes_can_hold_is_refused_before_it_is_read(tmp_path):
+    with h5py.File(tmp_path / "bomb.h5", "w") as file:
         node = file.create_dataset("x", (10,), "f4", chunks=(1 << 26,), maxshape=(None,), compression="gzip")
         node.id.write_direct_chunk((0,), b"a few bytes")
-    with hdf5.open_hdf5("bomb.h5") as file, pytest.raises(DataError, match="x has chunks of 0.3 GB, where .* 11 bytes"):
+    with hdf5.open_hdf5(tmp_path / "bomb.h5") as file, pytest.raises(DataError, match="x has chunks of 0.3 GB, where .* 11 bytes"):
         hdf5.member(file, "x")
