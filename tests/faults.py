@@ -195,6 +195,8 @@ def written(words: list[str]) -> dict:
     folders = [word.partition("=")[2] for word in words if re.match(r"--out(_dir)?=", word)]
     found = {}
     for file in sorted(Path(folders[-1]).rglob("*")) if folders else ():
+        if not file.is_file():  # a link to nowhere, which a trial has left there
+            continue
         if file.suffix == ".pt":
             state = torch.load(file, weights_only=True)
             found[file.name] = {k: v for k, v in state.items() if k not in ("meter", "config", "digest")}
