@@ -1,9 +1,13 @@
 """What all tests stand on."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+# What starts the tests in the background, or so that they outlive its terminal, has these ignored, also in children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch read it: small tensors gain nothing from threads
 
 import pytest  # noqa: E402
