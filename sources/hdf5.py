@@ -46,6 +46,7 @@ NOT_PACKING = (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
 NUMBERS = "iufb"  # kinds of numpy that are numbers
 STEP_SECONDS = 2  # of the processor, for an attribute or some thousand texts: thousands of times what they take
 STEP_TEXTS = 10_000
+WHOLE: set[tuple] = set()  # what tells versions of files apart, of those whose texts have been read
 KINDS = {h5py.Dataset: "data set", h5py.Group: "group", h5py.Datatype: "type"}
 
 
@@ -92,8 +93,14 @@ def open_hdf5(path: str | Path) -> h5py.File:
 
 
 def probe(file: h5py.File, path: Path) -> None:
-    """Read the attributes and texts of a file in a process of its own, as a trial. Raises DataError if that one fails.
+    """Read the attributes and texts of a file in a process of its own, as a trial: once, as long as it stays as it is.
+
+    Raises DataError if that process fails.
     """
+    facts = os.stat(path)
+    version = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if version in WHOLE:
+        return
     progress = mmap.mmap(-1, mmap.PAGESIZE)  # shared: the member that is read
     with warnings.catch_warnings():  # of threads, which the child has not: it reads the file, and ends
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -114,6 +121,7 @@ def probe(file: h5py.File, path: Path) -> None:
         place = progress[:].rstrip(b"\0").decode("utf-8", "replace")
         how = ", where HDF5 crashes or finds no end" if os.WIFSIGNALED(status) else ""
         raise DataError(f"{path} is damaged in {place}{how}: copy or make the file again")
+    WHOLE.add(version)
 
 
 def limit_memory(path: Path) -> None:

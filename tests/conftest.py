@@ -16,7 +16,9 @@ from commands import ROOT  # noqa: E402
 
 import sweep  # noqa: E402
 from measure import effects, figures, plans, speed  # noqa: E402
-from sources import jobs  # noqa: E402
+from sources import hdf5, jobs  # noqa: E402
+
+TRIAL = hdf5.probe
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,6 +27,20 @@ def without_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def files_of_hdf5_are_not_read_twice():
+    """The trial by another process costs 50 ms a file, and more the larger this process is; tests of damage bring it
+    back (hdf5_on_trial)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hdf5, "probe", lambda file, path: None)
+        yield
+
+
+@pytest.fixture
+def hdf5_on_trial(monkeypatch):
+    monkeypatch.setattr(hdf5, "probe", TRIAL)
 
 
 @pytest.fixture(autouse=True, scope="session")

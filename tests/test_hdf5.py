@@ -149,6 +149,7 @@ def test_what_is_no_hdf5_file_is_told_at_once(tmp_path, kind):
 
 
 @pytest.mark.parametrize("damage", ["leads elsewhere", "not unpacked"])
+@pytest.mark.usefixtures("hdf5_on_trial")
 def test_pieces_that_cannot_be_those_of_their_data_set_are_refused(tmp_path, damage):
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as file:
@@ -173,6 +174,7 @@ def test_pieces_that_cannot_be_those_of_their_data_set_are_refused(tmp_path, dam
 
 
 @pytest.mark.parametrize("damage", ["no end", "a size beyond memory"])
+@pytest.mark.usefixtures("hdf5_on_trial")
 def test_a_damaged_heap_of_texts_ends_with_a_sentence(tmp_path, damage, monkeypatch):
     monkeypatch.setattr(hdf5, "STEP_SECONDS", 1)
     path = tmp_path / "a.h5"
