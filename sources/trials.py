@@ -125,7 +125,8 @@ class Trials:
         if place is None:
             # Killed before it had a folder. Whose journal is another's may run it where we cannot see.
             return self.is_own_journal
-        return is_free(place)
+        # Its process may have ended it meanwhile: it tells of it before it lets go.
+        return is_free(place) and self.search.trials()[trial.number].state == "running"
 
     def place_of(self, trial: Trial) -> Path | None:
         """The folder of a trial, where it is on this machine, or on a disk that it shares."""
