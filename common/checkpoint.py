@@ -300,8 +300,9 @@ def load(path: Path, script: str | None = None, **kinds) -> dict:
         steps = {other: found["step"] for other in sorted(path.parent.glob("*.pt"))
                  if other != path and not other.name.startswith(".") and (found := _read(other)[0])}
         good = max(steps, key=steps.get, default=None)
-        advice = f"The newest good checkpoint is {good}: use it (in training, use resume={good})"
-        raise CheckpointError(f"{path} {problem}. {advice if good else 'There is no other good checkpoint beside it'}")
+        raise CheckpointError(f"{path} {problem}. " + (
+            f"The newest good checkpoint is {good}: use it (in training, use resume={good})" if good else
+            "There is no other good checkpoint beside it: copy it again, or train anew in another out_dir"))
     if script and state["experiment"] != identity(script):
         raise CheckpointError(f"{path} is a checkpoint of {state['experiment']}.py, not of {identity(script)}.py: use "
                               "another out_dir, or that script")

@@ -630,7 +630,7 @@ def many_groups(argv: list[str]) -> None:
             rt.gather(1)
             rt.barrier()
 
-    for _ in range(15):
+    for _ in range(5):
         one()
 
 
