@@ -366,7 +366,7 @@ def test_a_damaged_index_is_one_sentence(remote, capsys):
     known = {"writer": "a", "mark": "b", "step": 1}
     bad = ["{", "[]", json.dumps(known), '{"names": 1}', json.dumps({"names": [], **known, "step": "x"}), "[" * 9999]
     bad += [json.dumps({"names": [name], **known}) for name in
-            ("../../escaped", "/tmp/escaped", "", "a//b", ".remote.json", "run.lock", "plots/../../x", 3)]
+            ("../../escaped", "/escaped", "", "a//b", ".remote.json", "run.lock", "plots/../../x", 3)]
     for text in (*map(str.encode, bad), b"\xff"):
         Path("remote/run/index.json").write_bytes(text)
         assert "index.json is damaged" in refused(capsys, f"--out_dir={remote}")
