@@ -110,7 +110,9 @@ class Config:
     token_dim: Count = 96  # of token embeddings
     num_plan_states: Count = 8  # K
     num_experts: Count | None = None  # of v2, one a plan: default and only choice num_plan_states
-    experts: Literal["full", "bias"] = "full"  # of v2. full: K heads | bias: one head and K vocabulary biases
+    experts: Literal["full", "bias", "lowrank"] = "full"  # of v2. full: K heads | bias: one head, K vocabulary biases |
+    # ^ lowrank: and K matrices of rank expert_rank
+    expert_rank: Count = 16  # r
     chunk_size: Count = 16  # tokens that share a plan, C
     fusion_dim: Count = 128  # of v1: where state and plan meet
     compat: Literal["", "source"] = ""  # source: boundary, lookahead, repetition, samples, start, decay as it has them
@@ -387,7 +389,8 @@ BACKBONES["transformer_lm"] = TransformerLM  # the source's own, for what it tra
 # Experts: what every plan predicts, log p_{t,k} = log_softmax(logits_{t,k})
 # ---------------------------------------------------------------------------------------------------------------
 # Logits [T, K, V] never exist as a whole. Experts say what the heads read (`inputs`, [T, P, H], one input a plan or one
-# for all) and the heads (`table`: a matrix [V, H] or [K V, H], a bias [K, V]); kernels/log_probs.py streams the rest.
+# for all) and the heads (`table`: a matrix [V, H], [K V, H] or of low rank, a bias [K, V]); kernels/log_probs.py
+# streams the rest.
 # Dropout has one mask for all plans, which would otherwise differ by their masks alone.
 class LinearExperts(nn.Module):
     """logits_{t,k} = W_k h_t + c_k: a head for each plan and nothing shared (K = 1 is the baseline)."""
@@ -429,6 +432,31 @@ class BiasExperts(nn.Module):
         return self.head.weight, self.head.bias + self.plan_bias
 
 
+class LowRankExperts(BiasExperts):
+    """logits_{t,k} = W h_t + U_k F h_t + c + v_k: plans also differ by what r features of the state, F h, mean to each.
+
+    Costs K vectors of length r a token of the vocabulary, and of time less than K heads of any width.
+    """
+
+    log_probs = staticmethod(log_probs)
+
+    def __init__(self, cfg: Config, vocab_size: int):
+        super().__init__(cfg, vocab_size)
+        self.features = nn.Linear(cfg.d_model, cfg.expert_rank, bias=False)  # F
+        xavier(self.features)
+        # Near the shared head: noise, as of the biases, of 0.1 a logit where features are of size 1.
+        noise = torch.randn(cfg.num_plan_states, vocab_size, cfg.expert_rank)
+        self.plan_weight = nn.Parameter(noise * 0.1 / cfg.expert_rank**0.5)  # U
+
+    def inputs(self, h: Tensor) -> Tensor:
+        h = self.drop(h)
+        return torch.cat([h, self.features(h)], 1)[:, None]  # [T, 1, H + r]
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        weight, bias = super().table()
+        return torch.cat([weight, *self.plan_weight], 1), bias  # [V, H + K r]
+
+
 class TanhExperts(nn.Module):
     """logits_{t,k} = W_o tanh(W_s h_t + c_s + W_p u_k) + c_o + v_k: state and plan meet before one shared head."""
 
@@ -458,6 +486,9 @@ class TanhExperts(nn.Module):
 
     def table(self) -> tuple[Tensor, Tensor]:
         return self.out_proj.weight, self.out_proj.bias + self.plan_vocab_bias
+
+
+EXPERTS = {"full": LinearExperts, "bias": BiasExperts, "lowrank": LowRankExperts}  # of v2
 
 
 def xavier(layer: nn.Linear, gain: float = 1.0) -> None:
@@ -912,7 +943,7 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
     elif cfg.version == "v1_filtered_mixture":
         model = FilteredMixture(cfg, V, TanhExperts)
     else:
-        model = PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
+        model = PlannerRequired(cfg, V, EXPERTS[cfg.experts])
     if cfg.backbone == "transformer_lm":
         plain_head(model)
     elif cfg.compat:
