@@ -31,7 +31,7 @@ from sources.foreign_apelr import (
 from sources.foreign_checkpoints import checkpoint_in, converting
 
 SIZES = ("version", "backbone", "experts", "expert_rank", "n_layers", "d_model", "n_heads", "token_dim",
-         "num_plan_states", "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that decide shapes of weights
+         "num_plan_states", "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that weights' shapes follow
 ADAMW = ("exp_avg", "exp_avg_sq", "step")  # what it knows of a weight
 RULES = ("compat", "boundary", "chunk_size", "carry_posterior", "token_filtering", "planner_context_scale",
          "planner_temperature", "lookahead_horizon", "lookahead_feedback_scale")  # and how a model computes with them

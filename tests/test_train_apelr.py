@@ -287,6 +287,7 @@ def test_two_ranks_train_like_one(version, planted):
 @pytest.mark.parametrize("settings", [
     (f"--version={V1}", "--usage_balance_weight=0.1", "--chunk_bow_weight=0.1", "--chunk_bow_warmup_steps=3"),
     (f"--version={V2}", "--experts=bias"), (f"--version={V2}", "--backbone=transformer", "--dropout=0.1"),
+    ("--experts=lowrank", "--expert_rank=3", "--precision=bf16", "--loss_weights={'plan_js_div': 0.1}"),
     ("--version=baseline",), ("--version=baseline", "--backbone=transformer"), ("--num_plan_states=1",),
     ("--compat=source",), ("--precision=bf16",), ("--num_plan_states=1", f"--version={V1}"), ("--chunk_size=1",),
     ("--batch_size=auto", "--cpu_batch_size=6", "--grad_accum=2"), ("--schedule=constant",),
