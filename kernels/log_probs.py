@@ -177,7 +177,7 @@ class LogProbs(torch.autograd.Function):
         normaliser = bias.new_empty(T, K)
         size = block_rows(K, V, x.device)
         if weight.shape[1] != x.shape[2]:
-            # Low rank is passes over memory, more than products: 16 MB come from the heap, 64 MB from fresh pages, which
+            # Low rank is passes over memory, not products: 16 MB come from the heap, 64 MB from fresh pages, which
             # takes 1.3 times as long.
             size = max(16, size // 4)
         ctx.blocks = blocks(T, size)
