@@ -696,7 +696,8 @@ def test_a_sample_of_the_source_is_noise_where_it_is_not_hard():
     assert torch.equal(model.commit(belief, 0.7, 0.0), belief)
 
 
-@pytest.mark.parametrize("version, experts", [(V1, "full"), (V2, "full"), (V2, "bias"), ("baseline", "full")])
+@pytest.mark.parametrize("version, experts", [(V1, "full"), (V2, "full"), (V2, "bias"), (V2, "lowrank"),
+                                              ("baseline", "full")])
 def test_the_start_is_that_of_the_source(version, experts):
     sizes = dict(version=version, experts=experts, d_model=64, token_dim=50, fusion_dim=40, num_plan_states=3)
     started = {}
