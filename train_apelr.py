@@ -173,6 +173,7 @@ class Config:
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
@@ -654,8 +655,7 @@ class Planner(Baseline):
         if planner_mode == "uniform_mask":
             return torch.full_like(logits, -math.log(K))
         if planner_mode == "forced_state" and forced_state in range(K):
-            chosen = torch.tensor(forced_state, device=logits.device)
-            return F.one_hot(chosen, K).to(logits).log()  # 0 for the plan, -inf for the others
+            return torch.eye(K).to(logits)[forced_state].log()  # 0 for the plan, -inf for the others
         raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, "
                          f"uniform_mask, or forced_state and a plan from 0 to {K - 1}")
 
@@ -1221,7 +1221,7 @@ def analyze(cfg: Config) -> dict:
     path = checkpoint_in(cfg.analyze)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.
-    for name in ("precision", "data", "seq_len", "final_eval_batches"):
+    for name in ("precision", "matmul_precision", "data", "seq_len", "final_eval_batches"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
