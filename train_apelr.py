@@ -50,7 +50,6 @@ from configurator import (
     config_hash,
     configure,
     differences,
-    from_dict,
 )
 from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
@@ -62,8 +61,8 @@ from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
-from sources.foreign_apelr import ALIASES, convert, fill_in, is_source_checkpoint, known_beside
-from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
+from sources.foreign_apelr import ALIASES
+from sources.foreign_apelr_start import converted, go_on, opened, put_in, start_from, to_go_on
 from sources.foreign_checkpoints import checkpoint_in
 from sources.foreign_plans import commit_source, cross_source, start_as_source
 from sources.foreign_transformer import TransformerLM, plain_head
@@ -591,7 +590,7 @@ class Planner(Baseline):
         cfg = self.cfg
         C = cfg.chunk_size
         tau = tau or self.tau
-        fixed = self.fixed_belief(planner_mode, forced_state)
+        fixed = plans.fixed_belief(self.planner_init_logits, planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
 
@@ -645,19 +644,6 @@ class Planner(Baseline):
         gate = self.gate(before, tau, 0.0, 0)
         nll = -torch.logsumexp(gate + evidence, 2)
         return Beliefs(nll, before, gate, start, state, state)
-
-    def fixed_belief(self, planner_mode: str, forced_state: int | None) -> Tensor | None:
-        """The log belief [K] that a planner mode puts in the belief's place; None in normal mode."""
-        logits = self.planner_init_logits.detach()
-        K = len(logits)
-        if planner_mode == "normal":
-            return None
-        if planner_mode == "uniform_mask":
-            return torch.full_like(logits, -math.log(K))
-        if planner_mode == "forced_state" and forced_state in range(K):
-            return torch.eye(K).to(logits)[forced_state].log()  # 0 for the plan, -inf for the others
-        raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, "
-                         f"uniform_mask, or forced_state and a plan from 0 to {K - 1}")
 
     def cross(self, belief: Tensor, context: Tensor) -> Tensor:
         return self.rule(belief, self.planner_transition_logits, context)
@@ -1194,13 +1180,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
 
     Raises CheckpointError.
     """
-    if is_source_checkpoint(path):
-        model = load_source_checkpoint(path, Config(device=device))
-        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
-    state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int)
-    cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
-    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, state["extra"]["vocab_size"]))
-    return cfg, model, state["step"], state["extra"]
+    return opened(path, __file__, Config(device=device), build_model)
 
 
 def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None) -> Baseline:
@@ -1210,10 +1190,7 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
         source: a checkpoint file, what is in it, or a bare state dict. cfg: settings that it does not tell.
     Weights that are missing keep their start and unknown ones are left out; both are printed. Raises CheckpointError.
     """
-    settings, weights, _ = convert(source)
-    cfg = Config(**config_dict(cfg or Config()) | settings)
-    kind = weights["token_emb.weight"].dtype  # the precision that it was saved in
-    return checkpoint.build_with(weights, "the source checkpoint", lambda: build_model(cfg).to(kind), fill_in).eval()
+    return converted(source, cfg or Config(), build_model)
 
 
 def analyze(cfg: Config) -> dict:

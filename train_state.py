@@ -56,6 +56,7 @@ from sources.cell_sets import (  # noqa: F401
     control_pools,
     known_perturbations,
     renumber,
+    same_lengths,
     same_meaning,
     summary_of,
 )
@@ -772,16 +773,6 @@ def validate(
     shares = [share for share in rt.gather((sums, count)) if share[1]]
     total = sum(n for _, n in shares)
     return {name: sum(part[name] for part, _ in shares) / total for name in shares[0][0]}
-
-
-def same_lengths(sentences: list, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Targets [b, s] and controls [b, s, k] of sentences that have one length, of at most so many cells."""
-    for length in sorted({len(targets) for targets, _ in sentences}):
-        members = [sentence for sentence in sentences if len(sentence[0]) == length]
-        at_once = max(1, most // length)
-        for i in range(0, len(members), at_once):
-            targets, controls = zip(*members[i : i + at_once], strict=True)
-            yield np.stack(targets), np.stack(controls)
 
 
 @torch.no_grad()
