@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
+from common.ahead import send
 from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -136,6 +137,7 @@ class Config:
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases; project and entity below or from .env
     wandb_project: str = ""
@@ -283,10 +285,7 @@ class Batches:
             tokens = self.windows(rows, tokens, rng)
         # Every rank draws the whole batch and keeps its part, so that any number of ranks trains on the same.
         tokens = torch.from_numpy(tokens.astype(np.int64))
-        tokens = self.rt.share(tokens)
-        if self.rt.device.type == "cuda":  # pinned memory is copied while the device computes
-            return tokens.pin_memory().to(self.rt.device, non_blocking=True)
-        return tokens.to(self.rt.device)
+        return send(self.rt.share(tokens), self.rt.device)
 
     def rows(self, step: int) -> np.ndarray:
         """Rows of the whole batch of a step, [B]."""
@@ -638,12 +637,12 @@ def train(cfg: Config) -> dict:
         rt.reseed(rt.rank)
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        batches = Batches(rt, chunks, rows, cfg)
 
         # Steps follow from the epochs. An epoch is as long for every K: the budget is.
         epoch_steps = math.ceil(len(rows) / cfg.batch_size)
         all_steps = math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
         max_steps = cfg.max_steps or all_steps
+        batches = rt.ahead(Batches(rt, chunks, rows, cfg), max_steps)  # on a GPU each is made during the step before
         # What the learning rate falls over, and its warm-up.
         fall, pace = max_steps, cfg
         if cfg.schedule_over == "epochs":
@@ -776,7 +775,8 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to.
-    for name in ("precision", "bootstrap", "probe", "data", "validation_data", "final_split", "icl_early", "icl_late"):
+    for name in ("precision", "matmul_precision", "bootstrap", "probe", "data", "validation_data", "final_split",
+                 "icl_early", "icl_late"):
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
