@@ -32,6 +32,7 @@ LEGEND = ("+-: (q3 - q1) / median of the rounds; a `!` after it: above 25%, not 
 STEADY = 0.10  # warmed up once a window's median differs by less than this from that of the window before
 WARM_WINDOWS, WARM_SECONDS = 10, 20.0  # after so many windows, or so long, it counts as warm all the same
 POOL = 32  # different batches that a side trains on, over and over, where it has no loader
+SHORT = False  # with --short: two rounds of one call each, to see that a benchmark runs
 
 
 class Rounds(tuple):
@@ -190,10 +191,15 @@ def seconds(run: Callable, device: torch.device | str = "cpu", rounds: int = 5, 
 def in_turns(runs: dict[str, Callable], device: torch.device | str = "cpu", rounds: int = 5,
              lasting: float = 0.2) -> dict[str, Rounds]:
     """The same of several in one process, in turns."""
+    rounds, lasting = pace(rounds, lasting)
     for run in runs.values():
         warm_up(run, torch.device(device), lasting)
     rows = [{name: window(run, torch.device(device), lasting) for name, run in runs.items()} for _ in range(rounds)]
     return {name: Rounds(row[name] for row in rows) for name in runs}
+
+
+def pace(rounds: int, lasting: float) -> tuple[int, float]:
+    return (2, 0.0) if SHORT else (rounds, lasting)
 
 
 def warm_up(run: Callable, device: torch.device, lasting: float) -> None:
@@ -228,9 +234,10 @@ def synchronize(device: torch.device) -> None:
 # Races: each side in a process of its own
 # ---------------------------------------------------------------------------------------------------------------
 class Trainer:
-    """One side's training: a subclass sets what is listed, from (side, *shape).
+    """One side's training, made from (side, *shape): sets device, step() and, of ours, flops_per_token().
 
-    device; draw() -> a fresh batch; loss(batch); autocast(); parameters, optimizer; flops_per_token() of ours.
+    The step here is that of a peer which leaves it to its users; it needs draw() -> a fresh batch, loss(batch),
+    autocast(), parameters and optimizer.
     """
 
     def step(self) -> None:
@@ -295,8 +302,8 @@ def _memory() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else peak_memory() - _before
 
 
-def _flops() -> float:
-    return _trainer.flops_per_token()
+def _flops() -> float | None:
+    return _trainer.flops_per_token() if "step" in vars(_trainer) else None  # a peer's step is that of Trainer
 
 
 @contextlib.contextmanager
@@ -313,8 +320,9 @@ def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, l
     """Train the sides in turns, each in its own process, so that a slow minute of the machine meets all of them.
 
     make(side, *shape) gives a Trainer. Returns of each side {"seconds": Rounds, of a step; "memory": peak MB beyond
-    torch's own}, and of "ours" {"flops": a token's} too.
+    torch's own; "flops": a token's, of ours}.
     """
+    rounds, lasting = pace(rounds, lasting)
     processes = {side: Side(make, side, shape) for side in sides}
     try:
         for it in processes.values():
@@ -322,12 +330,8 @@ def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, l
         for it in processes.values():
             it.ask(_warm_up, lasting)
         rows = [{side: it.ask(_window, lasting) for side, it in processes.items()} for _ in range(rounds)]
-        found = {}
-        for side, it in processes.items():
-            found[side] = {"seconds": Rounds(row[side] for row in rows), "memory": it.ask(_memory)}
-            if side == "ours":
-                found[side]["flops"] = it.ask(_flops)
-        return found
+        return {side: {"seconds": Rounds(row[side] for row in rows), "memory": it.ask(_memory), "flops": it.ask(_flops)}
+                for side, it in processes.items()}
     finally:
         for it in processes.values():
             it.pool.shutdown()
