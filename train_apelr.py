@@ -174,6 +174,7 @@ class Config:
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
@@ -1228,7 +1229,7 @@ def analyze(cfg: Config) -> dict:
     path = checkpoint_in(cfg.analyze)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.
-    for name in ("precision", "data", "seq_len", "final_eval_batches"):
+    for name in ("precision", "matmul_precision", "data", "seq_len", "final_eval_batches"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:

@@ -186,6 +186,7 @@ class Config:
     seed: Whole = 42  # of weights, sentences and held-out conditions
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases; project and entity below or from .env
     wandb_project: str = ""
@@ -1166,7 +1167,7 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
-    for name in ("precision", "toml_config_path", "ram_budget_gb"):
+    for name in ("precision", "matmul_precision", "toml_config_path", "ram_budget_gb"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:
