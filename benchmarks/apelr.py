@@ -13,9 +13,9 @@ import torch
 
 import train_apelr
 from benchmarks import racing
-from benchmarks.racing import Trainer, absent, alternate, in_turns, pool, race, report, zipf_tokens
+from benchmarks.racing import Trainer, absent, alternate, in_turns, pool, race, report, report_share, zipf_tokens
 from common.runtime import Runtime
-from measure.speed import flops_per_token, matmul_rate
+from measure.speed import flops_per_token
 
 MODELS = {
     "baseline": {"version": "baseline"},
@@ -61,32 +61,28 @@ def bench(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as worker:
         for line in worker.submit(measure_writing, source, device, racing.SHORT).result():
             report(*line)
-    peak = matmul_rate(Runtime(train_apelr.Config(device=device)))
-    report(f"apelr matrix-multiply rate, {device}", peak / 1e9, "GFLOP/s")
     for shape in GRID if options.full else ONE_BY_ONE:
-        against_baseline(shape, peak, device)
+        against_baseline(shape, device)
 
 
 def against_source(source: str | None, device: str) -> None:
     """Every auxiliary term on, the source's boundaries and lookahead; V = 2048, K = 8, L = 128, H = 256, batch 8."""
     for precision in ("fp32", "bf16"):
-        peak = matmul_rate(Runtime(train_apelr.Config(device=device, precision=precision)))
         sides = {"ours": "", "every token": "the same, plan_mi and plan_js_div on every token instead of a quarter"}
         if source:
             sides[source] = f"APEL-R source in {precision}"
         for version in TERMS:
             race(ApelrTrainer, sides, (version, *MIDDLE, True, precision, device), BATCH * MIDDLE[2],
-                 f"apelr {version}, all terms, {precision} {device}", peak, memory=True)
+                 f"apelr {version}, all terms, {precision} {device}", memory=True)
 
 
-def against_baseline(shape: tuple, peak: float, device: str) -> None:
+def against_baseline(shape: tuple, device: str) -> None:
     where = "V {} K {} L {} H {}".format(*shape)
     found = {}
     for side, one in alternate(ApelrTrainer, list(MODELS), ("", *shape, False, "auto", device), rounds=3).items():
         found[side] = one["seconds"].rate(BATCH * shape[2])
         name = f"apelr {side}, {where}"
-        report(name, found[side], "tokens/s",
-               f"matrix-multiply rate, at {one['flops'] / 1e6:.1f} MFLOP a token", peak / one["flops"])
+        report_share(name, found[side], one)
         if side != "baseline":
             report(name, found[side], "tokens/s", "the baseline", found["baseline"])
         report(f"{name}, peak memory", one["memory"], "MB")
@@ -134,7 +130,8 @@ class ApelrTrainer(Trainer):
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def take_ours(self, cfg: train_apelr.Config) -> None:
-        rt, steps = Runtime(cfg).__enter__(), itertools.count()
+        self.rt, steps = Runtime(cfg).__enter__(), itertools.count()
+        rt = self.rt
         self.model = train_apelr.build_model(cfg).to(self.device)
         trained, optimizer = rt.wrap(self.model), rt.adamw(train_apelr.parameter_groups(self.model, cfg), lr=1e-3)
 

@@ -19,7 +19,6 @@ import torch
 import train_arxiv
 from benchmarks.racing import Trainer, absent, in_turns, missing, peak_memory, pool, race, report, zipf_tokens
 from common.runtime import Runtime
-from measure.speed import matmul_rate
 from sources.chunks import ChunkSpool, chunk_arrays
 from sources.tokenizer import train_bpe
 
@@ -37,12 +36,11 @@ def bench(options: argparse.Namespace) -> None:
     sides = peers(options.peer)
     for name, shape in SHAPES.items():
         for precision, dropout in PRECISIONS:
-            peak = matmul_rate(Runtime(train_arxiv.Config(device=device.type, precision=precision)))
             against = {side: f"{text} in {precision}" for side, text in sides.items()}
             if precision == "bf16" and "transformers" in sides:
                 against["transformers fp32"] = f"{sides['transformers']} in fp32"
             race(ArxivTrainer, {"ours": ""} | against, (*shape, dropout, precision, device.type),
-                 shape[-1] * (CHUNK - 1), f"arxiv training, {name}, {precision}, dropout {dropout} {device.type}", peak)
+                 shape[-1] * (CHUNK - 1), f"arxiv training, {name}, {precision}, dropout {dropout} {device.type}")
 
 
 def peers(checkout: Path | None) -> dict[str, str]:
@@ -159,7 +157,8 @@ class ArxivTrainer(Trainer):
         self.parameters = list(self.model.parameters())
 
     def take_ours(self, vocab: int) -> None:
-        cfg, rt = self.cfg, Runtime(self.cfg).__enter__()
+        cfg = self.cfg
+        self.rt = rt = Runtime(cfg).__enter__()
         self.model = train_arxiv.build_model(cfg, vocab, CHUNK).to(self.device)
         trained, optimizer = rt.wrap(self.model), rt.adamw(train_arxiv.parameter_groups(self.model, cfg), lr=cfg.lr)
 

@@ -15,7 +15,6 @@ from benchmarks import racing
 from benchmarks.racing import POOL, Rounds, Trainer, absent, in_turns, missing, pool, race, report
 from common.errors import InputError
 from common.runtime import Runtime
-from measure.speed import matmul_rate
 from sources.processes import Process
 
 PROCESSES, SHAPES = ("mess3", "rrxor", "tom_quantum"), ((64, 65), (1_024, 256))  # sequences, length
@@ -156,7 +155,7 @@ class GhmmTrainer(Trainer):
         process, generator = train_ghmm.build_process(cfg), torch.Generator().manual_seed(0)
         self.draw = pool([process.sample(batch, n_ctx + 1, generator).to(self.device) for _ in range(POOL)])
         if side == "ours":
-            rt = Runtime(cfg).__enter__()
+            self.rt = rt = Runtime(cfg).__enter__()
             self.model = train_ghmm.build_model(cfg, process.vocab_size).to(self.device)
             trained, parameters = rt.wrap(self.model), list(self.model.parameters())
             optimizer = rt.adamw(parameters, lr=cfg.lr)
@@ -195,8 +194,6 @@ def bench_training(device: torch.device) -> None:
         absent("ghmm HookedTransformer", 'pip install "transformer-lens<4"')
     else:
         sides["HookedTransformer"] = "HookedTransformer with torch's AdamW"
-    peak = matmul_rate(Runtime(train_ghmm.Config(device=device.type)))
-    report(f"ghmm matrix-multiply rate, {device.type}", peak / 1e9, "GFLOP/s")
     for batch, n_ctx, heads in TRAINING_SHAPES:
         race(GhmmTrainer, sides, (batch, n_ctx, heads, device.type), batch * n_ctx,
-             f"ghmm training, {batch}x{n_ctx} {heads} heads {device.type}", peak)
+             f"ghmm training, {batch}x{n_ctx} {heads} heads {device.type}")

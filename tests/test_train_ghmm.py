@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from commands import brought_in_by, colours, python, refusal, two_ranks
 from comparison import apart
 
-import bench
 import sample
 import train_ghmm
 from common import checkpoint
@@ -441,21 +440,3 @@ def test_impossible_tokens_of_a_model_are_null_in_the_json():
 def test_sample_tells_bad_input_in_one_line(whole, capsys, line, words):
     argv = line.replace("{run}", str(whole.folder)).split()
     assert words in refusal(capsys, sample.main, *argv)
-
-
-def test_bench_writes_what_it_measured(monkeypatch):
-    monkeypatch.setitem(bench.BENCHES, "ghmm", lambda peer: bench.bench_process("mess3", 8, 16, torch.device("cpu")))
-    bench.main(["ghmm", "--json=out.json"])
-    found = {result["name"]: result for result in read("out.json")}
-    assert all(result.keys() == {"name", "value", "unit", "against", "ratio"} for result in found.values())
-    for kind in ("sampling", "beliefs"):
-        assert found[f"ghmm {kind}, mess3 8x16 cpu"]["value"] > 0
-    peer = [result for name, result in found.items() if "hmmlearn" in name + result["against"]]
-    assert peer and all(result["ratio"] or "missing: pip install hmmlearn" in result["against"] for result in peer)
-
-
-@pytest.mark.parametrize("line, words", [("ghm", "did you mean 'ghmm'"), ("ghmm zebra", "'zebra'"),
-                                         ("--json=absent/out.json", "absent")])
-def test_bench_tells_bad_input_in_one_line(capsys, monkeypatch, line, words):
-    monkeypatch.setitem(bench.BENCHES, "ghmm", lambda peer: pytest.fail("it measures"))
-    assert words in refusal(capsys, bench.main, *line.split())  # before it measures
