@@ -1113,7 +1113,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                 batch_size = fitting_batch_size(rt, model, cfg, lambda windows: trial(model, windows, rt, cfg))
             rt.reseed(rt.rank)  # ranks must not draw the same dropout masks
         meter = Meter(rt, batch_size * cfg.seq_len, began, state)
-        batches = Batches(rt, corpus, cfg, batch_size)
+        batches = rt.ahead(Batches(rt, corpus, cfg, batch_size), cfg.max_steps)  # made during the step before
         starts = corpus.spread(cfg.eval_batches * 16, cfg.seq_len, cfg.version)
         extra = {
             "batch_size": batch_size,

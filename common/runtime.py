@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from common.ahead import Ahead
 from common.errors import ECHO_SECONDS, InputError, leave, machine_memory, signals_to, stop_now, within_memory
 from common.ranks import Ranks, environment
 
@@ -184,6 +185,17 @@ class Runtime:
     def adamw(self, params, **options) -> torch.optim.AdamW:
         """AdamW in one fused kernel: 2-4 times faster than the loop over tensors, on CPU too."""
         return torch.optim.AdamW(params, fused=self.device.type in ("cuda", "cpu"), **options)
+
+    def ahead(self, batches: Callable[[int], object], last: int) -> Callable[[int], object]:
+        """Batches of a loop that ends at step `last`, each made by a thread while the step before it is trained.
+
+        On a CPU batches stay as they are: a thread could only take from the step what it gives.
+        """
+        if self.device.type == "cpu":
+            return batches
+        ahead = Ahead(batches, last, self.device)
+        self._stack.callback(ahead.close)
+        return ahead
 
     def autocast(self):
         """Context of the forward pass and the loss."""
@@ -404,7 +416,7 @@ class Meter:
     def check(self, step: int, loss: torch.Tensor) -> None:
         """Remember the first step whose loss is not finite."""
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, step, self.first_bad)
+        self.first_bad.masked_fill_(bad, step)  # where() would send the step to the device, and wait for it
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Numbers of a step, equal on all ranks, for the means."""

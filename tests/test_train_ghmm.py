@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import brought_in_by, colours, python, refusal, two_ranks
+from commands import brought_in_by, colours, ended, meanwhile, refusal, two_ranks
 from comparison import apart
 
 import sample
@@ -49,11 +49,18 @@ def without_pictures(in_a_folder_of_its_own, monkeypatch):
     monkeypatch.setattr(train_ghmm, "plot_run", lambda *args, **options: None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def at_work(request, tmp_path_factory):
+    """What whole waits for."""
+    yield from meanwhile(request, "whole", ROOT / "train_ghmm.py", *WHOLE,
+                         folder=tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> SimpleNamespace:
+def whole(at_work) -> SimpleNamespace:
     """The WHOLE run by the real script: its folder, and what it printed. Tests leave the folder as it is."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = python(ROOT / "train_ghmm.py", *WHOLE, folder=folder)
+    process, folder = at_work
+    done = ended(process)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(folder=folder / "run", out=done.stdout, err=done.stderr)
 
