@@ -689,7 +689,7 @@ class Planner(Baseline):
                 while len(powers) < horizon:
                     powers.append(powers[-1] @ P)
             ahead = torch.stack(powers).mean(0)
-            mix = (1 - a) * torch.eye(len(P)).to(P) + a * ahead
+            mix = (1 - a) * torch.eye(len(P), dtype=P.dtype, device=P.device) + a * ahead
             # Floor: a step that the chain never takes is a 0 in M, and gradients pass through its logarithm.
             log_mix = mix.clamp_min(torch.finfo(mix.dtype).tiny).log()
             belief = torch.logsumexp(belief[..., :, None] + log_mix, -2)
