@@ -15,7 +15,7 @@ The plain form, which gives the same numbers and gradients and may stand in for 
 log_probs keeps nothing of that size, and its backward pass turns a block's logits into their gradient in place. It
 takes 0.85 of the plain form's time in blocks of 256 rows, half of it in blocks of 1,024 (one core, T 2,048, K 8,
 V 1,024, H 128). shared_log_probs does the same where all plans share one head, for about the cost of one softmax: 0.4.
-Low rank (H 256, r 16, V 2,048) costs 2.8 softmaxes, a head a plan 8.8.
+Low rank (K 8, r 16, H 256, V 2,048) costs 2.6 softmaxes, a head a plan 8.8.
 
 T rows, K plans, V tokens, J tokens looked up a row, H what a head reads. x [T, P, H], weight [N V, H], bias [K, V],
 where P N is K or 1: one head a plan (N = K), one input a plan (P = K), or neither, and plans differ by bias alone.
