@@ -50,7 +50,6 @@ from configurator import (
     config_hash,
     configure,
     differences,
-    from_dict,
 )
 from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
@@ -62,8 +61,8 @@ from measure.speed import fitting_batch_size, flops_per_token, matmul_rate
 from measure.writing import preview
 from sources.corpus import Corpus, read_corpus
 from sources.foreign import APELR
-from sources.foreign_apelr import ALIASES, convert, fill_in, is_source_checkpoint, known_beside
-from sources.foreign_apelr_start import go_on, put_in, start_from, to_go_on
+from sources.foreign_apelr import ALIASES
+from sources.foreign_apelr_start import converted, go_on, opened, put_in, start_from, to_go_on
 from sources.foreign_checkpoints import checkpoint_in
 from sources.foreign_plans import commit_source, cross_source, start_as_source
 from sources.foreign_transformer import TransformerLM, plain_head
@@ -110,7 +109,9 @@ class Config:
     token_dim: Count = 96  # of token embeddings
     num_plan_states: Count = 8  # K
     num_experts: Count | None = None  # of v2, one a plan: default and only choice num_plan_states
-    experts: Literal["full", "bias"] = "full"  # of v2. full: K heads | bias: one head and K vocabulary biases
+    experts: Literal["full", "bias", "lowrank"] = "full"  # of v2. full: K heads | bias: one head, K vocabulary biases |
+    # ^ lowrank: and K matrices of rank expert_rank
+    expert_rank: Count = 16  # r
     chunk_size: Count = 16  # tokens that share a plan, C
     fusion_dim: Count = 128  # of v1: where state and plan meet
     compat: Literal["", "source"] = ""  # source: boundary, lookahead, repetition, samples, start, decay as it has them
@@ -173,6 +174,7 @@ class Config:
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
@@ -387,7 +389,8 @@ BACKBONES["transformer_lm"] = TransformerLM  # the source's own, for what it tra
 # Experts: what every plan predicts, log p_{t,k} = log_softmax(logits_{t,k})
 # ---------------------------------------------------------------------------------------------------------------
 # Logits [T, K, V] never exist as a whole. Experts say what the heads read (`inputs`, [T, P, H], one input a plan or one
-# for all) and the heads (`table`: a matrix [V, H] or [K V, H], a bias [K, V]); kernels/log_probs.py streams the rest.
+# for all) and the heads (`table`: a matrix [V, H], [K V, H] or of low rank, a bias [K, V]); kernels/log_probs.py
+# streams the rest.
 # Dropout has one mask for all plans, which would otherwise differ by their masks alone.
 class LinearExperts(nn.Module):
     """logits_{t,k} = W_k h_t + c_k: a head for each plan and nothing shared (K = 1 is the baseline)."""
@@ -429,6 +432,31 @@ class BiasExperts(nn.Module):
         return self.head.weight, self.head.bias + self.plan_bias
 
 
+class LowRankExperts(BiasExperts):
+    """logits_{t,k} = W h_t + U_k F h_t + c + v_k: plans also differ by what r features of the state, F h, mean to each.
+
+    Costs K vectors of length r a token of the vocabulary, and of time less than K heads of any width.
+    """
+
+    log_probs = staticmethod(log_probs)
+
+    def __init__(self, cfg: Config, vocab_size: int):
+        super().__init__(cfg, vocab_size)
+        self.features = nn.Linear(cfg.d_model, cfg.expert_rank, bias=False)  # F
+        xavier(self.features)
+        # Near the shared head: noise, as of the biases, of 0.1 a logit where features are of size 1.
+        noise = torch.randn(cfg.num_plan_states, vocab_size, cfg.expert_rank)
+        self.plan_weight = nn.Parameter(noise * 0.1 / cfg.expert_rank**0.5)  # U
+
+    def inputs(self, h: Tensor) -> Tensor:
+        h = self.drop(h)
+        return torch.cat([h, self.features(h)], 1)[:, None]  # [T, 1, H + r]
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        weight, bias = super().table()
+        return torch.cat([weight, *self.plan_weight], 1), bias  # [V, H + K r]
+
+
 class TanhExperts(nn.Module):
     """logits_{t,k} = W_o tanh(W_s h_t + c_s + W_p u_k) + c_o + v_k: state and plan meet before one shared head."""
 
@@ -458,6 +486,9 @@ class TanhExperts(nn.Module):
 
     def table(self) -> tuple[Tensor, Tensor]:
         return self.out_proj.weight, self.out_proj.bias + self.plan_vocab_bias
+
+
+EXPERTS = {"full": LinearExperts, "bias": BiasExperts, "lowrank": LowRankExperts}  # of v2
 
 
 def xavier(layer: nn.Linear, gain: float = 1.0) -> None:
@@ -590,7 +621,7 @@ class Planner(Baseline):
         cfg = self.cfg
         C = cfg.chunk_size
         tau = tau or self.tau
-        fixed = self.fixed_belief(planner_mode, forced_state)
+        fixed = plans.fixed_belief(self.planner_init_logits, planner_mode, forced_state)
         if fixed is not None:
             return self.hold(fixed, evidence, context, tau)
 
@@ -644,20 +675,6 @@ class Planner(Baseline):
         gate = self.gate(before, tau, 0.0, 0)
         nll = -torch.logsumexp(gate + evidence, 2)
         return Beliefs(nll, before, gate, start, state, state)
-
-    def fixed_belief(self, planner_mode: str, forced_state: int | None) -> Tensor | None:
-        """The log belief [K] that a planner mode puts in the belief's place; None in normal mode."""
-        logits = self.planner_init_logits.detach()
-        K = len(logits)
-        if planner_mode == "normal":
-            return None
-        if planner_mode == "uniform_mask":
-            return torch.full_like(logits, -math.log(K))
-        if planner_mode == "forced_state" and forced_state in range(K):
-            chosen = torch.tensor(forced_state, device=logits.device)
-            return F.one_hot(chosen, K).to(logits).log()  # 0 for the plan, -inf for the others
-        raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, "
-                         f"uniform_mask, or forced_state and a plan from 0 to {K - 1}")
 
     def cross(self, belief: Tensor, context: Tensor) -> Tensor:
         return self.rule(belief, self.planner_transition_logits, context)
@@ -912,7 +929,7 @@ def build_model(cfg: Config, vocab_size: int | None = None) -> Baseline:
     elif cfg.version == "v1_filtered_mixture":
         model = FilteredMixture(cfg, V, TanhExperts)
     else:
-        model = PlannerRequired(cfg, V, BiasExperts if cfg.experts == "bias" else LinearExperts)
+        model = PlannerRequired(cfg, V, EXPERTS[cfg.experts])
     if cfg.backbone == "transformer_lm":
         plain_head(model)
     elif cfg.compat:
@@ -1194,13 +1211,7 @@ def load_run(path: Path, device: str = "auto") -> tuple[Config, Baseline, int, d
 
     Raises CheckpointError.
     """
-    if is_source_checkpoint(path):
-        model = load_source_checkpoint(path, Config(device=device))
-        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
-    state = checkpoint.load(checkpoint.best_of(path), __file__, vocab_size=int)
-    cfg = from_dict(Config, state["config"] | {"device": device}, str(path), ALIASES)
-    model = checkpoint.build_with(state["model"], path, lambda: build_model(cfg, state["extra"]["vocab_size"]))
-    return cfg, model, state["step"], state["extra"]
+    return opened(path, __file__, Config(device=device), build_model)
 
 
 def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None) -> Baseline:
@@ -1210,10 +1221,7 @@ def load_source_checkpoint(source: str | Path | dict, cfg: Config | None = None)
         source: a checkpoint file, what is in it, or a bare state dict. cfg: settings that it does not tell.
     Weights that are missing keep their start and unknown ones are left out; both are printed. Raises CheckpointError.
     """
-    settings, weights, _ = convert(source)
-    cfg = Config(**config_dict(cfg or Config()) | settings)
-    kind = weights["token_emb.weight"].dtype  # the precision that it was saved in
-    return checkpoint.build_with(weights, "the source checkpoint", lambda: build_model(cfg).to(kind), fill_in).eval()
+    return converted(source, cfg or Config(), build_model)
 
 
 def analyze(cfg: Config) -> dict:
@@ -1221,7 +1229,7 @@ def analyze(cfg: Config) -> dict:
     path = checkpoint_in(cfg.analyze)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.
-    for name in ("precision", "data", "seq_len", "final_eval_batches"):
+    for name in ("precision", "matmul_precision", "data", "seq_len", "final_eval_batches"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:

@@ -136,6 +136,7 @@ class Config:
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases; project and entity below or from .env
     wandb_project: str = ""
@@ -776,7 +777,8 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to.
-    for name in ("precision", "bootstrap", "probe", "data", "validation_data", "final_split", "icl_early", "icl_late"):
+    for name in ("precision", "matmul_precision", "bootstrap", "probe", "data", "validation_data", "final_split",
+                 "icl_early", "icl_late"):
         if getattr(cfg, name) != getattr(Config(), name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:

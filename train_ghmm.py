@@ -131,6 +131,7 @@ class Config:
     seed: Whole = 1337
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
@@ -728,7 +729,7 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
-    for name in ("precision", "max_words", "last_token_only", "deal_seed"):
+    for name in ("precision", "matmul_precision", "max_words", "last_token_only", "deal_seed"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(run, name, getattr(cfg, name))
     with Runtime(run) as rt:

@@ -56,6 +56,7 @@ from sources.cell_sets import (  # noqa: F401
     control_pools,
     known_perturbations,
     renumber,
+    same_lengths,
     same_meaning,
     summary_of,
 )
@@ -185,6 +186,7 @@ class Config:
     seed: Whole = 42  # of weights, sentences and held-out conditions
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it, else fp32
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products: torch's own names
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases; project and entity below or from .env
     wandb_project: str = ""
@@ -773,16 +775,6 @@ def validate(
     return {name: sum(part[name] for part, _ in shares) / total for name in shares[0][0]}
 
 
-def same_lengths(sentences: list, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Targets [b, s] and controls [b, s, k] of sentences that have one length, of at most so many cells."""
-    for length in sorted({len(targets) for targets, _ in sentences}):
-        members = [sentence for sentence in sentences if len(sentence[0]) == length]
-        at_once = max(1, most // length)
-        for i in range(0, len(members), at_once):
-            targets, controls = zip(*members[i : i + at_once], strict=True)
-            yield np.stack(targets), np.stack(controls)
-
-
 @torch.no_grad()
 def predict_sentences(
     model: StateTransitionPerturbationModel,
@@ -1175,7 +1167,7 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
-    for name in ("precision", "toml_config_path", "ram_budget_gb"):
+    for name in ("precision", "matmul_precision", "toml_config_path", "ram_budget_gb"):
         if getattr(cfg, name) != getattr(Config, name):
             setattr(saved, name, getattr(cfg, name))
     with Runtime(saved) as rt:

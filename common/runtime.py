@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -49,10 +50,12 @@ class Due(NamedTuple):
 class Runtime:
     """Use as a context manager around the whole of train(); leaving it closes the process group, also on error.
 
-    Reads from the config: device (auto | cpu | cuda | cuda:N | mps), precision (auto | fp32 | bf16 | fp16), compile
-    (auto | true | false), seed. Exits with code 2 where the machine does not have what was asked for.
+    Reads from the config: device (auto | cpu | cuda | cuda:N | mps), precision (auto | fp32 | bf16 | fp16),
+    matmul_precision (highest | high | medium; highest where a page has no such setting), compile (auto | true | false),
+    seed. Exits with code 2 where the machine does not have what was asked for.
 
-    Attributes: device, precision, reason (why this precision), rank, local_rank, world_size, is_main, scaler.
+    Attributes: device, precision, reason (why this precision), matmul_precision, rank, local_rank, world_size, is_main,
+    scaler.
     """
 
     def __init__(self, cfg):
@@ -61,6 +64,7 @@ class Runtime:
         self.is_main = self.rank == 0
         self.device = _pick_device(cfg.device, self.local_rank)
         self.precision, self.reason = _pick_precision(cfg.precision, self.device)
+        self.matmul_precision = getattr(cfg, "matmul_precision", "highest")
         self.compile = str(cfg.compile).lower() == "true" or (cfg.compile == "auto" and self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.ranks: Ranks | None = None  # where there are several
@@ -72,12 +76,14 @@ class Runtime:
 
     def __enter__(self) -> "Runtime":
         _keep_freed_memory()
-        if self.device.type == "cpu":  # what drivers of a GPU set aside is no memory that is used
-            self._stack.enter_context(within_memory())
+        # Of float32 products as asked, with any precision: those that autocast leaves, and all of them without it.
+        self._stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        if self.device.type == "cpu":
+            self._stack.enter_context(_without_denormals())
+            self._stack.enter_context(within_memory())  # what drivers of a GPU set aside is no memory that is used
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            # TF32 is bf16's partner for what autocast leaves in float32; precision=fp32 means full float32.
-            torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
         if self.world_size > 1:
             self._join()
         self.reseed()
@@ -333,7 +339,8 @@ class Runtime:
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return (f"device {self.device} ({name}, threads {torch.get_num_threads()}) | precision {self.precision} "
-                f"({self.reason}) | compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
+                f"({self.reason}), float32 products {self.matmul_precision} | "
+                f"compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
 
 
 @contextlib.contextmanager
@@ -477,6 +484,23 @@ def _pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return "bf16", "auto: this GPU has it"
     return "fp32", "auto: bf16 only pays on this device for wide layers" if device.type == "cpu" else "auto"
+
+
+@contextlib.contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Take numbers too small for all their digits as 0: a product with one costs some Intel processors 100 cycles.
+
+    Adam's moments of what has no gradient any more fade into such numbers. The threads that compute have this from the
+    one that starts them, so it comes before the first operator of a run.
+    """
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # whose least numbers older numpy looks for, and warns where there are none
+    before = sys.float_info.min / 2 == 0
+    torch.set_flush_denormal(True)  # False where the processor has no such mode
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def _keep_freed_memory() -> None:

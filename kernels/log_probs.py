@@ -18,6 +18,7 @@ V 1,024, H 128). shared_log_probs does the same where all plans share one head, 
 
 T rows, K plans, V tokens, J tokens looked up a row, H what a head reads. x [T, P, H], weight [N V, H], bias [K, V],
 where P N is K or 1: one head a plan (N = K), one input a plan (P = K), or neither, and plans differ by bias alone.
+Low rank: x [T, 1, H + r] is (h, s) and weight [V, H + K r] is (W, U_1, ..., U_K), for logits W h + U_k s + b_k.
 """
 
 import torch
@@ -71,12 +72,32 @@ def blocks(T: int, size: int) -> list[slice]:
 def block_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits [R, K, V] of a block of x [R, P, H], in one matrix product for all plans."""
     K, V = bias.shape
+    if weight.shape[1] != x.shape[2]:
+        return low_rank_logits(x[:, 0], weight, bias)
     product = x.flatten(0, 1) @ weight.t()
     product = product.to(bias.dtype)
     product = product.view(len(x), -1, V)  # [R, K or 1, V]
     if product.shape[1] == K:
         return product.add_(bias)  # in place: no second buffer of the block's size
     return product + bias
+
+
+def low_rank(x: Tensor, weight: Tensor, K: int) -> tuple[int, int]:
+    """(H, r) of low rank: the widths of x and weight are H + r and H + K r."""
+    rank = (weight.shape[1] - x.shape[-1]) // (K - 1)
+    return x.shape[-1] - rank, rank
+
+
+def low_rank_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """W h + U_k s + b_k for x [R, H + r], as [R, K, V]: a product of all plans, and a thin one a plan."""
+    H, rank = low_rank(x, weight, len(bias))
+    columns = weight.t()
+    shared = x[:, :H] @ columns[:H]  # [R, V]
+    own = columns[H:].unflatten(0, (-1, rank))  # [K, r, V], without a copy
+    logits = torch.matmul(x[:, H:], own)  # plan by plan [K, R, V]
+    logits = logits.to(bias.dtype)
+    logits.add_(shared).add_(bias[:, None])
+    return logits.transpose(0, 1)
 
 
 class Gradients:
@@ -91,6 +112,7 @@ class Gradients:
         self.half = weight.dtype
         V = bias.shape[1]
         self.shared = x.shape[1] * len(weight) == V  # one product for all plans
+        self.low_rank = weight.shape[1] != x.shape[2]
         self.dx = torch.empty(x.shape, dtype=bias.dtype, device=x.device)
         self.dweight = torch.zeros(weight.shape, dtype=bias.dtype, device=x.device)
         self.dbias = torch.zeros_like(bias)
@@ -98,6 +120,9 @@ class Gradients:
     def add(self, rows: slice, delta: Tensor) -> None:
         """delta [R, K, V]: the gradient of the block's logits, which is overwritten."""
         self.dbias += delta.sum(0)
+        if self.low_rank:
+            self.add_low_rank(rows, delta)
+            return
         # What a product of block_logits gave, row by row: the logits of all plans where they share it.
         if self.shared:
             flat = delta.sum(1)
@@ -112,6 +137,21 @@ class Gradients:
             of_x, of_weight = scaled_head_gradients(flat, x, self.weight)
             dx.copy_(of_x.view(dx.shape))
             self.dweight += of_weight
+
+    def add_low_rank(self, rows: slice, delta: Tensor) -> None:
+        """The same of low rank: h and W get the sum over plans, s that of each plan's U_k."""
+        x = self.x[rows, 0]
+        dx = self.dx[rows, 0]
+        H, rank = low_rank(x, self.weight, delta.shape[1])
+        of_h, of_shared = scaled_head_gradients(delta.sum(1), x[:, :H], self.weight[:, :H])
+        dx[:, :H] = of_h
+        dx[:, H:] = 0
+        self.dweight[:, :H] += of_shared
+        for k, own in enumerate(delta.unbind(1)):
+            columns = slice(H + k * rank, H + (k + 1) * rank)
+            of_s, of_own = scaled_head_gradients(own, x[:, H:], self.weight[:, columns])
+            dx[:, H:] += of_s
+            self.dweight[:, columns] += of_own
 
 
 # ---------------------------------------------------------------------------------------------------------------

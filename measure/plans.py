@@ -34,6 +34,25 @@ def kl_to_uniform(p: torch.Tensor) -> torch.Tensor:
     return math.log(len(p)) - entropy(p.clamp_min(torch.finfo(p.dtype).tiny).log())
 
 
+def fixed_belief(logits: torch.Tensor, planner_mode: str, forced_state: int | None) -> torch.Tensor | None:
+    """The log belief [K] that a planner mode puts in the place of a planner's own; None in normal mode.
+
+    logits [K]: of its prior, for the kind and the place. Raises ValueError for a mode or a plan that there is not.
+    """
+    logits = logits.detach()
+    K = len(logits)
+    if planner_mode == "normal":
+        return None
+    if planner_mode == "uniform_mask":
+        return torch.full_like(logits, -math.log(K))
+    if planner_mode == "forced_state" and forced_state in range(K):
+        belief = torch.full_like(logits, -math.inf)
+        belief[forced_state] = 0.0
+        return belief
+    raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, "
+                     f"uniform_mask, or forced_state and a plan from 0 to {K - 1}")
+
+
 @torch.no_grad()
 def compare_experts(model, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Jensen-Shannon divergence of every pair of plans [K, K], mean probability of every token [K, V]), h [T, H]."""

@@ -43,7 +43,7 @@ from sources.shared import counted
 # Settings that runs of one study may differ in, and those of the measurements after training.
 APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "data", "budget", "budget_tokens",
          "control_of", "final_split", "icl_early", "icl_late", "eval_chunks", "bootstrap", "probe", "precision",
-         "wandb_project", "wandb_entity")  # fmt: skip
+         "matmul_precision", "wandb_project", "wandb_entity")  # fmt: skip
 NOT_SAID = "not said"  # by results of older runs
 
 

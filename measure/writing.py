@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.log_probs import block_logits
+from measure.plans import fixed_belief
 
 
 def prefill(model, ids: torch.Tensor, head_type: torch.dtype | None = None) -> dict:
@@ -105,7 +106,7 @@ def predict(
 def believed(model, state: dict, planner_mode: str = "normal", forced_state: int | None = None) -> torch.Tensor:
     """The log belief [B, K] that a mode writes by."""
     belief = state["belief"]
-    fixed = model.fixed_belief(planner_mode, forced_state)
+    fixed = fixed_belief(model.planner_init_logits, planner_mode, forced_state)
     if fixed is None:
         return belief
     return fixed.expand_as(belief)

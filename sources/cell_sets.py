@@ -1,5 +1,6 @@
 """Cells arranged for a model: control cells of each group, a choice of each group, the numbers of an earlier run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,16 @@ def _stretches(ascending: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np
     begin = np.searchsorted(ascending, codes, "left")
     end = np.searchsorted(ascending, codes, "right")
     return begin, end
+
+
+def same_lengths(sentences: list, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Targets [b, s] and controls [b, s, k] of sentences that have one length, of at most so many cells."""
+    for length in sorted({len(targets) for targets, _ in sentences}):
+        members = [sentence for sentence in sentences if len(sentence[0]) == length]
+        at_once = max(1, most // length)
+        for i in range(0, len(members), at_once):
+            targets, controls = zip(*members[i : i + at_once], strict=True)
+            yield np.stack(targets), np.stack(controls)
 
 
 def codes_of(names: list[str], known: list[str], what: str, where: str) -> list[int]:

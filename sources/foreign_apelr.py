@@ -32,7 +32,7 @@ SPECIAL_TOKENS = ["<bos>", "<eos>", "<pad>", "<unk>"]
 NO_EFFECT = (  # what decides how fast the same is computed, where it is kept, or what is printed on the way
     "adaptive_batch.probe_batch_size",
     "adaptive_batch.reprobe_interval_steps", "batch_size_probe", "distributed", "async_planner", "compile.mode",
-    "compile.fullgraph", "compile.dynamic", "fused_adamw", "allow_tf32", "matmul_precision", "save_optimizer_state",
+    "compile.fullgraph", "compile.dynamic", "fused_adamw", "allow_tf32", "save_optimizer_state",
     "stride", "max_nonfinite_steps", "preview_interval", "max_train_examples", "max_val_examples",
     "max_train_chars", "max_val_chars", "min_chars", "streaming", "train_split", "val_split", "cache_dir",
     "token_cache", "token_cache_dir", "reuse_token_cache", "max_train_tokens", "max_val_tokens",
@@ -114,7 +114,7 @@ def completed(given: dict[str, Any], values: dict[str, Any], fields: dict[str, s
         more |= transformer(values, fields)
     if values["schedule"] == "constant":
         more["warmup_steps"] = 0  # the source warms up to a cosine alone
-    more |= precision_of(given, values, fields) | batch_of(given, values)
+    more |= precision_of(given, values, fields, early) | batch_of(given, values)
     return more | data_of(given, values)
 
 
@@ -169,16 +169,20 @@ def transformer(values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any
     return sizes | {"token_dim": sizes.get("d_model", values["d_model"])} | OF_V2_ALONE
 
 
-def precision_of(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
-    """fp16 on CUDA where nothing is said; half precision is for CUDA alone."""
-    if "precision" in given:
-        return {}
+def precision_of(given: dict[str, Any], values: dict[str, Any], fields: dict[str, str], early: bool) -> dict[str, Any]:
+    """fp16, and float32 products of precision high, on CUDA where nothing is said; less than full is for CUDA alone."""
     on_cuda = torch.cuda.is_available() and values["device"].startswith(("auto", "cuda"))
-    if on_cuda:
-        return {} if "precision" in fields else {"precision": "fp16"}
-    if "precision" in fields and values["precision"] != "fp32":
-        note(f"precision = {values['precision']} of {fields['precision']} is for CUDA alone: precision = fp32")
-    return {"precision": "fp32"}
+    more = {}
+    for name, there, full in (("precision", "fp16", "fp32"), ("matmul_precision", "high", "highest")):
+        if early and name == "matmul_precision":
+            there = full  # which it does not touch
+        if name in given:  # as asked for here
+            continue
+        if not on_cuda and name in fields and values[name] != full:
+            note(f"{name} = {values[name]} of {fields[name]} is for CUDA alone: {name} = {full}")
+        if not on_cuda or name not in fields:
+            more[name] = there if on_cuda else full
+    return more
 
 
 def batch_of(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ What such a run takes over, and how the state of the source's AdamW becomes one 
 Config, of which only fields are read and replaced.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 
 from common import checkpoint
 from common.errors import CheckpointError, DataError, InputError
+from configurator import config_dict, from_dict
 from sources.foreign_apelr import (
+    ALIASES,
     convert,
     fill,
+    fill_in,
     is_source_checkpoint,
     known_beside,
     our_names,
@@ -26,11 +30,37 @@ from sources.foreign_apelr import (
 )
 from sources.foreign_checkpoints import checkpoint_in, converting
 
-SIZES = ("version", "backbone", "experts", "n_layers", "d_model", "n_heads", "token_dim", "num_plan_states",
-         "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that decide the shapes of weights
+SIZES = ("version", "backbone", "experts", "expert_rank", "n_layers", "d_model", "n_heads", "token_dim",
+         "num_plan_states", "num_experts", "fusion_dim", "d_ff", "max_seq_len")  # settings that weights' shapes follow
 ADAMW = ("exp_avg", "exp_avg_sq", "step")  # what it knows of a weight
 RULES = ("compat", "boundary", "chunk_size", "carry_posterior", "token_filtering", "planner_context_scale",
          "planner_temperature", "lookahead_horizon", "lookahead_feedback_scale")  # and how a model computes with them
+
+
+def opened(path: Path, script: str, default, build: Callable) -> tuple:
+    """(settings, model, steps done, extra state) of a run folder, a checkpoint or a source checkpoint.
+
+    script: the page's file. default: settings, of which the device is kept and, for a checkpoint of the source, what
+    that does not tell. build: (settings, vocabulary) -> model. Raises CheckpointError.
+    """
+    if is_source_checkpoint(path):
+        model = converted(path, default, build)
+        return model.cfg, model, convert(path)[2], {"vocab_size": model.cfg.vocab_size, **known_beside(path)}
+    state = checkpoint.load(checkpoint.best_of(path), script, vocab_size=int)
+    cfg = from_dict(type(default), state["config"] | {"device": default.device}, str(path), ALIASES)
+    model = checkpoint.build_with(state["model"], path, lambda: build(cfg, state["extra"]["vocab_size"]))
+    return cfg, model, state["step"], state["extra"]
+
+
+def converted(source: str | Path | dict, default, build: Callable) -> torch.nn.Module:
+    """A model with the weights of an APEL-R checkpoint or state dict; settings that it does not tell are the default.
+
+    Weights that are missing keep their start and unknown ones are left out; both are printed. Raises CheckpointError.
+    """
+    settings, weights, _ = convert(source)
+    cfg = type(default)(**config_dict(default) | settings)
+    kind = weights["token_emb.weight"].dtype  # the precision that it was saved in
+    return checkpoint.build_with(weights, "the source checkpoint", lambda: build(cfg).to(kind), fill_in).eval()
 
 
 def to_go_on(cfg):

@@ -37,4 +37,6 @@ def start_as_source(model: torch.nn.Module, head_gain: float) -> None:
     """Smaller embeddings and heads, in place. head_gain: what the heads are larger by than Xavier's bound."""
     model.token_emb.weight.mul_(EMBEDDING_SIZE)
     heads, _ = model.experts.table()  # shares the memory of the weights
+    if hasattr(model.experts, "head"):  # of all plans
+        heads = model.experts.head.weight
     heads.div_(head_gain)

@@ -140,8 +140,8 @@ def plain_head(model: nn.Module) -> None:
     Raises InputError for a model whose plans share a head.
     """
     if not hasattr(model.experts, "weight"):
-        raise InputError("backbone=transformer_lm starts no head that plans share, as version=v1_filtered_mixture and "
-                         "experts=bias have it: use backbone=transformer")
+        raise InputError("backbone=transformer_lm starts no head that plans share, as version=v1_filtered_mixture, "
+                         "experts=bias and experts=lowrank have it: use backbone=transformer")
     nn.init.normal_(model.token_emb.weight, std=START)
     nn.init.normal_(model.experts.weight, std=START)
     # Its head has no bias: 0, and nothing that trains.

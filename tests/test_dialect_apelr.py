@@ -82,7 +82,8 @@ DEFAULTS = dict(  # of the source's training and of its model classes
     version=V2, backbone="gru", compat="source", schedule="constant", warmup_steps=0, min_lr=0.0001, weight_decay=0.01,
     beta1=0.9, beta2=0.95, grad_clip=1.0, grad_accum=1, batch_size=1, seed=42, log_interval=20, eval_interval=200,
     eval_batches=20, final_eval_batches=20, preview_prompt="Once upon a time", preview_tokens=120, precision="fp32",
-    compile="false", device="auto", entropy_reg_weight=0.0, chunk_bow_weight=0.0, chunk_bow_warmup_steps=0,
+    matmul_precision="highest", compile="false", device="auto", entropy_reg_weight=0.0,
+    chunk_bow_weight=0.0, chunk_bow_warmup_steps=0,
     plan_mi_weight=0.0, chunk_post_kl_weight=0.0, loss_weights={}, rep_window=0, planner_context_scale=1.0,
     planner_self_bias=None, planner_temperature=1.0, plan_temperature_start=None, plan_temperature_end=None,
     token_filtering=True, carry_posterior=True, future_horizon_chunks=2, lookahead_horizon=2, plan_commitment="soft",
@@ -261,6 +262,18 @@ def test_half_precision_is_for_a_gpu(capsys, monkeypatch):
     assert [read(more).precision for more in ({}, {"device": "cpu"}, {"train": {"precision": "bf16"}})] == [
         "fp16", "fp32", "bf16"]
     assert read({"device": "cuda"}).device == "cuda"
+
+
+def test_less_precise_products_are_for_a_gpu(capsys, monkeypatch):
+    """As there: matmul_precision is read where there is CUDA, and is high there where it is absent."""
+    asked = {"train": {"matmul_precision": "medium"}}
+    assert read(asked).matmul_precision == "highest"
+    assert "matmul_precision = medium of theirs.yaml is for CUDA alone: matmul_precision = highest" in \
+        capsys.readouterr().err
+    assert read(asked, "--matmul_precision=medium").matmul_precision == "medium"  # asked for here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [read(more).matmul_precision for more in ({}, {"device": "cpu"}, asked)] == ["high", "highest", "medium"]
+    assert read({}, "--dialect=apelr_early").matmul_precision == "highest"  # which does not know it
 
 
 def test_version_one_has_neither_temperature_nor_samples_nor_a_look_ahead():
@@ -696,7 +709,8 @@ def test_a_sample_of_the_source_is_noise_where_it_is_not_hard():
     assert torch.equal(model.commit(belief, 0.7, 0.0), belief)
 
 
-@pytest.mark.parametrize("version, experts", [(V1, "full"), (V2, "full"), (V2, "bias"), ("baseline", "full")])
+@pytest.mark.parametrize("version, experts", [(V1, "full"), (V2, "full"), (V2, "bias"), (V2, "lowrank"),
+                                              ("baseline", "full")])
 def test_the_start_is_that_of_the_source(version, experts):
     sizes = dict(version=version, experts=experts, d_model=64, token_dim=50, fusion_dim=40, num_plan_states=3)
     started = {}

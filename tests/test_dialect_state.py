@@ -61,7 +61,8 @@ OF_STATE = {
     "optimizer": "adam", "schedule": "constant", "warmup_steps": 0, "lr": 1e-4, "batch_size": 16, "grad_accum": 1,
     "grad_clip": 10.0, "max_steps": 400_000, "eval_interval": 2000, "log_interval": 50, "seed": 42,
     "confidence_weight": 0.01, "confidence_per_set": True, "compat_relu": True, "precision": "fp32",
-    "out_dir": "debugging/debug", "wandb": False, "resume": "auto", "save_interval": 2000, "eval_sentences": 1_000_000,
+    "matmul_precision": "medium", "out_dir": "debugging/debug", "wandb": False, "resume": "auto",
+    "save_interval": 2000, "eval_sentences": 1_000_000,
 }  # fmt: skip
 OF_SMOLSTATE = OF_STATE | {
     "pert_col": "target_gene", "batch_col": "batch_var", "control_pert": "non-targeting", "output_space": "gene",
@@ -69,7 +70,7 @@ OF_SMOLSTATE = OF_STATE | {
     "d_head": 84, "d_mlp": 2688, "n_encoder_layers": 4, "n_decoder_layers": 4, "use_basal_projection": False,
     "gene_decoder_bool": False, "pert_norm": True, "optimizer": "adamw", "schedule": "cosine", "min_lr": 1e-6,
     "weight_decay": 5e-4, "batch_size": 8, "max_steps": 10_000, "log_interval": 100, "confidence_weight": 0.1,
-    "confidence_per_set": False, "out_dir": "out/smolstate_run",
+    "confidence_per_set": False, "out_dir": "out/smolstate_run", "matmul_precision": "highest",
 }  # fmt: skip
 
 
@@ -78,7 +79,11 @@ OF_SMOLSTATE = OF_STATE | {
                                   f"data=perturbation wandb=default {TOML}"])
 def test_what_a_command_of_state_leaves_out_is_states_default(line, capsys):
     assert differs(read(line), OF_STATE | {"toml_config_path": "x.toml"}) == {}
-    assert "note: read as State (arc-state 0.11.1): absent keys take its defaults" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "note: read as State (arc-state 0.11.1): absent keys take its defaults" in told
+    assert "note: matmul_precision = medium, as State sets it" in told
+    assert read(f"{line} matmul_precision=highest").matmul_precision == "highest"
+    assert "matmul_precision" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["train", "smolstate train", "--dialect=smolstate", "train --model state_sm"])

@@ -539,7 +539,7 @@ def test_what_the_transformer_of_the_source_cannot_do_is_one_sentence(itos, text
         capsys, "import", "bare.pt", main=prepare_data.main)  # fmt: skip
     told = refused(capsys, *TINY, f"--data={text}", "--version=transformer_lm", "--d_model=10", "--token_dim=10")
     assert "d_model = 10 must be a multiple of n_heads = 4" in told
-    for words in (["--version=v1_filtered_mixture"], ["--version=v2_planner_required", "--experts=bias"]):
+    for words in (["--version=v1_filtered_mixture"], ["--experts=bias"], ["--experts=lowrank"]):
         told = refused(capsys, *TINY, f"--data={text}", "--backbone=transformer_lm", "--token_dim=128", *words)
         assert "backbone=transformer_lm starts no head that plans share" in told and not Path("run").exists()
 

@@ -225,6 +225,23 @@ def test_only_the_first_rank_of_a_machine_prints_such_an_error(monkeypatch, caps
     assert exit_.value.code == 2 and capsys.readouterr().err == ""
 
 
+def is_flushed() -> bool:
+    """Whether this thread takes numbers too small for all their digits as 0."""
+    return float(torch.full((64,), 1e-30).mul(1e-10).max()) == 0
+
+
+def test_a_run_has_the_precision_of_products_that_was_asked_for_and_no_denormals():
+    other = torch.get_float32_matmul_precision()
+    assert not is_flushed()
+    for asked in ("highest", "high", "medium"):
+        with Runtime(settings(matmul_precision=asked, precision="bf16")) as rt:
+            assert torch.get_float32_matmul_precision() == asked and is_flushed()
+            assert f"float32 products {asked}" in rt.describe()
+        assert torch.get_float32_matmul_precision() == other and not is_flushed()
+    with Runtime(settings()):  # of a copy of an older page
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_autocast_computes_in_the_precision_that_was_asked_for():
     x, y = torch.randn(4, 4), torch.randn(4, 4)
     found = {}

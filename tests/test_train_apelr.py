@@ -287,6 +287,7 @@ def test_two_ranks_train_like_one(version, planted):
 @pytest.mark.parametrize("settings", [
     (f"--version={V1}", "--usage_balance_weight=0.1", "--chunk_bow_weight=0.1", "--chunk_bow_warmup_steps=3"),
     (f"--version={V2}", "--experts=bias"), (f"--version={V2}", "--backbone=transformer", "--dropout=0.1"),
+    ("--experts=lowrank", "--expert_rank=3", "--precision=bf16", "--loss_weights={'plan_js_div': 0.1}"),
     ("--version=baseline",), ("--version=baseline", "--backbone=transformer"), ("--num_plan_states=1",),
     ("--compat=source",), ("--precision=bf16",), ("--num_plan_states=1", f"--version={V1}"), ("--chunk_size=1",),
     ("--batch_size=auto", "--cpu_batch_size=6", "--grad_accum=2"), ("--schedule=constant",),
@@ -342,7 +343,8 @@ ON_META = {
     "v1": {"version": V1, "entropy_reg_weight": 0.1, "usage_balance_weight": 0.1, "chunk_bow_weight": 0.1,
            "plan_mi_weight": 0.1, "chunk_post_kl_weight": 0.1},
     "v2": {"plan_commitment": "gumbel_st", "loss_weights": dict.fromkeys(train_apelr.V2_TERMS, 0.1), "rep_window": 3},
-    "v2-bias": {"experts": "bias"}, "v2-source": {"compat": "source", "planner_temperature": 0.8},
+    "v2-bias": {"experts": "bias"}, "v2-lowrank": {"experts": "lowrank", "loss_weights": {"plan_js_div": 0.1}},
+    "v2-source": {"compat": "source", "planner_temperature": 0.8},
     "transformer": {"backbone": "transformer"}, "baseline": {"version": "baseline"},
     "transformer_lm": {"version": "transformer_lm", "token_dim": 128},
 }
@@ -717,6 +719,7 @@ def test_a_baseline_of_other_settings_is_refused_before_the_planner_trains(text,
 
 SIZES = {
     "v2": {}, "v1": {"version": V1}, "bias": {"experts": "bias"}, "deep": {"n_layers": 4},
+    "lowrank": {"experts": "lowrank"},
     "transformer": {"backbone": "transformer"}, "transformer of v1": {"backbone": "transformer", "version": V1},
     "many plans": {"num_plan_states": 64}, "one plan": {"num_plan_states": 1}, "untied": {"n_heads": 1},
 }
