@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
+from common.ahead import send
 from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -284,10 +285,7 @@ class Batches:
             tokens = self.windows(rows, tokens, rng)
         # Every rank draws the whole batch and keeps its part, so that any number of ranks trains on the same.
         tokens = torch.from_numpy(tokens.astype(np.int64))
-        tokens = self.rt.share(tokens)
-        if self.rt.device.type == "cuda":  # pinned memory is copied while the device computes
-            return tokens.pin_memory().to(self.rt.device, non_blocking=True)
-        return tokens.to(self.rt.device)
+        return send(self.rt.share(tokens), self.rt.device)
 
     def rows(self, step: int) -> np.ndarray:
         """Rows of the whole batch of a step, [B]."""
@@ -639,12 +637,12 @@ def train(cfg: Config) -> dict:
         rt.reseed(rt.rank)
         params = list(model.parameters())
         optimizer = rt.adamw(parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-        batches = Batches(rt, chunks, rows, cfg)
 
         # Steps follow from the epochs. An epoch is as long for every K: the budget is.
         epoch_steps = math.ceil(len(rows) / cfg.batch_size)
         all_steps = math.ceil(cfg.epochs * len(rows) / cfg.batch_size)
         max_steps = cfg.max_steps or all_steps
+        batches = rt.ahead(Batches(rt, chunks, rows, cfg), max_steps)  # on a GPU each is made during the step before
         # What the learning rate falls over, and its warm-up.
         fall, pace = max_steps, cfg
         if cfg.schedule_over == "epochs":

@@ -994,7 +994,7 @@ def train(cfg: Config) -> dict:
         cfg, cells, model, fresh = prepare(cfg, rt)
         optimizer = make_optimizer(model, cfg, rt)
         params = optimizer.param_groups[0]["params"]  # those that are not frozen
-        batches = Batches(rt, cells, cfg)
+        batches = rt.ahead(Batches(rt, cells, cfg), cfg.max_steps)  # on a GPU each is made during the step before
         validation = None  # without it the last step is the best
         if len(cells.rows("val", controls=False)):
             validation = [rows[: cfg.eval_sentences] for rows in Sentences(cells, "val", cfg).plan(0)]

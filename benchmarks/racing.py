@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from measure.speed import matmul_rate
+
 RESULTS: list[dict] = []  # of this run, for --json
 DOUBTFUL = 0.25  # the spread above which a figure is marked
 LEGEND = ("+-: (q3 - q1) / median of the rounds; a `!` after it: above 25%, not to be relied on; "
@@ -32,6 +34,7 @@ LEGEND = ("+-: (q3 - q1) / median of the rounds; a `!` after it: above 25%, not 
 STEADY = 0.10  # warmed up once a window's median differs by less than this from that of the window before
 WARM_WINDOWS, WARM_SECONDS = 10, 20.0  # after so many windows, or so long, it counts as warm all the same
 POOL = 32  # different batches that a side trains on, over and over, where it has no loader
+SHORT = False  # with --short: two rounds of one call each, to see that a benchmark runs
 
 
 class Rounds(tuple):
@@ -53,6 +56,10 @@ class Rounds(tuple):
         """count a second, of rounds in seconds."""
         return Rounds(count / seconds for seconds in self)
 
+    def rate_at(self, flops: float) -> "Rounds":
+        """Tokens/s, of rounds in FLOP/s, at so many FLOP a token."""
+        return Rounds(rate / flops for rate in self)
+
     def over(self, other: "Rounds") -> "Rounds":
         """The ratio in every round."""
         return Rounds(a / b for a, b in zip(self, other, strict=True))
@@ -61,11 +68,26 @@ class Rounds(tuple):
 # ---------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------
+def result(name: str, value: float | None, unit: str, against: str = "", ratio: float | None = None,
+           spread: float | None = None, ratio_spread: float | None = None) -> dict:
+    """As --json has it."""
+    return {
+        "name": name,
+        "value": value,
+        "unit": unit,
+        "against": against,
+        "ratio": ratio,
+        "spread": spread,
+        "ratio_spread": ratio_spread,
+        "marked": max(spread or 0, ratio_spread or 0) > DOUBTFUL,
+    }
+
+
 def report(name: str, value: float | Rounds, unit: str, against: str = "", peer: float | Rounds | None = None,
            spread: float | None = None) -> dict:
-    """Print a result and keep it for --json: {name, value, unit, against, ratio, spread, ratio_spread, marked}.
+    """Print a result and keep it. spread is that of value where it is a number; of rounds it is known.
 
-    spread is that of value and ratio_spread that of the ratio, where rounds are given; `spread` says it of a number.
+    The ratio is the median of the rounds' ratios where both sides have as many.
     """
     ratio = ratio_spread = None
     if peer and isinstance(value, Rounds) and isinstance(peer, Rounds) and len(value) == len(peer):
@@ -75,20 +97,11 @@ def report(name: str, value: float | Rounds, unit: str, against: str = "", peer:
         ratio = _middle(value) / _middle(peer)
     if isinstance(value, Rounds):
         spread = value.spread
-    result = {
-        "name": name,
-        "value": _middle(value),
-        "unit": unit,
-        "against": against,
-        "ratio": ratio,
-        "spread": spread,
-        "ratio_spread": ratio_spread,
-        "marked": max(spread or 0, ratio_spread or 0) > DOUBTFUL,
-    }
-    RESULTS.append(result)
+    found = result(name, _middle(value), unit, against, ratio, spread, ratio_spread)
+    RESULTS.append(found)
     versus = f"{ratio:7.2f} x {against}{_told(ratio_spread)}" if ratio else against
-    print(f"{name:<58} {result['value']:12.4g} {unit}{_told(spread)}  {versus}".rstrip(), flush=True)
-    return result
+    print(f"{name:<58} {found['value']:12.4g} {unit}{_told(spread)}  {versus}".rstrip(), flush=True)
+    return found
 
 
 def _middle(value: float | Rounds) -> float:
@@ -101,8 +114,7 @@ def _told(spread: float | None) -> str:
 
 def absent(name: str, advice: str) -> None:
     """A line for what cannot take part, with what to do about it: a result without a value."""
-    result = dict.fromkeys(("name", "value", "unit", "against", "ratio", "spread", "ratio_spread", "marked"))
-    RESULTS.append(result | {"name": name, "unit": "", "against": f"missing: {advice}", "marked": False})
+    RESULTS.append(result(name, None, "", f"missing: {advice}"))
     print(f"{name:<58} missing: {advice}", flush=True)
 
 
@@ -171,6 +183,16 @@ def _own_seconds() -> float:
     return sum(os.times()[:4])
 
 
+@contextlib.contextmanager
+def without_denormals() -> Iterator[None]:
+    """Numbers too small for all their digits are 0, in threads that are started meanwhile too, as in a run."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def peak_memory() -> float:
     """MB that this process held at most. (Linux's ru_maxrss of a started process includes its parent's.)"""
     status = Path("/proc/self/status")
@@ -190,10 +212,15 @@ def seconds(run: Callable, device: torch.device | str = "cpu", rounds: int = 5, 
 def in_turns(runs: dict[str, Callable], device: torch.device | str = "cpu", rounds: int = 5,
              lasting: float = 0.2) -> dict[str, Rounds]:
     """The same of several in one process, in turns."""
+    rounds, lasting = pace(rounds, lasting)
     for run in runs.values():
         warm_up(run, torch.device(device), lasting)
     rows = [{name: window(run, torch.device(device), lasting) for name, run in runs.items()} for _ in range(rounds)]
     return {name: Rounds(row[name] for row in rows) for name in runs}
+
+
+def pace(rounds: int, lasting: float) -> tuple[int, float]:
+    return (2, 0.0) if SHORT else (rounds, lasting)
 
 
 def warm_up(run: Callable, device: torch.device, lasting: float) -> None:
@@ -228,9 +255,10 @@ def synchronize(device: torch.device) -> None:
 # Races: each side in a process of its own
 # ---------------------------------------------------------------------------------------------------------------
 class Trainer:
-    """One side's training: a subclass sets what is listed, from (side, *shape).
+    """One side's training, made from (side, *shape): sets device, step() and, of ours, rt and flops_per_token().
 
-    device; draw() -> a fresh batch; loss(batch); autocast(); parameters, optimizer; flops_per_token() of ours.
+    The step here is that of a peer which leaves it to its users; it needs draw() -> a fresh batch, loss(batch),
+    autocast(), parameters and optimizer.
     """
 
     def step(self) -> None:
@@ -295,8 +323,13 @@ def _memory() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_initialized() else peak_memory() - _before
 
 
-def _flops() -> float:
-    return _trainer.flops_per_token()
+def _matmul_rate() -> float | None:
+    """FLOP/s of this process, with the same settings as the training in it."""
+    return matmul_rate(_trainer.rt) if hasattr(_trainer, "rt") else None
+
+
+def _flops() -> float | None:
+    return _trainer.flops_per_token() if hasattr(_trainer, "rt") else None
 
 
 @contextlib.contextmanager
@@ -312,41 +345,46 @@ def quiet() -> Iterator[None]:
 def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, lasting: float = 1.0) -> dict[str, dict]:
     """Train the sides in turns, each in its own process, so that a slow minute of the machine meets all of them.
 
-    make(side, *shape) gives a Trainer. Returns of each side {"seconds": Rounds, of a step; "memory": peak MB beyond
-    torch's own}, and of "ours" {"flops": a token's} too.
+    make(side, *shape) gives a Trainer. Returns of each side {"seconds": of a step (Rounds); "memory": peak MB beyond
+    torch's own}, and of ours {"peak": FLOP/s of large products in its process, every round; "flops": a token's}.
     """
+    rounds, lasting = pace(rounds, lasting)
     processes = {side: Side(make, side, shape) for side in sides}
     try:
         for it in processes.values():
             it.ready.result()
         for it in processes.values():
             it.ask(_warm_up, lasting)
-        rows = [{side: it.ask(_window, lasting) for side, it in processes.items()} for _ in range(rounds)]
-        found = {}
-        for side, it in processes.items():
-            found[side] = {"seconds": Rounds(row[side] for row in rows), "memory": it.ask(_memory)}
-            if side == "ours":
-                found[side]["flops"] = it.ask(_flops)
-        return found
+        times, peaks = {side: [] for side in sides}, {side: [] for side in sides}
+        for _ in range(rounds):
+            for side, it in processes.items():
+                times[side].append(it.ask(_window, lasting))
+                peaks[side].append(it.ask(_matmul_rate))
+        return {side: {"seconds": Rounds(times[side]), "peak": Rounds(peaks[side]), "memory": it.ask(_memory),
+                       "flops": it.ask(_flops)} for side, it in processes.items()}
     finally:
         for it in processes.values():
             it.pool.shutdown()
 
 
-def race(make: Callable, sides: dict[str, str], shape: tuple, tokens: int, name: str, peak: float, rounds: int = 5,
+def race(make: Callable, sides: dict[str, str], shape: tuple, tokens: int, name: str, rounds: int = 5,
          lasting: float = 1.0, memory: bool = False, unit: str = "token") -> dict[str, dict]:
-    """Report tokens/s of "ours" against the matrix-multiply rate `peak` (FLOP/s) and every other side's description.
+    """Report tokens/s of "ours" against the machine's matrix-multiply rate and every other side's description.
 
     sides: what alternate() takes, with the words to print of each. Returns what alternate() does.
     """
     found = alternate(make, list(sides), shape, rounds, lasting)
     rates = {side: it["seconds"].rate(tokens) for side, it in found.items()}
-    flops = found["ours"]["flops"]
-    report(name, rates["ours"], f"{unit}s/s", f"matrix-multiply rate, at {flops / 1e6:.2f} MFLOP a {unit}",
-           peak / flops)
+    report_share(name, rates["ours"], found["ours"], unit)
     for side, text in sides.items():
         if side != "ours":
             report(name, rates["ours"], f"{unit}s/s", text, rates[side])
         if memory:
             report(f"{name}, peak memory", found[side]["memory"], "MB", text)
     return found
+
+
+def report_share(name: str, rate: Rounds, one: dict, unit: str = "token") -> None:
+    """tokens/s of a side of alternate() against what its arithmetic would take at the matrix-multiply rate."""
+    report(name, rate, f"{unit}s/s", f"matrix-multiply rate of {one['peak'].median / 1e9:,.0f} GFLOP/s, at "
+           f"{one['flops'] / 1e6:.2f} MFLOP a {unit}", one["peak"].rate_at(one["flops"]))

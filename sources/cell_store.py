@@ -38,6 +38,7 @@ import torch
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
+from common.ahead import send
 from common.errors import DataError, reason, regular_file
 from common.ranks import tell
 from common.store import flock
@@ -170,9 +171,8 @@ class Sparse:
 
 def unpack(rows: csr_array, device: torch.device) -> torch.Tensor:
     """Sparse rows as dense ones on a device that fills in the zeros itself: a tenth of the bytes travel."""
-    values = torch.from_numpy(rows.data).to(device)
-    columns = torch.from_numpy(rows.indices).to(device)
-    pointers = torch.from_numpy(rows.indptr).to(device)
+    parts = (rows.data, rows.indices, rows.indptr)
+    values, columns, pointers = (send(torch.from_numpy(part), device) for part in parts)
     n, D = rows.shape
     first = torch.arange(n, device=device) * D  # place of each row's first column in the flat result
     place = torch.repeat_interleave(first, pointers.diff(), output_size=len(values)) + columns

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.ahead import send
 from common.errors import DataError
 from sources.arrays import open_npy
 from sources.digests import fingerprint, sample
@@ -83,9 +84,7 @@ class Corpus:
         """Tokens [B, length + 1] int64 from the places `starts` [B] of train or val."""
         places = starts[:, None] + np.arange(length + 1)  # [B, length + 1]
         tokens = torch.from_numpy(self.tokens(split)[places].astype(np.int64))
-        if torch.device(device).type == "cuda":
-            return tokens.pin_memory().to(device, non_blocking=True)
-        return tokens.to(device)
+        return send(tokens, device)
 
     def yardsticks(self, nll: float, starts: np.ndarray, length: int) -> dict[str, float]:
         """What a loss in nats a token on validation windows is held against: bits per byte; planted: the optimum,

@@ -313,8 +313,8 @@ def complete_state(given: dict[str, Any], values: dict[str, Any], fields: dict[s
     if not values["toml_config_path"]:
         raise ValueError("data.kwargs.toml_config_path is empty: it names the TOML that says which cells train")
     if "matmul_precision" not in fields:
-        note("matmul_precision = medium, as State sets it: float32 products of bfloat16 factors, where the device has "
-             "them (matmul_precision=highest: full precision)")
+        note("matmul_precision = medium, as State sets it: float32 products of less precision, where the device has "
+             "faster ones (matmul_precision=highest: full precision)")
     # What it switches off or replaces.
     if now["use_batch_token"] and (now["batch_encoder"] or values["basal_mapping_strategy"] == "random"):
         note("use_batch_token = false: State has no batch token with batch_encoder or basal_mapping_strategy = random")

@@ -5,9 +5,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +22,48 @@ import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_ghmm", "train_arxiv", "train_apelr", "train_state")
+LATE = ("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats")  # what runs import at their end
 
 
 def python(*command, folder: Path) -> subprocess.CompletedProcess:
     """A Python of one thread, in this folder."""
+    return ended(begun(*command, folder=folder))
+
+
+def begun(*command, folder: Path) -> subprocess.Popen:
+    """The same, at work."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True,
-                          text=True, timeout=100)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def ended(process: subprocess.Popen, timeout: float = 100) -> subprocess.CompletedProcess:
+    """What such a process printed; it is killed, with all that it started, after so many seconds."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def meanwhile(request, name: str, *command, folder: Path) -> Iterator[tuple[subprocess.Popen | None, Path]]:
+    """For a fixture that another one, called name, waits for: such a process, at work on another core while tests that
+    do without it go on, and its folder. No process where no test asks for name."""
+    tests = [item for item in request.session.items if request.scope == "session" or item.path == request.path]
+    if not any(name in item.fixturenames for item in tests):
+        yield None, folder
+        return
+    process = begun(*command, folder=folder)
+    yield process, folder
+    if not process.stdout.closed:  # nobody waited for its end
+        stop(process)
 
 
 def refusal(capsys, main, *argv: str, code: int = 2) -> str:
@@ -56,8 +93,8 @@ def colours(image) -> int:
     return len(np.unique(packed))
 
 
-# Processes to kill and ranks to join: forked from a server that has imported the scripts and computed nothing yet,
-# which spares each of them the seconds that importing takes.
+# Processes to kill and ranks to join: forked from a server that has imported the scripts, and what these import late,
+# and has computed nothing yet, which spares each of them the seconds that importing takes.
 
 
 class Job:
@@ -91,7 +128,7 @@ class Job:
 def server():
     context = multiprocessing.get_context("forkserver")
     if not server.started:
-        context.set_forkserver_preload(["commands", *SCRIPTS])
+        context.set_forkserver_preload(["commands", *SCRIPTS, *LATE])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as common has it for processes that import it first

@@ -1,5 +1,6 @@
 """What all tests stand on."""
 
+import gc
 import os
 import signal
 import sys
@@ -12,13 +13,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch read it:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from commands import ROOT  # noqa: E402
+from commands import ROOT, meanwhile, server  # noqa: E402
 
 import sweep  # noqa: E402
 from measure import effects, figures, plans, speed  # noqa: E402
 from sources import hdf5, jobs  # noqa: E402
 
 TRIAL = hdf5.probe
+
+
+def pytest_collection_modifyitems(items):
+    """What waits for a run by another process comes last in its file."""
+    files = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (files[item.path], "whole" in item.fixturenames))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def faults_at_work(request, tmp_path_factory):
+    """What test_faults.py waits for: half a minute of work on another core."""
+    folder = tmp_path_factory.mktemp("faults")
+    yield from meanwhile(request, "short_form", ROOT / "tests/faults.py", "--short", "--jobs=1", "--json=told.json",
+                         "--folder=.", folder=folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def jobs_need_not_wait_for_imports(request):
+    """In a long session; a short one may have no Job."""
+    if len(request.session.items) > 500:
+        server()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,6 +58,13 @@ def files_of_hdf5_are_not_read_twice():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hdf5, "probe", lambda file, path: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_loaded_is_not_searched_for_garbage():
+    """Of a million objects of torch, matplotlib and pytest: a search takes 0.2 s, and goes on all the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

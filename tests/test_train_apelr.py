@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from commands import Job, brought_in_by, python, refusal, two_ranks, wait_for
+from commands import Job, brought_in_by, ended, meanwhile, refusal, two_ranks, wait_for
 from comparison import unequal
 
 import prepare_data
@@ -74,11 +74,18 @@ def text(tmp_path_factory) -> Path:
     return folder / "data"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def at_work(request, planted, tmp_path_factory):
+    """What whole waits for."""
+    yield from meanwhile(request, "whole", ROOT / "train_apelr.py", *RUN, f"--data={planted[V2]}",
+                         folder=tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture(scope="module")
-def whole(planted, tmp_path_factory) -> Path:
+def whole(at_work) -> Path:
     """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = python(ROOT / "train_apelr.py", *RUN, f"--data={planted[V2]}", folder=folder)
+    process, folder = at_work
+    done = ended(process)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return folder / "run"
 

@@ -21,7 +21,7 @@ import pytest
 import scipy.optimize
 import torch
 import torch.nn.functional as F
-from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
+from commands import Job, brought_in_by, colours, ended, meanwhile, refusal, two_ranks, wait_for
 from comparison import apart, unequal
 
 import prepare_data
@@ -69,11 +69,18 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def at_work(request, data, tmp_path_factory):
+    """What whole waits for."""
+    yield from meanwhile(request, "whole", ROOT / "train_arxiv.py", *RUN, f"--data={data}",
+                         folder=tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
+def whole(at_work) -> Path:
     """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = python(ROOT / "train_arxiv.py", *RUN, f"--data={data}", folder=folder)
+    process, folder = at_work
+    done = ended(process)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return folder / "run"
 

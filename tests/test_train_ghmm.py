@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import brought_in_by, colours, python, refusal, two_ranks
+from commands import brought_in_by, colours, ended, meanwhile, refusal, two_ranks
 from comparison import apart
 
-import bench
 import sample
 import train_ghmm
 from common import checkpoint
@@ -50,11 +49,18 @@ def without_pictures(in_a_folder_of_its_own, monkeypatch):
     monkeypatch.setattr(train_ghmm, "plot_run", lambda *args, **options: None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def at_work(request, tmp_path_factory):
+    """What whole waits for."""
+    yield from meanwhile(request, "whole", ROOT / "train_ghmm.py", *WHOLE,
+                         folder=tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> SimpleNamespace:
+def whole(at_work) -> SimpleNamespace:
     """The WHOLE run by the real script: its folder, and what it printed. Tests leave the folder as it is."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = python(ROOT / "train_ghmm.py", *WHOLE, folder=folder)
+    process, folder = at_work
+    done = ended(process)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(folder=folder / "run", out=done.stdout, err=done.stderr)
 
@@ -441,21 +447,3 @@ def test_impossible_tokens_of_a_model_are_null_in_the_json():
 def test_sample_tells_bad_input_in_one_line(whole, capsys, line, words):
     argv = line.replace("{run}", str(whole.folder)).split()
     assert words in refusal(capsys, sample.main, *argv)
-
-
-def test_bench_writes_what_it_measured(monkeypatch):
-    monkeypatch.setitem(bench.BENCHES, "ghmm", lambda peer: bench.bench_process("mess3", 8, 16, torch.device("cpu")))
-    bench.main(["ghmm", "--json=out.json"])
-    found = {result["name"]: result for result in read("out.json")}
-    assert all(result.keys() == {"name", "value", "unit", "against", "ratio"} for result in found.values())
-    for kind in ("sampling", "beliefs"):
-        assert found[f"ghmm {kind}, mess3 8x16 cpu"]["value"] > 0
-    peer = [result for name, result in found.items() if "hmmlearn" in name + result["against"]]
-    assert peer and all(result["ratio"] or "missing: pip install hmmlearn" in result["against"] for result in peer)
-
-
-@pytest.mark.parametrize("line, words", [("ghm", "did you mean 'ghmm'"), ("ghmm zebra", "'zebra'"),
-                                         ("--json=absent/out.json", "absent")])
-def test_bench_tells_bad_input_in_one_line(capsys, monkeypatch, line, words):
-    monkeypatch.setitem(bench.BENCHES, "ghmm", lambda peer: pytest.fail("it measures"))
-    assert words in refusal(capsys, bench.main, *line.split())  # before it measures

@@ -13,7 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from commands import Job, brought_in_by, colours, python, refusal, two_ranks, wait_for
+from commands import Job, brought_in_by, colours, ended, meanwhile, python, refusal, two_ranks, wait_for
 from comparison import apart, unequal
 from scipy.sparse import csr_array
 
@@ -87,11 +87,18 @@ def labels(path: Path | str, column: str) -> np.ndarray:
         return np.array(names)[codes]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def at_work(request, data, tmp_path_factory):
+    """What whole waits for."""
+    yield from meanwhile(request, "whole", ROOT / "train_state.py", *RUN, f"--toml={data / 'rich.toml'}",
+                         folder=tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
+def whole(at_work) -> Path:
     """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = python(ROOT / "train_state.py", *RUN, f"--toml={data / 'rich.toml'}", folder=folder)
+    process, folder = at_work
+    done = ended(process)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return folder / "run"
 

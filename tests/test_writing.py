@@ -384,7 +384,7 @@ def test_hdf5_is_not_begun_where_it_has_no_room(monkeypatch):
 
 
 def test_results_of_the_benchmark_that_cannot_be_written_are_one_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(bench.BENCHES, "ghmm", lambda peer: None)
+    monkeypatch.setattr("benchmarks.ghmm.bench", lambda options: None)
     told = refusal(capsys, bench.main, "ghmm", "--json=/dev/full")
     assert told == "error: /dev/full: no space left on device: free some space, or choose another place"
 
