@@ -16,7 +16,20 @@ from scipy.sparse import csr_array
 
 import train_state
 from benchmarks import racing
-from benchmarks.racing import POOL, Trainer, absent, in_turns, missing, peak_memory, pool, quiet, race, report
+from benchmarks.racing import (
+    POOL,
+    Trainer,
+    absent,
+    both_ways,
+    in_turns,
+    missing,
+    peak_memory,
+    peer_name,
+    pool,
+    quiet,
+    race,
+    report,
+)
 from common.runtime import Runtime
 from sources.cells import open_cells
 from sources.foreign_state import source_settings, source_state_dict
@@ -69,22 +82,25 @@ def _start(short: bool) -> None:
 def bench_training(size: str, toml: str, device: str, lacking: list[str], loads: bool = False) -> None:
     batch, settings = SIZES[size]
     for precision in ("highest",) if loads else PRECISIONS:
-        sides = {"ours": ""}
+        sides = {}
         if not lacking or lacking == ["cell-load"] and not loads:
             sides["arc-state"] = f"arc-state{' fed by cell-load' * loads}, {TOLD[precision]}"
-        race(StateTrainer, sides, (size, toml, loads, precision, device), batch * settings["cell_set_len"],
-             f"state training, {size}{', with loaders' * loads}, {precision} {device}", unit="cell")
+        if precision == "highest":
+            sides = both_ways(sides, train_state.Config(device=device, **PRECISIONS[precision]))
+        name = f"state training, {size}{', with loaders' * loads}, {precision} {device}"
+        shape, cells = (size, toml, loads, precision, device), batch * settings["cell_set_len"]
+        race(StateTrainer, {"ours": ""} | sides, shape, cells, name, unit="cell")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Cells, and the loaders
 # ---------------------------------------------------------------------------------------------------------------
-def write_cells(folder: Path) -> Path:
+def write_cells(folder: Path, each: int = 128) -> Path:
     """A TOML of 10,240 cells, a tenth of their 2,000 genes above 0: dense in X_hvg, sparse in X. Returns its path.
 
     4 cell types of 16 perturbations, 128 cells of each, and of 512 control cells: no set lacks a cell.
     """
-    rng, kind = np.random.default_rng(0), np.repeat(np.arange(4 * 20), 128)
+    rng, kind = np.random.default_rng(0), np.repeat(np.arange(4 * 20), each)
     cells = 30 * np.maximum(rng.random((len(kind), GENES), np.float32) - np.float32(0.9), 0)  # up to 3: log1p
     obs = {"gene": [f"p{k % 20}" if k % 20 < 16 else "non-targeting" for k in kind],
            "cell_type": [f"c{k // 20}" for k in kind], "gem_group": [f"b{i % 2}" for i in range(len(kind))]}
@@ -223,15 +239,18 @@ class StateTrainer(Trainer):
         self.device = torch.device(device)
         batch_size, settings = SIZES[size]
         batches = cell_batches(toml, device, batch_size=batch_size, **PRECISIONS[precision], **settings)
-        self.cfg, self.rt = batches.cfg, batches.rt.__enter__()
+        self.cfg = batches.cfg
         self.model = train_state.build_model(self.cfg, batches.cells.dims()).to(self.device)
         if side == "ours":
             self.take_ours(batches, loads)
         else:
+            torch.set_float32_matmul_precision(self.cfg.matmul_precision)
+            peer_name(side, self.cfg)
             self.take_peer(batches, toml, loads)
 
     def take_ours(self, batches: train_state.Batches, loads: bool) -> None:
-        cfg, rt, steps = self.cfg, self.rt, itertools.count()
+        cfg, steps = self.cfg, itertools.count()
+        self.rt = rt = batches.rt.__enter__()
         trained, parameters = rt.wrap(self.model), list(self.model.parameters())
         optimizer = train_state.make_optimizer(self.model, cfg, rt)
         draw = (lambda: batches(next(steps))) if loads else pool([batches(step) for step in range(POOL)])
@@ -244,7 +263,7 @@ class StateTrainer(Trainer):
 
     def take_peer(self, batches: train_state.Batches, toml: str, loads: bool) -> None:
         """As its trainer steps it. Precision and float32 products are set as ours has them."""
-        cfg, rt = self.cfg, self.rt
+        cfg, rt = self.cfg, batches.rt  # not entered: it would set more than a race allows
         peer = arc_state(cfg, batches.cells.dims(), self.model).to(self.device)
         optimizer = peer.configure_optimizers()
         if loads:
@@ -265,14 +284,19 @@ class StateTrainer(Trainer):
         self.step = step
 
     def flops_per_token(self) -> float:
-        """Of a cell: 6 x Linear weights, of the basal encoder 4, as cells need no gradient, and the perturbation's once
-        a set; full attention, 12 x layers x cells x width; the distance, 3 products of cells and 2 for its gradient."""
-        S, model, cfg = self.cfg.cell_set_len, self.model, self.cfg
-        weights = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
-                   for name, part in model.named_children()}
-        dense = 6 * sum(weights.values()) - 2 * weights["basal_encoder"] - 6 * weights["pert_encoder"] * (1 - 1 / S)
-        width = cfg.n_heads * (cfg.d_head or cfg.d_model // cfg.n_heads)
-        return dense + 12 * cfg.n_layers * S * width + 10 * S * model.dims["output_dim"]
+        return cell_flops(self.model, self.cfg)
+
+
+def cell_flops(model: torch.nn.Module, cfg: train_state.Config) -> float:
+    """Of a cell: 6 x Linear weights, of the basal encoder 4, as cells need no gradient, and the perturbation's once a
+    set; full attention, 12 x layers x cells x width; the distance, 3 products of cells and 2 for its gradient."""
+    S = cfg.cell_set_len
+    weights = {}
+    for name, part in model.named_children():
+        weights[name] = sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
+    dense = 6 * sum(weights.values()) - 2 * weights["basal_encoder"] - 6 * weights["pert_encoder"] * (1 - 1 / S)
+    width = cfg.n_heads * (cfg.d_head or cfg.d_model // cfg.n_heads)
+    return dense + 12 * cfg.n_layers * S * width + 10 * S * model.dims["output_dim"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
