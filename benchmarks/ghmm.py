@@ -19,6 +19,7 @@ from benchmarks.racing import (
     absent,
     both_ways,
     in_turns,
+    linear_weights,
     missing,
     peer_name,
     pool,
@@ -193,8 +194,7 @@ class GhmmTrainer(Trainer):
 
 def linear_flops(model: torch.nn.Module, cfg: train_ghmm.Config) -> float:
     """6 x Linear weights + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    return 6 * weights + 12 * cfg.n_layers * cfg.n_ctx * cfg.d_model
+    return 6 * linear_weights(model) + 12 * cfg.n_layers * cfg.n_ctx * cfg.d_model
 
 
 def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int) -> torch.nn.Module:

@@ -30,7 +30,7 @@ import train_ghmm
 import train_state
 from benchmarks import racing
 from benchmarks.apelr import TERMS, source_model
-from benchmarks.arxiv import CHUNK, gpt2, write_chunks
+from benchmarks.arxiv import CHUNK, gpt2, python_texts, write_chunks
 from benchmarks.ghmm import hooked_transformer, linear_flops
 from benchmarks.racing import Trainer, absent, missing, race, report, result
 from benchmarks.state import arc_state, cell_flops, in_rows, write_cells
@@ -86,14 +86,12 @@ def bench(options: argparse.Namespace) -> None:
     source = str(options.peers["apelr"] / "src") if "apelr" in options.peers else None
     chosen = {name: it for name, it in WORKLOADS.items() if options.only in name}
     with tempfile.TemporaryDirectory() as folder:
-        words = {name: settings(name, Path(folder), device, short) for name in chosen}
         for name, it in chosen.items():
-            bench_speed(name, it, words[name], source)
-        for name, it in chosen.items():
-            compare_losses(name, it, words[name], 4 if short else LOSS_STEPS)
-        for name, it in chosen.items():
+            words = settings(name, Path(folder), device, short)
+            bench_speed(name, it, words, source)
+            compare_losses(name, it, words, 4 if short else LOSS_STEPS)
             if name.endswith("default"):
-                kill_and_resume(it.page, words[name], Path(folder))
+                kill_and_resume(it.page, words, Path(folder))
     if not options.only:
         run_tests(short)
 
@@ -103,10 +101,14 @@ def bench(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 def settings(name: str, folder: Path, device: str, short: bool) -> list[str]:
     """The words of a command line of the page: its config file, and data of the right shape in the folder."""
-    page, config, kind = WORKLOADS[name].page, WORKLOADS[name].config, name.split()[1]
-    words = [str(ROOT / "config" / f"{config}.py")] if config else []
-    words += [f"--device={device}", *data_words(page, kind, folder, short)]
-    return words + (SHORT_SHAPE[page] if short else [])
+    it = WORKLOADS[name]
+    words = [f"--device={device}"]
+    if it.config:
+        words.append(str(ROOT / "config" / f"{it.config}.py"))
+    words += data_words(it.page, name.split()[1], folder, short)
+    if short:
+        words += SHORT_SHAPE[it.page]
+    return words
 
 
 def data_words(page: str, kind: str, folder: Path, short: bool) -> list[str]:
@@ -118,13 +120,15 @@ def data_words(page: str, kind: str, folder: Path, short: bool) -> list[str]:
             write_chunks(place, 5_000 if short else 100_000, names, split)
         return [f"--data={place}"]
     if page == "apelr":
+        text = place / "texts.txt"
+        text.write_text("\n\n".join(python_texts(50_000 if short else 20_000_000)))
         size = 300 if short else 4_096 if kind == "v2_fast" else 1_024
         with contextlib.redirect_stdout(sys.stderr):
-            prepare_text(out_dir=str(place), vocab_size=size)
+            prepare_text(input=str(text), out_dir=str(place), vocab_size=size)
         return [f"--data={place}"]
     if page == "state":
         toml = write_cells(place, 8 if short else CELLS[kind])
-        return [f"--toml={toml}"]
+        return [f"--toml_config_path={toml}"]
     return []
 
 
@@ -144,46 +148,69 @@ class Run(NamedTuple):
 
 def open_run(page: str, cfg, rt: Runtime, last: int) -> Run:
     """As train() opens it, but for the rehearsal and the run folder."""
-    return {"ghmm": open_ghmm, "arxiv": open_arxiv, "apelr": open_apelr, "state": open_state}[page](cfg, rt, last)
+    openers = {"ghmm": open_ghmm, "arxiv": open_arxiv, "apelr": open_apelr, "state": open_state}
+    return openers[page](cfg, rt, last)
 
 
 def open_ghmm(cfg, rt: Runtime, last: int) -> Run:
     process = train_ghmm.build_process(cfg)
     process.to(train_ghmm.exact_device(rt))
     model = train_ghmm.build_model(cfg, process.vocab_size).to(rt.device)
-    optimizer = rt.adamw(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
-    batches = train_ghmm.Batches(rt, process, cfg)
-    return Run(model, batches, optimizer, cfg.batch_size * cfg.n_ctx, linear_flops(model, cfg), process.vocab_size)
+    return Run(
+        model,
+        batches=train_ghmm.Batches(rt, process, cfg),
+        optimizer=rt.adamw(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2)),
+        units=cfg.batch_size * cfg.n_ctx,
+        flops=linear_flops(model, cfg),
+        about=process.vocab_size,
+    )
 
 
 def open_arxiv(cfg, rt: Runtime, last: int) -> Run:
-    chunks, validation = train_arxiv.open_data(cfg)
-    rows = train_arxiv.training_rows(chunks, train_arxiv.active_categories(chunks, validation, cfg), cfg)
-    model = train_arxiv.build_model(cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
-    optimizer = rt.adamw(train_arxiv.parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-    batches = rt.ahead(train_arxiv.Batches(rt, chunks, rows, cfg), last)
-    flops = train_arxiv.flops_per_token(model, cfg, CHUNK)
-    return Run(model, batches, optimizer, cfg.batch_size * (CHUNK - 1), flops, chunks.vocab_size)
+    page = train_arxiv
+    chunks, validation = page.open_data(cfg)
+    active = page.active_categories(chunks, validation, cfg)
+    rows = page.training_rows(chunks, active, cfg)
+    model = page.build_model(cfg, chunks.vocab_size, chunks.n_ctx).to(rt.device)
+    return Run(
+        model,
+        batches=rt.ahead(page.Batches(rt, chunks, rows, cfg), last),
+        optimizer=rt.adamw(page.parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2)),
+        units=cfg.batch_size * (CHUNK - 1),
+        flops=page.flops_per_token(model, cfg, CHUNK),
+        about=chunks.vocab_size,
+    )
 
 
 def open_apelr(cfg, rt: Runtime, last: int) -> Run:
-    corpus = train_apelr.open_data(cfg)
-    model = train_apelr.build_model(cfg, corpus.vocab_size).to(rt.device)
-    size = cfg.batch_size
+    page, size = train_apelr, cfg.batch_size
+    corpus = page.open_data(cfg)
+    model = page.build_model(cfg, corpus.vocab_size).to(rt.device)
     if size == "auto":
-        size = fitting_batch_size(rt, model, cfg, lambda windows: train_apelr.trial(model, windows, rt, cfg))
-    optimizer = rt.adamw(train_apelr.parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-    batches = rt.ahead(train_apelr.Batches(rt, corpus, cfg, size), last)
-    return Run(model, batches, optimizer, size * cfg.seq_len, flops_per_token(model), corpus.vocab_size)
+        size = fitting_batch_size(rt, model, cfg, lambda windows: page.trial(model, windows, rt, cfg))
+    return Run(
+        model,
+        batches=rt.ahead(page.Batches(rt, corpus, cfg, size), last),
+        optimizer=rt.adamw(page.parameter_groups(model, cfg), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2)),
+        units=size * cfg.seq_len,
+        flops=flops_per_token(model),
+        about=corpus.vocab_size,
+    )
 
 
 def open_state(cfg, rt: Runtime, last: int) -> Run:
-    cells = open_cells(toml=cfg.toml_config_path, folder=Path(cfg.toml_config_path).parent / "cells",
-                       **{name: getattr(cfg, name) for name in train_state.OF_DATA})
-    model = train_state.build_model(cfg, cells.dims()).to(rt.device)
-    batches = rt.ahead(train_state.Batches(rt, cells, cfg), last)
-    optimizer = train_state.make_optimizer(model, cfg, rt)
-    return Run(model, batches, optimizer, cfg.batch_size * cfg.cell_set_len, cell_flops(model, cfg), cells.dims())
+    page, toml = train_state, Path(cfg.toml_config_path)
+    reading = {name: getattr(cfg, name) for name in page.OF_DATA}
+    cells = open_cells(toml=toml, folder=toml.parent / "cells", **reading)
+    model = page.build_model(cfg, cells.dims()).to(rt.device)
+    return Run(
+        model,
+        batches=rt.ahead(page.Batches(rt, cells, cfg), last),
+        optimizer=page.make_optimizer(model, cfg, rt),
+        units=cfg.batch_size * cfg.cell_set_len,
+        flops=cell_flops(model, cfg),
+        about=cells.dims(),
+    )
 
 
 class PageTrainer(Trainer):
@@ -246,24 +273,33 @@ class PageTrainer(Trainer):
 
 def peer_ghmm(cfg, run: Run, source: None) -> tuple[torch.nn.Module, Callable]:
     peer = hooked_transformer(cfg, run.about)
-    return peer, lambda tokens: train_ghmm.next_token_loss(peer(tokens[:, :-1]), tokens[:, 1:])
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return train_ghmm.next_token_loss(peer(tokens[:, :-1]), tokens[:, 1:])
+
+    return peer, loss
 
 
 def peer_arxiv(cfg, run: Run, source: None) -> tuple[torch.nn.Module, Callable]:
     peer = gpt2(cfg, run.about)
-    return peer, lambda tokens: train_arxiv.token_xe(peer(tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).mean()
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        logits = peer(tokens[:, :-1], use_cache=False).logits
+        return train_arxiv.token_xe(logits, tokens[:, 1:]).mean()
+
+    return peer, loss
 
 
 def peer_apelr(cfg, run: Run, source: str) -> tuple[torch.nn.Module, Callable]:
     """Version 2 of the source, with the terms that ours has weights of."""
     shape = (run.about, cfg.num_plan_states, cfg.seq_len, cfg.d_model)
-    peer, window = source_model(source, "v2", *shape, token_dim=cfg.token_dim), cfg.repetition_window()
+    peer = source_model(source, "v2", *shape, token_dim=cfg.token_dim)
     weights = cfg.weights()
+    window = cfg.repetition_window() if "rep_unlikelihood" in weights else 0
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
-        repeats = window if "rep_unlikelihood" in weights else 0
-        total, terms = peer.compute_losses(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(),
-                                           rep_unlikelihood_window=repeats)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        total, terms = peer.compute_losses(inputs, targets, rep_unlikelihood_window=window)
         for name, weight in weights.items():
             sign = -1 if name in train_apelr.MAXIMISED else 1
             total = total + sign * weight * terms[TERMS["v2"][name][0]]

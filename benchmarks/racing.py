@@ -273,6 +273,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def linear_weights(model: torch.nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+
+
 def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
     """The peers as they come and, where Runtime has another library make float32 products, with those of ours too."""
     with Runtime(cfg):
