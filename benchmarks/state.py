@@ -181,7 +181,8 @@ def measure_distance(toml: str, device: str, lacking: list[str]) -> list[tuple]:
             with torch.no_grad():
                 theirs = plain(x, y)
                 gap = ((train_state.set_loss(x, y) - theirs) / theirs).abs().max()
-            found.append((f"{name}, difference", float(gap), "relative", "of the value of geomloss, whose |x - x| is rounding"))
+            against = "of the value of geomloss, whose |x - x| is rounding"
+            found.append((f"{name}, difference", float(gap), "relative", against))
     return found
 
 
