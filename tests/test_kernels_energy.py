@@ -65,8 +65,8 @@ def test_squared_distances_are_made_without_tf32(monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_thousand_cells_of_twenty_thousand_genes_need_no_matrix_of_all_pairs():
-    cells_, genes = 1_024, 20_000
+def test_a_thousand_cells_of_two_thousand_genes_need_no_matrix_of_all_pairs():
+    cells_, genes = 1_024, 2_000
     x, y = torch.rand(1, cells_, genes, requires_grad=True), torch.rand(1, cells_, genes)
     with Largest(genes) as made:
         energy_distance(x, y, pairs=64 * cells_).backward()
