@@ -121,10 +121,18 @@ def write_cells(folder: Path, each: int = 128) -> Path:
 
 def cell_batches(toml: str, device: str, **settings) -> train_state.Batches:
     """The loader of train_state.py on the cells of write_cells, prepared beside them."""
-    cfg = train_state.Config(**{"toml_config_path": toml, "val_fraction": 0.0, "dropout": 0.0, "optimizer": "adam",
-                                "use_basal_projection": False, "device": device, "precision": "fp32"} | settings)
-    cells = open_cells(toml=toml, folder=Path(toml).parent / "cells",
-                       **{name: getattr(cfg, name) for name in train_state.OF_DATA})
+    ours = {
+        "toml_config_path": toml,
+        "val_fraction": 0.0,
+        "dropout": 0.0,
+        "optimizer": "adam",
+        "use_basal_projection": False,
+        "device": device,
+        "precision": "fp32",
+    }
+    cfg = train_state.Config(**ours | settings)
+    reading = {name: getattr(cfg, name) for name in train_state.OF_DATA}
+    cells = open_cells(toml=toml, folder=Path(toml).parent / "cells", **reading)
     return train_state.Batches(Runtime(cfg), cells, cfg)
 
 
@@ -216,8 +224,12 @@ def arc_state(cfg: train_state.Config, dims: dict, model=None):
 def in_rows(batch: dict) -> dict:
     """A batch of ours as cell-load gives it: a row a cell."""
     S = batch["ctrl_cell_emb"].shape[1]
-    return {"pert_emb": batch["pert_emb"].repeat_interleave(S, 0), "batch": batch["batch"].flatten(),
-            **{name: batch[name].flatten(0, 1) for name in ("ctrl_cell_emb", "pert_cell_emb")}}
+    return {
+        "pert_emb": batch["pert_emb"].repeat_interleave(S, 0),
+        "batch": batch["batch"].flatten(),
+        "ctrl_cell_emb": batch["ctrl_cell_emb"].flatten(0, 1),
+        "pert_cell_emb": batch["pert_cell_emb"].flatten(0, 1),
+    }
 
 
 def measure_agreement(toml: str, device: str, lacking: list[str]) -> list[tuple]:
