@@ -115,7 +115,8 @@ def check_jax(path: Path, python: str | None) -> None:
     if not python:
         fail(f"--peer={path}: Simplexity needs JAX: name a Python that has jax, equinox, chex and jaxtyping with "
              "--peer_python=PATH")
-    code = f"import sys; sys.path.insert(0, {str(path)!r}); import simplexity.generative_processes.hidden_markov_model"
+    place = f"import sys; sys.path.insert(0, {str(path)!r})"
+    code = f"{place}; import jax, equinox, simplexity.generative_processes.hidden_markov_model"
     try:
         tried = subprocess.run([python, "-c", code], capture_output=True, text=True)
     except OSError as error:
