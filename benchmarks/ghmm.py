@@ -12,9 +12,23 @@ import torch
 
 import train_ghmm
 from benchmarks import racing
-from benchmarks.racing import POOL, Rounds, Trainer, absent, in_turns, missing, pool, race, report
+from benchmarks.racing import (
+    POOL,
+    Rounds,
+    Trainer,
+    absent,
+    both_ways,
+    in_turns,
+    linear_weights,
+    missing,
+    peer_name,
+    pool,
+    race,
+    report,
+)
 from common.errors import InputError
 from common.runtime import Runtime
+from configurator import fail
 from sources.processes import Process
 
 PROCESSES, SHAPES = ("mess3", "rrxor", "tom_quantum"), ((64, 65), (1_024, 256))  # sequences, length
@@ -96,6 +110,21 @@ def agree(peer: str, theirs: float, ours: float, tokens: int, where: str) -> Non
 # ---------------------------------------------------------------------------------------------------------------
 # Simplexity: JAX, in a Python of its own
 # ---------------------------------------------------------------------------------------------------------------
+def check_jax(path: Path, python: str | None) -> None:
+    """Exit with code 2 where that Python cannot import Simplexity."""
+    if not python:
+        fail(f"--peer={path}: Simplexity needs JAX: name a Python that has jax, equinox, chex and jaxtyping with "
+             "--peer_python=PATH")
+    place = f"import sys; sys.path.insert(0, {str(path)!r})"
+    code = f"{place}; import jax, equinox, simplexity.generative_processes.hidden_markov_model"
+    try:
+        tried = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError as error:
+        fail(f"--peer_python={python}: {error.strerror}")
+    if tried.returncode:
+        fail(f"--peer_python={python} cannot import Simplexity: {tried.stderr.strip().splitlines()[-1]}")
+
+
 class Simplexity:
     """benchmarks/simplexity_side.py as a process that times its own calls, jitted and in float32 as it comes."""
 
@@ -166,6 +195,7 @@ class GhmmTrainer(Trainer):
 
             self.step = step
         else:
+            peer_name(side, cfg)
             self.model = hooked_transformer(cfg, process.vocab_size)
             self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
             self.parameters = list(self.model.parameters())
@@ -175,9 +205,12 @@ class GhmmTrainer(Trainer):
         return train_ghmm.next_token_loss(self.model(tokens[:, :-1]), tokens[:, 1:])
 
     def flops_per_token(self) -> float:
-        """6 x Linear weights + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
-        weights = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, torch.nn.Linear))
-        return 6 * weights + 12 * self.cfg.n_layers * self.cfg.n_ctx * self.cfg.d_model
+        return linear_flops(self.model, self.cfg)
+
+
+def linear_flops(model: torch.nn.Module, cfg: train_ghmm.Config) -> float:
+    """6 x Linear weights + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
+    return 6 * linear_weights(model) + 12 * cfg.n_layers * cfg.n_ctx * cfg.d_model
 
 
 def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int) -> torch.nn.Module:
@@ -189,11 +222,11 @@ def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int) -> torch.nn.Modu
 
 
 def bench_training(device: torch.device) -> None:
-    sides = {"ours": ""}
+    sides = {"HookedTransformer": "HookedTransformer with torch's AdamW"}
     if missing("transformer_lens"):
         absent("ghmm HookedTransformer", 'pip install "transformer-lens<4"')
-    else:
-        sides["HookedTransformer"] = "HookedTransformer with torch's AdamW"
+        sides = {}
+    sides = {"ours": ""} | both_ways(sides, train_ghmm.Config(device=device.type))
     for batch, n_ctx, heads in TRAINING_SHAPES:
         race(GhmmTrainer, sides, (batch, n_ctx, heads, device.type), batch * n_ctx,
              f"ghmm training, {batch}x{n_ctx} {heads} heads {device.type}")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from common.runtime import Runtime
 from measure.speed import matmul_rate
 
 RESULTS: list[dict] = []  # of this run, for --json
@@ -34,6 +35,7 @@ LEGEND = ("+-: (q3 - q1) / median of the rounds; a `!` after it: above 25%, not 
 STEADY = 0.10  # warmed up once a window's median differs by less than this from that of the window before
 WARM_WINDOWS, WARM_SECONDS = 10, 20.0  # after so many windows, or so long, it counts as warm all the same
 POOL = 32  # different batches that a side trains on, over and over, where it has no loader
+AS_OURS = ", with the float32 products of ours"  # a peer's side that has the settings of a run of ours
 SHORT = False  # with --short: two rounds of one call each, to see that a benchmark runs
 
 
@@ -271,6 +273,38 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def linear_weights(model: torch.nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
+    """The peers as they come and, where Runtime has another library make float32 products, with those of ours too."""
+    with Runtime(cfg):
+        differs = torch.get_float32_matmul_precision() != cfg.matmul_precision
+    more = {side + AS_OURS: text + AS_OURS for side, text in sides.items()}
+    return sides | more if differs else sides
+
+
+def peer_name(side: str, cfg) -> str:
+    """A side of both_ways() without its suffix; with it this process takes the settings of a run of ours."""
+    if side.endswith(AS_OURS):
+        Runtime(cfg).__enter__()
+    return side.removesuffix(AS_OURS)
+
+
+@contextlib.contextmanager
+def as_torch_comes() -> Iterator[None]:
+    """Float32 products and attention as torch makes them, for a peer in a process of ours."""
+    before, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_flash_sdp(True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.enable_flash_sdp(flash)
+
+
 def pool(batches: list) -> Callable:
     """draw() over batches that were made before, in turn."""
     step = iter(range(sys.maxsize))
@@ -302,6 +336,7 @@ _before = 0.0  # MB that it held before that
 
 def _start(make: Callable, *shape) -> None:
     global _trainer, _before
+    warnings.simplefilter("ignore")  # the peers', of what they deprecate
     torch.set_flush_denormal(True)  # threads that are started from here on have it too
     torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # torch's own footprint
     _before = peak_memory()
@@ -342,7 +377,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, lasting: float = 1.0) -> dict[str, dict]:
+def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, lasting: float = 0.5) -> dict[str, dict]:
     """Train the sides in turns, each in its own process, so that a slow minute of the machine meets all of them.
 
     make(side, *shape) gives a Trainer. Returns of each side {"seconds": of a step (Rounds); "memory": peak MB beyond
@@ -368,7 +403,7 @@ def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, l
 
 
 def race(make: Callable, sides: dict[str, str], shape: tuple, tokens: int, name: str, rounds: int = 5,
-         lasting: float = 1.0, memory: bool = False, unit: str = "token") -> dict[str, dict]:
+         lasting: float = 0.5, memory: bool = False, unit: str = "token") -> dict[str, dict]:
     """Report tokens/s of "ours" against the machine's matrix-multiply rate and every other side's description.
 
     sides: what alternate() takes, with the words to print of each. Returns what alternate() does.
