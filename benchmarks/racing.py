@@ -292,19 +292,6 @@ def peer_name(side: str, cfg) -> str:
     return side.removesuffix(AS_OURS)
 
 
-@contextlib.contextmanager
-def as_torch_comes() -> Iterator[None]:
-    """Float32 products and attention as torch makes them, for a peer in a process of ours."""
-    before, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_flash_sdp(True)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cuda.enable_flash_sdp(flash)
-
-
 def pool(batches: list) -> Callable:
     """draw() over batches that were made before, in turn."""
     step = iter(range(sys.maxsize))
