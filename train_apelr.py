@@ -512,6 +512,14 @@ class Beliefs(NamedTuple):
     end: Tensor  # belief after the last token of each chunk [B, N, K]
 
 
+Scheduled = float | Tensor  # a number of a schedule: a tensor where it moves, see as_tensor
+
+
+def stays(value: Scheduled, number: float) -> bool:
+    """Whether it is this number, and not a tensor, which may be another at the next step."""
+    return not isinstance(value, Tensor) and value == number
+
+
 def cross_iohmm(belief: Tensor, transition: Tensor, context: Tensor) -> Tensor:
     """b P_c with P_c[i, j] = softmax_j(A_ij + g_j), a Markov chain whose steps depend on the text.
 
@@ -551,8 +559,8 @@ class Baseline(nn.Module):
         input_ids: Tensor,
         target_ids: Tensor,
         terms: tuple = (),
-        tau: float | None = None,
-        hard_fraction: float = 0.0,
+        tau: Scheduled | None = None,
+        hard_fraction: Scheduled = 0.0,
     ) -> dict[str, Tensor]:
         """{"nll"} in nats a token; input_ids, target_ids [B, L] with target y_t = x_{t+1}."""
         check_terms(terms, ())
@@ -564,9 +572,9 @@ class Baseline(nn.Module):
         self,
         input_ids: Tensor,
         target_ids: Tensor,
-        weights: dict[str, float] | None = None,
-        tau: float | None = None,
-        hard_fraction: float = 0.0,
+        weights: dict[str, Scheduled] | None = None,
+        tau: Scheduled | None = None,
+        hard_fraction: Scheduled = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(total loss, its terms): nll + sum of weight * term, less for terms that are maximised.
 
@@ -608,8 +616,8 @@ class Planner(Baseline):
         context: Tensor,
         planner_mode: str = "normal",
         forced_state: int | None = None,
-        tau: float | None = None,
-        hard_fraction: float = 0.0,
+        tau: Scheduled | None = None,
+        hard_fraction: Scheduled = 0.0,
     ) -> Beliefs:
         """Run the belief over a text: sums within a chunk, a step of the chain between chunks.
 
@@ -620,17 +628,15 @@ class Planner(Baseline):
         """
         cfg = self.cfg
         C = cfg.chunk_size
-        tau = tau or self.tau
+        tau = self.tau if tau is None else tau
         fixed = plans.fixed_belief(self.planner_init_logits, planner_mode, forced_state)
-        if fixed is not None:
-            return self.hold(fixed, evidence, context, tau)
 
         B, L, K = evidence.shape
         # Layout: the evidence by chunk. Places before the first token and after the last one hold log 1 = 0, which says
-        # nothing of any plan; without token filtering no token does.
+        # nothing of any plan; without token filtering no token does, and none changes a belief that a mode has fixed.
         N = -(-(L + self.offset) // C)
         learned = F.pad(evidence, (0, 0, self.offset, N * C - L - self.offset)).view(B, N, C, K)
-        if not cfg.token_filtering:
+        if not cfg.token_filtering or fixed is not None:
             learned = torch.zeros_like(learned)
         total = learned.sum(2)  # [B, N, K]
 
@@ -643,10 +649,11 @@ class Planner(Baseline):
             # Boundary: a step of the chain, b <- b P_c, from all that is known when the chunk before ends.
             if c:
                 last = end[-1] if cfg.carry_posterior else start[-1]
-                belief = self.cross(last, context[:, c - 1])
+                held = fixed is not None and cfg.carry_posterior
+                belief = last if held else self.cross(last, context[:, c - 1])
             # Commitment: the chunk works with the belief, or in training with a sample of it (gumbel_st).
             start.append(belief)
-            state.append(self.commit(belief, tau, hard_fraction))
+            state.append(self.commit(belief, tau, hard_fraction) if fixed is None else fixed.expand_as(belief))
             # Bayes' rule for the whole chunk, b(k) <- b(k) prod_t p_{t,k}(y_t) / Z. The plan does not change within a
             # chunk, so its tokens may be taken together; this loop runs over N chunks and never over L tokens.
             end.append(F.log_softmax(state[-1] + total[:, c], 1))
@@ -656,51 +663,42 @@ class Planner(Baseline):
         # their evidence is the cumulative sum less the token's own.
         before = F.log_softmax(state[:, :, None] + learned.cumsum(2) - learned, 3)
         before = before.reshape(B, N * C, K)[:, self.offset : self.offset + L]
-        # Gate: the belief itself (a = 0, tau = 1: exact), or with the plans to come, or sharpened.
-        gate = self.gate(before, tau, cfg.feedback(), cfg.lookahead_horizon)
+        # Gate: the belief itself (a = 0, tau = 1: exact), or with the plans to come, or sharpened. No other plan is
+        # mixed into a belief that a mode has fixed.
+        a = cfg.feedback() if fixed is None else 0.0
+        gate = self.gate(before, tau, self.ahead(a, cfg.lookahead_horizon))
         # Mixture: p(y_t | x_<=t) = sum_k gate_t(k) p_{t,k}(y_t). Summed over t this is the log-likelihood of the text.
         nll = -torch.logsumexp(gate + evidence, 2)
         return Beliefs(nll, before, gate, start, state, end)
 
-    def hold(self, fixed: Tensor, evidence: Tensor, context: Tensor, tau: float) -> Beliefs:
-        """The filter's place where the log belief [K] is fixed: no token and no boundary changes it."""
-        beliefs = self.filter(evidence, context)
-        state = fixed.expand_as(beliefs.state)
-        before = fixed.expand_as(beliefs.before)
-        start = beliefs.start
-        if self.cfg.carry_posterior:
-            # The prior, then what the chunk before ended with.
-            start = torch.cat([start[:, :1], state[:, 1:]], 1)
-        # No lookahead: it would mix other plans into a forced one.
-        gate = self.gate(before, tau, 0.0, 0)
-        nll = -torch.logsumexp(gate + evidence, 2)
-        return Beliefs(nll, before, gate, start, state, state)
-
     def cross(self, belief: Tensor, context: Tensor) -> Tensor:
         return self.rule(belief, self.planner_transition_logits, context)
 
-    def gate(self, belief: Tensor, tau: float, a: float, horizon: int) -> Tensor:
-        """Log weights of the experts: softmax(log[(1 - a) b + a mean_{s=1..S} b P^s] / tau), [..., K]."""
-        # Lookahead: M = (1 - a) I + a mean_s P^s turns b into b M, in log space.
-        if a and horizon:
-            P = self.planner_transition_logits.softmax(1)
-            powers = [P]
-            with torch.autocast(belief.device.type, enabled=False):
-                while len(powers) < horizon:
-                    powers.append(powers[-1] @ P)
-            ahead = torch.stack(powers).mean(0)
-            mix = (1 - a) * torch.eye(len(P)).to(P) + a * ahead
-            # Floor: a step that the chain never takes is a 0 in M, and gradients pass through its logarithm.
-            log_mix = mix.clamp_min(torch.finfo(mix.dtype).tiny).log()
-            belief = torch.logsumexp(belief[..., :, None] + log_mix, -2)
+    def ahead(self, a: float, horizon: int) -> Tensor | None:
+        """Lookahead: log M, M = (1 - a) I + a mean_{s=1..S} P^s, which turns a belief b into b M; None where M = I."""
+        if not a or not horizon:
+            return None
+        P = self.planner_transition_logits.softmax(1)
+        powers = [P]
+        with torch.autocast(P.device.type, enabled=False):
+            while len(powers) < horizon:
+                powers.append(powers[-1] @ P)
+        mix = (1 - a) * torch.eye(len(P), device=P.device).to(P) + a * torch.stack(powers).mean(0)
+        # Floor: a step that the chain never takes is a 0 in M, and gradients pass through its logarithm.
+        return mix.clamp_min(torch.finfo(mix.dtype).tiny).log()
+
+    def gate(self, belief: Tensor, tau: Scheduled, log_M: Tensor | None = None) -> Tensor:
+        """Log weights of the experts: softmax(log(b M) / tau), [..., K]."""
+        if log_M is not None:
+            belief = torch.logsumexp(belief[..., :, None] + log_M, -2)
         # Temperature: below 1 the likeliest plan gets more than its due, above 1 less.
-        if tau == 1 or not self.cfg.carry_posterior:
+        if stays(tau, 1) or not self.cfg.carry_posterior:
             return belief
         return F.log_softmax(belief / tau, -1)
 
-    def commit(self, belief: Tensor, tau: float, hard_fraction: float) -> Tensor:
+    def commit(self, belief: Tensor, tau: Scheduled, hard_fraction: Scheduled) -> Tensor:
         """What a chunk works with, given the log belief [B, K] at its start."""
-        if not hard_fraction:
+        if stays(hard_fraction, 0):
             return belief
         if self.cfg.compat:
             return commit_source(belief, tau, hard_fraction)
@@ -765,8 +763,8 @@ class FilteredMixture(Planner):
         planner_mode: str = "normal",
         forced_state: int | None = None,
         terms: tuple = V1_TERMS,
-        tau: float | None = None,
-        hard_fraction: float = 0.0,
+        tau: Scheduled | None = None,
+        hard_fraction: Scheduled = 0.0,
     ) -> dict[str, Tensor]:
         """nll and the auxiliary terms in nats, and metrics of the planner; scalars. See PlannerRequired.losses."""
         check_terms(terms, V1_TERMS)
@@ -851,8 +849,8 @@ class PlannerRequired(Planner):
         planner_mode: str = "normal",
         forced_state: int | None = None,
         terms: tuple = V2_TERMS,
-        tau: float | None = None,
-        hard_fraction: float = 0.0,
+        tau: Scheduled | None = None,
+        hard_fraction: Scheduled = 0.0,
     ) -> dict[str, Tensor]:
         """nll and the auxiliary terms in nats, and metrics of the planner; scalars.
 
@@ -897,7 +895,7 @@ class PlannerRequired(Planner):
             values["rep_unlikelihood"] = repetition(beliefs.gate, logs[..., 1:], counts)
         return values | plans.usage_metrics(state)
 
-    def future_contrastive(self, h: Tensor, state: Tensor, tau: float | None = None) -> Tensor:
+    def future_contrastive(self, h: Tensor, state: Tensor, tau: Scheduled | None = None) -> Tensor:
         """InfoNCE (van den Oord et al. 2018) over the batch, of plan vectors and the chunks d = 1, 2, ... ahead."""
         # The source's older v2 has a temperature that no schedule moves.
         if tau is None or not self.cfg.carry_posterior:
@@ -956,10 +954,19 @@ def commitment(step: int, cfg: Config) -> tuple[float, float]:
     return tau, max(least, min(cfg.commitment_max_hard_fraction, ramped))
 
 
+def as_tensor(value: float, tokens: Tensor) -> Tensor:
+    """A number of a schedule where the tokens are: for another number a compiled model would be compiled anew."""
+    return tokens.new_full((), value, dtype=torch.float32)
+
+
 def train_step(model: nn.Module, tokens: Tensor, step: int, rt: Runtime, cfg: Config) -> dict[str, Tensor]:
     """Forward and backward over the micro-batches of tokens [B, L + 1]; returns loss and terms, the mean over ranks."""
-    weights = cfg.weights(step)
     tau, hard_fraction = commitment(step, cfg)
+    weights = {name: as_tensor(weight, tokens) for name, weight in cfg.weights(step).items()}
+    if cfg.plan_temperature_end not in (None, cfg.plan_temperature_start):
+        tau = as_tensor(tau, tokens)
+    if hard_fraction:
+        hard_fraction = as_tensor(hard_fraction, tokens)
     values = []
     for i, part in enumerate(tokens.chunk(cfg.grad_accum)):
         # Gradients travel between ranks once, with the last micro-batch.

@@ -101,9 +101,10 @@ def _restore_optimizer(optimizer, saved: dict, path: Path) -> None:
     """Its state, but the settings (betas, weight decay and so on) as they are configured now."""
     asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(saved)
-        for group, options in zip(optimizer.param_groups, asked, strict=True):
-            group.update(options)
+        # Before they are loaded: where the number of steps belongs, on the device or on the CPU, is for this machine's
+        # optimizer to say, fused or not, and not for that of the machine that wrote the checkpoint.
+        groups = [known | options for known, options in zip(saved["param_groups"], asked, strict=True)]
+        optimizer.load_state_dict({**saved, "param_groups": groups})
         is_whole = all(_are_moments(known, parameter, optimizer) for parameter, known in optimizer.state.items())
     except Exception as e:  # whatever values of another optimizer make torch raise
         raise CheckpointError(_no_optimizer(path, reason(e))) from e

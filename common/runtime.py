@@ -253,12 +253,13 @@ class Runtime:
         return self.sum(tensor) / self.world_size if self.world_size > 1 else tensor
 
     def gather(self, value) -> list:
-        """[value of rank 0, value of rank 1, ...], on every rank."""
+        """[value of rank 0, value of rank 1, ...], on every rank; tensors in them on the CPU, where there are several.
+        """
         values = [None] * self.world_size
         if self.world_size == 1:
             return [value]
         self.barrier()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, on_cpu(value))
         return values
 
     def barrier(self) -> None:
@@ -355,6 +356,17 @@ class Runtime:
                 f"compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
 
 
+def on_cpu(value):
+    """The value with the tensors in it on the CPU: unpickled by another rank, one of a GPU would take memory there."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: on_cpu(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(on_cpu(part) for part in value)
+    return value
+
+
 @contextlib.contextmanager
 def tensors_at_most(most: int, error: Exception) -> Iterator[None]:
     """Raise the error in whatever builds a model of more tensors of weights."""
@@ -416,7 +428,7 @@ class Meter:
     def check(self, step: int, loss: torch.Tensor) -> None:
         """Remember the first step whose loss is not finite."""
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-        self.first_bad.masked_fill_(bad, step)  # where() would send the step to the device, and wait for it
+        self.first_bad.masked_fill_(bad, step)
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Numbers of a step, equal on all ranks, for the means."""
@@ -443,7 +455,9 @@ class Meter:
         return units / max(lap, 1e-9)
 
     def _verify(self, step: int, model: torch.nn.Module, lr: float) -> None:
-        broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+        # One wait for all parameters.
+        finite = torch.stack([torch.isfinite(p).all() for p in model.parameters()]).tolist()
+        broken = [n for (n, _), is_finite in zip(model.named_parameters(), finite, strict=True) if not is_finite]
         if int(self.first_bad) < 0 and not broken:
             return
         cause = f"{len(broken)} parameters are not finite, the first being {broken[0]}" if broken else \

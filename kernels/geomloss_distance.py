@@ -19,7 +19,9 @@ from kernels.energy import full_float32
 
 def plain_geomloss_distance(x: Tensor, y: Tensor, loss: str, blur: float) -> Tensor:
     """sinkhorn | gaussian | laplacian of geomloss (Feydy et al. 2019): x [B, N, D], y [B, M, D] -> [B]."""
-    return SamplesLoss(loss, blur=blur, backend="tensorized")(x, y)
+    # Even weights, which geomloss makes on the CPU and sends to the device, where it waits for them.
+    of_x, of_y = (cells.new_ones(cells.shape[:2]) / cells.shape[1] for cells in (x, y))
+    return SamplesLoss(loss, blur=blur, backend="tensorized")(of_x, x, of_y, y)
 
 
 def geomloss_distance(x: Tensor, y: Tensor, loss: str, blur: float) -> Tensor:

@@ -92,7 +92,7 @@ def predict(
     if planner_mode != "normal":
         feedback = 0.0  # a belief that is fixed is not looked ahead from
     belief = believed(model, state, planner_mode, forced_state)
-    gate = model.gate(belief, tau, feedback, horizon)
+    gate = model.gate(belief, tau, model.ahead(feedback, horizon))
     if plan_temperature != 1:
         probs = (logs / plan_temperature).exp()
         total = probs.sum(2)

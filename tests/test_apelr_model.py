@@ -1366,7 +1366,7 @@ def test_gates_of_extreme_chains_have_finite_gradients():
     model = build_model(config(num_plan_states=2))
     model.planner_transition_logits = torch.nn.Parameter(A.detach())
     A = model.planner_transition_logits
-    gate = model.gate(belief, 1.0, 0.25, 2)
+    gate = model.gate(belief, 1.0, model.ahead(0.25, 2))
     close(gate.exp(), torch.tensor([[0.9, 0.1]]), rtol=0, atol=1e-6)
     gate[0, 0].backward()
     assert torch.isfinite(A.grad).all()
