@@ -22,6 +22,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import racing
 from common.runlog import write_json
 from configurator import fail
@@ -101,6 +103,8 @@ def check(options: argparse.Namespace) -> None:
             fail(f"no benchmark {name!r}{closest(name, BENCHES) or '.'} There are {', '.join(BENCHES)} and all")
     if options.json and not Path(options.json).resolve().parent.is_dir():
         fail(f"--json={options.json}: its folder does not exist")
+    if "gpu" in options.names and not torch.cuda.is_available() and not (options.device == "cpu" and options.short):
+        fail(f"gpu: this torch ({torch.__version__}) sees no GPU; --device=cpu --short drives it in miniature")
     takers = {name: BENCHES[name] for name in options.names if BENCHES[name].peer}
     if "gpu" in options.names:
         takers["apelr"] = BENCHES["apelr"]

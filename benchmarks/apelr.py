@@ -13,7 +13,20 @@ import torch
 
 import train_apelr
 from benchmarks import racing
-from benchmarks.racing import Trainer, absent, alternate, in_turns, pool, race, report, report_share, zipf_tokens
+from benchmarks.racing import (
+    Trainer,
+    absent,
+    alternate,
+    as_torch_comes,
+    both_ways,
+    in_turns,
+    peer_name,
+    pool,
+    race,
+    report,
+    report_share,
+    zipf_tokens,
+)
 from common.runtime import Runtime
 from measure.speed import flops_per_token
 
@@ -70,7 +83,8 @@ def against_source(source: str | None, device: str) -> None:
     for precision in ("fp32", "bf16"):
         sides = {"ours": "", "every token": "the same, plan_mi and plan_js_div on every token instead of a quarter"}
         if source:
-            sides[source] = f"APEL-R source in {precision}"
+            peer = {source: f"APEL-R source in {precision}"}
+            sides |= both_ways(peer, train_apelr.Config(device=device)) if precision == "fp32" else peer
         for version in TERMS:
             race(ApelrTrainer, sides, (version, *MIDDLE, True, precision, device), BATCH * MIDDLE[2],
                  f"apelr {version}, all terms, {precision} {device}", memory=True)
@@ -102,10 +116,11 @@ def settings_of(side: str, version: str, V: int, K: int, L: int, H: int, terms: 
         aux_token_fraction=1.0 if side == "every token" else 0.25)
 
 
-def source_model(path: str, version: str, V: int, K: int, L: int, H: int, *rest) -> torch.nn.Module:
+def source_model(path: str, version: str, V: int, K: int, L: int, H: int, *rest, token_dim: int = 256
+                 ) -> torch.nn.Module:
     """The source's model of this shape, from the folder that holds its package."""
     sys.path.insert(0, path)
-    shape = {"vocab_size": V, "num_plan_states": K, "token_dim": 256, "hidden_dim": H, "dropout": 0.1}
+    shape = {"vocab_size": V, "num_plan_states": K, "token_dim": token_dim, "hidden_dim": H, "dropout": 0.1}
     if version == "v1":
         source = importlib.import_module("apelr.model")
         return source.APELRModel(source.APELRModelConfig(fusion_dim=H, **shape))
@@ -121,7 +136,8 @@ class ApelrTrainer(Trainer):
         self.version, self.device = version or side, torch.device(device)
         self.draw = pool(zipf_tokens(V, BATCH, L + 1, self.device))
         if Path(side).is_absolute():
-            self.model = source_model(side, self.version, *shape).to(self.device)
+            path = peer_name(side, train_apelr.Config(device=device))
+            self.model = source_model(path, self.version, *shape).to(self.device)
             self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16")
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         else:
@@ -157,6 +173,14 @@ class ApelrTrainer(Trainer):
         return flops_per_token(self.model)
 
 
+def write_as_source(peer: torch.nn.Module, version: str, count: int) -> None:
+    with as_torch_comes():
+        if version == "v1":
+            peer.generate_filtered(list(range(8)), count)
+        else:
+            peer.generate_planned(list(range(8)), count)
+
+
 def measure_writing(source: str | None, device: str, short: bool, count: int = 128) -> list[tuple]:
     """128 tokens after a prompt of 8; V = 2048, K = 8, H = 256, fp32. The source writes one text at a time."""
     torch.set_flush_denormal(True)
@@ -173,8 +197,7 @@ def measure_writing(source: str | None, device: str, short: bool, count: int = 1
                 runs[batch] = functools.partial(train_apelr.generate, model, prompt, count, rt.generator())
             if source:
                 peer = source_model(source, *shape).to(device)
-                write = peer.generate_filtered if version == "v1" else peer.generate_planned
-                runs["source"] = functools.partial(write, list(range(8)), count)
+                runs["source"] = functools.partial(write_as_source, peer, version, count)
             times = in_turns(runs, device)
         name = f"apelr {version} writing, batch"
         one = times[1].rate(count)

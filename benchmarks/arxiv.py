@@ -17,7 +17,19 @@ import numpy as np
 import torch
 
 import train_arxiv
-from benchmarks.racing import Trainer, absent, in_turns, missing, peak_memory, pool, race, report, zipf_tokens
+from benchmarks.racing import (
+    Trainer,
+    absent,
+    both_ways,
+    in_turns,
+    missing,
+    peak_memory,
+    peer_name,
+    pool,
+    race,
+    report,
+    zipf_tokens,
+)
 from common.runtime import Runtime
 from sources.chunks import ChunkSpool, chunk_arrays
 from sources.tokenizer import train_bpe
@@ -37,7 +49,9 @@ def bench(options: argparse.Namespace) -> None:
     for name, shape in SHAPES.items():
         for precision, dropout in PRECISIONS:
             against = {side: f"{text} in {precision}" for side, text in sides.items()}
-            if precision == "bf16" and "transformers" in sides:
+            if precision == "fp32":
+                against = both_ways(against, train_arxiv.Config(device=device.type, precision=precision))
+            elif "transformers" in sides:
                 against["transformers fp32"] = f"{sides['transformers']} in fp32"
             race(ArxivTrainer, {"ours": ""} | against, (*shape, dropout, precision, device.type),
                  shape[-1] * (CHUNK - 1), f"arxiv training, {name}, {precision}, dropout {dropout} {device.type}")
@@ -101,7 +115,7 @@ def trained_peer(documents: list[str]):
 def measure_loader(chunks: int = 500_000) -> list[tuple]:
     """A file of 50 M tokens: seconds to open it, chunks/s at random, and the memory that takes."""
     with tempfile.TemporaryDirectory() as folder:
-        path = write_chunks(Path(folder), chunks)
+        path = write_chunks(Path(folder), chunks, ["a", "b"])
         before, began = peak_memory(), time.perf_counter()
         data = train_arxiv.Chunks(**chunk_arrays(path))
         opened = time.perf_counter() - began
@@ -118,15 +132,17 @@ def measure_loader(chunks: int = 500_000) -> list[tuple]:
             ("arxiv loader, memory grown by (50 M tokens, 100 MB on disk)", grown, "MB")]
 
 
-def write_chunks(folder: Path, chunks: int) -> Path:
-    """A chunk file of two categories, 500 chunks a document."""
+def write_chunks(folder: Path, chunks: int, names: list[str], split: str = "train") -> Path:
+    """A chunk file of 8,192 tokens in categories of these names, 500 chunks a document."""
     rng = np.random.default_rng(0)
-    spool = ChunkSpool(folder, "train", CHUNK, 8_192)
-    for document in range(chunks // 500):
-        spool.add("ab"[document * 1_000 // chunks], rng.integers(0, 8_192, 500 * CHUNK))
-    spool.write(folder / "train.h5", tokenizer="", source="bench", seed=0)
+    spool = ChunkSpool(folder, split, CHUNK, 8_192)
+    for name in names:
+        for _ in range(chunks // len(names) // 500):
+            spool.add(name, rng.integers(0, 8_192, 500 * CHUNK))
+    path = folder / f"{split}.h5"
+    spool.write(path, tokenizer="", source="bench", seed=0)
     spool.close()
-    return folder / "train.h5"
+    return path
 
 
 class ArxivTrainer(Trainer):
@@ -143,6 +159,7 @@ class ArxivTrainer(Trainer):
                                             precision=precision)
         self.draw = pool(zipf_tokens(vocab, batch, CHUNK, self.device))
         half = precision == "bf16" and not side.endswith("fp32")
+        peer = peer_name(side, cfg)
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=half)
         if side == "ours":
             self.take_ours(vocab)
@@ -152,7 +169,7 @@ class ArxivTrainer(Trainer):
             self.loss = lambda tokens: train_arxiv.token_xe(
                 self.model(tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).mean()
         else:
-            self.take_nanogpt(side, vocab)
+            self.take_nanogpt(peer, vocab)
         self.model.train()
         self.parameters = list(self.model.parameters())
 

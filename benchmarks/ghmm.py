@@ -12,7 +12,20 @@ import torch
 
 import train_ghmm
 from benchmarks import racing
-from benchmarks.racing import POOL, Rounds, Trainer, absent, in_turns, missing, pool, race, report
+from benchmarks.racing import (
+    POOL,
+    Rounds,
+    Trainer,
+    absent,
+    both_ways,
+    in_turns,
+    linear_weights,
+    missing,
+    peer_name,
+    pool,
+    race,
+    report,
+)
 from common.errors import InputError
 from common.runtime import Runtime
 from sources.processes import Process
@@ -166,6 +179,7 @@ class GhmmTrainer(Trainer):
 
             self.step = step
         else:
+            peer_name(side, cfg)
             self.model = hooked_transformer(cfg, process.vocab_size)
             self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
             self.parameters = list(self.model.parameters())
@@ -175,9 +189,12 @@ class GhmmTrainer(Trainer):
         return train_ghmm.next_token_loss(self.model(tokens[:, :-1]), tokens[:, 1:])
 
     def flops_per_token(self) -> float:
-        """6 x Linear weights + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
-        weights = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, torch.nn.Linear))
-        return 6 * weights + 12 * self.cfg.n_layers * self.cfg.n_ctx * self.cfg.d_model
+        return linear_flops(self.model, self.cfg)
+
+
+def linear_flops(model: torch.nn.Module, cfg: train_ghmm.Config) -> float:
+    """6 x Linear weights + full attention, the convention of PaLM (Chowdhery et al. 2022)."""
+    return 6 * linear_weights(model) + 12 * cfg.n_layers * cfg.n_ctx * cfg.d_model
 
 
 def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int) -> torch.nn.Module:
@@ -189,11 +206,11 @@ def hooked_transformer(cfg: train_ghmm.Config, vocab_size: int) -> torch.nn.Modu
 
 
 def bench_training(device: torch.device) -> None:
-    sides = {"ours": ""}
+    sides = {"HookedTransformer": "HookedTransformer with torch's AdamW"}
     if missing("transformer_lens"):
         absent("ghmm HookedTransformer", 'pip install "transformer-lens<4"')
-    else:
-        sides["HookedTransformer"] = "HookedTransformer with torch's AdamW"
+        sides = {}
+    sides = {"ours": ""} | both_ways(sides, train_ghmm.Config(device=device.type))
     for batch, n_ctx, heads in TRAINING_SHAPES:
         race(GhmmTrainer, sides, (batch, n_ctx, heads, device.type), batch * n_ctx,
              f"ghmm training, {batch}x{n_ctx} {heads} heads {device.type}")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from common.runtime import Runtime
 from measure.speed import matmul_rate
 
 RESULTS: list[dict] = []  # of this run, for --json
@@ -34,6 +35,7 @@ LEGEND = ("+-: (q3 - q1) / median of the rounds; a `!` after it: above 25%, not 
 STEADY = 0.10  # warmed up once a window's median differs by less than this from that of the window before
 WARM_WINDOWS, WARM_SECONDS = 10, 20.0  # after so many windows, or so long, it counts as warm all the same
 POOL = 32  # different batches that a side trains on, over and over, where it has no loader
+AS_OURS = ", with the float32 products of ours"  # a peer's side that has the settings of a run of ours
 SHORT = False  # with --short: two rounds of one call each, to see that a benchmark runs
 
 
@@ -269,6 +271,38 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def linear_weights(model: torch.nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+
+
+def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
+    """The peers as they come and, where Runtime has another library make float32 products, with those of ours too."""
+    with Runtime(cfg):
+        differs = torch.get_float32_matmul_precision() != cfg.matmul_precision
+    more = {side + AS_OURS: text + AS_OURS for side, text in sides.items()}
+    return sides | more if differs else sides
+
+
+def peer_name(side: str, cfg) -> str:
+    """A side of both_ways() without its suffix; with it this process takes the settings of a run of ours."""
+    if side.endswith(AS_OURS):
+        Runtime(cfg).__enter__()
+    return side.removesuffix(AS_OURS)
+
+
+@contextlib.contextmanager
+def as_torch_comes() -> Iterator[None]:
+    """Float32 products and attention as torch makes them, for a peer in a process of ours."""
+    before, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_flash_sdp(True)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def pool(batches: list) -> Callable:

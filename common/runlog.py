@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -274,13 +274,17 @@ def _dotenv(name: str) -> str | None:
 
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run's metrics.jsonl, also from its folder analysis; none where there is no such file."""
-    path, records = folder / "metrics.jsonl", []
+    path = folder / "metrics.jsonl"
     if folder.name == "analysis" and not path.exists():
         path = folder.parent / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        records += filter(None, [record_of(line)])
-    return records
+    return list(records_in(path))
+
+
+def records_in(path: Path) -> Iterator[dict]:
+    """Those of a file, one after the other: there may be a million."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from filter(None, map(record_of, file))
 
 
 def record_of(line: str) -> dict | None:
@@ -355,9 +359,10 @@ def look_at_names(folder: Path, names: Collection[str] = ()) -> None:
 
 def _reopen(path: Path, start_step: int):
     """metrics.jsonl for appending, without what an interrupted run wrote after its last checkpoint."""
-    kept = [json.dumps(r) + "\n" for r in read_metrics(path.parent) if r["step"] <= start_step] if start_step else []
-    with replacing(path) as fresh:
-        fresh.write_text("".join(kept), encoding="utf-8")
+    with replacing(path) as fresh, open(fresh, "w", encoding="utf-8") as file:
+        for record in records_in(path) if start_step else ():
+            if record["step"] <= start_step:
+                file.write(json.dumps(record) + "\n")
     return open(path, "a", encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ same anywhere in the text: the filter of the page, one token at a time (a test h
 
 Dimensions: B texts, P tokens of a prompt, n tokens written, K plans, V vocabulary. A state is a dict:
     memory   of the backbone; h [B, D], what it says after the last token; count, how many tokens it has read
-    head     the experts' matrix; bias [K, V]
+    heads    of the experts, as kernels/few_rows.py keeps them; ahead: what the gate looks ahead by, once it is known
     belief   log belief about the plan of the next token [B, K]; start: at the start of its chunk; of models with plans
     sum      of h over the tokens read of the last chunk [B, D], for the mean that a boundary may be crossed by
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.log_probs import block_logits
+from kernels.few_rows import Heads
 from measure.plans import fixed_belief
 
 
@@ -29,15 +29,8 @@ def prefill(model, ids: torch.Tensor, head_type: torch.dtype | None = None) -> d
     B, P = ids.shape
     h, memory = model.read(ids)
     weight, bias = model.experts.table()
-    # Transposed in memory: a few rows times it are faster.
-    columns = weight.t().to(head_type or weight.dtype).contiguous()
-    state = {
-        "memory": memory,
-        "h": h[:, -1],
-        "count": P,
-        "head": columns.t(),
-        "bias": bias,
-    }
+    heads = Heads(weight, bias, model.experts.inputs(h[:, -1]), head_type)
+    state = {"memory": memory, "h": h[:, -1], "count": P, "heads": heads, "ahead": {}}
     if not hasattr(model, "filter"):
         return state
 
@@ -72,9 +65,8 @@ def predict(
     plan_temperature divides the logits of every plan before p mixes them; log p_k stays as it is.
     """
     x = model.experts.inputs(state["h"])
-    x = x.to(state["head"].dtype)
     # log softmax in place; what the mixture needs, exp of the shifted logits and their sums, is kept on the way.
-    logs = block_logits(x, state["head"], state["bias"])  # [B, K, V]
+    logs = state["heads"].logits(x)  # [B, K, V]
     logs -= logs.amax(2, keepdim=True)
     probs = logs.exp()
     total = probs.sum(2)  # [B, K]
@@ -92,7 +84,10 @@ def predict(
     if planner_mode != "normal":
         feedback = 0.0  # a belief that is fixed is not looked ahead from
     belief = believed(model, state, planner_mode, forced_state)
-    gate = model.gate(belief, tau, model.ahead(feedback, horizon))
+    ahead = state["ahead"]  # shared by the states of a text, as no token changes it
+    if (feedback, horizon) not in ahead:
+        ahead[feedback, horizon] = model.ahead(feedback, horizon)
+    gate = model.gate(belief, tau, ahead[feedback, horizon])
     if plan_temperature != 1:
         probs = (logs / plan_temperature).exp()
         total = probs.sum(2)
@@ -215,7 +210,7 @@ def generate(
         gate["plan_temperature"] = temperature
         temperature = 1.0
     mode = planner_mode, forced_state
-    V = state["bias"].shape[1]
+    V = state["heads"].bias.shape[1]
     done = torch.zeros(B, dtype=torch.bool, device=device)
     seen = torch.zeros(B, V, dtype=torch.bool, device=device)
     seen.scatter_(1, prompt, True)

@@ -29,7 +29,7 @@ import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +53,7 @@ HEADER = 128  # bytes before the values of a .npy file
 BLOCK = 1 << 24  # bytes under one checksum
 PIECE = 1 << 20  # bytes of a block that are read at once
 MOST_BLOCKS = 16  # of a file, that a start reads: one of 256 MB is verified whole, of a larger one a sample
+MOST_OPEN = 64  # files of a TOML that are open at once
 TARGET_SUM = 1e4  # molecules of a cell after normalisation
 STORED_NAMES = (  # of a survey, in meta.json
     "cell_types",
@@ -418,14 +419,11 @@ def write_store(
     size = min(ram_budget_gb * 1e9, 1 << 62)  # a number above that is no size
     most_values = max(1 << 16, int(size) // 256)  # memory holds a block and a few copies of it
     with ExitStack() as stack:
-        files = [stack.enter_context(H5ad(path)) for path in plan.files]
         drafts = {}
         for which, key in keys.items():
-            matrices = [file.matrix(key) for file in files]
-            for matrix in matrices:
-                matrix.entries = min(matrix.entries, most_values)
+            source = Source(plan.files, key, most_values, stack)
             genes = survey.genes if which == "input" else survey.count_genes
-            drafts[which] = Draft(work, which, key, matrices, survey.orders[which], len(genes), place)
+            drafts[which] = Draft(work, which, source, survey.orders[which], len(genes), place)
         announce(work, plan, total, drafts)
         bar = tqdm(
             total=2 * total * len(drafts),
@@ -477,13 +475,43 @@ def announce(work: Path, plan: Plan, total: int, drafts: dict) -> None:
             f"the prepared cells take {size / 1e9:.1f} GB in {target}, where {free / 1e9:.1f} GB are free: "
             "free some, or start where data/ has room"
         )
-    widths = " and ".join(f"{counted(draft.columns, 'column')} of {draft.key}" for draft in drafts.values())
+    widths = " and ".join(f"{counted(draft.columns, 'column')} of {draft.source.key}" for draft in drafts.values())
     files = counted(len(plan.files), "file")
     print(
         f"preparing {counted(total, 'cell')} x {widths} of {plan.path} ({files}), once: "
         f"{size / 1e9:.2f} GB in {target}",
         flush=True,
     )
+
+
+class Source:
+    """The matrix of one key in several files. Of more than MOST_OPEN one is open at a time: a system opens a thousand
+    or so, and each holds the names of its cells. Of fewer all stay open: what is stored by columns is turned once."""
+
+    def __init__(self, paths: list[Path], key: str, most_values: int, stack: ExitStack):
+        self.paths = paths
+        self.key = key
+        self.most_values = most_values  # of a block
+        self.stack = stack  # closes those that stay open
+        self.matrices = {}  # of these, by file
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @contextmanager
+    def open(self, f: int) -> Iterator[Matrix]:
+        """That of a file."""
+        if f in self.matrices:
+            yield self.matrices[f]
+            return
+        with ExitStack() as here:
+            stays = len(self.paths) <= MOST_OPEN
+            file = (self.stack if stays else here).enter_context(H5ad(self.paths[f]))
+            matrix = file.matrix(self.key)
+            matrix.entries = min(matrix.entries, self.most_values)
+            if stays:
+                self.matrices[f] = matrix
+            yield matrix
 
 
 class Draft:
@@ -493,31 +521,33 @@ class Draft:
         self,
         work: Path,
         which: str,
-        key: str,
-        matrices: list[Matrix],
+        source: Source,
         orders: list[np.ndarray | None],
         columns: int,
         place: np.ndarray,
     ):
         self.work = work
         self.which = which
-        self.key = key
-        self.matrices = matrices
+        self.source = source
         self.orders = orders
         self.columns = columns
         self.place = place
-        self.converted = [""] * len(matrices)  # of each file: see conversion
-        self.digests = [""] * len(matrices)  # of each file: of its values as they are read, before conversion
-        self.first = np.cumsum([0, *(matrix.shape[0] for matrix in matrices)])  # cell where each file begins
+        self.converted = [""] * len(source)  # of each file: see conversion
+        self.digests = [""] * len(source)  # of each file: of its values as they are read, before conversion
         # Sparse if most cells are: a CSR matrix with more than half of its values is larger than a dense one.
+        sizes = [0]  # cells of each file, after the 0
+        values = 0
         sparse_cells = 0
-        for matrix in matrices:
-            rows, width = matrix.shape
-            if matrix.format != "dense" and matrix.nnz <= 0.5 * rows * width:
-                sparse_cells += rows
+        for f in range(len(source)):
+            with source.open(f) as matrix:
+                rows, width = matrix.shape
+                sizes.append(rows)
+                values += matrix.nnz
+                if matrix.format != "dense" and matrix.nnz <= 0.5 * rows * width:
+                    sparse_cells += rows
+        self.first = np.cumsum(sizes)  # cell where each file begins
         self.sparse = 2 * sparse_cells > len(place)
         if self.sparse:
-            values = sum(matrix.nnz for matrix in matrices)
             self.bytes = 8 * values + 8 * len(place)  # data and indices of 4 bytes each; indptr of at most 8
         else:
             self.bytes = 4 * len(place) * columns
@@ -526,7 +556,7 @@ class Draft:
         """What meta.json says of it."""
         parts = ("_data", "_indices", "_indptr") if self.sparse else ("",)
         return {
-            "key": self.key,
+            "key": self.source.key,
             "format": "csr" if self.sparse else "dense",
             "columns": self.columns,
             "files": [f"{self.which}{part}.npy" for part in parts],
@@ -537,18 +567,20 @@ class Draft:
     def blocks(self, f: int) -> Iterator[tuple[np.ndarray, np.ndarray | csr_array]]:
         """(rows in the folder, expression) of the blocks of a file: converted, in the order of the genes."""
         place = self.place[self.first[f] : self.first[f + 1]]  # of the cells of the file
-        for start, stop, block in self.matrices[f].blocks():
-            block = convert(block, self.converted[f], self.matrices[f])
-            if self.orders[f] is not None:
-                block = block[:, self.orders[f]]
-            block = csr_array(block) if self.sparse else as_dense(block)
-            yield place[start:stop], block
+        with self.source.open(f) as matrix:
+            for start, stop, block in matrix.blocks():
+                block = convert(block, self.converted[f], matrix)
+                if self.orders[f] is not None:
+                    block = block[:, self.orders[f]]
+                block = csr_array(block) if self.sparse else as_dense(block)
+                yield place[start:stop], block
 
     def check(self, counts: str, bar: tqdm) -> None:
         """The first pass: raises DataError for values that cannot serve, and finds what is to be converted."""
-        for f, matrix in enumerate(self.matrices):
+        for f in range(len(self.source)):
             digest = Digest(self.orders[f])
-            self.converted[f] = conversion(matrix, counts, bar.update, digest.add)
+            with self.source.open(f) as matrix:
+                self.converted[f] = conversion(matrix, counts, bar.update, digest.add)
             self.digests[f] = digest.text()
 
     def write(self, bar: tqdm) -> None:
@@ -561,7 +593,7 @@ class Draft:
     def write_dense(self, bar: tqdm) -> None:
         shape = (len(self.place), self.columns)
         values = empty_array(self.work / f"{self.which}.npy", np.float32, shape)
-        for f in range(len(self.matrices)):
+        for f in range(len(self.source)):
             for place, block in self.blocks(f):
                 starts = place * self.columns
                 lengths = np.full(len(place), self.columns)
@@ -575,7 +607,7 @@ class Draft:
         np.save(self.work / f"{self.which}_indptr.npy", indptr.astype(kind))
         data = empty_array(self.work / f"{self.which}_data.npy", np.float32, (total,))
         indices = empty_array(self.work / f"{self.which}_indices.npy", np.int32, (total,))
-        for f in range(len(self.matrices)):
+        for f in range(len(self.source)):
             for place, block in self.blocks(f):
                 starts = indptr[place]
                 lengths = np.diff(block.indptr)
@@ -586,11 +618,12 @@ class Draft:
     def row_lengths(self) -> np.ndarray:
         """Values of every row in the folder, int64 [N]: where a row goes depends on all before it."""
         lengths = np.zeros(len(self.place), np.int64)
-        for f, matrix in enumerate(self.matrices):
-            if matrix.format == "csr" and self.orders[f] is None:
-                rows = self.place[self.first[f] : self.first[f + 1]]
-                lengths[rows] = np.diff(hdf5.read(matrix.parts["indptr"]))
-                continue
+        for f in range(len(self.source)):
+            with self.source.open(f) as matrix:
+                if matrix.format == "csr" and self.orders[f] is None:
+                    rows = self.place[self.first[f] : self.first[f + 1]]
+                    lengths[rows] = np.diff(hdf5.read(matrix.parts["indptr"]))
+                    continue
             for place, block in self.blocks(f):  # not told by the file: dense, by columns, or genes are left out
                 lengths[place] = np.diff(block.indptr)
         return lengths

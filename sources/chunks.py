@@ -483,15 +483,13 @@ def chunk_arrays(path: Path, vocab_size: int = 0) -> dict:
                 f"{path} has the token {wrong}, but vocab_size = {size}: see python prepare_data.py inspect {path}"
             )
         # Numbers of documents may begin anew in each category: the pair is what tells them apart.
-        in_category = read(member(file, "doc_idx_for_chunk")).astype(np.int64)
-        pairs = np.stack([codes.astype(np.int64), in_category], 1)
-        _, documents = np.unique(pairs, axis=0, return_inverse=True)
+        documents = numbered(codes, read(member(file, "doc_idx_for_chunk")))
         smallest = np.bincount(codes, minlength=len(names)).min()
         budget = whole_attribute(file, "reference_chunk_budget_smallest_top_category", 0)
         return {
             "tokens": tokens,
             "codes": codes,
-            "documents": documents.ravel(),
+            "documents": documents,
             "names": names,
             "vocab_size": size,
             "budget": int(smallest) if budget is None else budget,
@@ -654,6 +652,19 @@ def whole_documents(rows: np.ndarray, documents: np.ndarray, rng: np.random.Gene
     names, place = np.unique(documents[rows], return_inverse=True)
     rank = rng.permutation(len(names))  # of each document
     return rows[np.argsort(rank[place], kind="stable")]
+
+
+def numbered(*columns: np.ndarray) -> np.ndarray:
+    """The rank [R] of each row of some columns [R] among those that differ, the first column compared first."""
+    # Sorted column by column: a hundred times faster than np.unique(axis=0) where a file is in order, as ours are.
+    order = np.lexsort(columns[::-1])
+    is_new = np.zeros(len(order), bool)
+    for column in columns:
+        ascending = column[order]
+        is_new[1:] |= ascending[1:] != ascending[:-1]
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = is_new.cumsum()
+    return ranks
 
 
 def token_range(tokens: np.ndarray) -> tuple[int, int]:

@@ -68,8 +68,9 @@ def find_controls(
         if not (is_control & of_type).any():
             raise DataError(f"{file.path}: cell type {name} has no control cells to start from")
     perturbed = Counter()
-    pairs, counts = np.unique(np.stack([types, perts])[:, is_known], axis=1, return_counts=True)
-    for (t, p), count in zip(pairs.T, counts.tolist(), strict=True):
+    kinds = types[is_known].astype(np.int64) * len(perturbations) + perts[is_known]
+    for kind, count in zip(*map(np.ndarray.tolist, np.unique(kinds, return_counts=True)), strict=True):
+        t, p = divmod(kind, len(perturbations))
         if perturbations[p] != control_pert:
             perturbed[cell_types[t], perturbations[p]] = count
     rows = np.flatnonzero(is_control)

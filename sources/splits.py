@@ -301,6 +301,7 @@ def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool) -> n
     controls of held-out types train too.
     """
     member = np.zeros(len(cells.file), np.uint8)
+    fewshot = fewshot_codes(plan, cells)
     order, starts = grouped(np.arange(len(member)), cells.file, cells.cell_type)
     for rows in np.split(order, starts[1:-1]):  # the cells of one type in one file
         first = rows[0]
@@ -309,8 +310,8 @@ def assign_splits(plan: Plan, cells, strict: bool, zeroshot_controls: bool) -> n
         # zeroshot comes before fewshot, and that before training
         if pair in plan.zeroshot:
             assign_zeroshot(member, cells, rows, plan.zeroshot[pair], zeroshot_controls)
-        elif pair in plan.fewshot:
-            assign_fewshot(member, cells, rows, plan.fewshot[pair])
+        elif pair in fewshot:
+            assign_fewshot(member, cells, rows, fewshot[pair])
         elif dataset in plan.training:
             member[rows] |= TRAIN
     check_named_cells(plan, cells, strict)
@@ -331,16 +332,23 @@ def assign_zeroshot(
         member[controls] |= TRAIN
 
 
-def assign_fewshot(member: np.ndarray, cells, rows: np.ndarray, lists: dict[str, list[str]]) -> None:
-    """The listed perturbations validate and test, the rest trains; controls go where their type is."""
+def fewshot_codes(plan: Plan, cells) -> dict[tuple[str, str], dict[str, list[int]]]:
+    """[fewshot] with the codes of those perturbations that there are."""
+    number = {name: code for code, name in enumerate(cells.perturbations)}  # a list would be searched for each name
+    codes = {}
+    for pair, lists in plan.fewshot.items():
+        codes[pair] = {split: [number[name] for name in names if name in number] for split, names in lists.items()}
+    return codes
+
+
+def assign_fewshot(member: np.ndarray, cells, rows: np.ndarray, codes: dict[str, list[int]]) -> None:
+    """The listed perturbations, codes by split, validate and test, the rest trains; controls go where their type is."""
     is_control = cells.is_control[rows]
     controls = rows[is_control]
     perturbed = rows[~is_control]
     rest = np.ones(len(perturbed), bool)
     for split, bit in (("val", VAL), ("test", TEST)):
-        known = [name for name in lists.get(split, ()) if name in cells.perturbations]
-        codes = [cells.perturbations.index(name) for name in known]
-        chosen = np.isin(cells.perturbation[perturbed], codes)
+        chosen = np.isin(cells.perturbation[perturbed], codes.get(split, ()))
         member[perturbed[chosen]] |= bit
         if chosen.any():
             member[controls] |= bit
@@ -353,17 +361,13 @@ def assign_fewshot(member: np.ndarray, cells, rows: np.ndarray, lists: dict[str,
 def check_named_cells(plan: Plan, cells, strict: bool) -> None:
     """Whether there are cells of what the TOML names."""
     control = cells.perturbations[cells.control]
+    perturbed = perturbations_of(cells) if plan.zeroshot or plan.fewshot else {}
     for name, cell_type in [*plan.zeroshot, *plan.fewshot]:
-        files = [f for f, other in enumerate(cells.names) if other == name]
-        of_set = np.isin(cells.file, files)
-        types = [cells.cell_types[t] for t in np.unique(cells.cell_type[of_set])]
-        if cell_type not in types:
-            hint = suggest(cell_type, types)
+        if (name, cell_type) not in perturbed:
+            hint = suggest(cell_type, [of_set for other, of_set in perturbed if other == name])
             objection(strict, f"{plan.path}: data set {name:.80} has no cell type {cell_type!r:.80}{hint}")
             continue
-        of_type = of_set & (cells.cell_type == cells.cell_types.index(cell_type))
-        codes = np.unique(cells.perturbation[of_type & ~cells.is_control])
-        known = [cells.perturbations[code] for code in codes]
+        known = perturbed[name, cell_type]
         where = f'{plan.path}: [fewshot."{name}.{cell_type}"]'
         lists = plan.fewshot.get((name, cell_type), {})
         for perturbation in [*lists.get("val", ()), *lists.get("test", ())]:
@@ -372,6 +376,24 @@ def check_named_cells(plan: Plan, cells, strict: bool) -> None:
             elif perturbation not in known:
                 hint = suggest(perturbation, known)
                 objection(strict, f"{where}: {name} has no {cell_type} cells of {perturbation!r}{hint}")
+
+
+def perturbations_of(cells) -> dict[tuple[str, str], dict[str, None]]:
+    """{(data set, cell type): names of its perturbations, none of controls alone}, all in the order of their codes.
+
+    One pass over the cells, however many types and files there are.
+    """
+    datasets = list(dict.fromkeys(cells.names))
+    of_file = np.array([datasets.index(name) for name in cells.names])
+    kind = of_file[cells.file] * len(cells.cell_types) + cells.cell_type
+    found = {}
+    for condition in np.unique(kind * len(cells.perturbations) + cells.perturbation).tolist():
+        code, perturbation = divmod(condition, len(cells.perturbations))
+        dataset, cell_type = divmod(code, len(cells.cell_types))
+        names = found.setdefault((datasets[dataset], cells.cell_types[cell_type]), {})
+        if perturbation != cells.control:
+            names[cells.perturbations[perturbation]] = None
+    return found
 
 
 def with_validation(member: np.ndarray, cells, fraction: float, seed: int) -> np.ndarray:
@@ -395,16 +417,21 @@ def with_validation(member: np.ndarray, cells, fraction: float, seed: int) -> np
     held_out = train[np.isin(pairs, chosen)]
     member[held_out] = VAL
     # The controls of their types validate too, and go on to train.
-    for f, t in types_of(cells, member == VAL):
-        of_type = (cells.file == f) & (cells.cell_type == t)
-        member[of_type & cells.is_control] |= VAL
+    controls = np.flatnonzero(cells.is_control)
+    serve = np.isin(kind_of(cells, controls), kind_of(cells, held_out))
+    member[controls[serve]] |= VAL
     return member
+
+
+def kind_of(cells, which: np.ndarray) -> np.ndarray:
+    """A number for the file and cell type of these cells, rows [n] or bool [N]; int64 [n]."""
+    file = cells.file[which].astype(np.int64)
+    return file * len(cells.cell_types) + cells.cell_type[which]
 
 
 def types_of(cells, which: np.ndarray) -> set[tuple[int, int]]:
     """(file, cell type) of the cells that `which`, bool [N], marks."""
-    file = cells.file[which].astype(np.int64)
-    kinds = np.unique(file * len(cells.cell_types) + cells.cell_type[which])
+    kinds = np.unique(kind_of(cells, which))
     return {divmod(int(kind), len(cells.cell_types)) for kind in kinds}
 
 

@@ -109,9 +109,10 @@ def joined(columns: list[tuple[np.ndarray, list[str]]]) -> tuple[list[str], np.n
     for _, values in columns:
         values_of_all.update(values)
     meaning = sorted(values_of_all)
+    number = {value: code for code, value in enumerate(meaning)}
     codes_of_all = []
     for codes, values in columns:
-        places = np.searchsorted(meaning, values).astype(np.int32)  # of a file's values among those of all
+        places = np.array([number[value] for value in values], np.int32)  # of a file's values among those of all
         codes_of_all.append(np.append(places, np.int32(-1))[codes])  # -1, of a missing value, finds the last
     return meaning, np.concatenate(codes_of_all)
 

@@ -22,6 +22,7 @@ import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_ghmm", "train_arxiv", "train_apelr", "train_state")
+LATE = ("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats")  # what runs import at their end
 
 
 def python(*command, folder: Path) -> subprocess.CompletedProcess:
@@ -92,8 +93,8 @@ def colours(image) -> int:
     return len(np.unique(packed))
 
 
-# Processes to kill and ranks to join: forked from a server that has imported the scripts and computed nothing yet,
-# which spares each of them the seconds that importing takes.
+# Processes to kill and ranks to join: forked from a server that has imported the scripts, and what these import late,
+# and has computed nothing yet, which spares each of them the seconds that importing takes.
 
 
 class Job:
@@ -127,7 +128,7 @@ class Job:
 def server():
     context = multiprocessing.get_context("forkserver")
     if not server.started:
-        context.set_forkserver_preload(["commands", *SCRIPTS])
+        context.set_forkserver_preload(["commands", *SCRIPTS, *LATE])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as common has it for processes that import it first

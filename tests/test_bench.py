@@ -13,7 +13,7 @@ from commands import refusal
 
 import bench
 import train_state
-from benchmarks import apelr, arxiv, ghmm, racing, state
+from benchmarks import apelr, arxiv, ghmm, gpu, racing, state
 from benchmarks.racing import Rounds
 
 TINY = {"tiny": (2, {"cell_set_len": 4, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 16})}
@@ -211,6 +211,41 @@ def test_a_race_of_sides_that_disagree_stops():
     ghmm.agree("Simplexity", -1_000.001, -1_000.0, 1_000, "mess3")
 
 
+# ----------------------------------------------------------------------------------------------------------- gpu
+def test_without_a_gpu_its_benchmark_is_refused_in_a_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in ("gpu", "gpu --short", "gpu --device=cpu"):
+        assert "sees no GPU; --device=cpu --short drives it in miniature" in refusal(capsys, bench.main, *words.split())
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """(settings of a workload in miniature); its data are made once."""
+    folder = tmp_path_factory.mktemp("gpu")
+    return lambda name: gpu.settings(name, folder, "cpu", short=True)
+
+
+@pytest.mark.parametrize("name", ["ghmm published", "arxiv published", "apelr v2_fast", "state state_lg"])
+def test_a_run_of_the_gpu_benchmark_trains_with_the_settings_of_its_config(stand_ins, name):
+    it = gpu.WORKLOADS[name]
+    side = gpu.PageTrainer("eager", it.page, stand_ins(name), None, ["--precision=bf16"])
+    before = [parameter.clone() for parameter in side.run.model.parameters()]
+    losses = [side.step() for _ in range(2)]
+    side.rt.__exit__(None, None, None)
+    assert all(loss.isfinite() for loss in losses) and side.flops_per_token() > 0 and side.units() > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, side.run.model.parameters(), strict=True))
+    given = {"ghmm published": ("max_steps", 100_000), "arxiv published": ("grad_accum", 4),
+             "apelr v2_fast": ("lr", 6e-4), "state state_lg": ("n_encoder_layers", 4)}[name]
+    assert getattr(side.cfg, given[0]) == given[1] and side.cfg.precision == "bf16"
+
+
+def test_goals_are_told_beside_what_was_reached(capsys):
+    gpu.say_goal("share", 0.41, 0.4)
+    gpu.say_goal("times", 1.9, 2)
+    met, missed = capsys.readouterr().out.splitlines()
+    assert met.endswith("goal >= 0.4: met") and missed.endswith("goal >= 2: not met")
+
+
 # --------------------------------------------------------------------------------------------------------- state
 @pytest.fixture(scope="module")
 def toml(tmp_path_factory):
@@ -282,6 +317,7 @@ def test_operations_of_a_cell_are_those_counted_by_hand(toml, tiny):
 
 def test_bench_state_says_which_peers_are_missing(monkeypatch, capsys):
     monkeypatch.setattr(state, "missing", lambda module: module in ("state", "cell_load"))
+    monkeypatch.setattr(state, "GENES", 30)
     monkeypatch.setattr(state, "ProcessPoolExecutor", lambda *given: pytest.fail("stop here"))
     with pytest.raises(pytest.fail.Exception, match="stop here"):
         bench.main(["state"])
@@ -294,7 +330,7 @@ def test_bench_state_says_which_peers_are_missing(monkeypatch, capsys):
 @pytest.mark.skipif(lacks("state") or lacks("cell_load"), reason="needs arc-state and cell-load")
 def test_arc_state_has_the_same_loss_and_takes_the_same_step(toml, tiny):
     found = state.measure_agreement(toml, "cpu", [])
-    assert len(found) == 2 and all(gap <= 1e-5 for _, gap, *_ in found)
+    assert len(found) == 2 and all(gap <= 1e-4 for _, gap, *_ in found)
     for loads in (False, True):
         state.StateTrainer("arc-state", "tiny", toml, loads, "highest", "cpu").step()
     batches = state.cell_batches(toml, "cpu", batch_size=16, cell_set_len=64)

@@ -1,0 +1,100 @@
+"""How growth is measured, and that what grew faster than its law does not any more."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import racing, scale
+from sources import cell_store
+from sources.cells import open_cells
+from sources.chunks import numbered
+
+SIZES = scale.doubled(10, 1_000)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0])
+def test_the_exponent_is_that_of_what_grows_whatever_the_fixed_cost(p):
+    for fixed in (0.0, 30.0, 1e3):
+        found, error = scale.exponent(SIZES, [fixed + size**p for size in SIZES])
+        assert abs(found - p) < 0.02 and error < 0.01
+
+
+def test_what_does_not_grow_has_the_exponent_0_also_where_it_is_noise():
+    assert scale.exponent(SIZES, [3.0] * len(SIZES)) == (0.0, 0.0)
+    found, error = scale.exponent(SIZES, [1.0, 1.2, 0.9, 1.1, 1.0])
+    assert abs(found) < 0.1 and 0 < error < 0.1
+
+
+def test_only_what_is_above_its_law_is_marked(monkeypatch, capsys):
+    monkeypatch.setattr(racing, "RESULTS", [])
+    squares = [size**2 * 1e-6 for size in SIZES]
+    for law, is_marked in ((2, False), (1, True), (0, True)):
+        assert ("ABOVE ITS LAW" in scale.tell("x", SIZES, squares, law, "s")["against"]) == is_marked
+    # Memory below what an allocator moves by is none.
+    assert "ABOVE" not in scale.tell("x", SIZES, [0.01, 0.1, 0.5, 1, 2], 0, "MB")["against"]
+    assert capsys.readouterr().out.count("ABOVE") == 2
+
+
+@pytest.fixture
+def denormals():
+    """measure() flushes them, in a process of its own; this one lives on."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_memory_is_what_the_work_holds_at_most_beyond_what_was_there(monkeypatch, denormals):
+    def start(size, folder):
+        before = np.ones((8 << 20) // 8)  # 8 MB, which do not count
+        return lambda: float(np.ones(size << 17).sum() + before[0])  # MB that are given back
+
+    monkeypatch.setattr(scale, "LASTING", 0.0)  # one call
+    monkeypatch.setattr(scale, "LAWS", [scale.Law("x", "MB", start, [64], 1, 1)])
+    seconds, held = scale.measure(0, 64)
+    assert 0 < seconds < 10
+    if scale.memory("VmHWM"):  # Linux
+        assert 60 < held < 80
+
+
+SLOW = ("prepare", "state start", "ghmm analysis", "arxiv XE", "arxiv curves", "apelr step, full")
+CHEAP = [law for law in scale.LAWS if not law.name.startswith(SLOW)]
+
+
+@pytest.mark.parametrize("law", CHEAP, ids=lambda law: f"{law.name} in {law.work}")
+def test_every_row_runs_at_its_least_size(law, tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = law.start(law.sizes[0], tmp_path)
+        run()
+
+
+def test_rows_are_numbered_as_numpy_does_for_every_order_of_them():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 500):
+        first, second = rng.integers(0, 3, count).astype(np.uint16), rng.integers(-4, 5, count)
+        _, expected = np.unique(np.stack([first.astype(np.int64), second], 1), axis=0, return_inverse=True)
+        assert numbered(first, second).tolist() == expected.ravel().tolist()
+
+
+def test_cells_of_more_files_than_may_be_open_are_prepared_as_those_of_few(tmp_path, monkeypatch, capsys):
+    toml = scale.cell_files(tmp_path, cells=3 * 64, files=3)
+    of_all = open_cells(toml=toml, folder=tmp_path / "all")
+    opened = []
+
+    class Counted(cell_store.H5ad):
+        def __enter__(self):
+            opened.append(self.path)
+            assert len(opened) == 1
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            opened.remove(self.path)
+            super().__exit__(*error)
+
+    monkeypatch.setattr(cell_store, "MOST_OPEN", 2)
+    monkeypatch.setattr(cell_store, "H5ad", Counted)
+    one_by_one = open_cells(toml=toml, folder=tmp_path / "one")
+    assert one_by_one.fingerprint == of_all.fingerprint
+    rows = np.arange(len(of_all.file))
+    assert torch.equal(one_by_one.read(rows), of_all.read(rows))
