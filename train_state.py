@@ -323,7 +323,8 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     basal = cells.read(np.where(lonely, targets[..., None], controls).ravel(), "input", device)
     basal = basal.view(b, S, k, -1)
     if lonely.any():
-        basal.masked_fill_(send(torch.from_numpy(lonely), device)[..., None], 0.0)  # an index would wait for the device
+        # An index of booleans would wait for the device, to count them.
+        basal.masked_fill_(send(torch.from_numpy(lonely), device)[..., None], 0.0)
     # The perturbation: its number as a one-hot vector, or its features, which a new one may have too.
     pert = torch.from_numpy(cells.perturbation[targets[:, 0]].astype(np.int64))
     features = F.one_hot(pert, cells.pert_dim).float() if cells.features is None else cells.features[pert]
