@@ -18,7 +18,6 @@ from common.errors import clear_errors  # isort: skip
 
 import argparse
 import importlib
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +44,12 @@ BENCHES = {
         3, "drawing, filtering and training, against hmmlearn, Simplexity and HookedTransformer",
         "Simplexity", "simplexity/generative_processes/hidden_markov_model.py"),
     "arxiv": Bench(
-        6, "tokenizer, loader and training, against tokenizers, h5py, GPT-2 of transformers and nanoGPT",
+        5, "tokenizer, loader and training, against tokenizers, h5py, GPT-2 of transformers and nanoGPT",
         "nanoGPT", "model.py"),
     "apelr": Bench(
-        8, "training and writing against APEL-R's source; planners against the baseline",
+        7, "training and writing against APEL-R's source; planners against the baseline",
         "APEL-R", "src/apelr/model_v2.py"),
-    "state": Bench(6, "loader, training and distance, against cell-load, arc-state and geomloss"),
+    "state": Bench(5, "loader, training and distance, against cell-load, arc-state and geomloss"),
     "scale": Bench(8, "how time and memory grow with the work: exponents against their laws"),
     "gpu": Bench(
         15, "default and published runs on a GPU: share of its matrix rate, memory, compile, bf16, resume, its tests",
@@ -117,20 +116,7 @@ def check(options: argparse.Namespace) -> None:
                  "takes a checkout")
         options.peers |= dict.fromkeys(names, Path(path).resolve())
     if "ghmm" in options.peers:
-        check_jax(options)
-
-
-def check_jax(options: argparse.Namespace) -> None:
-    if not options.peer_python:
-        fail(f"--peer={options.peers['ghmm']}: Simplexity needs JAX: name a Python that has jax, equinox, chex and "
-             "jaxtyping with --peer_python=PATH")
-    words = [options.peer_python, "-c", "import jax, equinox, simplexity.generative_processes.hidden_markov_model"]
-    try:
-        tried = subprocess.run(words, cwd=options.peers["ghmm"], capture_output=True, text=True)
-    except OSError as error:
-        fail(f"--peer_python={options.peer_python}: {error.strerror}")
-    if tried.returncode:
-        fail(f"--peer_python={options.peer_python} cannot import Simplexity: {tried.stderr.strip().splitlines()[-1]}")
+        importlib.import_module("benchmarks.ghmm").check_jax(options.peers["ghmm"], options.peer_python)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
@@ -140,14 +126,15 @@ def measure(options: argparse.Namespace) -> list[dict]:
     print(racing.LEGEND)
     racing.RESULTS.clear()
     racing.SHORT = options.short
+    written = {name: str(value) for name, value in vars(options).items() if value and name != "json"}
+    about = racing.result("machine", machine["cores"], "cores", racing.describe(machine))
+    about |= {"machine": machine, "settings": written}
     for name in options.names:
         options.peer = options.peers.get(name)
         with racing.without_denormals(), racing.load_told(name):
             importlib.import_module(f"benchmarks.{name}").bench(options)
-    if options.json:
-        settings = {name: str(value) for name, value in vars(options).items() if value and name != "json"}
-        about = racing.result("machine", machine["cores"], "cores", racing.describe(machine))
-        write_json(Path(options.json), [about | {"machine": machine, "settings": settings}, *racing.RESULTS])
+        if options.json:  # after each: an error of the next leaves it
+            write_json(Path(options.json), [about, *racing.RESULTS])
     return racing.RESULTS
 
 

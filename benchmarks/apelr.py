@@ -17,7 +17,6 @@ from benchmarks.racing import (
     Trainer,
     absent,
     alternate,
-    as_torch_comes,
     both_ways,
     in_turns,
     peer_name,
@@ -27,6 +26,7 @@ from benchmarks.racing import (
     report_share,
     zipf_tokens,
 )
+from common.products import float32_products
 from common.runtime import Runtime
 from measure.speed import flops_per_token
 
@@ -174,7 +174,7 @@ class ApelrTrainer(Trainer):
 
 
 def write_as_source(peer: torch.nn.Module, version: str, count: int) -> None:
-    with as_torch_comes():
+    with float32_products("highest", torch.device("cpu"), are_small=True):  # as torch has them
         if version == "v1":
             peer.generate_filtered(list(range(8)), count)
         else:

@@ -28,6 +28,7 @@ from benchmarks.racing import (
 )
 from common.errors import InputError
 from common.runtime import Runtime
+from configurator import fail
 from sources.processes import Process
 
 PROCESSES, SHAPES = ("mess3", "rrxor", "tom_quantum"), ((64, 65), (1_024, 256))  # sequences, length
@@ -109,6 +110,21 @@ def agree(peer: str, theirs: float, ours: float, tokens: int, where: str) -> Non
 # ---------------------------------------------------------------------------------------------------------------
 # Simplexity: JAX, in a Python of its own
 # ---------------------------------------------------------------------------------------------------------------
+def check_jax(path: Path, python: str | None) -> None:
+    """Exit with code 2 where that Python cannot import Simplexity."""
+    if not python:
+        fail(f"--peer={path}: Simplexity needs JAX: name a Python that has jax, equinox, chex and jaxtyping with "
+             "--peer_python=PATH")
+    place = f"import sys; sys.path.insert(0, {str(path)!r})"
+    code = f"{place}; import jax, equinox, simplexity.generative_processes.hidden_markov_model"
+    try:
+        tried = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError as error:
+        fail(f"--peer_python={python}: {error.strerror}")
+    if tried.returncode:
+        fail(f"--peer_python={python} cannot import Simplexity: {tried.stderr.strip().splitlines()[-1]}")
+
+
 class Simplexity:
     """benchmarks/simplexity_side.py as a process that times its own calls, jitted and in float32 as it comes."""
 

@@ -48,6 +48,7 @@ RESULT = {"ghmm": "loss", "arxiv": "val_xe", "apelr": "val_nll", "state": "mae"}
 COMPILED = {"ours": "true", "eager": "false", "CUDA graphs": "false"}  # sides of ours, and their --compile
 CELLS = {"default": 128, "state_sm": 128, "state_lg": 512}  # of each condition: as many as a set
 LOSS_STEPS, LOSS_MEAN = 500, 50  # steps in each precision; the mean over the last so many is compared
+TESTS = ("tests/test_ghmm_process.py", "tests/test_ahead.py", "tests/test_device.py")
 RUN_STEPS, SAVE_STEPS = 60, 20  # of the run that is killed
 SHORT_SHAPE = {  # of --short: the same settings, small
     "ghmm": ["--n_layers=1", "--d_model=16", "--batch_size=8"],
@@ -59,13 +60,18 @@ SHORT_SHAPE = {  # of --short: the same settings, small
 
 
 class Workload(NamedTuple):
-    """A run of a page: its config file, goals (share of the matrix rate, times the peer), whether graphs are tried."""
+    """A run of a page: its config file, goals (share of the matrix rate, times the peer), whether graphs are tried.
+
+    alone: nothing else is on the GPU, whose memory it fills. more: words of its command line.
+    """
 
     page: str
     config: str = ""
     share: float | None = None
     times: float | None = None
     tiny: bool = False
+    alone: bool = False
+    more: tuple = ()
 
 
 WORKLOADS = {
@@ -74,7 +80,8 @@ WORKLOADS = {
     "arxiv default": Workload("arxiv", tiny=True),
     "arxiv published": Workload("arxiv", "arxiv", share=0.4),
     "apelr default": Workload("apelr", times=5),
-    "apelr v2_fast": Workload("apelr", "v2_fast", times=5),
+    "apelr v2_fast": Workload("apelr", "v2_fast", alone=True),
+    "apelr v2_fast, 32 windows": Workload("apelr", "v2_fast", times=5, more=("--batch_size=32",)),
     "state default": Workload("state", times=2, tiny=True),
     "state state_sm": Workload("state", "state_sm", share=0.4, times=2),
     "state state_lg": Workload("state", "state_lg", times=2),
@@ -89,7 +96,8 @@ def bench(options: argparse.Namespace) -> None:
         for name, it in chosen.items():
             words = settings(name, Path(folder), device, short)
             bench_speed(name, it, words, source)
-            compare_losses(name, it, words, 4 if short else LOSS_STEPS)
+            if not it.alone:
+                compare_losses(name, it, words, 4 if short else LOSS_STEPS)
             if name.endswith("default"):
                 kill_and_resume(it.page, words, Path(folder))
     if not options.only:
@@ -105,31 +113,35 @@ def settings(name: str, folder: Path, device: str, short: bool) -> list[str]:
     words = [f"--device={device}"]
     if it.config:
         words.append(str(ROOT / "config" / f"{it.config}.py"))
-    words += data_words(it.page, name.split()[1], folder, short)
+    words += data_words(it.page, it.config or "default", folder, short)
+    words += it.more
     if short:
         words += SHORT_SHAPE[it.page]
     return words
 
 
 def data_words(page: str, kind: str, folder: Path, short: bool) -> list[str]:
+    """What names the stand-ins, made here if this run has not yet."""
     place = folder / f"{page}_{kind}"
+    is_new = not place.exists()
     place.mkdir(parents=True, exist_ok=True)
-    if page == "arxiv":
+    if page == "ghmm":
+        return []  # it draws its own
+    if page == "state":
+        if is_new:
+            write_cells(place, 8 if short else CELLS[kind])
+        return [f"--toml_config_path={place / 'cells.toml'}"]
+    if page == "arxiv" and is_new:
         names = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
         for split in ("train", "validation"):
             write_chunks(place, 5_000 if short else 100_000, names, split)
-        return [f"--data={place}"]
-    if page == "apelr":
+    if page == "apelr" and is_new:
         text = place / "texts.txt"
         text.write_text("\n\n".join(python_texts(50_000 if short else 20_000_000)))
         size = 300 if short else 4_096 if kind == "v2_fast" else 1_024
         with contextlib.redirect_stdout(sys.stderr):
             prepare_text(input=str(text), out_dir=str(place), vocab_size=size)
-        return [f"--data={place}"]
-    if page == "state":
-        toml = write_cells(place, 8 if short else CELLS[kind])
-        return [f"--toml_config_path={toml}"]
-    return []
+    return [f"--data={place}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -322,7 +334,9 @@ def bench_speed(name: str, it: Workload, words: list[str], source: str | None) -
     if it.tiny:
         sides["CUDA graphs"] = "the same with CUDA graphs (reduce-overhead)"
     peer = PEERS[it.page]
-    if it.page == "apelr" and not source:
+    if it.alone:
+        sides = {"ours": ""}
+    elif it.page == "apelr" and not source:
         absent(f"gpu {name}, {peer}", "--peer=PATH of a checkout with src/apelr")
     elif it.page != "apelr" and missing(MODULES[it.page]):
         absent(f"gpu {name}, {peer}", f"pip install {MODULES[it.page].replace('_', '-')}")
@@ -398,8 +412,8 @@ def kill_at_first_save(command: list[str], folder: Path, out: Path) -> None:
 
 
 def run_tests(short: bool) -> None:
-    """The tests of the repository that name a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or gpu", *["--collect-only"] * short]
+    """The tests that do more where there is a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS, *["--collect-only"] * short]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = ended.stdout.strip().splitlines() or ["nothing"]
     racing.RESULTS.append(result("gpu tests", float(ended.returncode), "exit code", lines[-1]))

@@ -277,6 +277,9 @@ def linear_weights(model: torch.nn.Module) -> int:
     return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
 
 
+_entered: list[Runtime] = []  # which undo their settings when they are dropped
+
+
 def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
     """The peers as they come and, where Runtime has another library make float32 products, with those of ours too."""
     with Runtime(cfg):
@@ -288,21 +291,8 @@ def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
 def peer_name(side: str, cfg) -> str:
     """A side of both_ways() without its suffix; with it this process takes the settings of a run of ours."""
     if side.endswith(AS_OURS):
-        Runtime(cfg).__enter__()
+        _entered.append(Runtime(cfg).__enter__())
     return side.removesuffix(AS_OURS)
-
-
-@contextlib.contextmanager
-def as_torch_comes() -> Iterator[None]:
-    """Float32 products and attention as torch makes them, for a peer in a process of ours."""
-    before, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_flash_sdp(True)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def pool(batches: list) -> Callable:
@@ -336,6 +326,7 @@ _before = 0.0  # MB that it held before that
 
 def _start(make: Callable, *shape) -> None:
     global _trainer, _before
+    warnings.simplefilter("ignore")  # the peers', of what they deprecate
     torch.set_flush_denormal(True)  # threads that are started from here on have it too
     torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # torch's own footprint
     _before = peak_memory()
@@ -376,7 +367,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, lasting: float = 1.0) -> dict[str, dict]:
+def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, lasting: float = 0.5) -> dict[str, dict]:
     """Train the sides in turns, each in its own process, so that a slow minute of the machine meets all of them.
 
     make(side, *shape) gives a Trainer. Returns of each side {"seconds": of a step (Rounds); "memory": peak MB beyond
@@ -402,7 +393,7 @@ def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, l
 
 
 def race(make: Callable, sides: dict[str, str], shape: tuple, tokens: int, name: str, rounds: int = 5,
-         lasting: float = 1.0, memory: bool = False, unit: str = "token") -> dict[str, dict]:
+         lasting: float = 0.5, memory: bool = False, unit: str = "token") -> dict[str, dict]:
     """Report tokens/s of "ours" against the machine's matrix-multiply rate and every other side's description.
 
     sides: what alternate() takes, with the words to print of each. Returns what alternate() does.

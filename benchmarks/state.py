@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,6 +78,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def _start(short: bool) -> None:
     racing.SHORT = short
+    warnings.simplefilter("ignore")  # the peers', of what they deprecate
     torch.set_flush_denormal(True)
 
 
@@ -119,10 +121,18 @@ def write_cells(folder: Path, each: int = 128) -> Path:
 
 def cell_batches(toml: str, device: str, **settings) -> train_state.Batches:
     """The loader of train_state.py on the cells of write_cells, prepared beside them."""
-    cfg = train_state.Config(**{"toml_config_path": toml, "val_fraction": 0.0, "dropout": 0.0, "optimizer": "adam",
-                                "use_basal_projection": False, "device": device, "precision": "fp32"} | settings)
-    cells = open_cells(toml=toml, folder=Path(toml).parent / "cells",
-                       **{name: getattr(cfg, name) for name in train_state.OF_DATA})
+    ours = {
+        "toml_config_path": toml,
+        "val_fraction": 0.0,
+        "dropout": 0.0,
+        "optimizer": "adam",
+        "use_basal_projection": False,
+        "device": device,
+        "precision": "fp32",
+    }
+    cfg = train_state.Config(**ours | settings)
+    reading = {name: getattr(cfg, name) for name in train_state.OF_DATA}
+    cells = open_cells(toml=toml, folder=Path(toml).parent / "cells", **reading)
     return train_state.Batches(Runtime(cfg), cells, cfg)
 
 
@@ -179,7 +189,8 @@ def measure_distance(toml: str, device: str, lacking: list[str]) -> list[tuple]:
             with torch.no_grad():
                 theirs = plain(x, y)
                 gap = ((train_state.set_loss(x, y) - theirs) / theirs).abs().max()
-            found.append((f"{name}, difference", float(gap), "relative", "of the value of geomloss"))
+            against = "of the value of geomloss, whose |x - x| is rounding"
+            found.append((f"{name}, difference", float(gap), "relative", against))
     return found
 
 
@@ -213,8 +224,12 @@ def arc_state(cfg: train_state.Config, dims: dict, model=None):
 def in_rows(batch: dict) -> dict:
     """A batch of ours as cell-load gives it: a row a cell."""
     S = batch["ctrl_cell_emb"].shape[1]
-    return {"pert_emb": batch["pert_emb"].repeat_interleave(S, 0), "batch": batch["batch"].flatten(),
-            **{name: batch[name].flatten(0, 1) for name in ("ctrl_cell_emb", "pert_cell_emb")}}
+    return {
+        "pert_emb": batch["pert_emb"].repeat_interleave(S, 0),
+        "batch": batch["batch"].flatten(),
+        "ctrl_cell_emb": batch["ctrl_cell_emb"].flatten(0, 1),
+        "pert_cell_emb": batch["pert_cell_emb"].flatten(0, 1),
+    }
 
 
 def measure_agreement(toml: str, device: str, lacking: list[str]) -> list[tuple]:
@@ -259,7 +274,7 @@ class StateTrainer(Trainer):
         if side == "ours":
             self.take_ours(batches, loads)
         else:
-            torch.set_float32_matmul_precision(self.cfg.matmul_precision)
+            torch.set_float32_matmul_precision(self.cfg.matmul_precision)  # as torch has them, or else by:
             peer_name(side, self.cfg)
             self.take_peer(batches, toml, loads)
 
@@ -287,8 +302,7 @@ class StateTrainer(Trainer):
             stream = iter(pool([in_rows(batches(step)) for step in range(POOL)]), None)
 
         def step() -> None:
-            with quiet():
-                batch = peer.transfer_batch_to_device(next(stream), self.device, 0)
+            batch = peer.transfer_batch_to_device(next(stream), self.device, 0)
             with rt.autocast():
                 loss = peer.training_step(batch, 0)
             loss.backward()

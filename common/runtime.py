@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.ahead import Ahead
 from common.errors import ECHO_SECONDS, InputError, leave, machine_memory, signals_to, stop_now, within_memory
+from common.products import exact, float32_products
 from common.ranks import Ranks, environment
 
 _GROUP: list = []  # the last process group
@@ -77,12 +78,11 @@ class Runtime:
 
     def __enter__(self) -> "Runtime":
         _keep_freed_memory()
-        # Of float32 products as asked, with any precision: those that autocast leaves, and all of them without it.
-        self._stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision(self.matmul_precision)
         if self.device.type == "cpu":
             self._stack.enter_context(_without_denormals())
             self._stack.enter_context(within_memory())  # what drivers of a GPU set aside is no memory that is used
+        # As asked with any precision: the products that autocast leaves, and all of them without it.
+        self._stack.enter_context(float32_products(self.matmul_precision, self.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
@@ -352,7 +352,8 @@ class Runtime:
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return (f"device {self.device} ({name}, threads {torch.get_num_threads()}) | precision {self.precision} "
-                f"({self.reason}), float32 products {self.matmul_precision} | "
+                f"({self.reason}), float32 products {self.matmul_precision}"
+                f"{' by oneDNN' if self.device.type == 'cpu' and exact() else ''} | "
                 f"compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
 
 

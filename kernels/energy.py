@@ -13,11 +13,10 @@ That is geomloss.SamplesLoss("energy") too. The plain form keeps [B, n, m, D] fo
 as fast as geomloss and holds `pairs` distances at a time.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
+
+from common.products import float32_products
 
 SMALLEST = 1e-8  # squared distances below are taken for it and have no gradient, as in geomloss
 Y_BLOCKS = 4  # of y with itself: blocks of rows that meet only what follows them leave 5/8 of the work
@@ -44,19 +43,8 @@ def energy_distance(x: Tensor, y: Tensor, pairs: int = 1 << 23) -> Tensor:
         x, y: sets of cells [B, N, D] and [B, M, D], float32 or float64.
         pairs: most distances held in memory at a time.
     """
-    with full_float32():
+    with float32_products("highest", x.device):  # squared distances are small differences of large numbers
         return EnergyDistance.apply(x, y.detach(), pairs)
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32: squared distances are small differences of large numbers."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class EnergyDistance(torch.autograd.Function):

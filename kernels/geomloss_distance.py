@@ -14,7 +14,7 @@ import torch
 from geomloss import SamplesLoss
 from torch import Tensor
 
-from kernels.energy import full_float32
+from common.products import float32_products
 
 
 def plain_geomloss_distance(x: Tensor, y: Tensor, loss: str, blur: float) -> Tensor:
@@ -43,7 +43,7 @@ class GeomlossDistance(torch.autograd.Function):
         gradient = None  # an evaluation asks for none
         exact = torch.autocast(x.device.type, enabled=False)
         # geomloss switches gradients on and leaves them so: set_grad_enabled puts back what was.
-        with torch.set_grad_enabled(ctx.needs_input_grad[0]), full_float32(), exact:
+        with torch.set_grad_enabled(ctx.needs_input_grad[0]), float32_products("highest", x.device), exact:
             cells = x.detach().requires_grad_(ctx.needs_input_grad[0])
             value = plain_geomloss_distance(cells, y, loss, blur)
             if ctx.needs_input_grad[0]:

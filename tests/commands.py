@@ -22,7 +22,7 @@ import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_ghmm", "train_arxiv", "train_apelr", "train_state")
-LATE = ("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats")  # what runs import at their end
+LATE = ("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats")  # runs import them late
 
 
 def python(*command, folder: Path) -> subprocess.CompletedProcess:

@@ -43,6 +43,7 @@ from common.errors import (
     stop_now,
     system_sentence,
 )
+from common.products import exact
 from common.runtime import STOP_CHECK_STEPS, Meter, Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,11 +236,11 @@ def test_a_run_has_the_precision_of_products_that_was_asked_for_and_no_denormals
     assert not is_flushed()
     for asked in ("highest", "high", "medium"):
         with Runtime(settings(matmul_precision=asked, precision="bf16")) as rt:
-            assert torch.get_float32_matmul_precision() == asked and is_flushed()
-            assert f"float32 products {asked}" in rt.describe()
+            assert torch.get_float32_matmul_precision() == ("medium" if exact() else asked) and is_flushed()
+            assert f"float32 products {asked}{' by oneDNN' if exact() else ''} |" in rt.describe()
         assert torch.get_float32_matmul_precision() == other and not is_flushed()
-    with Runtime(settings()):  # of a copy of an older page
-        assert torch.get_float32_matmul_precision() == "highest"
+    with Runtime(settings()) as rt:  # of a copy of an older page
+        assert "float32 products highest" in rt.describe()
 
 
 def test_autocast_computes_in_the_precision_that_was_asked_for():
@@ -489,10 +490,10 @@ def test_one_times_64_trains_like_four_times_16(tmp_path, monkeypatch):
 
 def test_a_long_log_goes_on_in_a_new_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runlog, "LOG_BYTES", 600)
+    monkeypatch.setattr(runlog, "LOG_BYTES", 500)
     train_ghmm.main([*FIVE, "--out_dir=run"])
     old, new = (tmp_path / "run" / "train.log.1").read_text(), (tmp_path / "run" / "train.log").read_text()
-    assert len(old) > 600 > len(new) and "done: loss" in new
+    assert len(old) > 500 > len(new) and "done: loss" in new
 
 
 def test_wandb_settings_come_from_the_environment_or_a_dotenv_file(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ TINY = ("--max_steps=2", "--eval_interval=2", "--d_model=8", "--n_heads=1", "--n
 
 
 @pytest.fixture(autouse=True)
-def here(in_a_folder_of_its_own):
-    """Stand in an empty folder."""
+def here(quickly):
+    """Stand in an empty folder, and draw no pictures."""
 
 
 def write_cells(path: str, lost: list[int]) -> None:

@@ -6,7 +6,6 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -924,11 +923,11 @@ def test_planner_flags_of_version_two(writers, capsys):
     assert forced["state"] == 1 and sharp["text"] != forced["text"]
 
 
-def test_prompts_come_from_standard_input(writers):
-    command = [sys.executable, ROOT / "sample.py", writers[V2], "--max_new_tokens=3", "--num_samples=1", "--device=cpu",
-               "--json=found.json"]
-    done = subprocess.run(command, input="Once\nFin found\n", capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+def test_prompts_come_from_standard_input(writers, monkeypatch):
+    Path("prompts.txt").write_text("Once\nFin found\n")
+    with open("prompts.txt") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        sample.main([str(writers[V2]), "--max_new_tokens=3", "--num_samples=1", "--device=cpu", "--json=found.json"])
     assert [s["prompt"] for s in read("found.json")["samples"]] == ["Once", "Fin found"]
 
 

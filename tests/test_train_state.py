@@ -809,9 +809,12 @@ def test_the_tool_of_arc_state_predicts_the_same_from_a_run_in_its_form(plain, d
     "--n_basal_samples=3 --no-map_controls", "--no-should_yield_control_cells --downsample_cells=5", "--batch_col=",
     "--optimizer=adam --schedule=constant", "--pert_norm --confidence_token --no-confidence_per_set", "--n_kv_heads=1",
     "--counts=convert --embed_key=none --output_space=all", "--precision=bf16", "--activation=relu --head_dim=12"])
-def test_settings_train_and_are_measured_and_can_be_loaded(settings, data):
+def test_settings_train_and_are_measured_and_can_be_loaded(settings, data, monkeypatch):
+    loaded, load_run = [], train_state.load_run
+    monkeypatch.setattr(train_state, "load_run", lambda *args: loaded.append(load_run(*args)) or loaded[-1])
     result = run(data, *settings.split(), toml="rich.toml")
-    cfg, model, step, extra = train_state.load_run(Path("run"), "cpu")
+    again = predict("run", "--out=out")
+    (cfg, model, step, extra), = loaded
     dims = extra["dims"]
     if "X_state" in settings and "embedding" not in settings and "no-gene" not in settings:
         assert model.gene_decoder is not None and dims["decodes"]
@@ -820,7 +823,6 @@ def test_settings_train_and_are_measured_and_can_be_loaded(settings, data):
     else:
         assert model.gene_decoder is None
     assert step == 2 and np.isfinite(result["mae"]) and result["conditions"] == 4
-    again = predict("run", "--out=out")
     assert again["mae"] == pytest.approx(result["mae"], rel=1e-5 if cfg.precision == "fp32" else 1e-2)
 
 
