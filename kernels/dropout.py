@@ -27,7 +27,7 @@ def plain_dropout(x: Tensor, rate: float) -> Tensor:
 
 def dropout(x: Tensor, rate: float) -> Tensor:
     """x with a share `rate` of its elements, by the global generator, at 0 and the others divided by 1 - rate."""
-    if x.device.type != "cpu" or rate in (0, 1):
+    if not is_drawn(x, rate):
         return plain_dropout(x, rate)
     kept = factors(x.shape, rate)
     return x * kept.to(x.dtype)
@@ -40,7 +40,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
     """Causal attention of q, k, v [B, H, T, C], with dropout of its weights: position t sees positions up to t."""
-    if q.device.type != "cpu" or rate in (0, 1):
+    if not is_drawn(q, rate):
         return plain_attention(q, k, v, rate)
     T, C = q.shape[2:]
     scale = C**-0.5
@@ -56,6 +56,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rate: float) -> Tensor:
     weights = dropout(weights, rate)
     attended = torch.bmm(weights, values)
     return attended.view(q.shape)
+
+
+def is_drawn(x: Tensor, rate: float) -> bool:
+    """Whether anything is drawn, and by a CPU."""
+    if x.device.type != "cpu":
+        return False
+    return 0 < rate < 1
 
 
 def factors(shape: torch.Size, rate: float) -> Tensor:
