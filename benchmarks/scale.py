@@ -46,7 +46,6 @@ from sources.planted import planted
 from sources.preprocess import preprocess
 from sources.text import prepare_text
 
-MINUTES, RACES = 8, "no peer: growth against its law"
 TOLERANCE = 0.2  # that an exponent, less twice its error, may exceed its law by: sorts and caches count as linear
 LEAST_MB = 8.0  # below, memory is that of the allocator
 LASTING = 0.3  # seconds of calls, of which the fastest counts
