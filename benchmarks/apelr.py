@@ -29,6 +29,7 @@ from benchmarks.racing import (
 from common.products import float32_products
 from common.runtime import Runtime
 from measure.speed import flops_per_token
+from measure.writing import generate
 
 MODELS = {
     "baseline": {"version": "baseline"},
@@ -194,7 +195,7 @@ def measure_writing(source: str | None, device: str, short: bool, count: int = 1
             runs = {}
             for batch in (1, 8, 64):
                 prompt = torch.arange(8, device=device).expand(batch, -1)
-                runs[batch] = functools.partial(train_apelr.generate, model, prompt, count, rt.generator())
+                runs[batch] = functools.partial(generate, model, prompt, count, rt.generator())
             if source:
                 peer = source_model(source, *shape).to(device)
                 runs["source"] = functools.partial(write_as_source, peer, version, count)
