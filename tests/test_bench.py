@@ -170,6 +170,14 @@ def test_our_side_trains_on_another_batch_every_step(make, shape):
     assert any(not torch.equal(a, b) for a, b in zip(before, side.model.parameters(), strict=True))
 
 
+def test_writing_is_measured_one_text_at_a_time_and_in_batches(monkeypatch):
+    monkeypatch.setattr(apelr, "MIDDLE", (30, 2, 32, 16))
+    found = apelr.measure_writing(None, "cpu", short=True, count=4)
+    assert [name for name, *_ in found] == [f"apelr {version} writing, batch {batch} cpu"
+                                            for version in ("v1", "v2") for batch in (1, 8, 64)]
+    assert all(rates.median > 0 for _, rates, *_ in found)
+
+
 NANOGPT = """
 import torch
 from types import SimpleNamespace as GPTConfig
