@@ -47,6 +47,7 @@ from configurator import (
     differences,
     from_dict,
 )
+from kernels.dropout import attention, dropout
 from kernels.mean_xe import mean_xe, row_xe
 from measure.curves import (
     TOGETHER,
@@ -346,7 +347,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, T, C] each
         # Causal mask: position t reads tokens 1..t, or its cross entropy would be no prediction.
         rate = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
+        attended = attention(q, k, v, rate)
         attended = attended.transpose(1, 2).reshape(x.shape)  # heads side by side again, [B*T, D]
         x = x + self.drop(self.attention_out(attended))
         # MLP: each position by itself.
@@ -355,7 +356,7 @@ class Block(nn.Module):
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """Dropout of what a layer writes to the stream."""
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout) if self.training else x
 
 
 class GPT(nn.Module):
@@ -396,7 +397,9 @@ class GPT(nn.Module):
         B, T = tokens.shape
         x = self.embed(tokens) + self.position[:T]
         # Positions of all chunks are rows of one matrix [B*T, D]: attention alone asks which of them belong together.
-        x = F.dropout(x, self.dropout, self.training).flatten(0, 1)
+        if self.training:
+            x = dropout(x, self.dropout)
+        x = x.flatten(0, 1)
         stream = [x]  # what the probe reads the component from
         for block in self.blocks:
             x = block(x, B)

@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
+from common.ahead import send
 from common.runlog import RunLog, ended_before, run_facts
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
@@ -322,16 +323,17 @@ def make_batch(cells: Cells, targets: np.ndarray, controls: np.ndarray, device: 
     basal = cells.read(np.where(lonely, targets[..., None], controls).ravel(), "input", device)
     basal = basal.view(b, S, k, -1)
     if lonely.any():
-        basal[torch.from_numpy(lonely).to(device)] = 0
+        # An index of booleans would wait for the device, to count them.
+        basal.masked_fill_(send(torch.from_numpy(lonely), device)[..., None], 0.0)
     # The perturbation: its number as a one-hot vector, or its features, which a new one may have too.
     pert = torch.from_numpy(cells.perturbation[targets[:, 0]].astype(np.int64))
     features = F.one_hot(pert, cells.pert_dim).float() if cells.features is None else cells.features[pert]
     batch = {
-        "pert_emb": features.to(device),
+        "pert_emb": send(features, device),
         # Of n_basal_samples cells: less noise, and less of a cell. A mean of one would cost as much as reading it.
         "ctrl_cell_emb": basal.mean(2) if k > 1 else basal[:, :, 0],
         "pert_cell_emb": cells.read(targets.ravel(), "input", device).view(b, S, -1),
-        "batch": torch.from_numpy(cells.batch[targets].astype(np.int64)).to(device),
+        "batch": send(torch.from_numpy(cells.batch[targets].astype(np.int64)), device),
     }
     # What a decoder learns from, where the model's cells are embeddings.
     if cells.count_genes is not None:
@@ -758,17 +760,20 @@ def validate(
     """Mean loss terms over sentences, rows of targets [n, S] and of controls [n, S, k]. Collective."""
     model.eval()
     targets, controls = map(rt.share, sentences)
-    sums, count = {}, 0
+    results = []
     at_once = rt.divide(cfg.batch_size, cfg.grad_accum)  # what fits in training
     for i in range(0, len(targets), at_once):
         batch = make_batch(cells, targets[i : i + at_once], controls[i : i + at_once], rt.device)
         with rt.autocast():
             terms = model(batch, losses=True)
-        n = len(terms.pop("per_set"))
+        results.append((len(terms.pop("per_set")), terms))
+    model.train()
+    # Read from the device when all of them are on their way: a read waits.
+    sums, count = {}, 0
+    for n, terms in results:
         count += n
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value) * n
-    model.train()
     # Ranks have different numbers of sentences, perhaps none: sums travel, not means.
     shares = [share for share in rt.gather((sums, count)) if share[1]]
     total = sum(n for _, n in shares)

@@ -17,7 +17,6 @@ from benchmarks.racing import (
     Trainer,
     absent,
     alternate,
-    as_torch_comes,
     both_ways,
     in_turns,
     peer_name,
@@ -27,8 +26,10 @@ from benchmarks.racing import (
     report_share,
     zipf_tokens,
 )
+from common.products import float32_products
 from common.runtime import Runtime
 from measure.speed import flops_per_token
+from measure.writing import generate
 
 MODELS = {
     "baseline": {"version": "baseline"},
@@ -174,7 +175,7 @@ class ApelrTrainer(Trainer):
 
 
 def write_as_source(peer: torch.nn.Module, version: str, count: int) -> None:
-    with as_torch_comes():
+    with float32_products("highest", torch.device("cpu"), are_small=True):  # as torch has them
         if version == "v1":
             peer.generate_filtered(list(range(8)), count)
         else:
@@ -194,7 +195,9 @@ def measure_writing(source: str | None, device: str, short: bool, count: int = 1
             runs = {}
             for batch in (1, 8, 64):
                 prompt = torch.arange(8, device=device).expand(batch, -1)
-                runs[batch] = functools.partial(train_apelr.generate, model, prompt, count, rt.generator())
+                runs[batch] = functools.partial(generate, model, prompt, count, rt.generator())
+            half = functools.partial(generate, head_type=torch.bfloat16)  # sample.py --precision=bf16
+            runs["bf16 heads"] = functools.partial(half, model, prompt[:1], count, rt.generator())
             if source:
                 peer = source_model(source, *shape).to(device)
                 runs["source"] = functools.partial(write_as_source, peer, version, count)
@@ -204,6 +207,8 @@ def measure_writing(source: str | None, device: str, short: bool, count: int = 1
         for batch in (1, 8, 64):
             against = ("batch 1", one) if batch > 1 else ()
             found.append((f"{name} {batch} {device}", times[batch].rate(batch * count), "tokens/s", *against))
-        if source:
-            found.append((f"{name} 1 {device}", one, "tokens/s", "APEL-R source", times["source"].rate(count)))
+        for side, text in ((1, f"{name} 1 {device}"), ("bf16 heads", f"{name} 1, bf16 heads {device}")):
+            if source:
+                against = "APEL-R source in fp32", times["source"].rate(count)
+                found.append((text, times[side].rate(count), "tokens/s", *against))
     return found

@@ -277,6 +277,9 @@ def linear_weights(model: torch.nn.Module) -> int:
     return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
 
 
+_entered: list[Runtime] = []  # which undo their settings when they are dropped
+
+
 def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
     """The peers as they come and, where Runtime has another library make float32 products, with those of ours too."""
     with Runtime(cfg):
@@ -288,21 +291,8 @@ def both_ways(sides: dict[str, str], cfg) -> dict[str, str]:
 def peer_name(side: str, cfg) -> str:
     """A side of both_ways() without its suffix; with it this process takes the settings of a run of ours."""
     if side.endswith(AS_OURS):
-        Runtime(cfg).__enter__()
+        _entered.append(Runtime(cfg).__enter__())
     return side.removesuffix(AS_OURS)
-
-
-@contextlib.contextmanager
-def as_torch_comes() -> Iterator[None]:
-    """Float32 products and attention as torch makes them, for a peer in a process of ours."""
-    before, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_flash_sdp(True)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def pool(batches: list) -> Callable:

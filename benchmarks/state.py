@@ -274,7 +274,7 @@ class StateTrainer(Trainer):
         if side == "ours":
             self.take_ours(batches, loads)
         else:
-            torch.set_float32_matmul_precision(self.cfg.matmul_precision)
+            torch.set_float32_matmul_precision(self.cfg.matmul_precision)  # as torch has them, or else by:
             peer_name(side, self.cfg)
             self.take_peer(batches, toml, loads)
 

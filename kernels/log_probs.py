@@ -173,7 +173,8 @@ class LogProbs(torch.autograd.Function):
     """log p_{t,k}(v) for v in index [T, J]: [T, K, J]. Memory grows with T K J and with the block.
 
     Backward computes the logits of a block again, turns them into scatter(g) - softmax * sum_j g in place, and does the
-    two products of that block. The softmaxes are torch's own, in place, which take half the time of their parts.
+    two products of that block. Those of the last block are still there: where all rows are one block, a product of four
+    is saved. The softmaxes are torch's own, in place, which take half the time of their parts.
     """
 
     @staticmethod
@@ -196,6 +197,7 @@ class LogProbs(torch.autograd.Function):
                 every_plan = index[rows, None].expand(-1, K, -1)  # the same tokens under each plan
                 torch.gather(logs, 2, every_plan, out=picked[rows])
         ctx.save_for_backward(x, weight, bias, index)
+        ctx.last = logs if any(ctx.needs_input_grad) else None
         return picked
 
     @staticmethod
@@ -205,7 +207,14 @@ class LogProbs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for rows in ctx.blocks:
                 upstream = grad[rows]  # [R, K, J]
-                delta = in_place(torch.softmax, block_logits(x[rows], weight, bias))
+                if rows is not ctx.blocks[-1]:
+                    delta = in_place(torch.softmax, block_logits(x[rows], weight, bias))
+                else:
+                    logs = ctx.last
+                    ctx.last = None  # used up: a second pass over the same graph computes it again
+                    if logs is None:
+                        logs = in_place(torch.log_softmax, block_logits(x[rows], weight, bias))
+                    delta = logs.exp_()
                 total = upstream.sum(2, keepdim=True)
                 delta.mul_(total.neg_())  # each look-up takes softmax off all logits of its row ...
                 every_plan = index[rows, None].expand_as(upstream)

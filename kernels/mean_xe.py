@@ -41,8 +41,8 @@ def row_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     x = x.detach()
     weight = weight.detach()
     parts = []
-    for _, _, _, xe in stream(x, weight, targets, kind):
-        parts.append(xe)
+    for _, _, xe in stream(x, weight, targets, kind):
+        parts.append(xe[:, 0])
     return torch.cat(parts)
 
 
@@ -60,11 +60,10 @@ class MeanXE(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=_summing(kind))  # of all rows: half precision is too narrow for the sum
         loss = torch.zeros((), device=x.device, dtype=_summing(kind))
         table = weight.to(kind)
-        for rows, exps, total, xe in stream(x, table, targets, kind):
+        for rows, delta, xe in stream(x, table, targets, kind):
             loss += xe.sum()
-            delta = exps.div_(total)  # softmax, in place
-            ones = torch.ones_like(total)
-            delta.scatter_add_(1, targets[rows, None], -ones)  # less onehot
+            ones = torch.ones_like(xe)
+            delta.scatter_add_(1, targets[rows, None], -ones)  # softmax less onehot
             of_x, of_weight = head_gradients(delta, x[rows].to(kind), table)
             dx[rows] = of_x.to(dx.dtype)
             dw += of_weight
@@ -80,7 +79,7 @@ class MeanXE(torch.autograd.Function):
 
 
 def stream(x: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype) -> Iterator[tuple]:
-    """(rows, exp of the shifted logits [r, V], their sums [r, 1], cross entropies [r]), a block of rows at a time.
+    """(rows, softmax of their logits [r, V], their cross entropies [r, 1]), a block of rows at a time.
 
     Products are of `kind`, as autocast would have them; everything after them is in single precision or better.
     """
@@ -94,12 +93,13 @@ def stream(x: Tensor, weight: Tensor, targets: Tensor, kind: torch.dtype) -> Ite
         logits = x[rows].to(kind) @ table.t()
         logits = logits.to(_summing(kind))
         target = logits.gather(1, targets[rows, None])  # z_y, before the logits are overwritten
-        # log sum exp, shifted by the largest logit, so that no exponential overflows
         top = logits.amax(1, keepdim=True)
-        exps = logits.sub_(top).exp_()
-        total = exps.sum(1, keepdim=True)
-        xe = total.log() + top - target  # log sum exp z - z_y
-        yield rows, exps, total, xe[:, 0]
+        # torch's own softmax reads a row from the cache after the first time; exp, sum and division would from memory.
+        probs = torch.softmax(logits, 1, out=logits)
+        # The largest is exp 0 / sum of exp(z - top), so log sum exp z = top - its log, which cannot overflow.
+        largest = probs.amax(1, keepdim=True)
+        log_sum = top - largest.log()
+        yield rows, probs, log_sum - target
 
 
 def _summing(kind: torch.dtype) -> torch.dtype:

@@ -37,6 +37,7 @@ class Baselines:
         self.control_means = control_means
         # By perturbation: its effect in each context. By context: sum and number of its perturbed cells.
         effects = {}
+        contexts = {}  # of each perturbation, how many
         self.sums = {}
         self.numbers = {}
         for context, perturbation in sorted(means):
@@ -46,10 +47,12 @@ class Baselines:
             self.numbers[context] = self.numbers.get(context, 0) + number
             if context in control_means:
                 effect = mean - control_means[context]
-                effects.setdefault(perturbation, []).append(effect)
+                # Added up as they come: all of them would be as large as the means once more.
+                effects[perturbation] = effects[perturbation] + effect if perturbation in effects else effect
+                contexts[perturbation] = contexts.get(perturbation, 0) + 1
         self.effects = {}
-        for perturbation, of_contexts in sorted(effects.items()):
-            self.effects[perturbation] = np.mean(of_contexts, 0)
+        for perturbation, total in sorted(effects.items()):
+            self.effects[perturbation] = total / contexts[perturbation]
         self.average = np.nan
         if effects:
             self.average = sum(self.effects.values()) / len(effects)
@@ -113,13 +116,15 @@ def train_baselines(cells, which: str, block: int = 8_192) -> Baselines:
         first = np.flatnonzero(np.diff(places, prepend=-1))  # of each run of cells of one condition
         sums[places[first]] += np.add.reduceat(expression, first)
 
+    if len(rows):
+        sums /= counts[:, None]  # in place: of many conditions and genes they are most of the memory
     means = {}
     numbers = {}
     control_means = {}
     for i, condition in enumerate(code[begins].tolist()):
         context, perturbation = divmod(condition, perturbations)
         context = divmod(context, types)
-        mean = sums[i] / counts[i]
+        mean = sums[i]
         if perturbation == cells.control:
             control_means[context] = mean
         else:  # a control is no perturbation

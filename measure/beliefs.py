@@ -3,7 +3,6 @@
 Dimensions: N words of T tokens, P prefixes, D width of a layer, W of all layers, S states, Q columns of moments.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -273,49 +272,49 @@ def moments_of(prefixes: Prefixes, generator: torch.Generator) -> Moments:
 
 
 def covariances(moments: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(means [Q - 1], covariance of features [D, D], of features and targets [D, Q - 1 - D]), each times the weight."""
-    weight = moments[0, 0]
-    means = moments[0, 1:] / weight
-    centred = moments[1:, 1:] - weight * torch.outer(means, means)
-    return means, centred[:D, :D], centred[:D, D:]
+    """(means [..., Q - 1], covariance of features [..., D, D], of features and targets [..., D, Q - 1 - D]) of moments
+    [..., Q, Q], the covariances times the weight."""
+    weight = moments[..., :1, :1]
+    means = moments[..., :1, 1:] / weight
+    centred = moments[..., 1:, 1:] - weight * means.mT * means
+    return means[..., 0, :], centred[..., :D, :D], centred[..., :D, D:]
 
 
 def least_squares(moments: torch.Tensor, D: int, floor: float) -> torch.Tensor:
-    """Maps [D + 1, rcond, 2, S] from (1, features) to both targets, an intercept first, for every one of RCONDS.
+    """Maps [..., D + 1, rcond, 2, S] from (1, features) to both targets, an intercept first, for every one of RCONDS.
 
     Only principal components count whose deviation is above rcond times the largest, and whose variance is above
-    floor: what is below is rounding.
+    floor: what is below is rounding. Many moments [..., Q, Q] at once, as a small one costs its operators' time.
     """
     means, covariance, shared = covariances(moments, D)
     values, vectors = torch.linalg.eigh(covariance)
+    values = values[..., None]  # [..., D, 1]
     rcond = torch.tensor(RCONDS, dtype=values.dtype)
-    largest = values[-1]
-    is_large = values[:, None] > largest * rcond.square()
-    is_real = values > floor * moments[0, 0]
-    counts = is_large & is_real[:, None]  # [D, rcond]
-    inverse = torch.where(counts, 1 / values[:, None], 0)
-    projected = vectors.t() @ shared
-    scaled = inverse[:, :, None] * projected[:, None]  # [D, rcond, 2 S]
-    slopes = vectors @ scaled.flatten(1)
-    every = means[D:].repeat(len(RCONDS))
-    intercepts = every - means[:D] @ slopes
-    maps = torch.cat([intercepts[None], slopes])
-    return maps.view(D + 1, len(RCONDS), 2, -1)
+    largest = values[..., -1:, :]
+    is_large = values > largest * rcond.square()
+    is_real = values > floor * moments[..., :1, :1]
+    inverse = torch.where(is_large & is_real, 1 / values, 0)  # [..., D, rcond]
+    projected = vectors.mT @ shared
+    scaled = inverse[..., None] * projected[..., None, :]  # [..., D, rcond, 2 S]
+    slopes = vectors @ scaled.flatten(-2)
+    every = means[..., None, D:].repeat_interleave(len(RCONDS), -2).flatten(-2)
+    intercepts = every[..., None, :] - means[..., None, :D] @ slopes
+    maps = torch.cat([intercepts, slopes], -2)
+    return maps.unflatten(-1, (len(RCONDS), 2, -1))
 
 
 def squared_errors(moments: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Sums of w (target - prediction)^2 over the prefixes of these moments, [..., 2, S], of maps [D + 1, ..., 2, S]."""
-    inputs = len(maps)
-    S = maps.shape[-1]
-    between = moments[:inputs, :inputs].contiguous()
-    shared = moments[:inputs, inputs:].reshape(inputs, 2, S)
-    squares = moments[inputs:, inputs:].diagonal().view(2, S)
-    flat = maps.flatten(1)
+    """Sums of w (target - prediction)^2 over the prefixes of these moments, [..., rcond, 2, S], of maps
+    [..., D + 1, rcond, 2, S]."""
+    inputs = maps.shape[-4]
+    targets = (1, *maps.shape[-2:])
+    between = moments[..., :inputs, :inputs]
+    shared = moments[..., :inputs, inputs:].unflatten(-1, targets)
+    squares = moments[..., inputs:, inputs:].diagonal(dim1=-2, dim2=-1).unflatten(-1, targets)
+    flat = maps.flatten(-3)
     products = flat * (between @ flat)
-    quadratic = products.sum(0).view(maps.shape[1:])
-    if maps.ndim == 4:  # one map for each rcond
-        shared = shared[:, None]
-    linear = (shared * maps).sum(0)
+    quadratic = products.sum(-2).unflatten(-1, maps.shape[-3:])
+    linear = (shared * maps).sum(-4)
     return (squares - 2 * linear + quadratic).clamp_min(0)
 
 
@@ -324,24 +323,29 @@ def held_out_maps(folds: torch.Tensor, D: int, floor: float) -> tuple[torch.Tens
 
     The rcond of a fold is chosen without it as well: three of the other four fit, the fourth judges, in turn.
     """
+    pairs = torch.combinations(torch.arange(FOLDS))  # [10, 2]
+    candidates = least_squares(without(folds, pairs), D, floor)
     errors = torch.zeros(FOLDS, len(RCONDS), 2, dtype=folds.dtype)
-    for pair in itertools.combinations(range(FOLDS), 2):
-        others = [k for k in range(FOLDS) if k not in pair]
-        candidates = least_squares(folds[others].sum(0), D, floor)
-        for held_out, judge in (pair, pair[::-1]):
-            errors[held_out] += squared_errors(folds[judge], candidates).sum(-1)
+    for held_out, judge in (pairs.t(), pairs.t().flip(0)):
+        errors.index_add_(0, held_out, squared_errors(folds[judge], candidates).sum(-1))
     # Rounding decides between rconds that err alike, so of these it is the one that keeps least.
     least = errors.min(1, keepdim=True).values
     rounding = 1e-12 * folds.sum(0).diagonal()[1 + D :].sum()
     alike = errors <= SLACK * least + rounding
     number = torch.arange(len(RCONDS))[:, None]
     chosen = torch.where(alike, number, 0).max(1).values  # [FOLDS, 2]
-    maps = []
-    for k in range(FOLDS):
-        others = [other for other in range(FOLDS) if other != k]
-        candidates = least_squares(folds[others].sum(0), D, floor)
-        maps.append(take(candidates, chosen[k]))
+    candidates = least_squares(without(folds, torch.arange(FOLDS)[:, None]), D, floor)
+    maps = [take(fitted, numbers) for fitted, numbers in zip(candidates, chosen, strict=True)]
     return torch.stack(maps), chosen
+
+
+def without(folds: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
+    """Sums [N, Q, Q] of the folds' moments but those left out, numbers [N, some]."""
+    sums = []
+    for numbers in left_out.tolist():
+        others = [k for k in range(FOLDS) if k not in numbers]
+        sums.append(folds[others].sum(0))
+    return torch.stack(sums)
 
 
 def take(maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -405,9 +409,7 @@ def _regress_layer(
         folds = [hands[fold == k].sum(0) for k in range(FOLDS)]
         folds = torch.stack(folds)
         of_folds, numbers = held_out_maps(folds, D, floor)
-        error = torch.zeros(2, S).to(hands)
-        for moments, held_out in zip(folds, of_folds, strict=True):
-            error += squared_errors(moments, held_out)
+        error = squared_errors(folds, of_folds[:, :, None]).sum((0, 1))  # [2, S]
         r2.append(1 - error.sum(1) / variance)
         rmse.append(error.sqrt().mean(1))
         maps.append(of_folds[:, :, 0])

@@ -27,7 +27,7 @@ from sources.chunk_checks import (
     verify,
     whole_attribute,
 )
-from sources.digests import ChunkDigest, fingerprint, sample
+from sources.digests import ChunkDigest, Seen, fingerprint, sample
 from sources.files import kind_of, text_files
 from sources.hdf5 import member, open_hdf5, read
 from sources.shared import (
@@ -174,7 +174,7 @@ def gather(
     left_out = Counter()  # documents, by reason
     found = set()  # categories that have a document
     several = 0
-    seen = set()  # 8 bytes a text, where the texts themselves may not fit in memory
+    seen = Seen()  # of the texts, which themselves may not fit in memory
     with contextlib.closing(read_records(source)) as records:
         for where, record in progress(records, "documents read", "doc"):
             if is_missing(record, source.text_column):
@@ -189,7 +189,7 @@ def gather(
             if categories is not None and category not in categories:
                 others[category] += 1
                 continue
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
             if digest in seen or not text.strip():
                 left_out["empty or repeated"] += 1
             elif max_documents is None or spool.counts[split, category] < max_documents:

@@ -107,3 +107,29 @@ class ChunkDigest:
         tokens = self.tokens.hexdigest()
         codes = self.codes.hexdigest()
         return sha256([size, names, tokens, codes])
+
+
+class Seen:
+    """A set of numbers of 64 bits, at most 20 bytes each, where Python's takes 100: those that came last are in one of
+    Python's, those before in order in an array."""
+
+    FEW = 1 << 16  # that one of Python's may always have
+
+    def __init__(self):
+        self.earlier = np.empty(0, np.uint64)  # ascending
+        self.latest = set()
+
+    def __contains__(self, number: int) -> bool:
+        if number in self.latest:
+            return True
+        place = int(self.earlier.searchsorted(np.uint64(number)))
+        return place < len(self.earlier) and int(self.earlier[place]) == number
+
+    def add(self, number: int) -> None:
+        self.latest.add(number)
+        # A sixteenth of all: what is moved in all stays in proportion to their number.
+        if len(self.latest) > max(self.FEW, len(self.earlier) // 16):
+            latest = np.fromiter(self.latest, np.uint64, len(self.latest))
+            self.latest = set()
+            self.earlier = np.concatenate([self.earlier, latest])
+            self.earlier.sort()

@@ -15,6 +15,7 @@ import bench
 import train_state
 from benchmarks import apelr, arxiv, ghmm, gpu, racing, state
 from benchmarks.racing import Rounds
+from common.products import exact, float32_products
 
 TINY = {"tiny": (2, {"cell_set_len": 4, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 16})}
 
@@ -25,10 +26,10 @@ def untouched(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(racing, "SHORT", True)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    precision = torch.get_float32_matmul_precision()
-    yield
+    with float32_products("highest", torch.device("cpu"), are_small=True):  # as torch has them
+        yield
+        racing._entered.clear()
     racing.RESULTS.clear()
-    torch.set_float32_matmul_precision(precision)
     torch.set_flush_denormal(False)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -169,6 +170,14 @@ def test_our_side_trains_on_another_batch_every_step(make, shape):
     assert any(not torch.equal(a, b) for a, b in zip(before, side.model.parameters(), strict=True))
 
 
+def test_writing_is_measured_one_text_at_a_time_and_in_batches(monkeypatch):
+    monkeypatch.setattr(apelr, "MIDDLE", (30, 2, 32, 16))
+    found = apelr.measure_writing(None, "cpu", short=True, count=4)
+    assert [name for name, *_ in found] == [f"apelr {version} writing, batch {batch} cpu"
+                                            for version in ("v1", "v2") for batch in (1, 8, 64)]
+    assert all(rates.median > 0 for _, rates, *_ in found)
+
+
 NANOGPT = """
 import torch
 from types import SimpleNamespace as GPTConfig
@@ -301,10 +310,19 @@ def test_a_step_of_the_benchmark_is_a_step_of_training(toml, tiny, loads):
     ("highest", "highest", False), ("medium", "medium", False), ("bf16", "highest", True)])
 def test_both_sides_have_the_precision_of_the_race(toml, tiny, precision, matmul, half):
     trainer = state.StateTrainer("ours", "tiny", toml, False, precision, "cpu")
-    assert torch.get_float32_matmul_precision() == matmul
+    assert trainer.rt.matmul_precision == matmul
     with trainer.rt.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert (product.dtype is torch.bfloat16) == half
+
+
+def test_a_peer_races_as_it_comes_and_where_ours_has_other_products_with_those(monkeypatch):
+    cfg = train_state.Config(device="cpu")
+    both = {"peer": "P", "peer" + racing.AS_OURS: "P" + racing.AS_OURS}
+    assert racing.both_ways({"peer": "P"}, cfg) == (both if exact() else {"peer": "P"})
+    assert racing.peer_name("peer", cfg) == "peer" and torch.get_float32_matmul_precision() == "highest"
+    assert racing.peer_name("peer" + racing.AS_OURS, cfg) == "peer"
+    assert torch.get_float32_matmul_precision() == ("medium" if exact() else "highest")
 
 
 def test_operations_of_a_cell_are_those_counted_by_hand(toml, tiny):

@@ -11,6 +11,7 @@ from benchmarks import racing, scale
 from sources import cell_store
 from sources.cells import open_cells
 from sources.chunks import numbered
+from sources.digests import Seen
 
 SIZES = scale.doubled(10, 1_000)
 
@@ -98,3 +99,15 @@ def test_cells_of_more_files_than_may_be_open_are_prepared_as_those_of_few(tmp_p
     assert one_by_one.fingerprint == of_all.fingerprint
     rows = np.arange(len(of_all.file))
     assert torch.equal(one_by_one.read(rows), of_all.read(rows))
+
+
+def test_a_set_of_digests_has_what_was_added_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(Seen, "FEW", 3)
+    seen, rng = Seen(), np.random.default_rng(0)
+    known = set()
+    for number in rng.integers(0, 400, 500).tolist() + [2**64 - 1, 0]:
+        assert (number in seen) == (number in known)
+        seen.add(number)
+        known.add(number)
+    assert len(seen.earlier) > 100 and all((number in seen) == (number in known) for number in range(500))
+    assert 2**64 - 1 in seen and 2**64 - 2 not in seen
