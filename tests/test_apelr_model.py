@@ -528,14 +528,14 @@ def test_no_tensor_of_the_size_of_all_logits_is_ever_made(settings, terms, monke
     names = V1_TERMS if model.cfg.version == V1 else V2_TERMS
     weights = dict.fromkeys(names, 0.1) if terms == "all terms" else {}
     whole, sizes = 8 * 16 * 4 * 101, {}
-    for rows in (8 * 16 * 4, 4):
+    for rows in (4_096, 4):
         few_rows(monkeypatch, rows)
         with Largest() as largest:
             model(ids[:, :-1], ids[:, 1:], weights)[0].backward()
         sizes[rows] = largest.numel
     assert sizes[4] < whole / 4, sizes
     # The measure sees such tensors where blocks are as long as the text (SharedLogProbs has no K in its own).
-    assert sizes[8 * 16 * 4] >= (whole if terms == "all terms" or settings != VERSIONS["v2-bias"] else whole / 4), sizes
+    assert sizes[4_096] >= (whole if terms == "all terms" or settings != VERSIONS["v2-bias"] else whole / 4), sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------
