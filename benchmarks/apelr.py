@@ -196,6 +196,8 @@ def measure_writing(source: str | None, device: str, short: bool, count: int = 1
             for batch in (1, 8, 64):
                 prompt = torch.arange(8, device=device).expand(batch, -1)
                 runs[batch] = functools.partial(generate, model, prompt, count, rt.generator())
+            half = functools.partial(generate, head_type=torch.bfloat16)  # sample.py --precision=bf16
+            runs["bf16 heads"] = functools.partial(half, model, prompt[:1], count, rt.generator())
             if source:
                 peer = source_model(source, *shape).to(device)
                 runs["source"] = functools.partial(write_as_source, peer, version, count)
@@ -205,6 +207,8 @@ def measure_writing(source: str | None, device: str, short: bool, count: int = 1
         for batch in (1, 8, 64):
             against = ("batch 1", one) if batch > 1 else ()
             found.append((f"{name} {batch} {device}", times[batch].rate(batch * count), "tokens/s", *against))
-        if source:
-            found.append((f"{name} 1 {device}", one, "tokens/s", "APEL-R source", times["source"].rate(count)))
+        for side, text in ((1, f"{name} 1 {device}"), ("bf16 heads", f"{name} 1, bf16 heads {device}")):
+            if source:
+                against = "APEL-R source in fp32", times["source"].rate(count)
+                found.append((text, times[side].rate(count), "tokens/s", *against))
     return found

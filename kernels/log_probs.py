@@ -15,7 +15,7 @@ The plain form, which gives the same numbers and gradients and may stand in for 
 log_probs keeps nothing of that size, and its backward pass turns a block's logits into their gradient in place. It
 takes 0.85 of the plain form's time in blocks of 256 rows, half of it in blocks of 1,024 (one core, T 2,048, K 8,
 V 1,024, H 128). shared_log_probs does the same where all plans share one head, for about the cost of one softmax: 0.4.
-Low rank (H 256, r 16, V 2,048) costs 2.8 softmaxes, a head a plan 8.8.
+Low rank (K 8, r 16, H 256, V 2,048) costs 2.6 softmaxes, a head a plan 8.8.
 
 T rows, K plans, V tokens, J tokens looked up a row, H what a head reads. x [T, P, H], weight [N V, H], bias [K, V],
 where P N is K or 1: one head a plan (N = K), one input a plan (P = K), or neither, and plans differ by bias alone.
@@ -173,7 +173,8 @@ class LogProbs(torch.autograd.Function):
     """log p_{t,k}(v) for v in index [T, J]: [T, K, J]. Memory grows with T K J and with the block.
 
     Backward computes the logits of a block again, turns them into scatter(g) - softmax * sum_j g in place, and does the
-    two products of that block. The softmaxes are torch's own, in place, which take half the time of their parts.
+    two products of that block. Those of the last block are still there: where all rows are one block, a product of four
+    is saved. The softmaxes are torch's own, in place, which take half the time of their parts.
     """
 
     @staticmethod
@@ -184,9 +185,9 @@ class LogProbs(torch.autograd.Function):
         picked = bias.new_empty(T, K, J)
         size = block_rows(K, V, x.device)
         if weight.shape[1] != x.shape[2]:
-            # Low rank is passes over memory, not products: 16 MB come from the heap, 64 MB from fresh pages, which
-            # takes 1.3 times as long.
-            size = max(16, size // 4)
+            # Low rank is passes over memory, not products: 8 MB come from the heap again and again, 64 MB from fresh
+            # pages, which makes these passes 1.4 times as long.
+            size = max(16, size // 8)
         ctx.blocks = blocks(T, size)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(half)
@@ -196,6 +197,7 @@ class LogProbs(torch.autograd.Function):
                 every_plan = index[rows, None].expand(-1, K, -1)  # the same tokens under each plan
                 torch.gather(logs, 2, every_plan, out=picked[rows])
         ctx.save_for_backward(x, weight, bias, index)
+        ctx.last = logs if any(ctx.needs_input_grad) else None
         return picked
 
     @staticmethod
@@ -205,7 +207,14 @@ class LogProbs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for rows in ctx.blocks:
                 upstream = grad[rows]  # [R, K, J]
-                delta = in_place(torch.softmax, block_logits(x[rows], weight, bias))
+                if rows is not ctx.blocks[-1]:
+                    delta = in_place(torch.softmax, block_logits(x[rows], weight, bias))
+                else:
+                    logs = ctx.last
+                    ctx.last = None  # used up: a second pass over the same graph computes it again
+                    if logs is None:
+                        logs = in_place(torch.log_softmax, block_logits(x[rows], weight, bias))
+                    delta = logs.exp_()
                 total = upstream.sum(2, keepdim=True)
                 delta.mul_(total.neg_())  # each look-up takes softmax off all logits of its row ...
                 every_plan = index[rows, None].expand_as(upstream)

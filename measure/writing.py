@@ -17,8 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.products import float32_products
 from kernels.few_rows import Heads
 from measure.plans import fixed_belief
+
+FEW_TEXTS = 8  # the backbone's products of fewer are small
 
 
 def prefill(model, ids: torch.Tensor, head_type: torch.dtype | None = None) -> dict:
@@ -218,37 +221,38 @@ def generate(
     text = [prompt]
     beliefs = []
     forecasts = []
-    for _ in range(tokens):
-        log_p, logs = predict(model, state, *mode, **gate)
-        if "belief" in state:
-            belief = believed(model, state, *mode)
-            beliefs.append(belief)
-            if forecast_steps:
-                task = belief, model.planner_transition_logits.detach(), forecast_steps
-                forecasts.append(forecaster.submit(look_ahead, *task) if forecaster else look_ahead(*task))
+    with float32_products(model.cfg.matmul_precision, device, are_small=B < FEW_TEXTS):
+        for _ in range(tokens):
+            log_p, logs = predict(model, state, *mode, **gate)
+            if "belief" in state:
+                belief = believed(model, state, *mode)
+                beliefs.append(belief)
+                if forecast_steps:
+                    task = belief, model.planner_transition_logits.detach(), forecast_steps
+                    forecasts.append(forecaster.submit(look_ahead, *task) if forecaster else look_ahead(*task))
 
-        # What may come next, and how likely.
-        if repetition_penalty != 1:
-            log_p = log_p - seen * math.log(repetition_penalty)
-        if temperature not in (0, 1):
-            log_p = log_p / temperature
-        if no_repeat_ngram_size:
-            log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
-        chosen = log_p.argmax(1) if temperature == 0 else draw(log_p, top_k, top_p, generator)  # [B]
-        if eos_id is not None:
-            chosen = torch.where(done, eos_id, chosen)
-            done |= chosen == eos_id
+            # What may come next, and how likely.
+            if repetition_penalty != 1:
+                log_p = log_p - seen * math.log(repetition_penalty)
+            if temperature not in (0, 1):
+                log_p = log_p / temperature
+            if no_repeat_ngram_size:
+                log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
+            chosen = log_p.argmax(1) if temperature == 0 else draw(log_p, top_k, top_p, generator)  # [B]
+            if eos_id is not None:
+                chosen = torch.where(done, eos_id, chosen)
+                done |= chosen == eos_id
 
-        # The text and what is remembered of it; on the host only where asked for, since that waits for the device.
-        text.append(chosen[:, None])
-        if repetition_penalty != 1:
-            seen.scatter_(1, chosen[:, None], True)
-        if no_repeat_ngram_size:
-            for row, token in zip(history, chosen.tolist(), strict=True):
-                row.append(token)
-        if eos_id is not None and done.all():
-            break
-        state = advance(model, state, chosen, logs, *mode, frozen=frozen)
+            # The text and what is remembered of it; on the host only where asked for, since that waits for the device.
+            text.append(chosen[:, None])
+            if repetition_penalty != 1:
+                seen.scatter_(1, chosen[:, None], True)
+            if no_repeat_ngram_size:
+                for row, token in zip(history, chosen.tolist(), strict=True):
+                    row.append(token)
+            if eos_id is not None and done.all():
+                break
+            state = advance(model, state, chosen, logs, *mode, frozen=frozen)
     if forecaster:
         forecasts = [task.result() for task in forecasts]
         forecaster.shutdown()

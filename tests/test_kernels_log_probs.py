@@ -187,3 +187,14 @@ def test_a_recent_token_counts_once_and_the_target_never():
     assert counted(9, False) == [[], [1], [], [1, 2], [2]]
 
 
+
+
+@pytest.mark.parametrize("kind", ["a head a plan", "an input a plan", "low rank"])
+def test_a_second_backward_pass_gives_the_same_gradients(kind):
+    """The logits of the last block are used up by the first."""
+    inputs = heads(kind)
+    index = torch.randint(V, (T, 2), generator=torch.Generator().manual_seed(0))
+    total = log_probs(*inputs, index).sin().sum()
+    first = torch.autograd.grad(total, inputs, retain_graph=True)
+    for found, expected in zip(torch.autograd.grad(total, inputs), first, strict=True):
+        close(found, expected)

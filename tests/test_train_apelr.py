@@ -331,6 +331,15 @@ def test_weights_to_start_from_come_from_ours_and_from_the_source(text, writers)
         assert not unequal(checkpoint.load(Path(option[2:6]))["model"], best["model"])
 
 
+def test_a_rank_comes_with_the_weights_that_have_it(text):
+    run(text, "--experts=lowrank", "--expert_rank=3", "--max_steps=1")
+    run(text, "--init_from=run", "--lr=0", "--weight_decay=0", "--max_steps=1", "--out_dir=next")
+    config = read("next/config.json")
+    assert (config["experts"], config["expert_rank"]) == ("lowrank", 3)
+    first, second = (checkpoint.load(Path(folder))["model"] for folder in ("run", "next"))
+    assert not unequal(second, first)
+
+
 def source_checkpoint(folder: Path) -> dict:
     """What the source would have saved of a v2 run."""
     cfg, model, step, extra = train_apelr.load_run(folder, "cpu")
