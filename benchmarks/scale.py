@@ -409,7 +409,7 @@ def prepared_text(documents: int, folder: Path) -> Work:
 def prepared_chunks(documents: int, folder: Path) -> Work:
     source = str(document_file(folder, documents))
     return lambda: prepare_chunks(input=source, out_dir=str(folder / "arxiv"), vocab_size=400, threads=1,
-                                  tokenizer_chars=100_000)
+                                  tokenizer_chars=100_000, chunk_size=20)
 
 
 def prepared_ergodic(documents: int, folder: Path) -> Work:
@@ -540,7 +540,7 @@ LAWS = [
         doubled(2_000, 10_000), 1, 1),
     Law("prepare cells", "cells",
         by("cells", state_preparing, genes=64),
-        doubled(2_000, 20_000), 1, 0),
+        doubled(2_000, 20_000), 1, 1),  # of memory: names and codes of the cells, not their expression
     Law("prepare cells", "files",
         lambda size, folder: state_preparing(folder, files=size, cells=64 * size),
         doubled(2, 16), 1, 0),
@@ -549,16 +549,16 @@ LAWS = [
         doubled(1_000, 8_000), 1, 1),
     Law("prepare text", "documents",
         prepared_text,
-        doubled(100, 2_000), 1, 0),
+        doubled(100, 8_000), 1, 0),
     Law("prepare arxiv", "documents",
         prepared_chunks,
-        doubled(100, 2_000), 1, 0),
+        doubled(100, 8_000), 1, 0),
     Law("prepare ergodic", "documents",
         prepared_ergodic,
         doubled(100, 8_000), 1, 0),
     Law("prepare planted", "documents",
         prepared_planted,
-        doubled(1_000, 10_000), 1, 0),
+        doubled(1_000, 10_000), 1, 1),  # of memory: maps of the files that it writes count while they are there
     Law("metrics.jsonl at a resume", "lines",
         reopened_log,
         doubled(1_000, 20_000), 1, 0),

@@ -51,7 +51,7 @@ class RunLog:
 
     def __init__(self, rt, cfg, config: dict, folder: Path, script: str, start_step: int, max_steps: int,
                  data: dict[str, str] | None = None):
-        self.active, self.folder, self.began = rt.is_main, folder, time.perf_counter()
+        self.rt, self.active, self.folder, self.began = rt, rt.is_main, folder, time.perf_counter()
         self.data = {"data": data} if data else {}
         self.bar = self.board = self.wandb = None
         self.level = LEVELS.index(getattr(cfg, "log_level", "INFO"))
@@ -197,6 +197,8 @@ class RunLog:
         self.say(f"step {step:>6}/{self.bar.total} | " + "".join(f"{k} {v:.4f} | " for k, v in shown.items())
                  + f"lr {lr:.1e} | norm {float(norm):.2f} | {speed / 1e3:.0f}k {unit}/s "
                  f"| eta {tqdm.format_interval(left)}")
+        if self.rt.compiler and (news := self.rt.compiler.news()):
+            self.say(news)
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | {f"{unit}/s": f"{speed / 1e3:.0f}k"})
 
     def progress(self, step: int) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from common.ahead import Ahead
+from common.compiling import Compiler
 from common.errors import ECHO_SECONDS, InputError, leave, machine_memory, signals_to, stop_now, within_memory
 from common.products import exact, float32_products
 from common.ranks import Ranks, environment
@@ -69,6 +70,7 @@ class Runtime:
         self.matmul_precision = getattr(cfg, "matmul_precision", "highest")
         self.compile = str(cfg.compile).lower() == "true" or (cfg.compile == "auto" and self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.compiler: Compiler | None = None  # where the model is compiled
         self.ranks: Ranks | None = None  # where there are several
         self.stop_signal: int | None = None
         self._echoes_until = 0.0
@@ -173,11 +175,14 @@ class Runtime:
                              f"{memory / 1e9:,.0f} GB: make the model smaller")
         return build(*args)
 
-    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The module to call in training: compiled if asked, synchronised over ranks. Keep `model` for the rest."""
+    def wrap(self, model: torch.nn.Module, mode: str | None = None) -> torch.nn.Module:
+        """The module to call in training: compiled if asked, synchronised over ranks. Keep `model` for the rest.
+
+        mode: of torch.compile, such as reduce-overhead (CUDA graphs, for models so small that launches are all).
+        """
         if self.compile:
-            torch._dynamo.config.suppress_errors = True  # a failed compilation warns and runs eager
-            model = torch.compile(model, dynamic=False)
+            self.compiler = self._stack.enter_context(Compiler(says=self.is_main))
+            model = self.compiler.compile(model, mode)
         if self.world_size > 1:
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
         return model
@@ -416,15 +421,19 @@ class Meter:
         self.seconds, self.units = 0.0, 0
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=rt.device)
         self._values: list[dict[str, torch.Tensor]] = []  # of each step since the last read
-        self._lap = (0.0, 0)  # when the clock was started, at which step
+        self._lap = (0.0, 0)  # when the clock was started, less the seconds of compilation by then; at which step
         if state and "meter" in state:
             self._restore(**state["meter"])
 
     def start(self, step: int) -> None:
         """Start the clock: what follows are training steps."""
-        self._lap = (time.perf_counter(), step)
+        self._lap = (self._clock(), step)
         if self.rt.doing == "this evaluation":
             self.rt.doing = "this step"
+
+    def _clock(self) -> float:
+        """Seconds, of which those of compilation are none."""
+        return time.perf_counter() - (self.rt.compiler.seconds if self.rt.compiler else 0.0)
 
     def check(self, step: int, loss: torch.Tensor) -> None:
         """Remember the first step whose loss is not finite."""
@@ -451,7 +460,7 @@ class Meter:
         self._verify(step, model, lr)
         self.rt.synchronize()
         began, first = self._lap
-        lap, units = time.perf_counter() - began, (step - first) * self.units_per_step
+        lap, units = self._clock() - began, (step - first) * self.units_per_step
         self.seconds, self.units = self.seconds + lap, self.units + units
         return units / max(lap, 1e-9)
 

@@ -7,6 +7,7 @@ would on a GPU or make it wait.
 
 import contextlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from geomloss import SamplesLoss
 from scipy.sparse import csr_array
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,18 +23,12 @@ import train_apelr
 import train_arxiv
 import train_ghmm
 import train_state
-from common import checkpoint
+from common import checkpoint, compiling
 from common.runtime import Meter, Runtime
 from measure.tracker import MetricTracker
 from sources.cell_store import unpack
 
 META = torch.device("meta")
-
-
-@pytest.fixture(autouse=True)
-def without_autocast(monkeypatch):
-    """Of which meta has none."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
 
 
 class NoCopies(TorchDispatchMode):
@@ -67,7 +63,8 @@ def train_on_meta(rt: Runtime, model, params, step, optimizer=None, tracker=None
     """Steps as the loop makes them, from the batch on; step(i) -> loss, or the terms of the loss."""
     optimizer = optimizer or rt.adamw(params, lr=0.1)
     meter = Meter(rt, 1, 0.0)
-    with NoCopies(), NoNumbers():
+    with NoCopies(), NoNumbers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # of which meta has none
         for i in range(steps):
             terms = step(i)
             terms = terms if isinstance(terms, dict) else {"loss": terms}
@@ -280,3 +277,92 @@ def test_what_would_make_a_gpu_wait_is_found(slip, monkeypatch):
     monkeypatch.setattr(train_ghmm, "training_loss", slipped)
     with pytest.raises((RuntimeError, AssertionError)):
         test_a_step_of_ghmm({"model": "gru"})
+
+
+# --------------------------------------------------------------------------------------------------------- compiled
+def annealed(**settings) -> train_apelr.Config:
+    return train_apelr.Config(**{**TINY, "token_dim": 8, "fusion_dim": 8, "num_plan_states": 3, "seq_len": 12,
+                                 "chunk_size": 5, "max_steps": 9, **settings})  # fmt: skip
+
+
+def compiled_pages() -> dict:
+    """{name: (graphs of each step, what makes the model, a step of it)}"""
+    ghmm = train_ghmm.Config(**TINY, n_ctx=6, d_mlp=8)
+    arxiv = train_arxiv.Config(**TINY, d_mlp=8)
+    v1 = annealed(**V1 | {"chunk_bow_warmup_steps": 3})
+    v2 = annealed(**ANNEALED | {"commitment_warmup_steps": 1, "commitment_ramp_steps": 2})
+    state = state_config("llama", dropout=0.0)
+    genes = state_config("decoder", dropout=0.0, decoder_dropout=0.0, confidence_token=True)
+    tokens = torch.randint(7, (4, 13), generator=torch.Generator().manual_seed(1))
+
+    def step_of_state(cfg):
+        return lambda model, i, rt: train_state.train_step(model, state_batch("cpu"), rt, cfg)["loss"]
+
+    return {
+        "ghmm": ([1] * 4, lambda: train_ghmm.build_model(ghmm, 7),
+                 lambda model, i, rt: train_ghmm.train_step(model, tokens[:, :7], rt, ghmm)),
+        "arxiv": ([1] * 4, lambda: train_arxiv.build_model(arxiv, 7, 12),
+                  lambda model, i, rt: train_arxiv.train_step(model, tokens, rt, arxiv)),
+        "apelr v1": ([6] * 4, lambda: train_apelr.build_model(v1, 7),
+                     lambda model, i, rt: train_apelr.train_step(model, tokens, i, rt, v1)["loss"]),
+        # One more where samples of the plan begin; then a temperature and a share that move at every step.
+        "apelr v2": ([5, 5, 6, 6], lambda: train_apelr.build_model(v2, 7),
+                     lambda model, i, rt: train_apelr.train_step(model, tokens, i, rt, v2)["loss"]),
+        "state": ([2] * 4, lambda: state_model(state), step_of_state(state)),
+        "state genes": ([3] * 4, lambda: state_model(genes), step_of_state(genes)),
+    }
+
+
+@pytest.mark.parametrize("name", ["ghmm", "arxiv", "apelr v1", "apelr v2", "state", "state genes"])
+def test_a_compiled_page_has_few_graphs_no_new_ones_and_the_same_losses(name, monkeypatch):
+    graphs, build, step = compiled_pages()[name]
+    counter = CompileCounterWithBackend("aot_eager")  # traces and differentiates as the real one, and stops there
+    monkeypatch.setattr(compiling, "BACKEND", counter)
+    losses, names, seen = {}, {}, []
+    for compile_ in ("false", "true"):
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        with Runtime(train_ghmm.Config(device="cpu", compile=compile_)) as rt:
+            model = build()
+            trained = rt.wrap(model)
+            optimizer = rt.adamw(model.parameters(), lr=1e-2)
+            losses[compile_] = []
+            for i in range(4):
+                torch.manual_seed(i)
+                losses[compile_].append(step(trained, i, rt))
+                rt.step(optimizer, list(model.parameters()), 1.0, 1e-2)
+                seen.append(counter.frame_count)
+            names[compile_] = list(model.state_dict())
+    assert seen[4:] == graphs and names["true"] == names["false"]
+    torch.testing.assert_close(*map(torch.stack, losses.values()), rtol=1e-5, atol=1e-5)
+    assert rt.compiler.news().startswith(f"compiled {graphs[-1]} graph") and not rt.compiler.news()
+    assert rt.compiler.seconds > 0
+
+
+def test_what_cannot_be_compiled_says_so_in_a_line_and_runs(monkeypatch, capsys):
+    def refuses(graph, inputs):
+        raise ValueError("no compiler\nis here")
+
+    monkeypatch.setattr(compiling, "BACKEND", refuses)
+    torch._dynamo.reset()
+    before = torch._dynamo.config.suppress_errors
+    with Runtime(train_ghmm.Config(device="cpu", compile="true")) as rt:
+        model = torch.nn.Linear(2, 2)
+        trained = rt.wrap(model)
+        for size in (1, 3):
+            x = torch.ones(size, 2)
+            assert torch.equal(trained(x), model(x))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(told) == 1 and told[0].startswith("note: not compiled, runs eager: ")
+    assert "ValueError" in told[0] and "no compiler is here" in told[0]
+    assert torch._dynamo.config.suppress_errors == before and not compiling.LOGGER.filters
+
+
+def test_the_clock_of_training_stands_while_a_model_is_compiled():
+    rt = Runtime(train_ghmm.Config(device="cpu"))
+    meter = Meter(rt, 1, 0.0)
+    rt.compiler = SimpleNamespace(seconds=5.0)
+    meter.start(0)
+    rt.compiler.seconds += 100.0
+    meter.pause(1, torch.nn.Linear(1, 1), 0.1)
+    assert -100 < meter.seconds < -90
