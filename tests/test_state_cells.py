@@ -49,23 +49,25 @@ def stores() -> list[str]:
     return sorted(path.name for path in Path("data/cells").iterdir())
 
 
-def test_who_waits_for_another_that_makes_the_cells_says_so(capsys):
-    target, waits, made = Path("cells-0"), Path("cells-0.lock"), []
+def test_who_waits_for_another_that_makes_the_cells_says_so(monkeypatch, capsys):
+    target, waits, made, asked = Path("cells-0"), Path("cells-0.lock"), [], threading.Event()
 
-    def make() -> None:
-        cell_store.make_store(target, lambda work: made.append(work))
+    def ask(handle, how: int = fcntl.LOCK_EX) -> None:
+        if how == fcntl.LOCK_EX:  # which waits: all is said
+            asked.set()
+        fcntl.flock(handle, how)
 
+    monkeypatch.setattr(cell_store, "flock", ask)
     with open(waits, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        other = threading.Thread(target=make)
+        other = threading.Thread(target=cell_store.make_store, args=(target, made.append))
         other.start()
-        told = ""
-        while "waiting for another process" not in told and other.is_alive():
-            told += capsys.readouterr().out
-        assert f"holds {waits}" in told and made == []
+        assert asked.wait(60) and made == []
+        told = capsys.readouterr().out
+        assert "waiting for another process" in told and f"holds {waits}" in told
         target.mkdir()
-    other.join()
-    assert made == []
+    other.join(60)
+    assert not other.is_alive() and made == []
 
 
 def test_a_folder_is_made_once_and_said_to_be_then_mapped(capsys):
