@@ -17,6 +17,12 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device)
 
 
+def begin_on(device: torch.device) -> None:
+    """A thread has a GPU of its own choice, and pinned memory is made by way of it: another one would be woken."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class Ahead:
     """Call it as the batches that it is of, step after step: from the first call on one thread makes all of them.
 
@@ -29,9 +35,7 @@ class Ahead:
 
     def __init__(self, batches: Callable[[int], object], last: int, device: torch.device):
         self.batches, self.last = batches, last
-        # A thread has a GPU of its own choice, and pinned memory is made by way of it: another one would be woken.
-        begin = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
-        self.thread = ThreadPoolExecutor(1, "batches", begin)
+        self.thread = ThreadPoolExecutor(1, "batches", begin_on, (device,))
         self.step, self.next = -1, Future()
 
     def __call__(self, step: int):
