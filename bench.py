@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="apelr: the whole grid of shapes, an hour; state: state_sm "
                         "with its loader too")
     parser.add_argument("--only", metavar="TEXT", default="", help="scale, gpu: the rows whose name holds this")
-    parser.add_argument("--device", help="gpu: cuda, or cpu to see that it runs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="gpu: cuda, or cpu to see that it runs")
     parser.add_argument("--short", action="store_true", help="two rounds of one step: to see that a benchmark runs")
     parser.error = fail  # one line, as everywhere
     return parser.parse_args(argv)
@@ -95,13 +95,20 @@ def print_list() -> list[dict]:
 
 def check(options: argparse.Namespace) -> None:
     """Everything that can be wrong, before anything is measured. Leaves in options.peers a path by benchmark."""
-    if "all" in options.names:
-        options.names = [name for name, it in BENCHES.items() if not it.on_gpu]
     for name in options.names:
-        if name not in BENCHES:
+        if name not in BENCHES and name != "all":
             fail(f"no benchmark {name!r}{closest(name, BENCHES) or '.'} There are {', '.join(BENCHES)} and all")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
+    without_gpu = [name for name, it in BENCHES.items() if not it.on_gpu]
+    each = [one for name in options.names for one in (without_gpu if name == "all" else [name])]
+    options.names = list(dict.fromkeys(each))
+    for option, users in (("only", ("scale", "gpu")), ("device", ("gpu",)), ("full", ("apelr", "state")),
+                          ("peer_python", ("ghmm",))):
+        if getattr(options, option) and not {*users} & {*options.names}:
+            fail(f"--{option} is for {' and '.join(users)} alone")
+    if options.json is not None and not Path(options.json).resolve().parent.is_dir():
         fail(f"--json={options.json}: its folder does not exist")
+    if options.json is not None and Path(options.json).is_dir():
+        fail(f"--json={options.json}: that is a folder; name a file")
     if "gpu" in options.names and not torch.cuda.is_available() and not (options.device == "cpu" and options.short):
         fail(f"gpu: this torch ({torch.__version__}) sees no GPU; --device=cpu --short drives it in miniature")
     takers = {name: BENCHES[name] for name in options.names if BENCHES[name].peer}

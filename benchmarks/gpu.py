@@ -91,9 +91,10 @@ WORKLOADS = {
 def bench(options: argparse.Namespace) -> None:
     device, short = options.device or "cuda", options.short
     source = str(options.peers["apelr"] / "src") if "apelr" in options.peers else None
-    chosen = {name: it for name, it in WORKLOADS.items() if options.only in name}
+    chosen = racing.chosen(WORKLOADS, options.only)
     with tempfile.TemporaryDirectory() as folder:
-        for name, it in chosen.items():
+        for name in chosen:
+            it = WORKLOADS[name]
             words = settings(name, Path(folder), device, short)
             bench_speed(name, it, words, source)
             if not it.alone:
@@ -372,7 +373,8 @@ def compare_losses(name: str, it: Workload, words: list[str], steps: int) -> Non
     for precision in ("fp32", "bf16"):
         with ProcessPoolExecutor(1, get_context("spawn")) as worker:
             losses[precision] = worker.submit(loss_after, steps, it.page, words, precision).result()
-    report(f"gpu {name}, loss after {steps} steps in bf16", losses["bf16"], "nats", f"fp32's {losses['fp32']:.5g}",
+    unit = "distance" if it.page == "state" else "nats"
+    report(f"gpu {name}, loss after {steps} steps in bf16", losses["bf16"], unit, f"fp32's {losses['fp32']:.5g}",
            losses["fp32"])
 
 

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from common.runtime import Runtime
+from configurator import fail
 from measure.speed import matmul_rate
 
 RESULTS: list[dict] = []  # of this run, for --json
@@ -120,6 +121,14 @@ def absent(name: str, advice: str) -> None:
     print(f"{name:<58} missing: {advice}", flush=True)
 
 
+def chosen(rows: Iterable[str], only: str) -> list[str]:
+    """The rows of a benchmark whose names hold the text of --only; exits with code 2 where none does."""
+    found = [name for name in rows if only in name]
+    if not found:
+        fail(f"--only={only}: no row has it in its name. There are: {', '.join(rows)}")
+    return found
+
+
 def missing(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
@@ -180,9 +189,17 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
+_own: list[float] = []  # CPU seconds of processes that another one, such as a fork server, waits for
+
+
+def count_as_own(seconds: float) -> None:
+    """CPU time of a process that is of this benchmark and no child of this process."""
+    _own.append(seconds)
+
+
 def _own_seconds() -> float:
-    """CPU time of this process and of those it started that have ended."""
-    return sum(os.times()[:4])
+    """CPU time of this process, of those it started that have ended, and of those that are counted as its own."""
+    return sum(os.times()[:4]) + sum(_own)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,31 @@ from collections.abc import Iterator
 import torch
 
 _cuda = torch.backends.cuda  # whose switches of attention are those of CPUs too
+# The newer names of the precision, one a library, where this torch has them.
+NEWER = [library for library in (_cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+         if hasattr(library, "fp32_precision")]
+
+
+def read_precision() -> tuple[str, ...]:
+    """That of float32 products by its older name, which stands for all libraries, and by the newer ones.
+
+    torch refuses the older name where a program has set newer ones to something else, which then are what counts.
+    """
+    newer = [library.fp32_precision for library in NEWER]
+    try:
+        return torch.get_float32_matmul_precision(), *newer
+    except RuntimeError:
+        return "highest", *newer
+
+
+def write_precision(precision: str, *newer: str) -> None:
+    torch.set_float32_matmul_precision(precision)  # the newer ones too
+    for library, its_own in zip(NEWER, newer, strict=False):
+        library.fp32_precision = its_own
+
+
 SWITCHES = (
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (read_precision, lambda precision: write_precision(*precision)),
     (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
     # Plain attention in bfloat16 under autocast, as the fused one has it, and not by way of float32.
     (_cuda.fp16_bf16_reduction_math_sdp_allowed, _cuda.allow_fp16_bf16_reduction_math_sdp),
@@ -34,7 +57,7 @@ def float32_products(precision: str, device: torch.device, are_small: bool = Fal
     """
     by_onednn = device.type == "cpu" and exact() and not are_small
     before = [read() for read, _ in SWITCHES]
-    now = ["medium", False, True] if by_onednn else [precision, *AS_TORCH_HAS_THEM]
+    now = [("medium",), False, True] if by_onednn else [(precision,), *AS_TORCH_HAS_THEM]
     try:
         for (_, write), value in zip(SWITCHES, now, strict=True):
             write(value)
@@ -50,12 +73,12 @@ def exact() -> bool:
     known = getattr(torch.cpu, "get_capabilities", dict)()
     if not str(known.get("cpu_name")).startswith("AMD") or not known.get("avx512_f") or known.get("amx_tile"):
         return False
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    before = read_precision()
+    write_precision("medium")
     # Factors that bfloat16 and TF32 round to 1: 12 digits of each would be lost.
     factor = 1 + 2**-12
     row = torch.full((256, 64), factor)
     try:
         return bool(((row @ row.t()) / 64 - factor**2).abs().max() < 1e-6)
     finally:
-        torch.set_float32_matmul_precision(before)
+        write_precision(*before)

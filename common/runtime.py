@@ -356,9 +356,11 @@ class Runtime:
 
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        products = self.matmul_precision
+        if self.device.type == "cpu" and exact():
+            products += " by oneDNN" if products == "highest" else " (of full precision here) by oneDNN"
         return (f"device {self.device} ({name}, threads {torch.get_num_threads()}) | precision {self.precision} "
-                f"({self.reason}), float32 products {self.matmul_precision}"
-                f"{' by oneDNN' if self.device.type == 'cpu' and exact() else ''} | "
+                f"({self.reason}), float32 products {products} | "
                 f"compile {'on' if self.compile else 'off'} | ranks {self.world_size}")
 
 
@@ -527,7 +529,8 @@ def _without_denormals() -> Iterator[None]:
     """Take numbers too small for all their digits as 0: a product with one costs some Intel processors 100 cycles.
 
     Adam's moments of what has no gradient any more fade into such numbers. The threads that compute have this from the
-    one that starts them, so it comes before the first operator of a run.
+    one that starts them, so it comes before the first operator of a run. They keep it: put back is that of the caller
+    alone, and a program that has computed before it calls train() has threads without it.
     """
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # whose least numbers older numpy looks for, and warns where there are none

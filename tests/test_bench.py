@@ -44,9 +44,10 @@ def test_without_a_name_it_lists_and_runs_nothing(capsys, monkeypatch):
 
 
 def test_all_is_what_needs_no_gpu():
-    options = bench.parse(["all"])
-    bench.check(options)
-    assert options.names == [name for name in bench.BENCHES if name != "gpu"]
+    for names in (["all"], ["all", "ghmm", "all"]):  # each once
+        options = bench.parse(names)
+        bench.check(options)
+        assert options.names == [name for name in bench.BENCHES if name != "gpu"]
 
 
 def checkout(name: str, file: str) -> Path:
@@ -64,7 +65,12 @@ def test_a_checkout_goes_to_the_benchmark_whose_file_it_has(capsys):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("ghm", "did you mean 'ghmm'"), ("ghmm zebra", "'zebra'"), ("ghmm --json=absent/out.json", "absent"),
+    ("ghm", "did you mean 'ghmm'"), ("ghmm zebra", "'zebra'"), ("all ghm", "did you mean 'ghmm'"),
+    ("ghmm --json=absent/out.json", "absent"), ("ghmm --json=.", "name a file"), ("ghmm --json=", "name a file"),
+    ("ghmm --only=x", "--only is for scale and gpu alone"), ("scale --only=zebra", "There are: ghmm step"),
+    ("ghmm --device=cpu", "--device is for gpu alone"), ("gpu --device=meta --short", "invalid choice: 'meta'"),
+    ("gpu --device=cpu --short --only=zebra", "There are: ghmm default"), ("arxiv --full", "apelr and state"),
+    ("arxiv --peer_python=x", "is for ghmm alone"),
     ("arxiv --peer=.", "no model.py (nanoGPT, for arxiv)"),
     ("arxiv apelr --peer=.", "no model.py (nanoGPT, for arxiv) or src/apelr/model_v2.py (APEL-R, for apelr)"),
     ("state --peer=.", "no benchmark named here takes a checkout"),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from common import products
-from common.products import SWITCHES, exact, float32_products
+from common.products import NEWER, SWITCHES, exact, float32_products, read_precision, write_precision
 
 CPU = torch.device("cpu")
 AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
@@ -13,6 +13,12 @@ AMD = {"cpu_name": "AMD EPYC", "avx512_f": True}
 
 def switches() -> list:
     return [read() for read, _ in SWITCHES]
+
+
+def named() -> list:
+    """Those of now, of the precision its older name alone."""
+    (precision, *_), *others = switches()
+    return [precision, *others]
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -41,18 +47,40 @@ def test_what_was_switched_is_put_back_also_within_another_and_after_an_error(mo
     monkeypatch.setattr(products, "exact", lambda: True)
     before = switches()
     with pytest.raises(ZeroDivisionError), float32_products("highest", CPU):
-        assert switches() == ["medium", False, True]
+        assert named() == ["medium", False, True]
         with float32_products("high", CPU, are_small=True):
-            assert switches() == ["high", *before[1:]]
+            assert named() == ["high", *before[1:]]
         with float32_products("high", torch.device("cuda")):
-            assert switches() == ["high", *before[1:]]
-        assert switches() == ["medium", False, True]
+            assert named() == ["high", *before[1:]]
+        assert named() == ["medium", False, True]
         raise ZeroDivisionError
     assert switches() == before
     monkeypatch.setattr(products, "exact", lambda: False)
     with float32_products("medium", CPU):
-        assert switches() == ["medium", *before[1:]]
+        assert named() == ["medium", *before[1:]]
     assert switches() == before
+
+
+@pytest.mark.skipif(not NEWER, reason="this torch has no newer names of the precision")
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_program_that_has_named_the_precision_of_one_library_finds_it_again(onednn, monkeypatch):
+    """After which torch refuses to tell that of all libraries."""
+    monkeypatch.setattr(products, "exact", lambda: onednn)
+    before = read_precision()
+    try:
+        for library, others in ((0, "tf32"), (1, "bf16")):
+            write_precision("highest", *["ieee"] * len(NEWER))
+            NEWER[library].fp32_precision = others
+            with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+                torch.get_float32_matmul_precision()
+            exact.__wrapped__()
+            with float32_products("highest", CPU):
+                assert torch.get_float32_matmul_precision() == ("medium" if onednn else "highest")
+            found = ["ieee", "ieee"]
+            found[library] = others
+            assert [it.fp32_precision for it in NEWER] == found
+    finally:
+        write_precision(*before)
 
 
 @pytest.mark.parametrize("known", [{}, {"cpu_name": "Intel"}, AMD | {"avx512_f": False}, AMD | {"amx_tile": True}],

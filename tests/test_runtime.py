@@ -237,7 +237,8 @@ def test_a_run_has_the_precision_of_products_that_was_asked_for_and_no_denormals
     for asked in ("highest", "high", "medium"):
         with Runtime(settings(matmul_precision=asked, precision="bf16")) as rt:
             assert torch.get_float32_matmul_precision() == ("medium" if exact() else asked) and is_flushed()
-            assert f"float32 products {asked}{' by oneDNN' if exact() else ''} |" in rt.describe()
+            full = " (of full precision here)" if asked != "highest" else ""
+            assert f"float32 products {asked}{f'{full} by oneDNN' if exact() else ''} |" in rt.describe()
         assert torch.get_float32_matmul_precision() == other and not is_flushed()
     with Runtime(settings()) as rt:  # of a copy of an older page
         assert "float32 products highest" in rt.describe()

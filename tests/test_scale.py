@@ -33,7 +33,9 @@ def test_only_what_is_above_its_law_is_marked(monkeypatch, capsys):
     monkeypatch.setattr(racing, "RESULTS", [])
     squares = [size**2 * 1e-6 for size in SIZES]
     for law, is_marked in ((2, False), (1, True), (0, True)):
-        assert ("ABOVE ITS LAW" in scale.tell("x", SIZES, squares, law, "s")["against"]) == is_marked
+        told = scale.tell("x", SIZES, squares, law, "s")
+        assert ("ABOVE ITS LAW" in told["against"]) == is_marked
+        assert told["unit"] == "exponent" and told["against"].startswith("+- 0.00, law")
     # Memory below what an allocator moves by is none.
     assert "ABOVE" not in scale.tell("x", SIZES, [0.01, 0.1, 0.5, 1, 2], 0, "MB")["against"]
     assert capsys.readouterr().out.count("ABOVE") == 2
@@ -53,10 +55,18 @@ def test_memory_is_what_the_work_holds_at_most_beyond_what_was_there(monkeypatch
 
     monkeypatch.setattr(scale, "LASTING", 0.0)  # one call
     monkeypatch.setattr(scale, "LAWS", [scale.Law("x", "MB", start, [64], 1, 1)])
-    seconds, held = scale.measure(0, 64)
-    assert 0 < seconds < 10
+    seconds, held, spent = scale.measure(0, 64)
+    assert 0 < seconds < 10 and seconds < spent
     if scale.memory("VmHWM"):  # Linux
         assert 60 < held < 80
+
+
+def test_the_time_of_its_processes_is_not_that_of_others(monkeypatch):
+    """A fork server, not this process, waits for them."""
+    monkeypatch.setattr(racing, "_own", [])
+    before = racing._own_seconds()
+    racing.count_as_own(100.0)
+    assert 100 <= racing._own_seconds() - before < 110
 
 
 SLOW = ("prepare", "state start", "ghmm analysis", "arxiv XE", "arxiv curves", "apelr step, full")
