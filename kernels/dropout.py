@@ -7,8 +7,8 @@ The plain forms, and what a page may use instead:
 
 On a CPU a random number for each element costs more than what it decides on, and attention with dropout looks through
 its weights several times. Here one draw of 64 bits serves four elements, 16 bits each: a rate is met to within
-1 / 131,072, and what stays is divided by the share that does stay, so that the mean is exact. Other devices, and
-attention without dropout, go the plain way.
+1 / 131,072, and what stays is divided by the share that does stay, so that the mean is exact. Other devices, attention
+without dropout, and rates that 16 bits cannot tell from 0 or 1, go the plain way.
 """
 
 import torch
@@ -62,14 +62,13 @@ def is_drawn(x: Tensor, rate: float) -> bool:
     """Whether anything is drawn, and by a CPU."""
     if x.device.type != "cpu":
         return False
-    return 0 < rate < 1
+    return 0 < round(rate * LEVELS) < LEVELS
 
 
 def factors(shape: torch.Size, rate: float) -> Tensor:
     """0 with probability rate, else 1 / (1 - rate), for each element of a shape: on the CPU, in single precision."""
     size = shape.numel()
     dropped = round(rate * LEVELS)
-    dropped = min(max(dropped, 1), LEVELS - 1)
     stay = LEVELS - dropped  # levels that do
     count = (size + 3) // 4
     draws = torch.randint(-MOST, MOST, (count,))  # 64 bits

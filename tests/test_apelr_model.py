@@ -613,10 +613,24 @@ def test_written_beliefs_and_forecasts_are_those_of_the_written_text(settings):
 def test_temperature_and_lookahead_of_the_gate_can_be_asked_for_while_writing(settings):
     model, ids = tiny(**settings), text(2, 4)
     state = prefill(model, ids)
-    log_p, logs = predict(model, state, tau=0.5, feedback=0.3, horizon=3)
-    for i in range(2):
-        gate = slow_gate(state["belief"][i].exp(), model.planner_transition_logits.softmax(1), 0.3, 3, 0.5)
-        close(log_p[i].exp(), gate @ logs[i].exp())
+    for feedback, horizon in ((0.3, 3), (0.6, 3), (0.6, 1)):  # of one state, which keeps what it looks ahead by
+        log_p, logs = predict(model, state, tau=0.5, feedback=feedback, horizon=horizon)
+        for i in range(2):
+            P = model.planner_transition_logits.softmax(1)
+            gate = slow_gate(state["belief"][i].exp(), P, feedback, horizon, 0.5)
+            close(log_p[i].exp(), gate @ logs[i].exp())
+
+
+@pytest.mark.parametrize("carries", [True, False])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "normal"])
+def test_chunks_of_a_fixed_belief_begin_with_what_the_one_before_ended_with(mode, carries):
+    """But not the first, which begins with the prior, nor where boundaries know of earlier boundaries alone."""
+    model, ids = tiny(carry_posterior=carries), text(2, 13)
+    fixed, normal = (filtered(model, ids, **MODES[name]) for name in (mode, "normal"))
+    close(fixed.end, fixed.state)
+    assert fixed.state.shape[1] > 2
+    expected = torch.cat([normal.start[:, :1], fixed.end[:, :-1]], 1) if carries else normal.start
+    close(fixed.start, expected)
 
 
 @pytest.mark.parametrize("mode", [{"planner_mode": "forced_state"}, {"planner_mode": "forced_state", "forced_state": K},

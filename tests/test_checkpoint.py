@@ -311,6 +311,23 @@ def test_a_state_goes_back_as_it_was():
     assert (step, best, extra["names"], mine) == (5, 0.5, ["a", "b"], {"carried": None})
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_goes_on_with_its_moments_and_the_settings_of_now(fused):
+    """Also with that of the machine: whether its kernel is fused."""
+    model, _ = trained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, betas=(0.5, 0.6), weight_decay=0.7, fused=fused)
+    saved = state_of()
+    saved["optimizer"]["param_groups"][0]["fused"] = not fused
+    checkpoint.restore(machine(), saved, Path("run/last.pt"), model, optimizer)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["fused"]) == (0.3, (0.5, 0.6), 0.7, fused)
+    moments_before = saved["optimizer"]["state"][0]
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], moments_before["exp_avg"])
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert float(optimizer.state[model.weight]["step"]) == 2
+
+
 def test_means_after_a_resumption_are_of_the_terms_that_the_loss_has_now():
     meter = Meter(machine(), 10, 0.0, {"meter": METER})
     meter.add({"loss": torch.tensor(2.5)})

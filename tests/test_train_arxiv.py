@@ -182,6 +182,21 @@ def test_no_gradient_of_an_earlier_logit_reaches_a_later_token():
         assert (reached[t + 1 :] == 0).all() and (reached[: t + 1] > 0).all()
 
 
+def test_dropout_is_of_training_alone_and_of_attention_too(monkeypatch):
+    """Attention of every block, and what is written to the stream: by the embedding and twice by a block."""
+    rates = {"attention": [], "dropout": []}
+    for name, found in rates.items():
+        function = getattr(train_arxiv, name)
+        monkeypatch.setattr(train_arxiv, name, lambda *args, f=function, r=found: (r.append(args[-1]), f(*args))[1])
+    model = train_arxiv.build_model(Config(n_layers=2, dropout=0.3), 5, 9)
+    tokens = torch.zeros(2, 9, dtype=torch.long)
+    model(tokens)
+    assert rates == {"attention": [0.3] * 2, "dropout": [0.3] * 5}
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+    assert rates == {"attention": [0.3] * 2 + [0.0] * 4, "dropout": [0.3] * 5}
+
+
 @pytest.mark.parametrize("path, vocab_size, nats", [  # the default is small: what its random logits cost shows
     (None, 4, 0.03), ("arxiv.py", 8_192, 0.01 * math.log(8_192)), ("arxiv_small.py", 2_048, 0.01 * math.log(2_048))])
 def test_an_untrained_model_knows_nothing(path, vocab_size, nats):
