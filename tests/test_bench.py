@@ -106,6 +106,7 @@ def test_a_ratio_is_the_median_of_the_ratios_of_each_round():
     assert found["spread"] == pytest.approx((4.5 - 2.5) / 3) and found["marked"]
     assert not racing.report("x", Rounds((1.0, 1.01, 0.99)), "s")["marked"]
     assert racing.report("x", 2.0, "s", spread=0.3)["marked"] and Rounds((1.0,)).spread is None
+    assert racing.report("x", 2.0, "MB", "peer", 4.0)["ratio"] == 0.5
 
 
 def test_what_cannot_take_part_is_a_line_and_a_result_without_a_value(capsys):

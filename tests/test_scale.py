@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,24 @@ def test_the_time_of_its_processes_is_not_that_of_others(monkeypatch):
     before = racing._own_seconds()
     racing.count_as_own(100.0)
     assert 100 <= racing._own_seconds() - before < 110
+
+
+def test_a_row_is_told_by_its_time_and_its_memory_and_counts_as_work_of_ours(monkeypatch):
+    class Pool(contextlib.nullcontext):
+        def __init__(self, *of, **options):
+            super().__init__(self)
+
+        def submit(self, measure, number, size):
+            return SimpleNamespace(result=lambda: (size * 1e-3, 10.0, 2.0))  # s, MB, s of all
+
+    monkeypatch.setattr(scale, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(scale, "server", lambda: None)
+    monkeypatch.setattr(racing, "_own", [])
+    monkeypatch.setattr(racing, "RESULTS", [])
+    scale.bench(SimpleNamespace(only="state plan", short=True))
+    assert [one["name"] for one in racing.RESULTS] == [f"state plan of an epoch: {it} in cells" for it in
+                                                       ("time", "memory")]
+    assert racing.RESULTS[0]["value"] > 0.5 and racing.RESULTS[1]["value"] == 0 and racing._own == [6.0]
 
 
 SLOW = ("prepare", "state start", "ghmm analysis", "arxiv XE", "arxiv curves", "apelr step, full")
