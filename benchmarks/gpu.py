@@ -363,7 +363,8 @@ def say_goal(name: str, value: float, goal: float | None) -> None:
     if goal is None:
         told = "no goal"
     else:
-        told = f"goal >= {goal:g}: {'met' if value >= goal else 'not met'}"
+        verdict = "not judged in miniature" if racing.SHORT else "met" if value >= goal else "not met"
+        told = f"goal >= {goal:g}: {verdict}"
     report(name, value, "", told)
 
 
