@@ -377,11 +377,15 @@ def _flops() -> float | None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """The peers print their models, and warn of what is set by their own defaults."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
-            warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+                warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def alternate(make: Callable, sides: list[str], shape: tuple, rounds: int = 5, lasting: float = 0.5) -> dict[str, dict]:
