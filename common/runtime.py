@@ -79,6 +79,14 @@ class Runtime:
         self._looked, self._next_look = (0, time.monotonic()), 0  # when ranks asked each other for signals
 
     def __enter__(self) -> "Runtime":
+        try:
+            self._set_up()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _set_up(self) -> None:
         _keep_freed_memory()
         if self.device.type == "cpu":
             self._stack.enter_context(_without_denormals())
@@ -90,7 +98,6 @@ class Runtime:
         if self.world_size > 1:
             self._join()
         self.reseed()
-        return self
 
     def _join(self) -> None:
         gpu = str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
