@@ -41,15 +41,15 @@ class Bench(NamedTuple):
 
 BENCHES = {
     "ghmm": Bench(
-        3, "drawing, filtering and training, against hmmlearn, Simplexity and HookedTransformer",
+        2, "drawing, filtering and training, against hmmlearn, Simplexity and HookedTransformer",
         "Simplexity", "simplexity/generative_processes/hidden_markov_model.py"),
     "arxiv": Bench(
-        5, "tokenizer, loader and training, against tokenizers, h5py, GPT-2 of transformers and nanoGPT",
+        4, "tokenizer, loader and training, against tokenizers, h5py, GPT-2 of transformers and nanoGPT",
         "nanoGPT", "model.py"),
     "apelr": Bench(
         7, "training and writing against APEL-R's source; planners against the baseline",
         "APEL-R", "src/apelr/model_v2.py"),
-    "state": Bench(5, "loader, training and distance, against cell-load, arc-state and geomloss"),
+    "state": Bench(4, "loader, training and distance, against cell-load, arc-state and geomloss"),
     "scale": Bench(5, "how time and memory grow with the work: exponents against their laws"),
     "gpu": Bench(
         15, "default and published runs on a GPU: share of its matrix rate, memory, compile, bf16, resume, its tests",
