@@ -50,7 +50,7 @@ BENCHES = {
         7, "training and writing against APEL-R's source; planners against the baseline",
         "APEL-R", "src/apelr/model_v2.py"),
     "state": Bench(4, "loader, training and distance, against cell-load, arc-state and geomloss"),
-    "scale": Bench(5, "how time and memory grow with the work: exponents against their laws"),
+    "scale": Bench(3, "how time and memory grow with the work: exponents against their laws"),
     "gpu": Bench(
         15, "default and published runs on a GPU: share of its matrix rate, memory, compile, bf16, resume, its tests",
         on_gpu=True),

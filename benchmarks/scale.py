@@ -500,7 +500,7 @@ LAWS = [
         [2, 4, 8, 16, 32], 0, 0),
     Law("apelr step, lowrank", "K",
         by("K", apelr_step, experts="lowrank"),
-        [2, 4, 8, 16, 32], 0.5, 0),
+        [2, 4, 8, 16, 32], 1, 1),
     Law("apelr step, full", "V",
         by("V", apelr_step),
         doubled(32, 1_024), 1, 1),
