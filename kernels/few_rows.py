@@ -14,7 +14,7 @@ product by operators of its compiler; where these are missing the plain form sta
 import torch
 from torch import Tensor
 
-from kernels.log_probs import block_logits
+from kernels.log_probs import block_logits, is_low_rank
 
 LEAST = 1 << 18  # numbers of heads that are packed: of fewer the call takes longer than the product
 
@@ -22,11 +22,13 @@ LEAST = 1 << 18  # numbers of heads that are packed: of fewer the call takes lon
 def can_pack(kind: torch.dtype) -> bool:
     """Whether oneDNN packs matrices of this type here."""
     known = torch.ops.mkldnn
-    has_operators = hasattr(known, "_linear_pointwise") and hasattr(known, "_reorder_linear_weight")
-    if not torch.backends.mkldnn.is_available() or not has_operators:
+    for operator in ("_linear_pointwise", "_reorder_linear_weight"):
+        if not hasattr(known, operator):
+            return False
+    if not torch.backends.mkldnn.is_available():
         return False
     if kind == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return bool(known._is_mkldnn_bf16_supported())
     return kind == torch.float32
 
 
@@ -40,10 +42,11 @@ class Heads:
         self.kind = kind or weight.dtype
         self.bias = bias
         rows = x.shape[0] * x.shape[1]
-        low_rank = weight.shape[1] != x.shape[2]
         by_memory = rows == 1 and self.kind == torch.float32
-        large = weight.device.type == "cpu" and weight.numel() >= LEAST
-        self.is_packed = large and not low_rank and not by_memory and can_pack(self.kind)
+        on_cpu = weight.device.type == "cpu"
+        large = on_cpu and weight.numel() >= LEAST
+        plain = by_memory or is_low_rank(x, weight)
+        self.is_packed = large and not plain and can_pack(self.kind)
         weight = weight.detach().to(self.kind)
         if self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)

@@ -75,7 +75,7 @@ def blocks(T: int, size: int) -> list[slice]:
 def block_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits [R, K, V] of a block of x [R, P, H], in one matrix product for all plans."""
     K, V = bias.shape
-    if weight.shape[1] != x.shape[2]:
+    if is_low_rank(x, weight):
         return low_rank_logits(x[:, 0], weight, bias)
     product = x.flatten(0, 1) @ weight.t()
     product = product.to(bias.dtype)
@@ -85,7 +85,12 @@ def block_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product + bias
 
 
-def low_rank(x: Tensor, weight: Tensor, K: int) -> tuple[int, int]:
+def is_low_rank(x: Tensor, weight: Tensor) -> bool:
+    """Whether x [T, P, ...] and weight are of low rank: then heads are wider than what they read."""
+    return weight.shape[1] != x.shape[2]
+
+
+def low_rank_widths(x: Tensor, weight: Tensor, K: int) -> tuple[int, int]:
     """(H, r) of low rank: the widths of x and weight are H + r and H + K r."""
     rank = (weight.shape[1] - x.shape[-1]) // (K - 1)
     return x.shape[-1] - rank, rank
@@ -93,7 +98,7 @@ def low_rank(x: Tensor, weight: Tensor, K: int) -> tuple[int, int]:
 
 def low_rank_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """W h + U_k s + b_k for x [R, H + r], as [R, K, V]: a product of all plans, and a thin one a plan."""
-    H, rank = low_rank(x, weight, len(bias))
+    H, rank = low_rank_widths(x, weight, len(bias))
     columns = weight.t()
     shared = x[:, :H] @ columns[:H]  # [R, V]
     logits = shared + bias[:, None]  # plan by plan [K, R, V], in the type of the bias
@@ -118,7 +123,7 @@ class Gradients:
         self.half = weight.dtype
         V = bias.shape[1]
         self.shared = x.shape[1] * len(weight) == V  # one product for all plans
-        self.low_rank = weight.shape[1] != x.shape[2]
+        self.low_rank = is_low_rank(x, weight)
         self.dx = torch.empty(x.shape, dtype=bias.dtype, device=x.device)
         self.dweight = torch.zeros(weight.shape, dtype=bias.dtype, device=x.device)
         self.dbias = torch.zeros_like(bias)
@@ -148,7 +153,7 @@ class Gradients:
         """The same of low rank: h and W get the sum over plans, s that of each plan's U_k."""
         x = self.x[rows, 0]
         dx = self.dx[rows, 0]
-        H, rank = low_rank(x, self.weight, delta.shape[1])
+        H, rank = low_rank_widths(x, self.weight, delta.shape[1])
         of_h, of_shared = scaled_head_gradients(delta.sum(1), x[:, :H], self.weight[:, :H])
         dx[:, :H] = of_h
         dx[:, H:] = 0
@@ -184,7 +189,7 @@ class LogProbs(torch.autograd.Function):
         T, J = index.shape
         picked = bias.new_empty(T, K, J)
         size = block_rows(K, V, x.device)
-        if weight.shape[1] != x.shape[2]:
+        if is_low_rank(x, weight):
             # Low rank is passes over memory, not products: 8 MB come from the heap again and again, 64 MB from fresh
             # pages, which makes these passes 1.4 times as long.
             size = max(16, size // 8)
