@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import DataError
+from common.telling import bar
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
-from sources.shared import SPLITS, Workshop, counted, progress, room_for
+from sources.shared import SPLITS, Workshop, counted, room_for
 
 COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
     {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
@@ -74,7 +75,7 @@ def draw(process: Process, documents: int, length: int, seed: int, counter: tupl
     sequence = np.random.SeedSequence(seed, spawn_key=counter)
     state = sequence.generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes 63 bits
-    for begin in progress(range(0, documents, DRAWN_AT_ONCE), text, "kdoc"):
+    for begin in bar(range(0, documents, DRAWN_AT_ONCE), text, unit="thousands"):
         count = min(DRAWN_AT_ONCE, documents - begin)
         yield process.sample(count, length, generator)
 
@@ -154,7 +155,7 @@ def ergodic(
             owner = []  # the component of each chunk
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
                 for k, (name, process) in enumerate(zip(names, processes, strict=True)):
-                    for documents in draw(process, count, length, seed, (s, k), f"{split} {name}"):
+                    for documents in draw(process, count, length, seed, (s, k), f"drawing {split} of {name}"):
                         for ids in documents.numpy():
                             chunks.add(name, ids)
                         if split == "train":
