@@ -1,4 +1,4 @@
-"""Plans of train_apelr.py put in the place of a belief, and what they write, side by side.
+"""Plans of train_apelr.py one by one: put in the place of a belief, what they write, and in words.
 
 Dimensions: B texts, L tokens of one, K plans.
 """
@@ -61,3 +61,50 @@ def plan_table(rows: Sequence[tuple[str, str, float | None]], width: int = 100) 
         head = f"{label:>{longest}}  {number:>5}  "
         lines += textwrap.wrap(shown, width, initial_indent=head, subsequent_indent=indent) or [head.rstrip()]
     return "\n".join(lines)
+
+
+def plan_legend(
+    usage: Sequence[float],
+    typical: dict[str, list] | None = None,
+    beside: Sequence[str] = (),
+    width: int = 100,
+) -> list[str]:
+    """A line of at most `width` letters a plan: its share of the chunks, what stands beside it, its typical tokens.
+
+    typical: {"0": [{"token": text}, ...]}, as planner_eval.json has them; cut at whole tokens.
+    """
+    number = len(str(len(usage) - 1))
+    lines = []
+    for k, share in enumerate(usage):
+        line = f"plan {k:<{number}}  {share_of(share):>5}"
+        if beside:
+            line += f"  {beside[k]}"
+        words = words_of(typical[str(k)]) if typical else []
+        line += "  typical:" if words else ""
+        for word in words:
+            if len(line) + 1 + len(word) > width:
+                break
+            line += f" {word}"
+        lines.append(line)
+    return lines
+
+
+def share_of(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.01 else f"{value:.1%}"
+
+
+def words_of(tokens: list[dict]) -> list[str]:
+    """Tokens of token_table as they can be read side by side: those of blanks alone are left out."""
+    words = [token["token"].strip(" ") for token in tokens]
+    return [drawable(word) for word in words if word]
+
+
+def drawable(text: str) -> str:
+    """A token as it is drawn: line ends as an arrow, what cannot be printed as a dot."""
+    shown = ""
+    for character in text:
+        if character.isprintable():
+            shown += character
+        else:
+            shown += "\u21b5" if character == "\n" else "\u00b7"
+    return shown or "\u00b7"

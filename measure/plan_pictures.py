@@ -14,18 +14,20 @@ import torch
 
 from common.runlog import read_metrics
 from measure.figures import COLOURS, GREY, curve, curve_with_optimum, figure, legend, wrapped
+from measure.forced import drawable, plan_legend, share_of
 from sources.outcomes import is_number
+from sources.shared import counted
 
 # Of a strip of beliefs, in inches. Its letters are all as wide, so that a token's columns stand above its text.
 SIZE = 8  # points of a letter
 LETTER = 0.602 * SIZE / 72  # its width, in DejaVu Sans Mono
 LINE = 0.17  # height of a line of text
 COLUMNS = 96  # letters in a row
-ROWS = 8  # of which a picture has as many at most
+TALLEST = 8.5  # of all rows together
 LONGEST = 24  # letters of a token, which is cut if it is longer
 LEFT = 0.65  # of a row, for the names of plans
-BOUNDARY = "#0072B2"  # a chunk begins
-SHADES = "magma_r"  # one way from light to dark, in print and for all eyes
+BOUNDARY = COLOURS[1]  # a chunk begins
+SHADES = "Blues"  # from white to dark, in print and for all eyes
 PASSAGES = 16  # windows of which one is drawn
 
 
@@ -40,6 +42,7 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
         steps, values = series(own, "train", "nll")
         if steps:
             axes.plot(steps, values, color=GREY, linewidth=0.8, label="training")
+        begun = max(values, default=0.0)
         steps, values = series(own, "eval", "val_nll")
         known, optimum = series(own, "eval", "oracle_nll")
         if steps and known == steps:
@@ -49,6 +52,11 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
         steps, values = series(rival, "eval", "val_nll")
         if steps:
             curve(axes, steps, values, "validation of the baseline of equal size", color=COLOURS[1], marker="s")
+        # Where evaluations differ by little the fall of the first steps comes in from above.
+        seen = [y for line in axes.lines[1:] for y in line.get_ydata()]
+        if seen and begun - min(seen) > 5 * (max(seen) - min(seen)) > 0:
+            least = min(y for line in axes.lines for y in line.get_ydata())
+            axes.set_ylim(least - 0.2 * (max(seen) - least), max(seen) + 2 * (max(seen) - least))
         axes.set(xlabel="step", ylabel="nats a token")
         if axes.lines:  # a checkpoint of the source has no history here
             legend(axes)
@@ -98,21 +106,17 @@ def apart(heights: Sequence[float], least: float) -> list[float]:
     return moved
 
 
-def share_of(value: float) -> str:
-    return f"{value:.0%}" if value >= 0.01 else f"{value:.1%}"
-
-
 def draw_transition(folder: Path, P: np.ndarray) -> None:
     """The transition matrix [K, K], with numbers where there is room."""
     K = len(P)
-    title = "Transitions between the plans of chunks, without what the text adds"
+    title = "Transitions between plans, without what the text adds"
     with figure(folder, "transition_matrix", 5.5, 4.6, title=title) as axes:
         image = axes.imshow(P, vmin=0, vmax=1, cmap=SHADES)
         axes.figure.colorbar(image, ax=axes, label="probability")
         axes.grid(False)
         if K <= 16:
             for i, j in np.ndindex(P.shape):
-                colour = "white" if P[i, j] > 0.45 else "black"  # on a dark square or a bright one
+                colour = "white" if P[i, j] > 0.55 else "black"  # on a dark square or a bright one
                 axes.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=8 if K <= 8 else 5, color=colour)
         axes.set(xlabel="to plan", ylabel="from plan", xticks=range(K), yticks=range(K))
 
@@ -151,50 +155,36 @@ def draw_plans(
 
     C = model.cfg.chunk_size
     labels = [[corpus.spell(token) for token in row] for row in tokens[:, 1:].tolist()]
-    drawn = [that_fit(row, corpus.tokenizer is None) for row in labels]
+    true = corpus.true_plans(starts, C)
+    block = heights(len(P), true is not None)[2]
+    drawn = [that_fit(lay_out(row, corpus.tokenizer is None), block) for row in labels]
     variety = [len(set(row[: -(-length // C)])) for row, length in zip(ends, drawn, strict=True)]
     chosen = int(np.argmax(variety))
-    length = drawn[chosen]
-    begins = [t for t in range(1, length) if (t + model.offset) % C == 0]
-    true = corpus.true_plans(starts, C)
-    text = f"{length} tokens of validation text" if length < tokens.shape[1] - 1 else "a validation passage"
-    title = f"Belief over {len(P)} plan{'s' * (len(P) > 1)} after each token of {text}; a line where a chunk begins."
+    begins = [t for t in range(1, after.shape[1]) if (t + model.offset) % C == 0]
+    title = f"Belief over {counted(len(P), 'plan')} after each token of a validation passage; a line: a chunk begins."
     if len(starts) > 1 and len(P) > 1:
-        title += f" Of {len(starts)} passages it is the one with most plans."
+        title += f" Of {len(starts)} passages it is the one in which most plans are the likeliest somewhere."
     draw_beliefs(
         folder,
         "belief",
-        after[chosen, :length],
-        labels[chosen][:length],
+        after[chosen],
+        labels[chosen],
         begins,
         title,
         () if true is None else true[chosen],
-        plan_names(usage, typical, ends, true),
+        plan_legend(usage, typical, true_names(ends, true, len(P)), COLUMNS + 8),
         are_words=corpus.tokenizer is None,
     )
 
 
-def plan_names(
-    usage: Sequence[float],
-    typical: dict[str, list] | None,
-    ends: np.ndarray,
-    true: np.ndarray | None,
-) -> list[str]:
-    """A line a plan: its share, the true plan [B, N] that it stands for where that is known, its typical tokens.
-
-    ends: our likeliest plan at each chunk's end [B, N].
-    """
+def true_names(ends: np.ndarray, true: np.ndarray | None, K: int) -> list[str]:
+    """Which true plan [B, N] each of ours stands for, by the likeliest at chunks' ends [B, N]; none if unknown."""
+    if true is None:
+        return []
     names = []
-    for k, share in enumerate(usage):
-        name = f"plan {k}  {share_of(share):>4}"
-        if true is not None:
-            there = np.bincount(true[:, : ends.shape[1]][ends == k])
-            name += f"  true plan {there.argmax()}" if len(there) else "  never likeliest here"
-        if typical:
-            words = [token["token"].strip() for token in typical[str(k)]]
-            words = [drawable(word) for word in words if word]
-            name += "  typical: " + " ".join(words[:10])
-        names.append(name)
+    for k in range(K):
+        there = np.bincount(true[:, : ends.shape[1]][ends == k])
+        names.append(f"true plan {there.argmax()}" if len(there) else "nowhere the likeliest")
     return names
 
 
@@ -224,29 +214,26 @@ def lay_out(labels: Sequence[str], are_words: bool = False) -> list[Letters]:
     return places
 
 
-def that_fit(labels: Sequence[str], are_words: bool = False) -> int:
-    """How many tokens have room in ROWS rows."""
-    return sum(place.row < ROWS for place in lay_out(labels, are_words))
+def heights(K: int, has_names: bool) -> tuple[float, float, float]:
+    """(height above a strip, of a plan's line, of a row with its strip and its text) in inches."""
+    above = LINE if has_names else 0.06
+    line = {1: 0.2, 2: 0.16}.get(K, 0.13)
+    return above, line, above + K * line + 1.6 * LINE
+
+
+def that_fit(places: Sequence[Letters], block: float) -> int:
+    """How many tokens have room in a picture whose rows are so high."""
+    rows = max(1, int(TALLEST / block))
+    return sum(place.row < rows for place in places)
 
 
 def letters_of(text: str) -> int:
-    """The width of a text in letters: those of Chinese and its like are as wide as two, accents of their own as none."""
+    """The width of a text in letters: those of Chinese and its like are as wide as two, accents alone as none."""
     width = 0
     for character in text:
         if not unicodedata.combining(character):
             width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
     return width
-
-
-def drawable(text: str) -> str:
-    """A token as it is drawn: line ends as an arrow, what cannot be printed as a dot."""
-    shown = ""
-    for character in text:
-        if character.isprintable():
-            shown += character
-        else:
-            shown += "\u21b5" if character == "\n" else "\u00b7"
-    return shown or "\u00b7"
 
 
 def draw_beliefs(
@@ -263,16 +250,18 @@ def draw_beliefs(
     """Beliefs [L, K] as strips over the text, row below row: a line a plan, each token's belief above its letters.
 
     Args:
-        labels: the tokens [L]; those that need more than ROWS rows are left out. boundaries: where a chunk begins.
+        labels: the tokens [L]; what has no room at the end is left out. boundaries: where a chunk begins.
         true: plans of the chunks, where they are known. names: a line of the legend for each plan.
         are_words: tokens have no blanks of their own.
     """
-    length = that_fit(labels, are_words)
-    places = lay_out(labels[:length], are_words)
     K = beliefs.shape[1]
-    line = {1: 0.2, 2: 0.16}.get(K, 0.13)  # height of a plan's line
-    above = LINE if len(true) else 0.06
-    block = above + K * line + 1.6 * LINE  # height of a row
+    above, line, block = heights(K, len(true) > 0)
+    places = lay_out(labels, are_words)
+    length = that_fit(places, block)
+    if length < len(places):
+        title += f" The first {length:,} of {len(places):,} tokens."
+    places = places[:length]
+    boundaries = [begin for begin in boundaries if begin < length]
     width = LEFT + COLUMNS * LETTER + 0.15
     heading = wrapped(title, width - 0.2).split("\n")
     top = LINE * (len(heading) + 0.7)
@@ -318,7 +307,8 @@ def mark_chunks(axes, places: list[Letters], boundaries: Sequence[int], true: Se
         head = top + places[begin].row * block
         left = LEFT + places[begin].column * LETTER
         if begin:
-            axes.plot([left, left], [head, head + above + strip + LINE], color=BOUNDARY, linewidth=1.4)
+            axes.plot([left, left], [head, head + above + strip], color=BOUNDARY, linewidth=1.6)
+            axes.plot([left, left], [head + above + strip, head + above + strip + LINE], color=BOUNDARY, linewidth=0.5)
         if c >= len(true):
             continue
         for row in range(places[begin].row, places[end - 1].row + 1):
@@ -336,8 +326,6 @@ def draw_legend(axes, names: Sequence[str], top: float) -> None:
     axes.pcolormesh(scale, [top + 0.2 * LINE, top + LINE], steps[None], vmin=0, vmax=1, cmap=SHADES)
     axes.text(LEFT - 0.05, top + 0.6 * LINE, "belief 0", ha="right", va="center", fontsize=7)
     axes.text(scale[-1] + 0.05, top + 0.6 * LINE, "1", va="center", fontsize=7)
-    most = COLUMNS + 8
     for k, name in enumerate(names):
-        text = name if len(name) <= most else name[: most - 1] + "…"
-        axes.text(0.1, top + (k + 1.9) * LINE, text, family="monospace", fontsize=SIZE - 0.5, va="center",
+        axes.text(0.1, top + (k + 1.9) * LINE, name, family="monospace", fontsize=SIZE - 0.5, va="center",
                   parse_math=False)  # fmt: skip

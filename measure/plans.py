@@ -14,8 +14,8 @@ from common.errors import replacing
 from common.runlog import write_json
 from kernels.log_probs import block_logits, block_rows, blocks
 from measure.compare_baseline import BESIDE
-from measure.forced import fixed_belief, plan_table, written_nll  # noqa: F401 - the page's filter asks for the first
-from measure.plan_pictures import draw_loss, draw_plans, share_of
+from measure.forced import fixed_belief, plan_table, share_of, words_of, written_nll  # noqa: F401 - the page takes one
+from measure.plan_pictures import draw_loss, draw_plans
 from measure.writing import generate
 from sources.outcomes import is_number
 
@@ -156,7 +156,7 @@ def plan_rows(report: dict) -> list[dict]:
     for k, share in enumerate(report["usage"]):
         row = {"plan": k, "share": share_of(share), "nll alone": report["forced_nll"][k]}
         if report["typical_tokens"]:
-            row["typical tokens"] = " ".join(repr(token["token"])[1:-1] for token in report["typical_tokens"][str(k)])
+            row["typical tokens"] = " ".join(words_of(report["typical_tokens"][str(k)]))
         if k in texts:
             row["what it writes"] = texts[k]
         rows.append(row)
@@ -174,7 +174,7 @@ def write_plans(folder: Path, report: dict) -> None:
         for entry in report["written"]:
             label = "belief" if entry["plan"] is None else str(entry["plan"])
             rows.append((label, entry["text"], entry["nll"]))
-        lines += ["", "What each plan alone would write, and the belief over all of them. nats: by that belief, a token"]
+        lines += ["", "What each plan alone would write, and the belief over them. nats: a token, by that belief"]
         lines += ["", plan_table(rows)]
     with replacing(folder / "plans.txt") as fresh:
         fresh.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
