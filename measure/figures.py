@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import reason, replacing, say_aside, system_sentence
+from common.errors import reason, replacing, system_sentence
+from common.telling import note
 
 STRICT = False  # for tests: a picture that cannot be drawn is an error
 
@@ -36,7 +37,7 @@ def figure(folder: Path, name: str, width: float = 7.0, height: float = 4.5, row
         if STRICT:
             raise
         trouble = trouble or error
-        say_aside(f"note: the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
+        note(f"the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
 
 
 def new_figure(width: float, height: float):
