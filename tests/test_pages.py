@@ -112,7 +112,7 @@ def settings_by(page, words: list[str], capsys) -> dict:
 
 
 CHOSEN = {  # as configure() fills them in; with values that a shell would take apart
-    "train_ghmm": {"process": "nonergodic", "components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
+    "train_ghmm": {"components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
                    "open_probs": [1.0, 0.25], "add_bos": True, "lr": 1e-05, "out_dir": "out/a b's $(c)"},
     "train_arxiv": {"lr": 1e-3, "min_lr": 4e-4, "categories": ["cs.PL", "math, pure"], "patience": 0, "probe": False},
     "train_apelr": {"lr": 1e-3, "loss_weights": {"usage_balance": 0.1}, "batch_size": "auto", "data": "data/x y"},
