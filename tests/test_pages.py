@@ -19,6 +19,7 @@ from common.runlog import write_json
 from configurator import config_dict
 from measure import figures
 from measure.figures import figure
+from measure.glossary import meaning
 from measure.pages import Section, cell_of, filled_table, run_page, write_page
 
 
@@ -111,7 +112,7 @@ def settings_by(page, words: list[str], capsys) -> dict:
 
 
 CHOSEN = {  # as configure() fills them in; with values that a shell would take apart
-    "train_ghmm": {"process": "nonergodic", "components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
+    "train_ghmm": {"components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
                    "open_probs": [1.0, 0.25], "add_bos": True, "lr": 1e-05, "out_dir": "out/a b's $(c)"},
     "train_arxiv": {"lr": 1e-3, "min_lr": 4e-4, "categories": ["cs.PL", "math, pure"], "patience": 0, "probe": False},
     "train_apelr": {"lr": 1e-3, "loss_weights": {"usage_balance": 0.1}, "batch_size": "auto", "data": "data/x y"},
@@ -153,12 +154,16 @@ def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):
     os.utime(stale, (1, 1))  # of a run that was here before
     run_page(folder, page.Config)
     text = (folder / "report.html").read_text()
-    assert '<p class="lead">5 &lt; 6</p>' in text and text.count("<img") == 1 and "Loss while training." in text
+    assert '<p class="lead">5 &lt; 6</p>' in text and text.count("<img") == 1 and "Loss while training, and" in text
     cells = re.findall(r'data-value="(.*?)">', text)
     first = cells.index("pearson_delta")
     assert cells[first + 1] == "0.25" and "mae" not in cells[first : first + 6]
     folded = text[text.index("<details>") :]
-    assert re.findall('data-value="(.*?)"', folded)[:4] == ["mse", "1.5", "fit.c", "2.0"]
+    told = re.findall('data-value="(.*?)"', folded)
+    assert told[:2] == ["mse", "1.5"] and "squared error" in told[2] and told[3:6] == ["fit.c", "2.0", ""]
+    # The head of a column says on a hover what it is, and the end of the page for those who cannot.
+    said = meaning("mae", "state")
+    assert f'<th class="number" title="{said}">' in text and f'data-value="{said}"' in text.split("What the col")[1]
     assert "20 values, the first 0, the last 19" in folded and ">control<" in folded and "5 &lt; 6" not in folded
     for fact in ("12 s", "345.6 cells/s", "begun", "ended", torch.__version__, f"{os.cpu_count()} cores"):
         assert fact in text, fact
