@@ -12,6 +12,7 @@ import torch
 
 from common.errors import replacing
 from common.runlog import write_json
+from common.telling import bar, doing
 from kernels.log_probs import block_logits, block_rows, blocks
 from measure.compare_baseline import BESIDE
 from measure.forced import fixed_belief, plan_table, share_of, words_of, written_nll  # noqa: F401 - the page takes one
@@ -113,7 +114,8 @@ def write_report(
     beside = run / BESIDE if model.cfg.compare_baseline else None
     draw_loss(folder, f"Loss of {model.cfg.version}, {model.cfg.backbone}", beside)
     if hasattr(model, "filter"):
-        report = planner_report(model, corpus, starts)
+        with doing("comparing what the plans predict"):
+            report = planner_report(model, corpus, starts)
         numbers = {name: value for name, value in report.items() if not isinstance(value, dict)}
         numbers.pop("typical_tokens", None)
         metrics = metrics | numbers
@@ -121,7 +123,8 @@ def write_report(
         write_json(folder / "planner_eval.json", metrics | report)
         write_plans(folder, metrics | report)
         warn_of_idle_plans(metrics, say, model.cfg.weights())
-        draw_plans(folder, model, corpus, starts, metrics["usage"], report["typical_tokens"])
+        with doing("drawing the plans"):
+            draw_plans(folder, model, corpus, starts, metrics["usage"], report["typical_tokens"])
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -137,7 +140,7 @@ def forced_texts(model, corpus) -> list[dict]:
     device = model.token_emb.weight.device
     prompt = torch.tensor([corpus.prompt_ids(cfg.preview_prompt)], device=device)
     written = []
-    for plan in [None, *range(cfg.plans())]:
+    for plan in bar([None, *range(cfg.plans())], "writing by each plan"):
         mode = "normal" if plan is None else "forced_state"
         draws = torch.Generator().manual_seed(cfg.seed)
         tokens = generate(model, prompt, cfg.preview_tokens, draws, temperature=0.8, top_k=50, planner_mode=mode,

@@ -623,7 +623,7 @@ def test_a_baseline_of_equal_size_is_trained_on_the_same_batches(text, monkeypat
     assert theirs["d_model"] == summary["baseline_d_model"] and theirs["version"] == "baseline"
     last = told.splitlines()[-1]
     assert plans.judge_baseline(summary)[0] in last
-    assert f"the planner of {summary['parameters']:,}; it trains first, in run/baseline" in told
+    assert f"the planner of {summary['parameters']:,} -> run/baseline" in told
 
 
 def test_the_baseline_beside_a_planner_is_the_run_that_its_settings_make(text):
@@ -728,7 +728,7 @@ def test_the_batch_size_of_a_baseline_is_that_which_its_planner_finds(text):
 def test_two_ranks_compare_like_one(text):
     settings = [*TINY, f"--data={text}", *BESIDE, "--dropout=0"]
     told = two_ranks("test_train_apelr", *settings, "--out_dir=two", function="quick")
-    assert told.count("it trains first, in two/baseline") == 1 and told.count("done: loss") == 2
+    assert told.count("-> two/baseline") == 1 and told.count("done: loss") == 2
     alone, two = train_apelr.main(settings), read("two/summary.json")
     for key in ("val_nll", "baseline_nll", "baseline_parameters", "baseline_d_model", "plan_gain"):
         assert two[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), key
