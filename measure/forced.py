@@ -63,6 +63,22 @@ def plan_table(rows: Sequence[tuple[str, str, float | None]], width: int = 100) 
     return "\n".join(lines)
 
 
+def plan_rows(report: dict) -> list[dict]:
+    """What planner_eval.json says of each plan, a row a plan: its share, its loss alone, typical tokens, its text."""
+    texts = {entry["plan"]: entry["text"] for entry in report.get("written", ())}
+    rows = []
+    for k, share in enumerate(report["usage"]):
+        typical = report["typical_tokens"] or {}
+        rows.append({
+            "plan": k,
+            "share": share_of(share),
+            "loss alone": report["forced_nll"][k],
+            "typical tokens": " ".join(words_of(typical.get(str(k), []))),
+            "it would write": texts.get(k),
+        })
+    return rows
+
+
 def plan_legend(
     usage: Sequence[float],
     typical: dict[str, list] | None = None,

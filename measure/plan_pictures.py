@@ -41,12 +41,26 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
     with figure(folder, "loss", title=title) as axes:
         steps, values = series(own, "train", "nll")
         if steps:
-            axes.plot(steps, values, color=GREY, linewidth=0.8, label="training")
+            axes.plot(
+                steps,
+                values,
+                color=GREY,
+                linewidth=0.8,
+                label="training",
+            )
         begun = max(values, default=0.0)
         steps, values = series(own, "eval", "val_nll")
         known, optimum = series(own, "eval", "oracle_nll")
         if steps and known == steps:
-            curve_with_optimum(axes, steps, values, optimum, "validation", color=COLOURS[0], marker="o")
+            curve_with_optimum(
+                axes,
+                steps,
+                values,
+                optimum,
+                "validation",
+                color=COLOURS[0],
+                marker="o",
+            )
         elif steps:
             curve(axes, steps, values, "validation", color=COLOURS[0], marker="o")
         steps, values = series(rival, "eval", "val_nll")
@@ -55,8 +69,9 @@ def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
         # Where evaluations differ by little the fall of the first steps comes in from above.
         seen = [y for line in axes.lines[1:] for y in line.get_ydata()]
         if seen and begun - min(seen) > 5 * (max(seen) - min(seen)) > 0:
+            top = max(seen)
             least = min(y for line in axes.lines for y in line.get_ydata())
-            axes.set_ylim(least - 0.2 * (max(seen) - least), max(seen) + 2 * (max(seen) - least))
+            axes.set_ylim(least - 0.2 * (top - least), top + 2 * (top - least))
         axes.set(xlabel="step", ylabel="nats a token")
         if axes.lines:  # a checkpoint of the source has no history here
             legend(axes)
@@ -85,13 +100,25 @@ def draw_usage(folder: Path, usage: Sequence[float]) -> None:
         shares = np.array([record["usage"] for record in records])  # [evaluations, K]
         colours = [COLOURS[k % len(COLOURS)] for k in range(K)]
         axes.stackplot(steps, shares.T, colors=colours, edgecolor="white", linewidth=0.8)
-        axes.set(xlabel="step", ylabel="share", ylim=(0, 1), xlim=(steps[0], steps[-1]))
+        axes.set(
+            xlabel="step",
+            ylabel="share",
+            ylim=(0, 1),
+            xlim=(steps[0], steps[-1]),
+        )
         # Each plan has its name where its share ends, which needs no eye for colours.
         middles = shares[-1].cumsum() - shares[-1] / 2
         for k, height in enumerate(apart(middles, 1.0 / max(K, 16))):
             name = f"plan {k}  {share_of(shares[-1, k])}"
-            axes.annotate(name, (steps[-1], middles[k]), (1.03, height), textcoords="axes fraction", va="center",
-                          fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5})  # fmt: skip
+            axes.annotate(
+                name,
+                (steps[-1], middles[k]),
+                (1.03, height),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5},
+            )
 
 
 def apart(heights: Sequence[float], least: float) -> list[float]:
@@ -117,8 +144,21 @@ def draw_transition(folder: Path, P: np.ndarray) -> None:
         if K <= 16:
             for i, j in np.ndindex(P.shape):
                 colour = "white" if P[i, j] > 0.55 else "black"  # on a dark square or a bright one
-                axes.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=8 if K <= 8 else 5, color=colour)
-        axes.set(xlabel="to plan", ylabel="from plan", xticks=range(K), yticks=range(K))
+                axes.text(
+                    j,
+                    i,
+                    f"{P[i, j]:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8 if K <= 8 else 5,
+                    color=colour,
+                )
+        axes.set(
+            xlabel="to plan",
+            ylabel="from plan",
+            xticks=range(K),
+            yticks=range(K),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,15 +173,12 @@ def draw_plans(
     usage: Sequence[float],
     typical: dict[str, list] | None = None,
 ) -> None:
-    """Usage of the plans, transitions, and the belief along a validation passage.
+    """The belief along a validation passage, usage of the plans, and transitions.
 
     Drawn is that of the first PASSAGES windows in which most plans are the likeliest one at a chunk's end.
     typical: tokens of each plan, as of token_table.
     """
-    draw_usage(folder, usage)
-    P = model.planner_transition_logits.softmax(1)
-    draw_transition(folder, P.float().cpu().numpy())
-
+    K = len(usage)
     starts = starts[:PASSAGES]
     tokens = corpus.windows("val", starts, model.cfg.seq_len, model.token_emb.weight.device)  # [B, L + 1]
     model.eval()
@@ -156,13 +193,13 @@ def draw_plans(
     C = model.cfg.chunk_size
     labels = [[corpus.spell(token) for token in row] for row in tokens[:, 1:].tolist()]
     true = corpus.true_plans(starts, C)
-    block = heights(len(P), true is not None)[2]
+    block = heights(K, true is not None)[2]
     drawn = [that_fit(lay_out(row, corpus.tokenizer is None), block) for row in labels]
     variety = [len(set(row[: -(-length // C)])) for row, length in zip(ends, drawn, strict=True)]
     chosen = int(np.argmax(variety))
     begins = [t for t in range(1, after.shape[1]) if (t + model.offset) % C == 0]
-    title = f"Belief over {counted(len(P), 'plan')} after each token of a validation passage; a line: a chunk begins."
-    if len(starts) > 1 and len(P) > 1:
+    title = f"Belief over {counted(K, 'plan')} after each token of a validation passage; a line: a chunk begins."
+    if len(starts) > 1 and K > 1:
         title += f" Of {len(starts)} passages it is the one in which most plans are the likeliest somewhere."
     draw_beliefs(
         folder,
@@ -172,9 +209,12 @@ def draw_plans(
         begins,
         title,
         () if true is None else true[chosen],
-        plan_legend(usage, typical, true_names(ends, true, len(P)), COLUMNS + 8),
+        plan_legend(usage, typical, true_names(ends, true, K), COLUMNS + 8),
         are_words=corpus.tokenizer is None,
     )
+    draw_usage(folder, usage)
+    P = model.planner_transition_logits.softmax(1)
+    draw_transition(folder, P.float().cpu().numpy())
 
 
 def true_names(ends: np.ndarray, true: np.ndarray | None, K: int) -> list[str]:
@@ -279,8 +319,13 @@ def draw_beliefs(
             for row in range(places[-1].row + 1):
                 tokens = [t for t, place in enumerate(places) if place.row == row]
                 draw_row(axes, beliefs, places, tokens, top + row * block + above, line)
-            mark_chunks(axes, places, boundaries, true, top, block, above, K * line)
+            mark_chunks(axes, places, boundaries, true, top, block, above)
             draw_legend(axes, names, legend_top)
+
+
+def write(axes, x: float, y: float, text: str, size: float = 7, **options) -> None:
+    """A text that begins at x inches and has its middle at y."""
+    axes.text(x, y, text, fontsize=size, va="center", parse_math=False, **options)
 
 
 def draw_row(axes, beliefs: np.ndarray, places: list[Letters], tokens: list[int], top: float, line: float) -> None:
@@ -288,44 +333,66 @@ def draw_row(axes, beliefs: np.ndarray, places: list[Letters], tokens: list[int]
     K = beliefs.shape[1]
     edges = [LEFT + places[t].column * LETTER for t in tokens]
     edges.append(edges[-1] + places[tokens[-1]].width * LETTER)
-    heights = top + line * np.arange(K + 1)
+    lines = top + line * np.arange(K + 1)
     shown = beliefs[tokens].T  # [K, tokens]
-    axes.pcolormesh(edges, heights, shown, vmin=0, vmax=1, cmap=SHADES, edgecolors="0.85", linewidth=0.3)
+    axes.pcolormesh(
+        edges,
+        lines,
+        shown,
+        vmin=0,
+        vmax=1,
+        cmap=SHADES,
+        edgecolors="0.85",
+        linewidth=0.3,
+    )
     for k in range(K):
-        place = heights[k] + line / 2
-        axes.text(LEFT - 0.05, place, f"plan {k}", ha="right", va="center", fontsize=7 if line > 0.12 else 6)
+        write(axes, LEFT - 0.05, lines[k] + line / 2, f"plan {k}", ha="right")
     for t, left in zip(tokens, edges, strict=False):
-        axes.text(left, heights[-1] + 0.6 * LINE, places[t].text, family="monospace", fontsize=SIZE, va="center",
-                  parse_math=False)  # fmt: skip
+        write(axes, left, lines[-1] + 0.6 * LINE, places[t].text, SIZE, family="monospace")
 
 
-def mark_chunks(axes, places: list[Letters], boundaries: Sequence[int], true: Sequence[int], top: float, block: float,
-                above: float, strip: float) -> None:  # fmt: skip
+def mark_chunks(
+    axes,
+    places: list[Letters],
+    boundaries: Sequence[int],
+    true: Sequence[int],
+    top: float,
+    block: float,
+    above: float,
+) -> None:
     """A line where a chunk begins, and above it the name of its true plan, again where a row begins within it."""
     for c, begin in enumerate([0, *boundaries]):
-        end = boundaries[c] if c < len(boundaries) else len(places)
-        head = top + places[begin].row * block
         left = LEFT + places[begin].column * LETTER
+        head = top + places[begin].row * block
+        text = head + block - 1.6 * LINE  # where the letters are it is thin
         if begin:
-            axes.plot([left, left], [head, head + above + strip], color=BOUNDARY, linewidth=1.6)
-            axes.plot([left, left], [head + above + strip, head + above + strip + LINE], color=BOUNDARY, linewidth=0.5)
+            axes.plot([left, left], [head, text], color=BOUNDARY, linewidth=1.6)
+            axes.plot([left, left], [text, text + LINE], color=BOUNDARY, linewidth=0.5)
         if c >= len(true):
             continue
+        end = [*boundaries, len(places)][c]
         for row in range(places[begin].row, places[end - 1].row + 1):
             inside = [place for place in places[begin:end] if place.row == row]
             room = inside[-1].column + inside[-1].width - inside[0].column
-            text = f"true plan {true[c]}" if room > 11 else str(true[c])
-            axes.text(LEFT + inside[0].column * LETTER + 0.03, top + row * block + above / 2, text, fontsize=7,
-                      va="center")  # fmt: skip
+            name = f"true plan {true[c]}" if room > 11 else str(true[c])
+            left = LEFT + inside[0].column * LETTER
+            write(axes, left + 0.03, top + row * block + above / 2, name)
 
 
 def draw_legend(axes, names: Sequence[str], top: float) -> None:
     """The shades of beliefs, and a line a plan."""
     steps = np.linspace(0, 1, 21)
     scale = LEFT + 0.08 * np.arange(len(steps) + 1)
-    axes.pcolormesh(scale, [top + 0.2 * LINE, top + LINE], steps[None], vmin=0, vmax=1, cmap=SHADES)
-    axes.text(LEFT - 0.05, top + 0.6 * LINE, "belief 0", ha="right", va="center", fontsize=7)
-    axes.text(scale[-1] + 0.05, top + 0.6 * LINE, "1", va="center", fontsize=7)
+    edges = [top + 0.2 * LINE, top + LINE]
+    axes.pcolormesh(
+        scale,
+        edges,
+        steps[None],
+        vmin=0,
+        vmax=1,
+        cmap=SHADES,
+    )
+    write(axes, LEFT - 0.05, top + 0.6 * LINE, "belief 0", ha="right")
+    write(axes, scale[-1] + 0.05, top + 0.6 * LINE, "1")
     for k, name in enumerate(names):
-        axes.text(0.1, top + (k + 1.9) * LINE, name, family="monospace", fontsize=SIZE - 0.5, va="center",
-                  parse_math=False)  # fmt: skip
+        write(axes, 0.1, top + (k + 1.9) * LINE, name, SIZE - 0.5, family="monospace")

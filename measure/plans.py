@@ -15,7 +15,7 @@ from common.runlog import write_json
 from common.telling import bar, doing
 from kernels.log_probs import block_logits, block_rows, blocks
 from measure.compare_baseline import BESIDE
-from measure.forced import fixed_belief, plan_table, share_of, words_of, written_nll  # noqa: F401 - the page takes one
+from measure.forced import fixed_belief, plan_rows, plan_table, written_nll  # noqa: F401 - the page takes one
 from measure.plan_pictures import draw_loss, draw_plans
 from measure.writing import generate
 from sources.outcomes import is_number
@@ -152,26 +152,13 @@ def forced_texts(model, corpus) -> list[dict]:
     return written
 
 
-def plan_rows(report: dict) -> list[dict]:
-    """What planner_eval.json says of each plan, a row a plan: its share, its loss alone, typical tokens, its text."""
-    texts = {entry["plan"]: entry["text"] for entry in report.get("written", ())}
-    rows = []
-    for k, share in enumerate(report["usage"]):
-        row = {"plan": k, "share": share_of(share), "nll alone": report["forced_nll"][k]}
-        if report["typical_tokens"]:
-            row["typical tokens"] = " ".join(words_of(report["typical_tokens"][str(k)]))
-        if k in texts:
-            row["what it writes"] = texts[k]
-        rows.append(row)
-    return rows
-
-
 def write_plans(folder: Path, report: dict) -> None:
     """plans.txt: the plans for people, with what each would write."""
     lines = ["share: of chunks, by the belief at their start. alone: loss with this plan alone, nats a token", ""]
     lines.append("plan  share   alone  typical tokens")
     for row in plan_rows(report):
-        lines.append(f"{row['plan']:>4}  {row['share']:>5}  {row['nll alone']:6.3f}  {row.get('typical tokens', '')}")
+        line = f"{row['plan']:>4}  {row['share']:>5}  {row['loss alone']:6.3f}  {row['typical tokens']}"
+        lines.append(line.rstrip())
     if report["written"]:
         rows = []
         for entry in report["written"]:
