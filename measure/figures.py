@@ -21,7 +21,8 @@ from functools import cache
 from math import ceil, floor, log10
 from pathlib import Path
 
-from common.errors import reason, replacing, say_aside, system_sentence
+from common.errors import reason, replacing, system_sentence
+from common.telling import note
 
 STRICT = False  # for tests: a picture that cannot be drawn is an error
 
@@ -108,7 +109,7 @@ def drawing(folder: Path, name: str, width: float, height: float, title: str, la
             if STRICT:
                 raise
             trouble = trouble or error
-            say_aside(f"note: the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
+            note(f"the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
 
 
 def new_figure(width: float, height: float):

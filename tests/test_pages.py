@@ -126,7 +126,7 @@ def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, cap
     monkeypatch.chdir(ROOT)
     page = importlib.import_module(name)
     folder = run_folder(tmp_path / "run 1", page, CHOSEN[name], {"verdict": "it works", "steps": 3, "torch": "2"})
-    assert run_page(folder, page.Config) == f"it works; pictures in {folder}/plots, all of it in {folder}/report.html"
+    assert run_page(folder, page.Config) == f"pictures in {folder}/plots, all of it in {folder}/report.html"
     text = html.unescape((folder / "report.html").read_text())
     command = re.search("<pre>(.*?)</pre>", text, re.DOTALL)[1]
     python, script, *words = shlex.split(command.replace("\\\n", ""))
@@ -184,7 +184,7 @@ def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):
 def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(tmp_path, capsys, monkeypatch):
     page = importlib.import_module("train_ghmm")
     folder = run_folder(tmp_path / "run", page, {}, {"loss": 1.0})
-    assert run_page(folder, page.Config).startswith("pictures in ")
+    assert run_page(folder, page.Config).startswith("pictures in ") and (folder / "report.html").is_file()
     # Of a run on GPUs, whose page had another setting then.
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"gone": 1})
@@ -198,7 +198,7 @@ def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(t
     monkeypatch.setattr(figures, "STRICT", False)
     assert run_page(folder, page.Config) == f"pictures in {folder}/plots"
     (folder / "summary.json").write_text("torn {")
-    assert run_page(folder, page.Config, {"verdict": "fine"}) == f"fine; pictures in {folder}/plots"
+    assert run_page(folder, page.Config, {"verdict": "fine"}) == f"pictures in {folder}/plots"
     assert run_page(folder, page.Config) == f"pictures in {folder}/plots"
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and all(line.startswith(f"note: {folder}/report.html was not written (") for line in told)
@@ -208,7 +208,8 @@ def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(t
 def test_a_look_at_a_checkpoint_alone_has_a_page_without_settings(tmp_path):
     page = importlib.import_module("train_ghmm")
     (tmp_path / "imported" / "analysis").mkdir(parents=True)
-    assert run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0}).startswith("v; ")
+    told = run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0})
+    assert told == f"all of it in {tmp_path}/imported/analysis/report.html"
     text = (tmp_path / "imported" / "analysis" / "report.html").read_text()
     assert "imported: a look at a run of train_ghmm.py" in text and "no config.json" in text and "<pre>" not in text
     write_json(tmp_path / "imported" / "config.json", config_dict(page.Config(lr=0.5)))
