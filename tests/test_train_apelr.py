@@ -85,7 +85,8 @@ def whole(at_work) -> Path:
     """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
     process, folder = at_work
     done = ended(process)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    others = [line for line in done.stderr.splitlines() if " ..." not in line]  # but what takes long on a busy machine
+    assert done.returncode == 0 and others == [], done.stderr
     return folder / "run"
 
 
@@ -490,6 +491,11 @@ def test_the_weights_of_an_older_run_stay_what_they_were():
 JUDGED = {"val_nll": 2.5, "val_ppl": 12.18, "plan_gain": 0.2, "planner_mask_delta_loss": 0.1, "parameters": 1000}
 
 
+def verdict_in(told: str) -> str:
+    """The verdict of the last run that said one."""
+    return [line for line in told.splitlines() if line.startswith("done: ")][-1]
+
+
 USED = "used: the loss changes by +0.1000 without the belief (planner_mask_delta_loss)"
 ALONE = "with the best plan alone (plan_gain)"
 
@@ -540,8 +546,8 @@ def test_a_run_of_unused_plans_says_so_whatever_its_divergence(text, capsys):
 @pytest.mark.parametrize("version", [V1, V2])
 def test_what_one_plan_does_not_have_is_null(version, planted, capsys):
     run(planted[version], f"--version={version}", "--num_plan_states=1")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "plan" not in last.removeprefix("done: ").split("; pictures")[0] and "nan" not in last
+    verdict = verdict_in(capsys.readouterr().out)
+    assert "plan" not in verdict and "nan" not in verdict
     summary, planner = read("run/summary.json"), read("run/planner_eval.json")
     for name in ("planner_mask_delta_loss", "plan_gain", "plan_nmi", "state_persistence", "expert_utilization",
                  "transition_mean_diagonal", "transition_row_entropy", "forced_state_divergence",
@@ -569,7 +575,7 @@ def test_plans_that_change_elsewhere_than_the_planted_ones_are_not_held_against_
     for chunk_size in (2, 8):
         result = run(planted[V2], f"--chunk_size={chunk_size}", f"--out_dir={chunk_size}")
         told = capsys.readouterr().out
-        assert result.get("plan_nmi") is None and "nmi" not in told.splitlines()[-1]
+        assert result.get("plan_nmi") is None and "nmi" not in verdict_in(told)
         assert f"chunk_size = {chunk_size}, and the planted plans change every 4 tokens" in told
     assert run(planted[V2])["plan_nmi"] is not None and "planted plans change" not in capsys.readouterr().out
 
@@ -621,8 +627,7 @@ def test_a_baseline_of_equal_size_is_trained_on_the_same_batches(text, monkeypat
     changed = {name for name in settings if settings[name] != theirs[name]}
     assert changed == {"version", "d_model", "out_dir", "compare_baseline"}
     assert theirs["d_model"] == summary["baseline_d_model"] and theirs["version"] == "baseline"
-    last = told.splitlines()[-1]
-    assert plans.judge_baseline(summary)[0] in last
+    assert plans.judge_baseline(summary)[0] in verdict_in(told)
     assert f"the planner of {summary['parameters']:,} -> run/baseline" in told
 
 
