@@ -14,13 +14,12 @@ renamed at the end: what exists is complete.
 from common.errors import DataError, clear_errors  # isort: skip
 
 import importlib
-import inspect as python
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -41,7 +40,7 @@ from configurator import (
     help_text,
     print_text,
 )
-from sources.files import KINDS, PACKED
+from sources.files import KINDS, PACKED, kind_of
 from sources.planted import planted
 from sources.shared import closest, counted, suggest
 from sources.tokenizer import HALF_BYTES, SPECIAL
@@ -77,15 +76,16 @@ def folder_for(source: str, default: str) -> str:
 class ArxivConfig:
     """Labelled documents of any source -> chunks of tokens, for train_arxiv.py.
 
-    python prepare_data.py arxiv --input=papers.jsonl             # 22,000 abstracts (25 MB): 5 s on two cores
-    python prepare_data.py arxiv --input=papers.csv --categories=cs.DS,math.ST --chunk_size=64
-    python prepare_data.py arxiv --input=FOLDER                   # of CATEGORY/*.txt, .jsonl, .csv, .parquet, .json
-    python prepare_data.py arxiv                                  # ccdv/arxiv-classification (pip install datasets)
+        python prepare_data.py arxiv --input=papers.jsonl             # 22,000 abstracts (25 MB): 5 s on two cores
+        python prepare_data.py arxiv --input=papers.csv --categories=cs.DS,math.ST --chunk_size=64
+        python prepare_data.py arxiv --input=FOLDER                   # of CATEGORY/*.txt, .jsonl, .csv, .parquet, .json
+        python prepare_data.py arxiv                                  # ccdv/arxiv-classification (pip install datasets)
 
     Reads a text and a label of each document: columns text (else title and abstract) and category, label or categories,
     in upper case too; other names by text_column and label_column. All categories there are become the K components.
     Documents that name no split are dealt by their text; each is cut into chunks, and its tail, which fills none, is
     dropped. Writes train.h5, validation.h5, test.h5 and tokenizer.json into out_dir.
+
     Next: python train_arxiv.py --data=data/papers
     """
 
@@ -130,15 +130,16 @@ class ArxivConfig:
 class TextConfig:
     """Plain text -> two streams of tokens, for train_apelr.py.
 
-    python prepare_data.py text --input=stories/                  # all text files below a folder (2 MB: 2 s)
-    python prepare_data.py text --input=book.txt --tokenizer=char --val_fraction=0.1
-    python prepare_data.py text --input=tinystories               # a name on the hub (pip install datasets)
-    python prepare_data.py text                                   # no input: the documentation in Python itself, 5 s
+        python prepare_data.py text --input=stories/                  # all text files below a folder (2 MB: 2 s)
+        python prepare_data.py text --input=book.txt --tokenizer=char --val_fraction=0.1
+        python prepare_data.py text --input=tinystories               # a name on the hub (pip install datasets)
+        python prepare_data.py text                                   # the documentation in Python itself: 5 s
 
     Reads .txt, .jsonl, .json, .csv and .parquet, packed or not; what it skips is counted. A .txt file is one document,
     but is cut at <|endoftext|> where it has that, and else, if it is longer than 2,000 bytes, at blank lines. Documents
     are dealt to training and validation by their text. Writes train.bin, val.bin, tokenizer.json and meta.json into
     out_dir.
+
     Next: python train_apelr.py --data=data/stories
     """
 
@@ -185,25 +186,22 @@ class TextConfig:
         return wrong
 
 
-def default_components() -> list[dict]:
-    return list(importlib.import_module("sources.ergodic").COMPONENTS)
-
-
 @dataclass
 class ErgodicConfig:
     """Synthetic documents of K hidden Markov components with their exact optimum, for train_arxiv.py.
 
-    python prepare_data.py ergodic                                # 4 components, 48,000 documents: 2 s
-    python prepare_data.py ergodic --chunk_size=50 --train_documents=2000 --out_dir=data/short
-    python prepare_data.py ergodic --components='[{"process": "mess3"}, {"process": "coin", "p": 0.9}]'
+        python prepare_data.py ergodic                                # 4 components, 48,000 documents: 2 s
+        python prepare_data.py ergodic --chunk_size=50 --train_documents=2000 --out_dir=data/short
+        python prepare_data.py ergodic --components='[{"process": "mess3"}, {"process": "coin", "p": 0.9}]'
 
     A component is a process of train_ghmm.py with its parameters, a name and a vocab_map, the tokens that it emits.
     Writes train.h5, validation.h5 and test.h5 into out_dir; the last two hold the optimum of every subset.
+
     Next: python train_arxiv.py, which makes the default for itself
     """
 
     # components
-    components: list[dict] = field(default_factory=default_components)  # default: four, see sources/ergodic.py
+    components: list[dict] | None = None  # processes of train_ghmm.py; default: four, see sources/ergodic.py
     # documents
     train_documents: Count = 10_000  # of each component
     validation_documents: Count = 1_000
@@ -220,11 +218,12 @@ class ErgodicConfig:
 class PlantedConfig:
     """Synthetic documents whose plans are known, with the exact filter over them, for train_apelr.py.
 
-    python prepare_data.py planted                                # 20,000 documents of 4 plans: 2 s
-    python prepare_data.py planted --num_plans=8 --self_transition=0.9 --out_dir=data/planted8
+        python prepare_data.py planted                                # 20,000 documents of 4 plans: 2 s
+        python prepare_data.py planted --num_plans=8 --self_transition=0.9 --out_dir=data/planted8
 
     K plans, each a hidden Markov model of S states over V tokens, follow one another as a Markov chain, a chunk of C
     tokens each. Writes train.bin, val.bin, their true plans and the exact -log p of validation into out_dir.
+
     Next: python train_apelr.py config/planted.py
     """
 
@@ -262,12 +261,13 @@ class PlantedConfig:
 class StateConfig:
     """Cells for train_state.py: synthetic ones, or counts of your own to expression.
 
-    python prepare_data.py state preprocess --input=counts.h5ad --out_dir=data/mine     # counts to log1p and X_hvg
-    python prepare_data.py state                                  # 10,240 synthetic cells of known effects: 3 s
-    python prepare_data.py state inspect data/mine/my.toml        # what a TOML selects, before any training
+        python prepare_data.py state preprocess --input=counts.h5ad --out_dir=data/mine     # counts to log1p and X_hvg
+        python prepare_data.py state                                  # 10,240 synthetic cells of known effects: 3 s
+        python prepare_data.py state inspect data/mine/my.toml        # what a TOML selects, before any training
 
     preprocess reads an h5ad file of any anndata and writes another, of log1p expression and its most variable genes,
     into out_dir. synthetic writes synthetic.h5ad, synthetic.toml and truth.npz.
+
     Next: python train_state.py, which makes the synthetic default for itself, or train_state.py --toml=FILE
     """
 
@@ -310,9 +310,10 @@ class StateConfig:
 class CellsConfig:
     """The cells of a TOML, made ready for train_state.py, which else does it at its first start.
 
-    python prepare_data.py cells --toml=my.toml                   # with the settings that train_state.py is to have
+        python prepare_data.py cells --toml=my.toml                   # with the settings that train_state.py is to have
 
     Reads the h5ad files that the TOML names; writes data/cells/NAME-HASH, checked and sorted.
+
     Next: python train_state.py --toml=my.toml, with the same settings: its start finds the cells ready
     """
 
@@ -337,9 +338,9 @@ class CellsConfig:
 class InspectConfig:
     """What is in a file or folder, and what is wrong with it.
 
-    python prepare_data.py inspect data/papers                    # a folder of arxiv, ergodic, text, planted or cells
-    python prepare_data.py inspect counts.h5ad                    # matrices, columns, whether these are counts
-    python prepare_data.py inspect my.toml                        # cells of every split, type and perturbation
+        python prepare_data.py inspect data/papers                    # a folder that a job made
+        python prepare_data.py inspect counts.h5ad                    # matrices, columns, whether these are counts
+        python prepare_data.py inspect my.toml                        # cells of every split, type and perturbation
 
     Reads all of it, holds it against its checksums, looks for repeated chunks and those that are in two splits, and
     writes nothing.
@@ -361,10 +362,11 @@ class InspectConfig:
 class ImportConfig:
     """A checkpoint or run folder of a source system -> a run of ours.
 
-    python prepare_data.py import theirs/checkpoint.pt --out_dir=out/x
-    python prepare_data.py import runs/x                          # APEL-R, State, SmolState, Simplexity, ICL-arxiv
+        python prepare_data.py import theirs/checkpoint.pt --out_dir=out/x
+        python prepare_data.py import runs/x                          # APEL-R, State, SmolState, Simplexity, ICL-arxiv
 
     Writes last.pt, best.pt and config.json into out_dir, and what the run needs beside them.
+
     Next: python sample.py out/x
     """
 
@@ -426,6 +428,9 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
         return streams.inspect_stream(file, tokens)
     if file.suffix in (".bin", ".json"):
         return streams.inspect_stream(file.parent, tokens)
+    if kind_of(file):
+        raise DataError(f"{path} is text, and inspect reads what is made of it: a folder of prepare_data.py, .h5, "
+                        ".hdf5, .h5ad or .toml")
     return chunks.inspect_chunks(path, tokens)
 
 
@@ -556,11 +561,13 @@ def after_planted(cfg: PlantedConfig, meta: dict) -> list[str]:
 
 
 def after_chunks(cfg: ArxivConfig | ErgodicConfig, sizes: dict) -> list[str]:
-    """A training on all components, and a study of how the loss grows with their number."""
-    K = len(sizes["train"])
+    """A training on all components, on as much of each as the smallest has, and a study over their number."""
+    chunks = sizes["train"].values()
+    K = len(chunks)
+    everything = ["--budget=tokens", f"--budget_tokens={K * min(chunks) * cfg.chunk_size}"] if K > 1 else []
     study = [f"python train_arxiv.py --data={shlex.quote(cfg.out_dir)} --study=nested:{','.join(powers(K))} "
              f"--out_dir=out/{shlex.quote(Path(cfg.out_dir).name)}_study"]
-    return [train_on("arxiv", cfg), *(study if K > 1 else [])]
+    return [train_on("arxiv", cfg, *everything), *(study if K > 1 else [])]
 
 
 def powers(K: int) -> list[str]:
@@ -590,8 +597,7 @@ JOBS = {
     "planted": Job(PlantedConfig, planted, lambda cfg: f"{cfg.train_documents:,} documents of {cfg.num_plans} plans",
                    after_planted),
     "ergodic": Job(ErgodicConfig, lambda **settings: call("sources.ergodic.ergodic", settings),
-                   lambda cfg: f"{cfg.train_documents:,} documents of each of {len(cfg.components)} components",
-                   after_chunks),
+                   lambda cfg: f"{cfg.train_documents:,} documents of each component", after_chunks),
     "state": Job(StateConfig, state, lambda cfg: cfg.input or f"synthetic cells of {cfg.num_cell_types} types",
                  after_state),
     "cells": Job(CellsConfig, lambda **settings: function("sources.cells.prepare_cells")(**settings),
@@ -605,6 +611,7 @@ ALIASES = {  # names of the sources
     "arxiv": {"output_dir": "out_dir", **dict.fromkeys(("full_dataset", "raw_cache_dir", "dataset", "model",
                                                         "tokenization_batch_size", "target_split"))},
 }
+INPUTS = ("text", "arxiv", "state")  # jobs whose input may be a bare word, the first
 EXAMPLES = {  # of the jobs whose first argument is a file
     "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",
     "import": "FILE.pt --out_dir=out/x",
@@ -622,7 +629,7 @@ def bare_action(words: list[str]) -> list[str]:
 
 def bare_input(job: str, words: list[str]) -> list[str]:
     """The words of a job, of which the first may be its input: a bare word that is no file of settings."""
-    if job not in ("text", "arxiv", "state") or not words or words[0].startswith("-") or "=" in words[0]:
+    if job not in INPUTS or not words or words[0].startswith("-") or "=" in words[0]:
         return words
     is_settings = words[0].endswith((".py", ".yaml", ".yml", ".json"))
     if words[0].endswith(".json") and Path(words[0]).is_file():
@@ -632,9 +639,8 @@ def bare_input(job: str, words: list[str]) -> list[str]:
 
 def job_help(job: str) -> str:
     """What --help of a job prints: what it is for, how to call it, its settings."""
-    settings = JOBS[job].settings
-    text = help_text(settings, f"prepare_data.py {job}")
-    return f"{python.cleandoc(settings.__doc__)}\n{text.removeprefix(python.cleandoc(__doc__))}"
+    first = "FILE" if job in EXAMPLES else "[INPUT]" if job in INPUTS else ""
+    return help_text(JOBS[job].settings, f"prepare_data.py {job} {first}".strip())
 
 
 def overview() -> str:

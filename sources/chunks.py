@@ -16,8 +16,7 @@ import h5py
 import numpy as np
 
 from common.errors import DataError, reason
-from common.telling import bar, doing
-from configurator import note
+from common.telling import bar, doing, note
 from sources.chunk_checks import (
     MOST_TOKENS,
     is_mapped,
@@ -69,6 +68,7 @@ LABELS = ("category", "label", "categories", "labels", "class", "topic")  # colu
 MOST_VOCABULARY = 8_192  # tokens of a trained tokenizer, unless it is asked for more
 MOST_LISTED = 8  # categories whose chunks are told one by one
 CHARACTERS = 6  # characters a token that a document should have for a chunk, where one is chosen to be held out
+FEW = 32  # training chunks of a category that are worth a word: a batch
 LONGEST_NAME = 200  # bytes of a category's: an HDF5 file holds all names in 64 kB
 BLOCK = 1 << 16  # chunks read or copied at once
 BATCH_DOCUMENTS = 512  # to the tokenizer at once
@@ -275,7 +275,8 @@ def say_gathered(spool: Spool, categories: list[str], left_out: Counter, columns
     of_each = [sum(spool.counts[split, category] for split in SPLITS) for category in categories]
     told = [f"{sum(of_each):,} of {counted(len(categories), 'category', 'categories')}"]
     if len(of_each) > 1:
-        told[0] += f", {min(of_each):,} to {max(of_each):,} of each" if len(set(of_each)) > 1 else ""
+        least, most = min(of_each), max(of_each)
+        told[0] += f", {least:,} of each" if least == most else f", {least:,} to {most:,} of each"
     (text, label), _ = columns.most_common(1)[0]
     if (text, label) not in (("text", "label"), ("text", "category")):
         told.append(f"text: {text}, label: {label}")
@@ -423,6 +424,14 @@ def encode(spool: Spool, split: str, category: str, tokenizer: Tokenizer, thread
             work.update(len(texts))
 
 
+def point_at_small(sizes: dict[str, int]) -> None:
+    """A note where a category has next to nothing: each is trained on for as long as the smallest."""
+    smallest = min(sizes, key=sizes.get)
+    if sizes[smallest] < FEW:
+        note(f"{smallest} has {counted(sizes[smallest], 'chunk')} to train on, and of each category as many are taken: "
+             "more documents or a smaller chunk_size make more, categories=NAME,NAME goes without it")
+
+
 def of_each(sizes: Counter) -> str:
     """Chunks of each category, or of the smallest and the largest of many."""
     if len(sizes) <= MOST_LISTED:
@@ -497,6 +506,7 @@ def prepare_chunks(
             )
         if "train" not in sizes or "validation" not in sizes:
             raise DataError(f"{input} leaves no validation documents: raise validation_fraction or add documents")
+        point_at_small(sizes["train"])
         shop.finish("tokenizer.json", *(f"{split}.h5" for split in sizes))
     print(f"vocabulary {encoder.vocab_size:,} ({encoder.kind}); written to {out_dir}")
     return sizes

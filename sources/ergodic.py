@@ -122,7 +122,7 @@ def oracles(log_prob: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
 
 def ergodic(
     *,
-    components: list[dict] = COMPONENTS,
+    components: list[dict] | None = None,
     train_documents: int = 10_000,
     validation_documents: int = 1_000,
     test_documents: int | None = None,
@@ -136,9 +136,11 @@ def ergodic(
     Each document is one sequence of its component. Oracles read a chunk from its first token on, as a model does:
     oracle_log_prob [N, K, n] is log p_k(x_t | x_<t), from which the optimum of any subset of components follows;
     oracle_xe_mixture and oracle_xe_component [K, n] are its averages for all components together.
+    components: default COMPONENTS.
     test_documents: default as many as of validation; 0 writes no test.h5. The documents of a split are the same
     whatever there is of the others.
     """
+    components = COMPONENTS if components is None else components
     names, processes = ergodic_components(components)
     vocab_size = processes[0].vocab_size
     length = chunks_per_document * chunk_size

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, regular_file
-from configurator import note
+from common.telling import note
 from sources.digests import CHECKED_WHOLE, check_file, of_file, sha256
 from sources.plain_json import read_json
 from sources.shared import counted, report
