@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
-from common.runlog import RunLog, ended_before, run_facts, write_json
+from common.runlog import RunLog, ended_before, first_line, run_facts, say_again, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
@@ -41,6 +41,7 @@ from configurator import (
     configure,
     differences,
     from_dict,
+    take_over,
 )
 from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
 from measure.pages import run_page
@@ -59,6 +60,8 @@ from sources.processes import (  # noqa: F401
 )
 
 EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps it
+# Of summary.json, said at the end.
+HEADLINES = ("loss", "optimal_loss", "excess_loss", "r2_concat", "seconds")
 
 
 @dataclass
@@ -598,7 +601,7 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(
             rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, tracker=dict
         )
-        summary = ended_before(rt, folder, path, state, changes)
+        summary = ended_before(rt, folder, path, state, changes, HEADLINES)
         if summary:
             return summary
         meter = Meter(rt, cfg.batch_size * cfg.n_ctx, began, state)
@@ -615,7 +618,7 @@ def train(cfg: Config) -> dict:
             log.say(rt.describe())
             log.say(describe(process, model, floor, error, cfg))
             if state:  # with the settings that changed since, a line each
-                log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+                log.resumed(path, step, changes)
             else:  # progress counts from here
                 untrained = evaluate(model, contexts, floor, rt)
                 tracker.record_initial_loss(untrained["loss"])
@@ -627,7 +630,7 @@ def train(cfg: Config) -> dict:
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)  # of the gradient, before it is clipped
                 step += 1
                 meter.check(step, loss)
-                log.progress(step)
+                log.progress(step, loss, meter)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 # Sums over all steps, on the device. Costly metrics are norms over all parameters.
                 metrics = tracker.update(step=step, loss=loss, tokens_in_batch=meter.units_per_step, grad_norm=norm,
@@ -659,16 +662,16 @@ def train(cfg: Config) -> dict:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal came, and the state is saved.
                 if due.stops:
-                    log.say(f"stopped by a signal after step {step}; the same command goes on from there")
+                    log.stopped(step)
                     return {"stopped_at": step}
                 meter.start(step)  # what came between pause and here is no training time
 
             title = f"{process.name}, {cfg.model}, {counted(step, 'step')}"
             result = finish(model, final, floor, cfg, rt, folder, title)
             summary = result | run_facts(rt, step, meter) | {"config_hash": config_hash(cfg)}
-            log.summary(summary)
+            log.summary(summary, HEADLINES)
             if rt.is_main:
-                log.say("done: " + run_page(folder, Config))
+                log.say(run_page(folder, Config))
             return summary
 
 
@@ -729,9 +732,7 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
-    for name in ("precision", "matmul_precision", "max_words", "last_token_only", "deal_seed"):
-        if getattr(cfg, name) != getattr(Config, name):
-            setattr(run, name, getattr(cfg, name))
+    take_over(run, cfg, "precision", "matmul_precision", "max_words", "last_token_only", "deal_seed")
     with Runtime(run) as rt:
         floor, _ = entropy_floor(process, run.n_ctx)
         process.to(exact_device(rt))
@@ -739,13 +740,14 @@ def analyze(cfg: Config) -> dict:
         title = f"{process.name}, {run.model}, {counted(step, 'step')}"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
         if rt.is_main:
-            print(f"step {step}: {run_page(folder, Config, result)}")
+            say_again(step, result, HEADLINES, run_page(folder, Config, result))
     return result
 
 
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
+        first_line(__file__, cfg, f"{cfg.process}, {cfg.model}, {counted(cfg.max_steps, 'step')}")
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.errors import DataError, reason, regular_file, replacing, say_aside, system_sentence
-from common.runlog import read_json
+from common.errors import DataError, reason, regular_file, replacing, system_sentence
+from common.runlog import places, read_json
+from common.telling import note
 from configurator import Text, config_dict, convert
 from measure import figures
 from sources.outcomes import is_number
@@ -231,26 +232,24 @@ def embedded(path: Path) -> dict | None:
 # The page of a run
 # ---------------------------------------------------------------------------------------------------------------
 def run_page(folder: Path, Config: type, result: dict | None = None) -> str:
-    """Write report.html into a run folder that has its summary.json; returns the run's last line. For rank 0 alone.
+    """Write report.html into a run folder that has its summary.json; returns where it is. For rank 0 alone.
 
     Args:
         Config: of the page that made the run, whose defaults tell which settings were chosen.
         result: of a look at a run that is there (folder is then its analysis/): what its summary.json would say.
     A page that cannot be written is a line on stderr: it ends no run.
     """
-    page, verdict = folder / "report.html", (result or {}).get("verdict", "")
-    places = f"pictures in {folder / 'plots'}"
+    page = folder / "report.html"
     try:
         if result is None:
             result = read_json(folder / "summary.json")
-            verdict = result.get("verdict", "")
+        verdict = result.get("verdict", "")
         write_page(page, title_of(folder, Config), verdict, run_sections(folder, Config, result))
-        places += f", all of it in {page}"
     except Exception as error:
         if figures.STRICT:
             raise
-        say_aside(f"note: {page} was not written ({system_sentence(error) or reason(error)})")
-    return f"{verdict}; {places}" if verdict else places
+        note(f"{page} was not written ({system_sentence(error) or reason(error)})")
+    return places(folder)
 
 
 def script_of(Config: type) -> Path:
