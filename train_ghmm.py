@@ -43,7 +43,8 @@ from configurator import (
     from_dict,
     take_over,
 )
-from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
+from measure.belief_pictures import plot_run
+from measure.beliefs import DEALS, analyse, belief_in_words, words_at_once
 from measure.pages import run_page
 from measure.tracker import MetricTracker
 from sources.foreign import SIMPLEXITY
@@ -74,7 +75,7 @@ class Config:
     analyze: str = ""  # run folder or checkpoint to analyse instead of training
     out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     # data
-    process: str = "mess3"  # a process by name, nonergodic (see components) or custom (see matrices)
+    process: str | None = None  # by name, see below; default mess3, custom with matrices, nonergodic with components
     x: float | None = None  # mess3: probability of moving to each other state
     a: float | None = None  # mess3: probability of emitting the state's own token
     p: float | None = None  # coin, even_ones, no_consecutive_ones, zero_one_random, sns, mr_name
@@ -88,7 +89,7 @@ class Config:
     lamb: float | None = None  # fanizza: decay
     log_alpha: float | None = None  # post_quantum: log of the first growth factor
     components: list[dict] | None = None  # nonergodic: [{"process": NAME, "weight": 1, "vocab_map": [0, 2], ...}, ...]
-    matrices: str | list | None = None  # custom: path of an .npy or .npz file, or nested list, [V, S, S]
+    matrices: str | list | None = None  # custom: .npy or .npz file or list [V, S, S], T[x][i, j] = p(x, to j | from i)
     initial_state: list[float] | None = None  # where sequences start, [S]; default the stationary state
     add_bos: bool = False  # a token that begins every sequence
     add_eos: bool = False  # a token that ends a sequence with probability eos_prob at every step; then it starts anew
@@ -138,6 +139,11 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
+
+    def __post_init__(self):
+        if self.process is None:
+            own = "custom" if self.matrices else "nonergodic" if self.components else "mess3"
+            self.process = own
 
     def head_width(self) -> int:
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
@@ -251,7 +257,8 @@ class Contexts(NamedTuple):
     """Words to evaluate on, in lexicographic order, with what is known of each.
 
     words [N, T]; weights [N] sum to 1; optimal [N, T, V]: true probabilities of the next token after each token;
-    beliefs [N, T, S] after each token, or None where there are none to look for; exact: whether all words are there.
+    beliefs [N, T, S] after each token, or None where there are none to look for; exact: whether all words are there;
+    states: what pictures call the S states.
     """
 
     words: torch.Tensor
@@ -259,6 +266,7 @@ class Contexts(NamedTuple):
     optimal: torch.Tensor
     beliefs: torch.Tensor | None
     exact: bool
+    states: list[str] | None = None
 
 
 def make_contexts(process: Process, length: int, max_words: int, samples: int, seed: int) -> Contexts:
@@ -274,7 +282,8 @@ def make_contexts(process: Process, length: int, max_words: int, samples: int, s
     # The belief after a token knows all that the tokens so far say of the next: p(x | belief) = belief T[x] r.
     beliefs = process.beliefs(words)[:, 1:]  # [N, T, S], without the one before the first token
     optimal = process.next_token_probs(beliefs)  # [N, T, V]
-    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact=every is not None)
+    exact = every is not None
+    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact, process.state_names)
 
 
 def final_contexts(process: Process, cfg: Config) -> Contexts:
