@@ -1,31 +1,32 @@
-"""Sample from a trained model: which page it is of, its experiment and its settings are read from the checkpoint.
+"""Sample from a trained model: whose run it is, and how it was trained, is read from the checkpoint.
 
-    python sample.py out/ghmm                       # sequences of the model beside sequences of its process
+    python sample.py out/ghmm                     # sequences of the model beside those of its process
     python sample.py out/ghmm --prompt=0,1 --length=30 --temperature=0
     python sample.py out/arxiv_small/K1_cs.DS_seed0 --prompt="We give a faster algorithm" --top_k=50
     python sample.py out/apelr --prompt="Once upon a time" --top_p=0.9 --show_plan
-    python sample.py out/apelr --prompt="Once upon a time" --sweep_states     # what each plan would write
-    python sample.py out/apelr --prompts=prompts.txt --json=samples.json      # a prompt a line
+    python sample.py out/apelr --prompt="Once upon a time" --sweep_states   # what each plan writes
+    python sample.py out/apelr --prompts=prompts.txt --json=samples.json    # a prompt a line
     echo "Once upon a time" | python sample.py out/apelr --force_state=3
-    python sample.py out/state                      # held-out conditions: pred.h5ad, real.h5ad, metrics, plots
-    python sample.py out/state --adata=controls.h5ad --perturbations=p3,p7    # what these cells would become
-    python sample.py out/apelr --help               # the settings of that run's experiment alone
+    python sample.py out/state                    # held-out conditions: h5ad, metrics, pictures
+    python sample.py out/state --adata=controls.h5ad --perturbations=p3,p7  # what they would become
+    python sample.py out/apelr --help             # the settings of its experiment alone
 
-ghmm: tokens, and their log-probabilities under the true process and under the model. arxiv: text that goes on from
-the prompt, and the cross entropy of every token. apelr: text and the belief about its plan, which can be read, forced
-and frozen. state: cells, written as h5ad. Checkpoints and run folders of the source systems will do, with the defaults
-of their samplers. A copy of a page is sampled as what its EXPERIMENT says; it must be in the folder of this script.
+ghmm: tokens, with their log-probabilities under the true process and under the model. arxiv: text
+that goes on from the prompt, with the cross entropy of every token. apelr: text and the belief about
+its plan, which can be read, forced and frozen. state: cells, written as h5ad. Checkpoints and run
+folders of the source systems will do, with the defaults of their samplers. A copy of a page is
+sampled as what its EXPERIMENT says; it must be in the folder of this script.
 
---json writes JSON to standard output and nothing else there, --json=FILE to a file: experiment, step, and of text and
-sequences `samples`, a list of
-    prompt, tokens, text      as it was given; ids, prompt included; as text, where the run has a tokenizer
-    xe                        ghmm, arxiv: -log p of each token but the first, in nats, under the model
-    log_prob                  ghmm: log p of each token in nats under the process; null: impossible
-    nll                       apelr: mean -log p of the tokens written, in nats, under the model and its own belief
-    state, beliefs, forecasts apelr: the plan that was forced or null; before each token written, the belief [K] and
-                              the forecasts of it [steps, K]
-ghmm has `process`, the same list of sequences that the process made, and kl_by_position (nats); state has what
-summary.json of its run has.
+--json writes JSON to standard output and nothing else there, --json=FILE to a file: experiment,
+step, and of texts and sequences `samples`, a list of
+    prompt, tokens, text   as it was given; ids, prompt included; text, where there is a tokenizer
+    xe                     ghmm, arxiv: -log p of each token but the first by the model, in nats
+    log_prob               ghmm: log p of each token by the process, in nats; null: impossible
+    nll                    apelr: mean -log p of the tokens written by the model with its own belief
+    state                  apelr: the plan that was forced, or null
+    beliefs, forecasts     apelr: before each token written [K], and so many chunks ahead [steps, K]
+ghmm has `process` too, such a list of sequences that the process made, and kl_by_position (nats).
+state has the figures of summary.json.
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
@@ -43,7 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -52,17 +53,18 @@ from common import checkpoint, store
 from common.runlog import json_text, write_json
 from common.runtime import Runtime
 from common.telling import bar, begin, doing, note
-from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
+from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail, help_text, print_text
 from measure.effects import verdict
-from measure.forced import plan_table, written_nll
+from measure.forced import plan_legend, plan_table, written_nll
 from measure.plans import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
 from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.transcript import (
+    OF_STRIP,
     beneath,
     console_columns,
-    legend,
     likeliest_plans,
+    mark,
     sentence,
     strip,
     table,
@@ -251,10 +253,10 @@ def sample_ghmm(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
         model.to(rt.device).eval()
         for prompt, length in zip(prompts, lengths, strict=True):
             drawn, true = draw_sequences(process, model, prompt, length, run.n_ctx, cfg, rt, place)
-            for name, kind, sequences in (("samples", "from the model, sample", drawn), ("process", "from the process, sample", true)):
+            for name, source, sequences in (("samples", "model", drawn), ("process", "process", true)):
                 entries = judged(sequences, prompt, process, model, run.n_ctx, rt)
                 result[name] += entries
-                show_sequences(entries, kind, show)
+                show_sequences(entries, f"from the {source}, sample", show)
         # Over all words of the length where they are few, else over sampled ones: what the run's own evaluation does.
         with doing("comparing the model's predictions with the optimal ones"):
             contexts = page.make_contexts(process, run.n_ctx, run.max_words, 4_096, cfg.seed)
@@ -436,7 +438,9 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
                 show_texts(by_state[0], model, run, prompt, tokenizer, cfg, show)
     if cfg.show_plan and not cfg.sweep_states:
         beliefs = np.concatenate([entry["beliefs"] for entry in result["samples"]])
-        show("\n" + legend(beliefs.mean(0).tolist(), typical_tokens(run_folder(path))))
+        beside = [f"({mark(k)})" for k in range(plans)] if plans > 10 else ()
+        show("\n" + sentence(OF_STRIP))
+        show("\n".join(plan_legend(beliefs.mean(0), typical_tokens(run_folder(path)), beside, console_columns())))
         draw_plans(folder, model, run, prompts, result["samples"], tokenizer, cfg, show)
     return result
 
@@ -927,10 +931,31 @@ def main(argv: list[str] | None = None) -> dict:
         return sample(list(sys.argv[1:] if argv is None else argv))
 
 
+USAGE = """\
+usage: python sample.py RUN [--key=value ...]
+
+  RUN             a run folder or a checkpoint, also of a source system, also at a URL
+  --key=value     also --key value, and for switches --key and --no-key
+"""
+
+
+def show_help(name: str) -> NoReturn:
+    """--help: of a run the settings of its experiment alone; where none is named, which there are."""
+    if name:
+        path = run_named(name)
+        experiment = import_page(page_stem(path), path).EXPERIMENT
+        print_text(help_text(Config, "sample.py", usage=USAGE, only=(*SHARED, *OPTIONS[experiment])))
+    else:
+        found = runs_in(Path("out"))
+        here = sentence(f"\nRuns in out/: {some_of(found)}") if found else ""
+        print_text(help_text(Config, "sample.py", usage=USAGE) + here)
+    raise SystemExit(0)
+
+
 def sample(argv: list[str]) -> dict:
     """The words of a command line -> what was sampled."""
-    if not argv or argv[0] in ("-h", "--help"):
-        configure(Config, ["--help"])
+    if not argv or {"-h", "--help"} & set(argv):
+        show_help(argv[0] if argv and not argv[0].startswith("-") else "")
     if argv[0].startswith("-"):
         fail(bare_command(argv))
     words = as_one_text(with_json_file(argv[1:]), "perturbations")
@@ -940,8 +965,8 @@ def sample(argv: list[str]) -> dict:
         target = Path(cfg.json)
         if target.is_dir() or not target.resolve().parent.is_dir():
             fail(f"json = {cfg.json}: not a file in a folder that exists")
-    begin(__file__, f"reading {argv[0]}")
     with contextlib.redirect_stdout(sys.stderr) if is_bare else contextlib.nullcontext():
+        begin(__file__, f"reading {argv[0]}", file=sys.stdout)
         path = run_named(argv[0])
         stem = page_stem(path)
         page = import_page(stem, path)

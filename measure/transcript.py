@@ -10,6 +10,10 @@ MOST_NUMBERED = 1_000  # tokens of a sample that get numbers under them: who wan
 INDENT = "  "
 MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of plans
 UNSURE = "."  # where no plan has half of the belief
+OF_STRIP = (
+    f"Under the text: the likeliest plan before each token, {UNSURE} where none has half of the belief; | begins a "
+    "chunk, \u21b5 ends a line."
+)
 
 
 def console_columns() -> int:
@@ -122,32 +126,6 @@ def strip(words: Sequence[str], marks: str, begins: Sequence[int]) -> str:
         text = text[cut:]
         under = under[cut:]
     return "\n".join(lines[:-1])
-
-
-def legend(shares: Sequence[float], typical: dict[str, list[dict]] | None) -> str:
-    """What the marks of a strip mean: a line a plan, with its share of the text and the tokens that are typical of it.
-
-    shares [K]: mean beliefs. typical: of measure.plans.planner_report, {plan: [{token: text, ...}, ...]}.
-    """
-    head = "plan  share"
-    if typical:
-        head += "  typical tokens: what it predicts more than the plans do on average"
-    lines = [
-        sentence(
-            f"Under the text: the likeliest plan before each token, {UNSURE} where none has half of the belief; "
-            "| begins a chunk, \u21b5 ends a line."
-        ),
-        head,
-    ]
-    for k, share in enumerate(shares):
-        line = f"{mark(k):>4}  {share:>5.0%}  "
-        for entry in (typical or {}).get(str(k), []):
-            token = f"{on_one_line(entry['token'])!r} "
-            if len(line) + len(token) > console_columns():
-                break
-            line += token
-        lines.append(line.rstrip())
-    return "\n".join(lines)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int = 20) -> str:
