@@ -22,7 +22,7 @@ step, and of texts and sequences `samples`, a list of
     prompt, tokens, text   as it was given; ids, prompt included; text, where there is a tokenizer
     xe                     ghmm, arxiv: -log p of each token but the first by the model, in nats
     log_prob               ghmm: log p of each token by the process, in nats; null: impossible
-    nll                    apelr: mean -log p of the tokens written by the model with its own belief
+    nll                    apelr: mean -log p of what was written, by the model with its own belief
     state                  apelr: the plan that was forced, or null
     beliefs, forecasts     apelr: before each token written [K], and so many chunks ahead [steps, K]
 ghmm has `process` too, such a list of sequences that the process made, and kl_by_position (nats).
@@ -38,6 +38,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -558,14 +559,16 @@ def entries_of(written, model, prompt: Prompt, tokenizer: Tokenizer | None, stat
     for row, tokens in enumerate(written.tokens.tolist()):
         end = tokens.index(eos, begin) + 1 if eos in tokens[begin:] else len(tokens)
         count = end - begin
-        nll = written_nll(model, written.tokens[row : row + 1, :end], begin)
         entry = {
             "prompt": prompt.text,
             "state": state,
             "tokens": tokens[:end],
             "text": spell(tokens[:end], tokenizer),
-            "nll": float(nll[0]),
+            "nll": None,
         }
+        if end <= readable_at_once(model.cfg):
+            nll = written_nll(model, written.tokens[row : row + 1, :end], begin)
+            entry["nll"] = float(nll[0])
         if written.beliefs.numel():
             entry["beliefs"] = written.beliefs[row, :count].exp().tolist()
         if written.forecasts.numel():
@@ -574,12 +577,18 @@ def entries_of(written, model, prompt: Prompt, tokenizer: Tokenizer | None, stat
     return entries
 
 
+def readable_at_once(cfg) -> float:
+    """Tokens of a text that a model of these settings has positions for; it writes on beyond them by its last ones."""
+    return cfg.max_seq_len if cfg.backbone == "transformer_lm" else math.inf
+
+
 def show_texts(entries: list[dict], model, run, prompt: Prompt, tokenizer: Tokenizer | None, cfg: Config, show: Show
                ) -> None:
     """Texts, and what is asked for of their plans."""
     kind = "sample" if cfg.force_state is None else f"by plan {cfg.force_state}, sample"
     for i, entry in enumerate(entries, 1):
-        show("\n" + title(kind, i, len(entries), prompt.text, f"{entry['nll']:.2f} nats a token written"))
+        figures = [] if entry["nll"] is None else [f"{entry['nll']:.2f} nats a token written"]
+        show("\n" + title(kind, i, len(entries), prompt.text, *figures))
         if cfg.show_plan:
             words, begins = words_of(entry, len(prompt.ids), model, run, tokenizer)
             show(strip(words, likeliest_plans(entry["beliefs"]), begins))
@@ -674,8 +683,9 @@ def sample_state(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
         with doing(f"writing {folder / name}.h5ad, {size}"):
             write_h5ad(folder / f"{name}.h5ad", expression, columns, genes, obs_names=names_of(cells, rows))
     show(sentence(f"after {counted(step, 'step')} {verdict(result)}"))
-    show(told.getvalue().rstrip())
-    show(f"written to {folder}: pred.h5ad and real.h5ad ({size}, controls included), metrics.csv, plots/")
+    show(f"\n{told.getvalue().rstrip()}\n")
+    show(sentence(f"written to {folder}: pred.h5ad and real.h5ad ({size}, controls included), metrics.csv, "
+                  "results.json, plots/"))
     return {"experiment": "state", "step": step, **result}
 
 
