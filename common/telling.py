@@ -3,6 +3,7 @@
 Rank 0 speaks alone. Light to import: what says the first line must not wait for torch.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -54,8 +55,11 @@ def begin(script: str, makes: str, place: object = "", file: IO | None = None) -
     "train_ghmm: mess3, transformer, 1,500 steps -> out/ghmm"
     """
     line = f"{Path(script).stem}: {makes}" + (f" -> {place}" if str(place) else "")
-    if is_rank_0():
-        print(line, file=file, flush=True) if file else say(line)
+    if is_rank_0() and not file:
+        say(line)
+    elif is_rank_0():
+        with contextlib.suppress(OSError):  # a stream that takes nothing is told of where results are lost
+            print(line, file=file, flush=True)
 
 
 def in_words(seconds: float) -> str:

@@ -203,7 +203,8 @@ def curve_with_optimum(axes, x: Sequence, y: Sequence, optimum: Sequence, label:
     The legend has the curve's label, and one line for all optima.
     """
     colour = curve(axes, x, y, label, **style)
-    axes.plot(x, optimum, "--", color=colour, linewidth=1.0, zorder=1.9)  # under the curves, which are at 2
+    dash = {"marker": "_", "markersize": 14} if len(x) == 1 else {}  # unlike the point of the curve
+    axes.plot(x, optimum, "--", color=colour, linewidth=1.0, zorder=1.9, **dash)  # under the curves, which are at 2
     if optimum_label not in axes.get_legend_handles_labels()[1]:
         axes.optima = axes.plot([], [], "--", color=GREY, linewidth=1.0, label=optimum_label)
     return colour
@@ -222,10 +223,12 @@ def legend(axes, **options) -> None:
 
 
 def legend_below(drawn, handles: list, labels: list[str]) -> None:
-    """A legend under all panels of a figure, in as many columns as have room."""
-    room = drawn.get_figwidth() / (SIGN * STYLE["legend.fontsize"])  # in signs
+    """A legend under all panels of a figure, in as many columns as have room; long labels wrap."""
+    size = STYLE["legend.fontsize"]
+    labels = [wrapped(label, drawn.get_figwidth() - 0.8, size) for label in labels]
+    room = drawn.get_figwidth() / (SIGN * size)  # in signs
     columns = max(1, int(room / (max(map(len, labels), default=1) + 6)))  # 6 for the line beside a name
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels), 4))
+    drawn.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels), 4)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
