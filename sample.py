@@ -279,8 +279,8 @@ def draw_sequences(process, model, prompt: Prompt, length: int, n_ctx: int, cfg:
     token_draws = rt.generator(0, device=place)
     state_draws = rt.generator(3, device=place)
     size = f"{counted(cfg.num_samples, 'sequence')} of {length:,} tokens"
-    with doing(f"drawing {size} from the process"):
-        true = process_sequences(process, start, length, token_draws, state_draws)
+    told = f"drawing {size} from the process"
+    true = process_sequences(process, start, length, token_draws, state_draws, told)
     # The model predicts from one token on; without a prompt the process gives the first, or its likeliest one.
     if not prompt.ids:
         start = true[:, :1]
@@ -305,7 +305,8 @@ def draw_sequences(process, model, prompt: Prompt, length: int, n_ctx: int, cfg:
 
 def judged(sequences: torch.Tensor, prompt: Prompt, process, model, n_ctx: int, rt: Runtime) -> list[dict]:
     """Sequences as plain data, with what the process and the model say of each token."""
-    log_prob = process.log_prob(sequences).tolist()
+    with doing("reading them by the process"):
+        log_prob = process.log_prob(sequences).tolist()
     xe = sequence_xe(model, sequences.to(rt.device), n_ctx, "reading them by the model").tolist()
     entries = []
     for b, tokens in enumerate(sequences.tolist()):

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from common.telling import bar
 
+PIECE = 4_096  # tokens of a process that are drawn at once: between pieces one can see how far it is
+
 
 def process_sequences(
     process,
@@ -13,8 +15,12 @@ def process_sequences(
     length: int,
     tokens: torch.Generator,
     states: torch.Generator,
+    told: str = "",
 ) -> Tensor:
-    """Sequences [B, length] of a process that begin with `start` [B, T]; the generators are on the process's device."""
+    """Sequences [B, length] of a process that begin with `start` [B, T]; the generators are on the process's device.
+
+    told: what is being made, for a progress bar; "" has none.
+    """
     B, T = start.shape
     uniforms = torch.rand(
         (length + 1, B),
@@ -25,8 +31,11 @@ def process_sequences(
     belief = process.beliefs(start)[:, -1]
     if process.is_hmm:  # a belief is the distribution of the hidden state to go on from
         belief = torch.multinomial(belief, 1, generator=states)[:, 0]
-    continuation, _ = process.generate(uniforms, belief)
-    sequences = torch.cat([start, continuation], 1)
+    pieces = [start]
+    for begin in bar(range(0, length, PIECE), told, active=bool(told)):
+        piece, belief = process.generate(uniforms[begin : begin + PIECE + 1], belief)
+        pieces.append(piece)
+    sequences = torch.cat(pieces, 1)
     return sequences[:, : max(length, T)]
 
 

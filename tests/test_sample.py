@@ -27,6 +27,7 @@ from measure.sequences import continue_sequences, first_largest
 from measure.writing import advance, predict, prefill
 from sources import foreign_checkpoints, prompts
 from sources.h5ad import H5ad, as_dense
+from sources.processes import make_process
 from sources.tokenizer import train_char
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,17 @@ def test_at_temperature_0_nothing_is_drawn():
     found = continue_sequences(model, start, 5, 2, generator, torch.device("cpu"), 0, 2, 0.5)
     assert found.tolist() == [[0, 1, 2, 0, 1], [2, 2, 0, 1, 2]] and torch.equal(before, generator.get_state())
     assert torch.equal(continue_sequences(model, start, 2, 2, generator, torch.device("cpu")), start)
+
+
+@pytest.mark.parametrize("name", ["mess3", "tom_quantum"])
+def test_a_process_gives_the_same_in_pieces(name, monkeypatch):
+    process = make_process(name)
+    found = []
+    for piece in (4_096, 3):
+        monkeypatch.setattr(sequences, "PIECE", piece)
+        draws = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        found.append(sequences.process_sequences(process, torch.tensor([[0], [1]]), 20, *draws))
+    assert found[0].shape == (2, 20) and torch.equal(*found)
 
 
 def test_top_p_keeps_the_fewest_tokens_that_have_the_share():
