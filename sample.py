@@ -1,6 +1,6 @@
 """Sample from a trained model: whose run it is, and how it was trained, is read from the checkpoint.
 
-    python sample.py out/ghmm                     # sequences of the model beside those of its process
+    python sample.py out/ghmm                     # sequences of the model, and of its process
     python sample.py out/ghmm --prompt=0,1 --length=30 --temperature=0
     python sample.py out/arxiv_small/K1_cs.DS_seed0 --prompt="We give a faster algorithm" --top_k=50
     python sample.py out/apelr --prompt="Once upon a time" --top_p=0.9 --show_plan
@@ -57,7 +57,7 @@ from common.telling import bar, begin, doing, note
 from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail, help_text, print_text
 from measure.effects import verdict
 from measure.forced import plan_legend, plan_table, written_nll
-from measure.plans import draw_beliefs
+from measure.plan_pictures import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
 from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.transcript import (
@@ -441,9 +441,9 @@ def sample_apelr(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
     if cfg.show_plan and not cfg.sweep_states:
         beliefs = np.concatenate([entry["beliefs"] for entry in result["samples"]])
         beside = [f"({mark(k)})" for k in range(plans)] if plans > 10 else ()
-        show("\n" + sentence(OF_STRIP))
-        show("\n".join(plan_legend(beliefs.mean(0), typical_tokens(run_folder(path)), beside, console_columns())))
-        draw_plans(folder, model, run, prompts, result["samples"], tokenizer, cfg, show)
+        names = plan_legend(beliefs.mean(0), typical_tokens(run_folder(path)), beside, console_columns())
+        show("\n".join(["", sentence(OF_STRIP), *names]))
+        draw_plans(folder, model, run, prompts, result["samples"], tokenizer, cfg, names, show)
     return result
 
 
@@ -635,14 +635,14 @@ def typical_tokens(folder: Path) -> dict | None:
 
 
 def draw_plans(folder: Path, model, run, prompts: list[Prompt], entries: list[dict], tokenizer: Tokenizer | None,
-               cfg: Config, show: Show) -> None:
-    """Draw the belief of the first sample of every prompt into plots/ of a folder."""
+               cfg: Config, names: list[str], show: Show) -> None:
+    """Draw the belief of the first sample of every prompt into plots/ of a folder; names: a line for each plan."""
     for i, prompt in enumerate(prompts):
         name = f"sampled_belief_{cfg.seed}" + (f"_prompt_{i + 1}" if len(prompts) > 1 else "")
         entry = entries[i * cfg.num_samples]
         words, begins = words_of(entry, len(prompt.ids), model, run, tokenizer)
         told = "belief before each token (blue: a chunk begins)"
-        draw_beliefs(folder, name, np.array(entry["beliefs"]), words, begins, told)
+        draw_beliefs(folder, name, np.array(entry["beliefs"]), words, begins, told, names=names)
         show(f"picture: {folder / 'plots' / name}.png")
 
 
@@ -942,12 +942,10 @@ def main(argv: list[str] | None = None) -> dict:
         return sample(list(sys.argv[1:] if argv is None else argv))
 
 
-USAGE = """\
-usage: python sample.py RUN [--key=value ...]
+USAGE = """python sample.py RUN [--key=value ...]
 
   RUN             a run folder or a checkpoint, also of a source system, also at a URL
-  --key=value     also --key value, and for switches --key and --no-key
-"""
+  --key=value     also --key value, and for switches --key and --no-key"""
 
 
 def show_help(name: str) -> NoReturn:
@@ -958,7 +956,7 @@ def show_help(name: str) -> NoReturn:
         print_text(help_text(Config, "sample.py", usage=USAGE, only=(*SHARED, *OPTIONS[experiment])))
     else:
         found = runs_in(Path("out"))
-        here = sentence(f"\nRuns in out/: {some_of(found)}") if found else ""
+        here = "\n\n" + sentence(f"runs in out/: {some_of(found)}") if found else ""
         print_text(help_text(Config, "sample.py", usage=USAGE) + here)
     raise SystemExit(0)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from common.products import float32_products
 from common.telling import bar
 from kernels.few_rows import Heads
-from measure.plans import fixed_belief
+from measure.forced import fixed_belief
 from measure.sequences import beyond_share, first_largest
 
 FEW_TEXTS = 8  # the backbone's products of fewer are small

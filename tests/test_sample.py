@@ -351,7 +351,7 @@ def test_help_is_of_the_console_and_of_a_run_about_its_experiment(runs, capsys):
             sample.main(words)
         told = capsys.readouterr().out
         assert end.value.code == 0 and max(map(len, told.splitlines())) <= 100
-        settings = {line.split()[0] for line in told.splitlines() if line.startswith("  --")}
+        settings = set(re.findall(r"^  (--\w+)=", told, re.M))
         assert {"--prompts", "--json", "--seed"} <= settings
         assert ("--adata" in settings) == (len(words) < 2) == ("--show_plan" in settings)
 
