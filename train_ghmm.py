@@ -5,7 +5,7 @@ context an exact belief (the predictive state, for a hidden Markov model the pos
 trained on nothing but next tokens reaches the floor and carries the belief, fractal and all, linearly in its residual
 stream (Shai et al. 2024, arXiv:2405.15943).
 
-    python train_ghmm.py                            # Mess3 on two CPU cores, 3 minutes: excess < 0.1%, r2 > 0.99
+    python train_ghmm.py                            # Mess3 on two CPU cores, 2 minutes: excess < 0.1%, r2 > 0.99
     python train_ghmm.py config/ghmm_rrxor.py       # RRXOR: its belief geometry is spread over the layers
     python train_ghmm.py --process=tom_quantum --alpha=1 --beta=7.14 --out_dir=out/tom   # any process of --help
     torchrun --nproc_per_node=8 train_ghmm.py config/ghmm_mess3.py
