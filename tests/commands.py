@@ -179,7 +179,7 @@ def sweep_quickly(argv: list[str]) -> None:
     import sweep
     from sources import jobs
 
-    sweep.show_comparison, jobs.LOOK_SECONDS = lambda *args: True, 0.05
+    sweep.comparison, jobs.LOOK_SECONDS = lambda *args: [], 0.05
     sweep.main(argv)
 
 
