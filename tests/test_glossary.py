@@ -52,4 +52,4 @@ def test_the_documents_say_the_same(experiment):
 
 
 def test_a_plan_is_said_to_be_used_where_the_verdict_says_so():
-    assert f"above {USED:g}" in meaning("plan_gain", "apelr")
+    assert f"{USED:g} or more" in meaning("plan_gain", "apelr")

@@ -417,12 +417,18 @@ def test_samples_are_printed_with_their_true_log_probabilities_and_the_kl_by_pos
     sample.main([str(whole.folder), "--num_samples=3", "--device=cpu", "--json=samples.json"])
     out, found = capsys.readouterr().out, read("samples.json")
     tokens = [[int(x) for x in line.split()[1:]] for line in out.splitlines() if line.startswith("  token ")]
-    printed = [[float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in out.splitlines() if "  log p " in line]
+    printed = [[float(x) for x in line.split()[1:]] for line in out.splitlines() if line.startswith("  process ")]
+    sums = [float(x) for x in re.findall(r"log p (-[\d.]+) nats by the process", out)]
     assert out.index("from the model") < out.index("from the process") and [len(row) for row in tokens] == [6] * 6
-    true = make_process("mess3", x=0.05, a=0.85).log_prob(torch.tensor(tokens))
-    for row, log_probs in zip(printed, true.tolist(), strict=True):
-        assert row == pytest.approx([*log_probs, sum(log_probs)], abs=0.0051)
-    assert found["model"]["tokens"] + found["process"]["tokens"] == tokens
+    true = make_process("mess3", x=0.05, a=0.85).log_prob(torch.tensor(tokens)).tolist()
+    for row, total, log_probs in zip(printed, sums, true, strict=True):
+        assert [*row, total] == pytest.approx([*log_probs, sum(log_probs)], abs=0.0051)
+    assert [entry["tokens"] for entry in found["samples"] + found["process"]] == tokens
+    _, _, model, _ = train_ghmm.load_run(whole.folder, "cpu")
+    with torch.no_grad():
+        believed = model(torch.tensor(tokens[:1]))[0].log_softmax(-1)[0]
+    xe = [-float(believed[t, tokens[0][t + 1]]) for t in range(5)]
+    assert found["samples"][0]["xe"] == pytest.approx(xe, abs=1e-5)
     kl = next(line.split()[1:] for line in out.splitlines() if line.startswith("  KL "))
     assert [float(x) for x in kl] == pytest.approx(read(whole.folder / "summary.json")["kl_by_position"], rel=0.06)
 
@@ -435,26 +441,28 @@ def test_samples_follow_the_prompt_and_the_predictions_of_the_model_and_of_the_p
         believed = F.softmax(model(torch.tensor([[0, 1]]))[0][0, -1].double(), -1)
     true = process.next_token_probs(process.beliefs([[0, 1]])[0, -1])
     assert (believed - true).abs().max() > 0.05  # 4,000 samples can tell the one from the other
-    for name, probs in (("model", believed), ("process", true)):
-        drawn = np.array(found[name]["tokens"])
+    for name, probs in (("samples", believed), ("process", true)):
+        drawn = np.array([entry["tokens"] for entry in found[name]])
         assert drawn.shape == (4_000, 8) and (drawn[:, :2] == [0, 1]).all()
         assert np.bincount(drawn[:, 2], minlength=3) / 4_000 == pytest.approx(probs.numpy(), abs=0.04)
     cold = sample.main([str(best), "--prompt=0", "--temperature=1e-4", "--num_samples=50", "--device=cpu"])
-    assert len(set(map(tuple, cold["model"]["tokens"]))) == 1 < len(set(map(tuple, cold["process"]["tokens"])))
+    kinds = [len({tuple(entry["tokens"]) for entry in cold[name]}) for name in ("samples", "process")]
+    assert kinds[0] == 1 < kinds[1]
 
 
 def test_impossible_tokens_of_a_model_are_null_in_the_json():
     train_ghmm.main([*FEW, "--process=zero_one_random"])
     sample.main(["run", "--num_samples=50", "--device=cpu", "--json=samples.json"])
     found = read("samples.json")
-    assert None in sum(found["model"]["log_prob"], []) and None not in sum(found["process"]["log_prob"], [])
+    drawn, true = ([x for entry in found[name] for x in entry["log_prob"]] for name in ("samples", "process"))
+    assert None in drawn and None not in true
 
 
 @pytest.mark.parametrize("line, words", [
-    ("nowhere", "no checkpoint at nowhere"), ("{run}/config.json", "config.json"), ("--length=3", "first argument"),
+    ("nowhere", "no run or checkpoint nowhere"), ("{run}/config.json", "config.json"), ("--length=3", "first argument"),
     ("{run} --length=0", "length: expected int >= 1"), ("{run} --temperature=-1", "0 or at least 1e-6"),
     ("{run} --num_samples=0", "num_samples: expected int >= 1"), ("{run} --prompt=a", "prompt"),
-    ("{run} --prompt=7", "prompt = '7'"), ("{run} --seed=-1", "seed: expected int >= 0"),
+    ("{run} --prompt=7", "prompt: '7' is no token id"), ("{run} --seed=-1", "seed: expected int >= 0"),
     ("{run} --temprature=1", "did you mean temperature"), ("{run} --json=absent/samples.json", "absent")])
 def test_sample_tells_bad_input_in_one_line(whole, capsys, line, words):
     argv = line.replace("{run}", str(whole.folder)).split()
