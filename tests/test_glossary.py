@@ -7,7 +7,7 @@ import pytest
 
 from measure import pages
 from measure.effects import METRICS
-from measure.glossary import FIGURES, meaning, table
+from measure.glossary import FIGURES, PICTURES, meaning, table
 from measure.plans import USED
 from measure.report import INFORMATION, PARTS
 from measure.sweeps import OBJECTIVES
@@ -53,3 +53,11 @@ def test_the_documents_say_the_same(experiment):
 
 def test_a_plan_is_said_to_be_used_where_the_verdict_says_so():
     assert f"{USED:g} or more" in meaning("plan_gain", "apelr")
+
+
+def test_every_picture_of_a_run_has_a_caption():
+    drawn = set()
+    for path in (Path(__file__).parent.parent / "measure").glob("*.py"):
+        if path.name not in ("figures.py", "study_pictures.py"):  # a study says on its page what is on them
+            drawn |= set(re.findall(r'(?:figure|panels)\(folder, "(\w+)"', path.read_text()))
+    assert len(drawn) >= 10 and not drawn - PICTURES.keys()
