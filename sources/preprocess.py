@@ -23,7 +23,9 @@ from sources.h5ad import (
     stored,
     write_frame,
 )
-from sources.shared import counted, progress, suggest
+from sources.labels import check_labels
+from sources.shared import counted, progress
+from sources.starter import write_starter
 
 
 def log_normalized(data: np.ndarray, totals: np.ndarray, target_sum: float) -> np.ndarray:
@@ -100,14 +102,11 @@ def checked_counts(
 
     columns: pert_col, cell_type_key, batch_col -> obs column, those that must be there.
     """
-    names = {}
+    check_labels(cells, columns, control_pert)
     labelled = np.ones(cells.n_obs, bool)
-    for key, column in columns.items():
-        codes, names[key] = cells.column(column, missing=drop_unlabelled)
+    for column in columns.values():
+        codes, _ = cells.column(column, missing=drop_unlabelled)
         labelled &= codes >= 0
-    if control_pert and control_pert not in names["pert_col"]:
-        hint = suggest(control_pert, names["pert_col"])
-        raise DataError(f"{cells.path}: no cell has {columns['pert_col']} = {control_pert!r}{hint}")
     matrix = cells.matrix(layer or None)
     if matrix.key.startswith("obsm/"):
         raise DataError(f"{matrix.where} is not of all genes: choose X, a layer or raw/X")
@@ -379,6 +378,7 @@ def preprocess(
     )
     if left_out:
         print(f"note: left out of {input}: {', '.join(left_out)}")
+    next_step(path, columns, control_pert)
     return {
         "cells": shape[0],
         "genes": shape[1],
@@ -388,6 +388,15 @@ def preprocess(
         "left_out": left_out,
         "path": str(path),
     }
+
+
+def next_step(path: Path, columns: dict[str, str], control_pert: str) -> None:
+    """A starter TOML beside the new file, and the command that trains by it; or a note that says why there is none."""
+    try:
+        write_starter(input=str(path), **columns, control_pert=control_pert)
+    except DataError as error:
+        print(f"note: no TOML that says which cells train was written: {error}")
+        print(f"next: python prepare_data.py state toml --input={path} --pert_col=... --control_pert=...")
 
 
 def what_was_done(found: Found, target_sum: float) -> str:

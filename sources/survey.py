@@ -9,9 +9,11 @@ import numpy as np
 from common.errors import DataError
 from sources import hdf5
 from sources.h5ad import H5ad, column_of, no_value
+from sources.labels import check_labels
 from sources.shared import counted
 
 CODES = ("file", "row", "cell_type", "perturbation", "batch")
+SETTINGS = {"perturbation": "pert_col", "cell_type": "cell_type_key", "batch": "batch_col"}  # that name the columns
 
 
 @dataclass
@@ -39,12 +41,17 @@ def matrix_keys(embed_key: str | None, output_space: str) -> dict[str, str]:
     return keys
 
 
-def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[str, str]) -> Survey:
+def survey_files(
+    files: list[Path],
+    columns: dict[str, str | None],
+    keys: dict[str, str],
+    control_pert: str = "",
+) -> Survey:
     """Read what the cells of h5ad files are.
 
     Args:
         columns: cell_type, perturbation, batch -> name of the obs column; None: all cells are of one.
-        keys: of matrix_keys.
+        keys: of matrix_keys. control_pert: the perturbation that is none, which each file must have; or empty.
     Raises DataError for a file, a column or a matrix that cannot be read, and for matrices that do not fit together.
     """
     columns_of_files = {name: [] for name in columns}  # (codes, values) of each file
@@ -54,6 +61,8 @@ def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[s
     hvg_dim = 0
     for path in files:
         with H5ad(path) as file:
+            asked = {setting: columns[name] for name, setting in SETTINGS.items()}
+            check_labels(file, asked, control_pert, keys["input"])
             for name, column in columns.items():
                 if column:
                     codes_and_values = file.column(column, missing=True)

@@ -387,9 +387,9 @@ def test_what_is_no_file_is_no_toml(kind, told, tmp_path):
 def test_files_that_cannot_serve_are_refused_in_a_sentence():
     made = simple()
     told = refused(cell_type_key="celltype")
-    assert "one.h5ad has no obs column 'celltype'; did you mean 'cell_type'" in told
+    assert "one.h5ad: no column 'celltype' in obs (did you mean 'cell_type'?)" in told
     assert "no matrix 'X_hgv'" in refused(embed_key="X_hgv")
-    assert "no control cells: no cell has gene = 'DMSO'" in refused(control_pert="DMSO")
+    assert "no control cells: none has gene = 'DMSO' (did you mean 'non-targeting'?)" in refused(control_pert="DMSO")
     whole = Path("one.h5ad").read_bytes()
     Path("one.h5ad").write_bytes(whole[: len(whole) // 2])
     assert "one.h5ad: cut short" in refused()
@@ -927,7 +927,7 @@ def test_a_file_without_x_trains_on_what_it_has():
     e = opened(settings(ONE, embed_key="X_hvg"))
     assert e.input_dim == 2 and len(e.file) == len(made["X"])
     assert opened(settings(ONE, embed_key="log")).genes == [f"g{i}" for i in range(5)]
-    assert "one.h5ad has no matrix 'X'; there are 'X_hvg', 'log'" in refused(ONE)
+    assert "one.h5ad: no matrix 'X'; there are 'X_hvg', 'log'" in refused(ONE)
 
 
 def test_what_a_decoder_would_learn_is_asked_for_by_its_reason():
