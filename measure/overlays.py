@@ -5,12 +5,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from common.runlog import read_metrics
-from measure.figures import figure
+from measure.figures import COLOURS, figure, plain_log, spans  # noqa: F401
 from measure.sweeps import HEADS, Group
 from sources.outcomes import is_number
 from sources.sweeps import digest
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
 SPLITS = {"train": "training", "eval": "evaluation"}  # of metrics.jsonl
 MOST_CURVES = 10  # groups with a colour
 MOST_ROWS = 30  # of the picture of results
@@ -146,25 +145,7 @@ def fit_axis(axes, curves: list[list[dict[int, float]]]) -> None:
         axes.set_ylim(low - margin, max(later) + margin)
 
 
-def spans(values: list[float]) -> bool:
-    """Whether values are all positive, and some more than ten times others."""
-    return min(values) > 0 and max(values) > 10 * min(values)
-
-
-def log_axis(axes, which: str) -> None:
-    """A logarithmic axis ("x" or "y") with plain numbers: 1, 2, 5, 10."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, place: plain_number(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def plain_number(value: float) -> str:
-    """0.00005 and 20, without an exponent."""
-    return f"{value:.10f}".rstrip("0").rstrip(".")
+log_axis = plain_log  # as some pictures call it
 
 
 # ---------------------------------------------------------------------------------------------------------------
