@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union
 
 from common.errors import speaks
+from common.telling import note
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False,
@@ -149,12 +150,6 @@ def fail(*messages: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def note(message: str) -> None:
-    """A line on stderr, where it is in nobody's way; of the processes torchrun starts, one prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("note:", message, file=sys.stderr)
-
-
 def warn(message: str) -> None:
     """A warning that reads as a note: where it comes from is of no use to who typed the settings."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -227,6 +222,13 @@ def help_text(Config: type, prog: str, dialects: Iterable[Any] = ()) -> str:
     if callable(getattr(Config, "more_help", None)):
         lines += ["", Config.more_help()]
     return "\n".join(lines)
+
+
+def take_over(cfg: Any, asked: Any, *names: str) -> None:
+    """Give cfg, the settings of a run, those of these names that are `asked` for: that are not as by default."""
+    for name in names:
+        if getattr(asked, name) != getattr(type(asked)(), name):
+            setattr(cfg, name, getattr(asked, name))
 
 
 def config_dict(cfg: Any) -> dict[str, Any]:

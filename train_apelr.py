@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import checkpoint, store
-from common.runlog import RunLog, ended_before, run_facts
+from common.runlog import RunLog, ended_before, first_line, run_facts, say_again
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
@@ -50,6 +50,7 @@ from configurator import (
     config_hash,
     configure,
     differences,
+    take_over,
 )
 from kernels.log_probs import log_probs, shared_log_probs
 from kernels.plan_contrast import plan_divergence, plan_information, some_rows
@@ -71,6 +72,8 @@ from sources.shared import make_once
 from sources.text import prepare_text
 
 EXPERIMENT = "apelr"  # what sample.py treats a run as; a copy of this page keeps it
+# Of summary.json, said at the end.
+HEADLINES = ("val_ppl", "oracle_nll", "plan_gain", "planner_mask_delta_loss", "plan_nmi", "seconds")
 OFFLINE = "data/text"  # made when it is missing
 V1_TERMS = ("belief_entropy", "usage_kl", "chunk_bow", "plan_mi", "chunk_post_kl")
 V2_TERMS = ("boundary_entropy", "usage_balance", "future_contrastive", "plan_js_div", "rep_unlikelihood")
@@ -1094,7 +1097,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
         path, state, changes = checkpoint.start_from(
             rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, batch_size=int
         )
-        summary = None if beside else ended_before(rt, folder, path, state, changes)
+        summary = None if beside else ended_before(rt, folder, path, state, changes, HEADLINES)
         if summary and (not rehearsal_only or "baseline_nll" in summary):
             return summary
         model = rt.build(build_model, cfg, corpus.vocab_size)
@@ -1141,7 +1144,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
             log.say(rt.describe())
             log.say(plans.describe(model, corpus, batch_size, DEMO_WEIGHTS))
             if state:
-                log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+                log.resumed(path, step, changes)
             elif source:
                 log.say(resumed)
             meter.start(step)
@@ -1153,7 +1156,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                 step += 1
                 meter.check(step, terms["loss"])
                 meter.add(terms)
-                log.progress(step)
+                log.progress(step, terms["loss"], meter)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
@@ -1189,7 +1192,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal: all is saved, so the run can leave.
                 if due.stops:
-                    log.say(f"stopped by a signal after step {step}; the same command goes on from there")
+                    log.stopped(step)
                     return {"stopped_at": step}
                 meter.start(step)
 
@@ -1203,9 +1206,9 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                 "config_hash": config_hash(cfg),
             } | (beside or {}) | run_facts(rt, step, meter)
             summary["verdict"] = plans.verdict(summary)
-            log.summary(summary)
+            log.summary(summary, HEADLINES)
             if rt.is_main:
-                log.say("done: " + run_page(folder, Config))
+                log.say(run_page(folder, Config))
             # A signal that came too late to stop anything here stops what would come next.
             return summary | ({"stopped_at": step} if rt.stopping(0) else {})
 
@@ -1236,9 +1239,7 @@ def analyze(cfg: Config) -> dict:
     path = checkpoint_in(cfg.analyze)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to; all else is as it was trained.
-    for name in ("precision", "matmul_precision", "data", "seq_len", "final_eval_batches"):
-        if getattr(cfg, name) != getattr(Config, name):
-            setattr(saved, name, getattr(cfg, name))
+    take_over(saved, cfg, "precision", "matmul_precision", "data", "seq_len", "final_eval_batches")
     with Runtime(saved) as rt:
         corpus = open_data(saved)
         corpus.same_tokenizer(extra, path)
@@ -1247,13 +1248,14 @@ def analyze(cfg: Config) -> dict:
         metrics = finish(model.to(rt.device), corpus, saved, rt, folder)
         if rt.is_main:
             metrics["verdict"] = plans.verdict(metrics)
-            print(f"step {step}: {run_page(folder, Config, metrics)}")
+            say_again(step, metrics, HEADLINES, run_page(folder, Config, metrics))
     return metrics
 
 
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         cfg = configure(Config, argv, ALIASES, APELR)
+        first_line(__file__, cfg, f"{cfg.data}, {cfg.version}, {cfg.max_steps:,} steps")
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from common import checkpoint, store
 from common.ahead import send
-from common.runlog import RunLog, ended_before, read_metrics, run_facts, write_json
+from common.runlog import RunLog, ended_before, first_line, read_metrics, run_facts, say_again, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
@@ -46,6 +46,7 @@ from configurator import (
     configure,
     differences,
     from_dict,
+    take_over,
 )
 from kernels.dropout import attention, dropout
 from kernels.mean_xe import mean_xe, row_xe
@@ -76,6 +77,8 @@ from sources.foreign_checkpoints import checkpoint_in
 from sources.shared import closest, counted, counter_rng, make_once, quoted
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
+# Of summary.json, said at the end.
+HEADLINES = ("test_xe", "val_xe", "icl_gain", "oracle_icl_gain", "largest_relative_excess", "seconds")
 SYNTHETIC = "data/ergodic"  # made when it is missing
 
 
@@ -662,7 +665,7 @@ def train(cfg: Config) -> dict:
             rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data,
             n_ctx=int, reference=float, waited=int, ended=bool
         )
-        summary = ended_before(rt, folder, path, state, changes)
+        summary = ended_before(rt, folder, path, state, changes, HEADLINES)
         if summary:
             return summary
         meter = Meter(rt, cfg.batch_size * chunks.n_ctx, began, state)
@@ -687,7 +690,7 @@ def train(cfg: Config) -> dict:
             log.say(rt.describe())
             log.say(describe(chunks, rows, active, model, max_steps, cfg))
             if state:
-                log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+                log.resumed(path, step, changes)
             # Model FLOP/s utilisation is held against large matrix products on this machine, in this precision.
             flops = flops_per_token(model, cfg, chunks.n_ctx)
             peak = matmul_rate(rt) * rt.world_size
@@ -700,7 +703,7 @@ def train(cfg: Config) -> dict:
                 step += 1
                 meter.check(step, loss)  # on the device, like the means: nobody waits
                 meter.add({"loss": loss})
-                log.progress(step)
+                log.progress(step, loss, meter)
                 due = rt.due(step, max_steps, log_interval, eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
@@ -729,7 +732,7 @@ def train(cfg: Config) -> dict:
                     if rt.is_main:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 if due.stops:
-                    log.say(f"stopped by a signal after step {step}; the same command goes on from there")
+                    log.stopped(step)
                     return {"stopped_at": step}
                 meter.start(step)
 
@@ -743,9 +746,9 @@ def train(cfg: Config) -> dict:
             summary["train_chunks"] = len(rows)
             summary["config_hash"] = config_hash(cfg)
             summary |= run_facts(rt, step, meter)
-            log.summary(summary)
+            log.summary(summary, HEADLINES)
             if rt.is_main:
-                log.say("done: " + run_page(folder, Config))
+                log.say(run_page(folder, Config))
             return summary
 
 
@@ -778,10 +781,8 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device)
     # What may differ from the run, if asked to.
-    for name in ("precision", "matmul_precision", "bootstrap", "probe", "data", "validation_data", "final_split",
-                 "icl_early", "icl_late"):
-        if getattr(cfg, name) != getattr(Config(), name):
-            setattr(saved, name, getattr(cfg, name))
+    take_over(saved, cfg, "precision", "matmul_precision", "bootstrap", "probe", "data", "validation_data",
+              "final_split", "icl_early", "icl_late")
     with Runtime(saved) as rt:
         chunks, validation = open_data(saved, extra["vocab_size"])
         data = {saved.data: chunks.fingerprint + validation.fingerprint}
@@ -796,13 +797,15 @@ def analyze(cfg: Config) -> dict:
         lesson = training_facts(config_dict(saved), extra.get("data", data), chunks, step, data)
         result = finish(model.to(rt.device), validation, final, active, lesson, saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: {run_page(folder, Config, result)}")
+            say_again(step, result, HEADLINES, run_page(folder, Config, result))
     return result
 
 
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         cfg = configure(Config, argv, ALIASES, ICL)  # a study, and a report, are sweep.py's from here on
+        length = f"{cfg.max_steps:,} steps" if cfg.max_steps else f"{cfg.epochs:g} epochs"
+        first_line(__file__, cfg, f"{cfg.data}, {length}")
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint, store
-from common.runlog import RunLog, ended_before, run_facts, write_json
+from common.runlog import RunLog, ended_before, first_line, run_facts, say_again, write_json
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
@@ -41,8 +41,10 @@ from configurator import (
     configure,
     differences,
     from_dict,
+    take_over,
 )
-from measure.beliefs import DEALS, analyse, belief_in_words, plot_run, words_at_once
+from measure.belief_pictures import plot_run
+from measure.beliefs import DEALS, analyse, belief_in_words, words_at_once
 from measure.pages import run_page
 from measure.tracker import MetricTracker
 from sources.foreign import SIMPLEXITY
@@ -59,6 +61,8 @@ from sources.processes import (  # noqa: F401
 )
 
 EXPERIMENT = "ghmm"  # what sample.py takes a run of this page for; a copy keeps it
+# Of summary.json, said at the end.
+HEADLINES = ("loss", "optimal_loss", "excess_loss", "r2_concat", "seconds")
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Config:
     analyze: str = ""  # run folder or checkpoint to analyse instead of training
     out: str = ""  # with analyze: folder of what is written; default analysis/ of the run
     # data
-    process: str = "mess3"  # a process by name, nonergodic (see components) or custom (see matrices)
+    process: str | None = None  # by name, see below; default mess3, custom with matrices, nonergodic with components
     x: float | None = None  # mess3: probability of moving to each other state
     a: float | None = None  # mess3: probability of emitting the state's own token
     p: float | None = None  # coin, even_ones, no_consecutive_ones, zero_one_random, sns, mr_name
@@ -85,7 +89,7 @@ class Config:
     lamb: float | None = None  # fanizza: decay
     log_alpha: float | None = None  # post_quantum: log of the first growth factor
     components: list[dict] | None = None  # nonergodic: [{"process": NAME, "weight": 1, "vocab_map": [0, 2], ...}, ...]
-    matrices: str | list | None = None  # custom: path of an .npy or .npz file, or nested list, [V, S, S]
+    matrices: str | list | None = None  # custom: .npy or .npz file or list [V, S, S], T[x][i, j] = p(x, to j | from i)
     initial_state: list[float] | None = None  # where sequences start, [S]; default the stationary state
     add_bos: bool = False  # a token that begins every sequence
     add_eos: bool = False  # a token that ends a sequence with probability eos_prob at every step; then it starts anew
@@ -135,6 +139,11 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto: on CUDA only
     wandb: bool | Literal["online", "offline"] = False  # log to Weights & Biases
     tensorboard: bool = False  # log to TensorBoard
+
+    def __post_init__(self):
+        if self.process is None:
+            own = "custom" if self.matrices else "nonergodic" if self.components else "mess3"
+            self.process = own
 
     def head_width(self) -> int:
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
@@ -248,7 +257,8 @@ class Contexts(NamedTuple):
     """Words to evaluate on, in lexicographic order, with what is known of each.
 
     words [N, T]; weights [N] sum to 1; optimal [N, T, V]: true probabilities of the next token after each token;
-    beliefs [N, T, S] after each token, or None where there are none to look for; exact: whether all words are there.
+    beliefs [N, T, S] after each token, or None where there are none to look for; exact: whether all words are there;
+    states: what pictures call the S states.
     """
 
     words: torch.Tensor
@@ -256,6 +266,7 @@ class Contexts(NamedTuple):
     optimal: torch.Tensor
     beliefs: torch.Tensor | None
     exact: bool
+    states: list[str] | None = None
 
 
 def make_contexts(process: Process, length: int, max_words: int, samples: int, seed: int) -> Contexts:
@@ -271,7 +282,8 @@ def make_contexts(process: Process, length: int, max_words: int, samples: int, s
     # The belief after a token knows all that the tokens so far say of the next: p(x | belief) = belief T[x] r.
     beliefs = process.beliefs(words)[:, 1:]  # [N, T, S], without the one before the first token
     optimal = process.next_token_probs(beliefs)  # [N, T, V]
-    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact=every is not None)
+    exact = every is not None
+    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact, process.state_names)
 
 
 def final_contexts(process: Process, cfg: Config) -> Contexts:
@@ -598,7 +610,7 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(
             rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data, tracker=dict
         )
-        summary = ended_before(rt, folder, path, state, changes)
+        summary = ended_before(rt, folder, path, state, changes, HEADLINES)
         if summary:
             return summary
         meter = Meter(rt, cfg.batch_size * cfg.n_ctx, began, state)
@@ -615,7 +627,7 @@ def train(cfg: Config) -> dict:
             log.say(rt.describe())
             log.say(describe(process, model, floor, error, cfg))
             if state:  # with the settings that changed since, a line each
-                log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+                log.resumed(path, step, changes)
             else:  # progress counts from here
                 untrained = evaluate(model, contexts, floor, rt)
                 tracker.record_initial_loss(untrained["loss"])
@@ -627,7 +639,7 @@ def train(cfg: Config) -> dict:
                 norm = rt.step(optimizer, params, cfg.grad_clip, lr)  # of the gradient, before it is clipped
                 step += 1
                 meter.check(step, loss)
-                log.progress(step)
+                log.progress(step, loss, meter)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 # Sums over all steps, on the device. Costly metrics are norms over all parameters.
                 metrics = tracker.update(step=step, loss=loss, tokens_in_batch=meter.units_per_step, grad_norm=norm,
@@ -659,16 +671,16 @@ def train(cfg: Config) -> dict:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal came, and the state is saved.
                 if due.stops:
-                    log.say(f"stopped by a signal after step {step}; the same command goes on from there")
+                    log.stopped(step)
                     return {"stopped_at": step}
                 meter.start(step)  # what came between pause and here is no training time
 
             title = f"{process.name}, {cfg.model}, {counted(step, 'step')}"
             result = finish(model, final, floor, cfg, rt, folder, title)
             summary = result | run_facts(rt, step, meter) | {"config_hash": config_hash(cfg)}
-            log.summary(summary)
+            log.summary(summary, HEADLINES)
             if rt.is_main:
-                log.say("done: " + run_page(folder, Config))
+                log.say(run_page(folder, Config))
             return summary
 
 
@@ -729,9 +741,7 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     run, process, model, step = load_run(path, cfg.device)
     # The settings are the run's, but for what was asked for here and changes no weight.
-    for name in ("precision", "matmul_precision", "max_words", "last_token_only", "deal_seed"):
-        if getattr(cfg, name) != getattr(Config, name):
-            setattr(run, name, getattr(cfg, name))
+    take_over(run, cfg, "precision", "matmul_precision", "max_words", "last_token_only", "deal_seed")
     with Runtime(run) as rt:
         floor, _ = entropy_floor(process, run.n_ctx)
         process.to(exact_device(rt))
@@ -739,13 +749,14 @@ def analyze(cfg: Config) -> dict:
         title = f"{process.name}, {run.model}, {counted(step, 'step')}"
         result = finish(model.to(rt.device), contexts, floor, run, rt, folder, title)
         if rt.is_main:
-            print(f"step {step}: {run_page(folder, Config, result)}")
+            say_again(step, result, HEADLINES, run_page(folder, Config, result))
     return result
 
 
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
+        first_line(__file__, cfg, f"{cfg.process}, {cfg.model}, {counted(cfg.max_steps, 'step')}")
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

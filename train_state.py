@@ -33,7 +33,8 @@ import torch.nn.functional as F
 
 from common import checkpoint, store
 from common.ahead import send
-from common.runlog import RunLog, ended_before, run_facts
+from common.compiling import uncompiled
+from common.runlog import RunLog, ended_before, first_line, run_facts, say_again
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import (
     Count,
@@ -46,6 +47,7 @@ from configurator import (
     configure,
     differences,
     from_dict,
+    take_over,
 )
 from kernels.energy import energy_distance
 from kernels.geomloss_distance import geomloss_distance
@@ -73,6 +75,8 @@ from sources.shared import counted, counter_rng, make_once
 from sources.splits import SPLITS, grouped
 
 EXPERIMENT = "state"  # what sample.py treats a run of this page as; a copy keeps it
+# Of summary.json, said at the end.
+HEADLINES = ("pearson_delta", "discrimination", "overlap_at_50", "mae", "val_loss", "seconds")
 SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 
 
@@ -691,7 +695,7 @@ def build_model(cfg, dims: dict | None = None) -> StateTransitionPerturbationMod
 # ---------------------------------------------------------------------------------------------------------------
 # Loss: the distance between two sets of cells
 # ---------------------------------------------------------------------------------------------------------------
-@torch.compiler.disable  # of custom gradients and geomloss there is nothing to gain
+@uncompiled  # of custom gradients and geomloss there is nothing to gain
 def set_loss(pred: torch.Tensor, target: torch.Tensor, loss: str = "energy", blur: float = 0.05,
              sinkhorn_weight: float = 0.01, energy_weight: float = 1.0) -> torch.Tensor:
     """The distance between predicted and measured cells of each sentence: [B, S, D] twice -> [B], in float32 or better.
@@ -1011,7 +1015,7 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(
             rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data
         )
-        summary = ended_before(rt, folder, path, state, changes)
+        summary = ended_before(rt, folder, path, state, changes, HEADLINES)
         if summary:
             return summary
         step, best = 0, math.inf
@@ -1033,7 +1037,7 @@ def train(cfg: Config) -> dict:
             if fresh:
                 log.say(f"from {cfg.init_from}; these start anew: {', '.join(fresh)}")
             if state:
-                log.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+                log.resumed(path, step, changes)
             meter.start(step)
 
             while step < cfg.max_steps:
@@ -1044,7 +1048,7 @@ def train(cfg: Config) -> dict:
                 step += 1
                 meter.check(step, terms["loss"])
                 meter.add(terms)
-                log.progress(step)
+                log.progress(step, terms["loss"], meter)
                 due = rt.due(step, cfg.max_steps, cfg.log_interval, cfg.eval_interval, cfg.save_interval)
                 if due.nothing:
                     continue
@@ -1092,7 +1096,7 @@ def train(cfg: Config) -> dict:
                         checkpoint.save(saved, folder, improved, cfg.keep_last != 0, cfg.keep_last)
                 # A signal: saved above, so that the same command goes on to the bit.
                 if due.stops:
-                    log.say(f"stopped by a signal after step {step}; the same command goes on from there")
+                    log.stopped(step)
                     return {"stopped_at": step}
                 meter.start(step)
 
@@ -1107,9 +1111,9 @@ def train(cfg: Config) -> dict:
                 **run_facts(rt, step, meter, "cells"),
                 "config_hash": config_hash(cfg),
             }
-            log.summary(summary)
+            log.summary(summary, HEADLINES)
             if rt.is_main:
-                log.say("done: " + run_page(folder, Config))
+                log.say(run_page(folder, Config))
             return summary
 
 
@@ -1172,19 +1176,18 @@ def analyze(cfg: Config) -> dict:
     folder = checkpoint.analysis_of(path, cfg)
     saved, model, step, extra = load_run(path, cfg.device, cfg.source_attention)
     # On another machine, or of the same cells elsewhere.
-    for name in ("precision", "matmul_precision", "toml_config_path", "ram_budget_gb"):
-        if getattr(cfg, name) != getattr(Config, name):
-            setattr(saved, name, getattr(cfg, name))
+    take_over(saved, cfg, "precision", "matmul_precision", "toml_config_path", "ram_budget_gb")
     with Runtime(saved) as rt:
         result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
         if rt.is_main:
-            print(f"step {step}: {run_page(folder, Config, result)}")
+            say_again(step, result, HEADLINES, run_page(folder, Config, result))
     return result
 
 
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         cfg = configure(Config, command(argv), ALIASES, STATE)
+        first_line(__file__, cfg, f"{cfg.toml_config_path}, {counted(cfg.max_steps, 'step')}")
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -6,7 +6,6 @@ its values, without which torch would load a flipped bit in silence.
 
 import contextlib
 import filecmp
-import functools
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from common import store
 from common.errors import CheckpointError, InputError, RunError, reason, replacing, writing
 from common.plain import digest, fits
 from common.runtime import Meter, Runtime, tensors_at_most
+from common.telling import note, note_once
 
 FORMAT_VERSION = 2  # 1 had no digest
 # Settings that change how a run is started or watched, not what it finds.
@@ -91,8 +91,8 @@ def restore(rt: Runtime, state: dict, path: Path, model, optimizer) -> tuple[int
     except Exception as e:  # another torch may have another kind of generator
         raise CheckpointError(f"{path} has random numbers or a loss scale that torch {torch.__version__} cannot go on "
                               f"with ({reason(e)}): use the torch that it was trained with, or init_from") from e
-    if ranks != rt.world_size and rt.is_main:
-        print(f"note: {path} was written with ranks {ranks}, now {rt.world_size}: the data stay the same, random "
+    if ranks != rt.world_size:
+        note(f"{path} was written with ranks {ranks}, now {rt.world_size}: the data stay the same, random "
               "numbers of dropout do not")
     return state["step"], state["best"], state["extra"], mine
 
@@ -309,16 +309,9 @@ def load(path: Path, script: str | None = None, **kinds) -> dict:
                               "another out_dir, or that script")
     _check_extra(state, path, kinds)
     if state["format_version"] == 1:
-        _tell(f"note: {path} is of an older version, without a digest of its values: whether they are as they were "
+        note_once(f"{path} is of an older version, without a digest of its values: whether they are as they were "
               "written is checked less well")
     return state
-
-
-@functools.cache
-def _tell(note: str) -> None:
-    """Once, by rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(note)
 
 
 def _check_extra(state: dict, path: Path, kinds: dict) -> None:
@@ -470,8 +463,8 @@ def same_data(extra: dict, data: dict, path: Path) -> None:
         before = then.get(os.path.normpath(name))
         if not fingerprint or not any(then.values()) or fingerprint in then.values():
             continue
-        if before is None and os.environ.get("RANK", "0") == "0":
-            print(f"note: {name} is other data than {path} was trained on ({', '.join(then)})")
+        if before is None:
+            note(f"{name} is other data than {path} was trained on ({', '.join(then)})")
         elif before:
             raise CheckpointError(f"{path} is of other data: {name} had the fingerprint {before} in training and has "
                                   f"{fingerprint} now. Bring those data back, or train in another out_dir (or with "

@@ -1,15 +1,34 @@
 """torch.compile with its costs told: how many graphs, in how many seconds, and what of a model stays as it is."""
 
+import functools
 import logging
-import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 
+from common.telling import say
+
 BACKEND = "inductor"
 LOGGER = logging.getLogger("torch._dynamo.convert_frame")  # where a failed compilation is told, in pages
+UNCOMPILED: list[tuple[Callable, list]] = []  # functions, and what torch.compiler.disable makes of them
+
+
+def uncompiled(function: Callable) -> Callable:
+    """A function that compiled code calls as it is: torch.compiler.disable, whose import takes a second, without that
+    import where nothing is compiled."""
+    twin: list[Callable] = []
+    UNCOMPILED.append((function, twin))
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if twin and torch.compiler.is_compiling():
+            return twin[0](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 class Compiler:
@@ -27,6 +46,8 @@ class Compiler:
     def __enter__(self) -> "Compiler":
         from torch._dynamo import callback, config, utils  # seconds that a run without compilation has no use for
 
+        for function, twin in UNCOMPILED:
+            twin[:] = [torch.compiler.disable(function)]
         self._callbacks, self._counters, self._config = callback.callback_handler, utils.counters, config
         self._before, config.suppress_errors = config.suppress_errors, True
         self._counters.clear()
@@ -80,7 +101,6 @@ class Compiler:
             why = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
         line = textwrap.shorten(" ".join(what.replace("WON'T CONVERT", "").split()), 120)
         if self.says and line not in self._failed:
-            print(f"note: not compiled, runs eager: {line} ({textwrap.shorten(' '.join(why.split()), 200)})",
-                  file=sys.stderr)
+            say(f"note: not compiled, runs eager: {line} ({textwrap.shorten(' '.join(why.split()), 200)})")
         self._failed.add(line)
         return False

@@ -154,13 +154,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 fresh.unlink(missing_ok=True)
 
 
-def say_aside(text: str) -> None:
-    """A line on stderr, if that takes any; of the ranks of a machine the first prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        _print_aside(text)
-
-
-def _print_aside(text: str) -> None:
+def print_aside(text: str) -> None:
+    """A line on stderr, if that takes any."""
     try:
         print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -183,7 +178,7 @@ def leave(message: str, code: int) -> NoReturn:
 def _end(last_line: str, code: int) -> NoReturn:
     flush_console()
     if speaks(code):
-        _print_aside(last_line)
+        print_aside(last_line)
     raise SystemExit(code)
 
 

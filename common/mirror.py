@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -22,9 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
-from common.errors import CheckpointError, InputError, reason, replacing, say_aside
+from common.errors import CheckpointError, InputError, reason, replacing
+from common.telling import note
 
 INDEX, RECORD = "index.json", ".remote.json"
 CHECKPOINT = re.compile(r"(last|best|step_\d+)\.pt")
@@ -379,9 +377,3 @@ def who(index: dict | None) -> str:
 
 def redacted(text: str) -> str:
     return re.sub(r"//[^/\s@]+@", "//***@", text)
-
-
-def note(text: str) -> None:
-    """A line on stderr that no progress bar tears."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        say_aside(f"note: {text}")

@@ -17,7 +17,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from common.errors import exit_code, leave, say_aside
+from common.errors import exit_code, leave, print_aside
+from common.telling import note
 
 JOIN_SECONDS = 600  # for all ranks to come: to import from a shared disk may take minutes
 GRACE_SECONDS = 10  # for a rank to end by itself after another did; NCCL blocks for ever
@@ -47,7 +48,7 @@ def environment() -> tuple[int, int, int]:
     if rank >= size:
         leave(f"RANK={rank} with WORLD_SIZE={size}, where ranks are below: {advice}", 2)
     if size == 1 and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and os.environ.get("SLURM_PROCID") == "0":
-        say_aside("note: every task of srun trains a run of its own: for one run of all start torchrun once a node")
+        note("every task of srun trains a run of its own: for one run of all start torchrun once a node")
     return rank, local_rank, size
 
 
@@ -208,8 +209,8 @@ class Ranks:
             self.end = _end(_job["store"], self.rank, exit_code(error)) or {"code": 1, "by": _me()}
         if self.end["by"] == _me() and not broken:
             return None
-        if self.end["by"][0] != platform.node():
-            say_aside(f"error: rank {self.end['rank']} ended this job: see what {self.end['by'][0]} says")
+        if self.end["by"][0] != platform.node() and os.environ.get("LOCAL_RANK", "0") == "0":
+            print_aside(f"error: rank {self.end['rank']} ended this job: see what {self.end['by'][0]} says")
         return self.end["code"]
 
     def close(self) -> None:

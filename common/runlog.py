@@ -28,15 +28,16 @@ from common.errors import (
     reason,
     regular_file,
     replacing,
-    say_aside,
     system_sentence,
     writing,
 )  # fmt: skip
+from common.telling import begin, in_words, note
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
 FILES = (".1", ".csv", ".html", ".json", ".jsonl", ".lock", ".log", ".npz", ".png", ".pt", ".py", ".txt", ".yaml")
 FOLDERS = ("checkpoints", "plots", "smolstate", "tensorboard", "wandb")
+MOST_HEADLINES = 6  # with the verdict and the places a run ends in eight lines
 LOG_BYTES = 10_000_000  # a longer train.log becomes train.log.1
 
 
@@ -79,6 +80,7 @@ class RunLog:
         (folder / "summary.json").unlink(missing_ok=True)  # there is one when the run has ended, and only then
         if board:
             self.board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self.is_first, self.log_interval = True, cfg.log_interval
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not terminal,
                         mininterval=0.5, leave=False)
@@ -94,7 +96,7 @@ class RunLog:
         if start_step and file.is_file():
             known = file.read_text(errors="replace").strip()
             if not re.fullmatch(r"[\w-]{1,128}", known, re.ASCII):
-                print(f"note: {file} is damaged: in W&B the run goes on as another one")
+                note(f"{file} is damaged: in W&B the run goes on as another one")
                 known = None
         project = getattr(cfg, "wandb_project", "") or _dotenv("WANDB_PROJECT") or project
         entity = getattr(cfg, "wandb_entity", "") or _dotenv("WANDB_ENTITY")
@@ -153,7 +155,7 @@ class RunLog:
             sys.stdout.flush()
         except OSError as e:  # whoever read it has gone, or its disk is full
             hush(sys.stdout)
-            say_aside(f"note: standard output takes no more ({e.strerror}): the run goes on, and its lines are in "
+            note(f"standard output takes no more ({e.strerror}): the run goes on, and its lines are in "
                       f"{self.folder / 'train.log'}")
         path = self.folder / "train.log"
         with writing(path):
@@ -163,6 +165,13 @@ class RunLog:
                 self._text.close()
                 os.replace(path, self.folder / "train.log.1")
                 self._text = open(path, "w", **TEXT)
+
+    def resumed(self, path: Path, step: int, changes: list[str]) -> None:
+        """What a run goes on from, and the settings that changed since, a line each."""
+        self.say("\n  ".join([f"resumed from {path} at step {step}", *changes]))
+
+    def stopped(self, step: int) -> None:
+        self.say(f"stopped by a signal after step {step}; {self.again} goes on from there")
 
     def metrics(self, step: int, split: str, values: dict) -> None:
         """A line of metrics.jsonl, whole or not at all: numbers, or lists of numbers."""
@@ -201,18 +210,32 @@ class RunLog:
             self.say(news)
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | {f"{unit}/s": f"{speed / 1e3:.0f}k"})
 
-    def progress(self, step: int) -> None:
-        """Move the progress bar, which shows on a terminal only."""
-        if self.active and not self.bar.disable:
-            self.bar.update(step - self.bar.n)
+    def progress(self, step: int, loss: torch.Tensor | None = None, meter=None) -> None:
+        """Move the progress bar, which shows on a terminal only; of the first step say its loss.
 
-    def summary(self, values: dict) -> None:
-        """Write summary.json and print it."""
+        Steps may take long, and the means of a line are of many: that one alone says that the model trains.
+
+        Args:
+            loss: of this step. meter: whose clock has run since this process began to train.
+        """
+        if not self.active:
+            return
+        if not self.bar.disable:
+            self.bar.update(step - self.bar.n)
+        is_first, self.is_first = self.is_first, False
+        next_line = min(self.bar.total, -(-step // self.log_interval) * self.log_interval)
+        if is_first and loss is not None and step < next_line:
+            told = f"step {step:>6}/{self.bar.total} | loss {float(loss):.4f} | "  # waits for the step to end
+            most = (next_line - step) * meter.since_start()
+            self.say(f"{told}the next line at step {next_line}, in at most {in_words(most)}")
+
+    def summary(self, values: dict, headlines: Collection[str] = ()) -> None:
+        """Write summary.json, and say what it comes to: see conclusion."""
         if not self.active:
             return
         write_json(self.folder / "summary.json", values | self.data)
         self.bar.clear()
-        for line in _lines(values):
+        for line in conclusion(values, headlines):
             self.say(line)
 
 
@@ -223,11 +246,12 @@ def run_facts(rt, step: int, meter, unit: str = "tokens") -> dict:
             "torch": torch.__version__, "device": str(rt.device)}
 
 
-def ended_before(rt, folder: Path, path: Path | None, state: dict | None, changes: list) -> dict | None:
-    """The summary of a run that has ended, printed once more; None where there is something left to do.
+def ended_before(rt, folder: Path, path: Path | None, state: dict | None, changes: list,
+                 headlines: Collection[str] = ()) -> dict | None:
+    """The summary of a run that has ended, told once more; None where there is something left to do.
 
     Args:
-        path, state, changes: what checkpoint.start_from found.
+        path, state, changes: what checkpoint.start_from found. headlines: see conclusion.
     """
 
     def read() -> dict | None:
@@ -241,16 +265,41 @@ def ended_before(rt, folder: Path, path: Path | None, state: dict | None, change
     summary = rt.from_main(read)
     if summary and rt.is_main:
         print(f"{folder}: this run ended at step {state['step']}, nothing was left to train. It said:")
-        print("\n".join(_lines(summary)))
-        if "verdict" in summary:
-            print(f"done: {summary['verdict']}")
+        print("\n".join([*conclusion(summary, headlines), places(folder)]))
     return summary
 
 
-def _lines(summary: dict) -> list[str]:
-    """A `name: value` line for each number and text, for people and grep alike. The verdict is the run's last line."""
-    shown = {key: value for key, value in summary.items() if isinstance(value, (int, float, str)) and key != "verdict"}
-    return [f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}" for key, value in shown.items()]
+def conclusion(summary: dict, headlines: Collection[str] = (), lead: str = "done") -> list[str]:
+    """What a run comes to, in a few lines for people and grep alike: its verdict, then `name: value` of its headlines.
+
+    headlines: names of a page's own few figures, of which those are told that the run has; by default the first of all.
+    All else is in summary.json.
+    """
+    numbers = {name: value for name, value in summary.items() if isinstance(value, (int, float))}
+    names = [name for name in headlines or numbers if name in numbers][:MOST_HEADLINES]
+    told = [numbers[name] if isinstance(numbers[name], int) else f"{numbers[name]:.6g}" for name in names]
+    lines = [f"{name}: {number}" for name, number in zip(names, told, strict=True)]
+    return [f"{lead}: {summary['verdict']}", *lines] if "verdict" in summary else lines
+
+
+def places(folder: Path) -> str:
+    """Where the pictures and the report of a run are, as far as they are there: the last line of a command."""
+    there = [f"pictures in {folder / 'plots'}"] if (folder / "plots").is_dir() else []
+    there += [f"all of it in {folder / 'report.html'}"] if (folder / "report.html").is_file() else []
+    return ", ".join(there) or f"results in {folder}"
+
+
+def say_again(step: int, result: dict, headlines: Collection[str], last_line: str) -> None:
+    """What a look at a run ends with: as the run itself."""
+    print("\n".join([*conclusion(result, headlines, f"step {step}"), last_line]))
+
+
+def first_line(script: str, cfg, makes: str) -> None:
+    """Say at once who is at work (the page's __file__), on what and where, before anything that takes its time."""
+    if cfg.analyze:
+        begin(script, f"a look at {cfg.analyze}", cfg.out, sys.stdout)
+    else:
+        begin(script, makes, cfg.out_dir, sys.stdout)
 
 
 def _dotenv(name: str) -> str | None:

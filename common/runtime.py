@@ -440,6 +440,10 @@ class Meter:
         if self.rt.doing == "this evaluation":
             self.rt.doing = "this step"
 
+    def since_start(self) -> float:
+        """Seconds of training since the clock was started, without those of compilation."""
+        return self._clock() - self._lap[0]
+
     def _clock(self) -> float:
         """Seconds, of which those of compilation are none."""
         return time.perf_counter() - (self.rt.compiler.seconds if self.rt.compiler else 0.0)

@@ -8,7 +8,6 @@ import configparser
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import CheckpointError, InputError, reason, regular_file
-from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored, note
+from common.mirror import CHECKPOINT, MIRRORS, Mirror, mirrored
+from common.telling import note_once
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -185,7 +185,7 @@ def flock(file: IO, how: int = fcntl.LOCK_EX) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        say_once(f"there are no locks on the file system of {os.path.dirname(file.name) or '.'} ({error.strerror}): "
+        note_once(f"there are no locks on the file system of {os.path.dirname(file.name) or '.'} ({error.strerror}): "
                  "see to it that no folder has two runs")
 
 
@@ -226,11 +226,6 @@ def is_at(path: Path, file: IO) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
     return False
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    note(text)
 
 
 def holder(folder: Path) -> str:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.compiling import uncompiled
 from kernels.half import half_type, scaled_head_gradients
 
 CPU_LOGITS = 1 << 24  # of a block: 64 MB, one buffer used again (smaller is slower)
@@ -307,5 +308,5 @@ class SharedLogProbs(torch.autograd.Function):
 
 
 # Loops over blocks, which tracing would unroll.
-log_probs = torch.compiler.disable(LogProbs.apply)
-shared_log_probs = torch.compiler.disable(SharedLogProbs.apply)
+log_probs = uncompiled(LogProbs.apply)
+shared_log_probs = uncompiled(SharedLogProbs.apply)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.compiling import uncompiled
 from kernels.half import half_type, head_gradients
 
 BLOCK = {"cpu": 1 << 22}  # logits of a block, by kind of device
@@ -28,13 +29,13 @@ def plain_mean_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
-@torch.compiler.disable  # a loop over blocks of rows, which tracing would unroll
+@uncompiled  # a loop over blocks of rows, which tracing would unroll
 def mean_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of targets [R] under logits x W^T, for x [R, D] and weight W [V, D]."""
     return MeanXE.apply(x, weight, targets)
 
 
-@torch.compiler.disable
+@uncompiled
 def row_xe(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of every row, [R]; without gradients."""
     kind = half_type(x)

@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.compiling import uncompiled
 from kernels.half import half_type
 from kernels.log_probs import Gradients, block_logits, block_rows, blocks
 
@@ -121,7 +122,7 @@ def pairwise(logs: Tensor, probs: Tensor) -> Tensor:
     return slope
 
 
-_contrast = torch.compiler.disable(PlanContrast.apply)  # a loop over blocks, which tracing would unroll
+_contrast = uncompiled(PlanContrast.apply)  # a loop over blocks, which tracing would unroll
 
 
 def plan_information(x: Tensor, weight: Tensor, bias: Tensor, log_belief: Tensor) -> Tensor:

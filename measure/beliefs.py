@@ -1,21 +1,15 @@
-"""Is the belief in the activations, linearly? Regression on held-out prefixes, principal components, pictures.
+"""Is the belief in the activations, linearly? Regression on held-out prefixes, principal components.
 
 Dimensions: N words of T tokens, P prefixes, D width of a layer, W of all layers, S states, Q columns of moments.
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.errors import InputError
-from common.runlog import read_metrics
-from measure.figures import figure
-from measure.overlays import log_axis, spans
-from sources.outcomes import is_number
 
 FOLDS = 5  # four fit, the fifth is predicted, in turn
 STRATA = 5  # prefixes are dealt into FOLDS * STRATA hands once, and hands into folds in every deal
@@ -516,6 +510,7 @@ def analyse(
         "beliefs": prefixes.beliefs.cpu(),
         "predicted": predicted.cpu(),
         "weights": prefixes.weights.cpu(),
+        "names": getattr(contexts, "states", None),  # of a copy's own contexts there may be none
     }
     return result, geometry
 
@@ -540,214 +535,3 @@ def belief_in_words(result: dict) -> str:
     if has_gain(result):
         return f"the activations hold the belief with held-out r2 {r2} (untrained network {untrained})"
     return f"held-out r2 of the belief {r2} is no gain over the untrained network's {untrained}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------
-def plot_run(
-    folder: Path,
-    title: str,
-    result: dict,
-    analysis: dict | None,
-    geometry: dict | None,
-) -> None:
-    """All pictures of a run, in folder/plots; those of beliefs only where there is an analysis and beliefs vary."""
-    plot_loss_by_position(folder, title, result)
-    plot_excess_loss(folder, title)
-    if analysis is not None and analysis["r2_concat"] is not None:
-        plot_r2_by_layer(folder, title, analysis)
-        plot_beliefs(folder, title, geometry, analysis["r2_concat"])
-
-
-def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
-    """The loss by position against its floor."""
-    loss = result["loss_by_position"]
-    floor = result["optimal_loss_by_position"]
-    positions = range(1, len(loss) + 1)
-    with figure(folder, "loss_by_position", 6, 4) as axes:
-        if any(floor):
-            axes.plot(positions, floor, "k--", label="floor: entropy given the context")
-        axes.plot(positions, loss, "o-", markersize=4, label="model")
-        axes.set(xlabel="tokens read", ylabel="loss of the next token (nats)")
-        axes.set_title(title, fontsize=9, wrap=True)
-        axes.legend()
-
-
-def plot_excess_loss(folder: Path, title: str) -> None:
-    """The excess loss over training, from metrics.jsonl; rounding below 0 has no place on a logarithmic axis."""
-    steps = []
-    excess = []
-    for record in read_metrics(folder):
-        value = record.get("excess_loss")
-        if record["split"] == "eval" and is_number(value) and value > 0:
-            steps.append(record["step"])
-            excess.append(value)
-    if not steps:
-        return
-    with figure(folder, "excess_loss", 6, 4) as axes:
-        axes.plot(steps, excess, "o-", markersize=3)
-        if spans(excess):
-            log_axis(axes, "y")
-        axes.set(xlabel="step", ylabel="excess over the floor (nats)")
-        axes.set_title(title, fontsize=9, wrap=True)
-
-
-def plot_r2_by_layer(folder: Path, title: str, analysis: dict) -> None:
-    """How much of the belief a linear map reads out of each layer and of all together, with the controls."""
-    layers = analysis["layers"]
-    r2 = [layer["r2"] for layer in layers.values()]
-    heights = [max(0.0, value) for value in r2]
-    # A bar of no height stands for an r2 below 0, which a spread around 0 would belie.
-    shown = [layer["r2_spread"] if layer["r2"] > 0 else None for layer in layers.values()]
-    spread = [value or 0.0 for value in shown]
-    labels = [f"{value:.4f}" for value in r2]  # what a bar of no height stands for, too
-    untrained = analysis["untrained_r2_concat"]
-    shuffled = analysis["shuffled_r2_concat"]
-    with figure(folder, "r2_by_layer", max(6, 1.2 * len(r2)), 4) as axes:
-        bars = axes.bar(
-            list(layers),
-            heights,
-            yerr=spread,
-            error_kw={"ecolor": "0.3", "capsize": 3},
-        )
-        axes.bar_label(bars, labels, fontsize=8, padding=3)
-        controls = (
-            (untrained, "--", "untrained network"),
-            (shuffled, ":", "shuffled beliefs"),
-        )
-        for value, style, name in controls:
-            label = f"concat, {name} ({value:.4f})"
-            height = max(0.0, value)
-            axes.axhline(height, color="0.4", linestyle=style, label=label)
-        axes.set(ylabel="held-out r2 of the belief, mean and spread over deals", ylim=(0, 1.16))
-        axes.yaxis.label.set_fontsize(8)
-        axes.set_title(title, fontsize=9, wrap=True)
-        axes.legend(loc="lower right", fontsize=8)
-
-
-def plot_beliefs(
-    folder: Path,
-    title: str,
-    geometry: dict,
-    r2: float,
-) -> None:
-    """True beliefs beside what a linear map reads out of the activations."""
-    beliefs = geometry["beliefs"]
-    weights = geometry["weights"]
-    rows = weights.argsort()[-60_000:]  # the likeliest prefixes, on top the likeliest of all
-    share = (weights[rows] / weights.max()).numpy()
-    sizes = np.clip(30 * share**0.3, 0.3, 30)
-    explained = pca(beliefs, weights)["explained"]
-    lie_on_a_line = sum(explained[1:]) < 1e-9  # as those of two states do: a second axis would show rounding
-    if lie_on_a_line:
-        plot_line(folder, title, geometry, rows, sizes, r2)
-    else:
-        plot_plane(folder, title, geometry, rows, sizes, r2)
-
-
-def plot_line(folder: Path, title: str, geometry: dict, rows: torch.Tensor, sizes: np.ndarray, r2: float) -> None:
-    """Predicted against true belief, along the one direction in which beliefs differ."""
-    beliefs = geometry["beliefs"]
-    weights = geometry["weights"]
-    if is_distribution(beliefs) and beliefs.shape[1] == 2:
-        name = "probability of state 1"
-        read = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        mean = torch.zeros(2, dtype=torch.float64)
-    else:
-        name = "belief, along the line on which all lie"
-        read = pca(beliefs, weights)["axes"][:, 0]
-        mean = weights @ beliefs
-    true = ((beliefs[rows] - mean) @ read).numpy()
-    said = ((geometry["predicted"][rows] - mean) @ read).numpy()
-    with figure(folder, "beliefs", 5.5, 5.5) as axes:
-        ends = [true.min(), true.max()]
-        axes.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
-        axes.scatter(
-            true,
-            said,
-            s=2 * sizes,
-            c=true,
-            cmap="viridis",
-            linewidths=0,
-            label="a context",
-        )
-        axes.set(xlabel=f"{name}: true", ylabel="linear image of the activations")
-        axes.set_title(f"{title}\nheld-out r2 = {r2:.4f}", fontsize=9, wrap=True)
-        axes.legend(loc="upper left", fontsize=8)
-
-
-def plot_plane(folder: Path, title: str, geometry: dict, rows: torch.Tensor, sizes: np.ndarray, r2: float) -> None:
-    """The belief simplex, or a plane of principal components, and its image in the colours of the true beliefs."""
-    beliefs = geometry["beliefs"]
-    simplex = beliefs.shape[1] == 3 and is_distribution(beliefs)
-    if simplex:
-        place, colour = simplex_plane()
-        shared_axes = {}
-    else:
-        place, colour = component_plane(beliefs, geometry["weights"])
-        shared_axes = {"sharex": True, "sharey": True}
-    colours = colour(beliefs[rows]).clamp(0, 1).numpy()
-    with figure(folder, "beliefs", 10, 5, columns=2, title=title, **shared_axes) as (left, right):
-        left.set_title("beliefs of the process", fontsize=10)
-        right.set_title(f"linear image of the activations (held-out r2 = {r2:.4f})", fontsize=10)
-        for axes, points in ((left, beliefs), (right, geometry["predicted"])):
-            x, y = place(points[rows]).t().numpy()
-            axes.scatter(x, y, s=sizes, c=colours, linewidths=0)
-            if simplex:
-                draw_triangle(axes)
-            else:
-                axes.set_xlabel("first principal component of the beliefs")
-                axes.set_ylabel("second")
-
-
-def is_distribution(beliefs: torch.Tensor) -> bool:
-    """Whether these are distributions over states (those of a generalised process need not be any)."""
-    if beliefs.min() <= -1e-9:
-        return False
-    error = (beliefs.sum(1) - 1).abs()
-    return bool(error.max() < 1e-6)
-
-
-def simplex_plane():
-    """(map of beliefs [P, 3] to an equilateral triangle [P, 2], map to colours [P, 3]: the beliefs themselves)."""
-    corners = [
-        [0, 0],
-        [1, 0],
-        [0.5, 0.75**0.5],
-    ]
-    corners = torch.tensor(corners, dtype=torch.float64)
-    return lambda points: points @ corners, lambda points: points
-
-
-def component_plane(beliefs: torch.Tensor, weights: torch.Tensor):
-    """(map of points [P, S] to the first two principal components of the beliefs, map to colours [P, 3] by three)."""
-    axes = pca(beliefs, weights)["axes"]
-    axes = F.pad(axes, (0, 3 - axes.shape[1]))  # two states have no third component
-    mean = weights @ beliefs
-    low, high = ((beliefs - mean) @ axes).aminmax(dim=0)
-    width = high - low
-    width = torch.where(width > 1e-6, width, 1.0)  # of a third component that is rounding: one colour
-
-    def place(points: torch.Tensor) -> torch.Tensor:
-        return (points - mean) @ axes[:, :2]
-
-    def colour(points: torch.Tensor) -> torch.Tensor:
-        return ((points - mean) @ axes - low) / width
-
-    return place, colour
-
-
-def draw_triangle(axes) -> None:
-    """The simplex of three states, its corners named."""
-    top = 0.75**0.5
-    axes.plot([0, 1, 0.5, 0], [0, 0, top, 0], color="0.6", linewidth=0.8)
-    labels = (  # a little outside of the corners
-        (-0.06, -0.04),
-        (1.01, -0.04),
-        (0.47, 0.89),
-    )
-    for state, (x, y) in enumerate(labels):
-        axes.text(x, y, f"state {state}", fontsize=8)
-    axes.set_aspect("equal")
-    axes.set_axis_off()

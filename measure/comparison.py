@@ -19,13 +19,14 @@ from common.checkpoint import NO_SETTINGS
 from common.errors import DataError, InputError, replacing
 from common.runlog import look_at_names, read_metrics
 from measure import figures, holdouts, report
-from measure.overlays import draw_curves, draw_results, label, shorter
-from measure.pages import HEADLINES, Cell, Section, typed, write_page
+from measure.overlays import draw_curves, draw_results, labels, shorter
+from measure.pages import HEADLINES, Cell, Section, command_line, typed, write_page
 from measure.sweeps import HEADS, OBJECTIVES, SEED, Group, groups, objective, problems, table, with_spread
 from sources.outcomes import COUNT, NUMBER, TABLE, TEXT, check, is_number, numbers, read_object
-from sources.shared import counted
+from sources.shared import counted, from_here
 from sources.sweeps import digest
 
+ROOT = Path(__file__).resolve().parents[1]
 FILES = ("config.json", "metrics.jsonl", "summary.json")  # a folder that has two of them is a run's
 # Settings that do not tell what a run finds: those of how it is watched, and words of a sweep.
 APART = {*NO_SETTINGS, SEED, "wandb_project", "wandb_entity", "study", "study_seeds", "report"}
@@ -228,10 +229,12 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
         sections = sections_of(ranked, ended, shown, notes, out)
         if studied:
             sections = [*studied, *(replace(section, folded=True) for section in sections)]
+        has_best = sentence and len(ranked) > 1 and ranked[0].values(shown[0]) and not problems(ranked)
+        sections.append(commands(ended, ranked[0] if has_best else None, out))
         if left_out:
             sections.append(Section("Not compared", left_out))
         scripts = ", ".join(dict.fromkeys(run.script for run in ended))
-        write_page(out / "report.html", f"{counted(len(told), 'run')} of {scripts}", lead, sections)
+        write_page(out / "report.html", f"{counted(len(told), 'run')} of {scripts}", lead, sections, experiment)
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
@@ -383,24 +386,27 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     if apart:
         return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
-    text = f"Best of {len(ranked)} by {head} ({better} is better): {label(best)}, {spread(best, name)}"
+    names = labels(ranked)
+    text = f"Best of {len(ranked)} by {head} ({better} is better): {names[0]}, "
     if len(known) == 1:
-        return f"{text}."
+        return f"{text}{spread(best, name)}."
     second = known[1]
-    text += f"; next {label(second)}, {spread(second, name)}."
+    is_alike = len(best.values(name)) == len(second.values(name))  # the spreads of both are said once
+    text += best.text(name) if is_alike else spread(best, name)
+    text += f"; next {names[1]}, {spread(second, name)}."
     samples = [best.values(name), second.values(name)]
     if min(map(len, samples)) < 2:
         return f"{text} Of a single run no spread is known: the order may be chance."
     # The standard error of a difference of two means, without assuming one spread for both.
     error = sqrt(sum(stdev(values) ** 2 / len(values) for values in samples))
     difference = abs(fmean(samples[0]) - fmean(samples[1]))
-    return f"{text} They are {with_spread(difference, error)} (standard error over seeds) apart."
+    return f"{text} They are {with_spread(difference, error)} (standard error) apart."
 
 
 def spread(group: Group, name: str) -> str:
     """Mean, standard deviation and n of a group."""
     text, values = group.text(name), group.values(name)
-    return f"{text} (mean and standard deviation of {len(values)} seeds)" if len(values) > 1 else text
+    return f"{text} (mean ± standard deviation of {len(values)} seeds)" if len(values) > 1 else text
 
 
 def notes_on(ended: list[Run], told: list[dict]) -> list[str]:
@@ -507,6 +513,21 @@ def sections_of(ranked: list[Group], ended: list[Run], shown: list[str], notes: 
         Section("Single runs", [], [runs]),
         Section("What the runs share", [], [shared(ended)], folded=True),
     ]
+
+
+def commands(ended: list[Run], best: Group | None, out: Path) -> Section:
+    """What makes this page again, and the best run, where one is."""
+    folders = [run.folder for run in ended]
+    below = all(folder.is_relative_to(out) for folder in folders)
+    words = [str(out)] if below else [*map(str, folders), f"--out={out}"]
+    text = ["The first command makes this page again, of the runs that have ended by then."]
+    lines = [command_line(from_here(ROOT / "sweep.py"), ["report", *words])]
+    script = ROOT / ended[0].script
+    if best and script.exists():
+        text.append("The second one repeats the best run beside it.")
+        folder = best.runs[0]["folder"]
+        lines.append(command_line(from_here(script), [f"{folder}/config.json", f"--out_dir={folder}_again"]))
+    return Section("Again", text, commands=lines)
 
 
 def drawn(out: Path, name: str, caption: str) -> list[tuple[Path, str]]:

@@ -21,7 +21,8 @@ from functools import cache
 from math import ceil, floor, log10
 from pathlib import Path
 
-from common.errors import reason, replacing, say_aside, system_sentence
+from common.errors import reason, replacing, system_sentence
+from common.telling import note
 
 STRICT = False  # for tests: a picture that cannot be drawn is an error
 
@@ -108,7 +109,7 @@ def drawing(folder: Path, name: str, width: float, height: float, title: str, la
             if STRICT:
                 raise
             trouble = trouble or error
-            say_aside(f"note: the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
+            note(f"the picture {name} was not drawn ({system_sentence(trouble) or reason(trouble)})")
 
 
 def new_figure(width: float, height: float):
@@ -202,7 +203,8 @@ def curve_with_optimum(axes, x: Sequence, y: Sequence, optimum: Sequence, label:
     The legend has the curve's label, and one line for all optima.
     """
     colour = curve(axes, x, y, label, **style)
-    axes.plot(x, optimum, "--", color=colour, linewidth=1.0, zorder=1.9)  # under the curves, which are at 2
+    dash = {"marker": "_", "markersize": 14} if len(x) == 1 else {}  # unlike the point of the curve
+    axes.plot(x, optimum, "--", color=colour, linewidth=1.0, zorder=1.9, **dash)  # under the curves, which are at 2
     if optimum_label not in axes.get_legend_handles_labels()[1]:
         axes.optima = axes.plot([], [], "--", color=GREY, linewidth=1.0, label=optimum_label)
     return colour
@@ -221,10 +223,12 @@ def legend(axes, **options) -> None:
 
 
 def legend_below(drawn, handles: list, labels: list[str]) -> None:
-    """A legend under all panels of a figure, in as many columns as have room."""
-    room = drawn.get_figwidth() / (SIGN * STYLE["legend.fontsize"])  # in signs
+    """A legend under all panels of a figure, in as many columns as have room; long labels wrap."""
+    size = STYLE["legend.fontsize"]
+    labels = [wrapped(label, drawn.get_figwidth() - 0.8, size) for label in labels]
+    room = drawn.get_figwidth() / (SIGN * size)  # in signs
     columns = max(1, int(room / (max(map(len, labels), default=1) + 6)))  # 6 for the line beside a name
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels), 4))
+    drawn.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels), 4)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

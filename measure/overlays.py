@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from common.runlog import read_metrics
-from measure.figures import COLOURS, figure, plain_log, spans  # noqa: F401
+from measure.figures import COLOURS, MARKERS, band, curve, figure, legend_below, panels, plain_log, spans
 from measure.sweeps import HEADS, Group
 from sources.outcomes import is_number
 from sources.sweeps import digest
@@ -28,6 +28,21 @@ def label(group: Group) -> str:
     return ("; " if any("," in text for text in told) else ", ").join(told)
 
 
+def labels(ranked: list[Group]) -> list[str]:
+    """What groups are called beside one another: of paths that end in different names those alone."""
+    names = {}
+    for name in {name for group in ranked for name in group.settings}:
+        texts = [group.settings.get(name, "") for group in ranked]
+        ends = {text: Path(text).name for text in texts}
+        if any("/" in text for text in texts) and len(set(ends.values())) == len(ends):
+            names[name] = ends
+    called = []
+    for group in ranked:
+        settings = {name: names.get(name, {}).get(text, text) for name, text in group.settings.items()}
+        called.append(label(Group(settings, group.runs)))
+    return called
+
+
 def shorter(text: str) -> str:
     """A text cut for a terminal, and still unlike its likes: of a path the end tells most."""
     if len(text) <= SHORT:
@@ -45,31 +60,33 @@ def draw_curves(out: Path, ranked: list[Group], keys: tuple[str, str]) -> None:
 
     keys: names of the two in metrics.jsonl, "" for the first number of a line. ranked: the best first.
     """
-    panels = {}  # title: for each group the curves of its runs
+    shown = {}  # title: for each group the curves of its runs
     for split, key in zip(("train", "eval"), keys, strict=True):
         name, curves = curves_of(ranked, split, key)
         if name:
-            panels[f"{name} ({SPLITS[split]})"] = curves
-    if not panels:
+            shown[f"{name} ({SPLITS[split]})"] = curves
+    if not shown:
         (out / "plots" / "curves.png").unlink(missing_ok=True)
         return
-    width = max(8, 5 * len(panels))  # inches
-    height = 4 + 0.22 * (min(len(ranked), MOST_CURVES) + 1)  # with the legend
-    with figure(out, "curves", width, height, 1, len(panels), squeeze=False) as axes:
-        for panel, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    width = 5.0 if len(shown) > 1 else 7.0  # inches
+    height = 3.6 + 0.2 * (min(len(ranked), MOST_CURVES) + 1)  # with the legend
+    with panels(out, "curves", len(shown), width, height) as axes:
+        for panel, (title, curves) in zip(axes, shown.items(), strict=True):
             for place, runs in enumerate(curves):
                 draw_group(panel, runs, place, name_in_legend(ranked, place))
             fit_axis(panel, curves)
             panel.set(xlabel="step", title=title)
-            panel.grid(linewidth=0.3)
-        first = axes[0, 0]
-        first.figure.legend(*first.get_legend_handles_labels(), loc="outside lower center")
+        named = {}  # a group may have a curve in one panel alone
+        for panel in axes:
+            handles, names = panel.get_legend_handles_labels()
+            named |= dict(zip(names, handles, strict=True))
+        legend_below(axes[0].figure, list(named.values()), list(named))
 
 
 def name_in_legend(ranked: list[Group], place: int) -> str | None:
     """The name of a group, by its place; those without a colour have one name in all."""
     if place < MOST_CURVES:
-        return label(ranked[place])
+        return labels(ranked)[place]
     return f"{len(ranked) - MOST_CURVES} others" if place == MOST_CURVES else None
 
 
@@ -105,26 +122,22 @@ def draw_group(axes, runs: list[dict[int, float]], place: int, name: str | None)
     columns = [[points[step] for points in runs] for step in steps]
     mean = [fmean(column) for column in columns]
     if place >= MOST_CURVES:
-        axes.plot(steps, mean, color="0.8", linewidth=0.6, zorder=1, label=name)
+        axes.plot(steps, mean, color="0.8", linewidth=0.6, zorder=1.8, label=name)
         return
-    colour = COLOURS[place % len(COLOURS)]
-    axes.plot(
-        steps,
-        mean,
-        color=colour,
-        linestyle="-" if place < len(COLOURS) else "--",
-        linewidth=1.6,
-        marker="." if len(steps) == 1 else None,
-        zorder=4 + MOST_CURVES - place,  # the best is on top
-        label=name,
-    )
+    style = "-" if place < len(COLOURS) else "-."
+    order = 4 + MOST_CURVES - place  # the best is on top
+    colour = curve(axes, steps, mean, name, color=colour_of(place), linestyle=style, zorder=order)
     if len(runs) == 1:
         return
-    low = [min(column) for column in columns]
-    high = [max(column) for column in columns]
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
+    band(axes, steps, [min(column) for column in columns], [max(column) for column in columns], colour)
     for points in runs:
-        axes.plot(list(points), list(points.values()), color=colour, linewidth=0.5, zorder=3)
+        marker = "." if len(points) == 1 else None
+        axes.plot(list(points), list(points.values()), color=colour, linewidth=0.5, marker=marker, zorder=3)
+
+
+def colour_of(place: int) -> str:
+    """The colour of a group by its place among the best, the same in all pictures; grey after the first ones."""
+    return COLOURS[place % len(COLOURS)] if place < MOST_CURVES else "0.6"
 
 
 def fit_axis(axes, curves: list[list[dict[int, float]]]) -> None:
@@ -137,7 +150,7 @@ def fit_axis(axes, curves: list[list[dict[int, float]]]) -> None:
             begin = max(points) / 10
             later += [value for step, value in points.items() if step >= begin]
     if spans(values):
-        log_axis(axes, "y")
+        plain_log(axes, "y")
         return
     low = min(values)
     margin = 0.05 * (max(later) - low)
@@ -161,20 +174,21 @@ def draw_results(out: Path, ranked: list[Group], name: str, less_is_better: bool
     if len(known) > MOST_ROWS:
         title = f"the first {MOST_ROWS} of {len(known)}"
         known = known[:MOST_ROWS]
-    labels = [textwrap.wrap(label(group), LABEL_LINE) for group in known]
-    height = 0.16 * max(map(len, labels)) + 0.12  # of a row, in inches
+    names = [textwrap.wrap(name, LABEL_LINE) for name in labels(known)]
+    height = 0.16 * max(map(len, names)) + 0.12  # of a row, in inches
     with figure(out, "results", 8, 1.2 + height * len(known), title=title) as axes:
         every = []
         for place, group in enumerate(known):
             values = group.values(name)
             every += values
-            axes.plot(values, [place] * len(values), "o", color=COLOURS[0], markersize=4, alpha=0.6)
+            colour, marker = colour_of(ranked.index(group)), MARKERS[0]
+            axes.plot(values, [place] * len(values), marker, color=colour)
             if len(values) > 1:
                 mean, deviation = fmean(values), stdev(values)
-                axes.errorbar(mean, place + 0.2, xerr=deviation, fmt="|", color="k", capsize=3, markersize=8)
+                axes.errorbar(mean, place + 0.22, xerr=deviation, fmt="|", color="k", markersize=6)
         if spans(every):
-            log_axis(axes, "x")
-        axes.set_yticks(range(len(known)), ["\n".join(lines) for lines in labels], fontsize=8)
+            plain_log(axes, "x")
+        axes.set_yticks(range(len(known)), ["\n".join(lines) for lines in names])
         axes.set_ylim(len(known) - 0.5, -0.5)
         axes.set_xlabel(f"{HEADS.get(name, name)} ({'less' if less_is_better else 'more'} is better)")
-        axes.grid(axis="x", linewidth=0.3)
+        axes.grid(visible=False, axis="y")

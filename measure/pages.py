@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.errors import DataError, reason, regular_file, replacing, say_aside, system_sentence
-from common.runlog import read_json
+from common.errors import DataError, reason, regular_file, replacing, system_sentence
+from common.runlog import places, read_json
+from common.telling import note
 from configurator import Text, config_dict, convert
 from measure import figures
+from measure.glossary import PICTURES, meaning
 from sources.outcomes import is_number
 from sources.shared import from_here
 
@@ -32,60 +34,16 @@ LONG_CELL = 30  # signs
 MOST_COLUMNS = 10  # of a table whose few rows need not stand on their side
 LONGEST_LINE = 78  # signs of a line of a command
 
-# What the page of a run shows first of its summary.json, and what each figure is; the rest is folded away.
+# What the page of a run shows first of its summary.json; the rest is folded away. In words: measure/glossary.py.
 HEADLINES = {
-    "ghmm": {
-        "loss": "cross entropy of the next token, nats",
-        "optimal_loss": "its floor: the entropy of the process",
-        "excess_loss": "how far the loss is above the floor",
-        "r2_concat": "r2 of the belief, read out of all layers, on held-out contexts",
-        "untrained_r2_concat": "the same of the network before training",
-    },
-    "arxiv": {
-        "test_xe": "cross entropy of the next token on test documents, nats",
-        "val_xe": "cross entropy of the next token on validation documents, nats",
-        "perplexity": "exp of the cross entropy",
-        "icl_gain": "what reading more of the document gains, nats",
-        "oracle_icl_gain": "the same of the exact optimum",
-        "icl_score": "cross entropy late in a document less that early (Olsson et al. 2022): below 0 if context helps",
-        "largest_relative_excess": "share above the optimum at the worst position",
-        "K": "components trained on",
-    },
-    "apelr": {
-        "val_nll": "cross entropy of the next token on validation text, nats",
-        "val_ppl": "exp of it",
-        "oracle_nll": "the exact optimum",
-        "plan_gain": "what the belief over plans gains over the best single plan, nats",
-        "planner_mask_delta_loss": "what a uniform belief costs, nats",
-        "plan_nmi": "normalised mutual information of plans and true plans",
-        "baseline_nll": "cross entropy of the baseline of equal size",
-        "parameters": "numbers that are trained",
-    },
-    "state": {
-        "pearson_delta": "correlation of predicted and measured effects on held-out conditions, a mean",
-        "mae": "mean absolute error of a gene",
-        "discrimination": "how well the prediction tells the condition from others: 1 always, 0.5 by chance",
-        "overlap_at_50": "share of the 50 most changed genes that is found",
-        "energy_distance": "between the predicted and the measured cells",
-        "val_loss": "lowest loss on validation conditions",
-        "conditions": "held-out conditions",
-    },
-}
+    "ghmm": ("loss", "optimal_loss", "excess_loss", "r2_concat", "untrained_r2_concat"),
+    "arxiv": ("test_xe", "val_xe", "perplexity", "icl_gain", "oracle_icl_gain", "icl_score", "largest_relative_excess",
+              "K"),
+    "apelr": ("val_nll", "val_ppl", "oracle_nll", "plan_gain", "planner_mask_delta_loss", "plan_nmi", "baseline_nll",
+              "parameters"),
+    "state": ("pearson_delta", "mae", "discrimination", "overlap_at_50", "energy_distance", "val_loss", "conditions"),
+}  # fmt: skip
 FIRST_FIGURES = 8  # of an experiment of the user's own
-CAPTIONS = {
-    "beliefs": "Beliefs of the process, and what is read out of the activations.",
-    "belief": "Belief over plans, token by token.",
-    "component_probe": "Which component a document is of, read out of each layer by a linear probe.",
-    "delta": "Predicted and measured effects, gene by gene.",
-    "excess_by_position": "Cross entropy above the exact optimum, by tokens read.",
-    "excess_loss": "Loss above the floor while training.",
-    "loss": "Loss while training.",
-    "loss_by_position": "Loss at each position of the context, beside the floor.",
-    "plan_usage": "How much each plan is used.",
-    "r2_by_layer": "How much of the belief a linear map reads out of each layer, beside controls.",
-    "transition_matrix": "Transitions between plans.",
-    "xe_by_position": "Cross entropy of the next token, by tokens read.",
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -121,12 +79,19 @@ class Cell(NamedTuple):
         return "long" if len(self.text) > LONG_CELL else ""
 
 
-def write_page(path: Path, title: str, lead: str, sections: list[Section]) -> None:
+def write_page(path: Path, title: str, lead: str, sections: list[Section], experiment: str = "") -> None:
     """One html file with everything inside: complete, or not there. lead: what the page comes to, in a sentence.
 
-    A picture that is not there or no PNG is a line that says so. Raises OSError where the file cannot be written.
+    experiment: whose figures the columns of tables are; the page ends with a sentence on each. A picture that is not
+    there or no PNG is a line that says so. Raises OSError where the file cannot be written.
     """
-    text = template().render(title=title, lead=lead, sections=[filled(section) for section in sections])
+    parts = [filled(section, experiment) for section in sections]
+    columns = [column for part in parts for table in part["tables"] for column in table["columns"]]
+    named = {column["name"]: column["meaning"] for column in columns if column["meaning"]}
+    if named:
+        rows = [{"name": name, "what it is": said} for name, said in sorted(named.items())]
+        parts.append(filled(Section("What the columns are", tables=[rows], folded=True)))
+    text = template().render(title=title, lead=lead, sections=parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8", errors="replace")  # a file name may be no text
@@ -148,7 +113,7 @@ def template():
     return environment.get_template("page.html")
 
 
-def filled(section: Section) -> dict:
+def filled(section: Section, experiment: str = "") -> dict:
     """What the template takes of a section."""
     text, pictures = list(section.text), []
     for path, caption in section.pictures:
@@ -162,12 +127,12 @@ def filled(section: Section) -> dict:
         "text": text,
         "commands": section.commands,
         "pictures": pictures,
-        "tables": [filled_table(rows) for rows in section.tables if rows and rows[0]],
+        "tables": [filled_table(rows, experiment) for rows in section.tables if rows and rows[0]],
         "folded": section.folded,
     }
 
 
-def filled_table(rows: list[dict]) -> dict:
+def filled_table(rows: list[dict], experiment: str = "") -> dict:
     """A table as cells, without columns in which nothing is known.
 
     A column is one of numbers if it has some, and nothing else but blanks. Few long rows stand on their side.
@@ -182,7 +147,8 @@ def filled_table(rows: list[dict]) -> dict:
     for name in names:
         column = [row[name] for row in rows]
         known = [cell.is_number for cell in column if cell.text]
-        columns.append({"name": name, "is_number": bool(known) and all(known)})
+        is_number = bool(known) and all(known)
+        columns.append({"name": name, "is_number": is_number, "meaning": meaning(name, experiment)})
         cells.append(column)
     return {"columns": columns, "rows": list(zip(*cells, strict=True))}
 
@@ -231,26 +197,24 @@ def embedded(path: Path) -> dict | None:
 # The page of a run
 # ---------------------------------------------------------------------------------------------------------------
 def run_page(folder: Path, Config: type, result: dict | None = None) -> str:
-    """Write report.html into a run folder that has its summary.json; returns the run's last line. For rank 0 alone.
+    """Write report.html into a run folder that has its summary.json; returns where it is. For rank 0 alone.
 
     Args:
         Config: of the page that made the run, whose defaults tell which settings were chosen.
         result: of a look at a run that is there (folder is then its analysis/): what its summary.json would say.
     A page that cannot be written is a line on stderr: it ends no run.
     """
-    page, verdict = folder / "report.html", (result or {}).get("verdict", "")
-    places = f"pictures in {folder / 'plots'}"
+    page = folder / "report.html"
     try:
         if result is None:
             result = read_json(folder / "summary.json")
-            verdict = result.get("verdict", "")
-        write_page(page, title_of(folder, Config), verdict, run_sections(folder, Config, result))
-        places += f", all of it in {page}"
+        verdict = result.get("verdict", "")
+        write_page(page, title_of(folder, Config), verdict, run_sections(folder, Config, result), experiment_of(Config))
     except Exception as error:
         if figures.STRICT:
             raise
-        say_aside(f"note: {page} was not written ({system_sentence(error) or reason(error)})")
-    return f"{verdict}; {places}" if verdict else places
+        note(f"{page} was not written ({system_sentence(error) or reason(error)})")
+    return places(folder)
 
 
 def script_of(Config: type) -> Path:
@@ -264,34 +228,36 @@ def title_of(folder: Path, Config: type) -> str:
     return f"{folder.name}: a run of {script_of(Config).name}"
 
 
+def experiment_of(Config: type) -> str:
+    """What the page that defines Config calls its experiment, "" if nothing: a copy of a page keeps it."""
+    return getattr(sys.modules[Config.__module__], "EXPERIMENT", "")
+
+
 def run_sections(folder: Path, Config: type, result: dict) -> list[Section]:
     """The parts of a run's page: figures, pictures, settings and command, machine, and the rest folded away."""
     run = folder.parent if folder.name == "analysis" else folder  # what was trained, and how
     config = None  # of a checkpoint that lies alone
     if (run / "config.json").exists():
         config = read_json(run / "config.json")
-    experiment = getattr(sys.modules[Config.__module__], "EXPERIMENT", "")
-    headlines, rest = figures_of(result, experiment)
-    sections = [
+    headlines, rest = figures_of(result, experiment_of(Config))
+    return [
         Section("", tables=[headlines]),
         Section("", pictures=pictures_of(folder)),
         settings_section(run, Config, config),
         Section("Machine and time", tables=[machine(run / script_of(Config).name, result)]),
         Section("All that summary.json says", tables=rest, folded=True),
     ]
-    return sections
 
 
 def figures_of(result: dict, experiment: str) -> tuple[list[dict], list[list[dict]]]:
     """(rows of the main figures, tables of all the others)."""
     known = HEADLINES.get(experiment)
     if known is None:
-        named = [name for name, value in result.items() if cell_of(value).is_number]
-        known = dict.fromkeys(named[:FIRST_FIGURES])
+        known = [name for name, value in result.items() if cell_of(value).is_number][:FIRST_FIGURES]
     headlines, rows, tables = [], [], []
-    for name, meaning in known.items():
+    for name in known:
         if result.get(name) is not None:
-            headlines.append({"figure": name, "value": result[name], "what it is": meaning})
+            headlines.append({"figure": name, "value": result[name], "what it is": meaning(name, experiment)})
     for name, value in result.items():
         if name in known or name == "verdict":
             continue
@@ -299,7 +265,8 @@ def figures_of(result: dict, experiment: str) -> tuple[list[dict], list[list[dic
         if inner and all(isinstance(part, dict) for part in inner):
             tables.append([{name: key} | plain_values(part) for key, part in value.items()])
         else:
-            rows += [{"figure": key, "value": part} for key, part in plain_values({name: value}).items()]
+            for key, part in plain_values({name: value}).items():
+                rows.append({"figure": key, "value": part, "what it is": meaning(key, experiment)})
     return headlines, [rows, *tables]
 
 
@@ -327,7 +294,7 @@ def pictures_of(folder: Path) -> list[tuple[Path, str]]:
     pictures = []
     for path in sorted(times, key=times.get):
         if times[path] >= begun:
-            pictures.append((path, CAPTIONS.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")))
+            pictures.append((path, PICTURES.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")))
     return pictures
 
 

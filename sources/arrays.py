@@ -37,6 +37,9 @@ def read_array(path: str | Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as arrays:
             if name not in arrays.files and len(arrays.files) == 1:
                 name = arrays.files[0]
+            if name not in arrays.files:
+                held = ", ".join(arrays.files[:8]) or "none"
+                raise DataError(f"{path} has no array called {name!r}, and not one alone; it holds: {held}")
             size = size_of(arrays.zip, name)
             if size > MOST_BYTES:
                 raise DataError(f"{path}: {name} unpacks to {size / 1e9:.1f} GB, and more than "

@@ -273,7 +273,7 @@ def listing() -> str:
         defaults = [str(each.replace(annotation=each.empty)) for each in takes]  # "x=0.05"
         lines.append(f"  {name}({', '.join(defaults)})  {told[0]}")
     lines.append("  nonergodic(components)  draws one of its components once and stays in it")
-    lines.append("  custom(matrices)  matrices [V, S, S] of your own")
+    lines.append("  custom(matrices)  your own: an .npy or .npz file or a nested list [V, S, S], see matrices above")
     return "\n".join(lines)
 
 
@@ -318,6 +318,7 @@ class Process:
     Attributes:
         fingerprint: 16 hex digits of matrices as they were read, where settings only say from where; else "".
         notes: what was done to the matrices and should be said.
+        state_names: [S], what pictures call the states, or dimensions where they are no hidden states.
     Raises:
         ProcessError: if the stack is no process: wrong shape, not finite, no positive principal eigenvalue, several
             stationary states and no initial_state, or a word of negative weight.
@@ -333,7 +334,8 @@ class Process:
     ):
         T = np.asarray(matrices, dtype=np.float64)
         if T.ndim != 3 or T.shape[1] != T.shape[2] or 0 in T.shape:
-            raise ProcessError(f"{name}: matrices have shape {list(T.shape)}; expected [V, S, S]")
+            raise ProcessError(f"{name}: matrices have shape {list(T.shape)}; expected [V, S, S], a square matrix "
+                               "for each token")
         if not np.isfinite(T).all():
             raise ProcessError(f"{name}: matrices hold NaN or infinite weights")
         self.name = name
@@ -360,6 +362,8 @@ class Process:
         self.is_hmm = bool((T >= 0).all() and np.allclose(r, 1, atol=1e-9))
         if self.is_hmm and (start < 0).any():
             raise ProcessError(f"{name}: initial_state holds a negative probability")
+        kind = "state" if self.is_hmm else "dimension"
+        self.state_names = [f"{kind} {i}" for i in range(self.num_states)]
         # Sums of products without a sign are 0 only where nothing can be: the rarest event keeps its probability.
         self.impossible = IMPOSSIBLE
         if (T >= 0).all() and (start >= 0).all() and r.min() > 1e-9:
@@ -953,7 +957,9 @@ def make_process(
     for key in params:
         if key not in parameters(name):
             takes = ", ".join(parameters(name)) or "none"
-            raise ProcessError(f"process {name} has no parameter {key!r}: it takes {takes}")
+            owners = [process for process in known if key in parameters(process)]
+            hint = f"; process={' or '.join(owners)} takes {key}" if owners else ""
+            raise ProcessError(f"process {name} has no parameter {key!r}: it takes {takes}{hint}")
     try:
         if name == "nonergodic":
             process = _mixture(initial_state=initial_state, **params)
@@ -982,23 +988,35 @@ def shown(value) -> str:
 
 
 def _custom(matrices: np.ndarray, initial_state, source) -> Process:
-    """The process of these matrices, with their fingerprint, and a note where they were scaled.
+    """The process of these matrices, with their fingerprint, and a note where they are not those of a chain.
 
-    source: the file that they are of, for messages, or they themselves.
+    source: the file that they are of, by which the process is called, or they themselves.
     """
-    try:
-        process = Process(matrices, initial_state)
-    except ProcessError as error:
-        if isinstance(source, (str, Path)):
-            raise ProcessError(f"{source}: {error}") from error
-        raise
+    is_file = isinstance(source, (str, Path))
+    process = Process(matrices, initial_state, name=str(source) if is_file else "custom")
+    if is_file:
+        process.name = Path(source).name
     process.fingerprint = _digest(str(matrices.shape).encode() + matrices.tobytes())
-    given = np.abs(matrices).sum()
-    scale = float(given / process.transition_matrices.abs().sum())
-    if abs(scale - 1) > 1e-9:
-        process.notes = [f"custom matrices: divided by {scale:.12g}, the largest eigenvalue of their sum, so that "
-                         "probabilities add up to 1"]
+    process.notes = _scaling(process, matrices)
     return process
+
+
+def _scaling(process: Process, matrices: np.ndarray) -> list[str]:
+    """What was done to matrices [V, S, S] whose probabilities did not add up to 1, a note; none where they did."""
+    scale = float(np.abs(matrices).sum() / process.transition_matrices.abs().sum())
+    M = matrices.sum(0)
+    rows = M.sum(1)
+    uneven = (matrices >= 0).all() and np.ptp(rows) > 1e-6 * rows.max()
+    if uneven:
+        hint = ""
+        if np.allclose(M.sum(0), 1):
+            hint = "; its columns do: if T[x][i, j] is a step from j to i there, transpose each matrix"
+        return [f"{process.name}: rows of the sum of its matrices add up to {rows.min():.4g} to {rows.max():.4g}, not "
+                f"to 1{hint}. Taken for a generalised process, all divided by {scale:.6g}"]
+    if abs(scale - 1) > 1e-9:
+        return [f"{process.name}: matrices divided by {scale:.12g}, the largest eigenvalue of their sum, so that "
+                "probabilities add up to 1"]
+    return []
 
 
 def _digest(data: bytes) -> str:
@@ -1064,7 +1082,9 @@ def _mixture(components: list | None = None, initial_state=None) -> Process:
     pi = np.zeros(S)
     r = np.zeros(S)
     begin = 0  # the first state of a component
-    for process, vocab_map, weight in parts:
+    names = []
+    for place, (process, vocab_map, weight) in enumerate(parts, 1):
+        names += [f"{place} {process.name} {i}" for i in range(process.num_states)]
         block = slice(begin, begin + process.num_states)
         begin = block.stop
         share = weight / total
@@ -1079,6 +1099,7 @@ def _mixture(components: list | None = None, initial_state=None) -> Process:
     if initial_state is not None:
         start = initial_state
     mixture = Process(T, start, r, pi / pi.sum(), name)
+    mixture.state_names = names
     prints = [part.process.fingerprint for part in parts]
     if any(prints):
         mixture.fingerprint = _digest(" ".join(prints).encode())
@@ -1127,4 +1148,5 @@ def _framed(process: Process, add_bos: bool, eos_prob: float) -> Process:
     framed = Process(T, begin, r, pi / pi.sum(), process.name)
     framed.fingerprint = process.fingerprint
     framed.notes = process.notes
+    framed.state_names = [*process.state_names, "begin"][:states]
     return framed

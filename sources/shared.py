@@ -9,7 +9,6 @@ import os
 import platform
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import DataError, os_error, os_sentence
 from common.store import on_disk
+from common.telling import bar
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {  # what files call them
@@ -208,8 +207,8 @@ def optional(module: str, package: str):
 
 
 def progress(things: Iterable, text: str, unit: str, total: int | None = None) -> Iterable:
-    """The things, with a bar where somebody is watching."""
-    return tqdm(things, desc=text, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)
+    """The things, with how far they are: see telling.bar."""
+    return bar(things, text, total, unit)
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -150,7 +150,7 @@ def test_no_key_of_a_state_escapes_the_digest(tmp_path):
 def test_an_older_checkpoint_without_a_digest_loads_with_a_note(tmp_path, capsys):
     torch.save(state_of(format_version=1), tmp_path / "last.pt")
     assert checkpoint.load(tmp_path)["step"] == 5
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert str(tmp_path / "last.pt") in told and "without a digest" in told and len(told.splitlines()) == 1
 
 

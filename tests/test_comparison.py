@@ -151,9 +151,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_deviatio
     error = math.sqrt(stdev(values[0.1]) ** 2 / 3 + stdev(values[0.01]) ** 2 / 3)
     assert error == pytest.approx(0.1190, abs=1e-4)
     sentence = (
-        "Best of 2 by excess_loss (less is better): lr=0.01, 0.250 ± 0.050 (mean and standard deviation of 3 seeds); "
-        "next lr=0.1, 0.70 ± 0.20 (mean and standard deviation of 3 seeds). They are 0.45 ± 0.12 (standard error over "
-        "seeds) apart."
+        "Best of 2 by excess_loss (less is better): lr=0.01, 0.250 ± 0.050; "
+        "next lr=0.1, 0.70 ± 0.20 (mean ± standard deviation of 3 seeds). They are 0.45 ± 0.12 (standard error) apart."
     )
     assert any(sentence in line for line in lines) and sentence in Path("report.html").read_text()
     assert "0.250 ± 0.050" in "\n".join(lines) and lines[-1] == "all of it in report.html"
@@ -209,7 +208,7 @@ def test_the_same_data_elsewhere_are_the_same_and_early_stops_are_averaged_and_s
     assert row["runs"] == "2" and float(row["excess_loss"]) == pytest.approx(0.6)
     assert any("stopped by their own loss" in line for line in lines)
     assert any("torch 2 on cpu (1 run), torch 2 on cuda (1 run)" in line for line in lines)
-    assert "Runs of the same settings: excess_loss 0.60 ± 0.14 (mean and standard deviation of 2 seeds)." in lines
+    assert "Runs of the same settings: excess_loss 0.60 ± 0.14 (mean ± standard deviation of 2 seeds)." in lines
     assert not Path("plots/results.png").exists() and Path("plots/curves.png").exists()
 
 
@@ -290,6 +289,26 @@ def test_a_label_is_short():
     assert len({*paths, *texts}) == 4 and all(len(text) <= 40 for text in paths + texts)
     assert paths[0].endswith("of_a_folder/x.toml") and texts[0].startswith("bbbb") and overlays.shorter("b") == "b"
     assert of(x="b" * 60 + "1") == f"x={texts[0]}"
+
+
+def test_groups_that_differ_in_a_path_are_called_by_its_last_name_while_that_tells_them_apart():
+    def called(*paths: str) -> list[str]:
+        return overlays.labels([Group({"data": path, "lr": "1"}, [{}]) for path in paths])
+
+    assert called("a/long/way/to/B.toml", "a/long/way/to/NK.toml") == ["data=B.toml, lr=1", "data=NK.toml, lr=1"]
+    assert called("one/cells.toml", "two/cells.toml") == ["data=one/cells.toml, lr=1", "data=two/cells.toml, lr=1"]
+
+
+def test_the_page_has_the_commands_that_make_it_again_and_repeat_the_best_run(undrawn):
+    for seed, lr in ((0, 0.1), (0, 0.01)):
+        write_run(f"runs/{lr}", lr, lr=lr, seed=seed)
+    compare([Path("runs/0.1"), Path("runs/0.01")], Path("."))
+    commands = re.findall("<pre>(.*?)</pre>", Path("report.html").read_text(), re.DOTALL)
+    assert len(commands) == 2 and commands[0].endswith("sweep.py report .")
+    assert re.search(r"train_ghmm.py runs/0.01/config.json[\\\s]+--out_dir=runs/0.01_again$", commands[1])
+    compare([Path("runs/0.1"), Path("runs/0.01")], Path("elsewhere"))
+    [first, _] = re.findall("<pre>(.*?)</pre>", Path("elsewhere/report.html").read_text(), re.DOTALL)
+    assert first.replace("\\\n", "").split()[2:] == ["report", "runs/0.1", "runs/0.01", "--out=elsewhere"]
 
 
 def test_a_setting_without_effect_is_told(undrawn):
@@ -463,5 +482,5 @@ def test_the_page_of_a_study_begins_with_its_answer_once_and_the_rest_is_folded(
     assert not any("Best of" in line for line in lines) and "Best of" not in text
     assert "results.png" not in text and not Path("plots/results.png").exists()
     folded = re.findall("<summary>(.*?)</summary>", text)
-    assert folded == ["By settings", "While training", "Single runs", "What the runs share"]
+    assert folded == ["By settings", "While training", "Single runs", "What the runs share", "What the columns are"]
     assert answer[0].text == ["The answer.", "How."]

@@ -91,8 +91,8 @@ OWN_DATA = [('''class Batches:
 
 
 class Batches:
-'''), ('''    process: str = "mess3"''', '''    data: str = "mine.txt"  # own text
-    process: str = "mess3"'''), (body("build_process"), '''    return Text(cfg.data, cfg.n_ctx)
+'''), ('''    process: str | None = None''', '''    data: str = "mine.txt"  # own text
+    process: str | None = None'''), (body("build_process"), '''    return Text(cfg.data, cfg.n_ctx)
 '''), (body("entropy_floor"), '''    return torch.zeros(n_ctx, dtype=torch.float64), 0.0
 '''), (body("__call__"), '''        generator = self.rt.generator(step, device="cpu")
         rows = torch.randint(len(self.process.train), (self.cfg.batch_size,), generator=generator)

@@ -105,6 +105,13 @@ def test_an_optimum_has_the_colour_of_its_curve_and_one_line_last_in_the_legend(
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "exact optimum"]
 
 
+def test_one_evaluation_and_its_optimum_are_told_apart(tmp_path):
+    with figure(tmp_path, "one") as axes:
+        curve_with_optimum(axes, [100], [3.0], [2.5], "validation")
+    model, optimum, _ = axes.lines
+    assert model.get_marker() == "o" and optimum.get_marker() == "_"
+
+
 def test_few_points_have_markers_that_differ_by_curve_and_many_have_none(axes):
     for colour in COLOURS[:2]:
         curve(axes, [1, 2], [3, 4], color=colour)

@@ -12,7 +12,9 @@ from torch import nn
 
 from common.runtime import Meter, Runtime, learning_rate
 from configurator import configure
+from measure import belief_pictures as pictures
 from measure import beliefs as measured
+from measure.belief_pictures import plot_run
 from measure.beliefs import (
     Prefixes,
     analyse,
@@ -21,7 +23,6 @@ from measure.beliefs import (
     deal_folds,
     deal_hands,
     pca,
-    plot_run,
     predict,
     regress,
 )
@@ -840,10 +841,10 @@ def test_pictures_are_drawn_for_any_number_of_states(name, states, tmp_path):
     lines = [{"step": s, "split": "eval", "excess_loss": 1 / s} for s in (1, 2)] + [{"step": 1, "split": "train"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_run(tmp_path, "title", result, analysis, geometry)
-    pictures = {path.name: path for path in (tmp_path / "plots").iterdir()}
+    files = {path.name: path for path in (tmp_path / "plots").iterdir()}
     of_beliefs = {"beliefs.png", "r2_by_layer.png"} if states > 1 else set()  # one state: nothing to see
-    assert pictures.keys() == {"excess_loss.png", "loss_by_position.png"} | of_beliefs
-    for picture in pictures.values():
+    assert files.keys() == {"excess_loss.png", "loss_by_position.png"} | of_beliefs
+    for picture in files.values():
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert imread(picture)[..., :3].std() > 0.01, f"{picture.name} is blank"
 
@@ -858,14 +859,14 @@ def watched(monkeypatch) -> list:
             yield axes
             drawn.append(axes)
 
-    monkeypatch.setattr(measured, "figure", watch)
+    monkeypatch.setattr(pictures, "figure", watch)
     return drawn
 
 
 def test_a_bar_of_no_height_shows_no_spread_around_0(tmp_path, monkeypatch):
     drawn = watched(monkeypatch)
     layers = {"embed": {"r2": -0.3, "r2_spread": 0.2}, "concat": {"r2": 0.5, "r2_spread": 0.1}}
-    measured.plot_r2_by_layer(tmp_path, "title", {"layers": layers, "untrained_r2_concat": 0.1,
+    pictures.plot_r2_by_layer(tmp_path, "title", {"layers": layers, "untrained_r2_concat": 0.1,
                                                   "shuffled_r2_concat": -0.1})
     axes, = drawn
     lines, = (container.errorbar.lines[2][0] for container in axes.containers if hasattr(container, "errorbar"))
@@ -884,7 +885,7 @@ def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, t
     beliefs = torch.tensor(beliefs).double()
     predicted = beliefs + 0.05
     geometry = {"beliefs": beliefs, "predicted": predicted, "weights": torch.tensor([0.5, 0.2, 0.3]).double()}
-    measured.plot_beliefs(tmp_path, "title", geometry, 0.9)
+    pictures.plot_beliefs(tmp_path, "title", geometry, 0.9)
     axes, = drawn
     assert label in axes.get_xlabel() and "true" in axes.get_xlabel()
     points = axes.collections[0].get_offsets()
@@ -895,10 +896,62 @@ def test_beliefs_on_a_line_are_drawn_as_predicted_against_true(beliefs, label, t
         np.testing.assert_allclose(points[:, 1], predicted[order, 1], atol=1e-9)
 
 
+def geometry_of(process, length: int) -> dict:
+    """What plot_beliefs takes, of a model that holds the beliefs but for a shift."""
+    contexts = contexts_of(process, length)
+    beliefs = contexts.beliefs[:, -1]
+    return {"beliefs": beliefs, "predicted": beliefs + 0.05, "weights": contexts.weights, "names": contexts.states}
+
+
+def test_beliefs_over_three_states_are_points_of_a_triangle_in_the_colours_of_its_corners(tmp_path, monkeypatch):
+    from matplotlib.colors import to_rgb
+
+    drawn = watched(monkeypatch)
+    certain = torch.eye(3, dtype=torch.float64)
+    beliefs = torch.cat([certain, torch.full((1, 3), 1 / 3, dtype=torch.float64)])
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    geometry = {"beliefs": beliefs, "predicted": beliefs, "weights": weights}
+    pictures.plot_beliefs(tmp_path, "title", geometry, 0.9)
+    (left, right), = drawn
+    for axes in (left, right):
+        points = axes.collections[0]
+        np.testing.assert_allclose(points.get_offsets(), [[0, 0], [1, 0], [0.5, 0.75**0.5], [0.5, 0.75**0.5 / 3]])
+        np.testing.assert_allclose(points.get_facecolors()[:3, :3], [to_rgb(colour) for colour in pictures.CORNERS])
+        assert [text.get_text() for text in axes.texts] == ["state 0", "state 1", "state 2"]
+
+
+@pytest.mark.parametrize("name, planes", [("rrxor", 2), ("tom_quantum", 1), ("fanizza", 2)])
+def test_beliefs_of_more_dimensions_are_drawn_in_planes_of_their_components(name, planes, tmp_path, monkeypatch):
+    """Both sides in the same coordinates and range; the shares of the variance stand on the axes."""
+    drawn = watched(monkeypatch)
+    geometry = geometry_of(make_process(name), 5)
+    pictures.plot_beliefs(tmp_path, "title", geometry, 0.9)
+    rows, = drawn
+    assert rows.shape == (planes, 2)
+    explained = pca(geometry["beliefs"], geometry["weights"])["explained"]
+    for left, right in rows:
+        assert left.axis() == right.axis()
+        of_true, of_read = (axes.collections[0].get_offsets() for axes in (left, right))
+        shift = of_read - of_true
+        np.testing.assert_allclose(shift, np.broadcast_to(shift[0], shift.shape), atol=1e-12)
+    first, second = rows[0][0].get_xlabel(), rows[0][0].get_ylabel()
+    assert f"component 1, {explained[0]:.0%}" in first and f"component 2, {explained[1]:.0%}" in second
+    kind = "state" if name == "rrxor" else "dimension"
+    assert kind in first and not {"state", "dimension"} <= set(first.split())
+
+
+def test_states_of_a_mixture_are_named_by_their_component(tmp_path, monkeypatch):
+    drawn = watched(monkeypatch)
+    process = make_process("nonergodic", components=[{"process": "sns"}, {"process": "sns", "p": 0.9}])
+    pictures.plot_beliefs(tmp_path, "title", geometry_of(process, 6), 0.9)
+    labels = " ".join(axes.get_xlabel() + axes.get_ylabel() for axes in drawn[0].flat)
+    assert "1 sns 0" in labels and "2 sns 1" in labels
+
+
 def test_an_excess_that_is_not_above_zero_has_no_place_on_a_logarithmic_axis(tmp_path):
     lines = [{"step": s, "split": "eval", "excess_loss": x} for s, x in ((1, 0.0), (2, -1e-12))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    measured.plot_excess_loss(tmp_path, "title")
+    pictures.plot_excess_loss(tmp_path, "title")
     assert not (tmp_path / "plots").exists()
 
 

@@ -1080,6 +1080,28 @@ def test_scaled_matrices_are_said_and_others_are_not():
     assert len(digits) == 1 and "divided by 0.99999999," in digits[0]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_whose_rows_do_not_add_up_to_1_are_said(transposed):
+    T = np.array([[[0.5, 0.2], [0.1, 0.2]], [[0.1, 0.2], [0.3, 0.3]]])  # rows of the sum: 1, 0.9
+    if transposed:
+        T = literal("no_consecutive_ones", p=0.3).transpose(0, 2, 1)
+    note, = make_process("custom", matrices=T.tolist()).notes
+    rows = "0.3 to 1.7" if transposed else "0.9 to 1"
+    assert f"rows of the sum of its matrices add up to {rows}, not to 1" in note
+    assert ("transpose" in note) == transposed
+
+
+def test_a_process_from_a_file_has_its_name(tmp_path):
+    np.save(tmp_path / "bits.npy", literal("coin", p=0.3))
+    np.save(tmp_path / "odd.npy", np.ones((2, 3, 2)))
+    assert make_process("custom", matrices=str(tmp_path / "bits.npy")).name == "bits.npy"
+    with pytest.raises(ProcessError, match=r"odd\.npy: matrices have shape \[2, 3, 2\]; expected \[V, S, S\]"):
+        make_process("custom", matrices=str(tmp_path / "odd.npy"))
+    np.savez(tmp_path / "two.npz", a=np.ones(1), b=np.ones(1))
+    with pytest.raises(ProcessError, match=r"two\.npz has no array called 'matrices'.*it holds: a, b"):
+        make_process("custom", matrices=str(tmp_path / "two.npz"))
+
+
 def test_no_entropy_is_below_0_by_rounding():
     certain = make_process("zero_one_random", p=1.0, initial_state=[1.0, 0.0, 0.0])
     assert (certain._entropy(torch.tensor([1 + 1e-15, 0, 0]).double()) == 0).all()

@@ -19,6 +19,7 @@ from common.runlog import write_json
 from configurator import config_dict
 from measure import figures
 from measure.figures import figure
+from measure.glossary import meaning
 from measure.pages import Section, cell_of, filled_table, run_page, write_page
 
 
@@ -111,7 +112,7 @@ def settings_by(page, words: list[str], capsys) -> dict:
 
 
 CHOSEN = {  # as configure() fills them in; with values that a shell would take apart
-    "train_ghmm": {"process": "nonergodic", "components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
+    "train_ghmm": {"components": [{"process": "mess3", "weight": 1}, {"process": "rrxor"}],
                    "open_probs": [1.0, 0.25], "add_bos": True, "lr": 1e-05, "out_dir": "out/a b's $(c)"},
     "train_arxiv": {"lr": 1e-3, "min_lr": 4e-4, "categories": ["cs.PL", "math, pure"], "patience": 0, "probe": False},
     "train_apelr": {"lr": 1e-3, "loss_weights": {"usage_balance": 0.1}, "batch_size": "auto", "data": "data/x y"},
@@ -125,7 +126,7 @@ def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, cap
     monkeypatch.chdir(ROOT)
     page = importlib.import_module(name)
     folder = run_folder(tmp_path / "run 1", page, CHOSEN[name], {"verdict": "it works", "steps": 3, "torch": "2"})
-    assert run_page(folder, page.Config) == f"it works; pictures in {folder}/plots, all of it in {folder}/report.html"
+    assert run_page(folder, page.Config) == f"pictures in {folder}/plots, all of it in {folder}/report.html"
     text = html.unescape((folder / "report.html").read_text())
     command = re.search("<pre>(.*?)</pre>", text, re.DOTALL)[1]
     python, script, *words = shlex.split(command.replace("\\\n", ""))
@@ -153,12 +154,16 @@ def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):
     os.utime(stale, (1, 1))  # of a run that was here before
     run_page(folder, page.Config)
     text = (folder / "report.html").read_text()
-    assert '<p class="lead">5 &lt; 6</p>' in text and text.count("<img") == 1 and "Loss while training." in text
+    assert '<p class="lead">5 &lt; 6</p>' in text and text.count("<img") == 1 and "Loss while training, and" in text
     cells = re.findall(r'data-value="(.*?)">', text)
     first = cells.index("pearson_delta")
     assert cells[first + 1] == "0.25" and "mae" not in cells[first : first + 6]
     folded = text[text.index("<details>") :]
-    assert re.findall('data-value="(.*?)"', folded)[:4] == ["mse", "1.5", "fit.c", "2.0"]
+    told = re.findall('data-value="(.*?)"', folded)
+    assert told[:2] == ["mse", "1.5"] and "squared error" in told[2] and told[3:6] == ["fit.c", "2.0", ""]
+    # The head of a column says on a hover what it is, and the end of the page for those who cannot.
+    said = meaning("mae", "state")
+    assert f'<th class="number" title="{said}">' in text and f'data-value="{said}"' in text.split("What the col")[1]
     assert "20 values, the first 0, the last 19" in folded and ">control<" in folded and "5 &lt; 6" not in folded
     for fact in ("12 s", "345.6 cells/s", "begun", "ended", torch.__version__, f"{os.cpu_count()} cores"):
         assert fact in text, fact
@@ -179,7 +184,7 @@ def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):
 def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(tmp_path, capsys, monkeypatch):
     page = importlib.import_module("train_ghmm")
     folder = run_folder(tmp_path / "run", page, {}, {"loss": 1.0})
-    assert run_page(folder, page.Config).startswith("pictures in ")
+    assert run_page(folder, page.Config).startswith("pictures in ") and (folder / "report.html").is_file()
     # Of a run on GPUs, whose page had another setting then.
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | {"gone": 1})
@@ -193,7 +198,7 @@ def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(t
     monkeypatch.setattr(figures, "STRICT", False)
     assert run_page(folder, page.Config) == f"pictures in {folder}/plots"
     (folder / "summary.json").write_text("torn {")
-    assert run_page(folder, page.Config, {"verdict": "fine"}) == f"fine; pictures in {folder}/plots"
+    assert run_page(folder, page.Config, {"verdict": "fine"}) == f"pictures in {folder}/plots"
     assert run_page(folder, page.Config) == f"pictures in {folder}/plots"
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and all(line.startswith(f"note: {folder}/report.html was not written (") for line in told)
@@ -203,7 +208,8 @@ def test_a_page_that_cannot_be_written_is_a_note_and_an_old_run_has_no_verdict(t
 def test_a_look_at_a_checkpoint_alone_has_a_page_without_settings(tmp_path):
     page = importlib.import_module("train_ghmm")
     (tmp_path / "imported" / "analysis").mkdir(parents=True)
-    assert run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0}).startswith("v; ")
+    told = run_page(tmp_path / "imported" / "analysis", page.Config, {"verdict": "v", "loss": 1.0})
+    assert told == f"all of it in {tmp_path}/imported/analysis/report.html"
     text = (tmp_path / "imported" / "analysis" / "report.html").read_text()
     assert "imported: a look at a run of train_ghmm.py" in text and "no config.json" in text and "<pre>" not in text
     write_json(tmp_path / "imported" / "config.json", config_dict(page.Config(lr=0.5)))

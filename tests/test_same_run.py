@@ -75,17 +75,21 @@ def test_a_run_in_all_its_lives(experiment, capsys):
     speed_name = "cells_per_second" if experiment == "state" else "tokens_per_second"
     assert summary[speed_name] > 0
 
-    # The same command again: nothing is trained, measured or written, and its figures are all there.
-    capsys.readouterr()
+    # The same command again: nothing is trained, measured or written. Both end with the verdict, then few figures.
+    ends = capsys.readouterr().out.rpartition("\ndone: ")[2].splitlines()
+    assert ends[0] == summary["verdict"] and len(ends) <= 8 and f"seconds: {summary['seconds']:.6g}" in ends
+    assert ends[-1].endswith("all of it in run/report.html")
     again = main(experiment)(settings)
     said = capsys.readouterr().out
     assert "ended at step 12" in said and "nothing was left to train" in said
-    assert f"{speed_name}: {summary[speed_name]:.6g}" in said
+    assert said.rpartition("\ndone: ")[2].splitlines() == ends
     assert again == json.loads(Path("run/summary.json").read_text())
     assert contents("run") == made
 
     # A look at it writes into a folder of its own.
     main(experiment)(["--analyze=run", "--device=cpu"])
+    looked = capsys.readouterr().out.rpartition(f"step {summary['steps']}: ")[2].splitlines()
+    assert looked[-1].endswith("all of it in run/analysis/report.html") and len(looked) <= 8
     after = contents("run")
     assert {name: after[name] for name in made} == made
     assert all(name.startswith("run/analysis/") for name in set(after) - set(made)) and len(after) > len(made)
@@ -251,13 +255,13 @@ def test_a_look_at_other_data_says_so_and_one_at_the_same_elsewhere_does_not(cap
     make_data("arxiv", seed=1)
     capsys.readouterr()
     main("arxiv")(["--analyze=run", "--data=copy", "--bootstrap=5", "--device=cpu"])
-    assert "note: " not in capsys.readouterr().out
+    assert "note: " not in capsys.readouterr().err
     trained = json.loads(Path("run/results.json").read_text())
     looked = json.loads(Path("run/analysis/results.json").read_text())
     assert looked["data"] == trained["data"] and looked["budget"] == trained["budget"] and "measured_on" not in looked
     shutil.move("data/ergodic", "other")
     main("arxiv")(["--analyze=run", "--data=other", "--bootstrap=5", "--device=cpu"])
-    assert "note: other is other data than run was trained on (data/ergodic)" in capsys.readouterr().out
+    assert "note: other is other data than run was trained on (data/ergodic)" in capsys.readouterr().err
     looked = json.loads(Path("run/analysis/results.json").read_text())
     assert looked["data"] == trained["data"] and looked["measured_on"]["path"] == "other"
     assert looked["measured_on"]["fingerprint"] != trained["data"]["fingerprint"]

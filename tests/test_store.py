@@ -44,7 +44,7 @@ def without_pictures(in_a_folder_of_its_own, monkeypatch):
     for name in ("CONFIG_FILE", "SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(f"AWS_{name}", str(Path(name).absolute()))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    store.say_once.cache_clear()
+    store.note_once.cache_clear()
 
 
 def run(*settings: str) -> dict:

@@ -210,14 +210,24 @@ def test_a_process_of_any_kind_runs_to_its_end(settings, process, tokens):
     assert len(checkpoint.load(Path("run"))["model"]["unembed.bias"]) == tokens
 
 
-@pytest.mark.parametrize("form", ["file", "list"])
-def test_custom_matrices_train_like_the_process_they_are_of(form):
+@pytest.mark.parametrize("form", ["T.npy", "T.npz", "list"])
+def test_matrices_alone_train_like_the_process_they_are_of(form, capsys):
     stack = [[[0.7, 0], [0, 0]], [[0, 0.3], [1, 0]]]
     np.save("T.npy", np.array(stack))
+    np.savez("T.npz", anything=np.array(stack))
     named = train_ghmm.main([*FEW, "--process=even_ones", "--p=0.3"])
-    given = json.dumps(stack) if form == "list" else "T.npy"
-    found = train_ghmm.main([*FEW, "--process=custom", f"--matrices={given}", "--out_dir=own"])
+    given = json.dumps(stack) if form == "list" else form
+    found = train_ghmm.main([*FEW, f"--matrices={given}", "--out_dir=own"])
     assert found["loss_by_position"] == close(named["loss_by_position"], 1e-4)
+    assert read("own/config.json")["process"] == "custom"
+    called = "custom" if form == "list" else form
+    assert f"process {called}: 2 tokens, 2 states" in capsys.readouterr().out
+
+
+def test_components_alone_are_a_mixture_and_neither_is_the_default_process():
+    assert configure(Config, ["--components=[{'process': 'coin'}]"]).process == "nonergodic"
+    assert configure(Config, []).process == "mess3"
+    assert configure(Config, ["--process=sns"]).process == "sns"
 
 
 def test_carry_state_goes_on_with_the_sequences_of_the_first_batch():
@@ -267,7 +277,7 @@ def test_the_last_line_has_the_untrained_network_beside_and_the_deals_have_a_see
 
 def test_scaled_matrices_are_said_in_the_first_lines(capsys):
     train_ghmm.main([*FEW, "--process=custom", "--matrices=[[[1.0]],[[3.0]]]"])
-    assert capsys.readouterr().out.count("custom matrices: divided by 4, ") == 1
+    assert capsys.readouterr().out.count("custom: matrices divided by 4, ") == 1
 
 
 CONFIGS = sorted((ROOT / "config").glob("ghmm_*.py"))
@@ -319,6 +329,8 @@ def test_a_run_in_the_words_of_the_source_is_the_same_run():
     ("--n_ctx=1.5", "n_ctx"), ("--model=mamba", "'mamba'"),
     ("--process=custom --matrices=../absent.npy", "absent.npy"), ("--process=custom", "needs matrices"),
     ("--process=custom --matrices=../odd.npy", "[2, 3, 4]"), ("--process=nonergodic", "needs components"),
+    ("--process=mess3 --matrices=[[[0.5]],[[0.5]]]", "process=custom takes matrices"),
+    ("--matrices=[[[0.5]],[[0.5]]] --components=[{'process':'coin'}]", "process=nonergodic takes components"),
     ("--process=custom --matrices=[[[0,1],[-1,0]]]", "no process"), ("--wandb=true", "wandb"),
     ("--process=fanizza --lamb=0.7", "fanizza is no process: after [0] the token 0 has the negative weight"),
     ("--initial_state=1,0", "initial_state"), ("--add_eos --eos_prob=2", "eos_prob = 2"), ("--precision=fp16", "fp16"),

@@ -246,7 +246,7 @@ def test_the_name_of_a_wandb_run_may_be_damaged(monkeypatch, known, told, capsys
     with open_log(step=3, wandb=True):
         pass
     assert started == [told] and Path("run/wandb_id.txt").read_text() == "new"
-    assert ("run/wandb_id.txt is damaged" in capsys.readouterr().out) == (told is None)
+    assert ("run/wandb_id.txt is damaged" in capsys.readouterr().err) == (told is None)
     with pytest.raises(InputError, match="W&B does not start .ConnectionError: no network"), open_log(wandb=True):
         pass
 

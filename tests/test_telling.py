@@ -1,0 +1,115 @@
+"""What a command says beside its results: its first line, what takes long, the end of a run."""
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common import runlog, telling
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """All waits a hundred times shorter."""
+    for name in ("SILENT_S", "SHORT_S", "AGAIN_S"):
+        monkeypatch.setattr(telling, name, getattr(telling, name) / 100)
+
+
+def test_what_is_over_soon_says_nothing_and_leaves_no_thread(capsys):
+    before = threading.active_count()
+    with telling.doing("reading"):
+        assert list(telling.bar(range(3), "counting")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_a_long_count_says_how_far_it_is_ever_more_rarely(hurry, capsys):
+    for _ in telling.bar(range(100), "analysing 100 prefixes"):
+        time.sleep(0.01)
+    lines = capsys.readouterr().err.splitlines()
+    # At 0.02, 0.12, 0.27, 0.495, 0.83 s of about one; of ten seconds, on a busy machine, there would be ten.
+    assert 2 <= len(lines) <= 12
+    shares = [int(re.fullmatch(r"analysing 100 prefixes \.\.\. (\d+)%, about \d+ s left", line)[1]) for line in lines]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] < 100
+
+
+@pytest.mark.parametrize("done, seconds, told", [
+    (0, 3, ""),  # nobody knows yet
+    (25, 10, " 25%, about 30 s left"),
+    (1, 10, " 1%, about 16 min left"),  # 990 s
+    (1, 1_000, " 1%, about 27.5 h left"),
+    (100, 10, " 100%, about 1 s left"),
+])
+def test_the_estimate_is_of_the_pace_so_far(monkeypatch, done, seconds, told):
+    work = telling.Work("counting", 100, "", active=False)
+    work.began, work.done = 0.0, done
+    monkeypatch.setattr(telling.time, "monotonic", lambda: float(seconds))
+    assert work.so_far() == told
+
+
+def test_a_long_piece_without_a_count_has_its_line(hurry, capsys):
+    with telling.doing("fitting laws"):
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fitting laws ..." and lines[1:] == ["fitting laws ... 1 s"] * len(lines[1:])
+
+
+def test_work_that_counts_by_itself_and_a_total_that_nobody_knows(hurry, capsys):
+    with telling.bar(None, "reading", unit="files") as work:
+        work.update(1_234)
+        time.sleep(0.06)
+    assert capsys.readouterr().err.splitlines()[0] == "reading ... 1,234 files"
+
+
+def test_other_ranks_and_what_is_not_active_say_nothing(hurry, capsys, monkeypatch):
+    with telling.doing("reading", active=False):
+        time.sleep(0.05)
+    monkeypatch.setenv("RANK", "1")
+    telling.begin("train_x.py", "x")
+    telling.note("x")
+    for _ in telling.bar(range(2), "counting"):
+        time.sleep(0.04)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_break_ends_what_is_said(hurry, capsys):
+    for _ in telling.bar(range(100), "counting"):
+        break
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_first_line(capsys):
+    telling.begin("there/train_x.py", "mess3, 2 steps", Path("out/x"))
+    runlog.first_line("train_x.py", SimpleNamespace(analyze="out/x", out="", out_dir="out/y"), "mess3")
+    told = capsys.readouterr()
+    assert told.err == "train_x: mess3, 2 steps -> out/x\n" and told.out == "train_x: a look at out/x\n"
+
+
+def test_a_run_ends_with_its_verdict_and_few_numbers(tmp_path):
+    summary = {"loss": 0.123456789, "K": 3, "by": [1, 2], "text": "x", "more": 1_234_567, "none": None}
+    summary["verdict"] = "good"
+    assert runlog.conclusion(summary, ("K", "loss", "absent", "none")) == ["done: good", "K: 3", "loss: 0.123457"]
+    assert runlog.conclusion(summary)[1:] == ["loss: 0.123457", "K: 3", "more: 1234567"]
+    many = {f"n{i}": i for i in range(20)} | {"verdict": "good"}
+    assert len(runlog.conclusion(many, tuple(many))) == 7  # and one line for the places
+    assert runlog.places(tmp_path) == f"results in {tmp_path}"
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "report.html").touch()
+    assert runlog.places(tmp_path) == f"pictures in {tmp_path / 'plots'}, all of it in {tmp_path / 'report.html'}"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in ROOT.glob("train_*.py")))
+def test_no_page_waits_for_a_compiler_that_it_does_not_use(page):
+    """To import torch's takes over a second, before the first line."""
+    asks = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {page[:-3]}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n", done.stderr
