@@ -13,6 +13,7 @@ import torch
 
 from common.errors import DataError, replacing
 from common.runlog import read_metrics, write_json
+from common.telling import doing
 from kernels.rank_sum import rank_sum
 from measure.baselines import Baselines
 from measure.figures import COLOURS, GREY, curve, figure, legend, legend_below, panels, plain_log, spans
@@ -544,6 +545,12 @@ def format_table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def table_of(summary: dict) -> str:
+    """The same of what summary.json says."""
+    means = {"model": summary} | summary["baselines"]
+    return format_table({name: {"mean": metrics} for name, metrics in means.items()})
+
+
 def verdict(means: dict) -> str:
     """The result of a run in a sentence: whether the model is better than knowing means. means: as in summary.json."""
     conditions = means["conditions"]
@@ -616,7 +623,8 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
     write_json(folder / "results.json", saved)
     judged = _shared(results, "pearson_delta")
     conditions = len(judged)
-    plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
+    with doing("drawing pictures"):
+        plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
     model = means.pop("model")
     numbers = {"conditions": conditions, "conditions_judged": int(judged.sum())}
     summary = model | {"baselines": means} | numbers

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from common.errors import DataError
+from common.telling import doing
 from sources import hdf5
 from sources.h5ad import (
     H5ad,
@@ -110,7 +111,8 @@ def checked_counts(
     matrix = cells.matrix(layer or None)
     if matrix.key.startswith("obsm/"):
         raise DataError(f"{matrix.where} is not of all genes: choose X, a layer or raw/X")
-    values = matrix.check()
+    with doing(f"looking at {matrix.where}, {counted(cells.n_obs, 'cell')}"):
+        values = matrix.check()
     kind = kind_of_values(values)
     others = f"if the counts are elsewhere, use --layer= one of {', '.join(cells.keys)}"
     if kind == "nothing but zeros":
@@ -426,7 +428,7 @@ def write_preprocessed(
     obs = {name: column[keep] for name, column in cells.frame("obs").items()}
     with new_h5ad(path, cells.obs_names[keep], obs, {"log1p": {}}, cells.index_name("obs")) as file:
         # Which genes vary is known only when all cells were written, so X_hvg takes another pass.
-        blocks = expression(found, keep, target_sum, "expression")
+        blocks = expression(found, keep, target_sum, f"expression of {counted(shape[0], 'cell')}")
         sums, squares = write_expression(file, blocks, shape, values_of(found, keep), keep_counts)
         genes = variable_genes(sums, squares, shape[0], num_hvgs)
         chosen = genes["highly_variable"]
@@ -436,7 +438,7 @@ def write_preprocessed(
         part = cells.var_part(matrix.key)
         columns = {**cells.frame(part), **genes}
         write_frame(file, "var", cells.row_names(part), columns, cells.index_name(part))
-        blocks = expression(found, keep, target_sum, "X_hvg")
+        blocks = expression(found, keep, target_sum, f"X_hvg of {counted(shape[0], 'cell')}")
         write_variable(file, blocks, (shape[0], width), chosen)
         left_out = copy_rest(file, cells, matrix.key, keep)
         tables = copy_obsm(file, cells, keep)

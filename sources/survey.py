@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 from common.errors import DataError
+from common.telling import doing
 from sources import hdf5
 from sources.h5ad import H5ad, column_of, no_value
 from sources.labels import check_labels
@@ -60,7 +61,8 @@ def survey_files(
     gene_dim = 0
     hvg_dim = 0
     for path in files:
-        with H5ad(path) as file:
+        size = path.stat().st_size / 1e6 if path.is_file() else 0
+        with doing(f"reading {path} ({size:,.0f} MB)"), H5ad(path) as file:
             asked = {setting: columns[name] for name, setting in SETTINGS.items()}
             check_labels(file, asked, control_pert, keys["input"])
             for name, column in columns.items():
