@@ -36,7 +36,7 @@ from common.ahead import send
 from common.compiling import uncompiled
 from common.runlog import RunLog, ended_before, first_line, run_facts, say_again
 from common.runtime import Meter, Runtime, learning_rate
-from common.telling import Work, bar
+from common.telling import Work, bar, note
 from configurator import (
     Count,
     NonNegative,
@@ -922,7 +922,7 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
         weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
     taken = {name: saved[name] for name in SHAPE if name in saved and saved[name] != getattr(cfg, name)}
     if taken:
-        print(f"note: taken over from {path}: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
+        note(f"taken over from {path}: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
     return replace(cfg, **taken), weights
 
 

@@ -356,8 +356,10 @@ def verify_blocks(store: Path, name: str, meta: dict) -> None:
         return
     blocks = meta.get("blocks", {}).get(name)
     if blocks is None:
-        print(f"note: {store} has no checksums of parts, so {name} is not verified: python prepare_data.py inspect "
-              f"{store} reads it whole; deleted, the next start makes it anew with them")
+        telling.note(
+            f"{store} has no checksums of parts, so {name} is not verified: python prepare_data.py inspect {store} "
+            "reads it whole; deleted, the next start makes it anew with them"
+        )
         return
     others = np.random.default_rng().permutation(np.arange(1, len(blocks)))
     with open(store / name, "rb") as file:
@@ -690,7 +692,7 @@ def conversion(matrix: Matrix, counts: str, done: Callable | None = None, read: 
     if counts == "log1p" or kind == "log1p":
         if values["log_base"] == math.e:
             return ""
-        print(f"note: {matrix.where} is log1p to base {values['log_base']:g}: brought to the natural logarithm")
+        telling.note(f"{matrix.where} is log1p to base {values['log_base']:g}: brought to the natural logarithm")
         return "rescale"
     in_obsm = matrix.key.startswith("obsm/")
     if counts == "convert" and not in_obsm:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from common.errors import DataError
-from common.telling import doing
+from common.telling import doing, note
 from sources import hdf5
 from sources.h5ad import (
     H5ad,
@@ -370,16 +370,18 @@ def preprocess(
 
     empty = int((found.values["row_sums"] == 0).sum())
     unlabelled = len(keep) - shape[0] - empty
-    dropped = counted(empty, "empty one") + " left out"
+    dropped = [counted(empty, "empty one") + " left out"] if empty else []
     if unlabelled:
-        dropped += f", {unlabelled:,} without a value in a column that was named"
+        dropped.append(f"{unlabelled:,} without a value in a column that was named")
+    of_them = f" ({', '.join(dropped)})" if dropped else ""
     limit = f", all that vary: num_hvgs is {num_hvgs:,}" if width < num_hvgs else ""
     print(
-        f"preprocess: {counted(shape[0], 'cell')} ({dropped}), {counted(shape[1], 'gene')}; "
-        f"{what_was_done(found, target_sum)}; X_hvg has the {width:,} most variable of them{limit}; written to {path}"
+        f"preprocess: {counted(shape[0], 'cell')}{of_them}, {counted(shape[1], 'gene')}; "
+        f"{what_was_done(found, target_sum)}\n"
+        f"X_hvg has the {width:,} most variable of them{limit}; written to {path}"
     )
     if left_out:
-        print(f"note: left out of {input}: {', '.join(left_out)}")
+        note(f"left out of {input}: {', '.join(left_out)}")
     next_step(path, columns, control_pert)
     return {
         "cells": shape[0],
@@ -397,7 +399,7 @@ def next_step(path: Path, columns: dict[str, str], control_pert: str) -> None:
     try:
         write_starter(input=str(path), **columns, control_pert=control_pert)
     except DataError as error:
-        print(f"note: no TOML that says which cells train was written: {error}")
+        note(f"no TOML that says which cells train was written: {error}")
         print(f"next: python prepare_data.py state toml --input={path} --pert_col=... --control_pert=...")
 
 

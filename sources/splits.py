@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, regular_file
+from common.telling import note
 from sources.shared import counter_rng, suggest
 
 SPLITS = ("train", "val", "test")
@@ -39,9 +40,7 @@ def objection(strict: bool, message: str) -> None:
     """What cell-load passes over in silence: refused, or with strict=False told and passed over."""
     if strict:
         raise DataError(message)
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        print(f"note: {message}")
+    note(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------

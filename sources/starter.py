@@ -1,6 +1,5 @@
 """A first TOML of an h5ad file: which cells train and which test, with comments that say what to change."""
 
-import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, replacing
+from common.telling import note
 from sources.digests import fingerprint
 from sources.h5ad import H5ad
 from sources.labels import Labels, check_labels, find_labels
@@ -97,7 +97,7 @@ def make_starter(path: Path, beside: bool, key: str = "", **given: str | None) -
         labels = find_labels(cells, **given)
         check_found(path, labels, cells.columns)
         has_hvg = cells.place("X_hvg") is not None
-    note = take_replicates(labels) if "cell_type_key" not in given else []
+    comment = take_replicates(labels) if "cell_type_key" not in given else []
     table, cell_types, perturbations, lost = count_cells(labels)
     try:
         split = split_of(table, cell_types, perturbations, labels.control_pert)
@@ -110,7 +110,7 @@ def make_starter(path: Path, beside: bool, key: str = "", **given: str | None) -
         )
     else:
         kinds = counted(len(cell_types), "cell type")
-        if note:
+        if comment:
             kinds = f"{len(cell_types)} of {labels.cell_type_key}"
         held_out = f"{split.cell_type}, 1 of {kinds}"
     held_out += f" ({counted(split.cells, 'perturbed cell')})"
@@ -121,7 +121,7 @@ def make_starter(path: Path, beside: bool, key: str = "", **given: str | None) -
         words += " --embed_key=none --output_space=all"
     others = [name for name in perturbations if name != labels.control_pert]
     lines = toml_lines(path, beside, split, cell_types, others)
-    return Starter("\n".join([*note, *lines]) + "\n", labels, held_out, words)
+    return Starter("\n".join([*comment, *lines]) + "\n", labels, held_out, words)
 
 
 def check_found(path: Path, labels: Labels, columns: list[str]) -> None:
@@ -274,6 +274,5 @@ def toml_of(path: str | Path, key: str, **labels: str | None) -> Path:
     starter = make_starter(path, False, key, **labels)
     toml = FOLDER / f"{safe(path.stem)}-{fingerprint(starter.text)[:12]}.toml"
     put(toml, starter.text)
-    if int(os.environ.get("RANK") or 0) == 0:
-        print(f"note: {path} is cells and no TOML: held out is {starter.held_out}; for another split copy {toml}")
+    note(f"{path} is cells and no TOML: held out is {starter.held_out}; for another split copy {toml}")
     return toml

@@ -231,7 +231,7 @@ def test_preprocess_keeps_what_fits_and_says_what_does_not(capsys):
     kept = np.flatnonzero(np.arange(N) != 3)
     parts = ["layers (spliced)", "mod (rna)", "obsm (X_hvg (chosen anew), letters, words)", "obsp (near)", "raw"]
     assert sorted(found["left_out"]) == parts
-    assert f"note: left out of a.h5ad: {', '.join(found['left_out'])}\n" in capsys.readouterr().out
+    assert f"note: left out of a.h5ad: {', '.join(found['left_out'])}\n" in capsys.readouterr().err
     with h5py.File("out.h5ad") as file:
         obs = file["obs"]
         assert obs["level"].attrs["ordered"] and obs["level/categories"].asstr()[:].tolist() == LEVELS

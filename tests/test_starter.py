@@ -206,7 +206,7 @@ def test_an_h5ad_file_in_the_place_of_a_toml_has_its_starter(capsys):
     path = "data/my cells/c.h5ad"
     words = [f"--toml={path}", "--batch_col=", "--out_dir=out/direct"]
     assert train_state.main([*words, *TINY])["steps"] == 1
-    assert f"note: {path} is cells and no TOML: held out is T, 1 of 2 cell types (12" in capsys.readouterr().out
+    assert f"note: {path} is cells and no TOML: held out is T, 1 of 2 cell types (12" in capsys.readouterr().err
     starters = list(Path("data/starters").iterdir())
     assert len(starters) == 1 and read_toml(starters[0]).zeroshot == {("c", "T"): "test"}
     assert train_state.main(["--analyze=out/direct"])["conditions"] == 1  # which finds it again

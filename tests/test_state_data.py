@@ -264,7 +264,7 @@ def test_what_cell_load_passes_over_is_refused_or_with_strict_false_told(text, c
         return
     capsys.readouterr()
     e = survey(settings(text, strict=False))
-    assert len(e.rows("train", True)) and capsys.readouterr().out.startswith("note: ")
+    assert len(e.rows("train", True)) and capsys.readouterr().err.startswith("note: ")
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -411,7 +411,7 @@ def test_a_cell_type_without_controls_is_refused_or_starts_from_zero(capsys):
     assert "b in one.h5ad" in refused(strict=False)  # zeros are cell-load's way of embeddings only
     cfg = settings(strict=False, embed_key="X_hvg", n_basal_samples=2)
     e = opened(cfg)
-    assert capsys.readouterr().out.count("note: b in one.h5ad") == 1
+    assert capsys.readouterr().err.count("note: b in one.h5ad") == 1
     batches = Batches(runtime(), e, cfg)
     for step in range(8):
         batch = batches(step)
@@ -460,7 +460,7 @@ def test_genes_of_several_files_are_aligned_by_name(budget, capsys):
     with pytest.raises(DataError, match="different genes in X: 2 genes in one only, such as g4"):
         aligned(["g3", "g1", "g0", "other", "g2"])
     e, one, two = aligned(["g3", "g1", "g0", "other", "g2", "more"], strict=False, ram_budget_gb=budget)
-    assert e.genes == ["g0", "g1", "g2", "g3"] and e.input_dim == 4 and "note: " in capsys.readouterr().out
+    assert e.genes == ["g0", "g1", "g2", "g3"] and e.input_dim == 4 and "note: " in capsys.readouterr().err
     expected = np.concatenate([one["X"][:, :4], two["X"][:, [2, 1, 4, 0]]])
     assert np.array_equal(e.read(rows), expected[rows])
     with pytest.raises(DataError, match="no gene in common"):
@@ -851,7 +851,7 @@ def test_hvg_of_several_files_without_names_or_of_other_genes_are_refused(capsys
     told = refused(text, embed_key="X_hvg")
     assert "two.h5ad does not say which genes the columns of its X_hvg are" in told and "X_hvg_var_names" in told
     assert opened(settings(text, embed_key="X_hvg", strict=False)).genes == ["X_hvg_0", "X_hvg_1", "X_hvg_2"]
-    assert "note: sub/two.h5ad does not say" in capsys.readouterr().out
+    assert "note: sub/two.h5ad does not say" in capsys.readouterr().err
     assert opened(settings(ONE, embed_key="X_hvg")).genes == HVG  # alone it may be as it is
     two = named_hvg("sub/two.h5ad", "uns", 2, ["g1", "g2", "g0"])
     assert "2 genes in one only, such as g1" in refused(text, embed_key="X_hvg")
@@ -951,7 +951,7 @@ def test_cells_without_a_label_are_refused_by_name_of_the_switch_that_leaves_the
     kept = np.delete(np.arange(120), [3, 50, 51, 119])
     for _ in range(2):  # made, and found ready
         e = opened(settings(ONE, drop_unlabelled=True))
-        assert "note: e.toml: left out are 4 cells without a value in a column" in capsys.readouterr().out
+        assert "note: e.toml: left out are 4 cells without a value in a column" in capsys.readouterr().err
         assert np.array_equal(e.row, kept) and np.array_equal(e.read(np.arange(116)), made["X"][kept])
         for column, codes, names in (("gene", e.perturbation, e.perturbations), ("gem_group", e.batch, e.batches),
                                      ("cell_type", e.cell_type, e.cell_types)):
