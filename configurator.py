@@ -26,11 +26,14 @@ import difflib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import numbers
 import os
 import re
+import shlex
+import shutil
 import sys
 import textwrap
 import tokenize
@@ -66,6 +69,7 @@ LARGEST_FILE = 4_000_000  # bytes of a configuration file
 MOST_NODES = 100_000  # of a YAML file with its aliases written out, and of references looked up in one
 LONGEST_TEXT = 100_000  # letters of a value with references
 LONGEST_ERROR = 1_000  # letters
+LONGEST_LINE, COMMENTS_AT = 100, 32  # of --help, columns
 SWEEP_WORDS = ("study", "orders", "controls", "holdout", "equal_parameters", "trials", "jobs", "report")  # of sweep.py
 
 
@@ -199,29 +203,78 @@ def print_config(cfg: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_text(Config: type, prog: str, dialects: Iterable[Any] = ()) -> str:
-    """What --help prints: the script's docstring, how to pass settings, and every field from its own line."""
-    doc = inspect.cleandoc(sys.modules[Config.__module__].__doc__ or "")
-    usage = f"""
-        usage: python {prog} [CONFIG FILE ...] [--key=value ...]
+def help_text(Config: type, prog: str, dialects: Iterable[Any] = (), usage: str = "", only: Iterable[str] | None = None
+              ) -> str:
+    """What --help prints, in lines that fit a terminal: what it is for, how to pass settings, each field from its line.
 
-          CONFIG FILE     .py, .yaml or .json, such as config/small.py; applied in order, before the overrides
-          --key=value     also --key value, key=value, and for switches --key and --no-key
-          --print_config  print all settings as a .py config file, and stop"""
+    It is for what the docstring of Config says, where it has one of its own, else for what that of its script says.
+
+    Args:
+        prog: the command, train_x.py. usage: in place of what follows "usage: " otherwise. only: these fields, in place
+        of all.
+    """
+    doc = inspect.getdoc(Config) or ""
+    if doc.startswith(f"{Config.__name__}("):  # the one that every dataclass gets
+        doc = inspect.cleandoc(sys.modules[Config.__module__].__doc__ or "")
+    example = re.search(r"config/[\w/]+\.py", doc)
+    usage = usage or f"""python {prog} [CONFIG FILE ...] [--key=value ...]
+
+  CONFIG FILE     .py, .yaml or .json, such as {example[0] if example else "config/NAME.py"}; files come first, in order
+  --key=value     also --key value, key=value, and for switches --key and --no-key
+  --print_config  print all settings as a .py config file, and stop"""
     if names := "|".join(dialect.name for dialect in dialects):
-        usage += f"\n          --dialect=NAME  {names}|none: whose settings these are; default what they look like"
+        usage += f"\n  --dialect=NAME  {names}|none: whose settings these are; default what they look like"
+    width = min(LONGEST_LINE, shutil.get_terminal_size((LONGEST_LINE, 24)).columns)
+    lines, last_group = [*_fitted(doc, width), ""] if doc else [], ""
+    lines += _fitted(f"usage: {usage}", width)
     kinds, defaults = _kinds(Config), _defaults(Config)
-    rows = [(f"--{name}", _type_name(kinds[name]), _source(defaults[name]), group, comment)
-            for name, group, comment in _described_fields(Config)]
-    widths = [min(24, max(len(row[column]) for row in rows)) for column in range(3)] if rows else []
-    lines, last_group = [doc, textwrap.dedent(usage)] if doc else [textwrap.dedent(usage)[1:]], ""
-    for *cells, group, comment in rows:
-        lines += ["", group] if group != last_group else []
-        lines.append("  ".join(["", *map(str.ljust, cells, widths), comment]).rstrip())
-        last_group = group
+    for name, group, comment in _described_fields(Config):
+        if only is None or name in only:
+            lines += ["", group] if group != last_group else []
+            lines += _row(f"  --{name}={_typed(defaults[name])}", comment, _type_name(kinds[name]), width)
+            last_group = group
     if callable(getattr(Config, "more_help", None)):
-        lines += ["", Config.more_help()]
+        lines += ["", *_fitted(Config.more_help(), width)]
     return "\n".join(lines)
+
+
+def _row(start: str, comment: str, kind: str, width: int) -> list[str]:
+    """The lines of a setting: --name=default, what it is and [what it takes], beside it where there is room."""
+    unbroken = f"[{kind}]".replace(" ", "\N{NO-BREAK SPACE}")
+    told = textwrap.wrap(f"{comment} {unbroken}".strip(), width - COMMENTS_AT, break_long_words=False,
+                         break_on_hyphens=False)
+    told = [line.replace("\N{NO-BREAK SPACE}", " ") for line in told]
+    rows = [" " * COMMENTS_AT + line for line in told]
+    if len(start) < COMMENTS_AT - 1:
+        return [start.ljust(COMMENTS_AT) + told[0], *rows[1:]]
+    return [start, *rows]
+
+
+def _fitted(text: str, width: int) -> list[str]:
+    """The lines of a text in paragraphs, with indented lines that stay as they are where they fit."""
+    lines = []
+    for is_indented, block in itertools.groupby(text.splitlines(), lambda line: line[:1] in (" ", "")):
+        for line in block if is_indented else textwrap.wrap(" ".join(block), width, break_on_hyphens=False):
+            before, mark, comment = line.partition("  # ")
+            if len(line) > width and mark and before.strip():  # a command, and what it does
+                line, comment = before.rstrip(), f"# {comment.strip()}"
+                tight = f"{line}  {comment}"
+                lines += [tight] if len(tight) <= width else [line, f"        {comment}"]
+                continue
+            indent = " " * (len(line) - len(line.lstrip()) + 4)
+            lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return lines
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on a command line, where it has no blanks; else as Python has it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value if value and shlex.quote(value) == value else repr(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(item, int | float) for item in value):
+        return ",".join(map(_typed, value))
+    return _source(value)
 
 
 def take_over(cfg: Any, asked: Any, *names: str) -> None:
@@ -1078,7 +1131,7 @@ def _type_name(kind: Any) -> str:
     if len(_options(kind)) > 1:
         return "|".join(map(_type_name, _options(kind)))
     if _origin(kind) is Literal:
-        return "|".join(map(str, typing.get_args(kind)))
+        return "|".join(str(choice) or "''" for choice in typing.get_args(kind))
     if kind is types.NoneType:
         return "none"
     if isinstance(ranged := _range(kind), Range):
@@ -1123,7 +1176,8 @@ def _described_fields(Config: type) -> list[tuple[str, str, str]]:
 
 
 def _comments(cls: type) -> Iterator[tuple[str, str, str]]:
-    """(field, group heading, comment) from a class's own source: a comment line of its own heads a group."""
+    """(field, group heading, comment) from a class's own source: a comment line of its own heads a group, or goes on
+    with the comment above it where it begins with ^."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
         tree = ast.parse(source).body[0]
@@ -1132,6 +1186,9 @@ def _comments(cls: type) -> Iterator[tuple[str, str, str]]:
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
               if token.type == tokenize.COMMENT]
     comments = {token.start[0]: token.string.lstrip("#").strip() for token in tokens}
+    for number in sorted(comments, reverse=True):
+        if comments[number].startswith("^") and number - 1 in comments:
+            comments[number - 1] += comments.pop(number)[1:]
     group, line = "settings", tree.lineno
     for node in tree.body:
         heading = " ".join(comments.get(above, "").strip("-= ") for above in range(line + 1, node.lineno))

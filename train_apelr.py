@@ -136,7 +136,7 @@ class Config:
     chunk_post_kl_weight: NonNegative = 0.0  # v1: symmetric KL of a recognizer of the chunk and its last posterior
     loss_weights: dict[str, NonNegative] | None = None  # of v2, all there are if given: future_contrastive, plan_js_div
     # ^ (maximised), boundary_entropy, usage_balance, rep_unlikelihood, rep_window; default 0.02 of the first and of
-    # usage_balance, for which usage_balance_weight is another name then
+    # ^ usage_balance, for which usage_balance_weight is another name then
     rep_window: Whole = 0  # recent tokens that rep_unlikelihood looks at
     rep_include_current: bool | None = None  # whether x_t is among them; default true, false with compat=source
     aux_token_fraction: Fraction = 0.25  # share of the tokens, drawn anew each step, for plan_mi and plan_js_div

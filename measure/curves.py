@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import DataError, replacing
-from measure.figures import figure
-from measure.overlays import COLOURS, log_axis
+from measure.figures import COLOURS, GREY, band, curve, curve_with_optimum, figure, legend, legend_below, plain_log
 from sources.ergodic import mixture_log_prob
 from sources.shared import counter_rng
 
@@ -24,6 +23,7 @@ REPORTED = (1, 2, 5, 10, 20, 50)  # positions of documents.npz, and the last
 EARLY = 10  # position that the in-context score starts from
 ALPHAS = (0.01, 8.0)  # exponents that a fit looks among
 LEAST_FALL = 1e-4  # nats from the first position to the last: a curve that falls by less is flat, and has no fit
+MOST_INSIDE = 9  # names of a legend inside of a picture
 LEAST_OPTIMUM = 1e-6  # nats: a ratio to less says nothing
 
 
@@ -628,34 +628,39 @@ def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> No
 
 
 def colours(groups: dict) -> dict[str, str]:
-    """A colour for each category, the same in all pictures; black is the optimum's."""
+    """A colour for each category, the same in all pictures."""
     names = [name for name in groups if name not in TOGETHER]
-    shades = [shade for shade in COLOURS if shade != "#000000"]
-    if len(names) > len(shades):
-        shades = [f"C{i}" for i in range(10)]
-    return {name: shades[i % len(shades)] for i, name in enumerate(names)}
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
-    """XE by position of every category with its interval, dotted where it was not trained on, and the exact optimum."""
+    """XE by position of every category with its interval, dotted where it was not trained on, and its exact optimum."""
     with figure(folder, "xe_by_position", title=title) as axes:
         for name, colour in colours(groups).items():
             group = groups[name]
-            label = name if name in seen else f"{name} (unseen)"
-            style = "-" if name in seen else ":"
             positions, xe = binned(np.array(group["xe_by_position"]))
-            low, high = group["binned_interval"]
-            axes.plot(positions, xe, color=colour, label=label, linewidth=1.3, linestyle=style)
-            axes.fill_between(positions, low, high, color=colour, alpha=0.2, linewidth=0)
+            label = name if name in seen else f"{name} (unseen)"
+            style = {"color": colour, "linestyle": "-" if name in seen else ":"}
             if "oracle_xe_by_position" in group:
-                positions, xe = binned(np.array(group["oracle_xe_by_position"]))
-                label = "exact optimum" if name == seen[-1] else None  # once in the legend
-                axes.plot(positions, xe, color="k", linewidth=0.8, linestyle="--", label=label)
+                _, optimum = binned(np.array(group["oracle_xe_by_position"]))
+                curve_with_optimum(axes, positions, xe, optimum, label, **style)
+            else:
+                curve(axes, positions, xe, label, **style)
+            band(axes, positions, *group["binned_interval"], colour)
         T = len(groups["seen"]["xe_by_position"])
-        axes.set_title(f"icl_gain {groups['seen']['icl_gain']:.4f}: {gain_definition(T)}", fontsize=8)
-        log_axis(axes, "x")
+        axes.set_title(f"icl_gain {groups['seen']['icl_gain']:.4f}: {gain_definition(T)}")
+        plain_log(axes)
         axes.set(xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
-        axes.legend(fontsize=8)
+        show_names(axes)
+
+
+def show_names(axes) -> None:
+    """A legend inside, or below where it has more names than there is room for."""
+    named = axes.get_legend_handles_labels()
+    if len(named[0]) > MOST_INSIDE:
+        legend_below(axes.figure, *named)
+    else:
+        legend(axes)
 
 
 def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
@@ -674,11 +679,11 @@ def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None
             if in_percent:
                 _, optimum = binned(np.array(group["oracle_xe_by_position"]))
                 excess = 100 * excess / optimum
-            axes.plot(positions, excess, color=shades[name], label=name, linewidth=1)
-        axes.axhline(0, color="k", linewidth=0.8)
-        log_axis(axes, "x")
+            curve(axes, positions, excess, name, color=shades[name])
+        axes.axhline(0, color=GREY, linewidth=0.8, linestyle="--", label="exact optimum")
+        plain_log(axes)
         axes.set(xlabel="tokens read", ylabel=f"excess over the exact optimum ({unit})")
-        axes.legend(fontsize=8)
+        show_names(axes)
 
 
 def draw_probe(folder: Path, title: str, probed: dict) -> None:
@@ -688,26 +693,22 @@ def draw_probe(folder: Path, title: str, probed: dict) -> None:
     with figure(folder, "component_probe", title=title) as axes:
         for layer, accuracy in enumerate(layers):
             depth = layer / max(1, len(layers) - 1)
-            shade = (0.1, 0.3, 0.7, 0.25 + 0.75 * depth)  # deeper layers are darker
-            label = f"layer {layer}" if layer else "embed"
-            axes.plot(probed["positions"], accuracy, "o-", markersize=3, color=shade, label=label)
-        axes.axhline(chance, color="k", linestyle=":", linewidth=0.8, label="chance")
-        log_axis(axes, "x")
+            shade = (0.0, 0.3, 0.53, 0.25 + 0.75 * depth)  # deeper layers are darker
+            axes.plot(probed["positions"], accuracy, "o-", color=shade, label=f"layer {layer}" if layer else "embed")
+        axes.axhline(chance, color=GREY, linestyle=":", label=f"chance, {chance:.2f}")
+        plain_log(axes)
         axes.set(xlabel="tokens read", ylabel="held-out accuracy of the component", ylim=(0, 1.02))
-        axes.legend(fontsize=8)
+        show_names(axes)
 
 
 def draw_history(folder: Path, title: str, history: list[dict]) -> None:
     """Training and validation XE by step; nothing where no step is known, as of an imported run."""
     if not history:
         return
-    curves = (("train", "loss", "training"), ("eval", "val_xe", "validation"))
     with figure(folder, "loss", title=title) as axes:
-        for split, key, label in curves:
+        for split, key, label in (("train", "loss", "training"), ("eval", "val_xe", "validation")):
             records = [record for record in history if record["split"] == split]
-            steps = [record["step"] for record in records]
-            values = [record[key] for record in records]
             if records:
-                axes.plot(steps, values, marker=".", label=label)  # a single evaluation shows too
+                curve(axes, [record["step"] for record in records], [record[key] for record in records], label)
         axes.set(xlabel="step", ylabel="cross entropy (nats)")
-        axes.legend(fontsize=8)
+        legend(axes)

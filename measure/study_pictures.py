@@ -5,26 +5,24 @@ from pathlib import Path
 import numpy as np
 
 from measure.curves import binned, gain_definition
-from measure.figures import figure
+from measure.figures import (
+    COLOURS,
+    FAINT,
+    GREY,
+    MARKERS,
+    band,
+    curve,
+    curve_with_optimum,
+    figure,
+    legend,
+    legend_below,
+    plain_log,
+)
 from measure.xe_by_k import LAWS, Fit, fit_law, interval, mean_of, paired_means, predicted
 
-BARS = {"fmt": "o", "markersize": 4, "capsize": 3}  # of error bars
+BARS = {"fmt": "o", "markersize": 4}  # of error bars
 STYLES = ("-", "--", ":", "-.")  # of groups, and of laws
-TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)  # of positions
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes (Okabe and Ito)
-
-
-def plain_ticks(axes, values: list[int]) -> None:
-    """A logarithmic axis with plain numbers, 1, 2, 4 and no 10^0."""
-    axes.set_xscale("log")
-    axes.set_xticks(values, labels=[str(value) for value in values])
-    axes.minorticks_off()
-
-
-def position_ticks(axes, T: int) -> None:
-    """A logarithmic axis of positions to T."""
-    values = [tick for tick in TICKS if tick < 0.7 * T]
-    plain_ticks(axes, [*values, T])
+BLUE, ORANGE, GREEN = COLOURS[0], COLOURS[1], COLOURS[3]
 
 
 def shade(name: str, i: int, count: int, top: float):
@@ -54,35 +52,35 @@ def stack(runs: list[dict], key: str, levels: dict[str, np.ndarray]) -> np.ndarr
 # Of all groups of runs
 # ---------------------------------------------------------------------------------------------------------------
 def draw_curves(folder: Path, by_group: dict, T: int, tokens: str) -> None:
-    """XE by position for every group and K, beside the exact optimum where it is known.
+    """XE by position for every group and K, beside the exact optimum of each where it is known.
 
     What a set has by its composition, the levels of its categories, is taken off each curve: it would hide all else.
     """
     ks = sorted({K for by_k in by_group.values() for K in by_k})
-    labelled = False  # the optimum comes once in the legend
-    with figure(folder, "xe_by_position", title=f"In-context cross entropy. {tokens}") as axes:
+    with figure(folder, "xe_by_position", title=f"Cross entropy by tokens read, for every K. {tokens}") as axes:
         for g, (group, by_k) in enumerate(by_group.items()):
             levels = category_levels(by_k, T)
             for K, runs in by_k.items():
-                colour = shade("viridis", ks.index(K), len(ks), 0.9)
+                style = {"color": shade("viridis", ks.index(K), len(ks), 0.8), "linestyle": STYLES[g % 4]}
                 positions, xe = binned(stack(runs, "xe_by_position", levels))
-                mean = xe.mean(0)
                 label = f"{group}: K = {K}" if group else f"K = {K}"
                 if len(runs) > 1:
                     label += f" ({len(runs)} runs)"
-                    sd = xe.std(0, ddof=1)
-                    axes.fill_between(positions, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-                axes.plot(positions, mean, color=colour, linestyle=STYLES[g % 4], label=label)
                 oracle = stack(runs, "oracle_xe_by_position", levels)
                 if len(oracle):
                     _, optimum = binned(oracle)
-                    label = None if labelled else "exact optimum"
-                    labelled = True
-                    axes.plot(positions, optimum.mean(0), color="k", linestyle="--", linewidth=0.8, label=label)
-        axes.set_title(f"icl_gain: {gain_definition(T)}", fontsize=8)
-        position_ticks(axes, T)
+                    curve_with_optimum(axes, positions, xe.mean(0), optimum.mean(0), label, **style)
+                else:
+                    curve(axes, positions, xe.mean(0), label, **style)
+                if len(runs) > 1:
+                    mean, sd = xe.mean(0), xe.std(0, ddof=1)
+                    band(axes, positions, mean - sd, mean + sd, style["color"])
+        if axes.collections:
+            axes.fill_between([], [], color=GREY, alpha=FAINT, linewidth=0, label="standard deviation over runs")
+        axes.set_title(f"icl_gain: {gain_definition(T)}")
+        plain_log(axes)
         axes.set(xlabel="tokens read", ylabel="cross entropy of the next token (nats)")
-        axes.legend(fontsize=8)
+        legend(axes)
 
 
 def category_levels(by_k: dict[int, list[dict]], T: int) -> dict[str, np.ndarray]:
@@ -103,16 +101,17 @@ def draw_categories(folder: Path, rows: list[dict]) -> None:
     lines = {}
     for row in rows:
         lines.setdefault((row.get("group", ""), row["category"]), []).append(row)
-    with figure(folder, "xe_by_category", title="cross entropy of each category against K") as axes:
-        for (group, category), points in lines.items():
+    with figure(folder, "xe_by_category", title="Cross entropy of each category against K") as axes:
+        for place, ((group, category), points) in enumerate(lines.items()):
             K = [row["K"] for row in points]
             means = [row["xe"] for row in points]
             deviations = [row["xe_sd"] for row in points]
             label = f"{group}: {category}" if group else category
-            axes.errorbar(K, means, bars(deviations), linestyle="-", label=label, **BARS)
-        plain_ticks(axes, ks)
+            style = BARS | {"fmt": MARKERS[place % len(MARKERS)]}
+            axes.errorbar(K, means, bars(deviations), linestyle="-", label=label, **style)
+        plain_log(axes, "x", ks)
         axes.set(xlabel="categories K", ylabel="cross entropy (nats)")
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_below(axes.figure, *axes.get_legend_handles_labels())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def draw_law(folder: Path, name: str, found: dict, optimum: dict | None, title: 
                 samples = fit_law(LAWS[0], level_tables(found), sizes)
                 low, high = interval(mean_curve(LAWS[0], samples, fine))
                 label = "95% of a + b log K" if is_named else None
-                axes.fill_between(fine, low, high, color=BLUE, alpha=0.15, linewidth=0, label=label)
+                axes.fill_between(fine, low, high, color=BLUE, alpha=FAINT, linewidth=0, label=label)
             if optimum:
                 draw_points(axes, optimum, "k", "exact optimum" if is_named else None, hollow=True)
                 curve = mean_curve(LAWS[0], optimum["laws"][LAWS[0]]["fit"], fine)
@@ -143,9 +142,9 @@ def draw_law(folder: Path, name: str, found: dict, optimum: dict | None, title: 
                 axes.plot(fine, curve, "-", color="k", linewidth=0.8, label=label)
         linear.set_xticks(sizes)
         linear.set(xlabel="categories K", ylabel="cross entropy, mean over positions (nats)")
-        plain_ticks(logarithmic, list(sizes))
+        plain_log(logarithmic, "x", list(sizes))
         logarithmic.set_xlabel("categories K (logarithmic)")
-        linear.figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+        legend_below(linear.figure, *linear.get_legend_handles_labels())
 
 
 def draw_points(axes, found: dict, colour: str, label: str | None, hollow: bool = False) -> None:
@@ -189,9 +188,9 @@ def draw_slopes(folder: Path, name: str, found: dict, optimum: dict | None, posi
             style = "-" if label == "model" else "--"
             axes.errorbar(positions, b[:-1], errors, color=colour, linestyle=style, label=label, **BARS)
         axes.axhline(0, color="k", linewidth=0.6)
-        position_ticks(axes, positions[-1])
+        plain_log(axes)
         axes.set(xlabel="tokens read", ylabel="growth of XE (nats per e-fold of K)")
-        axes.legend(fontsize=8)
+        axes.legend()
 
 
 def draw_controls(folder: Path, name: str, by_k: list[dict], by_category: list[dict], title: str) -> None:
@@ -212,10 +211,10 @@ def draw_controls(folder: Path, name: str, by_k: list[dict], by_category: list[d
                 ks, optimum, "o--", color="k", markerfacecolor="none", linewidth=0.8, label="of the exact optimum"
             )
         axes.axhline(0, color="k", linewidth=0.6)
-        plain_ticks(axes, ks)
+        plain_log(axes, "x", ks)
         axes.set_xlim(min(ks) / 1.2, max(ks) * 1.2)
         axes.set(xlabel="categories K", ylabel="XE above that of K = 1 (nats)")
-        axes.legend(fontsize=8)
+        axes.legend()
 
 
 def draw_tradeoff(folder: Path, name: str, rows: list[dict], title: str) -> None:
@@ -227,9 +226,9 @@ def draw_tradeoff(folder: Path, name: str, rows: list[dict], title: str) -> None
             values = bars([row[f"{kind}_xe"] for row in rows])
             errors = bars([row[f"{kind}_se"] for row in rows])
             against.errorbar(ks, values, errors, color=colour, linestyle="-", label=kind, **BARS)
-        plain_ticks(against, ks)
+        plain_log(against, "x", ks)
         against.set(xlabel="categories K", ylabel="cross entropy (nats)")
-        against.legend(fontsize=8)
+        against.legend()
         curve.errorbar(
             [row["seen_xe"] for row in both],
             [row["unseen_xe"] for row in both],
@@ -252,7 +251,7 @@ def draw_context(folder: Path, name: str, rows: list[dict], title: str) -> None:
     ks = [row["K"] for row in rows]
     synthetic = any(row["information_predictions"] is not None for row in rows)
     columns = 3 if synthetic else 1
-    size = {"width": 3.2 * columns + 0.8, "height": 3.6}
+    size = {"width": 3.6 * columns + 0.8, "height": 3.6}
     with figure(folder, name, columns=columns, squeeze=False, title=title, **size) as panels:
         axes = panels[0, 0]
         values = bars([row["icl_score"] for row in rows])
@@ -283,6 +282,6 @@ def draw_context(folder: Path, name: str, rows: list[dict], title: str) -> None:
             excess.axhline(0, color="k", linewidth=0.6)
             excess.set(ylabel="excess over the exact optimum (nats)")
         for axes in drawn:
-            plain_ticks(axes, ks)
+            plain_log(axes, "x", ks)
             axes.set_xlabel("categories K")
-            axes.legend(fontsize=8)
+            axes.legend()

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,13 +25,14 @@ TITLES, LABELS = {}, {}  # of the pictures of a test, by name
 
 
 @contextlib.contextmanager
-def quick_figure(folder: Path, name: str, title: str = "", rows: int = 1, columns: int = 1, **options):
-    """As figures.figure, but nothing is drawn: labels and titles are taken down."""
-    panels = [Mock() for _ in range(columns)]
-    yield np.array([panels]) if options.get("squeeze") is False else np.array(panels) if columns > 1 else panels[0]
-    calls = panels[0].mock_calls
-    TITLES[name] = " ".join([title, *(call.args[0] for call in calls if call[0] == "set_title")])
-    LABELS[name] = [call.kwargs["label"] for call in calls if call.kwargs.get("label")]
+def quick_figure(folder: Path, name: str, title: str = "", rows: int = 1, columns: int = 1, width=0,
+                 height=0, **options):
+    """As figures.figure, but nothing is rendered: labels and titles are taken down."""
+    axes = figures.new_figure(4, 3).subplots(rows, columns, **options)
+    yield axes
+    first = np.ravel(axes)[0]
+    TITLES[name] = f"{title} {first.get_title()}"
+    LABELS[name] = first.get_legend_handles_labels()[1]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     (folder / "plots" / f"{name}.png").write_bytes(b"")
 

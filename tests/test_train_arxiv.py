@@ -543,6 +543,25 @@ def test_the_verdict_the_summary_and_the_picture_say_what_icl_gain_is(monkeypatc
     assert definition in titles[0]
 
 
+def test_each_optimum_is_dashed_in_the_colour_of_its_curve(monkeypatch):
+    drawn = []
+
+    @contextlib.contextmanager
+    def kept(*args, **options):
+        drawn.append(matplotlib.figure.Figure().subplots())
+        yield drawn[-1]
+
+    monkeypatch.setattr(curves_room, "figure", kept)
+    curves = some_curves()
+    curves_room.draw_curves(Path(), "", measure(curves, ["x", "y"], ["x", "y"], (curves, curves), 50, 1), ["x", "y"])
+    axes, = drawn
+    by_style = {style: [line.get_color() for line in axes.lines if line.get_linestyle() == style and
+                        len(line.get_xdata())] for style in ("-", "--")}
+    assert by_style["-"] == by_style["--"] and len(set(by_style["-"])) == 2
+    assert axes.get_legend_handles_labels()[1].count("exact optimum") == 1
+    assert axes.get_legend().texts[-1].get_text() == "exact optimum"
+
+
 def test_of_one_document_there_is_no_interval():
     """The bootstrap would draw the same document each time: a width of 0 is no certainty."""
     one = Curves(np.array([[3.0, 2.5, 2.4, 2.3, 2.2]]), np.array([1]), np.array([0]))
