@@ -191,7 +191,7 @@ def test_a_toml_that_is_there_stays(capsys):
 def test_columns_that_cannot_be_told_are_a_note_and_the_cells_are_written_all_the_same(capsys):
     write(cell_type=["B", "T"], treatment=["zero", "one"])
     prepare_data.main(["state", "preprocess", "--input=c.h5ad", "--out_dir=data"])
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "no value of treatment looks like the control: say --pert_col=treatment --control_pert= one of" in told
     assert Path("data/c.h5ad").exists() and not Path("data/c.toml").exists()
     prepare_data.main(["state", "toml", "--input=data/c.h5ad", "--pert_col=treatment", "--control_pert=zero"])

@@ -291,7 +291,7 @@ def test_a_perturbation_in_val_and_test_is_in_both_as_in_cell_load(capsys):
     e = survey(settings(ONE + '[fewshot."one.a"]\nval = ["p"]\ntest = ["p", "q"]\n', strict=False))
     both = np.flatnonzero((made["cell_type"] == "a") & (made["gene"] == "p"))
     assert set(both) == set(e.rows("val", False)) and set(both) < set(e.rows("test", False))
-    assert not set(both) & set(e.rows("train", False)) and "has p in val and in test" in capsys.readouterr().out
+    assert not set(both) & set(e.rows("train", False)) and "has p in val and in test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -588,7 +588,7 @@ def test_a_batch_without_controls_takes_those_of_the_type(capsys):
     cfg = settings(ONE, basal_mapping_strategy="batch")
     e = survey(cfg)
     targets, controls = Sentences(e, "train", cfg).plan(0)
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "batch '2' has no a control cells" in told and told.count("note") == 1
     code = e.batches.index("2")
     for target, control in zip(targets, controls, strict=True):
@@ -907,9 +907,9 @@ def test_a_logarithm_to_base_two_is_read_as_the_natural_one(sparse, capsys):
     for embed_key, expected in ((None, natural), ("X_hvg", natural[:, :3])):
         e = opened(settings(embed_key=embed_key))
         assert np.allclose(e.read(np.arange(120)), expected, rtol=1e-5)
-        assert "is log1p to base 2: brought to the natural logarithm" in capsys.readouterr().out
+        assert "is log1p to base 2: brought to the natural logarithm" in capsys.readouterr().err
     e = opened(settings(embed_key="X_state", output_space="embedding"))  # no logarithm
-    assert np.array_equal(e.read(np.arange(120)), natural[:, :2]) and "base 2" not in capsys.readouterr().out
+    assert np.array_equal(e.read(np.arange(120)), natural[:, :2]) and "base 2" not in capsys.readouterr().err
     assert np.allclose(read_rows(H5ad("one.h5ad"), None, "auto", np.arange(9)), natural[:9], rtol=1e-5)
 
 
