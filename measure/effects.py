@@ -685,7 +685,7 @@ def plot_effects(folder: Path, title: str, results: dict, most: int = 12) -> Non
     labels = _labels(model["per_condition"])
     size, in_a_row = next(layout for count, layout in PANELS.items() if len(shown) <= count)
     title = f"{title}: mean change of each gene from control cells"
-    with panels(folder, "delta", len(shown), size, size, title, in_a_row) as axes:
+    with panels(folder, "delta", len(shown), size, size + 0.3, title, in_a_row) as axes:
         row = None
         for panel, c in zip(axes, shown, strict=True):
             true = model["real_delta"][c]
@@ -700,9 +700,9 @@ def plot_effects(folder: Path, title: str, results: dict, most: int = 12) -> Non
                     effect,
                     "o" if is_ours else "^",
                     color=COLOURS[0] if is_ours else COLOURS[1],
-                    markersize=size * 0.8,
+                    markersize=max(2.6, size * 0.8),
                     markeredgewidth=0,
-                    alpha=0.9 if is_ours else 0.5,
+                    alpha=0.9 if is_ours else 0.6,
                     label=name if is_ours else f"{name}, the best baseline",
                 )
             # One scale for both: on the diagonal the prediction is right.
@@ -734,7 +734,7 @@ def plot_means(folder: Path, title: str, results: dict) -> None:
     metrics = [metric for metric in METRICS if is_defined(means["model"].get(metric))]
     if not metrics:
         return
-    with panels(folder, "metrics", len(metrics), 3.2, 0.9 + 0.25 * len(means), title) as axes:
+    with panels(folder, "metrics", len(metrics), 3.0, 1.0 + 0.25 * len(means), title) as axes:
         for panel, metric in zip(axes, metrics, strict=True):
             for line, (name, mean) in enumerate(means.items()):
                 if is_defined(mean[metric]):
@@ -744,7 +744,8 @@ def plot_means(folder: Path, title: str, results: dict) -> None:
             panel.set_ylim(len(means) - 0.5, -0.5)  # the model on top
             panel.margins(x=0.15)
             panel.locator_params(axis="x", nbins=5)
-            panel.set_title(f"{metric} ({'larger' if METRICS[metric] else 'smaller'} is better)")
+            panel.set_title(metric)
+            panel.set_xlabel(f"{'larger' if METRICS[metric] else 'smaller'} is better")
 
 
 def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, most: int) -> None:
