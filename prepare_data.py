@@ -262,18 +262,19 @@ class StateConfig:
     """Cells for train_state.py: synthetic ones, or counts of your own to expression.
 
         python prepare_data.py state preprocess --input=counts.h5ad --out_dir=data/mine     # counts to log1p and X_hvg
+        python prepare_data.py state toml --input=FILE.h5ad           # a first TOML of cells that are log1p already
         python prepare_data.py state                                  # 10,240 synthetic cells of known effects: 3 s
         python prepare_data.py state inspect data/mine/my.toml        # what a TOML selects, before any training
 
     preprocess reads an h5ad file of any anndata and writes another, of log1p expression and its most variable genes,
-    into out_dir. synthetic writes synthetic.h5ad, synthetic.toml and truth.npz.
+    into out_dir, and a first TOML beside it. synthetic writes synthetic.h5ad, synthetic.toml and truth.npz.
 
     Next: python train_state.py, which makes the synthetic default for itself, or train_state.py --toml=FILE
     """
 
     # job
-    action: Literal["synthetic", "preprocess"] = "synthetic"  # also a bare word: state preprocess --input=FILE.h5ad
-    # preprocess
+    action: Literal["synthetic", "preprocess", "toml"] = "synthetic"  # also a bare word: state toml --input=FILE.h5ad
+    # preprocess; toml, the starter TOML that preprocess writes too, takes input and the columns
     input: str = ""  # an h5ad file of any anndata; its obs, var and obsm are kept
     layer: str = ""  # the matrix with the counts; default: X
     output: str = ""  # the file to write; default: OUT_DIR/NAME OF THE INPUT
@@ -282,7 +283,7 @@ class StateConfig:
     drop_empty: bool = False  # leave cells without any count out
     drop_unlabelled: bool = False  # leave cells without a value in the columns below out
     keep_counts: bool = False  # as layers/counts
-    pert_col: str = ""  # obs columns that must be there, with a value for every cell
+    pert_col: str = ""  # obs columns that must be there, with a value for every cell; default: as they are found
     cell_type_key: str = ""
     batch_col: str = ""
     control_pert: str = ""  # a value that pert_col (default: gene) must have
@@ -302,8 +303,8 @@ class StateConfig:
     seed: int = 1337
 
     def check(self) -> list[str]:
-        missing = self.action == "preprocess" and not self.input
-        return ["preprocess needs counts: --input=FILE.h5ad"] if missing else []
+        missing = self.action != "synthetic" and not self.input
+        return [f"{self.action} needs cells: --input=FILE.h5ad"] if missing else []
 
 
 @dataclass
@@ -380,6 +381,7 @@ class ImportConfig:
 ACTIONS = {  # of the job `state`
     "synthetic": "sources.populations.synthetic",
     "preprocess": "sources.preprocess.preprocess",
+    "toml": "sources.starter.write_starter",
 }
 
 
@@ -576,8 +578,8 @@ def powers(K: int) -> list[str]:
 
 
 def after_state(cfg: StateConfig, found: dict) -> list[str]:
-    if cfg.action == "preprocess":
-        return []  # which says it itself
+    if cfg.action != "synthetic":
+        return []  # which say it themselves
     return [f"python train_state.py --toml={shlex.quote(cfg.out_dir)}/synthetic.toml "
             f"--out_dir=out/{shlex.quote(Path(cfg.out_dir).name)}"]
 
@@ -598,7 +600,7 @@ JOBS = {
                    after_planted),
     "ergodic": Job(ErgodicConfig, lambda **settings: call("sources.ergodic.ergodic", settings),
                    lambda cfg: f"{cfg.train_documents:,} documents of each component", after_chunks),
-    "state": Job(StateConfig, state, lambda cfg: cfg.input or f"synthetic cells of {cfg.num_cell_types} types",
+    "state": Job(StateConfig, state, lambda cfg: f"{cfg.action} {cfg.input or f'cells of {cfg.num_cell_types} types'}",
                  after_state),
     "cells": Job(CellsConfig, lambda **settings: function("sources.cells.prepare_cells")(**settings),
                  lambda cfg: cfg.toml, after_cells),
@@ -678,7 +680,8 @@ def prepare(argv: list[str]) -> dict:
         words.remove(files[0])
     settings, work, makes, following = JOBS[job]
     cfg = configure(settings, bare_input(job, words), ALIASES.get(job))
-    place = getattr(cfg, "out_dir", "")
+    is_beside = getattr(cfg, "action", "") == "toml"  # its input
+    place = "" if is_beside else getattr(cfg, "output", "") or getattr(cfg, "out_dir", "")
     begin(f"prepare_data {job}", *files or [makes(cfg)], place, file=sys.stdout)
     result = work(*files, **vars(cfg))
     for word, command in zip(("next:", " " * 5), following(cfg, result), strict=False):
