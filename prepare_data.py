@@ -413,11 +413,11 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
     from sources import cells, chunks, contents, streams
 
     file = Path(path)
+    if file.suffix == ".toml":
+        return cells.inspect(path, **columns)
     if not file.exists():
         near = closest(path, map(str, file.parent.glob("*"))) or ""
         raise DataError(f"{path}: no such file or folder{near}")
-    if file.suffix == ".toml":
-        return cells.inspect(path, **columns)
     if file.suffix == ".h5ad" or contents.holds_cells(path):
         return contents.inspect_cells(path)
     if contents.holds_store(file):
