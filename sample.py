@@ -586,10 +586,11 @@ def readable_at_once(cfg) -> float:
 def show_texts(entries: list[dict], model, run, prompt: Prompt, tokenizer: Tokenizer | None, cfg: Config, show: Show
                ) -> None:
     """Texts, and what is asked for of their plans."""
-    kind = "sample" if cfg.force_state is None else f"by plan {cfg.force_state}, sample"
     for i, entry in enumerate(entries, 1):
         figures = [] if entry["nll"] is None else [f"{entry['nll']:.2f} nats a token written"]
-        show("\n" + title(kind, i, len(entries), prompt.text, *figures))
+        if cfg.force_state is not None:
+            figures.insert(0, f"by plan {cfg.force_state}")
+        show("\n" + title("sample", i, len(entries), prompt.text, *figures))
         if cfg.show_plan:
             words, begins = words_of(entry, len(prompt.ids), model, run, tokenizer)
             show(strip(words, likeliest_plans(entry["beliefs"]), begins))
