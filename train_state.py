@@ -5,7 +5,7 @@ Adduri et al. 2025) reads the cells together, without order, and writes as many 
 distance between the two sets, because no measured cell is seen both before and after. What counts is measured on cell
 types and perturbations that were never seen together, beside three baselines that know only means.
 
-    python train_state.py      # synthetic cells, 4 minutes on two CPU cores: Pearson delta 0.950, best baseline 0.697
+    python train_state.py      # synthetic cells, 2 minutes on two CPU cores: Pearson delta 0.950, best baseline 0.697
     python train_state.py config/state_sm.py --toml=data/my.toml --embed_key=X_hvg        # your own h5ad files
     python train_state.py tx train model=state_sm data.kwargs.toml_config_path=data/my.toml    # as State's own command
     python prepare_data.py state inspect data/my.toml          # what a TOML selects, before any training
