@@ -8,6 +8,7 @@
     python prepare_data.py ergodic                          # synthetic: hidden Markov components with exact oracles
     python prepare_data.py state                            # synthetic: cell populations of known perturbation effects
     python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
+    python prepare_data.py state toml --input=FILE.h5ad     # a first TOML of cells that are log1p already
     python prepare_data.py cells --toml=my.toml             # make cells ready for train_state.py, which else does it
     python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
     python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of a source system to ours
@@ -57,6 +58,7 @@ from sources.planted import planted
 from sources.populations import synthetic
 from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
+from sources.starter import write_starter
 from sources.streams import inspect_stream
 from sources.text import prepare_text
 from sources.tokenizer import HALF_BYTES, SPECIAL
@@ -201,8 +203,8 @@ class PlantedConfig:
 @dataclass
 class StateConfig:
     # job
-    action: Literal["synthetic", "preprocess"] = "synthetic"  # also a bare word: state preprocess --input=FILE.h5ad
-    # preprocess
+    action: Literal["synthetic", "preprocess", "toml"] = "synthetic"  # also a bare word: state toml --input=FILE.h5ad
+    # preprocess; toml, the starter TOML that preprocess writes too, takes input and the columns
     input: str = ""  # an h5ad file of any anndata; its obs, var and obsm are kept
     layer: str = ""  # the matrix with the counts; default: X
     output: str = ""  # the file to write; default: OUT_DIR/NAME OF THE INPUT
@@ -211,7 +213,7 @@ class StateConfig:
     drop_empty: bool = False  # leave cells without any count out
     drop_unlabelled: bool = False  # leave cells without a value in the columns below out
     keep_counts: bool = False  # as layers/counts
-    pert_col: str = ""  # obs columns that must be there, with a value for every cell
+    pert_col: str = ""  # obs columns that must be there, with a value for every cell; default: as they are found
     cell_type_key: str = ""
     batch_col: str = ""
     control_pert: str = ""  # a value that pert_col (default: gene) must have
@@ -231,8 +233,8 @@ class StateConfig:
     seed: int = 1337
 
     def check(self) -> list[str]:
-        missing = self.action == "preprocess" and not self.input
-        return ["preprocess needs counts: --input=FILE.h5ad"] if missing else []
+        missing = self.action != "synthetic" and not self.input
+        return [f"{self.action} needs cells: --input=FILE.h5ad"] if missing else []
 
 
 @dataclass
@@ -279,7 +281,7 @@ class ImportConfig:
 # ---------------------------------------------------------------------------------------------------------------
 # Jobs that dispatch
 # ---------------------------------------------------------------------------------------------------------------
-ACTIONS = {"synthetic": synthetic, "preprocess": preprocess}  # of the job `state`
+ACTIONS = {"synthetic": synthetic, "preprocess": preprocess, "toml": write_starter}  # of the job `state`
 
 
 def state(action: str, **settings) -> dict:

@@ -863,6 +863,21 @@ def test_bad_input_is_one_line_and_nothing_is_written(argv, words, planted, caps
     assert not Path("run").exists()
 
 
+def test_data_that_are_not_prepared_come_with_the_command_that_prepares_them(text, capsys):
+    Path("notes.txt").write_text("some text")
+    Path("letters").mkdir()
+    Path("letters/first.jsonl").write_text("{}")
+    Path("data/stories").mkdir(parents=True)
+    shutil.copy(text / "meta.json", "data/stories")
+    for data, command in (
+        ("notes.txt", "python prepare_data.py text --input=notes.txt --out_dir=data/notes, then data=data/notes"),
+        ("letters", "python prepare_data.py text --input=letters --out_dir=data/letters, then data=data/letters"),
+        ("data/planted", "no such file; make it with python prepare_data.py planted --out_dir=data/planted"),
+        ("data/storys", "; did you mean data/stories? Or make it with python prepare_data.py text --input="),
+    ):
+        assert command in refused(capsys, *TINY, f"--data={data}")
+
+
 @pytest.mark.parametrize("damage, words", [
     ("cut", "prepare the folder again"), ("tokenizer", "is not the tokenizer that the tokens beside it were made with"),
     ("beyond", "beyond its vocabulary of"), ("meta", "meta.json is damaged"), ("short", "less than a window of"),
