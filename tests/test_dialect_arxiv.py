@@ -426,7 +426,7 @@ def test_words_of_its_scripts_of_preparation_are_understood():
     with pytest.warns(UserWarning, match="without effect here: full_dataset"):
         sizes = prepare_data.main([*small, "--output_dir=fetched", "--full_dataset"])
     assert sizes.keys() == {"train", "validation"} and Path("fetched/train.h5").exists()
-    with h5py.File("data/arxiv/train.h5") as file:
+    with h5py.File("data/docs/train.h5") as file:
         assert file.attrs["seed"] == 42
 
 
