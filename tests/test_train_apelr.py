@@ -244,7 +244,7 @@ def test_the_text_keeps_its_tokenizer_and_a_sample_is_shown(text, capsys):
     assert all(any(word in line for line in Path("run/plans.txt").read_text().splitlines())
                for entry in written for word in entry["text"].split())
     assert (Path("run/tokenizer.json")).read_bytes() == (text / "tokenizer.json").read_bytes()
-    assert len(re.findall(r"^  'Once", capsys.readouterr().out, re.M)) == 2
+    assert len(re.findall(r"^  it writes: 'Once", capsys.readouterr().out, re.M)) == 2
     assert "bits_per_byte" in read("run/metrics.json")
 
 
