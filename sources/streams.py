@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, regular_file
-from common.plain import fits
-from configurator import note
+from common.telling import note
 from sources.digests import CHECKED_WHOLE, check_file, of_file, sha256
 from sources.plain_json import read_json
 from sources.shared import counted, nearest, report
@@ -138,6 +137,8 @@ def is_inside(name: str) -> bool:
 
 def are_digests(files) -> bool:
     """Whether a value is {name of a file: what `digests.of_file` says of it}."""
+    from common.plain import fits  # which brings torch: who writes a folder does without
+
     return fits(files, {str: {"bytes": int, "sha256": str, "sample": str}}) and all(map(is_inside, files))
 
 
