@@ -39,7 +39,7 @@ from common.runlog import write_json
 from common.runtime import Runtime
 from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail
 from measure.effects import verdict
-from measure.plans import draw_beliefs
+from measure.plan_pictures import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
 from measure.sequences import continue_sequences, process_sequences, sequence_xe
 from measure.writing import generate

@@ -38,6 +38,7 @@ from torch import Tensor
 from common import checkpoint, store
 from common.runlog import RunLog, ended_before, first_line, run_facts, say_again
 from common.runtime import Meter, Runtime, learning_rate
+from common.telling import bar
 from configurator import (
     Count,
     Fraction,
@@ -1024,7 +1025,7 @@ def evaluate(model: Baseline, corpus: Corpus, starts: np.ndarray, rt: Runtime, c
     model.eval()
     windows = []
     own = rt.share(starts)
-    for begin in range(0, len(own), batch):
+    for begin in bar(range(0, len(own), batch), "measuring on validation windows"):
         tokens = corpus.windows("val", own[begin : begin + batch], cfg.seq_len, rt.device)
         with rt.autocast():
             h, _ = model.read(tokens[:, :-1])

@@ -31,8 +31,8 @@ def baseline_settings(cfg, build: Callable, trains: dict):
 
     widths, parameters = as_large(build, plain, vocab_size, trains["parameters"], "compare_baseline")
     same_size = replace(plain, **widths)
-    say(f"compare_baseline: a baseline of {parameters:,} parameters (d_model={same_size.d_model}) for the planner of "
-        f"{trains['parameters']:,}; it trains first, in {plain.out_dir}")  # fmt: skip
+    say(f"run 1 of 2: a baseline of {parameters:,} parameters (d_model={same_size.d_model}) for the planner of "
+        f"{trains['parameters']:,} -> {plain.out_dir}")  # fmt: skip
     return same_size
 
 
@@ -79,6 +79,7 @@ def train_beside(cfg, train: Callable, build: Callable) -> dict:
         "baseline_d_model": settings.d_model,
         "baseline_steps": baseline["steps"],
     }
+    say(f"run 2 of 2: the planner -> {cfg.out_dir}")
     return train(cfg, beside=facts)
 
 

@@ -89,8 +89,8 @@ FIGURES = {
         "oracle_nll": "cross entropy of the exact optimum on the same text, nats: no predictor is below it",
         "excess_over_oracle": "how far val_nll is above oracle_nll, as a share of it",
         "plan_gain": (
-            "what the belief over plans is worth: loss of the best single plan less val_nll, nats; above 0.05 the"
-            " plan is used"
+            "what the belief over plans is worth: loss of the best single plan less val_nll, nats; the plan is used "
+            "where this and the mask delta are 0.01 or more"
         ),
         "planner_mask_delta_loss": (
             "the mask delta: what val_nll rises by if the belief is replaced by an even one, nats; 0 where the "

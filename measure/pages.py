@@ -24,6 +24,7 @@ from common.runlog import places, read_json
 from common.telling import note
 from configurator import Text, config_dict, convert
 from measure import figures
+from measure.forced import plan_rows
 from measure.glossary import PICTURES, meaning
 from sources.outcomes import is_number
 from sources.shared import from_here
@@ -243,10 +244,25 @@ def run_sections(folder: Path, Config: type, result: dict) -> list[Section]:
     return [
         Section("", tables=[headlines]),
         Section("", pictures=pictures_of(folder)),
+        *plans_section(folder),
         settings_section(run, Config, config),
         Section("Machine and time", tables=[machine(run / script_of(Config).name, result)]),
         Section("All that summary.json says", tables=rest, folded=True),
     ]
+
+
+def plans_section(folder: Path) -> list[Section]:
+    """What planner_eval.json says of each plan; nothing where the run has none, or only an earlier one had."""
+    file = folder / "planner_eval.json"
+    if not file.exists() or file.stat().st_mtime < begun(folder):
+        return []
+    return [Section("Plans, one by one", tables=[plan_rows(read_json(file))])]
+
+
+def begun(folder: Path) -> float:
+    """When the run of a folder began, or 0."""
+    config = folder / "config.json"
+    return config.stat().st_mtime if config.exists() else 0
 
 
 def figures_of(result: dict, experiment: str) -> tuple[list[dict], list[list[dict]]]:
@@ -288,12 +304,10 @@ def plain_values(values: dict) -> dict:
 
 def pictures_of(folder: Path) -> list[tuple[Path, str]]:
     """The pictures of a run in the order in which they were drawn; not those of an earlier run in its folder."""
-    config = folder / "config.json"
-    begun = config.stat().st_mtime if config.exists() else 0
     times = {path: path.stat().st_mtime for path in sorted((folder / "plots").glob("*.png"))}
     pictures = []
     for path in sorted(times, key=times.get):
-        if times[path] >= begun:
+        if times[path] >= begun(folder):
             pictures.append((path, PICTURES.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")))
     return pictures
 

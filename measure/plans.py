@@ -1,22 +1,27 @@
-"""What the plans of train_apelr.py are: tables, agreement with the planted truth, pictures.
+"""What the plans of train_apelr.py are and are worth: tables, agreement with the planted truth, the verdict.
 
 Dimensions: B windows, L tokens of one, T tokens of all, N chunks of a window, K plans, V vocabulary, H width.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.runlog import read_metrics, write_json
+from common.errors import replacing
+from common.runlog import write_json
+from common.telling import bar, doing
 from kernels.log_probs import block_logits, block_rows, blocks
 from measure.compare_baseline import BESIDE
-from measure.figures import figure
+from measure.forced import fixed_belief, plan_rows, plan_table, written_nll  # noqa: F401 - the page takes one
+from measure.plan_pictures import draw_loss, draw_plans
+from measure.writing import generate
+from sources.outcomes import is_number
 
 USED = 0.01  # nats a token from which a gain is called one: what another seed may bring is less
+FOUND, FOUND_IN_PART = 0.9, 0.3  # of plan_nmi: on the default planted data the exact filter has 0.987
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
@@ -32,25 +37,6 @@ def entropy(log_p: torch.Tensor) -> torch.Tensor:
 def kl_to_uniform(p: torch.Tensor) -> torch.Tensor:
     """KL(p || uniform) in nats, p [K]."""
     return math.log(len(p)) - entropy(p.clamp_min(torch.finfo(p.dtype).tiny).log())
-
-
-def fixed_belief(logits: torch.Tensor, planner_mode: str, forced_state: int | None) -> torch.Tensor | None:
-    """The log belief [K] that a planner mode puts in the place of a planner's own; None in normal mode.
-
-    logits [K]: of its prior, for the kind and the place. Raises ValueError for a mode or a plan that there is not.
-    """
-    logits = logits.detach()
-    K = len(logits)
-    if planner_mode == "normal":
-        return None
-    if planner_mode == "uniform_mask":
-        return torch.full_like(logits, -math.log(K))
-    if planner_mode == "forced_state" and forced_state in range(K):
-        belief = torch.full_like(logits, -math.inf)
-        belief[forced_state] = 0.0
-        return belief
-    raise ValueError(f"planner_mode = {planner_mode}, forced_state = {forced_state}: expected normal, "
-                     f"uniform_mask, or forced_state and a plan from 0 to {K - 1}")
 
 
 @torch.no_grad()
@@ -122,21 +108,66 @@ def write_report(
     metrics: dict,
     say: Callable[[str], None],
 ) -> dict:
-    """metrics.json, planner_eval.json and pictures of a run, given what evaluate measured; all metrics."""
+    """metrics.json, planner_eval.json, plans.txt and pictures of a run, given what evaluate measured; all metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     run = folder.parent if folder.name == "analysis" else folder
     beside = run / BESIDE if model.cfg.compare_baseline else None
-    draw_loss(folder, f"{model.cfg.version}, {model.cfg.backbone}", beside)
+    draw_loss(folder, f"Loss of {model.cfg.version}, {model.cfg.backbone}", beside)
     if hasattr(model, "filter"):
-        report = planner_report(model, corpus, starts)
+        with doing("comparing what the plans predict"):
+            report = planner_report(model, corpus, starts)
         numbers = {name: value for name, value in report.items() if not isinstance(value, dict)}
         numbers.pop("typical_tokens", None)
         metrics = metrics | numbers
+        report["written"] = forced_texts(model, corpus)
         write_json(folder / "planner_eval.json", metrics | report)
+        write_plans(folder, metrics | report)
         warn_of_idle_plans(metrics, say, model.cfg.weights())
-        draw_plans(folder, model, corpus, starts, metrics["usage"])
+        with doing("drawing the plans"):
+            draw_plans(folder, model, corpus, starts, metrics["usage"], report["typical_tokens"])
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def forced_texts(model, corpus) -> list[dict]:
+    """What the belief and then each plan alone write on from preview_prompt: plan (None: the belief), text, nll.
+
+    nll: as of written_nll. All begin with the same random numbers; nothing where preview_tokens is 0.
+    """
+    cfg = model.cfg
+    if not cfg.preview_tokens:
+        return []
+    device = model.token_emb.weight.device
+    prompt = torch.tensor([corpus.prompt_ids(cfg.preview_prompt)], device=device)
+    written = []
+    for plan in bar([None, *range(cfg.plans())], "writing by each plan"):
+        mode = "normal" if plan is None else "forced_state"
+        draws = torch.Generator().manual_seed(cfg.seed)
+        tokens = generate(model, prompt, cfg.preview_tokens, draws, temperature=0.8, top_k=50, planner_mode=mode,
+                          forced_state=plan).tokens  # fmt: skip
+        new = tokens[0, prompt.shape[1] :].tolist()
+        text = corpus.tokenizer.decode(new) if corpus.tokenizer else " ".join(map(str, new))
+        written.append({"plan": plan, "text": text, "nll": float(written_nll(model, tokens, prompt.shape[1]))})
+    model.train()
+    return written
+
+
+def write_plans(folder: Path, report: dict) -> None:
+    """plans.txt: the plans for people, with what each would write."""
+    lines = ["share: of chunks, by the belief at their start. alone: loss with this plan alone, nats a token", ""]
+    lines.append("plan  share   alone  typical tokens")
+    for row in plan_rows(report):
+        line = f"{row['plan']:>4}  {row['share']:>5}  {row['loss alone']:6.3f}  {row['typical tokens']}"
+        lines.append(line.rstrip())
+    if report["written"]:
+        rows = []
+        for entry in report["written"]:
+            label = "belief" if entry["plan"] is None else str(entry["plan"])
+            rows.append((label, entry["text"], entry["nll"]))
+        lines += ["", "What each plan alone would write, and the belief over them. nats: a token, by that belief"]
+        lines += ["", plan_table(rows)]
+    with replacing(folder / "plans.txt") as fresh:
+        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def windows(model, corpus, starts: np.ndarray) -> torch.Tensor:
@@ -182,11 +213,6 @@ def warn_of_idle_plans(metrics: dict, say: Callable[[str], None], terms: Collect
         if "plan_mi" in terms:
             line += ": lower plan_mi_weight"
         say(line)
-
-
-def is_number(value: object) -> bool:
-    """Whether a figure is there and defined: neither None nor nan nor infinite."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def perplexity(nll: float) -> float | None:
@@ -276,40 +302,41 @@ def plan_metrics(
 
 
 def verdict(metrics: dict) -> str:
-    """The run in one line: its loss, whether its plan is used, and whether it beats a baseline of equal size.
+    """The run in two or three sentences: its loss, whether its plan is found and used, whether it beats a baseline.
 
     A figure that is not there or not defined is left out.
     """
-    parts = [f"validation nll {metrics['val_nll']:.4f} nats a token"]
+    loss = f"loss {metrics['val_nll']:.4f} nats a token"
     if is_number(metrics.get("val_ppl")):
-        parts[0] += f", perplexity {metrics['val_ppl']:.2f}"
+        loss += f" (perplexity {metrics['val_ppl']:.2f})"
     if is_number(metrics.get("oracle_nll")):
-        optimum = f"exact optimum {metrics['oracle_nll']:.4f}"
         excess = metrics.get("excess_over_oracle")
-        parts.append(f"{optimum} ({100 * excess:+.2f}%)" if is_number(excess) else optimum)
-    if is_number(metrics.get("plan_nmi")):
-        parts.append(f"nmi of plans and true plans {metrics['plan_nmi']:.3f}")
-    parts += judge_plan(metrics)
-    parts += judge_baseline(metrics)
-    return "; ".join(parts)
+        if is_number(excess):
+            loss += f" is {abs(excess):.2%} {'above' if excess >= 0 else 'BELOW'} the exact optimum"
+        else:
+            loss += ", exact optimum"
+        loss += f" {metrics['oracle_nll']:.4f}"
+    return ". ".join([loss, *judge_plan(metrics), *judge_baseline(metrics)])
 
 
 def judge_plan(metrics: dict) -> list[str]:
-    """Whether the belief is worth something, in words; nothing where that cannot be told.
+    """Whether the plan is found, where that is known, and is worth something, in a sentence; none where none can tell.
 
     It is used if the loss rises by USED both where the belief is made uniform and where the best plan writes alone: an
     even mixture that does as well needs no belief, and one plan that does as well needs no others.
     """
-    gain = metrics.get("plan_gain")
-    masked = metrics.get("planner_mask_delta_loss")
-    worth = {"plan_gain": gain, "planner_mask_delta_loss": masked}
-    known = {name: value for name, value in worth.items() if is_number(value)}
-    if not known:
-        return []
-    figures = ", ".join(f"{name} {value:+.4f}" for name, value in known.items())
-    if min(known.values()) < USED:
-        return [f"the plan is not used: {figures}"]
-    return [f"the plan is used: {figures}"]
+    nmi = metrics.get("plan_nmi")
+    parts = []
+    if is_number(nmi):
+        found = "found" if nmi >= FOUND else "found in part" if nmi >= FOUND_IN_PART else "NOT found"
+        parts.append(f"{found} (plan_nmi {nmi:.3f} of 1)")
+    ways = {"planner_mask_delta_loss": "without the belief", "plan_gain": "with the best plan alone"}
+    known = {name: metrics[name] for name in ways if is_number(metrics.get(name))}
+    if known:
+        changes = [f"by {value:+.4f} {ways[name]} ({name})" for name, value in known.items()]
+        used = "used" if min(known.values()) >= USED else "not used"
+        parts.append(f"{used}: the loss changes {' and '.join(changes)}")
+    return ["The plan is " + " and ".join(parts)] if parts else []
 
 
 def judge_baseline(metrics: dict) -> list[str]:
@@ -321,7 +348,7 @@ def judge_baseline(metrics: dict) -> list[str]:
     judged = "DOES NOT BEAT"
     if gain > 0:
         judged = "beats" if gain >= USED else "is hardly better than"
-    line = f"it {judged} the baseline of equal size: baseline_nll {rival:.4f} ({gain:+.4f})"
+    line = f"It {judged} the baseline of equal size: baseline_nll {rival:.4f} ({gain:+.4f})"
     if is_number(metrics.get("baseline_ppl")):
         line += f", perplexity {metrics['baseline_ppl']:.2f}"
     if is_number(metrics.get("baseline_parameters")) and is_number(metrics.get("parameters")):
@@ -329,11 +356,16 @@ def judge_baseline(metrics: dict) -> list[str]:
     return [line]
 
 
-def unused_weights(cfg, demo: dict[str, float]) -> list[str]:
-    """Settings of weights that a run was given and that its version does not look at.
+def without_effect(cfg, demo: dict[str, float]) -> list[str]:
+    """Settings that a run was given and that nothing in it looks at.
 
     demo: what loss_weights is where it is not given.
     """
+    return unused_weights(cfg, demo) + unused_choices(cfg)
+
+
+def unused_weights(cfg, demo: dict[str, float]) -> list[str]:
+    """Those of weights that the version does not look at."""
     names = ["chunk_bow_weight", "plan_mi_weight", "chunk_post_kl_weight"]  # of version 1
     of_both = {"entropy_reg_weight": "boundary_entropy", "usage_balance_weight": "usage_balance"}
     if cfg.version == "v1_filtered_mixture":
@@ -351,34 +383,97 @@ def unused_weights(cfg, demo: dict[str, float]) -> list[str]:
     return unused
 
 
+OF_PLANNERS = (
+    "num_plan_states",
+    "chunk_size",
+    "boundary",
+    "planner_context_scale",
+    "planner_self_bias",
+    "planner_temperature",
+    "plan_temperature_start",
+    "plan_temperature_end",
+    "token_filtering",
+    "carry_posterior",
+    "lookahead_feedback_scale",
+)
+
+
+def unused_choices(cfg) -> list[str]:
+    """Those that are not the default, and of another version, backbone or choice."""
+    # Files of the source have settings of everything; a baseline beside a planner has those of the planner.
+    if cfg.compat or Path(cfg.out_dir).name == BESIDE:
+        return []
+    weights = cfg.weights(cfg.max_steps)
+    is_attentive = cfg.backbone != "gru"
+    samples = cfg.plan_commitment == "gumbel_st"
+    is_auto = cfg.batch_size == "auto"
+    looked_at = dict.fromkeys(OF_PLANNERS, cfg.version != "baseline") | {
+        "n_heads": is_attentive,
+        "d_ff": is_attentive,
+        "max_seq_len": cfg.backbone == "transformer_lm",
+        "num_experts": cfg.version == "v2_planner_required",
+        "expert_rank": cfg.experts == "lowrank",
+        "fusion_dim": cfg.version == "v1_filtered_mixture",
+        "lookahead_horizon": cfg.version != "baseline" and cfg.feedback() > 0,
+        "chunk_bow_warmup_steps": "chunk_bow" in weights,
+        "rep_window": "rep_unlikelihood" in weights,
+        "rep_include_current": "rep_unlikelihood" in weights,
+        "aux_token_fraction": bool({"plan_mi", "plan_js_div"} & set(weights)),
+        "future_horizon_chunks": "future_contrastive" in weights,
+        "commitment_warmup_steps": samples,
+        "commitment_ramp_steps": samples,
+        "commitment_max_hard_fraction": samples,
+        "cpu_batch_size": is_auto,
+        "batch_size_min": is_auto,
+        "batch_size_cap": is_auto,
+        "batch_size_safety": is_auto,
+        "preview_prompt": cfg.preview_tokens > 0,
+        "min_lr": cfg.schedule == "cosine" or cfg.min_lr == 0.1 * cfg.lr,
+    }
+    default = type(cfg)()
+    return [name for name, is_used in looked_at.items() if not is_used and getattr(cfg, name) != getattr(default, name)]
+
+
 def size_of(model: torch.nn.Module) -> int:
     """Parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def describe(model, corpus, batch_size: int, demo: dict[str, float]) -> str:
-    """A run in a few words, before it trains; demo: as of unused_weights."""
+    """A run in a few lines, before it trains; demo: as of unused_weights."""
     cfg = model.cfg
-    text = (
-        f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | vocabulary {corpus.vocab_size:,} | "
-        f"{len(corpus.train):,} training tokens of {corpus.name} | {batch_size} x {cfg.seq_len} tokens a step | "
-        f"auxiliary terms: {cfg.weights()}"
-    )
-    unused = unused_weights(cfg, demo)
+    terms = ", ".join(f"{weight:g} {name}" for name, weight in cfg.weights(cfg.max_steps).items())
+    lines = [
+        f"{cfg.version}, {cfg.backbone} | {size_of(model):,} parameters | auxiliary terms: {terms or 'none'}",
+        f"{len(corpus.train):,} training tokens of {corpus.name}, vocabulary {corpus.vocab_size:,} | "
+        f"{batch_size} x {cfg.seq_len} tokens a step",
+    ]
+    unused = without_effect(cfg, demo)
     if unused:
-        text += f"\n  note: without effect on {cfg.version}: {', '.join(unused)}"
+        lines.append(f"  note: without effect on this run ({cfg.version}, {cfg.backbone}): {', '.join(unused)}")
     if corpus.chunk_size not in (0, cfg.chunk_size) and hasattr(model, "filter"):
-        text += (
-            f"\n  note: chunk_size = {cfg.chunk_size}, and the planted plans change every {corpus.chunk_size} tokens: "
+        lines.append(
+            f"  note: chunk_size = {cfg.chunk_size}, and the planted plans change every {corpus.chunk_size} tokens: "
             "plan_nmi is not measured"
         )
-    return text
+    return "\n".join(lines)
 
 
 def evaluation_line(step: int, metrics: dict) -> str:
-    """What an evaluation during training says."""
-    names = ("val_nll", "val_ppl", "plan_gain", "planner_mask_delta_loss", "oracle_nll", "plan_nmi")
-    shown = [f"{name} {metrics[name]:.4f}" for name in names if metrics.get(name) is not None]
+    """What an evaluation during training says, the names of metrics.jsonl shortened."""
+    names = {
+        "val_nll": "val_nll",
+        "val_ppl": "ppl",
+        "plan_gain": "gain",
+        "planner_mask_delta_loss": "mask",
+        "oracle_nll": "optimum",
+        "plan_nmi": "nmi",
+    }
+    shown = []
+    for name, short in names.items():
+        if metrics.get(name) is not None:
+            digits = 2 if name == "val_ppl" else 4
+            shown.append(f"{short} {metrics[name]:.{digits}f}")
     return " | ".join([f"step {step:>6} eval", *shown])
 
 
@@ -403,161 +498,3 @@ def normalised_mutual_information(a: np.ndarray, b: np.ndarray) -> float | None:
     H_a = H(table.sum(1))
     H_b = H(table.sum(0))
     return float((H_a + H_b - H(table)) / math.sqrt(H_a * H_b))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def draw_loss(folder: Path, title: str, beside: Path | None = None) -> None:
-    """Loss over training, from metrics.jsonl of the run and of a baseline beside it, and the exact optimum if known."""
-    own = read_metrics(folder)
-    rival = read_metrics(beside) if beside else []
-    curves = (
-        (own, "train", "nll", "training", "-", 1.5),
-        (own, "eval", "val_nll", "validation", "-", 1.5),
-        (rival, "eval", "val_nll", "validation of the baseline of equal size", "-", 1.0),
-        (own, "eval", "oracle_nll", "exact optimum on the validation windows", "k--", 0.8),
-    )
-    with figure(folder, "loss") as axes:
-        for history, split, key, label, style, width in curves:
-            records = [r for r in history if r["split"] == split and is_number(r.get(key))]
-            if records:
-                steps = [r["step"] for r in records]
-                values = [r[key] for r in records]
-                axes.plot(steps, values, style, marker=".", label=label, linewidth=width)  # one point shows too
-        axes.set(xlabel="step", ylabel="nats a token", title=title)
-        if axes.lines:  # a checkpoint of the source has no history here
-            axes.legend(fontsize=8)
-
-
-@torch.no_grad()
-def draw_plans(
-    folder: Path,
-    model,
-    corpus,
-    starts: np.ndarray,
-    usage: Sequence[float],
-    most: int = 96,
-) -> None:
-    """Usage of the plans, transitions, and the belief over the first `most` tokens of the first validation window."""
-    draw_usage(folder, usage)
-    P = model.planner_transition_logits.softmax(1)
-    draw_transition(folder, P.float().cpu().numpy())
-
-    tokens = windows(model, corpus, starts[:1])  # [1, L + 1]
-    model.eval()
-    h, _ = model.read(tokens[:, :-1])
-    evidence = model.look_up(h, tokens[:, 1:, None])[..., 0]  # log p_k of each token [1, L, K]
-    beliefs = model.filter(evidence, model.contexts(h))
-    model.train()
-    # Bayes' rule: the belief after a token is what it was before times what each plan said of the token.
-    after = (beliefs.before + evidence).softmax(2)
-    shown = after[0, :most].float().cpu().numpy()
-
-    C = model.cfg.chunk_size
-    begins = [t for t in range(1, len(shown)) if (t + model.offset) % C == 0]
-    text = tokens[0, 1 : len(shown) + 1].tolist()
-    labels = [corpus.spell(token) for token in text]
-    title = "belief after each token of a validation passage (blue: a chunk begins)"
-    true = corpus.true_plans(starts[:1], C)
-    true_plans = ()
-    if true is not None:
-        true_plans = true[0]
-        title += "; which of our plans stands for which true one is arbitrary"
-    draw_beliefs(folder, "belief", shown, labels, begins, title, true_plans)
-
-
-def draw_usage(folder: Path, usage: Sequence[float]) -> None:
-    """Mean beliefs at chunk starts over training, or the last ones [K] where there was one evaluation."""
-    K = len(usage)
-    records = [r for r in read_metrics(folder) if r["split"] == "eval" and "usage" in r]
-    colours = [f"C{k % 10}" for k in range(K)]
-    with figure(folder, "plan_usage") as axes:
-        axes.set(ylabel="mean belief at chunk starts", title="usage of the plans")
-        if len(records) > 1:
-            steps = [r["step"] for r in records]
-            shares = np.array([r["usage"] for r in records])  # [evaluations, K]
-            names = [f"plan {k}" for k in range(K)]
-            axes.stackplot(steps, shares.T, colors=colours, labels=names, alpha=0.85)
-            axes.set(xlabel="step", ylim=(0, 1))
-            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        else:
-            axes.bar(range(K), usage, color=colours)
-            axes.set(xlabel="plan", xticks=range(K))
-
-
-def draw_transition(folder: Path, P: np.ndarray) -> None:
-    """The transition matrix [K, K], with numbers where there is room."""
-    K = len(P)
-    with figure(folder, "transition_matrix", 5.5, 4.5) as axes:
-        image = axes.imshow(P, vmin=0, vmax=1, cmap="magma_r")
-        axes.figure.colorbar(image, ax=axes, label="probability")
-        if K <= 16:
-            for i, j in np.ndindex(P.shape):
-                colour = "white" if P[i, j] > 0.45 else "black"  # on a dark square or a bright one
-                number = f"{P[i, j]:.2f}"
-                axes.text(j, i, number, ha="center", va="center", fontsize=7, color=colour)
-        axes.set(
-            xlabel="to plan",
-            ylabel="from plan",
-            xticks=range(K),
-            yticks=range(K),
-            title="transition matrix, without what the text adds",
-        )
-
-
-def draw_beliefs(
-    folder: Path,
-    name: str,
-    beliefs: np.ndarray,
-    labels: list[str],
-    boundaries: list[int],
-    title: str,
-    true: Sequence[int] = (),
-) -> None:
-    """Beliefs [L, K] as a heat map over the text.
-
-    Args:
-        labels: the tokens [L]. boundaries: where a chunk begins. true: plans of the chunks, where they are known.
-    """
-    L, K = beliefs.shape
-    width = max(7.0, 0.13 * len(labels))
-    height = 1.7 + 0.18 * K
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not: drawn as boxes
-        with figure(folder, name, width, height) as axes:
-            image = axes.imshow(
-                beliefs.T,
-                aspect="auto",
-                vmin=0,
-                vmax=1,
-                cmap="magma_r",
-                interpolation="nearest",
-            )
-            axes.figure.colorbar(image, ax=axes, label="belief", pad=0.01)
-            for column in boundaries:
-                axes.axvline(column - 0.5, color="tab:blue", linewidth=0.8)
-            # The name of a plan is as wide as 6 tokens: a chunk that begins nearer to the end goes without.
-            named = [0, *(column for column in boundaries if column + 6 < L)]
-            for column, plan in zip(named, true, strict=False):
-                axes.text(column, -0.55, f"true plan {plan}", fontsize=7, va="bottom")
-            ticks = [drawable(text[:12]) for text in labels]
-            axes.set_xticks(range(len(labels)), ticks, rotation=90, fontsize=6)
-            axes.set(yticks=range(K), ylabel="plan")
-            axes.set_title(title, fontsize=9, pad=14 if len(true) else 6)
-
-
-def drawable(text: str) -> str:
-    """A token as a label: line ends as an arrow, what cannot be printed as a dot, dollars as dollars."""
-    shown = ""
-    for character in text:
-        if character.isprintable():
-            shown += character
-        elif character == "\n":
-            shown += "\u21b5"
-        else:
-            shown += "\u00b7"
-    shown = shown.replace("$", "\\$")  # a dollar alone would begin a formula
-    return shown or "\u00b7"

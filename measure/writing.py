@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from common.products import float32_products
 from kernels.few_rows import Heads
-from measure.plans import fixed_belief
+from measure.forced import fixed_belief
 
 FEW_TEXTS = 8  # the backbone's products of fewer are small
 

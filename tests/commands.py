@@ -71,7 +71,7 @@ def refusal(capsys, main, *argv: str, code: int = 2) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(list(argv))
-    told = capsys.readouterr().err.splitlines()
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
     return told[0]
 
