@@ -1,20 +1,13 @@
 """Turn raw sources into training files. The first argument is the job, the rest are its typed settings.
 
-    python prepare_data.py text                             # plain text: the documentation in Python itself
-    python prepare_data.py text --input=tinystories         # the same from the hub, or --input=FILE or FOLDER
-    python prepare_data.py planted                          # synthetic: documents of known plans, with exact oracle
-    python prepare_data.py arxiv --input=papers.jsonl --out_dir=data/arxiv     # labelled documents, any source
-    python prepare_data.py arxiv                            # the same from the hub (pip install datasets)
-    python prepare_data.py ergodic                          # synthetic: hidden Markov components with exact oracles
-    python prepare_data.py state                            # synthetic: cell populations of known perturbation effects
-    python prepare_data.py state preprocess --input=counts.h5ad     # counts of cells to log1p and X_hvg
-    python prepare_data.py cells --toml=my.toml             # make cells ready for train_state.py, which else does it
-    python prepare_data.py inspect data/arxiv/train.h5      # what is in a file, and what is wrong with it
-    python prepare_data.py import FILE --out_dir=out/x      # a checkpoint of a source system to ours
-    python prepare_data.py arxiv --help                     # the settings of a job
+    python prepare_data.py text --input=stories/            # then: python train_apelr.py --data=data/stories
+    python prepare_data.py arxiv --input=papers.jsonl       # then: python train_arxiv.py --data=data/papers
+    python prepare_data.py state preprocess --input=counts.h5ad     # then: python train_state.py --toml=...
+    python prepare_data.py inspect data/papers              # what is in a file or folder, and what is wrong with it
+    python prepare_data.py arxiv --help                     # what a job reads and writes, and its settings
 
-Files are written beside their final place and renamed at the end: what exists is complete. N chunks, n tokens of a
-chunk, K components; in `planted` N documents of D tokens, K plans, S states, V tokens, chunks of C tokens.
+Each job says at its end what it made and the command that trains on it. Files are written beside their final place and
+renamed at the end: what exists is complete.
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
@@ -22,15 +15,16 @@ from common.errors import DataError, clear_errors  # isort: skip
 
 import importlib
 import re
+import shlex
 import shutil
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from common import checkpoint, store
-from common.runlog import write_json
+from common.telling import begin, doing
 from configurator import (
     MOST,
     Count,
@@ -43,23 +37,15 @@ from configurator import (
     config_dict,
     configure,
     fail,
+    help_text,
+    print_text,
 )
-from sources import foreign_checkpoints
-from sources.cells import inspect as inspect_experiment
-from sources.cells import load_features, prepare_cells
-from sources.chunks import inspect_chunks, inspect_folder, prepare_chunks, split_files
-from sources.contents import holds_cells, holds_store, inspect_cells, inspect_store
-from sources.ergodic import COMPONENTS, ergodic
-from sources.foreign_apelr import untold
-from sources.foreign_arxiv import training_state
-from sources.papers import cut_papers, holds_papers
+from sources.files import KINDS, PACKED, kind_of
 from sources.planted import planted
-from sources.populations import synthetic
-from sources.preprocess import preprocess
 from sources.shared import closest, counted, suggest
-from sources.streams import inspect_stream
-from sources.text import prepare_text
 from sources.tokenizer import HALF_BYTES, SPECIAL
+
+# What brings torch, HDF5 or scipy is imported by the job that needs it: the first line does not wait for it.
 
 
 def at_least(least: int):
@@ -75,13 +61,39 @@ Part = Annotated[float, Range("float in (0, 1)", "must lie between 0 and 1", lam
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def folder_for(source: str, default: str) -> str:
+    """data/NAME for a source of the user's own: `default` is what a page makes for itself, or trains on unasked."""
+    if not source:
+        return default
+    name = Path(source).name
+    while Path(name).suffix.lower() in (*KINDS, *PACKED):
+        name = Path(name).stem
+    folder = Path("data") / (re.sub(r"[^\w.-]+", "_", name) or "text")
+    return f"{folder}_tokens" if folder.resolve() == Path(source).resolve() else str(folder)
+
+
 @dataclass
 class ArxivConfig:
+    """Labelled documents of any source -> chunks of tokens, for train_arxiv.py.
+
+        python prepare_data.py arxiv --input=papers.jsonl             # 22,000 abstracts (25 MB): 5 s on two cores
+        python prepare_data.py arxiv --input=papers.csv --categories=cs.DS,math.ST --chunk_size=64
+        python prepare_data.py arxiv --input=FOLDER                   # of CATEGORY/*.txt, .jsonl, .csv, .parquet, .json
+        python prepare_data.py arxiv                                  # ccdv/arxiv-classification (pip install datasets)
+
+    Reads a text and a label of each document: columns text (else title and abstract) and category, label or categories,
+    in upper case too; other names by text_column and label_column. All categories there are become the K components.
+    Documents that name no split are dealt by their text; each is cut into chunks, and its tail, which fills none, is
+    dropped. Writes train.h5, validation.h5, test.h5 and tokenizer.json into out_dir.
+
+    Next: python train_arxiv.py --data=data/papers
+    """
+
     # input
     input: str = "ccdv/arxiv-classification"  # hub data set; .jsonl .json .csv .parquet; folder, also of CATEGORY/*.txt
     hub_config: str = "no_ref"  # configuration of the hub data set
-    text_column: str = "text"
-    label_column: str = ""  # default: category if there is such a column, else label
+    text_column: str = "text"  # where there is none: title and abstract
+    label_column: str = ""  # default: category, label, categories, labels, class or topic, the first that there is
     several_labels: Literal["first", "any"] = "first"  # of a document: which counts; any: the first in categories
     split_column: str = "split"  # train, validation or test; where missing, documents are dealt by their text
     categories: list[str] | None = None  # default: all there are; five of ccdv's
@@ -90,14 +102,18 @@ class ArxivConfig:
     test_fraction: Share = 0.05
     # tokens
     tokenizer: str = "bpe"  # bpe: train one | gpt2 | path of a tokenizer.json
-    vocab_size: int = 8_192  # of a trained tokenizer
+    vocab_size: int | None = None  # of a trained one; default: one for 1,000 characters, 512 to 8,192, a power of two
     tokenizer_chars: Count = 20_000_000  # most characters to train it on, the same number of each category
     chunk_size: at_least(2) = 100  # tokens: one to read and one to predict
     # output
-    out_dir: str = "data/arxiv"
+    out_dir: str = ""  # default: data/NAME OF THE INPUT; of ccdv's data set data/arxiv
     # system
     seed: int = 1337  # deals documents to splits
     threads: Whole = 0  # of encoding; 0: one a core
+
+    def __post_init__(self):
+        own = "" if self.input == "ccdv/arxiv-classification" else self.input
+        self.out_dir = self.out_dir or folder_for(own, "data/arxiv")
 
     def check(self) -> list[str]:
         wrong = []
@@ -112,27 +128,47 @@ class ArxivConfig:
 
 @dataclass
 class TextConfig:
+    """Plain text -> two streams of tokens, for train_apelr.py.
+
+        python prepare_data.py text --input=stories/                  # all text files below a folder (2 MB: 2 s)
+        python prepare_data.py text --input=book.txt --tokenizer=char --val_fraction=0.1
+        python prepare_data.py text --input=tinystories               # a name on the hub (pip install datasets)
+        python prepare_data.py text                                   # the documentation in Python itself: 5 s
+
+    Reads .txt, .jsonl, .json, .csv and .parquet, packed or not; what it skips is counted. A .txt file is one document,
+    but is cut at <|endoftext|> where it has that, and else, if it is longer than 2,000 bytes, at blank lines. Documents
+    are dealt to training and validation by their text. Writes train.bin, val.bin, tokenizer.json and meta.json into
+    out_dir.
+
+    Next: python train_apelr.py --data=data/stories
+    """
+
     # input
     input: str = ""  # default: the documentation in Python itself; .txt .json .jsonl .csv .parquet; folder; hub name
-    text_column: str = "text"
+    text_column: str = "text"  # of .jsonl and tables; where there is none: title and abstract
     max_bytes: Count | None = None  # of text, UTF-8; default: 1e9 from the hub, else no limit
     max_documents: Count | None = None
     val_fraction: Part = 0.05  # of documents, dealt by their text; of the limits for validation text of its own
     val_input: str = ""  # validation text of its own, as input; default: the hub's validation split if it has one
     min_chars: Whole = 0  # documents with fewer characters, blanks around them aside, are left out
+    whole_files: bool = False  # a .txt is one document, however long, whatever is in it
     max_tokens: Count | None = None  # of training; the document that goes beyond is the first to be left out
     max_val_tokens: Count | None = None  # of validation
     # tokens
     tokenizer: str = "bpe"  # bpe, char: train one | gpt2 | path of a tokenizer.json that has an eos
-    vocab_size: int | None = None  # of a trained one, 4 or 20 special tokens among them; default: bpe 4,096, char all
+    vocab_size: int | None = None  # of a trained one, 4 or 20 special tokens among them; default: char all, bpe one for
+    # ^ 1,000 characters, 512 to 4,096
     min_frequency: Count = 1  # char: how often a character occurs that gets a token; others are spelled in half bytes
     lowercase: bool = False  # char, bpe, gpt2
     tokenizer_chars: Count = 20_000_000  # most characters to train it on, of documents all over the text
     # output
-    out_dir: str = "data/text"
+    out_dir: str = ""  # default: data/NAME OF THE INPUT; without one data/text, the default of train_apelr.py
     # system
     seed: int = 1337  # deals documents to the splits
     threads: Whole = 0  # of encoding; 0: one a core
+
+    def __post_init__(self):
+        self.out_dir = self.out_dir or folder_for(self.input, "data/text")
 
     def check(self) -> list[str]:
         wrong = []
@@ -152,8 +188,20 @@ class TextConfig:
 
 @dataclass
 class ErgodicConfig:
+    """Synthetic documents of K hidden Markov components with their exact optimum, for train_arxiv.py.
+
+        python prepare_data.py ergodic                                # 4 components, 48,000 documents: 2 s
+        python prepare_data.py ergodic --chunk_size=50 --train_documents=2000 --out_dir=data/short
+        python prepare_data.py ergodic --components='[{"process": "mess3"}, {"process": "coin", "p": 0.9}]'
+
+    A component is a process of train_ghmm.py with its parameters, a name and a vocab_map, the tokens that it emits.
+    Writes train.h5, validation.h5 and test.h5 into out_dir; the last two hold the optimum of every subset.
+
+    Next: python train_arxiv.py, which makes the default for itself
+    """
+
     # components
-    components: list[dict] = field(default_factory=lambda: list(COMPONENTS))  # processes of train_ghmm.py, their tokens
+    components: list[dict] | None = None  # processes of train_ghmm.py; default: four, see sources/ergodic.py
     # documents
     train_documents: Count = 10_000  # of each component
     validation_documents: Count = 1_000
@@ -168,6 +216,17 @@ class ErgodicConfig:
 
 @dataclass
 class PlantedConfig:
+    """Synthetic documents whose plans are known, with the exact filter over them, for train_apelr.py.
+
+        python prepare_data.py planted                                # 20,000 documents of 4 plans: 2 s
+        python prepare_data.py planted --num_plans=8 --self_transition=0.9 --out_dir=data/planted8
+
+    K plans, each a hidden Markov model of S states over V tokens, follow one another as a Markov chain, a chunk of C
+    tokens each. Writes train.bin, val.bin, their true plans and the exact -log p of validation into out_dir.
+
+    Next: python train_apelr.py config/planted.py
+    """
+
     # plans
     num_plans: Count = 4  # K
     num_states: Count = 3  # S, hidden states of a plan's own process inside a chunk
@@ -200,9 +259,22 @@ class PlantedConfig:
 
 @dataclass
 class StateConfig:
+    """Cells for train_state.py: synthetic ones, or counts of your own to expression.
+
+        python prepare_data.py state preprocess --input=counts.h5ad --out_dir=data/mine     # counts to log1p and X_hvg
+        python prepare_data.py state toml --input=FILE.h5ad           # a first TOML of cells that are log1p already
+        python prepare_data.py state                                  # 10,240 synthetic cells of known effects: 3 s
+        python prepare_data.py state inspect data/mine/my.toml        # what a TOML selects, before any training
+
+    preprocess reads an h5ad file of any anndata and writes another, of log1p expression and its most variable genes,
+    into out_dir, and a first TOML beside it. synthetic writes synthetic.h5ad, synthetic.toml and truth.npz.
+
+    Next: python train_state.py, which makes the synthetic default for itself, or train_state.py --toml=FILE
+    """
+
     # job
-    action: Literal["synthetic", "preprocess"] = "synthetic"  # also a bare word: state preprocess --input=FILE.h5ad
-    # preprocess
+    action: Literal["synthetic", "preprocess", "toml"] = "synthetic"  # also a bare word: state toml --input=FILE.h5ad
+    # preprocess; toml, the starter TOML that preprocess writes too, takes input and the columns
     input: str = ""  # an h5ad file of any anndata; its obs, var and obsm are kept
     layer: str = ""  # the matrix with the counts; default: X
     output: str = ""  # the file to write; default: OUT_DIR/NAME OF THE INPUT
@@ -211,7 +283,7 @@ class StateConfig:
     drop_empty: bool = False  # leave cells without any count out
     drop_unlabelled: bool = False  # leave cells without a value in the columns below out
     keep_counts: bool = False  # as layers/counts
-    pert_col: str = ""  # obs columns that must be there, with a value for every cell
+    pert_col: str = ""  # obs columns that must be there, with a value for every cell; default: as they are found
     cell_type_key: str = ""
     batch_col: str = ""
     control_pert: str = ""  # a value that pert_col (default: gene) must have
@@ -231,13 +303,20 @@ class StateConfig:
     seed: int = 1337
 
     def check(self) -> list[str]:
-        missing = self.action == "preprocess" and not self.input
-        return ["preprocess needs counts: --input=FILE.h5ad"] if missing else []
+        missing = self.action != "synthetic" and not self.input
+        return [f"{self.action} needs cells: --input=FILE.h5ad"] if missing else []
 
 
 @dataclass
 class CellsConfig:
-    """Settings of train_state.py: with the same ones there, its start finds the cells ready."""
+    """The cells of a TOML, made ready for train_state.py, which else does it at its first start.
+
+        python prepare_data.py cells --toml=my.toml                   # with the settings that train_state.py is to have
+
+    Reads the h5ad files that the TOML names; writes data/cells/NAME-HASH, checked and sorted.
+
+    Next: python train_state.py --toml=my.toml, with the same settings: its start finds the cells ready
+    """
 
     toml: str = ""  # which cells train, validate and test
     pert_col: str = "gene"  # column of obs: the perturbation
@@ -258,6 +337,16 @@ class CellsConfig:
 
 @dataclass
 class InspectConfig:
+    """What is in a file or folder, and what is wrong with it.
+
+        python prepare_data.py inspect data/papers                    # a folder that a job made
+        python prepare_data.py inspect counts.h5ad                    # matrices, columns, whether these are counts
+        python prepare_data.py inspect my.toml                        # cells of every split, type and perturbation
+
+    Reads all of it, holds it against its checksums, looks for repeated chunks and those that are in two splits, and
+    writes nothing.
+    """
+
     tokens: Count = 20  # most frequent tokens to show
     # of an experiment's .toml: settings of train_state.py
     pert_col: str = "gene"
@@ -272,6 +361,16 @@ class InspectConfig:
 
 @dataclass
 class ImportConfig:
+    """A checkpoint or run folder of a source system -> a run of ours.
+
+        python prepare_data.py import theirs/checkpoint.pt --out_dir=out/x
+        python prepare_data.py import runs/x                          # APEL-R, State, SmolState, Simplexity, ICL-arxiv
+
+    Writes last.pt, best.pt and config.json into out_dir, and what the run needs beside them.
+
+    Next: python sample.py out/x
+    """
+
     out_dir: str = ""  # run folder to write; default: out/NAME OF THE FILE
     source_attention: Literal["auto", "bidirectional", "causal", "rotary"] = "auto"  # of a .ckpt, see train_state.py
 
@@ -279,42 +378,67 @@ class ImportConfig:
 # ---------------------------------------------------------------------------------------------------------------
 # Jobs that dispatch
 # ---------------------------------------------------------------------------------------------------------------
-ACTIONS = {"synthetic": synthetic, "preprocess": preprocess}  # of the job `state`
+ACTIONS = {  # of the job `state`
+    "synthetic": "sources.populations.synthetic",
+    "preprocess": "sources.preprocess.preprocess",
+    "toml": "sources.starter.write_starter",
+}
+
+
+def function(name: str) -> Callable:
+    """That of a dotted name, whose module is imported now."""
+    module, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def call(name: str, settings: dict) -> dict:
+    """What the function of a dotted name makes of those of the settings that it takes."""
+    work = function(name)
+    return work(**{name: settings[name] for name in signature(work).parameters})
 
 
 def state(action: str, **settings) -> dict:
     """Synthetic cells, or counts to expression."""
-    work = ACTIONS[action]
-    return work(**{name: settings[name] for name in signature(work).parameters})
+    return call(ACTIONS[action], settings)
 
 
 def arxiv(**settings) -> dict:
     """Labelled documents, or those that the source's fetch_arxiv.py has made tokens, to chunks."""
-    work = cut_papers if holds_papers(settings["input"]) else prepare_chunks
-    return work(**{name: settings[name] for name in signature(work).parameters})
+    is_tokens = function("sources.papers.holds_papers")(settings["input"])
+    return call("sources.papers.cut_papers" if is_tokens else "sources.chunks.prepare_chunks", settings)
 
 
 def inspect(path: str, tokens: int = 20, **columns) -> dict:
     """Print what a file, folder or experiment on cells holds (HDF5 chunks, train.bin, cells), and its faults."""
+    from sources import cells, chunks, contents, streams
+
     file = Path(path)
     if file.suffix == ".toml":
-        return inspect_experiment(path, **columns)
-    if file.suffix == ".h5ad" or holds_cells(path):
-        return inspect_cells(path)
-    if holds_store(file):
-        return inspect_store(file)
-    if file.is_dir() and split_files(file):
-        return inspect_folder(file, tokens)
+        return cells.inspect(path, **columns)
+    if not file.exists():
+        near = closest(path, map(str, file.parent.glob("*"))) or ""
+        raise DataError(f"{path}: no such file or folder{near}")
+    if file.suffix == ".h5ad" or contents.holds_cells(path):
+        return contents.inspect_cells(path)
+    if contents.holds_store(file):
+        return contents.inspect_store(file)
+    if file.is_dir() and chunks.split_files(file):
+        return chunks.inspect_folder(file, tokens)
+    if file.is_dir() and not (file / "meta.json").exists() and any(file.glob("*.h5ad")):
+        return {path.name: contents.inspect_cells(str(path)) for path in sorted(file.glob("*.h5ad"))}
     if file.is_dir():
-        return inspect_stream(file, tokens)
+        return streams.inspect_stream(file, tokens)
     if file.suffix in (".bin", ".json"):
-        return inspect_stream(file.parent, tokens)
-    return inspect_chunks(path, tokens)
+        return streams.inspect_stream(file.parent, tokens)
+    if kind_of(file):
+        raise DataError(f"{path} is text, and inspect reads what is made of it: a folder of prepare_data.py, .h5, "
+                        ".hdf5, .h5ad or .toml")
+    return chunks.inspect_chunks(path, tokens)
 
 
 def check_features(path: str | None, width: int) -> None:
     """Raises DataError where the vectors of perturbations that an imported run would take along are no use to it."""
-    vectors = load_features(path) if path else {}
+    vectors = function("sources.cells.load_features")(path) if path else {}
     found = len(next(iter(vectors.values()), range(width)))
     if found != width:
         raise DataError(f"{path} has vectors of {found} numbers, where this checkpoint reads {width}")
@@ -329,8 +453,9 @@ def features_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
 
 def tokenizer_beside(file: Path, cfg, extra: dict, folder: Path) -> None:
     """For an imported run of train_apelr.py: the tokenizer whose hash is in `extra`."""
-    if untold(file):
-        print(untold(file))
+    untold = function("sources.foreign_apelr.untold")(file)
+    if untold:
+        print(untold)
     known = extra.pop("tokenizer_file", None)
     if known:
         shutil.copyfile(known, folder / "tokenizer.json")
@@ -369,6 +494,9 @@ def load_foreign(page, system: str, file: Path, source_attention: str) -> tuple:
 
 def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> dict:
     """A checkpoint of a source system as a run of ours, by the function that init_from and sample.py read it with."""
+    from common import checkpoint, runlog, store
+    from sources import foreign_checkpoints
+
     file = foreign_checkpoints.checkpoint_in(path)
     name = Path(path).name if Path(path).is_dir() else file.stem
     folder = store.on_disk(out_dir or f"out/{name}")
@@ -377,19 +505,21 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
         raise DataError(f"{folder} holds a run: use another out_dir")
     if file.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder} holds what is to be imported: name another folder, --out_dir=out/x")
-    page = importlib.import_module(f"train_{system}")
-    cfg, model, step, extra = load_foreign(page, system, file, source_attention)
+    with doing(f"reading {file} for train_{system}.py"):
+        page = importlib.import_module(f"train_{system}")
+        cfg, model, step, extra = load_foreign(page, system, file, source_attention)
     folder.mkdir(parents=True, exist_ok=True)
     cfg.out_dir = str(folder)
     put_beside, commands = IMPORTS[system]
     if put_beside:
         put_beside(file, cfg, extra, folder)
     config = config_dict(cfg)
-    write_json(folder / "config.json", config)
+    runlog.write_json(folder / "config.json", config)
     state = checkpoint.weights_alone(page.__file__, config, step, model, extra)
     if system == "arxiv":
         with foreign_checkpoints.converting(file, system):
-            training = training_state(file, model, page.parameter_groups(model, cfg))
+            groups = page.parameter_groups(model, cfg)
+            training = function("sources.foreign_arxiv.training_state")(file, model, groups)
         extra |= training.pop("patience", {})
         state |= training
         commands = commands + [GO_ON] if state["optimizer"] else commands
@@ -397,23 +527,85 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     count = sum(p.numel() for p in model.parameters())
     print(f"{file}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
     data = "--toml=my.toml" if system == "state" else "--data=FOLDER"
-    for command in commands:
-        print(" ", command.format(page=system, run=folder, data=data))
+    for word, command in zip(("next:", *[" " * 5] * len(commands)), commands, strict=False):
+        print(word, command.format(page=system, run=folder, data=data))
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------
+class Job(NamedTuple):
+    settings: type
+    work: Callable
+    makes: Callable[[Any], str]  # of its settings: what it makes of what, for the first line
+    following: Callable[[Any, dict], list[str]]  # of its settings and its result: the commands that use it
+
+
+def train_on(page: str, cfg: Any, *more: str) -> str:
+    """The command that trains a page on what a job has made."""
+    name = Path(cfg.out_dir).name
+    words = [f"--data={cfg.out_dir}", *more, f"--out_dir=out/{name}"]
+    return f"python train_{page}.py {shlex.join(words)}"
+
+
+def after_text(cfg: TextConfig, meta: dict) -> list[str]:
+    most = min(meta["train_tokens"], meta["val_tokens"]) - 1  # tokens that a window may predict
+    return [train_on("apelr", cfg, *([f"--seq_len={max(1, most)}"] if most < SEQ_LEN else []))]
+
+
+def after_planted(cfg: PlantedConfig, meta: dict) -> list[str]:
+    if cfg == PlantedConfig(seed=cfg.seed):
+        return ["python train_apelr.py config/planted.py"]
+    sizes = [f"--num_plan_states={cfg.num_plans}", f"--chunk_size={cfg.chunk_size}",
+             f"--seq_len={meta['document_length'] - 1}", f"--version={cfg.version}"]
+    return [train_on("apelr", cfg, *sizes).replace(".py ", ".py config/planted.py ", 1)]
+
+
+def after_chunks(cfg: ArxivConfig | ErgodicConfig, sizes: dict) -> list[str]:
+    """A training on all components, on as much of each as the smallest has, and a study over their number."""
+    chunks = sizes["train"].values()
+    K = len(chunks)
+    everything = ["--budget=tokens", f"--budget_tokens={K * min(chunks) * cfg.chunk_size}"] if K > 1 else []
+    study = [f"python train_arxiv.py --data={shlex.quote(cfg.out_dir)} --study=nested:{','.join(powers(K))} "
+             f"--out_dir=out/{shlex.quote(Path(cfg.out_dir).name)}_study"]
+    return [train_on("arxiv", cfg, *everything), *(study if K > 1 else [])]
+
+
+def powers(K: int) -> list[str]:
+    """1, 2, 4, ..., K."""
+    return [*(str(2**i) for i in range((K - 1).bit_length())), str(K)]
+
+
+def after_state(cfg: StateConfig, found: dict) -> list[str]:
+    if cfg.action != "synthetic":
+        return []  # which say it themselves
+    return [f"python train_state.py --toml={shlex.quote(cfg.out_dir)}/synthetic.toml "
+            f"--out_dir=out/{shlex.quote(Path(cfg.out_dir).name)}"]
+
+
+def after_cells(cfg: CellsConfig, found: dict) -> list[str]:
+    plain = CellsConfig()
+    words = [f"--{name}={value}" for name, value in vars(cfg).items()
+             if name != "folder" and value != getattr(plain, name)]
+    return [f"python train_state.py {shlex.join(words)}"]
+
+
+SEQ_LEN = 128  # of train_apelr.py, unless it is asked for another
 JOBS = {
-    "text": (TextConfig, prepare_text),
-    "planted": (PlantedConfig, planted),
-    "arxiv": (ArxivConfig, arxiv),
-    "ergodic": (ErgodicConfig, ergodic),
-    "state": (StateConfig, state),
-    "cells": (CellsConfig, prepare_cells),
-    "inspect": (InspectConfig, inspect),
-    "import": (ImportConfig, import_run),
+    "text": Job(TextConfig, lambda **settings: call("sources.text.prepare_text", settings),
+                lambda cfg: cfg.input or "the documentation in Python", after_text),
+    "arxiv": Job(ArxivConfig, arxiv, lambda cfg: f"chunks of {cfg.chunk_size} tokens of {cfg.input}", after_chunks),
+    "planted": Job(PlantedConfig, planted, lambda cfg: f"{cfg.train_documents:,} documents of {cfg.num_plans} plans",
+                   after_planted),
+    "ergodic": Job(ErgodicConfig, lambda **settings: call("sources.ergodic.ergodic", settings),
+                   lambda cfg: f"{cfg.train_documents:,} documents of each component", after_chunks),
+    "state": Job(StateConfig, state, lambda cfg: f"{cfg.action} {cfg.input or f'cells of {cfg.num_cell_types} types'}",
+                 after_state),
+    "cells": Job(CellsConfig, lambda **settings: function("sources.cells.prepare_cells")(**settings),
+                 lambda cfg: cfg.toml, after_cells),
+    "inspect": Job(InspectConfig, inspect, lambda cfg: "", lambda cfg, found: []),
+    "import": Job(ImportConfig, import_run, lambda cfg: "", lambda cfg, found: []),
 }
 ALIASES = {  # names of the sources
     "state": {"adata": "input"},
@@ -421,6 +613,7 @@ ALIASES = {  # names of the sources
     "arxiv": {"output_dir": "out_dir", **dict.fromkeys(("full_dataset", "raw_cache_dir", "dataset", "model",
                                                         "tokenization_batch_size", "target_split"))},
 }
+INPUTS = ("text", "arxiv", "state")  # jobs whose input may be a bare word, the first
 EXAMPLES = {  # of the jobs whose first argument is a file
     "inspect": "data/arxiv/train.h5, or FILE.h5ad, FILE.toml, data/cells/NAME-HASH",
     "import": "FILE.pt --out_dir=out/x",
@@ -436,6 +629,28 @@ def bare_action(words: list[str]) -> list[str]:
     return ["inspect", *rest] if action == "inspect" else ["state", f"--action={action}", *rest]
 
 
+def bare_input(job: str, words: list[str]) -> list[str]:
+    """The words of a job, of which the first may be its input: a bare word that is no file of settings."""
+    if job not in INPUTS or not words or words[0].startswith("-") or "=" in words[0]:
+        return words
+    is_settings = words[0].endswith((".py", ".yaml", ".yml", ".json"))
+    if words[0].endswith(".json") and Path(words[0]).is_file():
+        is_settings = not function("sources.text.holds_documents")(Path(words[0]))
+    return words if is_settings else [f"--input={words[0]}", *words[1:]]
+
+
+def job_help(job: str) -> str:
+    """What --help of a job prints: what it is for, how to call it, its settings."""
+    first = "FILE" if job in EXAMPLES else "[INPUT]" if job in INPUTS else ""
+    return help_text(JOBS[job].settings, f"prepare_data.py {job} {first}".strip())
+
+
+def overview() -> str:
+    """What --help prints: the script's docstring, and each job in a line."""
+    lines = [f"  {job:<9} {settings.__doc__.splitlines()[0]}" for job, (settings, *_) in JOBS.items()]
+    return "\n".join([__doc__.strip(), "", "jobs", *lines])
+
+
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         return prepare(list(sys.argv[1:] if argv is None else argv))
@@ -444,7 +659,7 @@ def main(argv: list[str] | None = None) -> dict:
 def prepare(argv: list[str]) -> dict:
     """The words of a command line -> what the job returns."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print_text(overview())
         raise SystemExit(0 if argv else 2)
     if argv[0] == "state" and argv[1:] and re.fullmatch(r"\w+", argv[1]):
         argv = bare_action(argv[1:])
@@ -454,15 +669,24 @@ def prepare(argv: list[str]) -> dict:
              "prepare_data.py arxiv --input=data/papers")
     if job not in JOBS:
         fail(f"no job {job!r}{closest(job, JOBS)} Jobs: {', '.join(JOBS)}")
+    if {"-h", "--help"} & set(words):
+        print_text(job_help(job))
+        raise SystemExit(0)
     files = []
-    if job in EXAMPLES and not {"-h", "--help"} & set(words):
+    if job in EXAMPLES:
         files = [word for word in words if not word.startswith("-")][:1]
         if not files:
             fail(f"{job} needs a file: python prepare_data.py {job} {EXAMPLES[job]}")
         words.remove(files[0])
-    settings, work = JOBS[job]
-    cfg = configure(settings, words, ALIASES.get(job))
-    return work(*files, **vars(cfg))
+    settings, work, makes, following = JOBS[job]
+    cfg = configure(settings, bare_input(job, words), ALIASES.get(job))
+    is_beside = getattr(cfg, "action", "") == "toml"  # its input
+    place = "" if is_beside else getattr(cfg, "output", "") or getattr(cfg, "out_dir", "")
+    begin(f"prepare_data {job}", *files or [makes(cfg)], place, file=sys.stdout)
+    result = work(*files, **vars(cfg))
+    for word, command in zip(("next:", " " * 5), following(cfg, result), strict=False):
+        print(word, command)
+    return result
 
 
 if __name__ == "__main__":

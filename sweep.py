@@ -1,13 +1,13 @@
 """Train a page once for every combination of listed settings, each run in a folder of its own, and compare the results.
 
-    python sweep.py train_ghmm.py config/ghmm_mess3.py --lr=1e-3,1e-4 --seed=0,1,2 --jobs=2    # 6 runs, 2 at a time
-    python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'   # two values of a setting that is a list
-    python sweep.py train_arxiv.py --study=nested:1,2,4 --seed=0,1            # the runs of a study
-    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --shard=3/10                 # every tenth run, for an array of jobs
-    python sweep.py train_ghmm.py --trials=20 --lr=log:1e-5..1e-2 --n_layers=int:2..8 --act=relu,gelu  # a search by TPE
-    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --print_config               # the commands that it would run, and stop
-    python sweep.py report out/ghmm_sweep_1a2b3c                              # compare runs that there are
-    python train_ghmm.py -m lr=1e-3,1e-4 'seed=range(3)' hydra.sweep.dir=out/lr    # the same in Hydra's words
+    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --seed=0,1,2 --jobs=2     # 6 runs, 2 at a time
+    python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'# values that are lists
+    python sweep.py train_arxiv.py --study=nested:1,2,4 --seed=0,1         # the runs of a study
+    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --shard=3/10              # for an array of jobs
+    python sweep.py train_ghmm.py --trials=20 --lr=log:1e-5..1e-2          # a search by TPE
+    python sweep.py train_ghmm.py --lr=1e-3,1e-4 --print_config            # its commands, no run
+    python sweep.py report out/ghmm_sweep_1a2b3c                           # runs that there are
+    python train_ghmm.py -m lr=1e-3,1e-4 'seed=range(3)'                   # in Hydra's words
 
 A value with commas lists values, except of a setting that is a list itself; brackets and quotes keep commas together.
 Every combination is checked before the first run. The folder of the sweep has a folder for each run, named by what
@@ -27,6 +27,7 @@ from common.errors import InputError, RunError, clear_errors, leave, os_sentence
 
 import contextlib
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +35,38 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
 
 from common import store
-from configurator import Count, Range, Settings, Whole, configure, note, print_text
+from common.telling import begin, doing, note
+from configurator import Count, Range, Settings, Whole, configure, help_text, print_text
 from measure.progress import Progress
 from measure.sweeps import in_words, objective, sorted_table
 from sources.jobs import devices, launch, run_all, signals
 from sources.runs import import_page, meant, plan_runs
 from sources.search import SEARCHES
-from sources.shared import nearest
+from sources.shared import closest, counted, nearest
 from sources.sweeps import CONFIG_NAME, HYDRA, Sweeper, Word, hydra_settings, read_sweeper, take_apart
 from sources.trials import plan_search
 
+USAGE = """python sweep.py PAGE [CONFIG FILE ...] --key=value,value ... [settings of the sweep]
+       python sweep.py report FOLDER ...        (its own: python sweep.py report --help)
+
+  PAGE            train_ghmm.py or another, or your copy of one; its settings: python PAGE --help
+  --key=value     one value or several of a setting of the page
+  --print_config  print the commands of the runs, and stop"""
+REPORT = """Compare runs that there are: which is best and how sure that is, a table, pictures, report.html.
+
+    python sweep.py report out/ghmm_sweep_1a2b3c           # all runs in a folder, into that folder
+    python sweep.py report out/a out/b --out=out/a_and_b   # some runs, into a folder of their own
+    python sweep.py report out/ghmm_sweep_1a2b3c --open    # then shown in a browser
+
+Runs that differ in their seed alone are averaged. Runs of a page and of its copies are compared,
+those of a study (train_arxiv.py --study, train_state.py --holdout) beside what they are a study of.
+Of runs that have not ended it says how far they are. Nothing is trained, and no run is changed.
+
+usage: python sweep.py report FOLDER ... [--out=FOLDER] [--open]
+
+  FOLDER          of a run, or of any number of them, at any depth
+  --out=FOLDER    where report.html, comparison.csv and plots/ are written; default the first FOLDER
+  --open          show report.html in a browser"""
 LIKE = 0.85  # from here on a word of no page is a setting of the sweep with a slip of the pen
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
 
@@ -138,24 +161,20 @@ def run_sweep(plan: Any, cfg: Config, script: Path, shown: list[str], less_is_be
     """
     how = processes(cfg, plan, script)
     source = plan.open()
-    print(source.title(), flush=True)
+    print(f"{source.title()}, {counted(how[1], 'run')} at a time", flush=True)
     new, came = run_and_tell(source, how, shown)
     told = source.lines()
     compares = source.is_whole() and not came
-    waits = bool(cfg.holdout) and compares  # the comparison has a table of the same runs
-    show_table([line for line in told if line["status"] != "done" or not waits], shown, less_is_better)
+    done = [Path(line["folder"]) for line in told if line["status"] == "done"]
+    lines = comparison([path for path in done if path.is_dir()], source.folder, cfg.objective) if compares else []
+    if lines:
+        print(f"\ndone: {lines[0]}")
+    show_table([line for line in told if line["status"] != "done" or not lines], shown, less_is_better)
     if came:
         leave(f"stopped by a signal with {source.count_ended()} of {source.total} ended; the same command goes on from "
               "there", 128 + came[0])
-    for text in source.elsewhere():
+    for text in [*lines[1:-1], *source.elsewhere(), *(source.answer(less_is_better) if compares else ()), *lines[-1:]]:
         print(text)
-    if compares:
-        for text in source.answer(less_is_better):
-            print(text)
-        folders = [Path(line["folder"]) for line in told if line["status"] == "done"]
-        is_shown = show_comparison([path for path in folders if path.is_dir()], source.folder, cfg.objective, waits)
-        if waits and not is_shown:
-            show_table(told, shown, less_is_better)
     if any(line["status"] == "failed" for line in new):
         raise SystemExit(1)
     return told
@@ -169,26 +188,29 @@ def show_table(told: list[dict], shown: list[str], less_is_better: bool) -> None
         note(warning)
 
 
-def show_comparison(runs: list[Path], folder: Path, wanted: str, shows_table: bool) -> bool:
-    """Compare the runs in report.html of the folder, and print what it says in short; a failure is a note.
+def comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:
+    """Compare the runs in report.html of the folder; returns what it says in short, the verdict first.
 
-    Args: those of measure.comparison.compare. Returns whether there is a comparison.
+    Args: those of measure.comparison.compare. A failure is a note, and
+    there is no line.
     """
     if not runs:
-        return False
+        return []
     try:
         from measure.comparison import compare
 
-        lines = compare(runs, folder, wanted, shows_table)
-    except Exception as error:  # the table stands above already
+        with doing(f"comparing {counted(len(runs), 'run')}"):
+            return compare(runs, folder, wanted)
+    except Exception as error:  # there is a table without it
         note(f"no comparison in {folder}: {error}")
-        return False
-    print("\n".join(lines))
-    return True
+        return []
 
 
 def report(argv: list[str]) -> list[str]:
     """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
+    if "--help" in argv or "-h" in argv:
+        print_text(REPORT)
+        raise SystemExit(0)
     from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
@@ -197,12 +219,16 @@ def report(argv: list[str]) -> list[str]:
     for path in paths:
         if not path.exists():
             what = "option" if str(path).startswith("--") else "folder"
-            raise InputError(f"{path}: no such {what}: {usage}")
+            near = closest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+            raise InputError(f"{path}: no such {what}{near}: {usage}")
     if not paths:
         raise InputError(f"name the folders of runs to compare: {usage}")
     first = paths[0] if paths[0].is_dir() else paths[0].parent
     out = store.on_disk(os.path.expanduser(options.get("out", first)), setting="out")
-    lines = compare(find_runs(paths), out)
+    found = find_runs(paths)
+    begin(__file__, f"comparing {counted(len(found), 'run')}", place_for(out) / "report.html")
+    with doing(f"reading and drawing {counted(len(found), 'run')}"):
+        lines = compare(found, out)
     print_text("\n".join(lines))
     if options.get("open") == "True":
         import webbrowser
@@ -218,14 +244,17 @@ def main(argv: list[str] | None = None) -> Any:
 
 def sweep(argv: list[str]) -> Any:
     """The words of a command line -> the lines of sweep.jsonl, or of a report."""
+    if argv[:1] == ["report"]:
+        return report(argv[1:])
     if not argv or "--help" in argv or "-h" in argv:
-        configure(Config, ["--help"])
+        print_text(help_text(Config, "sweep.py", usage=USAGE))
+        raise SystemExit(0)
     shows = {"--print_config", "--print-config"} & set(argv)
     words = [word for word in argv[1:] if word not in ("-m", "--multirun", *shows)]
-    if argv[0] == "report":
-        return report(argv[1:])
     page, script = import_page(argv[0])
     cfg, words, sweeper = read_words(page, words)
+    if not shows:  # what follows may have to read or to make data
+        begin(__file__, shlex.join([script.name, *(word for word in argv[1:] if "=" in word)]), file=sys.stdout)
     shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
     plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
     plan = plan or plan_runs(page, script, words, sweeper, cfg)

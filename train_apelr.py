@@ -5,9 +5,9 @@ another as a Markov chain whose steps may depend on the text so far. The model h
 (Bayes' rule at every token, the chain at every boundary), in training as in generation. Because the filter is exact,
 the loss is a likelihood, and on planted data both loss and plan have a known optimum to be held against.
 
-    python train_apelr.py                             # offline English text, v2, 3 minutes on two cores
+    python train_apelr.py                             # offline English text, v2, 2 minutes on two cores
     python train_apelr.py --compare_baseline          # and first a baseline of equal size, on the same batches
-    python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 2 minutes
+    python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 1 minute
     python train_apelr.py config/v2_fast.py           # TinyStories on one GPU, after prepare_data.py text
     torchrun --nproc_per_node=8 train_apelr.py config/v2_fast.py
     python train_apelr.py theirs.yaml                 # a file of APEL-R: what it leaves out has the defaults of there

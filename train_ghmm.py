@@ -5,7 +5,7 @@ context an exact belief (the predictive state, for a hidden Markov model the pos
 trained on nothing but next tokens reaches the floor and carries the belief, fractal and all, linearly in its residual
 stream (Shai et al. 2024, arXiv:2405.15943).
 
-    python train_ghmm.py                            # Mess3 on two CPU cores, 3 minutes: excess < 0.1%, r2 > 0.99
+    python train_ghmm.py                            # Mess3 on two CPU cores, 2 minutes: excess < 0.1%, r2 > 0.99
     python train_ghmm.py config/ghmm_rrxor.py       # RRXOR: its belief geometry is spread over the layers
     python train_ghmm.py --process=tom_quantum --alpha=1 --beta=7.14 --out_dir=out/tom   # any process of --help
     torchrun --nproc_per_node=8 train_ghmm.py config/ghmm_mess3.py
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from common import checkpoint, store
 from common.runlog import RunLog, ended_before, first_line, run_facts, say_again, write_json
 from common.runtime import Meter, Runtime, learning_rate
+from common.telling import bar, doing
 from configurator import (
     Count,
     NonNegative,
@@ -194,7 +195,8 @@ def build_process(cfg: Config) -> Process:
 def entropy_floor(process: Process, n_ctx: int) -> tuple[torch.Tensor, float]:
     """(floor [T] in nats, its error): no model that reads n_ctx tokens can have a lower loss. Zeros: not known."""
     # H(next token | the first t tokens) for t = 1 ... T. Without a token before it nothing is predicted: no t = 0.
-    entropies = process.entropies(n_ctx)[1:]
+    with doing(f"the entropy of the next token after 1 to {n_ctx:,} tokens"):
+        entropies = process.entropies(n_ctx)[1:]
     return torch.tensor(entropies, dtype=torch.float64), max(entropy.error for entropy in entropies)
 
 
@@ -288,7 +290,8 @@ def make_contexts(process: Process, length: int, max_words: int, samples: int, s
 
 def final_contexts(process: Process, cfg: Config) -> Contexts:
     """The contexts of the final evaluation and analysis, others than those evaluated on while training."""
-    return make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, cfg.seed + 1)
+    with doing(f"contexts of {cfg.n_ctx:,} tokens for the final evaluation"):
+        return make_contexts(process, cfg.n_ctx, cfg.max_words, cfg.max_words // 3 + 1, cfg.seed + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -456,8 +459,11 @@ def train_step(model: nn.Module, tokens: torch.Tensor, rt: Runtime, cfg: Config)
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runtime, batch: int | None = None) -> dict:
+def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runtime, batch: int | None = None,
+             told: bool = False) -> dict:
     """Loss against the floor [T], by position. Collective: ranks share the contexts. batch: words at once.
+
+    told: whether to say how far it is, where that takes long.
 
     The loss is not measured on drawn targets but is floor + KL(optimal || model), its exact mean over the next token:
     an excess of 1e-4 nats shows on a few thousand contexts, where drawn targets would need some 10^8.
@@ -469,7 +475,7 @@ def evaluate(model: nn.Module, contexts: Contexts, floor: torch.Tensor, rt: Runt
     divergence = torch.zeros_like(floor, device=words.device)  # [T]
     batch = batch or words_at_once(len(floor))  # fewer of longer words: memory stays the same
     model.eval()
-    for begin in range(0, len(words), batch):
+    for begin in bar(range(0, len(words), batch), f"evaluating on {len(contexts.words):,} contexts", active=told):
         rows = slice(begin, begin + batch)
         with rt.autocast():
             logits, _ = model(words[rows].to(rt.device))
@@ -530,7 +536,7 @@ def rehearse(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Con
 def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Config, rt: Runtime, folder: Path,
            title: str) -> dict:
     """Final evaluation, analysis.json and pictures; returns the metrics of summary.json. Collective."""
-    result = evaluate(model, contexts, floor, rt)
+    result = evaluate(model, contexts, floor, rt, told=True)
     if rt.is_main:  # the regression is one problem and takes seconds: one rank does it
         folder.mkdir(parents=True, exist_ok=True)
         analysis, geometry = None, None
@@ -543,7 +549,7 @@ def finish(model: nn.Module, contexts: Contexts, floor: torch.Tensor, cfg: Confi
                     result[name] = value
         plot_run(folder, title, result, analysis, geometry)
         result["exact"] = contexts.exact
-        result["verdict"] = verdict(result)
+        result["verdict"] = f"{title}: {verdict(result)}"
     rt.barrier()
     return result
 
@@ -687,11 +693,10 @@ def train(cfg: Config) -> dict:
 def verdict(summary: dict) -> str:
     """The result in words."""
     # The loss, in percent of its floor where that is above 0.
-    text = f"loss {summary['loss']:.5f}"
-    if summary["optimal_loss"] < NO_FLOOR:
-        text += " nats"
-    else:
-        text += f" is {summary['excess_loss'] / summary['optimal_loss']:.3%} above the floor"
+    text = f"loss {summary['loss']:.5f} nats a token"
+    floor = summary["optimal_loss"]
+    if floor >= NO_FLOOR:
+        text += f", {summary['excess_loss'] / floor:.3%} above the floor {floor:.5f}, the least possible"
     # The belief, beside what the network held of it before it was trained.
     if "r2_concat" in summary:
         text += f"; {belief_in_words(summary)}"

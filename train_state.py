@@ -5,7 +5,7 @@ Adduri et al. 2025) reads the cells together, without order, and writes as many 
 distance between the two sets, because no measured cell is seen both before and after. What counts is measured on cell
 types and perturbations that were never seen together, beside three baselines that know only means.
 
-    python train_state.py      # synthetic cells, 4 minutes on two CPU cores: Pearson delta 0.950, best baseline 0.697
+    python train_state.py      # synthetic cells, 2 minutes on two CPU cores: Pearson delta 0.950, best baseline 0.697
     python train_state.py config/state_sm.py --toml=data/my.toml --embed_key=X_hvg        # your own h5ad files
     python train_state.py tx train model=state_sm data.kwargs.toml_config_path=data/my.toml    # as State's own command
     python prepare_data.py state inspect data/my.toml          # what a TOML selects, before any training
@@ -36,6 +36,7 @@ from common.ahead import send
 from common.compiling import uncompiled
 from common.runlog import RunLog, ended_before, first_line, run_facts, say_again
 from common.runtime import Meter, Runtime, learning_rate
+from common.telling import Work, bar, note
 from configurator import (
     Count,
     NonNegative,
@@ -75,8 +76,8 @@ from sources.shared import counted, counter_rng, make_once
 from sources.splits import SPLITS, grouped
 
 EXPERIMENT = "state"  # what sample.py treats a run of this page as; a copy keeps it
-# Of summary.json, said at the end.
-HEADLINES = ("pearson_delta", "discrimination", "overlap_at_50", "mae", "val_loss", "seconds")
+# Of summary.json, said at the end beside the table of model and baselines.
+HEADLINES = ("val_loss",)
 SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 
 
@@ -791,6 +792,7 @@ def predict_sentences(
     cells: Cells,
     rt: Runtime,
     cfg: Config,
+    work: Work | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted cells of sentences of any lengths: rows of the targets [N], ascending, cells [N, G]. Collective."""
     model.eval()
@@ -802,6 +804,8 @@ def predict_sentences(
             predicted = expressed(model, model.predict(batch)["cells"])  # [b, s, G]
         predicted = predicted.flatten(0, 1).float().cpu().numpy()
         parts.append((targets.ravel(), predicted))
+        if work:
+            work.update(len(predicted) * rt.world_size)
     model.train()
     # Of all ranks, in the order of the cells.
     parts = sum(rt.gather(parts), [])
@@ -823,13 +827,14 @@ def predictions(
     cfg: Config,
     rt: Runtime,
     most: int | None = None,
+    work: Work | None = None,
 ) -> Iterator[dict]:
     """One held-out cell type of a file after the other: {file, cell_type, rows, pred [N, G], real [N, G], controls,
     control [C, G]}.
 
     rows and controls are rows of the cells: the perturbed ones predicted, once each, and all control cells of the type
     in that file, which they were predicted from. most: only of so many sentences and controls. Yields on every rank;
-    what is measured, on rank 0 alone. Memory is that of one cell type.
+    what is measured, on rank 0 alone. Memory is that of one cell type. work: counts cells.
     """
     which, _ = measured_as(model)
     by_context = {}
@@ -839,7 +844,7 @@ def predictions(
             context = int(cells.file[targets[0]]), int(cells.cell_type[targets[0]])
             by_context.setdefault(context, []).append((targets, controls))
     for context, sentences in sorted(by_context.items()):
-        rows, predicted = predict_sentences(model, sentences[:most], cells, rt, cfg)
+        rows, predicted = predict_sentences(model, sentences[:most], cells, rt, cfg, work)
         part = {"file": context[0], "cell_type": context[1], "rows": rows, "pred": predicted}
         # Measured cells are read where they are compared.
         if rt.is_main:
@@ -858,11 +863,15 @@ def evaluate(model: StateTransitionPerturbationModel, cells: Cells, cfg: Config,
     # Means of the cells trained on: all that the baselines know.
     known = baselines.train_baselines(cells, which) if rt.is_main else None
     results = []
-    for part in predictions(model, cells, cfg, rt):
-        if rt.is_main:
-            results.append(effects.evaluate_context(part, cells, known, which, expression))
-            if keep:
-                keep(part)
+    count = len(cells.rows(held_out(cells), controls=False))
+    # Each cell is predicted, and then measured with those of its type.
+    with bar(None, f"predicting and measuring {counted(count, 'held-out cell')}", 2 * count, active=rt.is_main) as work:
+        for part in predictions(model, cells, cfg, rt, work=work):
+            if rt.is_main:
+                results.append(effects.evaluate_context(part, cells, known, which, expression))
+                work.update(len(part["rows"]))
+                if keep:
+                    keep(part)
     return effects.join(results) if rt.is_main else {}
 
 
@@ -879,7 +888,6 @@ def finish(
     summary = {}
     if rt.is_main:
         summary = effects.write_results(folder, Path(cfg.toml_config_path).stem, results)
-        print(effects.format_table(results))
     rt.barrier()
     return summary
 
@@ -914,7 +922,7 @@ def start_from_checkpoint(cfg: Config) -> tuple[Config, dict]:
         weights, saved = state["model"], vars(from_dict(Config, state["config"], str(path), ALIASES))
     taken = {name: saved[name] for name in SHAPE if name in saved and saved[name] != getattr(cfg, name)}
     if taken:
-        print(f"note: taken over from {path}: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
+        note(f"taken over from {path}: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
     return replace(cfg, **taken), weights
 
 
@@ -1113,6 +1121,7 @@ def train(cfg: Config) -> dict:
             }
             log.summary(summary, HEADLINES)
             if rt.is_main:
+                log.say(effects.table_of(summary))
                 log.say(run_page(folder, Config))
             return summary
 
@@ -1180,7 +1189,8 @@ def analyze(cfg: Config) -> dict:
     with Runtime(saved) as rt:
         result = finish(model.to(rt.device), open_run_data(saved, extra), saved, rt, folder)
         if rt.is_main:
-            say_again(step, result, HEADLINES, run_page(folder, Config, result))
+            last_line = run_page(folder, Config, result)
+            say_again(step, result, HEADLINES, f"{effects.table_of(result)}\n{last_line}")
     return result
 
 

@@ -421,9 +421,12 @@ def _reopen(path: Path, start_step: int):
 
 def write_json(path: Path, value: dict) -> None:
     """A JSON file, complete or not there; what is not finite becomes null."""
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as fresh:
-        fresh.write_text(text, **TEXT)
+        fresh.write_text(json_text(value), **TEXT)
+
+
+def json_text(value: dict) -> str:
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
 
 
 def _plain(value):

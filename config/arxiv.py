@@ -1,6 +1,6 @@
 # The published model on five arXiv categories, after
 #   python prepare_data.py arxiv --out_dir=data/arxiv     (from the hub; or --input=FILE.jsonl)
-# One GPU: some hours for all 31 subsets (--study=all31 --out_dir=out/arxiv_study).
+# One GPU, also for all 31 subsets (--study=all31 --out_dir=out/arxiv_study).
 out_dir = "out/arxiv_published"
 data = "data/arxiv"
 categories = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]

@@ -1,6 +1,6 @@
 # Mess3 as published: the network of Shai et al. (2024, arXiv:2405.15943, 4 layers of one narrow head, context 10),
 # trained for 100k small batches. AdamW stands in for the paper's plain SGD, which needs ten times the steps.
-# Two CPU cores: about 20 minutes. The default `python train_ghmm.py` is the same experiment in fewer, larger batches.
+# The default `python train_ghmm.py` is the same experiment in fewer, larger batches, and many times faster.
 out_dir = "out/ghmm_mess3"
 process = "mess3"
 x = 0.05

@@ -8,4 +8,5 @@ data = "data/planted_v1"
 version = "v1_filtered_mixture"
 seq_len = 128
 fusion_dim = 64
+loss_weights = None  # those are of version 2
 usage_balance_weight = 0.1

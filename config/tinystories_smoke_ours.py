@@ -1,4 +1,4 @@
-# Ours, beside APEL-R's tinystories_smoke.py: version 1 on characters, does everything run? A minute on two cores.
+# Ours, beside APEL-R's tinystories_smoke.py: version 1 on characters, does everything run?
 # Before: python prepare_data.py text --input=tinystories --tokenizer=char --max_bytes=5e6 \
 #   --out_dir=data/tinystories_char
 out_dir = "out/tinystories_smoke_ours"

@@ -6,6 +6,8 @@ cells, and measured against them. Those of a namesake in another file are of ano
 
 import numpy as np
 
+from common.telling import bar
+
 Context = tuple[int, int]  # codes of file and cell type
 Condition = tuple[Context, int]  # and of the perturbation
 
@@ -107,7 +109,7 @@ def train_baselines(cells, which: str, block: int = 8_192) -> Baselines:
     counts = np.diff(begins, append=len(rows))
     place = np.repeat(np.arange(len(begins)), counts)  # of each cell's condition
     sums = None  # [conditions, G], once G is known
-    for i in range(0, len(rows), block):
+    for i in bar(range(0, len(rows), block), f"means of {len(rows):,} cells, for the baselines"):
         expression = cells.read(rows[i : i + block], which)
         expression = expression.cpu().double().numpy()  # [block, G]; on the CPU first: Metal has no float64
         if sums is None:

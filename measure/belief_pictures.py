@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from common.runlog import read_metrics
+from common.telling import doing
 from measure.beliefs import pca
 from measure.figures import COLOURS, curve, figure, legend_below, plain_log, spans
 from sources.outcomes import is_number
@@ -26,11 +27,12 @@ WEAK = 0.01  # share of the variance from which on a third direction has a panel
 # ---------------------------------------------------------------------------------------------------------------
 def plot_run(folder: Path, title: str, result: dict, analysis: dict | None, geometry: dict | None) -> None:
     """All pictures of a run, in folder/plots; those of beliefs only where there is an analysis and beliefs vary."""
-    plot_loss_by_position(folder, title, result)
-    plot_excess_loss(folder, title)
-    if analysis is not None and analysis["r2_concat"] is not None:
-        plot_r2_by_layer(folder, title, analysis)
-        plot_beliefs(folder, title, geometry, analysis["r2_concat"])
+    with doing("drawing pictures"):
+        plot_loss_by_position(folder, title, result)
+        plot_excess_loss(folder, title)
+        if analysis is not None and analysis["r2_concat"] is not None:
+            plot_r2_by_layer(folder, title, analysis)
+            plot_beliefs(folder, title, geometry, analysis["r2_concat"])
 
 
 def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:

@@ -3,13 +3,14 @@
 Dimensions: N words of T tokens, P prefixes, D width of a layer, W of all layers, S states, Q columns of moments.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from common.errors import InputError
+from common.telling import bar
 
 FOLDS = 5  # four fit, the fifth is predicted, in turn
 STRATA = 5  # prefixes are dealt into FOLDS * STRATA hands once, and hands into folds in every deal
@@ -17,6 +18,7 @@ DEALS = 10  # deals that a result is averaged over
 RCONDS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # 1 keeps only the mean
 SLACK = 1.01  # of rconds that err as little as the best, to a hundredth, the largest is taken
 FLOAT32 = 6e-8  # relative rounding of activations
+FEW_PREFIXES = 2_000  # are analysed before anybody asks
 TOKENS = 40_960  # tokens of a forward pass
 ROWS = 8_192  # prefixes of a block
 KEPT_BYTES = 2**28  # activations are kept for a second pass up to this size, and computed again beyond
@@ -348,7 +350,12 @@ def take(maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return maps[:, numbers, both]
 
 
-def regress(prefixes: Prefixes, seed: int = 0, deals: int = DEALS) -> dict[str, dict]:
+def regress(
+    prefixes: Prefixes,
+    seed: int = 0,
+    deals: int = DEALS,
+    advance: Callable[[int], None] = lambda columns: None,
+) -> dict[str, dict]:
     """Weighted least squares of beliefs on the features of every layer, scored on prefixes it has not seen.
 
     Prefixes are dealt into five folds of like weight. Four of them fit, the fifth is predicted; in turn, so that every
@@ -358,7 +365,7 @@ def regress(prefixes: Prefixes, seed: int = 0, deals: int = DEALS) -> dict[str, 
     beliefs shuffled over prefixes: what mere dimension reproduces. *r2_fit is the r2 of a map fitted to all prefixes.
 
     Args:
-        seed: of the deals.
+        seed: of the deals. advance: told the columns of each map that is fitted.
     Returns {layer: result}, with `maps` [deals, FOLDS, D + 1, S] and `map` [D + 1, S], fitted to all, for `predict`;
     they give the belief less its mean.
     Raises InputError for too few prefixes.
@@ -379,7 +386,7 @@ def regress(prefixes: Prefixes, seed: int = 0, deals: int = DEALS) -> dict[str, 
         features = numbers[1:][columns]
         part = torch.cat([numbers[:1], features, numbers[1 + last :]])
         hands = moments.hands[:, part][:, :, part]
-        result = _regress_layer(hands, len(shift), floor, fold_of_hand)
+        result = _regress_layer(hands, len(shift), floor, fold_of_hand, advance)
         result["shift"] = shift
         result["folds"] = folds
         results[name] = result
@@ -391,6 +398,7 @@ def _regress_layer(
     D: int,
     floor: float,
     fold_of_hand: torch.Tensor,
+    advance: Callable[[int], None],
 ) -> dict:
     """The result of one layer; see regress."""
     total = hands.sum(0)
@@ -408,6 +416,7 @@ def _regress_layer(
         rmse.append(error.sqrt().mean(1))
         maps.append(of_folds[:, :, 0])
         chosen.append(numbers)
+        advance(D)
     result = {"maps": torch.stack(maps)}
     r2 = torch.stack(r2)  # [deals, 2]
     rmse = torch.stack(rmse).mean(0)
@@ -478,8 +487,14 @@ def analyse(
     beliefs do not vary: there is nothing to hold.
     """
     prefixes = collect_prefixes(model, contexts, device, last_token_only)
-    results = regress(prefixes, seed, deals)
-    predicted = predict(prefixes, results)
+    control = collect_prefixes(untrained, contexts, device, last_token_only)
+    whole = {"concat": control.columns["concat"]}
+    widths = [columns.stop - columns.start for columns in (*prefixes.columns.values(), *whole.values())]
+    P = len(prefixes.weights)
+    with bar(None, f"analysing {P:,} prefixes", deals * sum(widths), "column", active=P > FEW_PREFIXES) as work:
+        results = regress(prefixes, seed, deals, work.update)
+        predicted = predict(prefixes, results)
+        untrained_fit = regress(control._replace(columns=whole), seed, deals, work.update)["concat"]
     deals = len(results["concat"]["maps"])
     layers = {}
     r2_by_layer = {}
@@ -491,11 +506,8 @@ def analyse(
             r2_by_layer[name] = result["r2"]
     concat = layers["concat"]
 
-    control = collect_prefixes(untrained, contexts, device, last_token_only)
-    whole = {"concat": control.columns["concat"]}
-    untrained_fit = regress(control._replace(columns=whole), seed, deals)["concat"]
     result = {
-        "prefixes": len(prefixes.weights),
+        "prefixes": P,
         "all_prefixes": contexts.exact,
         "deals": deals,
         "layers": layers,
@@ -527,11 +539,11 @@ def has_gain(result: dict) -> bool:
 def belief_in_words(result: dict) -> str:
     """What the activations hold of the belief, beside the untrained network, as part of a sentence; see analyse."""
     if result["r2_concat"] is None:
-        return "the belief is the same after every context: there is nothing to hold"
+        return "the belief is the same after every context, so there is none to look for"
     r2 = f"{result['r2_concat']:.4f}"
     if result["r2_concat_spread"] is not None:
         r2 += f" +- {result['r2_concat_spread']:.4f}"
     untrained = f"{result['untrained_r2_concat']:.4f}"
     if has_gain(result):
-        return f"the activations hold the belief with held-out r2 {r2} (untrained network {untrained})"
+        return f"a linear map reads the belief out of the activations, held-out r2 {r2} (before training {untrained})"
     return f"held-out r2 of the belief {r2} is no gain over the untrained network's {untrained}"

@@ -23,7 +23,7 @@ from measure.overlays import draw_curves, draw_results, labels, shorter
 from measure.pages import HEADLINES, Cell, Section, command_line, typed, write_page
 from measure.sweeps import HEADS, OBJECTIVES, SEED, Group, groups, objective, problems, table, with_spread
 from sources.outcomes import COUNT, NUMBER, TABLE, TEXT, check, is_number, numbers, read_object
-from sources.shared import counted, from_here
+from sources.shared import closest, counted, from_here
 from sources.sweeps import digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ CURVES = {
     "apelr": ("loss", "val_nll"),
     "state": ("loss", "val_loss"),
 }
-TABLED = ("state",)  # experiments of which a study's lines for a terminal have a table of the same runs
+MOST_LINES = 4  # for a terminal, beside the verdict and the table
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
@@ -192,13 +192,14 @@ def setting_text(value: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # The comparison
 # ---------------------------------------------------------------------------------------------------------------
-def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = True) -> list[str]:
-    """Compare runs of one experiment: comparison.csv, plots/ and report.html in `out`; returns lines for a terminal.
+def compare(runs: list[Path], out: Path, wanted: str = "") -> list[str]:
+    """Compare runs of one experiment: comparison.csv, plots/ and report.html in `out`.
+
+    Returns lines for a terminal: the verdict, a table, what else is to be said, and last where all of it is.
 
     Args:
         runs: their folders. out: where to write; of a folder that is a run itself, report/ in it.
         wanted: what runs are compared by, of summary.json, in the words of sweeps.objective; "": the experiment's own.
-        shows_table: the lines have the table of results.
     Raises DataError for runs of two experiments and where none has ended, InputError where nothing can be written.
     """
     ended, left_out = read_all(runs)
@@ -238,10 +239,18 @@ def compare(runs: list[Path], out: Path, wanted: str = "", shows_table: bool = T
     except OSError as error:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
-    if shows_table and not (studied and experiment in TABLED):
+    lead = lead or f"{counted(len(told), 'run')}, and nothing here tells which is better."
+    lines = [lead, *(line for line in lines if line != lead)]
+    if not studied:  # a study has tables of its own
         lines += terminal_table(told, shown, less_is_better)
-    lines += [sentence] if sentence else []
-    return [*lines, *notes, *left_out, f"all of it in {out / 'report.html'}"]
+    return [*lines, *in_short([*notes, *left_out]), f"all of it in {out / 'report.html'}"]
+
+
+def in_short(lines: list[str]) -> list[str]:
+    """The first lines, and how many others report.html has."""
+    if len(lines) <= MOST_LINES:
+        return lines
+    return [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} more of such lines there:"]
 
 
 def terminal_table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]:
@@ -378,7 +387,8 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
     head = HEADS.get(name, name)
     known = [group for group in ranked if group.values(name)]
     if not known:
-        return f"No run has a {head} to compare by."
+        known = {name for group in ranked for run in group.runs for name in run["summary"]}
+        return f"No run has a {head} to compare by{closest(name, known)}."
     best = known[0]
     if len(ranked) == 1:
         return f"{'Runs of the same settings' if len(best.runs) > 1 else 'One run'}: {head} {spread(best, name)}."

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import DataError, replacing
+from common.telling import bar, doing
 from measure.figures import COLOURS, GREY, band, curve, curve_with_optimum, figure, legend, legend_below, plain_log
 from sources.ergodic import mixture_log_prob
 from sources.shared import counter_rng
@@ -58,7 +59,7 @@ class Curves(NamedTuple):
         equal = np.full(M, 1 / M)
         rng = counter_rng(seed, 4, code)
         means = np.empty((resamples, self.sums.shape[1]))
-        for begin in range(0, resamples, 100):
+        for begin in bar(range(0, resamples, 100), f"resampling {M:,} documents {resamples:,} times"):
             block = means[begin : begin + 100]
             draws = rng.multinomial(M, equal, len(block))  # how often each document is drawn, [100, M]
             totals = draws @ self.sums[chosen]
@@ -271,7 +272,7 @@ def measure(
         groups["unseen"] = unseen
 
     results = {}
-    for group, members in groups.items():
+    for group, members in bar(groups.items(), f"intervals and fits of {len(groups)} curves", len(groups)):
         codes = [names.index(name) for name in members]
         mean = curves.mean_of(codes)
         group_samples = np.mean([samples[name] for name in members], 0)
@@ -410,21 +411,21 @@ def verdict(summary: dict, K: int) -> str:
         xe = f"test XE {summary['test_xe']:.4f} nats over K = {K} (validation {summary['val_xe']:.4f})"
     gain = f"icl_gain {summary['icl_gain']:.4f} ({summary['icl_gain_definition']}"
     if "oracle_icl_gain" in summary:
-        gain += f"; of the exact optimum {summary['oracle_icl_gain']:.4f}"
-    parts = [xe, gain + ")"]
+        gain += f"; the exact optimum gains {summary['oracle_icl_gain']:.4f}"
+    parts = [f"{xe}, the cross entropy of the next token", gain + ")"]
     if summary.get("largest_relative_excess") is not None:
         parts.append(f"at most {summary['largest_relative_excess']:.2%} from the optimum at any position")
     elif "largest_excess" in summary:  # percent of an optimum that is 0 somewhere are none
         parts.append(f"at most {summary['largest_excess']:.4f} nats from the optimum at any position")
     parts.append(fit_sentence(summary["fit"]))
-    return ", ".join(parts)
+    return "; ".join(parts)
 
 
 def fit_sentence(fit: dict | None) -> str:
     """A fit, parameters by their names, or that there is none."""
     if fit is None:
-        return "no fit of a power law"
-    return f"XE(t) about {fit['xe_inf']:.4f} + {fit['c']:.4f} t^-{fit['alpha']:.3f}"
+        return "no fit of a power law to XE by position"
+    return f"after t tokens XE is about {fit['xe_inf']:.4f} + {fit['c']:.4f} t^-{fit['alpha']:.3f}"
 
 
 def listed(pair: tuple[np.ndarray, np.ndarray]) -> list:
@@ -470,7 +471,8 @@ def probe(
     held_target = target[~trains, None].expand(-1, len(positions))  # [R', P]
     accuracy = []
     cross_entropy = []
-    for x in residual_stream(model, chunks.tokens[rows], positions, device):  # [R, P, D]
+    layers = residual_stream(model, chunks.tokens[rows], positions, device)  # a [R, P, D] each
+    for x in bar(layers, f"reading the component of {len(rows):,} chunks out of each layer"):
         # Standardised by the training half alone.
         mean = x[trains].mean(0)
         deviation = x[trains].std(0).clamp_min(1e-6)
@@ -619,12 +621,13 @@ def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> No
     """
     groups = results["groups"]
     seen = results["categories"]
-    draw_curves(folder, title, groups, seen)
-    if "oracle_xe_by_position" in groups["seen"]:
-        draw_excess(folder, title, groups, seen)
-    if results.get("probe"):
-        draw_probe(folder, title, results["probe"])
-    draw_history(folder, title, history)
+    with doing("drawing pictures"):
+        draw_curves(folder, title, groups, seen)
+        if "oracle_xe_by_position" in groups["seen"]:
+            draw_excess(folder, title, groups, seen)
+        if results.get("probe"):
+            draw_probe(folder, title, results["probe"])
+        draw_history(folder, title, history)
 
 
 def colours(groups: dict) -> dict[str, str]:

@@ -13,9 +13,10 @@ import torch
 
 from common.errors import DataError, replacing
 from common.runlog import read_metrics, write_json
+from common.telling import doing
 from kernels.rank_sum import rank_sum
 from measure.baselines import Baselines
-from measure.figures import figure
+from measure.figures import COLOURS, GREY, curve, figure, legend, legend_below, panels, plain_log, spans
 from sources.shared import counted
 
 METRICS = {  # column of the table: larger is better
@@ -29,6 +30,8 @@ METRICS = {  # column of the table: larger is better
 TOPS = (50, 100, 200, 500, None)  # sizes of the lists of differentially expressed genes; None is every significant one
 FALSE_DISCOVERY_RATE = 0.05
 ROUNDING = 1e-6  # effects below this are none: means of the same cells by another order of summation
+PANELS = {1: (4.8, 1), 2: (3.8, 2), 3: (3.2, 3), 6: (3.0, 3), 12: (2.5, 4)}  # up to so many: inches, panels in a row
+RING = {"color": GREY, "markerfacecolor": "none"}  # of a baseline
 LABELS = ("dataset", "file", "cell_type", "perturbation", "n_cells")  # of a condition; all else are its metrics
 
 
@@ -528,19 +531,24 @@ def format_table(results: dict) -> str:
         if winner:
             best[metric] = values[winner]
 
-    header = " " * 18
-    for metric in best:
-        header += f"{metric:>17}"
-    lines = [header]
+    longest = max(map(len, results))
+    width = {metric: max(len(metric), 8) for metric in best}  # all six fit into 100 columns
+    lines = [" " * longest + "".join(f" {metric:>{width[metric]}} " for metric in best)]
     for name, result in results.items():
-        line = f"{name:<18}"
+        line = f"{name:<{longest}}"
         for metric in best:
             value = result["mean"][metric]
             text = f"{value:.4g}" if is_defined(value) else "-"
             mark = "*" if value == best[metric] else " "
-            line += f"{text:>16}{mark}"
+            line += f" {text:>{width[metric]}}{mark}"
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def table_of(summary: dict) -> str:
+    """The same of what summary.json says."""
+    means = {"model": summary} | summary["baselines"]
+    return format_table({name: {"mean": metrics} for name, metrics in means.items()})
 
 
 def verdict(means: dict) -> str:
@@ -615,7 +623,8 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
     write_json(folder / "results.json", saved)
     judged = _shared(results, "pearson_delta")
     conditions = len(judged)
-    plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
+    with doing("drawing pictures"):
+        plot_metrics(folder, f"{name}: {counted(conditions, 'held-out condition')}", results)
     model = means.pop("model")
     numbers = {"conditions": conditions, "conditions_judged": int(judged.sum())}
     summary = model | {"baselines": means} | numbers
@@ -623,12 +632,16 @@ def write_results(folder: Path, name: str, results: dict) -> dict:
 
 
 def plot_metrics(folder: Path, title: str, results: dict, most: int = 40) -> None:
-    """plots/delta.png, METRIC_by_perturbation.png of the model and the best baseline, and loss.png (metrics.jsonl).
+    """plots/delta.png, metrics.png, METRIC_by_perturbation.png of several conditions, and loss.png (metrics.jsonl).
 
     Of many conditions 12 and `most` are shown, evenly spaced from the best to the worst. Of a metric that the model has
     for no condition there is no picture.
     """
-    plot_effects(folder, title, results["model"])
+    types = {record["cell_type"] for record in results["model"]["per_condition"]}
+    if len(types) == 1:  # then the names of conditions leave it out
+        title = f"{title} of {min(types)}"
+    plot_effects(folder, title, results)
+    plot_means(folder, title, results)
     for metric in METRICS:
         plot_by_perturbation(folder, title, results, metric, most)
     plot_losses(folder)
@@ -649,8 +662,12 @@ def _ranked(records: list[dict], metric: str, most: int) -> np.ndarray:
 
 
 def _labels(records: list[dict]) -> list[str]:
-    """Names of conditions, with the file where several measured one of the same name."""
-    labels = [f"{record['cell_type']}, {record['perturbation']}" for record in records]
+    """Names of conditions, with the cell type where there are several, and with the file where two have one name."""
+    types = {record["cell_type"] for record in records}
+    labels = []
+    for record in records:
+        kind = f"{short(record['cell_type'], 24)}, " if len(types) > 1 else ""
+        labels.append(kind + short(record["perturbation"], 36))
     if len(set(labels)) == len(labels):
         return labels
     longer = []
@@ -659,55 +676,94 @@ def _labels(records: list[dict]) -> list[str]:
     return longer
 
 
-def plot_effects(folder: Path, title: str, model: dict, most: int = 12) -> None:
-    """plots/delta.png: true against predicted effect of every gene, a panel each condition."""
-    records = model["per_condition"]
-    shown = _ranked(records, "pearson_delta", most)
+def plot_effects(folder: Path, title: str, results: dict, most: int = 12) -> None:
+    """plots/delta.png: true against predicted effect of every gene, a panel each condition, and the best baseline's."""
+    model, rival = results["model"], best_baseline(results)
+    shown = _ranked(model["per_condition"], "pearson_delta", most)
     if not len(shown):
         return
-    labels = _labels(records)
-    columns = min(4, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    with figure(folder, "delta", 8, 1 + 2 * rows, rows, columns, title, squeeze=False) as axes:
-        for panel, c in zip(axes.flat, shown, strict=False):
+    labels = _labels(model["per_condition"])
+    size, in_a_row = next(layout for count, layout in PANELS.items() if len(shown) <= count)
+    title = f"{title}: mean change of each gene from control cells"
+    with panels(folder, "delta", len(shown), size, size + 0.3, title, in_a_row) as axes:
+        row = None
+        for panel, c in zip(axes, shown, strict=True):
             true = model["real_delta"][c]
-            predicted = model["delta"][c]
-            panel.axline((0, 0), slope=1, color="k", linewidth=0.6)
-            panel.plot(true, predicted, ".", markersize=2)
+            predicted = {"model": model["delta"][c]}
+            if rival and is_defined(results[rival]["delta"][c].sum()):
+                predicted = {rival: results[rival]["delta"][c], **predicted}
+            panel.axline((0, 0), slope=1, color=GREY, linewidth=0.6)
+            for name, effect in predicted.items():
+                is_ours = name == "model"
+                panel.plot(
+                    true,
+                    effect,
+                    "o" if is_ours else "^",
+                    color=COLOURS[0] if is_ours else COLOURS[1],
+                    markersize=max(2.6, size * 0.8),
+                    markeredgewidth=0,
+                    alpha=0.9 if is_ours else 0.6,
+                    label=name if is_ours else f"{name}, the best baseline",
+                )
             # One scale for both: on the diagonal the prediction is right.
-            least = min(true.min(), predicted.min())
-            top = max(true.max(), predicted.max())
+            least = min(true.min(), *(effect.min() for effect in predicted.values()))
+            top = max(true.max(), *(effect.max() for effect in predicted.values()))
             margin = 0.05 * (top - least)
             limits = (least - margin, top + margin)
             panel.set(xlim=limits, ylim=limits, aspect="equal")
-            r = records[c]["pearson_delta"]
-            panel.set_title(f"{labels[c]}\nr = {r:.3f}", fontsize=7)
-            panel.tick_params(labelsize=6)
-        for panel in axes.flat[len(shown) :]:
-            panel.set_axis_off()
-        whole = axes.flat[0].figure
-        whole.supxlabel("true mean effect on each gene or feature (log1p, if expression)", fontsize=8)
-        whole.supylabel("predicted", fontsize=8)
+            panel.locator_params(nbins=5)
+            panel.set_title(f"{labels[c]}\nr = {model['per_condition'][c]['pearson_delta']:.3f}")
+            place = panel.get_subplotspec()
+            if place.rowspan.start != row:
+                panel.set_ylabel("predicted")
+            if place.is_last_row():
+                panel.set_xlabel("measured")
+            row = place.rowspan.start
+        handles, names = axes[0].get_legend_handles_labels()
+        legend_below(axes[0].figure, handles[::-1], names[::-1])
+
+
+def short(name: str, signs: int) -> str:
+    """A name of at most so many signs: its begin and its end, which tell it from its likes."""
+    return name if len(name) <= signs else f"{name[: signs // 2 - 1]} ... {name[3 - signs // 2 :]}"
+
+
+def plot_means(folder: Path, title: str, results: dict) -> None:
+    """plots/metrics.png: the means of model and baselines, a panel each metric that there is."""
+    means = {name: result["mean"] for name, result in results.items()}
+    metrics = [metric for metric in METRICS if is_defined(means["model"].get(metric))]
+    if not metrics:
+        return
+    with panels(folder, "metrics", len(metrics), 3.0, 1.0 + 0.25 * len(means), title) as axes:
+        for panel, metric in zip(axes, metrics, strict=True):
+            for line, (name, mean) in enumerate(means.items()):
+                if is_defined(mean[metric]):
+                    style = {"color": COLOURS[0]} if name == "model" else RING
+                    panel.plot([mean[metric]], [line], "o", markersize=6, **style)
+            panel.set_yticks(range(len(means)), means)
+            panel.set_ylim(len(means) - 0.5, -0.5)  # the model on top
+            panel.margins(x=0.15)
+            panel.locator_params(axis="x", nbins=5)
+            panel.set_title(metric)
+            panel.set_xlabel(f"{'larger' if METRICS[metric] else 'smaller'} is better")
 
 
 def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, most: int) -> None:
-    """plots/METRIC_by_perturbation.png: the model beside the best baseline, if there is one, a line each condition."""
+    """plots/METRIC_by_perturbation.png: the model beside the best baseline, if there is one, a line each condition.
+
+    Of one condition metrics.png says it all.
+    """
     records = results["model"]["per_condition"]
     shown = _ranked(records, metric, most)
-    if not len(shown):
+    if len(shown) < 2:
         return
     labels = _labels(records)
     rival = best_baseline(results, metric)
     lines = range(len(shown))
     # Rings for the rival, drawn first, so that both are seen where they agree.
-    ring = {
-        "color": "k",
-        "markersize": 8,
-        "markerfacecolor": "none",
-        "label": f"{rival} (best baseline)",
-    }
-    dot = {"color": "C0", "markersize": 4, "label": "model"}
-    with figure(folder, f"{metric}_by_perturbation", 7, 1.5 + 0.14 * len(shown)) as axes:
+    ring = RING | {"markersize": 8, "label": f"{rival} (best baseline)"}
+    dot = {"color": COLOURS[0], "label": "model"}
+    with figure(folder, f"{metric}_by_perturbation", 7, 1.5 + 0.17 * len(shown), title=title) as axes:
         for name, style in ((rival, ring), ("model", dot)):
             if name is None:
                 continue
@@ -715,26 +771,26 @@ def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, m
             values = [conditions[c][metric] for c in shown]
             axes.plot(values, lines, "o", **style)
         axes.set_yticks(lines, [labels[c] for c in shown], fontsize=7)
-        axes.invert_yaxis()
-        axes.grid(axis="y", linewidth=0.3)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
         better = "larger" if METRICS[metric] else "smaller"
         axes.set_xlabel(f"{metric} ({better} is better)")
-        axes.set_title(title, fontsize=9, wrap=True)
-        axes.legend(fontsize=8)
+        legend_below(axes.figure, *axes.get_legend_handles_labels())
 
 
 def plot_losses(folder: Path) -> None:
     """plots/loss.png: training and validation loss by step, where metrics.jsonl has them."""
     history = read_metrics(folder)
-    if not history:
+    curves = {}
+    for split, key, label in (("train", "loss", "training"), ("eval", "val_loss", "validation")):
+        points = [(record["step"], record[key]) for record in history if record["split"] == split and key in record]
+        if points:
+            curves[label] = tuple(zip(*points, strict=True))
+    if not curves:
         return
-    curves = (("train", "loss", "training"), ("eval", "val_loss", "validation"))
     with figure(folder, "loss") as axes:
-        for split, key, label in curves:
-            records = [record for record in history if record["split"] == split and key in record]
-            if records:
-                steps = [record["step"] for record in records]
-                losses = [record[key] for record in records]
-                axes.plot(steps, losses, marker=".", label=label)
-                axes.legend(fontsize=8)
-        axes.set(xlabel="step", ylabel="loss")
+        for label, (steps, losses) in curves.items():
+            curve(axes, steps, losses, label)
+        axes.set(xlabel="step", ylabel="loss (distance between sets)")
+        if spans([loss for _, losses in curves.values() for loss in losses]):
+            plain_log(axes, "y")
+        legend(axes)

@@ -155,7 +155,11 @@ PICTURES = {  # by the name of their file: what is on them, and what to look for
     "component_probe": (
         "How often a linear map reads the component of a document out of each layer, by tokens read; dotted is chance."
     ),
-    "delta": "Predicted and measured change of each gene, a panel a condition: on the line the prediction is right.",
+    "delta": (
+        "Predicted and measured change of each gene, a panel a condition: on the line the prediction is right."
+        " Triangles are the best baseline."
+    ),
+    "metrics": "Means of the model and of the baselines over the conditions, a panel a metric.",
     "pearson_delta_by_perturbation": (
         "Correlation of predicted and measured change, a line a condition; rings are the best baseline."
     ),

@@ -15,6 +15,7 @@ from sources.jobs import Job
 
 LOSSES = ("loss", "loss/ema", "val_loss", "val_xe", "val_nll")  # what is shown of a run, whichever comes first
 SHOW_SECONDS = 0.5
+FIRST_SECONDS, RARER = 5.0, 1.5  # of silence before a run at work is told of, and how much longer each one is
 
 
 class HowFar(NamedTuple):
@@ -41,6 +42,7 @@ class Progress:
         self.costs: list[HowFar] = []  # of the runs that ended here
         self.jobs: list[Job] = []
         self.shown = 0.0
+        self.told, self.wait = time.perf_counter(), FIRST_SECONDS  # of the last line, and until the next
         self.is_terminal = sys.stderr.isatty()
         self.bars: dict[str, tqdm] = {}  # by name of a run
         self.bar = self.new_bar(0, self.total, "{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
@@ -50,10 +52,14 @@ class Progress:
                     dynamic_ncols=True)
 
     def show(self, jobs: list[Job]) -> None:
-        """Draw the bars of the runs at work, twice a second."""
+        """Draw the bars of the runs at work, twice a second; where nobody watches, tell of them ever more rarely."""
         self.jobs = jobs
         now = time.perf_counter()
-        if not self.is_terminal or now < self.shown + SHOW_SECONDS:
+        if not self.is_terminal:
+            if jobs and now > self.told + self.wait:
+                self.tell(jobs[0])
+            return
+        if now < self.shown + SHOW_SECONDS:
             return
         self.shown = now
         for job in jobs:
@@ -61,6 +67,17 @@ class Progress:
         left = self.left()
         text = f"{tqdm.format_interval(left)} left" if left is not None else ""
         draw(self.bar, self.ended, self.total, text)
+
+    def tell(self, job: Job) -> None:
+        """A line of the run that began first among those at work, and of the time that is left for all."""
+        far, left = how_far(job), self.left()
+        text = f"step {far.step:,}" if far.step else "getting ready"
+        if far.step and far.total:
+            text += f" of {far.total:,}"
+        if left is not None:
+            text += f" | {tqdm.format_interval(left)} left"
+        self.wait *= RARER
+        self.say(f"[{self.ended}/{self.total}] {job.run.name}: {text}")
 
     def show_run(self, job: Job) -> None:
         name, far = job.run.name, how_far(job)
@@ -119,6 +136,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line above the bars."""
+        self.told = time.perf_counter()
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 

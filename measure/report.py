@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.checkpoint import NO_SETTINGS
+from common.telling import doing
 from measure.curves import gain_definition, reported_positions
 from measure.pages import Section
 from measure.study_arrays import RESAMPLES, SEED, Arrays, arrays_of
@@ -19,7 +20,7 @@ from measure.study_pictures import (
     draw_slopes,
     draw_tradeoff,
 )
-from measure.study_rows import category_rows, row_of, row_sentence, run_row, write_csv
+from measure.study_rows import by_k_sentence, category_rows, row_of, run_row, write_csv
 from measure.xe_by_k import (
     LAWS,
     Study,
@@ -44,6 +45,7 @@ from sources.shared import counted
 APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "data", "budget", "budget_tokens",
          "control_of", "final_split", "icl_early", "icl_late", "eval_chunks", "bootstrap", "probe", "precision",
          "matmul_precision", "wandb_project", "wandb_entity")  # fmt: skip
+MOST_LINES = 7  # for a terminal; one more says where the report is
 NOT_SAID = "not said"  # by results of older runs
 
 
@@ -362,9 +364,11 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
     sections = []
     lines = []
     for group in groups:
-        arrays = arrays_of(group.runs, group.controls)
-        found = law_of_k(arrays.study, RESAMPLES, SEED)
-        optimum = law_of_k(arrays.optimum, RESAMPLES, SEED) if found and arrays.optimum else None
+        with doing(f"reading the documents of {counted(len(group.runs) + len(group.controls), 'run')}"):
+            arrays = arrays_of(group.runs, group.controls)
+        with doing(f"fitting laws of XE in K, {RESAMPLES:,} draws"):
+            found = law_of_k(arrays.study, RESAMPLES, SEED)
+            optimum = law_of_k(arrays.optimum, RESAMPLES, SEED) if found and arrays.optimum else None
         named = {"group": group.label} if group.label else {}
         parts = [
             law_section(group, arrays, found, optimum, out),
@@ -380,15 +384,17 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
         positions = reported_positions(min(len(run["groups"]["seen"]["xe_by_position"]) for run in results))
         bars = {row["K"]: row for row in bars_by_kind(arrays.study)}
         context = {row["K"]: row for row in parts[-1].rows}
+        rows = []
         for K, runs_of_k in group.by_k.items():
             row = named | row_of(K, runs_of_k, positions)
             for key in ("sd_sets", "sd_seeds", "se_documents"):
                 row[key] = bars[K][key]
             for key in ("icl_score", "information_document", "excess", "worst_excess"):
                 row[key] = context[K].get(key)
-            tables["xe_by_k"].append(row)
-            sentence = row_sentence(row)
-            lines.append(f"{group.short}: {sentence}" if group.short else sentence)
+            rows.append(row)
+        tables["xe_by_k"] += rows
+        sentence = by_k_sentence(rows)
+        lines.append(f"{group.short}: {sentence}" if group.short else sentence)
         tables["xe_by_category"] += [named | row for row in category_rows(group.by_k)]
     for name, rows in tables.items():
         path = out / f"{name}.csv"
@@ -399,7 +405,15 @@ def study_sections(runs: list[Path], out: Path) -> tuple[list[Section], list[str
     if notes:
         sections.append(Section("Notes", notes))
     named = [f"{group.short} is {group.label}" for group in groups if group.label]
-    return sections, [*named, *answers, *lines, *notes]
+    return sections, shortened([*named, *answers, *lines, *notes])
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """What a terminal is told: the first lines, and how many more there are."""
+    if len(lines) <= MOST_LINES:
+        return lines
+    kept = MOST_LINES - 1
+    return [*lines[:kept], f"and {len(lines) - kept} lines more, in the report"]
 
 
 class Part(NamedTuple):

@@ -69,11 +69,10 @@ def row_of(K: int, runs: list[dict], positions: list[int]) -> dict:
     return row
 
 
-def row_sentence(row: dict) -> str:
-    """A row of xe_by_k.csv for the console."""
-    spreads = [f"{row[f'sd_{kind}']:.2g} over {kind}" for kind in ("sets", "seeds") if row[f"sd_{kind}"] is not None]
-    deviations = f", sd {', '.join(spreads)}" if spreads else ""
-    return f"K = {row['K']}: XE {row['xe']:.4f} nats over {counted(row['runs'], 'run')}{deviations}"
+def by_k_sentence(rows: list[dict]) -> str:
+    """The rows of xe_by_k.csv of a group in a line for the console."""
+    values = [f"{row['xe']:.4f} for K = {row['K']} ({counted(row['runs'], 'run')})" for row in rows]
+    return f"XE in nats: {', '.join(values)}"
 
 
 def category_rows(by_k: dict[int, list[dict]]) -> list[dict]:

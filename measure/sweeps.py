@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -24,6 +25,7 @@ PROBLEMS = ("process", "components", "matrices", "data", "validation_data", "cat
 OPTIMUM = "optimal_loss"
 SAME_OPTIMUM = 1e-3  # of it
 DIRECTIONS = {"min": True, "max": False}
+WIDTH = 100  # of a terminal that nobody knows
 SEED = "seed"  # the setting over which runs are averaged
 
 
@@ -179,7 +181,10 @@ def table(told: list[dict], shown: list[str], less_is_better: bool) -> list[str]
         rows.append(row)
     # A column without a text, such as that of folders where all runs are averaged, is left out.
     filled = [any(column[1:]) for column in zip(*rows, strict=True)]
-    lines = in_columns([list(itertools.compress(row, filled)) for row in rows]) if ranked else []
+    rows = [list(itertools.compress(row, filled)) for row in rows]
+    lines = in_columns(rows) if ranked else []
+    if filled[-1] and max(map(len, lines), default=0) > shutil.get_terminal_size((WIDTH, 24)).columns:
+        lines = in_columns([row[:-1] for row in rows])  # a folder is called by its settings
     for line in told:
         if line["status"] != "done":
             lines.append(f"{line['run']}: {in_words(line, shown)}")

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from common.products import float32_products
+from common.telling import bar
 from kernels.few_rows import Heads
 from measure.forced import fixed_belief
+from measure.sequences import beyond_share, first_largest
 
 FEW_TEXTS = 8  # the backbone's products of fewer are small
 
@@ -191,6 +193,7 @@ def generate(
     forced_state: int | None = None,
     unread: bool = False,
     tempers_plans: bool = False,
+    told: str = "",
     **gate,
 ) -> Written:
     """Go on from prompts [B, P] for at most `tokens` tokens.
@@ -201,6 +204,7 @@ def generate(
         frozen: the belief stays what the prompt made it; unread: what it was before the prompt.
         tempers_plans: temperature is of every plan, and not of their mixture. gate: tau, feedback, horizon of predict.
         forecast_steps: chunks ahead to forecast the plan; background: by a thread, while the next token is written.
+        temperature: 0 takes the likeliest token, the first of equals. told: what is written, for a progress bar.
     """
     B = len(prompt)
     device = prompt.device
@@ -222,7 +226,7 @@ def generate(
     beliefs = []
     forecasts = []
     with float32_products(model.cfg.matmul_precision, device, are_small=B < FEW_TEXTS):
-        for _ in range(tokens):
+        for _ in bar(range(tokens), told, unit="token", active=bool(told)):
             log_p, logs = predict(model, state, *mode, **gate)
             if "belief" in state:
                 belief = believed(model, state, *mode)
@@ -238,7 +242,7 @@ def generate(
                 log_p = log_p / temperature
             if no_repeat_ngram_size:
                 log_p = ban_ngrams(log_p, history, no_repeat_ngram_size)
-            chosen = log_p.argmax(1) if temperature == 0 else draw(log_p, top_k, top_p, generator)  # [B]
+            chosen = first_largest(log_p) if temperature == 0 else draw(log_p, top_k, top_p, generator)  # [B]
             if eos_id is not None:
                 chosen = torch.where(done, eos_id, chosen)
                 done |= chosen == eos_id
@@ -296,12 +300,7 @@ def draw(log_p: torch.Tensor, top_k: int | None, top_p: float, generator: torch.
         least = log_p.topk(top_k).values[:, -1:]
         log_p = log_p.masked_fill(log_p < least, -torch.inf)
     if top_p < 1:
-        ordered, order = log_p.softmax(1).sort(1, descending=True)
-        likelier = ordered.cumsum(1) - ordered  # the share of those before it
-        drop = likelier >= top_p
-        drop[:, 0] = False  # the likeliest always stays
-        dropped = torch.zeros_like(drop).scatter(1, order, drop)  # in the order of the vocabulary
-        log_p = log_p.masked_fill(dropped, -torch.inf)
+        log_p = log_p.masked_fill(beyond_share(log_p.softmax(1), top_p), -torch.inf)
     # Drawn where the generator is, so that a seed gives the same text on every device.
     noise = torch.empty(log_p.shape, device=generator.device)
     noise.exponential_(generator=generator)

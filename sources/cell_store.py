@@ -25,7 +25,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,8 +35,8 @@ from typing import IO
 import numpy as np
 import torch
 from scipy.sparse import csr_array
-from tqdm import tqdm
 
+from common import telling
 from common.ahead import send
 from common.errors import DataError, reason, regular_file
 from common.ranks import tell
@@ -357,8 +356,10 @@ def verify_blocks(store: Path, name: str, meta: dict) -> None:
         return
     blocks = meta.get("blocks", {}).get(name)
     if blocks is None:
-        print(f"note: {store} has no checksums of parts, so {name} is not verified: python prepare_data.py inspect "
-              f"{store} reads it whole; deleted, the next start makes it anew with them")
+        telling.note(
+            f"{store} has no checksums of parts, so {name} is not verified: python prepare_data.py inspect {store} "
+            "reads it whole; deleted, the next start makes it anew with them"
+        )
         return
     others = np.random.default_rng().permutation(np.arange(1, len(blocks)))
     with open(store / name, "rb") as file:
@@ -425,15 +426,8 @@ def write_store(
             genes = survey.genes if which == "input" else survey.count_genes
             drafts[which] = Draft(work, which, source, survey.orders[which], len(genes), place)
         announce(work, plan, total, drafts)
-        bar = tqdm(
-            total=2 * total * len(drafts),
-            desc="cells",
-            unit=" cells",
-            unit_scale=True,
-            leave=False,
-            disable=not sys.stderr.isatty(),
-        )
-        with bar:
+        text = f"preparing {counted(total, 'cell')}: checked, then written"
+        with telling.bar(None, text, 2 * total * len(drafts), "cells") as bar:
             for draft in drafts.values():
                 draft.check(counts, bar)
             for draft in drafts.values():
@@ -575,7 +569,7 @@ class Draft:
                 block = csr_array(block) if self.sparse else as_dense(block)
                 yield place[start:stop], block
 
-    def check(self, counts: str, bar: tqdm) -> None:
+    def check(self, counts: str, bar: telling.Work) -> None:
         """The first pass: raises DataError for values that cannot serve, and finds what is to be converted."""
         for f in range(len(self.source)):
             digest = Digest(self.orders[f])
@@ -583,14 +577,14 @@ class Draft:
                 self.converted[f] = conversion(matrix, counts, bar.update, digest.add)
             self.digests[f] = digest.text()
 
-    def write(self, bar: tqdm) -> None:
+    def write(self, bar: telling.Work) -> None:
         """The second pass: every block to the rows of its cells."""
         if self.sparse:
             self.write_sparse(bar)
         else:
             self.write_dense(bar)
 
-    def write_dense(self, bar: tqdm) -> None:
+    def write_dense(self, bar: telling.Work) -> None:
         shape = (len(self.place), self.columns)
         values = empty_array(self.work / f"{self.which}.npy", np.float32, shape)
         for f in range(len(self.source)):
@@ -600,7 +594,7 @@ class Draft:
                 values.write(starts, lengths, block)
                 bar.update(len(place))
 
-    def write_sparse(self, bar: tqdm) -> None:
+    def write_sparse(self, bar: telling.Work) -> None:
         indptr = np.concatenate(([0], self.row_lengths().cumsum()))
         total = int(indptr[-1])
         kind = np.int32 if total < 2**31 else np.int64
@@ -698,7 +692,7 @@ def conversion(matrix: Matrix, counts: str, done: Callable | None = None, read: 
     if counts == "log1p" or kind == "log1p":
         if values["log_base"] == math.e:
             return ""
-        print(f"note: {matrix.where} is log1p to base {values['log_base']:g}: brought to the natural logarithm")
+        telling.note(f"{matrix.where} is log1p to base {values['log_base']:g}: brought to the natural logarithm")
         return "rescale"
     in_obsm = matrix.key.startswith("obsm/")
     if counts == "convert" and not in_obsm:

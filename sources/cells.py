@@ -26,6 +26,7 @@ from sources.cell_store import (
 )
 from sources.foreign_checkpoints import read_checkpoint
 from sources.h5ad import H5ad
+from sources.labels import in_words, no_control
 from sources.shared import counted, is_first_of_machine, suggest
 from sources.splits import (
     SPLITS,
@@ -37,6 +38,7 @@ from sources.splits import (
     read_toml,
     with_validation,
 )
+from sources.starter import toml_of
 from sources.survey import CODES, Survey, labelled, matrix_keys, survey_files
 
 
@@ -166,10 +168,9 @@ class Cells:
             if not controls[f]:
                 codes = np.unique(self.perturbation[self.file == f])
                 known = [self.perturbations[code] for code in codes]
-                raise DataError(
-                    f"{path} has no control cells: no cell has {pert_col} = {control_pert!r}"
-                    f"{suggest(control_pert, known)}; set control_pert"
-                )
+                told, likely = no_control(pert_col, control_pert, known)
+                again = f" try {in_words({'control_pert': likely})}" if likely else ""
+                raise DataError(f"{path}: {told}{again}")
 
     @property
     def needs_counts(self) -> bool:
@@ -211,6 +212,12 @@ class Cells:
         return self.matrices[which].read(self.place[rows], torch.device(device))
 
 
+def read_plan(toml: str | Path, reading: Reading) -> Plan:
+    """What a TOML says of who trains, or an h5ad file's starter. Raises DataError."""
+    labels = {name: getattr(reading, name) for name in ("pert_col", "control_pert", "cell_type_key", "batch_col")}
+    return read_toml(toml_of(toml, reading.keys()["input"], **labels), reading.strict)
+
+
 def open_cells(
     *,
     toml: str | Path,
@@ -225,14 +232,14 @@ def open_cells(
     first rank of a machine does, the others wait.
     """
     reading = Reading(**settings)
-    plan = read_toml(toml, reading.strict)
+    plan = read_plan(toml, reading)
     columns = reading.columns()
     keys = reading.keys()
     name = store_hash(plan.files, columns, keys, counts)
     is_first_rank = is_first_of_machine()
     cells = None
     if is_first_rank and not find_store(folder, name):
-        survey = survey_files(plan.files, columns, keys)
+        survey = survey_files(plan.files, columns, keys, reading.control_pert)
         cells = Cells(plan, survey, reading)  # what is wrong with the TOML is said before anything is written
 
         def write(work: Path) -> None:
@@ -268,8 +275,8 @@ def prepare_cells(*, toml: str = "", **settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 def survey_toml(toml: str | Path, reading: Reading) -> Cells:
     """The cells that a TOML names without their expression, read from its files: nothing is prepared."""
-    plan = read_toml(toml, reading.strict)
-    return Cells(plan, survey_files(plan.files, reading.columns(), reading.keys()), reading)
+    plan = read_plan(toml, reading)
+    return Cells(plan, survey_files(plan.files, reading.columns(), reading.keys(), reading.control_pert), reading)
 
 
 def has_hvg(path: Path) -> bool:

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from common.errors import DataError, reason
-from configurator import note
+from common.telling import bar, doing, note
 from sources.chunk_checks import (
     MOST_TOKENS,
     is_mapped,
@@ -36,13 +36,27 @@ from sources.shared import (
     Workshop,
     closest,
     counted,
-    progress,
+    nearest,
     quoted,
     report,
     room_for,
     spooled_array,
 )
-from sources.text import Spool, column_of, hub_errors, is_missing, open_hub, place_of, read_file, text_of, whole
+from sources.text import (
+    Spool,
+    fill_splits,
+    hub_errors,
+    in_record,
+    is_missing,
+    likely_vocabulary,
+    no_column,
+    open_hub,
+    place_of,
+    read_file,
+    text_columns,
+    text_of,
+    whole,
+)
 from sources.tokenizer import Tokenizer, load_tokenizer, read_spec, readable, train_bpe
 
 CCDV = "ccdv/arxiv-classification"  # a data set of the hub whose labels are numbers
@@ -50,6 +64,11 @@ CATEGORIES = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]  # of those that 
 CCDV_LABELS = ("math.AC", "cs.CV", "cs.AI", "cs.SY", "math.GR", "cs.CE", "cs.PL", "cs.IT", "cs.DS", "cs.NE", "math.ST")
 ARXIV = re.compile(r"[a-z]+(-[a-z]+)*\.[A-Za-z-]{2,}|[a-z]+(-[a-z]+)+")  # cs.DS, cond-mat.str-el, hep-th
 MOST_CATEGORIES = 256  # more of them are no categories: each holds a file open while documents are sorted
+LABELS = ("category", "label", "categories", "labels", "class", "topic")  # columns of a label, the first that there is
+MOST_VOCABULARY = 8_192  # tokens of a trained tokenizer, unless it is asked for more
+MOST_LISTED = 8  # categories whose chunks are told one by one
+CHARACTERS = 6  # characters a token that a document should have for a chunk, where one is chosen to be held out
+FEW = 32  # training chunks of a category that are worth a word: a batch
 LONGEST_NAME = 200  # bytes of a category's: an HDF5 file holds all names in 64 kB
 BLOCK = 1 << 16  # chunks read or copied at once
 BATCH_DOCUMENTS = 512  # to the tokenizer at once
@@ -65,7 +84,7 @@ class Source(NamedTuple):
     input: str  # a file, a folder or a hub data set
     hub_config: str
     text_column: str
-    label_column: str  # "": category if there is such a column, else label
+    label_column: str  # "": the first of LABELS that there is
     split_column: str
 
 
@@ -75,6 +94,7 @@ class Shares(NamedTuple):
     validation: float
     test: float
     seed: int
+    long: int = 0  # characters that make a chunk in all likelihood
 
     def split(self, text: str) -> str:
         """That of a document, which only its text and the seed decide."""
@@ -84,6 +104,10 @@ class Shares(NamedTuple):
         if place < self.test + self.validation:
             return "validation"
         return "train"
+
+    def order(self, text: str) -> tuple[bool, float]:
+        """What documents are sorted by, where the first is to be held out: long ones by chance, then short ones."""
+        return len(text) < self.long, place_of(text, self.seed)
 
 
 def read_records(source: Source) -> Iterator[tuple[str, dict]]:
@@ -95,7 +119,9 @@ def read_records(source: Source) -> Iterator[tuple[str, dict]]:
     elif re.fullmatch(r"[\w-]+/[\w.-]+", source.input) and not kind_of(path):
         yield from hub_records(source)
     else:
-        raise DataError(f"input = {source.input}: no such file, folder or hub data set")
+        beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = closest(source.input, beside) or ""
+        raise DataError(f"input = {source.input}: no such file, folder or hub data set{near}")
 
 
 def hub_records(source: Source) -> Iterator[tuple[str, dict]]:
@@ -112,17 +138,29 @@ def hub_records(source: Source) -> Iterator[tuple[str, dict]]:
                 yield f"{source.input}, {split}, row {number}", {source.split_column: split, **record}
 
 
-def label_column(source: Source, record: dict) -> str:
-    return source.label_column or ("category" if "category" in record else "label")
+def label_column(where: str, record: dict, source: Source) -> str:
+    """The column of a record that has its label. Raises DataError where there is none."""
+    wanted = [source.label_column] if source.label_column else LABELS
+    for name in wanted:
+        found = in_record(record, name)
+        if found is not None:
+            return found
+    near = [name for name in (nearest(label, record) for label in wanted) if name]
+    raise no_column(where, record, source.label_column or "label", "label_column", near[0] if near else "NAME")
+
+
+def names_split(record: dict, column: str) -> bool:
+    """Whether a record says which split it is of."""
+    return record.get(column) not in (None, "") and not is_missing(record, column)
 
 
 def document(where: str, record: dict, source: Source, shares: Shares) -> tuple[str, list[str], str]:
     """(split, labels, text) of a record; raises DataError for a missing column or an unknown split."""
     text = text_of(where, record, source.text_column)
-    labels = labels_of(column_of(where, record, label_column(source, record), "label_column"))
-    split = record.get(source.split_column)
-    if split in (None, "") or is_missing(record, source.split_column):
+    labels = labels_of(record[label_column(where, record, source)])
+    if not names_split(record, source.split_column):
         return shares.split(text), labels, text
+    split = record[source.split_column]
     if str(split) not in SPLIT_NAMES:
         raise DataError(f"{where}: split {split!r} is none of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[str(split)], labels, text
@@ -167,16 +205,19 @@ def gather(
 ) -> list[str]:
     """Sort all documents of the wanted categories into the spool; each text once, in the first split it has.
 
+    Where no document names its split, each split gets one of every category, as far as they last.
     Returns the categories: those that are wanted, else all there are.
     Raises DataError for a record that cannot serve and a category without training documents.
     """
+    columns = Counter()  # (of the text, of the label), by how often they were met
+    is_dealt = True  # no document names its split
     others = Counter()  # documents of other categories
     left_out = Counter()  # documents, by reason
     found = set()  # categories that have a document
     several = 0
     seen = Seen()  # of the texts, which themselves may not fit in memory
     with contextlib.closing(read_records(source)) as records:
-        for where, record in progress(records, "documents read", "doc"):
+        for where, record in bar(records, f"reading {source.input}", unit="documents"):
             if is_missing(record, source.text_column):
                 left_out["without text"] += 1
                 continue
@@ -184,6 +225,8 @@ def gather(
             if not labels:
                 left_out["without a label"] += 1
                 continue
+            columns[" and ".join(text_columns(record, source.text_column)), label_column(where, record, source)] += 1
+            is_dealt = is_dealt and not names_split(record, source.split_column)
             several += len(labels) > 1
             category = category_of(labels, categories, several_labels)
             if categories is not None and category not in categories:
@@ -196,13 +239,21 @@ def gather(
                 seen.add(digest)
                 found.add(category)
                 if categories is None:
-                    check_names(where, label_column(source, record), category, len(found))
+                    check_names(where, label_column(where, record, source), category, len(found))
                 spool.add(split, category, text)
     if several and several_labels == "first":
         print(f"{counted(several, 'document')} of several labels: the first counts (several_labels=any: the first that "
               "categories names)")
     elif several:
         print(f"{counted(several, 'document')} of several labels: the first that categories names counts")
+    lone = []  # categories of a single document, which cannot be both trained on and held out
+    if is_dealt:
+        splits = [split for split in SPLITS if split != "test" or shares.test]
+        for category in sorted(found):
+            fill_splits(spool, category, splits, shares.order)
+        if categories is None:
+            lone = [name for name in found if sum(spool.counts[split, name] for split in SPLITS) == 1]
+            found -= set(lone) if len(lone) < len(found) else set()
     if categories is None:
         categories = all_of(found, spool, source)
     for category in categories:
@@ -213,18 +264,26 @@ def gather(
                 f"{source.input} has no training document of category {category!r}"
                 f"{closest(category, known)} It has: {quoted(known)}"
             )
-    say_gathered(spool.counts.total(), len(categories), left_out, others.total())
+    left_out["of other categories"] = others.total()
+    left_out[f"alone in their categories ({quoted(sorted(lone), 4)})"] = len(lone)
+    say_gathered(spool, categories, left_out, columns)
     return categories
 
 
-def say_gathered(documents: int, categories: int, left_out: Counter, others: int) -> None:
-    """What was gathered, and what was not; left_out: documents by reason."""
-    dropped = [f"{left_out['empty or repeated']:,} empty or repeated", f"{others:,} of other categories"]
-    for lack in ("without text", "without a label"):
-        if left_out[lack]:
-            dropped.append(f"{left_out[lack]:,} {lack}")
-    kinds = counted(categories, "category", "categories")
-    print(f"documents: {documents:,} of {kinds}; dropped {', '.join(dropped)}")
+def say_gathered(spool: Spool, categories: list[str], left_out: Counter, columns: Counter) -> None:
+    """What was gathered of which columns, and what was not; left_out: documents by reason."""
+    of_each = [sum(spool.counts[split, category] for split in SPLITS) for category in categories]
+    told = [f"{sum(of_each):,} of {counted(len(categories), 'category', 'categories')}"]
+    if len(of_each) > 1:
+        least, most = min(of_each), max(of_each)
+        told[0] += f", {least:,} of each" if least == most else f", {least:,} to {most:,} of each"
+    (text, label), _ = columns.most_common(1)[0]
+    if (text, label) not in (("text", "label"), ("text", "category")):
+        told.append(f"text: {text}, label: {label}")
+    dropped = [f"{number:,} {why}" for why, number in left_out.items() if number]
+    if dropped:
+        told.append(f"dropped {', '.join(dropped)}")
+    print(f"documents: {'; '.join(told)}")
 
 
 def check_names(where: str, column: str, name: str, count: int) -> None:
@@ -274,6 +333,7 @@ class ChunkSpool:
         self.document = 0  # the number of the next
         self.sizes = Counter()  # chunks of a category
         self.dropped = 0  # tokens
+        self.longest = Counter()  # tokens of the longest document of a category
 
     def add(self, category: str, ids: list[int] | np.ndarray) -> None:
         """Cut a document into chunks; the tail that fills none is dropped and counted."""
@@ -284,6 +344,7 @@ class ChunkSpool:
         self.tokens.write(array.astype(self.dtype))
         self.documents.write(np.full(count, self.document, dtype=np.int64))
         self.dropped += len(ids) - len(array)
+        self.longest[category] = max(self.longest[category], len(ids))
         self.sizes[category] += count
         self.document += 1
 
@@ -293,7 +354,8 @@ class ChunkSpool:
             if not count:
                 raise DataError(
                     f"category {category!r} has no document of {counted(self.chunk_size, 'token')} for {path.name}: "
-                    "use a smaller chunk_size, more documents or fewer categories"
+                    f"its longest has {self.longest[category]:,}; use a chunk_size of that or less, more documents or "
+                    "fewer categories"
                 )
         names = list(self.sizes)
         N = self.sizes.total()
@@ -308,7 +370,7 @@ class ChunkSpool:
             labels = file.create_dataset("category_for_chunk", (N,), dtype=encoded.dtype)
             self.tokens.seek(0)
             self.documents.seek(0)
-            for begin in range(0, N, BLOCK):
+            for begin in bar(range(0, N, BLOCK), f"writing {path.name}", unit="blocks"):
                 rows = slice(begin, min(begin + BLOCK, N))
                 size = rows.stop - rows.start
                 block = np.fromfile(self.tokens, self.dtype, size * self.chunk_size).reshape(size, -1)
@@ -350,7 +412,8 @@ def balanced_sample(spool: Spool, categories: list[str], most: int) -> Iterator[
 def encode(spool: Spool, split: str, category: str, tokenizer: Tokenizer, threads: int, chunks: ChunkSpool) -> None:
     """Add the chunks of all documents of a category."""
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress(None, f"{split} {category}", "doc", spool.counts[split, category]))
+        what = f"encoding {category}, {split}"
+        work = stack.enter_context(bar(None, what, spool.counts[split, category], "documents"))
         rest = stack.enter_context(contextlib.closing(spool.texts(split, category)))
         while True:
             texts = list(islice(rest, BATCH_DOCUMENTS))
@@ -358,7 +421,24 @@ def encode(spool: Spool, split: str, category: str, tokenizer: Tokenizer, thread
                 break
             for ids in tokenizer.encode_batch(texts, threads):
                 chunks.add(category, ids)
-            bar.update(len(texts))
+            work.update(len(texts))
+
+
+def point_at_small(sizes: dict[str, int]) -> None:
+    """A note where a category has next to nothing: each is trained on for as long as the smallest."""
+    smallest = min(sizes, key=sizes.get)
+    if sizes[smallest] < FEW:
+        note(f"{smallest} has {counted(sizes[smallest], 'chunk')} to train on, and of each category as many are taken: "
+             "more documents or a smaller chunk_size make more, categories=NAME,NAME goes without it")
+
+
+def of_each(sizes: Counter) -> str:
+    """Chunks of each category, or of the smallest and the largest of many."""
+    if len(sizes) <= MOST_LISTED:
+        return ", ".join(f"{category} {size:,}" for category, size in sizes.items())
+    ranked = sizes.most_common()
+    (largest, most), (smallest, least) = ranked[0], ranked[-1]
+    return f"of {len(sizes)} categories, {smallest} {least:,} to {largest} {most:,}"
 
 
 def prepare_chunks(
@@ -374,7 +454,7 @@ def prepare_chunks(
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
     tokenizer: str = "bpe",
-    vocab_size: int = 8_192,
+    vocab_size: int | None = None,
     tokenizer_chars: int = 20_000_000,
     chunk_size: int = 100,
     out_dir: str = "data/arxiv",
@@ -394,11 +474,15 @@ def prepare_chunks(
     encoder = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
     with Workshop(out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
         source = Source(input, hub_config, text_column, label_column, split_column)
-        shares = Shares(validation_fraction, test_fraction, seed)
+        shares = Shares(validation_fraction, test_fraction, seed, CHARACTERS * chunk_size)
         categories = gather(source, categories, several_labels, max_documents, shares, spool)
         if encoder is None:
-            texts = balanced_sample(spool, categories, tokenizer_chars)
-            encoder = train_bpe(progress(texts, "training the tokenizer", "doc"), vocab_size)
+            smallest = min(spool.chars["train", category] for category in categories)
+            characters = min(smallest * len(categories), tokenizer_chars)
+            size = vocab_size or likely_vocabulary(characters, MOST_VOCABULARY)
+            with doing(f"training a tokenizer on {characters:,} characters, as many of each category"):
+                texts = balanced_sample(spool, categories, tokenizer_chars)
+                encoder = train_bpe(texts, size, exactly=vocab_size is not None)
         encoder.save(shop.folder / "tokenizer.json")
         sizes = {}
         for split in SPLITS:
@@ -416,13 +500,13 @@ def prepare_chunks(
                     encode(spool, split, category, encoder, threads, chunks)
                 chunks.write(shop.folder / f"{split}.h5", tokenizer="tokenizer.json", source=input, seed=seed)
             sizes[split] = dict(chunks.sizes)
-            listed = ", ".join(f"{category} {count:,}" for category, count in chunks.sizes.items())
             print(
-                f"{split}: {counted(chunks.sizes.total(), 'chunk')} of {counted(chunk_size, 'token')} ({listed}); "
-                f"{counted(chunks.dropped, 'tail token')} dropped"
+                f"{split}: {counted(chunks.sizes.total(), 'chunk')} of {counted(chunk_size, 'token')} "
+                f"({of_each(chunks.sizes)}); {counted(chunks.dropped, 'tail token')} dropped"
             )
         if "train" not in sizes or "validation" not in sizes:
             raise DataError(f"{input} leaves no validation documents: raise validation_fraction or add documents")
+        point_at_small(sizes["train"])
         shop.finish("tokenizer.json", *(f"{split}.h5" for split in sizes))
     print(f"vocabulary {encoder.vocab_size:,} ({encoder.kind}); written to {out_dir}")
     return sizes

@@ -1,6 +1,7 @@
 """What an h5ad file or a folder of prepared cells holds and what is wrong with it, printed and returned."""
 
 import math
+import shlex
 from pathlib import Path
 
 import h5py
@@ -9,6 +10,7 @@ from common.errors import DataError
 from sources import hdf5
 from sources.cell_store import content_digest, load_codes, read_meta, verify
 from sources.h5ad import H5ad, kind_of_values
+from sources.labels import Labels, find_labels
 from sources.shared import counted, progress, report
 
 
@@ -23,8 +25,18 @@ def inspect_cells(path: str) -> dict:
             if repeated:
                 problems.append(f"the names of {kind} are not unique: {repeated:,} repeat an earlier one")
         matrices = inspect_matrices(cells, problems)
+        labels = find_labels(cells)
     report(problems)
+    if matrices and not problems:
+        print(next_command(path, labels, matrices))
     return {"columns": columns, "matrices": matrices, "problems": problems}
+
+
+def next_command(path: str, labels: Labels, matrices: dict[str, dict]) -> str:
+    """What to do with cells, by what their columns look like: a matrix X_hvg to train on first, then a TOML."""
+    action = "toml" if "obsm/X_hvg" in matrices else "preprocess"
+    columns = labels.words() if labels.pert_col and labels.control_pert else "--pert_col=... --control_pert=..."
+    return f"next: python prepare_data.py state {action} --input={shlex.quote(path)} {columns}"
 
 
 def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:

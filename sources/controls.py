@@ -12,6 +12,7 @@ import numpy as np
 from common.errors import DataError
 from sources.cell_store import read_rows
 from sources.h5ad import H5ad
+from sources.labels import check_labels
 from sources.shared import counted, nearest, suggest
 from sources.survey import align, column_names
 
@@ -49,16 +50,13 @@ def find_controls(
 
     drop_unlabelled: leave cells without a value in a column out, which else is a DataError.
     """
+    asked = {"pert_col": pert_col, "cell_type_key": cell_type_key, "batch_col": batch_col}
+    check_labels(file, asked, control_pert, spell=lambda settings: f"--columns='{json.dumps(settings)}'")
     types, cell_types = file.column(cell_type_key, missing=drop_unlabelled)
     perts, perturbations = file.column(pert_col, missing=drop_unlabelled)
     batch, batches = None, []
     if batch_col:
         batch, batches = file.column(batch_col, missing=drop_unlabelled)
-    if control_pert not in perturbations:
-        raise DataError(
-            f"{file.path} has no control cells: no cell has {pert_col} = {control_pert!r}; "
-            "say --columns='{\"control_pert\": \"NAME\"}'"
-        )
     is_known = (types >= 0) & (perts >= 0)  # -1: without a value
     if batch is not None:
         is_known &= batch >= 0

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import DataError
+from common.telling import bar
 from sources.chunks import ChunkSpool
 from sources.processes import Process, ProcessError, make_process
-from sources.shared import SPLITS, Workshop, counted, progress, room_for
+from sources.shared import SPLITS, Workshop, counted, room_for
 
 COMPONENTS = [  # the first two differ in how long a state lasts, the third in its tokens, the last in both
     {"name": "sticky", "process": "mess3", "x": 0.05, "a": 0.85, "vocab_map": [0, 1, 2]},
@@ -74,7 +75,7 @@ def draw(process: Process, documents: int, length: int, seed: int, counter: tupl
     sequence = np.random.SeedSequence(seed, spawn_key=counter)
     state = sequence.generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))  # torch takes 63 bits
-    for begin in progress(range(0, documents, DRAWN_AT_ONCE), text, "kdoc"):
+    for begin in bar(range(0, documents, DRAWN_AT_ONCE), text, unit="thousands"):
         count = min(DRAWN_AT_ONCE, documents - begin)
         yield process.sample(count, length, generator)
 
@@ -121,7 +122,7 @@ def oracles(log_prob: np.ndarray, owner: np.ndarray) -> dict[str, np.ndarray]:
 
 def ergodic(
     *,
-    components: list[dict] = COMPONENTS,
+    components: list[dict] | None = None,
     train_documents: int = 10_000,
     validation_documents: int = 1_000,
     test_documents: int | None = None,
@@ -135,9 +136,11 @@ def ergodic(
     Each document is one sequence of its component. Oracles read a chunk from its first token on, as a model does:
     oracle_log_prob [N, K, n] is log p_k(x_t | x_<t), from which the optimum of any subset of components follows;
     oracle_xe_mixture and oracle_xe_component [K, n] are its averages for all components together.
+    components: default COMPONENTS.
     test_documents: default as many as of validation; 0 writes no test.h5. The documents of a split are the same
     whatever there is of the others.
     """
+    components = COMPONENTS if components is None else components
     names, processes = ergodic_components(components)
     vocab_size = processes[0].vocab_size
     length = chunks_per_document * chunk_size
@@ -154,7 +157,7 @@ def ergodic(
             owner = []  # the component of each chunk
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
                 for k, (name, process) in enumerate(zip(names, processes, strict=True)):
-                    for documents in draw(process, count, length, seed, (s, k), f"{split} {name}"):
+                    for documents in draw(process, count, length, seed, (s, k), f"drawing {split} of {name}"):
                         for ids in documents.numpy():
                             chunks.add(name, ids)
                         if split == "train":

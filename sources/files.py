@@ -27,7 +27,7 @@ MARKS = (  # byte order marks and what they say; the first that fits counts, for
 )
 READ_BYTES = 1 << 16  # of a packed file, at once
 HEAD_BYTES = 1 << 16  # looked at to tell UTF-16 that has no mark
-NAMED = 5  # skipped files that are named; the others are counted
+NAMED_KINDS, NAMED = 6, 2  # kinds of skipped files that are told, and files of each that are named; others are counted
 
 
 def kind_of(path: Path) -> str:
@@ -58,14 +58,28 @@ def text_files(path: Path) -> list[Path]:
             files.append(file)
         else:
             skipped.append(str(file.relative_to(path)))
-    kinds = ", ".join(KINDS)
     if not files:
-        raise DataError(f"{path} holds no {kinds} files; they may be packed as {', '.join(PACKED)}")
+        there = f"; there are {by_kind(skipped)}" if skipped else ""
+        raise DataError(f"{path} holds no {', '.join(KINDS)} files, which may be packed as {', '.join(PACKED)}{there}")
     if skipped:
-        more = f" and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else ""
-        print(f"{path}: {counted(len(files), 'file')} read, {len(skipped):,} skipped as no documents ({kinds} are): "
-              f"{', '.join(skipped[:NAMED])}{more}")
+        print(f"{path}: {counted(len(files), 'file')} read, {len(skipped):,} skipped: {by_kind(skipped)}")
     return files
+
+
+def by_kind(names: list[str]) -> str:
+    """How many files there are of each ending, with the names of some: "5 .log (a.log, b.log, ...), 1 .md (c.md)"."""
+    kinds = {}
+    for name in names:
+        kinds.setdefault(Path(name).suffix.lower() or "without an ending", []).append(name)
+    listed = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    parts = []
+    for kind, here in listed[:NAMED_KINDS]:
+        more = ", ..." if len(here) > NAMED else ""
+        parts.append(f"{len(here):,} {kind} ({', '.join(here[:NAMED])}{more})")
+    rest = listed[NAMED_KINDS:]
+    if rest:
+        parts.append(f"{sum(len(here) for _, here in rest):,} of {counted(len(rest), 'other kind')}")
+    return ", ".join(parts)
 
 
 def is_prepared(file: Path) -> bool:

@@ -276,7 +276,7 @@ class H5ad:
         Raises DataError if there is no such column, or it lacks the value of a cell; with `missing` its code is -1.
         """
         if name not in self.columns:
-            raise DataError(f"{self.path} has no obs column {name!r}{suggest(name, self.columns)}")
+            raise DataError(f"{self.path} has no column {name!r} in obs{suggest(name, self.columns)}")
         values, categories = self._coded("obs", name, missing)
         if categories is None:
             is_known = values == values
@@ -360,19 +360,30 @@ class H5ad:
             keys.append("raw/X")
         return keys
 
+    def place(self, key: str | None) -> str | None:
+        """The one of keys that a key means, as `matrix` takes it; None where there is none."""
+        keys = self.keys
+        candidates = (key or "X", f"obsm/{key}", f"layers/{key}")
+        return next((candidate for candidate in candidates if candidate in keys), None)
+
+    def no_matrix(self, key: str | None) -> str:
+        """What is wrong where there is no matrix of this key, and what to do."""
+        if hdf5.has(self.file, f"obsm/{key}"):
+            return f"obsm/{key} is no table of numbers: write it as an array"
+        names = [known.removeprefix("obsm/").removeprefix("layers/") for known in self.keys]
+        if key == "X_hvg" and "X" in names:
+            return (f"no matrix 'X_hvg': python prepare_data.py state preprocess --input={self.path} makes it, or read "
+                    "X with --embed_key=none --output_space=all")
+        return f"no matrix {key or 'X'!r}{suggest(key or 'X', names)}"
+
     def matrix(self, key: str | None) -> "Matrix":
         """The matrix of a key; a bare name is sought in obsm, then in layers. None is X.
 
         Raises DataError if there is none, if it is no table of numbers, and if its shape is not that of the file.
         """
-        keys = self.keys
-        candidates = (key or "X", f"obsm/{key}", f"layers/{key}")
-        place = next((candidate for candidate in candidates if candidate in keys), None)
-        if place is None and hdf5.has(self.file, f"obsm/{key}"):
-            raise DataError(f"{self.path}: obsm/{key} is no table of numbers: write it as an array")
+        place = self.place(key)
         if place is None:
-            names = [known.removeprefix("obsm/").removeprefix("layers/") for known in keys]
-            raise DataError(f"{self.path} has no matrix {key or 'X'!r}{suggest(key or 'X', names)}")
+            raise DataError(f"{self.path}: {self.no_matrix(key)}")
         with self.guard(place):
             matrix = Matrix(self, place)
         if place.startswith("obsm/"):

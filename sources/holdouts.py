@@ -1,6 +1,5 @@
 """Leave one cell type out: for each type a TOML of the same cells, of which it is the test and all others train."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from urllib.parse import quote
 from common.errors import DataError
 from sources.digests import fingerprint
 from sources.shared import quoted, suggest
-from sources.splits import types_of
+from sources.splits import literal, pattern, types_of
 from sources.studies import Variation
 from sources.sweeps import safe, split_list, unquoted
 
@@ -151,19 +150,3 @@ def write_toml(
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): runs read from it who trains") from error
     return path
-
-
-def pattern(files: list[Path]) -> str:
-    """The files of a data set as [datasets] has them, wherever the TOML is. Raises DataError."""
-    places = [os.path.abspath(file) for file in files]
-    for place in places:
-        # Braces stand for several files, which commas part.
-        if set("{}") & set(place) or (len(places) > 1 and "," in place):
-            raise DataError(f"{place}: [datasets] cannot name a path with braces, or with a comma beside other files: "
-                            "rename it")
-    return places[0] if len(places) == 1 else "{" + ",".join(places) + "}"
-
-
-def literal(text: str) -> str:
-    """A text in quotes, as TOML has it: JSON's, but that it escapes one sign more."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

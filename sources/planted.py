@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.shared import Workshop, counted, progress, reserve
+from common.telling import bar
+from sources.shared import Workshop, counted, reserve
 from sources.streams import stream_dtype, write_meta
 
 BLOCK = 1_000  # documents drawn at once
@@ -206,7 +207,7 @@ def planted(
             generator = np.random.default_rng([seed, s])  # of the split: 0 made the plans
             plans = new_array(shop.folder / f"{split}_plans.npy", np.int64, count, document_chunks)
             with open(shop.folder / f"{split}.bin", "wb") as file:
-                for begin in progress(range(0, count, BLOCK), f"{split} documents", "kdoc"):
+                for begin in bar(range(0, count, BLOCK), f"drawing {count:,} {split} documents", unit="thousands"):
                     rows = slice(begin, min(begin + BLOCK, count))
                     tokens, plans[rows] = process.sample(rows.stop - begin, generator)
                     documents = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos)

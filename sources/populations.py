@@ -11,6 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from common.errors import DataError
+from common.telling import bar, doing
 from sources.h5ad import write_h5ad
 from sources.preprocess import log_normalized
 from sources.shared import Workshop, counted, counter_rng
@@ -117,7 +118,7 @@ def true_deltas(
     K, G = populations.program.shape
     conditions = len(populations.shared)
     means = np.empty((K, conditions, G))
-    for k in range(K):
+    for k in bar(range(K), f"true effects of {counted(conditions - 1, 'perturbation')} on {counted(K, 'type')}"):
         cell_type = np.full(cells, k)
         for p in range(conditions):
             draw = counter_rng(seed, 2, k)
@@ -203,8 +204,9 @@ def synthetic(
     sizes = np.tile([controls_per_cell_type, *[cells_per_condition] * P], K)  # cells of each condition
     types, perts = np.indices((K, P + 1))
     cell_type, pert = np.repeat(types.ravel(), sizes), np.repeat(perts.ravel(), sizes)
-    counts, batch = simulate(populations, cell_type, pert, depth, dropout, counter_rng(seed, 1))
-    X = expression(counts, target_sum)
+    with doing(f"making {counted(len(pert), 'cell')} of {counted(K, 'type')} under {counted(P, 'perturbation')}"):
+        counts, batch = simulate(populations, cell_type, pert, depth, dropout, counter_rng(seed, 1))
+        X = expression(counts, target_sum)
     truth = true_deltas(populations, depth, dropout, target_sum, seed)
     noise = noise_report(X, cell_type, pert, truth)
     type_names, pert_names, genes = numbered("c", K), numbered("p", P), numbered("g", G)

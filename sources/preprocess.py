@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from common.errors import DataError
+from common.telling import doing, note
 from sources import hdf5
 from sources.h5ad import (
     H5ad,
@@ -23,7 +24,9 @@ from sources.h5ad import (
     stored,
     write_frame,
 )
-from sources.shared import counted, progress, suggest
+from sources.labels import check_labels
+from sources.shared import counted, progress
+from sources.starter import write_starter
 
 
 def log_normalized(data: np.ndarray, totals: np.ndarray, target_sum: float) -> np.ndarray:
@@ -100,18 +103,16 @@ def checked_counts(
 
     columns: pert_col, cell_type_key, batch_col -> obs column, those that must be there.
     """
-    names = {}
+    check_labels(cells, columns, control_pert)
     labelled = np.ones(cells.n_obs, bool)
-    for key, column in columns.items():
-        codes, names[key] = cells.column(column, missing=drop_unlabelled)
+    for column in columns.values():
+        codes, _ = cells.column(column, missing=drop_unlabelled)
         labelled &= codes >= 0
-    if control_pert and control_pert not in names["pert_col"]:
-        hint = suggest(control_pert, names["pert_col"])
-        raise DataError(f"{cells.path}: no cell has {columns['pert_col']} = {control_pert!r}{hint}")
     matrix = cells.matrix(layer or None)
     if matrix.key.startswith("obsm/"):
         raise DataError(f"{matrix.where} is not of all genes: choose X, a layer or raw/X")
-    values = matrix.check()
+    with doing(f"looking at {matrix.where}, {counted(cells.n_obs, 'cell')}"):
+        values = matrix.check()
     kind = kind_of_values(values)
     others = f"if the counts are elsewhere, use --layer= one of {', '.join(cells.keys)}"
     if kind == "nothing but zeros":
@@ -369,16 +370,19 @@ def preprocess(
 
     empty = int((found.values["row_sums"] == 0).sum())
     unlabelled = len(keep) - shape[0] - empty
-    dropped = counted(empty, "empty one") + " left out"
+    dropped = [counted(empty, "empty one") + " left out"] if empty else []
     if unlabelled:
-        dropped += f", {unlabelled:,} without a value in a column that was named"
+        dropped.append(f"{unlabelled:,} without a value in a column that was named")
+    of_them = f" ({', '.join(dropped)})" if dropped else ""
     limit = f", all that vary: num_hvgs is {num_hvgs:,}" if width < num_hvgs else ""
     print(
-        f"preprocess: {counted(shape[0], 'cell')} ({dropped}), {counted(shape[1], 'gene')}; "
-        f"{what_was_done(found, target_sum)}; X_hvg has the {width:,} most variable of them{limit}; written to {path}"
+        f"preprocess: {counted(shape[0], 'cell')}{of_them}, {counted(shape[1], 'gene')}; "
+        f"{what_was_done(found, target_sum)}\n"
+        f"X_hvg has the {width:,} most variable of them{limit}; written to {path}"
     )
     if left_out:
-        print(f"note: left out of {input}: {', '.join(left_out)}")
+        note(f"left out of {input}: {', '.join(left_out)}")
+    next_step(path, columns, control_pert)
     return {
         "cells": shape[0],
         "genes": shape[1],
@@ -388,6 +392,15 @@ def preprocess(
         "left_out": left_out,
         "path": str(path),
     }
+
+
+def next_step(path: Path, columns: dict[str, str], control_pert: str) -> None:
+    """A starter TOML beside the new file, and the command that trains by it; or a note that says why there is none."""
+    try:
+        write_starter(input=str(path), **columns, control_pert=control_pert)
+    except DataError as error:
+        note(f"no TOML that says which cells train was written: {error}")
+        print(f"next: python prepare_data.py state toml --input={path} --pert_col=... --control_pert=...")
 
 
 def what_was_done(found: Found, target_sum: float) -> str:
@@ -417,7 +430,7 @@ def write_preprocessed(
     obs = {name: column[keep] for name, column in cells.frame("obs").items()}
     with new_h5ad(path, cells.obs_names[keep], obs, {"log1p": {}}, cells.index_name("obs")) as file:
         # Which genes vary is known only when all cells were written, so X_hvg takes another pass.
-        blocks = expression(found, keep, target_sum, "expression")
+        blocks = expression(found, keep, target_sum, f"expression of {counted(shape[0], 'cell')}")
         sums, squares = write_expression(file, blocks, shape, values_of(found, keep), keep_counts)
         genes = variable_genes(sums, squares, shape[0], num_hvgs)
         chosen = genes["highly_variable"]
@@ -427,7 +440,7 @@ def write_preprocessed(
         part = cells.var_part(matrix.key)
         columns = {**cells.frame(part), **genes}
         write_frame(file, "var", cells.row_names(part), columns, cells.index_name(part))
-        blocks = expression(found, keep, target_sum, "X_hvg")
+        blocks = expression(found, keep, target_sum, f"X_hvg of {counted(shape[0], 'cell')}")
         write_variable(file, blocks, (shape[0], width), chosen)
         left_out = copy_rest(file, cells, matrix.key, keep)
         tables = copy_obsm(file, cells, keep)

@@ -25,7 +25,7 @@ from common.errors import InputError, reason, rehearsal
 from common.runlog import look_at_names
 from configurator import Settings, differences, note
 from sources.outcomes import BOOK, append, read, read_object, record
-from sources.shared import counted, from_here
+from sources.shared import closest, counted, from_here
 from sources.studies import Variation, resized, variations
 from sources.sweeps import Sweeper, Word, digest, in_shard, labels, listed_values, plain, run_name
 
@@ -194,8 +194,10 @@ def import_page(word: str) -> tuple[ModuleType, Path]:
             if path.is_file() and path.suffix == ".py":
                 places.append(path.resolve())
     if not places:
-        pages = ", ".join(sorted(path.name for path in HERE.glob("train_*.py")))
-        raise InputError(f"the first word is the page to run, such as {pages}, not {word!r}")
+        pages = sorted({path.name for folder in (Path(), HERE) for path in folder.glob("train_*.py")})
+        known = [*pages, *(name.removeprefix("train_").removesuffix(".py") for name in pages), "report"]
+        near = "" if word.startswith("-") else closest(Path(word).name, known)
+        raise InputError(f"the first word is the page to run ({', '.join(pages)}) or report, not {word!r}{near}")
     script = places[0]
     sys.path.insert(0, str(script.parent))  # as it is for the page's own process
     try:
@@ -314,8 +316,8 @@ def plan_runs(page: ModuleType, script: Path, words: list[Word], sweeper: Sweepe
             may_be_none = type(None) in get_args(kind)  # such as batch_col, of which empty is a value
             if word.key and not word.value and not may_be_none:
                 raise InputError(f"{word.head}: the list is empty: {word.head}VALUE,VALUE lists two values")
-        raise InputError("no setting lists values, as lr=1e-3,1e-4 does, or x=[1,2],[3] where x is a list itself: list "
-                         "some, or run the page by itself")
+        raise InputError("no setting lists values, as --lr=1e-3,1e-4 does, or --x=[1,2],[3] where x is a list itself: "
+                         "list some, or run the page by itself")
     first = settings_of(page, [word.head + word.value for word, *_ in choices], show_notes=True)
     count = math.prod(map(len, choices)) * len(varied)
     if count > MOST_RUNS:

@@ -15,6 +15,7 @@ what is surely a mistake, ours refuses it; strict=False does as cell-load does, 
 """
 
 import glob
+import json
 import os
 import re
 import tomllib
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, regular_file
+from common.telling import note
 from sources.shared import counter_rng, suggest
 
 SPLITS = ("train", "val", "test")
@@ -38,9 +40,7 @@ def objection(strict: bool, message: str) -> None:
     """What cell-load passes over in silence: refused, or with strict=False told and passed over."""
     if strict:
         raise DataError(message)
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        print(f"note: {message}")
+    note(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -267,6 +267,22 @@ def expand_braces(pattern: str) -> list[str]:
                 raise DataError(f"{pattern:.80} stands for more than {MOST_PATTERNS:,} names: use * in it")
         texts = expanded
     return texts
+
+
+def pattern(files: list[Path]) -> str:
+    """The files of a data set as [datasets] has them, wherever the TOML is. Raises DataError."""
+    places = [os.path.abspath(file) for file in files]
+    for place in places:
+        # Braces stand for several files, which commas part.
+        if set("{}") & set(place) or (len(places) > 1 and "," in place):
+            raise DataError(f"{place}: [datasets] cannot name a path with braces, or with a comma beside other files: "
+                            "rename it")
+    return places[0] if len(places) == 1 else "{" + ",".join(places) + "}"
+
+
+def literal(text: str) -> str:
+    """A text in quotes, as TOML has it: JSON's, but that it escapes one sign more."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 # ---------------------------------------------------------------------------------------------------------------

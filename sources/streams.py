@@ -1,21 +1,22 @@
 """A folder of token streams, train.bin and val.bin, with their meta.json: written, read and held against digests."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import DataError, regular_file
-from common.plain import fits
-from configurator import note
+from common.telling import note
 from sources.digests import CHECKED_WHOLE, check_file, of_file, sha256
 from sources.plain_json import read_json
-from sources.shared import counted, report
+from sources.shared import counted, nearest, report
 from sources.tokenizer import Tokenizer, load_tokenizer
 
 PIECE = 1 << 22  # tokens of a stream that are looked at at once
 MOST_TOKENS = 1 << 31  # of a vocabulary
 MAKER = "make it with python prepare_data.py text or planted"
+RAW = (".txt", ".jsonl", ".json", ".csv", ".parquet")  # names of files of text end so
 KINDS = ("text", "planted")
 DTYPES = ("uint16", "uint32")
 SKIPPED = ("train_plans.npy", "tokenizer.json")  # when training starts: not read, and known by its own hash
@@ -63,7 +64,7 @@ def read_meta(folder: str | Path) -> dict:
     """
     path = Path(folder) / "meta.json"
     if not path.exists():
-        raise DataError(f"{path}: no such file; {MAKER}")
+        raise DataError(f"{path}: no such file{how_to_make(Path(folder))}")
     meta = read_json(path)
     has_both = "digest" in meta and "files" in meta
     has_none = "digest" not in meta and "files" not in meta
@@ -74,6 +75,19 @@ def read_meta(folder: str | Path) -> dict:
         value = repr(meta[wrong]) if wrong in meta else "nothing"
         raise DataError(f"{path} is damaged or foreign: it says {value:.60} for {wrong}; {MAKER}")
     return meta
+
+
+def how_to_make(folder: Path) -> str:
+    """The end of a sentence about a folder of tokens that is none: which one may be meant, or what makes it."""
+    if folder.is_file() or any(file.suffix in RAW for file in folder.glob("*")):
+        place = Path("data") / (folder.resolve().stem or "text")
+        making = shlex.join(["python", "prepare_data.py", "text", f"--input={folder}", f"--out_dir={place}"])
+        return f". {folder} holds text, and data is a folder of tokens made of it: {making}, then data={place}"
+    prepared = [meta.parent.name for meta in Path("data").glob("*/meta.json")]
+    job = "planted" if folder.name.startswith("planted") else "text --input=FILE_OR_FOLDER"
+    near = nearest(folder.name, prepared)
+    meant = f"; did you mean {Path('data') / near}? Or" if near else ";"
+    return f"{meant} make it with python prepare_data.py {job} --out_dir={folder}"
 
 
 def wrong_fact(meta: dict) -> str:
@@ -123,6 +137,8 @@ def is_inside(name: str) -> bool:
 
 def are_digests(files) -> bool:
     """Whether a value is {name of a file: what `digests.of_file` says of it}."""
+    from common.plain import fits  # which brings torch: who writes a folder does without
+
     return fits(files, {str: {"bytes": int, "sha256": str, "sample": str}}) and all(map(is_inside, files))
 
 

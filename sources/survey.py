@@ -7,11 +7,14 @@ import h5py
 import numpy as np
 
 from common.errors import DataError
+from common.telling import doing
 from sources import hdf5
 from sources.h5ad import H5ad, column_of, no_value
+from sources.labels import check_labels
 from sources.shared import counted
 
 CODES = ("file", "row", "cell_type", "perturbation", "batch")
+SETTINGS = {"perturbation": "pert_col", "cell_type": "cell_type_key", "batch": "batch_col"}  # that name the columns
 
 
 @dataclass
@@ -39,12 +42,17 @@ def matrix_keys(embed_key: str | None, output_space: str) -> dict[str, str]:
     return keys
 
 
-def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[str, str]) -> Survey:
+def survey_files(
+    files: list[Path],
+    columns: dict[str, str | None],
+    keys: dict[str, str],
+    control_pert: str = "",
+) -> Survey:
     """Read what the cells of h5ad files are.
 
     Args:
         columns: cell_type, perturbation, batch -> name of the obs column; None: all cells are of one.
-        keys: of matrix_keys.
+        keys: of matrix_keys. control_pert: the perturbation that is none, which each file must have; or empty.
     Raises DataError for a file, a column or a matrix that cannot be read, and for matrices that do not fit together.
     """
     columns_of_files = {name: [] for name in columns}  # (codes, values) of each file
@@ -53,7 +61,10 @@ def survey_files(files: list[Path], columns: dict[str, str | None], keys: dict[s
     gene_dim = 0
     hvg_dim = 0
     for path in files:
-        with H5ad(path) as file:
+        size = path.stat().st_size / 1e6 if path.is_file() else 0
+        with doing(f"reading {path} ({size:,.0f} MB)"), H5ad(path) as file:
+            asked = {setting: columns[name] for name, setting in SETTINGS.items()}
+            check_labels(file, asked, control_pert, keys["input"])
             for name, column in columns.items():
                 if column:
                     codes_and_values = file.column(column, missing=True)

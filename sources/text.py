@@ -13,13 +13,15 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, zip_longest
+from functools import partial
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.errors import DataError
+from common.telling import bar, doing, note
 from sources.files import (
     KINDS,
     MOST_CHARACTERS,
@@ -32,13 +34,27 @@ from sources.files import (
     utf8_blocks,
 )
 from sources.plain_json import in_words
-from sources.shared import Workshop, closest, counted, optional, progress, quoted
+from sources.shared import Workshop, closest, counted, optional, quoted
 from sources.streams import stream_dtype, write_meta
-from sources.tokenizer import ESCAPED, SPECIAL, Tokenizer, load_tokenizer, readable, train_bpe, train_char
+from sources.tokenizer import (
+    ESCAPED,
+    SPECIAL,
+    Tokenizer,
+    is_unicode,
+    load_tokenizer,
+    readable,
+    train_bpe,
+    train_char,
+)
 
 LEAST, MOST = 2_000, 1 << 16  # bytes of a document cut from a running text
 READ_BYTES = 1 << 20  # of such a file, at once
+MARK = b"<|endoftext|>"  # between the documents of a .txt
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 22  # to the tokenizer at once
+OFFLINE_VOCABULARY = 1_024  # of Python's documentation, as train_apelr.py makes it for itself
+MOST_VOCABULARY = 4_096  # tokens that a BPE has unless it is asked for more
+CHARACTERS_A_TOKEN = 1_000  # of training text, for a vocabulary that nobody names: rarer tokens are hardly learned
+HELD_OUT = re.compile(r"(^|[._-])(val|valid|validation|dev|test)([._-]|$)", re.IGNORECASE)  # in the name of a file
 HUB_BYTES = 1e9  # read of a hub data set where the settings name no limit
 
 
@@ -92,6 +108,12 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
         if type(error).__module__.startswith("pyarrow"):
             raise DataError(f"cannot read {path}: {error}") from error
         raise
+
+
+def holds_documents(path: Path) -> bool:
+    """Whether a .json is a list, or has a value a line: settings are one object."""
+    with open_text(path) as file:
+        return file.read(1 << 16).lstrip().startswith("[") or has_lines(path)
 
 
 def has_lines(path: Path) -> bool:
@@ -188,21 +210,52 @@ def record_of(value, where: str, column: str) -> dict:
     return {column: value} if isinstance(value, str) else value
 
 
-def column_of(where: str, record: dict, column: str, setting: str):
-    if column not in record:
-        raise DataError(f"{where}: no column {column!r}; there are {quoted(record)}. Name it with "
-                        f"{setting}=NAME")
-    return record[column]
+def in_record(record: dict, column: str) -> str | None:
+    """The name of a column in a record, which may have it in other case; None where there is none."""
+    if column in record:
+        return column
+    return next((name for name in record if str(name).casefold() == column.casefold()), None)
+
+
+def text_columns(record: dict, column: str) -> list[str]:
+    """The columns that hold a document: that of this name; for text also title and abstract, as arXiv has them."""
+    for names in ([column], ["title", "abstract"] if column == "text" else [column]):
+        found = [in_record(record, name) for name in names]
+        if None not in found:
+            return found
+    return []
+
+
+def no_column(where: str, record: dict, column: str, setting: str, near: str) -> DataError:
+    """near: the column of the record that may be meant, or "NAME"."""
+    return DataError(f"{where}: no column {column!r}; there are {quoted(record)}. Name it: --{setting}={near}")
+
+
+def is_nothing(cell) -> bool:
+    """Whether a cell says nothing: null, or the nan that tables have for it."""
+    return cell is None or cell != cell
 
 
 def is_missing(record: dict, column: str) -> bool:
-    """Whether a cell is there and says nothing: null, or the nan that tables have for it."""
-    value = record.get(column, "")
-    return value is None or value != value
+    """Whether the column, or all that its document is in, is there and says nothing."""
+    names = text_columns(record, column)
+    return bool(names) and all(is_nothing(record[name]) for name in names)
 
 
 def text_of(where: str, record: dict, column: str) -> str:
-    text = column_of(where, record, column, "text_column")
+    """The document of a record. Raises DataError where it has none, and says which column may hold one."""
+    names = text_columns(record, column)
+    if not names:
+        lengths = {name: len(cell) for name, cell in record.items() if isinstance(cell, str) and len(cell) > 40}
+        raise no_column(where, record, column, "text_column", max(lengths, key=lengths.get, default="NAME"))
+    if len(names) == 1:
+        return as_text(where, record, names[0])
+    title, abstract = ["" if is_nothing(record[name]) else as_text(where, record, name) for name in names]
+    return f"{' '.join(title.split())}\n\n{abstract.strip()}".strip("\n")
+
+
+def as_text(where: str, record: dict, column: str) -> str:
+    text = record[column]
     if isinstance(text, bytes):
         return readable(text)
     if not isinstance(text, str):
@@ -215,21 +268,32 @@ def whole(path: Path) -> Iterator[str]:
     yield read_whole(path)
 
 
-def cut_text(path: Path) -> Iterator[bytes]:
+def cut_text(path: Path, whole_files: bool = False, seen: Counter | None = None) -> Iterator[bytes]:
     """The documents of a .txt file, read in blocks: between <|endoftext|> where it has that, else a cut at a blank line
-    every 2,000 bytes or more (at a line's end, or a space, where the next 64 KiB have no blank line)."""
-    mark = b"<|endoftext|>"
-    marked = holds(path, mark)
-    rest = b""
+    every 2,000 bytes or more (at a line's end, or a space, where the next 64 KiB have no blank line).
+
+    whole_files: the file is one document, whatever is in it. seen: counts how files were cut: whole, marked, running.
+    """
+    marked = not whole_files and holds(path, MARK)
+
+    def cut(data: bytes, left: int) -> list[bytes]:
+        if whole_files:
+            return [data]
+        return data.split(MARK) if marked else cut_running(data, left)
+
+    rest, pieces = b"", 0
     for block in utf8_blocks(path, READ_BYTES):
-        data = rest + block
-        *texts, rest = data.split(mark) if marked else cut_running(data, MOST)
+        *texts, rest = cut(rest + block, MOST)
         if len(rest) > MOST_CHARACTERS:
-            raise DataError(f"{path} has a document of more than {MOST_CHARACTERS:,} bytes: put {mark.decode()} "
+            raise DataError(f"{path} has a document of more than {MOST_CHARACTERS:,} bytes: put {MARK.decode()} "
                             "between documents")
+        pieces += len(texts)
         for text in texts:
             yield text.strip(b"\r\n")
-    texts = [rest] if marked else cut_running(rest, LEAST)
+    texts = cut(rest, LEAST)
+    if seen is not None:
+        is_whole = pieces + len(texts) == 1
+        seen["whole" if is_whole else "marked" if marked else "running"] += 1
     for text in texts:
         yield text.strip(b"\r\n")
 
@@ -343,28 +407,57 @@ class Reading(NamedTuple):
     max_documents: int | None
     val_fraction: float  # of documents; of the limits for validation text of its own
     min_chars: int = 0  # shorter documents are left out, like those without a text
+    whole_files: bool = False  # a .txt is one document
 
 
-def source_records(source: str, column: str, split: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, record) of every document of one source."""
-    path = Path(source)
+def source_records(source: str, split: str, reading: Reading, seen: Counter) -> Iterator[tuple[str, dict]]:
+    """(where it stands, record) of every document of one source; how they are cut is counted in `seen`."""
+    path, column = Path(source), reading.text_column
     if not source:
         for where, text in documentation():
             yield where, {column: text}
     elif source in HUB:
         yield from hub_records(source, column, split)
     elif path.exists():
-        for file in text_files(path):
-            yield from read_file(file, column, cut_text)
+        files = text_files(path)
+        if split == "train" and len(files) > 1:
+            point_at_held_out(files)
+        for file in files:
+            seen["tables"] += kind_of(file) != ".txt"
+            yield from read_file(file, column, partial(cut_text, whole_files=reading.whole_files, seen=seen))
     else:
-        near = closest(source, HUB) or "."
+        beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = closest(source, [*HUB, *beside]) or "."
         raise DataError(f"{source}: no such file or folder{near} Names of the hub: {', '.join(HUB)}")
 
 
-def documents_of(source: str, split: str, reading: Reading, empty: Counter) -> Iterator[str]:
+def point_at_held_out(files: list[Path]) -> None:
+    """A note where a file among others calls itself held out, and is going to be trained on."""
+    held_out = [file for file in files if HELD_OUT.search(file.stem)]
+    if held_out and len(held_out) < len(files):
+        note(f"{held_out[0]} is read as training text too; to hold it out, give --input=FILE and "
+             f"--val_input={held_out[0]}")
+
+
+def how_cut(seen: Counter) -> str:
+    """Where the documents of files end, with how many files are which: "98 files are a document each"."""
+    parts = []
+    if seen["whole"]:
+        parts.append(counted(seen["whole"], "file is a document", "files are a document each"))
+    if seen["marked"]:
+        parts.append(f"{counted(seen['marked'], 'file is', 'files are')} cut at {MARK.decode()}")
+    if seen["running"]:
+        parts.append(f"{counted(seen['running'], 'file is', 'files are')} cut at blank lines, every {LEAST:,} bytes or "
+                     f"more (not with --whole_files; {MARK.decode()} says where)")
+    if seen["tables"] and seen["records"]:
+        parts.append(f"a document is a line, row or item of {counted(seen['tables'], 'file')}")
+    return "; ".join(parts)
+
+
+def documents_of(source: str, split: str, reading: Reading, seen: Counter) -> Iterator[str]:
     """The documents with a text, until a limit is reached; a limit for validation is val_fraction of it.
 
-    Those without are counted in empty[split].
+    Those without are counted in seen["empty"], those that are not UTF-8 in seen["bytes"].
     """
     column = reading.text_column
     bytes_left = reading.max_bytes or (HUB_BYTES if source in HUB else math.inf)
@@ -372,12 +465,17 @@ def documents_of(source: str, split: str, reading: Reading, empty: Counter) -> I
     if split == "validation":
         bytes_left *= reading.val_fraction
         documents_left *= reading.val_fraction
-    with contextlib.closing(source_records(source, column, split)) as records:
-        for where, record in progress(records, f"{split} documents read", "doc"):
+    with contextlib.closing(source_records(source, split, reading, seen)) as records:
+        for where, record in bar(records, f"reading {source or 'documentation of Python'}", unit="documents"):
             text = "" if is_missing(record, column) else text_of(where, record, column)
             if len(text.strip()) < max(1, reading.min_chars):
-                empty[split] += 1
+                seen["empty"] += 1
                 continue
+            seen["records"] += 1
+            if not text.isascii() and not is_unicode(text):
+                if not seen["bytes"]:
+                    note(f"{where} is not UTF-8: its bytes stay as they are; save it as UTF-8 if they are letters")
+                seen["bytes"] += 1
             yield text
             bytes_left -= size_of(text)
             documents_left -= 1
@@ -405,11 +503,12 @@ class Spool:
         self.chars = Counter()
         self.files = {}
         self.paths = {}  # by number: a category may be longer than the name of a file
+        self.numbers = count()
 
     def add(self, split: str, category: str, text: str) -> None:
         key = split, category
         if key not in self.files:
-            self.paths[key] = self.folder / f"documents-{len(self.paths)}.jsonl"
+            self.paths[key] = self.folder / f"documents-{next(self.numbers)}.jsonl"
             self.files[key] = open(self.paths[key], "w", encoding="utf-8")
         self.files[key].write(json.dumps(text) + "\n")
         self.counts[key] += 1
@@ -423,43 +522,85 @@ class Spool:
             for line in file:
                 yield json.loads(line)
 
+    def move(self, category: str, begin: str, end: str, chosen: Callable[[str], bool]) -> None:
+        """Those documents of a category that are chosen, from the split `begin` to the split `end`."""
+        key = begin, category
+        texts = self.texts(*key)
+        first = next(texts)  # which opens the file that is replaced
+        self.files.pop(key).close()
+        del self.counts[key], self.chars[key]
+        for text in chain([first], texts):
+            self.add(end if chosen(text) else begin, category, text)
+
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # all of them, also where one has no room for what it holds
             for file in self.files.values():
                 stack.callback(file.close)
 
 
+def fill_splits(spool: Spool, category: str, splits: Iterable[str], order: Callable[[str], Any]) -> int:
+    """Give each split without a document of a category the first, in this order, of the split that has most of them.
+
+    Chance leaves a small data set without any to validate on. Returns how many splits were given one.
+    """
+    given = 0
+    for split in splits:
+        richest = max(splits, key=lambda split: spool.counts[split, category])
+        if spool.counts[split, category] or spool.counts[richest, category] < 2:
+            continue
+        first = min(map(order, spool.texts(richest, category)))
+        spool.move(category, richest, split, lambda text, first=first: order(text) == first)
+        given += 1
+    return given
+
+
 def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool: Spool) -> None:
     """Sort all documents into the spool; those that repeat, in whatever case, are all of one split."""
     if not val_source and source in HUB and HUB[source].has_validation:
         val_source = source
-    # A document's place is that of its text without case and margins: its copies share it, so that none is trained on
-    # where another is held out.
-    empty = Counter()  # documents without a text, by split
+    def place(text: str) -> float:
+        # Of a text without case and margins: copies share it, so that none is trained on where another is held out.
+        return place_of(text.strip().casefold(), seed)
+
+    seen = Counter()  # how documents were cut, and which were left out
     held, left_out = set(), 0  # places of the documents of val_source; training documents that are among them
     if val_source:
-        for text in documents_of(val_source, "validation", reading, empty):
-            held.add(place_of(text.strip().casefold(), seed))
+        for text in documents_of(val_source, "validation", reading, seen):
+            held.add(place(text))
             spool.add("val", "", text)
-    for text in documents_of(source, "train", reading, empty):
-        place = place_of(text.strip().casefold(), seed)
-        if place in held:
+    for text in documents_of(source, "train", reading, seen):
+        of_text = place(text)
+        if of_text in held:
             left_out += 1
-        elif val_source or place >= reading.val_fraction:
+        elif val_source or of_text >= reading.val_fraction:
             spool.add("train", "", text)
         else:
             spool.add("val", "", text)
+    if not val_source:
+        fill_splits(spool, "", ("train", "val"), place)
     name, train, val = source or "Python's help", spool.counts["train", ""], spool.counts["val", ""]
     if not train:
         raise DataError(f"{name} leaves no training document: use more text, or a smaller val_fraction")
     if not val:
-        raise DataError(f"{val_source or name} leaves no validation document: use more text, raise val_fraction, or "
-                        "name a val_input")
-    note = f"; left out {left_out:,} of training that are in validation too" if left_out else ""
-    if empty:
+        raise DataError(f"{val_source or name} leaves no validation document: use more text, or name a val_input")
+    if left_out:
+        seen["left out"] = left_out
+    say_gathered(train, val, seen, reading)
+
+
+def say_gathered(train: int, val: int, seen: Counter, reading: Reading) -> None:
+    """How many documents there are for what, where they were cut, and what was left out."""
+    told = [f"{train:,} for training, {val:,} for validation"]
+    if seen["left out"]:
+        told.append(f"left out {seen['left out']:,} of training that are in validation too")
+    if seen["empty"]:
         kind = f"of less than {counted(reading.min_chars, 'character')}" if reading.min_chars else "without text"
-        note += f"; skipped {counted(empty.total(), 'document')} {kind}"
-    print(f"documents: {train:,} for training, {val:,} for validation{note}")
+        told.append(f"skipped {counted(seen['empty'], 'document')} {kind}")
+    if seen["bytes"]:
+        told.append(f"{counted(seen['bytes'], 'document is', 'documents are')} not UTF-8")
+    print(f"documents: {'; '.join(told)}")
+    if how_cut(seen):
+        print(f"  {how_cut(seen)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -477,16 +618,21 @@ def sampled(spool: Spool, most: int) -> Iterator[str]:
                 break
 
 
-def text_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None, min_frequency: int, lowercase: bool
-                   ) -> Tokenizer:
-    """Train the tokenizer that the settings ask for."""
+def likely_vocabulary(characters: int, most: int) -> int:
+    """Tokens of a vocabulary that nobody names: a power of two, 512 at least, by the training text that there is."""
+    return min(most, 1 << max(9, (characters // CHARACTERS_A_TOKEN).bit_length() - 1))
+
+
+def text_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None, likely: int, min_frequency: int,
+                   lowercase: bool) -> Tokenizer:
+    """Train the tokenizer that the settings ask for; likely: tokens of a BPE where they name no vocab_size."""
     spec = {}
     if lowercase:
         spec["lowercase"] = True
         texts = (text.lower() for text in texts)
     if kind == "char":
         return train_char(texts, vocab_size, min_frequency, **spec)
-    return train_bpe(texts, vocab_size or 4_096, special=list(SPECIAL), **spec)
+    return train_bpe(texts, vocab_size or likely, exactly=vocab_size is not None, special=list(SPECIAL), **spec)
 
 
 def load_text_tokenizer(source: str, lowercase: bool) -> Tokenizer:
@@ -496,7 +642,7 @@ def load_text_tokenizer(source: str, lowercase: bool) -> Tokenizer:
     if "eos" not in tokenizer.special:
         raise DataError(f"{source} has no eos, which ends every document: use one of this job, or gpt2")
     if tokenizer.spec.get("normalizer"):  # of Hugging Face's files, APEL-R's byte pairs among them
-        print(f"note: {source} rewrites text before it cuts it, by its normalizer: tokens do not spell all of the text")
+        note(f"{source} rewrites text before it cuts it, by its normalizer: tokens do not spell all of the text")
     return tokenizer
 
 
@@ -526,7 +672,8 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "wb"))
         texts = stack.enter_context(contextlib.closing(spool.texts(split, "")))
-        bar = stack.enter_context(progress(None, f"{split} tokens", "doc", spool.counts[split, ""]))
+        what = f"encoding the {'training' if split == 'train' else 'validation'} text"
+        work = stack.enter_context(bar(None, what, spool.counts[split, ""], "documents"))
         for batch in batches(texts):
             flat = []
             fits = 0  # documents of the batch
@@ -549,14 +696,14 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             sizes["tokens"] += len(ids)
             sizes["documents"] += len(batch)
             sizes["bytes"] += sum(map(size_of, batch))
-            bar.update(len(batch))
+            work.update(len(batch))
             if full:
                 break
     if not sizes["tokens"]:
         raise DataError(f"the first document of {split} has more than {most:,} tokens: allow more")
     if unknown:
-        print(f"note: {unknown:,} of {sizes['tokens']:,} tokens of the {split} text are unk: characters that the "
-              "tokenizer has no token for, which are lost")
+        note(f"{unknown:,} of {sizes['tokens']:,} tokens of the {split} text are unk: characters that the tokenizer "
+             "has no token for, which are lost")
     return sizes
 
 
@@ -569,6 +716,7 @@ def prepare_text(
     val_fraction: float = 0.05,
     val_input: str = "",
     min_chars: int = 0,
+    whole_files: bool = False,
     max_tokens: int | None = None,
     max_val_tokens: int | None = None,
     tokenizer: str = "bpe",
@@ -586,27 +734,31 @@ def prepare_text(
     # A tokenizer that cannot be read is found before all documents are.
     encoder = None if trains else load_text_tokenizer(tokenizer, lowercase)
     with Workshop(out_dir) as shop, contextlib.closing(Spool(shop.folder)) as spool:
-        reading = Reading(text_column, max_bytes, max_documents, val_fraction, min_chars)
+        reading = Reading(text_column, max_bytes, max_documents, val_fraction, min_chars, whole_files)
         gather_text(input, val_input, reading, seed, spool)
         if trains:
-            texts = progress(sampled(spool, tokenizer_chars), "training the tokenizer", "doc")
-            encoder = text_tokenizer(tokenizer, texts, vocab_size, min_frequency, lowercase)
+            characters = min(tokenizer_chars, spool.chars["train", ""])
+            likely = likely_vocabulary(characters, MOST_VOCABULARY) if input else OFFLINE_VOCABULARY
+            with doing(f"training a tokenizer on {characters:,} characters"):
+                texts = sampled(spool, tokenizer_chars)
+                encoder = text_tokenizer(tokenizer, texts, vocab_size, likely, min_frequency, lowercase)
         encoder.save(shop.folder / "tokenizer.json")
         sizes = {}
         for split, most in (("train", max_tokens), ("val", max_val_tokens)):
             sizes[split] = write_tokens(shop.folder / f"{split}.bin", spool, split, encoder, threads, most)
-        meta = write_meta(
-            shop.folder,
-            "text",
-            encoder.vocab_size,
-            encoder.special,
-            sizes,
-            ["tokenizer.json", "train.bin", "val.bin"],
-            tokenizer="tokenizer.json",
-            tokenizer_hash=encoder.hash(),
-            source=input or f"documentation of Python {platform.python_version()}",
-            seed=seed,
-        )
+        with doing(f"taking checksums of {out_dir}"):
+            meta = write_meta(
+                shop.folder,
+                "text",
+                encoder.vocab_size,
+                encoder.special,
+                sizes,
+                ["tokenizer.json", "train.bin", "val.bin"],
+                tokenizer="tokenizer.json",
+                tokenizer_hash=encoder.hash(),
+                source=input or f"documentation of Python {platform.python_version()}",
+                seed=seed,
+            )
         shop.finish("tokenizer.json", "train.bin", "val.bin", "meta.json")
     print(f"tokens: {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation, of "
           f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes; vocabulary {encoder.vocab_size:,} ({encoder.kind}"

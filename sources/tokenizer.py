@@ -257,9 +257,10 @@ def readable(text: str | bytes) -> str:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, **more) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, exactly: bool = True, **more) -> Tokenizer:
     """Byte-pair encoding of vocab_size tokens, the 256 bytes among them (Sennrich et al. 2016), trained by rustbpe.
 
+    exactly: else it has fewer where the texts support no more.
     more: special=[NAME, ...], which are the last of the vocab_size tokens, and lowercase=True.
     Raises DataError if vocab_size is below 256 and the special tokens, or more than the texts support.
     """
@@ -274,7 +275,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, **more) -> Tokenizer:
     pieces = chain.from_iterable(map(cut_space, texts))
     trainer.train_from_iterator(pieces, merged, pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    if len(ranks) < merged:
+    if exactly and len(ranks) < merged:
         raise DataError(f"vocab_size = {vocab_size}, but the training text supports only {len(ranks) + special} "
                         "tokens: use fewer, or more text")
     listed = [base64.b64encode(bytes(token)).decode() for token, _ in ranks]

@@ -199,7 +199,7 @@ class Trials:
             "command": again,
         }
         write_json(self.folder / "best.json", facts)
-        texts = [f"\nthe best again: {again}"]
+        texts = [f"the best again: {again}"]
         shares = {name: f"{share:.2f}" for name, share in self.search.importances().items()}
         if shares:
             listed = ", ".join(f"{name} {share}" for name, share in shown_as(shares).items())

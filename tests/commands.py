@@ -67,13 +67,15 @@ def meanwhile(request, name: str, *command, folder: Path) -> Iterator[tuple[subp
 
 
 def refusal(capsys, main, *argv: str, code: int = 2) -> str:
-    """The one error line of a command that must end with this exit code."""
+    """The error line of a command that must end with this exit code; before it stands at most what it does, and notes.
+    """
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(list(argv))
-    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    assert exit_.value.code == code and len(told) == 1 and told[0].startswith("error: "), told
-    return told[0]
+    told = capsys.readouterr().err.splitlines()
+    asides = [line for line in told[:-1] if line.startswith("note: ") or " ..." in line or " -> " in line]
+    assert exit_.value.code == code and told[:-1] == asides and told[-1].startswith("error: "), told
+    return told[-1]
 
 
 def sweep_tiny(words: tuple[str, ...], folder: str, code: int) -> None:
@@ -179,7 +181,7 @@ def sweep_quickly(argv: list[str]) -> None:
     import sweep
     from sources import jobs
 
-    sweep.show_comparison, jobs.LOOK_SECONDS = lambda *args: True, 0.05
+    sweep.comparison, jobs.LOOK_SECONDS = lambda *args: [], 0.05
     sweep.main(argv)
 
 

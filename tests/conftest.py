@@ -103,7 +103,7 @@ def stand_in_page(in_a_folder_of_its_own, monkeypatch):
     """stand_in_page(text): make train_tiny.py, a page without torch, where the test stands."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(sweep, "show_comparison", lambda *args: True)
+    monkeypatch.setattr(sweep, "comparison", lambda *args: [])
     yield Path("train_tiny.py").write_text
     sys.modules.pop("train_tiny", None)
 

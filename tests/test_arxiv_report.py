@@ -144,7 +144,7 @@ def test_runs_that_differ_in_data_budget_or_settings_are_not_averaged(change, to
     assert [float(row["xe"]) for row in rows] == pytest.approx([mean_xe(*alike), mean_xe(other)])
     assert rows[1]["group"] == told and told in page
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"group 2 is {told}" and lines[-1].startswith("group 2: K = 1: XE")
+    assert lines[1] == f"group 2 is {told}" and lines[-1] == "group 2: XE in nats: 7.1293 for K = 1 (1 run)"
     with open("runs/xe_by_category.csv") as file:
         assert [row["runs"] for row in csv.DictReader(file)] == ["1", "1", "1"]
 
@@ -198,6 +198,18 @@ def test_a_run_is_counted_once(capsys):
     assert page.startswith("<!doctype") and "2 runs." in page
 
 
+def test_a_terminal_is_told_no_more_than_eight_lines():
+    """With the one that says where the report is."""
+    write("runs/K1_a", a_result("a"))
+    for i in range(12):
+        write(f"runs/again/{i}", a_result("a"))
+    sections, lines = study_sections([path.parent for path in Path("runs").rglob("results.json")], Path("out"))
+    assert len(lines) == 7 and lines[-1] == "and 8 lines more, in the report"
+    assert lines[0].startswith("All runs are of K = 1") and lines[1].startswith("XE in nats: ")
+    notes, = (section.text for section in sections if section.title == "Notes")
+    assert len(notes) == 12
+
+
 def test_runs_of_before_results_said_what_they_are_of_are_read_by_their_settings():
     config = {"data": "data/x", "budget": "constant", "budget_tokens": None, "categories": ["a"], "seed": 1, **SETTINGS}
     older = a_result("a", 1, 5.0), a_result("b", 1, 6.0), a_result("c", 1, 7.0)
@@ -235,7 +247,7 @@ def test_a_single_run_has_no_deviation(capsys):
     assert (one["xe_sd"], one["icl_gain_sd"], one["unseen_xe"], one["oracle_xe"]) == ("", "", "", "")
     assert float(two["xe_sd"]) == pytest.approx(2 / 2**0.5)
     told = capsys.readouterr().out
-    assert "K = 1: XE 2.1293 nats over 1 run\n" in told and "nats over 2 runs, sd 1.4 over seeds\n" in told
+    assert re.search(r"XE in nats: 2\.1293 for K = 1 \(1 run\), 3\.\d{4} for K = 2 \(2 runs\)\n", told)
     with open("runs/xe_by_category.csv") as file:
         assert [row["xe_sd"] != "" for row in csv.DictReader(file)] == [False, True, True]
 

@@ -426,7 +426,7 @@ def test_words_of_its_scripts_of_preparation_are_understood():
     with pytest.warns(UserWarning, match="without effect here: full_dataset"):
         sizes = prepare_data.main([*small, "--output_dir=fetched", "--full_dataset"])
     assert sizes.keys() == {"train", "validation"} and Path("fetched/train.h5").exists()
-    with h5py.File("data/arxiv/train.h5") as file:
+    with h5py.File("data/docs/train.h5") as file:
         assert file.attrs["seed"] == 42
 
 
@@ -833,7 +833,7 @@ def test_a_checkpoint_of_the_source_is_imported_sampled_and_measured(capsys):
     foreign, ours = (train_arxiv.load_run(path, "cpu")[1].state_dict() for path in (file, Path("out/x")))
     assert foreign.keys() == ours.keys() and all(torch.equal(foreign[name], ours[name]) for name in ours)
     drawn = sample.main([str(file), "--length=6", "--num_samples=1", "--device=cpu"])
-    assert drawn["step"] == 77 and len(drawn["tokens"][0]) == 6
+    assert drawn["step"] == 77 and len(drawn["samples"][0]["tokens"]) == 6
     for split in ("train", "validation"):
         write_chunks(Path(f"data/s_{split}.hdf5"), {"cs.DS": 4, "math.ST": 4, "cs.PL": 4}, size=12, vocab=15)
     measured = train_arxiv.main([f"--analyze={file}", "--data=data", "--bootstrap=5", "--no-probe", "--device=cpu"])

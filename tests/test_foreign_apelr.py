@@ -136,10 +136,11 @@ def test_a_damaged_list_of_characters_is_refused(texts):
 
 def test_text_is_prepared_with_a_tokenizer_of_the_source_and_what_it_loses_is_said(itos, capsys):
     Path("fables.txt").write_text(fables("Once upon a time", "a cat ate, maybe"))
-    meta = prepare_data.main(["text", "--input=fables.txt", f"--tokenizer={itos}", "--val_fraction=0.3"])
+    meta = prepare_data.main(["text", "--input=fables.txt", f"--tokenizer={itos}", "--val_fraction=0.3",
+                              "--out_dir=data/text"])
     assert (meta["vocab_size"], meta["eos_id"], meta["bos_id"], meta["unk_id"]) == (len(ITOS), 2, 1, 3)
     # Of "a cat ate, maybe" the comma, y and b have no token.
-    found = re.findall(r"note: (\d+) of (\d+) tokens of the \w+ text", capsys.readouterr().out)
+    found = re.findall(r"note: (\d+) of (\d+) tokens of the \w+ text", capsys.readouterr().err)
     told = [list(map(int, numbers)) for numbers in found]
     for split, (unknown, tokens) in zip(("train", "val"), told, strict=True):
         stream = np.fromfile(f"data/text/{split}.bin", np.uint16)
@@ -160,7 +161,8 @@ def test_byte_pairs_of_the_source_are_read_as_they_were_trained(capsys):
     assert tokenizer.special == {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
     assert tokenizer.encode("a cat sat") == engine.encode("a cat sat").ids
     Path("fables.txt").write_text(fables("once upon a time", "a cat sat"))
-    prepare_data.main(["text", "--input=fables.txt", "--tokenizer=bpe.json", "--val_fraction=0.3"])
+    prepare_data.main(["text", "--input=fables.txt", "--tokenizer=bpe.json", "--val_fraction=0.3",
+                              "--out_dir=data/text"])
     assert "bpe.json rewrites text" in capsys.readouterr().out
 
 

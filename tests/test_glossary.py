@@ -1,12 +1,14 @@
 """What figures are, in words: every name that is shown has its sentence, found by the name as it stands in tables."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from measure import pages
 from measure.effects import METRICS
-from measure.glossary import FIGURES, meaning, table
+from measure.glossary import FIGURES, PICTURES, meaning, table
+from measure.plans import USED
 from measure.report import INFORMATION, PARTS
 from measure.sweeps import OBJECTIVES
 
@@ -42,7 +44,20 @@ def test_sentences_are_plain_and_short():
             assert not re.search(r"[|<>`]", said), name  # of Markdown and of HTML
 
 
-def test_the_table_for_the_documents_has_a_line_for_each_figure():
-    lines = table("apelr")
-    assert len(lines) == len(FIGURES["apelr"])
-    assert f"| `plan_nmi` | {FIGURES['apelr']['plan_nmi']} |" in lines
+@pytest.mark.parametrize("experiment", SHOWN)
+def test_the_documents_say_the_same(experiment):
+    lines = (Path(__file__).parent.parent / "docs" / f"{experiment}.md").read_text().splitlines()
+    assert len(table(experiment)) == len(FIGURES[experiment]) > 10
+    assert [line for line in table(experiment) if line not in lines] == []
+
+
+def test_a_plan_is_said_to_be_used_where_the_verdict_says_so():
+    assert f"{USED:g} or more" in meaning("plan_gain", "apelr")
+
+
+def test_every_picture_of_a_run_has_a_caption():
+    drawn = set()
+    for path in (Path(__file__).parent.parent / "measure").glob("*.py"):
+        if path.name not in ("figures.py", "study_pictures.py"):  # a study says on its page what is on them
+            drawn |= set(re.findall(r'(?:figure|panels)\(folder, "(\w+)"', path.read_text()))
+    assert len(drawn) >= 10 and not drawn - PICTURES.keys()

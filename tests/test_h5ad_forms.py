@@ -145,7 +145,7 @@ def test_x_is_needed_only_where_it_is_read(capsys):
     preprocess("--layer=counts")
     np.testing.assert_allclose(matrix(), LOG1P, rtol=1e-5)
     argv = ["state", "preprocess", "--input=a.h5ad", "--output=out.h5ad"]
-    assert "a.h5ad has no matrix 'X'; there are 'X_hvg', 'counts'" in refusal(capsys, prepare_data.main, *argv)
+    assert "a.h5ad: no matrix 'X'; there are 'X_hvg', 'counts'" in refusal(capsys, prepare_data.main, *argv)
 
 
 @pytest.mark.parametrize("prefix", ["raw/", "raw."])  # now, and before anndata 0.7
@@ -188,7 +188,7 @@ def test_a_column_that_the_order_of_columns_leaves_out_is_none():
     write_h5ad("a.h5ad", COUNTS, OBS, GENES)
     with opened() as file:
         file["obs"].attrs["column-order"] = ["cell_type", "gem_group"]  # gene is there all the same
-    with H5ad("a.h5ad") as file, pytest.raises(DataError, match="no obs column 'gene'; there are 'cell_type', 'gem_gr"):
+    with H5ad("a.h5ad") as file, pytest.raises(DataError, match="no column 'gene' in obs; there are 'cell_type'"):
         file.column("gene")
 
 
@@ -231,7 +231,7 @@ def test_preprocess_keeps_what_fits_and_says_what_does_not(capsys):
     kept = np.flatnonzero(np.arange(N) != 3)
     parts = ["layers (spliced)", "mod (rna)", "obsm (X_hvg (chosen anew), letters, words)", "obsp (near)", "raw"]
     assert sorted(found["left_out"]) == parts
-    assert f"note: left out of a.h5ad: {', '.join(found['left_out'])}\n" in capsys.readouterr().out
+    assert f"note: left out of a.h5ad: {', '.join(found['left_out'])}\n" in capsys.readouterr().err
     with h5py.File("out.h5ad") as file:
         obs = file["obs"]
         assert obs["level"].attrs["ordered"] and obs["level/categories"].asstr()[:].tolist() == LEVELS

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +25,9 @@ import torch
 from commands import refusal
 
 import prepare_data
+import train_arxiv
 from common.errors import DataError
+from configurator import configure
 from sources import chunks as chunks_source
 from sources import ergodic as ergodic_source
 from sources import shared
@@ -382,8 +385,8 @@ def test_documents_without_text_or_label_are_skipped_and_counted(capsys):
     more = [{**records[0], "text": None}, {**records[0], "text": float("nan")}, {**records[1], "category": None},
             {**records[1], "category": "", "text": "other"}, {**records[1], "category": [], "text": "another"}]
     prepare(write_jsonl([*more, *records]))
-    assert ("dropped 0 empty or repeated, 0 of other categories, 2 without text, 3 without a label"
-            in capsys.readouterr().out)
+    assert "documents: 72 of 3 categories, 24 of each; dropped 2 without text, 3 without a label\n" in (
+        capsys.readouterr().out)
     prepare(write_jsonl(records), "--out_dir=other")
     assert same(contents("out"), contents("other"))
 
@@ -416,6 +419,59 @@ def test_a_category_that_is_not_tested_is_said(capsys):
     found = label()
     assert found["test"] == {"a": 3} and found["train"] == {"a": 6, "b": 6}
     assert "test: no document of b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_few_documents_of_a_category_each_split_has_one_and_a_lone_document_is_left_out(seed, capsys):
+    labelled(["a", "b"])
+    rows = without([json.loads(line) for line in Path("papers.jsonl").read_text().splitlines()], "split")
+    write_jsonl([*rows[:7], {**rows[9], "label": "lone"}])  # 4 of a, 3 of b
+    found = label(f"--seed={seed}")
+    assert [found[split]["b"] for split in ("train", "validation", "test")] == [1, 1, 1]
+    assert sorted(found[split]["a"] for split in ("train", "validation", "test")) == [1, 1, 2]
+    told = capsys.readouterr()
+    assert "documents: 7 of 2 categories, 3 to 4 of each; dropped 1 alone in their categories ('lone')" in told.out
+    assert "b has " in told.err and "to train on, and of each category as many are taken" in told.err
+    write_jsonl(rows[:2])
+    refused(capsys, "arxiv", *LABELLED, "--input=papers.jsonl")
+
+
+def test_what_is_held_out_by_need_is_long_enough_for_a_chunk():
+    texts = [f"{i} " + "word " * (2 + 40 * (i % 2)) for i in range(20)]
+    order = Shares(validation=0.1, test=0.1, seed=3, long=100).order
+    ranked = sorted(texts, key=order)
+    assert [len(text) > 100 for text in ranked] == [True] * 10 + [False] * 10 and ranked[:10] != sorted(ranked[:10])
+
+
+def test_arxivs_own_columns_are_found_and_what_was_found_is_said(capsys):
+    records = without(papers(), "split")
+    prepare(write_jsonl([{**record, "text": f"{i} title\n\n{record['text'].strip()}"}
+                         for i, record in enumerate(records)]), *DEALT)
+    with open("table.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "Title", "Abstract", "Categories"])
+        table.writerows([7, f"{i}\n  title", f"  {record['text']}", f"{record['category']} math.CO"]
+                        for i, record in enumerate(records))
+    prepare("--input=table.csv", *DEALT, "--out_dir=other")
+    assert "; text: Title and Abstract, label: Categories" in capsys.readouterr().out
+    assert same(contents("out"), contents("other"))
+    Path("table.csv").write_text("body,categry\n" + "a long text of many words and letters too,x\n" * 3)
+    assert "--text_column=body" in refused(capsys, "arxiv", "table.csv")
+    assert "--label_column=categry" in refused(capsys, "arxiv", "table.csv", "--text_column=body")
+
+
+def test_the_folder_is_named_after_the_input_and_the_next_commands_train_on_it(capsys):
+    write_jsonl(papers(), "my papers.json")
+    prepare_data.main(["arxiv", "my papers.json", *SMALL[:-1]])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) <= 8 and out[-2].startswith("next: python train_arxiv.py --data=data/my_papers ")
+    cfg = configure(train_arxiv.Config, out[-2].split()[3:])
+    train, validation = train_arxiv.open_data(cfg)
+    rows = train_arxiv.training_rows(train, NAMES, cfg)
+    sizes = np.bincount(train.codes)
+    assert np.bincount(train.codes[rows]).tolist() == [sizes.min()] * 3  # of each category as much as can be
+    assert out[-1].split("train_arxiv.py ")[1] == (
+        "--data=data/my_papers --study=nested:1,2,3 --out_dir=out/my_papers_study")
 
 
 def test_a_label_of_a_repeated_text_alone_is_no_category():
@@ -523,7 +579,8 @@ def broken(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("defect, more, words", [
-    ("", "--categories=cs.DQ,math.ST", "'cs.DQ', did you mean 'cs.DS'"), ("", "--text_column=body", "text_column=NAME"),
+    ("", "--categories=cs.DQ,math.ST", "'cs.DQ', did you mean 'cs.DS'"),
+    ("", "--text_column=body", "Name it: --text_column=text"),
     ("", "--label_column=labels", "no column 'labels'; there are 'text', 'category', 'split'"),
     ("empty", "", "papers.jsonl is empty"),
     ("json", "", "papers.jsonl, line 3: not JSON"), ("array", "", "line 1: expected an object"),
@@ -855,6 +912,31 @@ def test_the_script_ends_with_code_2_and_one_line_and_helps_with_code_0(capsys):
         with pytest.raises(SystemExit) as exit_:
             prepare_data.main(argv)
         assert (exit_.value.code or 0) == code and "prepare_data.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", prepare_data.JOBS)
+def test_the_help_of_a_job_is_about_that_job(job, capsys):
+    with pytest.raises(SystemExit):
+        prepare_data.main([job, "--help"])
+    told = capsys.readouterr().out
+    commands = re.findall(r"prepare_data\.py (\w+)", told)
+    assert set(commands) == {job} and len(commands) > 1
+    settings = prepare_data.JOBS[job].settings
+    assert all(f"--{name}=" in told for name in settings.__annotations__)
+    assert max(map(len, told.splitlines())) <= 100
+    with pytest.raises(SystemExit):
+        prepare_data.main(["--help"])
+    assert f"  {job:<9} {settings.__doc__.splitlines()[0]}\n" in capsys.readouterr().out
+
+
+def test_what_is_not_there_to_inspect_is_suggested_and_h5ad_files_of_a_folder_are_inspected(capsys):
+    prepare_data.main(["state", "--num_cell_types=4", "--num_perturbations=3", "--num_genes=20", "--num_batches=2",
+                       "--cells_per_condition=4", "--controls_per_cell_type=4", "--out_dir=cells"])
+    assert "next: python train_state.py --toml=cells/synthetic.toml --out_dir=out/cells" in capsys.readouterr().out
+    assert "did you mean 'cells'?" in refused(capsys, "inspect", "cell")
+    assert list(prepare_data.main(["inspect", "cells"])) == ["synthetic.h5ad"]
+    Path("a.txt").write_text("text")
+    assert "a.txt is text, and inspect reads what is made of it" in refused(capsys, "inspect", "a.txt")
 
 
 @pytest.mark.parametrize("job, function, left_out", [

@@ -318,7 +318,7 @@ def test_broken_values_are_found_by_check(fault):
 
 
 COLUMN_FAULTS = {
-    "typo": ("cell_typ", {"cell_type": array(TYPES)}, "no obs column 'cell_typ'; did you mean 'cell_type'?"),
+    "typo": ("cell_typ", {"cell_type": array(TYPES)}, "no column 'cell_typ' in obs; did you mean 'cell_type'?"),
     "code": ("x", {"x": categorical([0, -1, 1, -1, 0], ["a", "b"])}, "no value for 2 of 5 rows, first for row 1"),
     "float": ("x", {"x": array([1.0, 2, np.nan, 1, 1])}, "no value for 1 of 5 rows, first for row 2"),
     "mask": ("x", {"x": nullable(TYPES, [0, 0, 0, 0, 1])}, "no value for 1 of 5 rows, first for row 4"),
@@ -457,11 +457,11 @@ def test_a_file_of_an_old_anndata_is_preprocessed(capsys):
 
 REFUSED = {
     "empty": (["--input=counts.h5ad"], "1 cell without any count, first cell 4 (4): leave them out with --drop_empty"),
-    "column": (["--input=counts.h5ad", "--pert_col=genes"], "no obs column 'genes'; did you mean 'gene'?"),
+    "column": (["--input=counts.h5ad", "--pert_col=genes"], "no column 'genes' in obs (did you mean 'gene'?)"),
     "control": (["--input=counts.h5ad", "--control_pert=non_targeting"], "did you mean 'non-targeting'?"),
     "layer": (["--input=counts.h5ad", "--layer=count"], "no matrix 'count'"),
     "itself": (["--input=counts.h5ad", "--output=./counts.h5ad"], "is the input"),
-    "input": ([], "preprocess needs counts: --input=FILE.h5ad"),
+    "input": ([], "preprocess needs cells: --input=FILE.h5ad"),
     "missing": (["--input=none.h5ad"], "none.h5ad: no such file"),
     "place": (["--input=fine.h5ad", "--output=fine.h5ad/x.h5ad"], "fine.h5ad cannot be made"),
     "negative": (["--input=negative.h5ad"], "X holds values from -1 to"),

@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import shlex
 import sys
 from collections import Counter
 from inspect import signature
@@ -23,7 +24,9 @@ import tiktoken
 from commands import refusal
 
 import prepare_data
+import train_apelr
 from common.errors import DataError
+from configurator import configure
 from measure.plans import verdict
 from prepare_data import PlantedConfig, TextConfig
 from sources import streams as stream_source
@@ -309,13 +312,92 @@ def test_utf_16_without_its_mark_is_refused_with_the_way_out(name, encoding, cap
 def test_what_is_skipped_in_a_folder_is_counted_and_named(capsys):
     texts = stories()
     write("in/a.jsonl", jsonl(texts))
-    for name in ("README", "b.md", "c.parquet.gz", "d.tsv", "e.zip", "f.docx", "g.pdf", ".hidden", ".x/h.txt"):
+    for name in ("README", "a.md", "b.md", "c.parquet.gz", "d.tsv", "e.zip", "f.docx", "g.pdf", ".hidden", ".x/h.txt"):
         write(f"in/{name}", "no text")
     Path("in/zz").symlink_to("nowhere")
     prepare("--input=in")
     told = capsys.readouterr().out
-    assert "in: 1 file read, 8 skipped" in told
-    assert "README, b.md, c.parquet.gz, d.tsv, e.zip and 3 more" in told and everything() == encoded(texts)
+    assert "in: 1 file read, 9 skipped: 2 without an ending (README, zz), 2 .md (a.md, b.md), 1 " in told
+    assert told.splitlines()[1].endswith(", 1 .docx (f.docx), 1 of 1 other kind") and everything() == encoded(texts)
+
+
+def test_where_documents_are_cut_is_said_with_how_many_files(capsys):
+    texts, long = stories(), "\n\n".join(stories(200, seed=5))
+    for i in range(3):
+        write(f"in/{i}.txt", texts[i])
+    write("in/marked.txt", "<|endoftext|>".join(texts[3:9]))
+    write("in/long.txt", long)
+    write("in/a.jsonl", jsonl(texts[9:]))
+    prepare("--input=in")
+    assert ("  3 files are a document each; 1 file is cut at <|endoftext|>; 1 file is cut at blank lines, every 2,000 "
+            in (told := capsys.readouterr().out))
+    assert "; a document is a line, row or item of 1 file\n" in told and len(told.splitlines()) <= 8
+    pieces = [text for text in everything() if text.decode() in long]
+    assert len(pieces) > 5 and b"".join(documents("train") + documents("val")).count(b"<|") == 0
+    prepare("--input=in", "--whole_files")
+    assert "  5 files are a document each" in capsys.readouterr().out
+    assert everything() == encoded([*texts[:3], "<|endoftext|>".join(texts[3:9]), long, *texts[9:]])
+
+
+def test_a_file_that_calls_itself_held_out_among_others_is_pointed_at(capsys):
+    write("in/wiki.valid.txt", stories(3)[0])
+    write("in/wiki.train.txt", "<|endoftext|>".join(stories()))
+    write("in/latest.txt", "a story")
+    prepare("--input=in")
+    told = capsys.readouterr().err
+    assert told.count("note: ") == 1 and "--val_input=in/wiki.valid.txt" in told
+    prepare("--input=in/wiki.valid.txt", "--val_input=in/latest.txt")
+    assert "note" not in capsys.readouterr().err
+
+
+def test_text_that_is_not_utf_8_is_kept_and_the_first_file_is_named(capsys):
+    for i in range(3):
+        write(f"in/{i}.txt", f"gr\xfc\xdfe {i}".encode("latin-1") if i else "gr\xfc\xdfe")
+    prepare("--input=in", "--vocab_size=none")
+    told = capsys.readouterr()
+    assert "note: in/1.txt is not UTF-8" in told.err and "2 documents are not UTF-8" in told.out
+    assert sorted(everything()) == sorted([b"gr\xfc\xdfe 1", b"gr\xfc\xdfe 2", "gr\xfc\xdfe".encode()])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_few_documents_one_is_held_out_whatever_chance_says(seed):
+    texts = stories(3)
+    for settings in ([], ["--val_fraction=0.99"]):
+        prepare(write("a.json", [*texts, texts[0].upper()]), "--vocab_size=none", f"--seed={seed}", *settings)
+        assert documents("train") and documents("val") and len(everything()) == 4
+        train, val = ({text.decode().casefold() for text in documents(split)} for split in ("train", "val"))
+        assert not train & val
+
+
+@pytest.mark.parametrize("spell", [str, str.upper])
+def test_title_and_abstract_are_a_document_and_columns_may_be_in_upper_case(spell):
+    texts = stories()
+    prepare(write("a.jsonl", jsonl([{spell("text"): f"{text}\n\n{text[::-1]}"} for text in texts])))
+    before = everything()
+    prepare(write("a.jsonl", jsonl([{spell("title"): "\n  ".join(text.split(" ", 1)), "id": 1,
+                                     spell("abstract"): f"\n  {text[::-1]}\n"} for text in texts])))
+    assert everything() == before
+
+
+@pytest.mark.parametrize("characters, tokens", [(0, 512), (600_000, 512), (1_024_000, 1_024), (2_047_999, 1_024),
+                                                (2_048_000, 2_048), (10**9, 4_096)])
+def test_a_vocabulary_that_nobody_names_has_a_token_for_a_thousand_characters(characters, tokens):
+    assert text_source.likely_vocabulary(characters, 4_096) == tokens
+
+
+def test_the_folder_is_named_after_the_input_and_the_next_command_trains_on_it(capsys):
+    write("My stories/a.txt", "<|endoftext|>".join(stories()))
+    prepare_data.main(["text", "My stories", "--vocab_size=300"])
+    *_, last = capsys.readouterr().out.splitlines()
+    start, words = last.split(".py ")
+    assert start == "next: python train_apelr" and words.split()[:1] == ["--data=data/My_stories"]
+    cfg = configure(train_apelr.Config, shlex.split(words))
+    corpus = read_corpus(cfg.data)
+    for split in ("train", "val"):
+        assert corpus.places(split, cfg.seq_len, cfg.version)[0] >= 1
+    write("data/mine/b.txt", "one")
+    assert prepare_data.folder_for("data/mine/", "x") == "data/mine_tokens"
+    assert prepare_data.folder_for("/a/b.Jsonl.GZ", "x") == "data/b" and prepare_data.folder_for("", "x") == "x"
 
 
 def test_the_files_of_an_earlier_preparation_are_no_text(capsys):
@@ -588,9 +670,8 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
 @pytest.mark.parametrize("name, text, more, words", [
     ("a.json", [], "", "leaves no training document"), ("a.json", ["", " \n"], "", "leaves no training document"),
     ("a.txt", "", "", "is empty"), ("a.json", ["one"], "", "leaves no validation document"),
-    ("a.json", stories(), "--val_fraction=1e-9", "leaves no validation document: use more text, raise val_fraction"),
     ("a.json", stories(), "--val_input=b.json", "b.json: no such file"),
-    ("a.json", [{"body": "b", "id": 1}], "", "item 1: no column 'text'; there are 'body', 'id'. Name it with"),
+    ("a.json", [{"body": "b", "id": 1}], "", "no column 'text'; there are 'body', 'id'. Name it: --text_column=NAME"),
     ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', "", "a.jsonl, line 2: no column 'text'; there are 'body'"),
     ("a.jsonl", '{"text": 5}\n', "", "line 1: column 'text' holds int, not text"),
     ("a.jsonl", '{"text"\n', "", "a.jsonl, line 1: not JSON"), ("a.jsonl", "[1]\n", "", "line 1: expected an object"),
@@ -953,12 +1034,12 @@ def test_an_optimum_of_zero_has_no_excess_in_shares():
     corpus = read_corpus("out")
     metrics = {"val_nll": 0.5, "val_ppl": 1.6, **corpus.yardsticks(0.5, corpus.spread(4, 127, corpus.version), 127)}
     assert metrics["oracle_nll"] == 0 and metrics["excess_over_oracle"] is None
-    assert verdict(metrics).endswith("; exact optimum 0.0000")
+    assert verdict(metrics).endswith(", exact optimum 0.0000")
     small_planted("out")
     corpus = read_corpus("out")
     metrics |= corpus.yardsticks(5.0, corpus.spread(4, 127, corpus.version), 127)
     assert metrics["excess_over_oracle"] == pytest.approx(5 / metrics["oracle_nll"] - 1)
-    assert verdict(metrics).endswith(f"({100 * metrics['excess_over_oracle']:+.2f}%)")
+    assert f" is {metrics['excess_over_oracle']:.2%} above the exact optimum" in verdict(metrics)
 
 
 def test_planted_documents_follow_the_seed_and_splits_differ():

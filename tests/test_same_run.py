@@ -199,33 +199,29 @@ def trained(tmp_path_factory):
     return run
 
 
-def lengths(experiment: str, result: dict) -> set[int]:
-    rows = {"ghmm": lambda: result["model"]["tokens"], "arxiv": lambda: result["tokens"],
-            "apelr": lambda: [entry["tokens"] for entry in result["samples"]]}[experiment]()
-    return {len(row) for row in rows}
+def lengths(result: dict) -> set[int]:
+    return {len(entry["tokens"]) for entry in result["samples"]}
 
 
 @pytest.mark.parametrize("experiment", ["ghmm", "arxiv", "apelr"])
 def test_samples_have_the_length_that_was_asked_for_and_greedy_ones_are_the_likeliest(experiment, trained):
     run, prompt = trained(experiment), ["--prompt=1,0,1", "--device=cpu"]
-    assert lengths(experiment, sample.main([run, *prompt, "--max_new_tokens=20"])) == {23}
-    assert lengths(experiment, sample.main([run, *prompt, "--length=20"])) == {20}
-    texts = [sample.main([run, *prompt, "--max_new_tokens=6", "--temperature=0", f"--seed={seed}"]) for seed in (1, 2)]
-    greedy = [text["samples"][0]["tokens"] if experiment == "apelr" else text["tokens"][0] if experiment == "arxiv"
-              else text["model"]["tokens"][0] for text in texts]
-    cold = sample.main([run, *prompt, "--max_new_tokens=6", "--top_k=1"])
-    assert greedy[0] == greedy[1]
-    assert greedy[0] in ([entry["tokens"] for entry in cold["samples"]] if experiment == "apelr"
-                         else cold["tokens"] if experiment == "arxiv" else cold["model"]["tokens"])
+    assert lengths(sample.main([run, *prompt, "--max_new_tokens=20"])) == {23}
+    assert lengths(sample.main([run, *prompt, "--length=20"])) == {20}
+    greedy = [sample.main([run, *prompt, "--max_new_tokens=6", "--temperature=0", *words])["samples"]
+              for words in (["--seed=1"], ["--seed=2"], ["--num_samples=3", "--top_k=2", "--top_p=0.5"])]
+    assert greedy[0] == greedy[1] == greedy[2] and len(greedy[0]) == 1  # more of them would be the same
+    cold = sample.main([run, *prompt, "--max_new_tokens=6", "--top_k=1"])["samples"]
+    assert [entry["tokens"] for entry in cold] == [greedy[0][0]["tokens"]] * 4
 
 
 def test_a_single_token_has_no_mean(trained, capsys):
     result = sample.main([trained("arxiv"), "--length=1", "--num_samples=1", "--device=cpu"])
-    assert result["xe"] == [[]] and "mean" not in capsys.readouterr().out
+    assert result["samples"][0]["xe"] == [] and "mean" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("experiment, option, owner", [
-    ("ghmm", "--top_p=0.5", "apelr"), ("arxiv", "--show_plan", "apelr"), ("apelr", "--adata=x.h5ad", "state"),
+    ("ghmm", "--force_state=2", "apelr"), ("arxiv", "--show_plan", "apelr"), ("apelr", "--adata=x.h5ad", "state"),
     ("state", "--prompt=0,1", "ghmm and arxiv and apelr"), ("state", "--temperature=0.5", "ghmm and arxiv and apelr"),
     ("arxiv", "--precision=bf16", "apelr")])
 def test_an_option_of_another_experiment_is_refused(experiment, option, owner, trained, capsys):

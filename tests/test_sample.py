@@ -1,8 +1,11 @@
-"""sample.py on copies of the pages, and prepare_data.py import: whose page a run is of, foreign checkpoints as ours."""
+"""sample.py: prompts, what it prints and its JSON; copies of the pages, and prepare_data.py import: whose page a run is
+of, foreign checkpoints as ours."""
 
 import ast
 import importlib
+import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,11 +18,16 @@ from commands import python, refusal
 import prepare_data
 import sample
 import train_apelr
+import train_ghmm
 import train_state
 from common import checkpoint
-from common.errors import CheckpointError
-from sources import foreign_checkpoints
+from common.errors import CheckpointError, InputError
+from measure import plans, sequences, speed, transcript
+from measure.sequences import continue_sequences, first_largest
+from measure.writing import advance, predict, prefill
+from sources import foreign_checkpoints, prompts
 from sources.h5ad import H5ad, as_dense
+from sources.processes import make_process
 from sources.tokenizer import train_char
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +98,264 @@ def refused(capsys, *argv: str, main=sample.main) -> str:
     return refusal(capsys, main, *argv)
 
 
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def read_all(prompt: str = "", file: str = "", vocab_size: int = 9, tokenizer=None, **options) -> list:
+    written = prompts.written_prompts(prompt, file, **options)
+    return [prompts.read_prompt(text, place, tokenizer, vocab_size) for place, text in written]
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("p.txt", "0,1\n\n 2 3\r\n0\n", [([0, 1], 1), ([2, 3], 3), ([0], 4)]),
+    ("p.jsonl", '{"prompt": "0,1"}\n{"prompt": [8], "id": 3}\n', [([0, 1], 1), ([8], 2)]),
+    ("p.txt", "\ufeff1", [([1], 1)])])
+def test_prompts_of_a_file_keep_their_order_and_lines(name, text, expected):
+    Path(name).write_text(text, encoding="utf-8")
+    found = read_all(file=name)
+    assert [(prompt.ids, prompt.place) for prompt in found] == [(ids, f"{name}, line {i}") for ids, i in expected]
+
+
+def test_prompts_are_typed_or_a_whole_file_or_piped(monkeypatch):
+    tokenizer = train_char(["abc\n"], None, 1)
+    Path("p.txt").write_text("ab\nc\n")
+    assert [tokenizer.decode(prompt.ids) for prompt in read_all("FILE:p.txt", tokenizer=tokenizer)] == ["ab\nc"]
+    assert [prompt.text for prompt in read_all("a b", tokenizer=tokenizer)] == ["a b"]
+    for options in ({"file": "-"}, {"reads_pipe": True}):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("ab\nc\n"))
+        assert [prompt.text for prompt in read_all(tokenizer=tokenizer, **options)] == ["ab", "c"]
+    assert read_all() == [] == read_all("  ")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("p.txt", b"\n \n", "p.txt has no prompt: write one on a line"), ("p.txt", b"", "p.txt is empty"),
+    ("p.txt", b"0\n1\n9,1\n", "p.txt, line 3: '9' is no token id: expected those from 0 to 8"),
+    ("p.txt", b"0\nword\n", "p.txt, line 2: 'word' is no token id"), ("p.txt", b"0\n\xff\n", "p.txt, line 2: no UTF-8"),
+    ("p.jsonl", b'{"prompt": "0"}\n{"text": "0"}\n', "p.jsonl, line 2: no prompt in it"),
+    ("p.jsonl", b'{"prompt": "0"\n', "p.jsonl, line 1: no JSON"), ("p.jsonl", b'[0]', "p.jsonl, line 1: no prompt"),
+    ("p.jsonl", b'{"prompt": [0, 1.5]}', "p.jsonl, line 1: 1.5 is no token id"),
+    ("p.jsonl", b'{"prompt": [true]}', "True is no token id"), ("p.jsonl", b'{"prompt": [-1]}', "-1 is no token id"),
+    ("p.txt", b"1" * 30, "is no token id"), (".", None, ". is a folder"), ("gone.txt", None, "gone.txt: no such file")])
+def test_a_file_of_prompts_that_cannot_be_read_is_one_sentence_with_its_line(name, content, words):
+    if content is not None:
+        Path(name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_all(file=name)
+    assert words in str(error.value)
+
+
+def test_characters_that_a_tokenizer_does_not_know_are_noted(capsys):
+    class Known:
+        special = {"unk": 0}
+
+        def encode(self, text):
+            return ["?abc".find(c) if c in "abc" else 0 for c in text]
+
+    assert read_all("aéb", tokenizer=Known())[0].ids == [1, 0, 2]
+    assert "note: prompt: the tokenizer does not know 'é'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- temperature 0, top_p
+
+
+def test_of_equal_ones_the_lowest_id_is_the_likeliest():
+    values = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-torch.inf, -torch.inf, 0.0, -torch.inf]])
+    assert first_largest(values).tolist() == [1, 0, 2]
+
+
+def test_at_temperature_0_nothing_is_drawn():
+    def model(tokens):  # the next token is one more, of three
+        return torch.nn.functional.one_hot((tokens + 1) % 3, 3).float(), None
+
+    start = torch.tensor([[0, 1], [2, 2]])
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    found = continue_sequences(model, start, 5, 2, generator, torch.device("cpu"), 0, 2, 0.5)
+    assert found.tolist() == [[0, 1, 2, 0, 1], [2, 2, 0, 1, 2]] and torch.equal(before, generator.get_state())
+    assert torch.equal(continue_sequences(model, start, 2, 2, generator, torch.device("cpu")), start)
+
+
+@pytest.mark.parametrize("name", ["mess3", "tom_quantum"])
+def test_a_process_gives_the_same_in_pieces(name, monkeypatch):
+    process = make_process(name)
+    found = []
+    for piece in (4_096, 3):
+        monkeypatch.setattr(sequences, "PIECE", piece)
+        draws = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        found.append(sequences.process_sequences(process, torch.tensor([[0], [1]]), 20, *draws))
+    assert found[0].shape == (2, 20) and torch.equal(*found)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_have_the_share():
+    p = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    for share, kept in ((0.6, [[1, 3], [0]]), (0.76, [[1, 2, 3], [0]]), (0.1, [[1], [0]])):
+        found = ~sequences.beyond_share(p, share)
+        assert [row.nonzero()[:, 0].tolist() for row in found] == kept
+
+
+# ----------------------------------------------------------------------------------------------------- what is printed
+
+
+@pytest.fixture(params=[100, 80, 45])
+def width(request, monkeypatch) -> int:
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return request.param
+
+
+def test_a_text_is_wrapped_at_words_and_keeps_its_own_lines(width):
+    words = "\n\n    def f(x):\n" + "many words of a long line " * 9 + "\nend"
+    found = transcript.wrapped(words)
+    assert found.split() == words.split() and max(map(len, found.splitlines())) <= width
+    assert found.startswith("\n\n      def f(x):\n") and found.endswith("\n  end")
+    assert transcript.wrapped("a\x1b[31mb\tc") == "  a·[31mb    c"
+
+
+def test_numbers_stand_under_their_tokens_in_blocks_that_fit(width):
+    tokens = [str(i) * (1 + i % 4) for i in range(60)]
+    numbers = ["", *(f"{-i / 7:.2f}" for i in range(1, 60))]
+    found = transcript.beneath({"token": tokens, "log p": numbers})
+    blocks = [block.splitlines() for block in found.split("\n\n")]
+    assert max(map(len, found.splitlines())) <= width and all(len(block) == 2 for block in blocks)
+    assert [x for above, _ in blocks for x in above.split()[1:]] == tokens
+    for above, below in blocks[1:]:
+        ends = [[i for i in range(1, len(line) + 1) if line[i - 1] != " " and line[i:i + 1] in ("", " ")]
+                for line in (above, below)]
+        assert ends[0][1:] == ends[1][2:]  # of "token" and "log p"
+
+
+def test_more_numbers_than_one_reads_are_left_to_the_file():
+    found = transcript.beneath({"token": ["1"] * 5000})
+    assert found.count(" 1") == 1000 and found.endswith("... and 4,000 more, which --json=FILE writes all")
+
+
+def test_a_strip_has_the_mark_of_a_token_under_all_of_it_and_nothing_is_cut(width):
+    words = [" once", " upon", "\n", "a", "", " time"] * 20
+    marks = "0011.a" * 20
+    lines = transcript.strip(words, marks, [3, 90]).splitlines()
+    assert max(map(len, lines)) <= width and lines[2::3] == [""] * (len(lines) // 3)
+    above, below = ("".join(line[2:].ljust(len(lines[i - i % 3 + 1]) - 2) for i, line in enumerate(lines) if i % 3 == k)
+                    for k in (0, 1))
+    shown = [word.replace("\n", "\u21b5") or "\u00b7" for word in words]
+    expected = ["".join(("|" if t in (3, 90) else "") + part for t, part in enumerate(parts))
+                for parts in (shown, [mark * len(word) for mark, word in zip(marks, shown, strict=True)])]
+    assert [above, below] == expected
+
+
+def test_the_likeliest_plan_is_a_letter_from_ten_on():
+    beliefs = [[0.0] * 10 + [0.9, 0.1], [0.5] + [0.5] + [0.0] * 10, [0.4, 0.3, 0.3] + [0.0] * 9]
+    assert transcript.likeliest_plans(beliefs) == "a0."
+
+
+# ------------------------------------------------------------------------------------------------------- small runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, one_thread) -> dict[str, str]:
+    """Runs of two steps: a process of three tokens, and texts in characters with two plans."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text("<|endoftext|>".join(f"the cat number {i} sat on a mat" for i in range(99)))
+    prepare_data.main(["text", f"--input={folder / 'text.txt'}", "--tokenizer=char", "--val_fraction=0.2",
+                       f"--out_dir={folder / 'text'}"])
+    shared = ["--max_steps=2", "--warmup_steps=0", "--batch_size=8", "--device=cpu", "--precision=fp32"]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((train_ghmm, "plot_run"), (plans, "draw_loss"), (plans, "draw_plans")):
+            patch.setattr(module, name, lambda *args, **options: None)
+        patch.setattr(speed, "RATE_SECONDS", 0)
+        train_ghmm.main([*shared, "--n_layers=1", "--d_model=16", "--d_mlp=16", "--n_ctx=5", "--max_words=300",
+                         f"--out_dir={folder / 'out/ghmm'}"])
+        train_apelr.main([*shared, "--num_plan_states=2", "--chunk_size=4", "--seq_len=15", "--token_dim=8",
+                          "--d_model=8", "--n_layers=1", "--eval_batches=1", "--final_eval_batches=1",
+                          "--preview_tokens=0", f"--data={folder / 'text'}", f"--out_dir={folder / 'out/apelr'}"])
+    return {name: str(folder / "out" / name) for name in ("ghmm", "apelr")}
+
+
+def test_json_alone_is_all_of_standard_output(runs, capsys):
+    for words in (["--json"], ["--json=-"], ["--json", "--seed=0"]):
+        found = sample.main([runs["ghmm"], "--device=cpu", "--num_samples=2", *words])
+        told = capsys.readouterr()
+        assert json.loads(told.out) == json.loads(json.dumps(found)) and "reading" in told.err
+    plain = sample.main([runs["ghmm"], "--device=cpu", "--num_samples=2", "--json", "found.json"])
+    assert json.loads(Path("found.json").read_text()) == plain == found
+
+
+def test_entries_of_all_experiments_have_the_same_keys(runs):
+    ghmm, apelr = (sample.main([runs[name], "--device=cpu", f"--prompt={prompt}"])
+                   for name, prompt in (("ghmm", "0 1"), ("apelr", "the cat")))
+    for result, prompt in ((ghmm, "0 1"), (apelr, "the cat")):
+        assert result["step"] == 2 and len(result["samples"]) == 4
+        assert all(entry["prompt"] == prompt and len(entry["tokens"]) > 2 for entry in result["samples"])
+    assert set(ghmm["samples"][0]) == set(ghmm["process"][0]) == {"prompt", "tokens", "log_prob", "xe"}
+    assert set(apelr["samples"][0]) == {"prompt", "state", "tokens", "text", "nll", "beliefs"}
+
+
+@pytest.mark.parametrize("name, lines", [("ghmm", ["0,1", "2"]), ("apelr", ["the cat", "a mat"])])
+def test_a_prompt_in_a_file_gives_what_it_gives_alone(name, lines, runs, capsys):
+    Path("prompts.txt").write_text("\n".join(lines))
+    settings = [runs[name], "--device=cpu", "--max_new_tokens=3", "--num_samples=2"]
+    together = sample.main([*settings, "--prompts=prompts.txt"])["samples"]
+    told = capsys.readouterr().out
+    alone = [sample.main([*settings, f"--prompt={line}"])["samples"] for line in lines]
+    assert together == alone[0] + alone[1]
+    places = [told.index(f"after {line.replace(',', ' ')!r}") for line in lines]
+    assert places == sorted(places)
+
+
+def test_what_a_text_costs_is_what_the_page_says_of_it(runs):
+    entry = sample.main([runs["apelr"], "--device=cpu", "--prompt=the cat", "--num_samples=1"])["samples"][0]
+    _, model, _, _ = train_apelr.load_run(Path(runs["apelr"]))
+    ids = torch.tensor([entry["tokens"]])
+    begin = len(entry["tokens"]) - len(entry["beliefs"])
+    with torch.no_grad():
+        state = prefill(model.eval(), ids[:, :begin])
+        costs = []
+        for t in range(begin, ids.shape[1]):
+            log_p, logs = predict(model, state)
+            costs.append(-float(log_p[0, ids[0, t]]))
+            state = advance(model, state, ids[:, t], logs)
+    assert entry["nll"] == pytest.approx(np.mean(costs), abs=1e-4)
+
+
+def test_plans_under_a_text_are_explained_and_pictures_are_of_every_prompt(runs, capsys):
+    Path("prompts.txt").write_text("the cat\na mat")
+    sample.main([runs["apelr"], "--device=cpu", "--prompts=prompts.txt", "--show_plan", "--num_samples=1",
+                 "--max_new_tokens=9", "--out=here"])
+    told = capsys.readouterr().out
+    assert "Under the text: the likeliest plan before each token" in told
+    assert re.search(r"^plan 0 +[\d.]+%  typical: \S", told, re.M) and re.search(r"^plan 1 ", told, re.M)
+    assert {path.name for path in Path("here/plots").iterdir()} == {"sampled_belief_0_prompt_1.png",
+                                                                    "sampled_belief_0_prompt_2.png"}
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--prompt=0,1,2,0,1"], "prompt has 5 tokens, and length = 5 counts it: to go on from it, use --max_new_tokens=N"),
+    (["--prompts=p.txt"], "p.txt, line 2 has 6 tokens"), (["--prompts=p.txt", "--length=6"], "p.txt, line 2 has 6"),
+    (["--length=10000000000"], "more than 1,000,000,000"), (["--prompt=0", "--prompts=p.txt"], "choose one"),
+    (["--start=9"], "prompt: '9' is no token id"), (["--show_plan"], "show_plan is an option of apelr, not of ghmm")])
+def test_what_cannot_be_gone_on_from_is_one_sentence(words, told, runs, capsys):
+    Path("p.txt").write_text("0\n0 1 2 0 1 2\n")
+    assert told in refused(capsys, runs["ghmm"], "--device=cpu", *words)
+
+
+def test_a_name_that_is_no_run_brings_those_that_are_near(runs, capsys, monkeypatch):
+    monkeypatch.chdir(Path(runs["ghmm"]).parents[1])
+    told = refused(capsys, "out/gmm")
+    assert "no run or checkpoint out/gmm, did you mean out/ghmm? There are out/apelr, out/ghmm" in told
+    assert "did you mean" not in refused(capsys, "x")
+    assert "out is a folder of 2 runs: name one of out/apelr, out/ghmm" in refused(capsys, "out")
+    assert "no checkpoint at text/last.pt" in refused(capsys, "text")
+
+
+def test_help_is_of_the_console_and_of_a_run_about_its_experiment(runs, capsys):
+    for words in (["--help"], [], [runs["ghmm"], "--help"]):
+        with pytest.raises(SystemExit) as end:
+            sample.main(words)
+        told = capsys.readouterr().out
+        assert end.value.code == 0 and max(map(len, told.splitlines())) <= 100
+        settings = set(re.findall(r"^  (--\w+)=", told, re.M))
+        assert {"--prompts", "--json", "--seed"} <= settings
+        assert ("--adata" in settings) == (len(words) < 2) == ("--show_plan" in settings)
+
+
 # -------------------------------------------------------------------------------------------------------------- copies
 
 
@@ -101,7 +367,7 @@ def test_sample_py_imports_no_page_until_it_knows_which():
 
 
 @pytest.mark.parametrize("experiment, settings, key", [
-    ("ghmm", ["--num_samples=2"], "model"), ("arxiv", ["--num_samples=2"], "xe"),
+    ("ghmm", ["--num_samples=2"], "process"), ("arxiv", ["--num_samples=2"], "samples"),
     ("apelr", ["--num_samples=2", "--max_new_tokens=5", "--prompt=9,1"], "samples"), ("state", [], "pearson_delta")])
 def test_a_copy_of_each_page_is_sampled_like_the_page(experiment, settings, key, repository, data):
     train_copy(experiment, repository, data)
@@ -109,6 +375,24 @@ def test_a_copy_of_each_page_is_sampled_like_the_page(experiment, settings, key,
     result = sample.main(["run", "--device=cpu", "--json=found.json", *settings])
     assert result["experiment"] == experiment and result["step"] == 2
     assert json.loads(Path("found.json").read_text())[key] is not None and result[key]
+
+
+def test_cells_are_told_verdict_first_then_a_table_then_the_files(repository, data, capsys):
+    train_copy("state", repository, data)
+    capsys.readouterr()
+    result = sample.main(["run", "--device=cpu", "--out=here"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sample: reading run" and told[1].startswith("after 2 steps the model ")
+    row = next(line.split() for line in told if line.startswith("model "))
+    assert float(row[1].rstrip("*")) == pytest.approx(result["pearson_delta"], rel=1e-3)
+    assert told[-1].startswith("written to here: pred.h5ad, real.h5ad (") and max(map(len, told)) <= 100
+    assert all(Path(name).exists() for name in result["written"])
+    given = sample.main(["run", "--device=cpu", "--adata=here/real.h5ad", "--cells=3", "--out=here"])
+    assert given["written"] == ["here/predicted.h5ad"] and given["step"] == 2
+    count = given["cells"] // 3
+    told = capsys.readouterr().out.splitlines()
+    assert told[2].split() == ["cell", "type", "perturbation", "control", "cells", "predicted"]
+    assert [line.split()[-1] for line in told[3:]] == ["3"] * count
 
 
 def test_a_copy_in_a_repository_of_its_own_is_sampled_by_the_script(repository, data):

@@ -348,7 +348,7 @@ def test_of_a_large_file_a_start_verifies_a_sample_and_inspect_all(monkeypatch, 
     del rewritten["checksum"], rewritten["blocks"]
     cell_store.write_meta(store, rewritten)  # as it was before there were checksums of blocks
     cell_store.read_meta(store)
-    assert "has no checksums of parts, so input.npy is not verified" in capsys.readouterr().out
+    assert "has no checksums of parts, so input.npy is not verified" in capsys.readouterr().err
 
 
 def test_who_waits_for_a_folder_that_nobody_makes_is_told(monkeypatch):

@@ -264,7 +264,7 @@ def test_what_cell_load_passes_over_is_refused_or_with_strict_false_told(text, c
         return
     capsys.readouterr()
     e = survey(settings(text, strict=False))
-    assert len(e.rows("train", True)) and capsys.readouterr().out.startswith("note: ")
+    assert len(e.rows("train", True)) and capsys.readouterr().err.startswith("note: ")
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -291,7 +291,7 @@ def test_a_perturbation_in_val_and_test_is_in_both_as_in_cell_load(capsys):
     e = survey(settings(ONE + '[fewshot."one.a"]\nval = ["p"]\ntest = ["p", "q"]\n', strict=False))
     both = np.flatnonzero((made["cell_type"] == "a") & (made["gene"] == "p"))
     assert set(both) == set(e.rows("val", False)) and set(both) < set(e.rows("test", False))
-    assert not set(both) & set(e.rows("train", False)) and "has p in val and in test" in capsys.readouterr().out
+    assert not set(both) & set(e.rows("train", False)) and "has p in val and in test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -387,9 +387,9 @@ def test_what_is_no_file_is_no_toml(kind, told, tmp_path):
 def test_files_that_cannot_serve_are_refused_in_a_sentence():
     made = simple()
     told = refused(cell_type_key="celltype")
-    assert "one.h5ad has no obs column 'celltype'; did you mean 'cell_type'" in told
+    assert "one.h5ad: no column 'celltype' in obs (did you mean 'cell_type'?)" in told
     assert "no matrix 'X_hgv'" in refused(embed_key="X_hgv")
-    assert "no control cells: no cell has gene = 'DMSO'" in refused(control_pert="DMSO")
+    assert "no control cells: none has gene = 'DMSO' (did you mean 'non-targeting'?)" in refused(control_pert="DMSO")
     whole = Path("one.h5ad").read_bytes()
     Path("one.h5ad").write_bytes(whole[: len(whole) // 2])
     assert "one.h5ad: cut short" in refused()
@@ -411,7 +411,7 @@ def test_a_cell_type_without_controls_is_refused_or_starts_from_zero(capsys):
     assert "b in one.h5ad" in refused(strict=False)  # zeros are cell-load's way of embeddings only
     cfg = settings(strict=False, embed_key="X_hvg", n_basal_samples=2)
     e = opened(cfg)
-    assert capsys.readouterr().out.count("note: b in one.h5ad") == 1
+    assert capsys.readouterr().err.count("note: b in one.h5ad") == 1
     batches = Batches(runtime(), e, cfg)
     for step in range(8):
         batch = batches(step)
@@ -460,7 +460,7 @@ def test_genes_of_several_files_are_aligned_by_name(budget, capsys):
     with pytest.raises(DataError, match="different genes in X: 2 genes in one only, such as g4"):
         aligned(["g3", "g1", "g0", "other", "g2"])
     e, one, two = aligned(["g3", "g1", "g0", "other", "g2", "more"], strict=False, ram_budget_gb=budget)
-    assert e.genes == ["g0", "g1", "g2", "g3"] and e.input_dim == 4 and "note: " in capsys.readouterr().out
+    assert e.genes == ["g0", "g1", "g2", "g3"] and e.input_dim == 4 and "note: " in capsys.readouterr().err
     expected = np.concatenate([one["X"][:, :4], two["X"][:, [2, 1, 4, 0]]])
     assert np.array_equal(e.read(rows), expected[rows])
     with pytest.raises(DataError, match="no gene in common"):
@@ -588,7 +588,7 @@ def test_a_batch_without_controls_takes_those_of_the_type(capsys):
     cfg = settings(ONE, basal_mapping_strategy="batch")
     e = survey(cfg)
     targets, controls = Sentences(e, "train", cfg).plan(0)
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "batch '2' has no a control cells" in told and told.count("note") == 1
     code = e.batches.index("2")
     for target, control in zip(targets, controls, strict=True):
@@ -851,7 +851,7 @@ def test_hvg_of_several_files_without_names_or_of_other_genes_are_refused(capsys
     told = refused(text, embed_key="X_hvg")
     assert "two.h5ad does not say which genes the columns of its X_hvg are" in told and "X_hvg_var_names" in told
     assert opened(settings(text, embed_key="X_hvg", strict=False)).genes == ["X_hvg_0", "X_hvg_1", "X_hvg_2"]
-    assert "note: sub/two.h5ad does not say" in capsys.readouterr().out
+    assert "note: sub/two.h5ad does not say" in capsys.readouterr().err
     assert opened(settings(ONE, embed_key="X_hvg")).genes == HVG  # alone it may be as it is
     two = named_hvg("sub/two.h5ad", "uns", 2, ["g1", "g2", "g0"])
     assert "2 genes in one only, such as g1" in refused(text, embed_key="X_hvg")
@@ -907,9 +907,9 @@ def test_a_logarithm_to_base_two_is_read_as_the_natural_one(sparse, capsys):
     for embed_key, expected in ((None, natural), ("X_hvg", natural[:, :3])):
         e = opened(settings(embed_key=embed_key))
         assert np.allclose(e.read(np.arange(120)), expected, rtol=1e-5)
-        assert "is log1p to base 2: brought to the natural logarithm" in capsys.readouterr().out
+        assert "is log1p to base 2: brought to the natural logarithm" in capsys.readouterr().err
     e = opened(settings(embed_key="X_state", output_space="embedding"))  # no logarithm
-    assert np.array_equal(e.read(np.arange(120)), natural[:, :2]) and "base 2" not in capsys.readouterr().out
+    assert np.array_equal(e.read(np.arange(120)), natural[:, :2]) and "base 2" not in capsys.readouterr().err
     assert np.allclose(read_rows(H5ad("one.h5ad"), None, "auto", np.arange(9)), natural[:9], rtol=1e-5)
 
 
@@ -927,7 +927,7 @@ def test_a_file_without_x_trains_on_what_it_has():
     e = opened(settings(ONE, embed_key="X_hvg"))
     assert e.input_dim == 2 and len(e.file) == len(made["X"])
     assert opened(settings(ONE, embed_key="log")).genes == [f"g{i}" for i in range(5)]
-    assert "one.h5ad has no matrix 'X'; there are 'X_hvg', 'log'" in refused(ONE)
+    assert "one.h5ad: no matrix 'X'; there are 'X_hvg', 'log'" in refused(ONE)
 
 
 def test_what_a_decoder_would_learn_is_asked_for_by_its_reason():
@@ -951,7 +951,7 @@ def test_cells_without_a_label_are_refused_by_name_of_the_switch_that_leaves_the
     kept = np.delete(np.arange(120), [3, 50, 51, 119])
     for _ in range(2):  # made, and found ready
         e = opened(settings(ONE, drop_unlabelled=True))
-        assert "note: e.toml: left out are 4 cells without a value in a column" in capsys.readouterr().out
+        assert "note: e.toml: left out are 4 cells without a value in a column" in capsys.readouterr().err
         assert np.array_equal(e.row, kept) and np.array_equal(e.read(np.arange(116)), made["X"][kept])
         for column, codes, names in (("gene", e.perturbation, e.perturbations), ("gem_group", e.batch, e.batches),
                                      ("cell_type", e.cell_type, e.cell_types)):

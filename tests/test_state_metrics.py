@@ -353,7 +353,7 @@ def test_table_is_aligned_and_marks_the_best(table):
     assert head.split() == list(METRICS) and [r.split()[0] for r in rows] == ["model", "control_mean", "context_mean"]
     ends = {i for i in range(1, len(head)) if head[i - 1] != " " and (i == len(head) or head[i] == " ")} | {len(head)}
     for row in rows:
-        assert all((row + " ")[end - 2] != " " for end in ends)
+        assert all(row[end - 1] != " " for end in ends) and len(row) <= 100
     assert float(rows[0].split()[1].rstrip("*")) == pytest.approx(table["model"]["mean"]["pearson_delta"], rel=1e-3)
     assert rows[0].split()[1].endswith("*") and not rows[1].split()[1].endswith("*")
     without = {k: v | {"mean": {m: x for m, x in v["mean"].items() if m != "overlap_at_50"}} for k, v in table.items()}
@@ -374,15 +374,19 @@ def test_csv_holds_every_number(table, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch) -> dict:
     """Axes of the pictures that are drawn, by name."""
-    axes_by_name, draw = {}, effects.figure
+    axes_by_name = {}
 
-    @contextlib.contextmanager
-    def kept(folder, name, *sizes, **options):
-        with draw(folder, name, *sizes, **options) as axes:
-            axes_by_name[name] = axes
-            yield axes
+    def keeping(draw):
+        @contextlib.contextmanager
+        def kept(folder, name, *sizes, **options):
+            with draw(folder, name, *sizes, **options) as axes:
+                axes_by_name[name] = axes
+                yield axes
 
-    monkeypatch.setattr(effects, "figure", kept)
+        return kept
+
+    for draw in (effects.figure, effects.panels):
+        monkeypatch.setattr(effects, draw.__name__, keeping(draw))
     return axes_by_name
 
 
@@ -391,12 +395,17 @@ def test_pictures(table, screen, tmp_path, drawn):
              {"step": 2, "split": "eval", "val_loss": 1.7}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     plot_metrics(tmp_path, "a title", table)
-    made = {f"{m}_by_perturbation" for m in METRICS} | {"delta", "loss"}
+    made = {f"{m}_by_perturbation" for m in METRICS} | {"delta", "metrics", "loss"}
     assert {p.stem for p in (tmp_path / "plots").iterdir()} == set(drawn) == made
-    panels = list(drawn["delta"].flat)
+    panels = drawn["delta"]
     first = max(range(8), key=lambda c: table["model"]["per_condition"][c]["pearson_delta"])
     assert len(panels) == 8 and panels[0].get_title().startswith(", ".join(screen["conditions"][first]))
-    np.testing.assert_array_equal(panels[0].lines[1].get_ydata(), table["model"]["delta"][first])
+    best = best_baseline(table)
+    for line, name in zip(panels[0].lines[1:], (best, "model"), strict=True):
+        assert line.get_label().startswith(name)
+        np.testing.assert_array_equal(line.get_ydata(), table[name]["delta"][first])
+    points = [line.get_xdata()[0] for line in drawn["metrics"][1].lines]  # mae
+    assert points == [result["mean"]["mae"] for result in table.values()]
     rival, model = drawn["mae_by_perturbation"].lines
     assert rival.get_label() == best_baseline(table, "mae") + " (best baseline)" and list(model.get_xdata()) == sorted(
         r["mae"] for r in table["model"]["per_condition"])
@@ -539,7 +548,7 @@ def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent):
 def test_pictures_show_what_is_defined(screen, tmp_path, drawn):
     alone = screen | {"control_type": np.zeros(105, int)}
     plot_metrics(tmp_path, "a title", evaluate_conditions(**alone, baseline_means={"control_mean": controls_of(alone)}))
-    assert len(drawn["pearson_delta_by_perturbation"].get_yticks()) == 4 == len(drawn["delta"].flat)
+    assert len(drawn["pearson_delta_by_perturbation"].get_yticks()) == 4 == len(drawn["delta"])
     assert len(drawn["mae_by_perturbation"].get_yticks()) == 8
     nobody = evaluate_conditions(**screen | {"control_type": np.full(105, 9)})
     plot_metrics(tmp_path, "a title", nobody)
@@ -549,5 +558,15 @@ def test_pictures_show_what_is_defined(screen, tmp_path, drawn):
 
 def test_conditions_of_one_name_in_two_files_are_told_apart_in_pictures():
     record = {"cell_type": "c", "perturbation": "p", "dataset": "d", "file": "a.h5ad"}
-    assert effects._labels([record]) == ["c, p"]
-    assert effects._labels([record, record | {"dataset": "e"}]) == ["d a.h5ad: c, p", "e a.h5ad: c, p"]
+    assert effects._labels([record]) == ["p"]  # the type is in the title
+    assert effects._labels([record, record | {"cell_type": "b"}]) == ["c, p", "b, p"]
+    assert effects._labels([record, record | {"dataset": "e"}]) == ["d a.h5ad: p", "e a.h5ad: p"]
+    long = record | {"perturbation": "[('8-Hydroxyquinoline-5-sulfonic acid monohydrate', 5.0, 'uM')]"}
+    assert effects._labels([long]) == ["[('8-Hydroxyquino ... e', 5.0, 'uM')]"]  # its begin, and its end
+
+
+def test_of_one_condition_there_is_a_picture_of_its_effects_and_one_of_all_metrics(screen, tmp_path, drawn):
+    one = part_of(screen, [1])
+    plot_metrics(tmp_path, "a title", evaluate_conditions(**one, baseline_means={"control_mean": controls_of(one)}))
+    assert set(drawn) == {"delta", "metrics"} and len(drawn["delta"]) == 1
+    assert "discrimination" not in str([panel.get_title() for panel in drawn["metrics"]])

@@ -25,7 +25,7 @@ from sources.runs import Grid, import_page, plan_runs
 from sources.studies import Variation
 from sources.sweeps import hydra_settings, labels, listed_values, plain, read_sweeper, run_name, take_apart
 
-SHOW_COMPARISON = sweep.show_comparison  # it draws: left out of the tests that are not of it
+COMPARISON = sweep.comparison  # it draws: left out of the tests that are not of it
 # A page without torch, that starts within a tenth of a second: it trains by waiting.
 PAGE = '''
 import json, os, signal, subprocess, sys, time
@@ -365,10 +365,25 @@ def test_bad_input_is_one_sentence_before_the_first_run(capsys, monkeypatch, wor
 def test_what_is_no_page_is_refused(capsys):
     Path("broken.py").write_text("import nothing_of_this_name")
     Path("settings.py").write_text("lr = 1")
-    for name, sentence in (("absent.py", "the first word is the page to run"), ("--lr=1,2", "the first word"),
+    for name, sentence in (("train_tin.py", "or report, not 'train_tin.py', did you mean 'train_tiny.py'?"),
+                           ("rport", "did you mean 'report'?"), ("--lr=1,2", "or report, not '--lr=1,2'"),
                            ("broken.py", "cannot be imported (ModuleNotFoundError"), ("settings.py", "is no page")):
         assert sentence in refusal(capsys, sweep.main, name, "--lr=1,2")
     assert str(Path.cwd()) not in sys.path
+
+
+def test_help_is_of_the_sweep_or_of_the_report(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    told = {}
+    for words in ([], ["--help"], ["report", "--help"], ["report", "out/x", "-h"]):
+        with pytest.raises(SystemExit) as end:
+            sweep.main(words)
+        told[" ".join(words)] = capsys.readouterr().out
+        assert end.value.code == 0
+    assert told[""] == told["--help"] and "usage: python sweep.py PAGE" in told[""] and "--holdout=" in told[""]
+    assert told["report --help"] == told["report out/x -h"] and "--lr" not in told["report --help"]
+    assert "usage: python sweep.py report FOLDER" in told["report --help"]
+    assert max(map(len, "\n".join(told.values()).splitlines())) <= 100
 
 
 def test_commands_are_shown_to_who_has_seen_enough():
@@ -391,7 +406,7 @@ def test_a_page_has_short_names_and_is_shown_as_it_can_be_typed(capsys):
 
 
 def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "show_comparison", SHOW_COMPARISON)
+    monkeypatch.setattr(sweep, "comparison", COMPARISON)
     # The last of two names of one setting holds, as on a page.
     told = swept("learning_rate=0.3", "--lr=0.2,0.1", "--seed=0,1")
     assert [line["run"] for line in told] == ["lr=0.2,seed=0", "lr=0.2,seed=1", "lr=0.1,seed=0", "lr=0.1,seed=1"]
@@ -403,13 +418,14 @@ def test_a_sweep_runs_every_combination_and_shows_the_best_first(capsys, monkeyp
     assert told[1]["summary"]["excess_loss"] == pytest.approx(0.21)
     out = capsys.readouterr().out
     assert "[4/4] lr=0.1,seed=1: excess_loss 0.11, loss 1.1 | " in out
-    assert "by excess_loss, of which less is better:" in out
-    rows = out.split("is better:\n")[-1].splitlines()[:3]
-    assert [row.split()[:7] for row in rows] == [
+    [last, verdict, *rows] = out[out.index("[4/4]") :].replace("\n\n", "\n").splitlines()
+    assert verdict.startswith("done: Best of 2 by excess_loss (less is better): lr=0.1, 0.1050 ± 0.0071; next lr=0.2, ")
+    assert [row.split()[:7] for row in rows[:3]] == [
         ["lr", "seeds", "excess_loss", "loss", "seconds"],
         ["0.1", "2", "0.1050", "±", "0.0071", "1.1", "±"],
         ["0.2", "2", "0.2050", "±", "0.0071", "1.2", "±"]]  # fmt: skip
-    assert "all of it in sweep/report.html" in out and Path("sweep/report.html").stat().st_size > 10_000
+    assert len(rows) <= 3 + 8 and rows[-1] == "all of it in sweep/report.html"
+    assert Path("sweep/report.html").stat().st_size > 10_000
 
 
 def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(capsys):
@@ -736,6 +752,21 @@ def test_time_left_is_near_what_it_comes_to(monkeypatch, known):
     assert len(ended) > 20 and ended[-1] == (0, 0)
 
 
+def test_where_nobody_watches_a_run_at_work_is_told_of_ever_more_rarely(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    source = SimpleNamespace(total=2, count_ended=lambda: 0, steps=lambda: {"a": 1000, "b": 1000})
+    shown = progress.Progress(source, at_a_time=1)
+    run, times = Simulated("a", 1000, now, ready=6, pace=0.1, ending=0), []
+    for _ in range(60):
+        now += 1
+        shown.show([run.at(now)])
+        times += [now - 1000] * bool(lines := capsys.readouterr().out.splitlines())
+        if len(times) <= 2 and lines:
+            assert lines == [["[0/2] a: getting ready"], ["[0/2] a: step 80 of 1,000 | 03:18 left"]][len(times) - 1]
+    assert times == [6, 14, 26, 43]
+
+
 def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
     def far(steps: int, seconds: float, pace: float | None) -> progress.HowFar:
         return progress.HowFar(steps, steps, steps, pace, seconds)
@@ -841,14 +872,14 @@ def test_models_of_one_size_have_their_width_in_the_table_alone(monkeypatch):
 
 
 def test_held_out_types_have_one_table(monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "show_comparison", SHOW_COMPARISON)
+    monkeypatch.setattr(sweep, "comparison", COMPARISON)
     Path("train_tiny.py").write_text(PAGE.replace('"ghmm"', '"state"'))
     monkeypatch.setattr(holdouts, "plan", lambda *_: [Variation("a", {}, {"held_out": "a"}),
                                                       Variation("b", {"lr": "7"}, {"held_out": "b"})])  # fmt: skip
     for answer, tables in ((["its table"], 0), (None, 1)):
 
-        def compare(runs, folder, wanted, shows_table, answer=answer):
-            assert [run.name for run in runs] == ["a_seed0"] and shows_table
+        def compare(runs, folder, wanted, answer=answer):
+            assert [run.name for run in runs] == ["a_seed0"]
             if answer is None:
                 raise ValueError("a failure never hides the table")
             return answer

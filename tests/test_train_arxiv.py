@@ -81,7 +81,8 @@ def whole(at_work) -> Path:
     """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
     process, folder = at_work
     done = ended(process)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    notes = [line for line in done.stderr.splitlines() if " ..." not in line]  # how far it is, on a busy machine
+    assert done.returncode == 0 and not notes, done.stderr
     return folder / "run"
 
 
@@ -689,8 +690,8 @@ def test_final_numbers_are_of_the_test_and_those_of_before_of_validation(data, w
     assert checkpoint.load(Path("run/best.pt"))["best"] == checkpoint.load(whole / "best.pt")["best"]
     assert earlier["val_xe"] == pytest.approx(now["val_xe"], rel=1e-5) and "test_xe" not in earlier
     assert (earlier["final_split"], now["final_split"], results["final_split"]) == ("validation", "test", "test")
-    assert earlier["verdict"].startswith(f"validation XE {earlier['val_xe']:.4f} nats over K = 2, icl_gain")
-    assert now["verdict"].startswith(f"test XE {now['test_xe']:.4f} nats over K = 2 (validation {now['val_xe']:.4f}), ")
+    assert earlier["verdict"].startswith(f"validation XE {earlier['val_xe']:.4f} nats over K = 2, the cross entropy")
+    assert now["verdict"].startswith(f"test XE {now['test_xe']:.4f} nats over K = 2 (validation {now['val_xe']:.4f})")
     _, model, _, _ = train_arxiv.load_run(Path("run"), "cpu")
     for split, summary in (("validation", earlier), ("test", now)):
         chunks = chunks_of(data / f"{split}.h5")

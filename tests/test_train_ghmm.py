@@ -155,10 +155,15 @@ def test_the_summary_holds_the_loss_of_the_saved_weights_and_agrees_with_the_ana
 
 def test_the_console_is_quiet_beside_the_log_and_ends_with_the_result_in_words(whole):
     summary = read(whole.folder / "summary.json")
-    assert whole.err == "" and "\r" not in whole.out
-    assert whole.out == (whole.folder / "train.log").read_text()
-    last = whole.out.splitlines()[-1]
-    assert f"{summary['loss']:.5f}" in last and f"{summary['r2_concat']:.4f}" in last and str(Path("run/plots")) in last
+    notes = [line for line in whole.err.splitlines() if " ..." not in line]  # how far it is, on a busy machine
+    assert not notes and "\r" not in whole.out
+    first, *logged = whole.out.splitlines(keepends=True)
+    assert first == "train_ghmm: mess3, transformer, 20 steps -> run\n"
+    assert "".join(logged) == (whole.folder / "train.log").read_text()
+    told = [line.rstrip() for line in logged[logged.index(f"done: {summary['verdict']}\n"):]]
+    assert f"{summary['loss']:.5f}" in told[0] and f"{summary['r2_concat']:.4f}" in told[0]
+    assert len(told) <= 8 and f"excess_loss: {summary['excess_loss']:.6g}" in told
+    assert str(Path("run/plots")) in told[-1]
 
 
 def test_the_progress_bar_shows_on_a_terminal(monkeypatch):
@@ -258,15 +263,15 @@ def test_carried_sequences_go_on_through_one_two_and_one_ranks():
 def test_a_run_without_chance_or_without_beliefs_to_tell_apart_claims_nothing(capsys):
     found = train_ghmm.main([*FEW, "--process=coin", "--p=1"])
     told = capsys.readouterr().out
-    assert "%" not in told and "nats; the belief is the same after every context: there is nothing to hold" in told
+    assert "%" not in told and "nats a token; the belief is the same after every context, so there is none" in told
     assert "1 state |" in told and "floor 0" in told
     assert found["r2_concat"] is None and found["untrained_r2_concat"] is None
     assert read("run/analysis.json")["layers"]["concat"]["r2"] is None and read("run/summary.json")["r2_concat"] is None
 
 
-def test_the_last_line_has_the_untrained_network_beside_and_the_deals_have_a_seed_of_their_own(capsys):
+def test_the_verdict_has_the_untrained_network_beside_and_the_deals_have_a_seed_of_their_own(capsys):
     first = train_ghmm.main([*FEW, "--max_steps=1", "--lr=0"])
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out
     assert f"is no gain over the untrained network's {first['untrained_r2_concat']:.4f}" in last
     assert first["r2_concat"] == close(first["untrained_r2_concat"])
     assert train_ghmm.main(["--analyze=run", "--device=cpu"])["r2_concat"] == close(first["r2_concat"])
@@ -381,7 +386,7 @@ def test_analyze_repeats_the_analysis_of_the_run_and_draws_again(copied, whole, 
     assert apart(found, expected) == []
     assert_drawn(copied / "analysis")
     out = capsys.readouterr().out
-    assert out.startswith("step 20: ") and f"{expected['r2_concat']:.4f}" in out
+    assert "\nstep 20: mess3, transformer, 20 steps: loss " in out and f"{expected['r2_concat']:.4f}" in out
     assert read(copied / "summary.json") == read(whole.folder / "summary.json")
 
 
@@ -417,12 +422,18 @@ def test_samples_are_printed_with_their_true_log_probabilities_and_the_kl_by_pos
     sample.main([str(whole.folder), "--num_samples=3", "--device=cpu", "--json=samples.json"])
     out, found = capsys.readouterr().out, read("samples.json")
     tokens = [[int(x) for x in line.split()[1:]] for line in out.splitlines() if line.startswith("  token ")]
-    printed = [[float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in out.splitlines() if "  log p " in line]
+    printed = [[float(x) for x in line.split()[1:]] for line in out.splitlines() if line.startswith("  process ")]
+    sums = [float(x) for x in re.findall(r"log p (-[\d.]+) nats by the process", out)]
     assert out.index("from the model") < out.index("from the process") and [len(row) for row in tokens] == [6] * 6
-    true = make_process("mess3", x=0.05, a=0.85).log_prob(torch.tensor(tokens))
-    for row, log_probs in zip(printed, true.tolist(), strict=True):
-        assert row == pytest.approx([*log_probs, sum(log_probs)], abs=0.0051)
-    assert found["model"]["tokens"] + found["process"]["tokens"] == tokens
+    true = make_process("mess3", x=0.05, a=0.85).log_prob(torch.tensor(tokens)).tolist()
+    for row, total, log_probs in zip(printed, sums, true, strict=True):
+        assert [*row, total] == pytest.approx([*log_probs, sum(log_probs)], abs=0.0051)
+    assert [entry["tokens"] for entry in found["samples"] + found["process"]] == tokens
+    _, _, model, _ = train_ghmm.load_run(whole.folder, "cpu")
+    with torch.no_grad():
+        believed = model(torch.tensor(tokens[:1]))[0].log_softmax(-1)[0]
+    xe = [-float(believed[t, tokens[0][t + 1]]) for t in range(5)]
+    assert found["samples"][0]["xe"] == pytest.approx(xe, abs=1e-5)
     kl = next(line.split()[1:] for line in out.splitlines() if line.startswith("  KL "))
     assert [float(x) for x in kl] == pytest.approx(read(whole.folder / "summary.json")["kl_by_position"], rel=0.06)
 
@@ -435,26 +446,28 @@ def test_samples_follow_the_prompt_and_the_predictions_of_the_model_and_of_the_p
         believed = F.softmax(model(torch.tensor([[0, 1]]))[0][0, -1].double(), -1)
     true = process.next_token_probs(process.beliefs([[0, 1]])[0, -1])
     assert (believed - true).abs().max() > 0.05  # 4,000 samples can tell the one from the other
-    for name, probs in (("model", believed), ("process", true)):
-        drawn = np.array(found[name]["tokens"])
+    for name, probs in (("samples", believed), ("process", true)):
+        drawn = np.array([entry["tokens"] for entry in found[name]])
         assert drawn.shape == (4_000, 8) and (drawn[:, :2] == [0, 1]).all()
         assert np.bincount(drawn[:, 2], minlength=3) / 4_000 == pytest.approx(probs.numpy(), abs=0.04)
     cold = sample.main([str(best), "--prompt=0", "--temperature=1e-4", "--num_samples=50", "--device=cpu"])
-    assert len(set(map(tuple, cold["model"]["tokens"]))) == 1 < len(set(map(tuple, cold["process"]["tokens"])))
+    kinds = [len({tuple(entry["tokens"]) for entry in cold[name]}) for name in ("samples", "process")]
+    assert kinds[0] == 1 < kinds[1]
 
 
 def test_impossible_tokens_of_a_model_are_null_in_the_json():
     train_ghmm.main([*FEW, "--process=zero_one_random"])
     sample.main(["run", "--num_samples=50", "--device=cpu", "--json=samples.json"])
     found = read("samples.json")
-    assert None in sum(found["model"]["log_prob"], []) and None not in sum(found["process"]["log_prob"], [])
+    drawn, true = ([x for entry in found[name] for x in entry["log_prob"]] for name in ("samples", "process"))
+    assert None in drawn and None not in true
 
 
 @pytest.mark.parametrize("line, words", [
-    ("nowhere", "no checkpoint at nowhere"), ("{run}/config.json", "config.json"), ("--length=3", "first argument"),
+    ("nowhere", "no run or checkpoint nowhere"), ("{run}/config.json", "config.json"), ("--length=3", "first argument"),
     ("{run} --length=0", "length: expected int >= 1"), ("{run} --temperature=-1", "0 or at least 1e-6"),
     ("{run} --num_samples=0", "num_samples: expected int >= 1"), ("{run} --prompt=a", "prompt"),
-    ("{run} --prompt=7", "prompt = '7'"), ("{run} --seed=-1", "seed: expected int >= 0"),
+    ("{run} --prompt=7", "prompt: '7' is no token id"), ("{run} --seed=-1", "seed: expected int >= 0"),
     ("{run} --temprature=1", "did you mean temperature"), ("{run} --json=absent/samples.json", "absent")])
 def test_sample_tells_bad_input_in_one_line(whole, capsys, line, words):
     argv = line.replace("{run}", str(whole.folder)).split()

@@ -99,7 +99,7 @@ def whole(at_work) -> Path:
     """The RUN by the real script, which nothing disturbed. Tests leave the folder as it is."""
     process, folder = at_work
     done = ended(process)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and all(row.split(" ...")[1:] for row in done.stderr.splitlines()), done.stderr
     return folder / "run"
 
 
@@ -220,11 +220,16 @@ def test_baselines_and_errors_of_a_run_are_those_of_the_cells_in_the_file(plain,
 
 def test_a_model_of_one_step_is_said_not_to_beat_the_baselines(data, capsys):
     result = run(data, "--max_steps=1", "--lr=1e-6")
-    last = capsys.readouterr().out.splitlines()[-1]
+    told = capsys.readouterr().out.splitlines()
+    (verdict,) = [line for line in told if line.startswith("done: ")]
     rivals = {name: means["pearson_delta"] for name, means in result["baselines"].items()}
     best = max(rivals, key=rivals.get)
     assert result["pearson_delta"] < rivals[best]
-    assert f"DOES NOT BEAT the baseline {best}" in last and f"{rivals[best]:.4f} ({best})" in last and "plots" in last
+    assert f"DOES NOT BEAT the baseline {best}" in verdict and f"{rivals[best]:.4f} ({best})" in verdict
+    after = told[told.index(verdict) + 1 :]  # at most eight lines, of a terminal's width
+    assert len(after) <= 7 and "report" in after[-1]
+    assert [line.split()[0] for line in after[-5:-1]] == ["model", *rivals]
+    assert f" {rivals[best]:.4g}*" in after[-5 + 1 + list(rivals).index(best)] and all(len(row) <= 100 for row in after)
 
 
 @pytest.mark.parametrize("mine, words", [(0.6, "beats every baseline"), (0.5, "DOES NOT BEAT the baseline b"),
@@ -856,7 +861,7 @@ def test_training_starts_from_another_run(form, data, plain, capsys):
     source = plain / Path(form).relative_to("run")
     result = run(data, f"--init_from={source}", "--max_steps=1", "--lr=0", "--min_lr=0", "--weight_decay=0",
                  "--out_dir=new", "--d_model=32", "--n_layers=2")  # its sizes are taken over
-    told, before, after = capsys.readouterr().out, weights(plain, "best.pt"), weights("new")
+    told, before, after = "".join(capsys.readouterr()), weights(plain, "best.pt"), weights("new")
     assert "taken over" in told and "d_model = 16" in told and "start anew: pert_encoder." in told
     fresh = {k for k in after if not torch.equal(after[k], before[k])}
     assert fresh == {"pert_encoder.0.weight", "pert_encoder.3.weight", "pert_encoder.0.bias", "pert_encoder.3.bias"}
