@@ -198,7 +198,7 @@ def draw_plans(
     variety = [len(set(row[: -(-length // C)])) for row, length in zip(ends, drawn, strict=True)]
     chosen = int(np.argmax(variety))
     begins = [t for t in range(1, after.shape[1]) if (t + model.offset) % C == 0]
-    title = f"Belief over {counted(K, 'plan')} after each token of a validation passage; a line: a chunk begins."
+    title = f"Belief over {counted(K, 'plan')} after each token of a validation passage; upright: a chunk begins."
     if len(starts) > 1 and K > 1:
         title += f" Of {len(starts)} passages it is the one in which most plans are the likeliest somewhere."
     draw_beliefs(
