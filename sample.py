@@ -683,8 +683,10 @@ def sample_state(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
             write_h5ad(folder / f"{name}.h5ad", expression, columns, genes, obs_names=names_of(cells, rows))
     show(sentence(f"after {counted(step, 'step')} {verdict(result)}"))
     show(f"\n{table_of(result)}\n")
-    show(sentence(f"written to {folder}: pred.h5ad, real.h5ad ({size}, with controls), metrics.csv, results.json, plots"))
-    written = [str(folder / name) for name in ("pred.h5ad", "real.h5ad", "metrics.csv", "results.json", "plots")]
+    files = f"pred.h5ad, real.h5ad ({size}, with controls), metrics.csv, results.json, plots"
+    show(sentence(f"written to {folder}: {files}"))
+    places = [folder / name for name in ("pred.h5ad", "real.h5ad", "metrics.csv", "results.json", "plots")]
+    written = [str(place) for place in places if place.exists()]
     return {"experiment": "state", "step": step, **result, "written": written}
 
 

@@ -240,7 +240,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "") -> list[str]:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
     lead = lead or f"{counted(len(told), 'run')}, and nothing here tells which is better."
-    lines = [lead, *(line for line in lines if line != lead)]
+    lines = [lead, *(line for line in lines if line not in lead)]  # a study says its verdict in several lines, too
     if not studied:  # a study has tables of its own
         lines += terminal_table(told, shown, less_is_better)
     return [*lines, *in_short([*notes, *left_out]), f"all of it in {out / 'report.html'}"]
