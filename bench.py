@@ -1,30 +1,36 @@
-"""Benchmarks: ratios against a named peer, or against what the machine can do, measured side by side in one run.
+"""Benchmarks: ratios to a named peer, or to what the machine can do, side by side in one run.
 
-    python bench.py                             # the list: what each races, its minutes; nothing is run
-    python bench.py ghmm arxiv --json=out.json  # two of them, the results written too
-    python bench.py all                         # those of the list that need no GPU
-    python bench.py arxiv --peer=PATH           # against a checkout of nanoGPT too
-    python bench.py all --peer=NANOGPT --peer=APELR --peer=SIMPLEXITY --peer_python=PYTHON   # against all three
+    python bench.py                              # the list of them, with minutes; runs nothing
+    python bench.py ghmm arxiv --json=out.json   # two of them, the results written too
+    python bench.py all                          # those of the list that need no GPU
+    python bench.py arxiv --peer=NANOGPT         # against a checkout of nanoGPT too
+    python bench.py ghmm --peer=SIMPLEXITY --peer_python=PYTHON     # which needs jax and equinox
 
-Each result is {name, value, unit, against, ratio, spread, ratio_spread, marked}: a median over rounds in turns, ratio
-value / the peer's value, so above 1 is faster (of memory, below 1 is less), spreads (q3 - q1) / median, marked where
-one is above 25%. Both sides train on fresh batches, without denormal numbers, once their rate is steady. Peers take
-part where they can be imported: hmmlearn, transformer-lens before version 4 (`pip install "transformer-lens<4"`),
-tokenizers, transformers, arc-state, cell-load; a line says which was missing.
+Each result is {name, value, unit, against, ratio, spread, ratio_spread, marked}: a median over
+rounds in turns, ratio value / the peer's value, so above 1 is faster (of memory, below 1 is less),
+spreads (q3 - q1) / median, marked where one is above 25%. Both sides train on fresh batches,
+without denormal numbers, once their rate is steady. Peers take part where they can be imported:
+hmmlearn, transformer-lens before version 4 (`pip install "transformer-lens<4"`), tokenizers,
+transformers, arc-state, cell-load; a line says which was missing.
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
 from common.errors import clear_errors  # isort: skip
 
 import argparse
+import functools
 import importlib
+import shutil
+import sys
+import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from benchmarks import racing
 from common.runlog import write_json
+from common.telling import begin
 from configurator import fail
 from sources.shared import closest
 
@@ -67,8 +73,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}, or all; without: the list")
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    form = functools.partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=20)
+    parser = argparse.ArgumentParser(prog="python bench.py", description=__doc__, formatter_class=form)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHES)}, or all; without: the list")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--peer", metavar="PATH", action="append", default=[],
                         help="checkout of a peer, for the named benchmarks that take one; may be given once for each")
@@ -78,26 +86,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="TEXT", default="", help="scale, gpu: the rows whose name holds this")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="gpu: cuda, or cpu to see that it runs")
     parser.add_argument("--short", action="store_true", help="two rounds of one step: to see that a benchmark runs")
-    parser.error = fail  # one line, as everywhere
+    parser.error = functools.partial(refuse, parser)
     return parser.parse_args(argv)
+
+
+def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """One line, as everywhere, with the option that was meant."""
+    what, _, word = message.partition(": ")
+    if what == "unrecognized arguments":
+        known = [option for action in parser._actions for option in action.option_strings]
+        fail(f"{word.split()[0]}: no such option{closest(word.split()[0].split('=')[0], known)}")
+    fail(message)
 
 
 def print_list() -> list[dict]:
     """Names, minutes and what each races."""
     print(racing.describe(racing.machine()))
-    for name, it in BENCHES.items():
+    print("\npython bench.py NAME ..., with minutes on two idle cores (options: --help):")
+    minutes = sum(it.minutes for it in BENCHES.values() if not it.on_gpu)
+    rows = {**BENCHES, "all": Bench(minutes, "all of these that need no GPU")}
+    for name, it in rows.items():
         by_path = f" (--peer: a checkout of {it.peer})" if it.peer else ""
-        print(f"  python bench.py {name:<6} {it.minutes:>3} min   {it.races}{by_path}")
-    print(f"  python bench.py all    {sum(it.minutes for it in BENCHES.values() if not it.on_gpu):>3} min   "
-          "all of these that need no GPU")
+        start = f"  {name:<6} {it.minutes:>3} min   "
+        print(textwrap.fill(it.races + by_path, 100, initial_indent=start, subsequent_indent=" " * len(start)))
     return []
 
 
 def check(options: argparse.Namespace) -> None:
     """Everything that can be wrong, before anything is measured. Leaves in options.peers a path by benchmark."""
+    known = [*BENCHES, "all"]
     for name in options.names:
-        if name not in BENCHES and name != "all":
-            fail(f"no benchmark {name!r}{closest(name, BENCHES) or '.'} There are {', '.join(BENCHES)} and all")
+        if name not in known:
+            fail(f"no benchmark {name!r}{closest(name, known) or '.'} There are {', '.join(known)}")
     without_gpu = [name for name, it in BENCHES.items() if not it.on_gpu]
     each = [one for name in options.names for one in (without_gpu if name == "all" else [name])]
     options.names = list(dict.fromkeys(each))
@@ -138,6 +158,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
     about |= {"machine": machine, "settings": written}
     for name in options.names:
         options.peer = options.peers.get(name)
+        it = BENCHES[name]
+        begin(__file__, f"{name}, {it.races}; about {it.minutes} min on an idle machine", file=sys.stdout)
         with racing.without_denormals(), racing.load_told(name):
             importlib.import_module(f"benchmarks.{name}").bench(options)
         if options.json:  # after each: an error of the next leaves it

@@ -26,7 +26,7 @@ step, and of texts and sequences `samples`, a list of
     state                  apelr: the plan that was forced, or null
     beliefs, forecasts     apelr: before each token written [K], and so many chunks ahead [steps, K]
 ghmm has `process` too, such a list of sequences that the process made, and kl_by_position (nats).
-state has the figures of summary.json.
+state has the figures of summary.json, and `written`, files and folders.
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
@@ -36,7 +36,6 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
-import io
 import json
 import math
 import shlex
@@ -55,7 +54,7 @@ from common.runlog import json_text, write_json
 from common.runtime import Runtime
 from common.telling import bar, begin, doing, note
 from configurator import Count, Fraction, Positive, Probability, Range, Whole, configure, fail, help_text, print_text
-from measure.effects import verdict
+from measure.effects import table_of, verdict
 from measure.forced import plan_legend, plan_table, written_nll
 from measure.plan_pictures import draw_beliefs
 from measure.predictions import draw_controls, predict_cells
@@ -586,10 +585,11 @@ def readable_at_once(cfg) -> float:
 def show_texts(entries: list[dict], model, run, prompt: Prompt, tokenizer: Tokenizer | None, cfg: Config, show: Show
                ) -> None:
     """Texts, and what is asked for of their plans."""
-    kind = "sample" if cfg.force_state is None else f"by plan {cfg.force_state}, sample"
     for i, entry in enumerate(entries, 1):
         figures = [] if entry["nll"] is None else [f"{entry['nll']:.2f} nats a token written"]
-        show("\n" + title(kind, i, len(entries), prompt.text, *figures))
+        if cfg.force_state is not None:
+            figures.insert(0, f"by plan {cfg.force_state}")
+        show("\n" + title("sample", i, len(entries), prompt.text, *figures))
         if cfg.show_plan:
             words, begins = words_of(entry, len(prompt.ids), model, run, tokenizer)
             show(strip(words, likeliest_plans(entry["beliefs"]), begins))
@@ -641,7 +641,7 @@ def draw_plans(folder: Path, model, run, prompts: list[Prompt], entries: list[di
         name = f"sampled_belief_{cfg.seed}" + (f"_prompt_{i + 1}" if len(prompts) > 1 else "")
         entry = entries[i * cfg.num_samples]
         words, begins = words_of(entry, len(prompt.ids), model, run, tokenizer)
-        told = "belief before each token (blue: a chunk begins)"
+        told = f"Belief over {counted(run.plans(), 'plan')} before each token written; a line: a chunk begins."
         draw_beliefs(folder, name, np.array(entry["beliefs"]), words, begins, told, names=names)
         show(f"picture: {folder / 'plots' / name}.png")
 
@@ -665,9 +665,7 @@ def sample_state(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
             return predict_adata(page, run, model, extra, folder, cfg, rt, show) | {"step": step}
         cells = page.open_run_data(run, extra)
         conditions = []  # what was predicted and measured of each
-        told = io.StringIO()  # the table, which comes after the verdict
-        with contextlib.redirect_stdout(told):
-            result = page.finish(model, cells, run, rt, folder, conditions.append)
+        result = page.finish(model, cells, run, rt, folder, conditions.append)
     rows = joined(conditions, "rows", "controls")
     columns = {
         run.cell_type_key: np.array(cells.cell_types)[cells.cell_type[rows]],
@@ -684,10 +682,12 @@ def sample_state(page: ModuleType, path: Path, cfg: Config, show: Show) -> dict:
         with doing(f"writing {folder / name}.h5ad, {size}"):
             write_h5ad(folder / f"{name}.h5ad", expression, columns, genes, obs_names=names_of(cells, rows))
     show(sentence(f"after {counted(step, 'step')} {verdict(result)}"))
-    show(f"\n{told.getvalue().rstrip()}\n")
-    show(sentence(f"written to {folder}: pred.h5ad and real.h5ad ({size}, controls included), metrics.csv, "
-                  "results.json, plots/"))
-    return {"experiment": "state", "step": step, **result}
+    show(f"\n{table_of(result)}\n")
+    files = f"pred.h5ad, real.h5ad ({size}, with controls), metrics.csv, results.json, plots"
+    show(sentence(f"written to {folder}: {files}"))
+    places = [folder / name for name in ("pred.h5ad", "real.h5ad", "metrics.csv", "results.json", "plots")]
+    written = [str(place) for place in places if place.exists()]
+    return {"experiment": "state", "step": step, **result, "written": written}
 
 
 def joined(conditions: list[dict], cells: str, controls: str) -> np.ndarray:
@@ -797,6 +797,7 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         "cells": len(types),
         "cell_types": controls.cell_types,
         "perturbations": wanted,
+        "written": [str(target)],
     }
 
 

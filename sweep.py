@@ -27,6 +27,7 @@ from common.errors import InputError, RunError, clear_errors, leave, os_sentence
 
 import contextlib
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def run_sweep(plan: Any, cfg: Config, script: Path, shown: list[str], less_is_be
     """
     how = processes(cfg, plan, script)
     source = plan.open()
-    begin(__file__, f"{source.title()}, {counted(how[1], 'run')} at a time", file=sys.stdout)
+    print(f"{source.title()}, {counted(how[1], 'run')} at a time", flush=True)
     new, came = run_and_tell(source, how, shown)
     told = source.lines()
     compares = source.is_whole() and not came
@@ -252,6 +253,8 @@ def sweep(argv: list[str]) -> Any:
     words = [word for word in argv[1:] if word not in ("-m", "--multirun", *shows)]
     page, script = import_page(argv[0])
     cfg, words, sweeper = read_words(page, words)
+    if not shows:  # what follows may have to read or to make data
+        begin(__file__, shlex.join([script.name, *(word for word in argv[1:] if "=" in word)]), file=sys.stdout)
     shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
     plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
     plan = plan or plan_runs(page, script, words, sweeper, cfg)

@@ -1183,7 +1183,7 @@ def train(cfg: Config, rehearsal_only: bool = False, beside: dict | None = None)
                     log.metrics(step, "eval", metrics)
                     log.say(plans.evaluation_line(step, metrics) + (" *" if improved else ""))
                     if cfg.preview_tokens and rt.is_main:
-                        log.say("  " + preview(model, corpus, rt, cfg.preview_tokens))
+                        log.say(preview(model, corpus, rt, cfg.preview_tokens))
                 if due.saves or improved:
                     # Collective: every rank adds the state of its random numbers.
                     saved = checkpoint.capture(

@@ -330,12 +330,22 @@ def judge_plan(metrics: dict) -> list[str]:
     if is_number(nmi):
         found = "found" if nmi >= FOUND else "found in part" if nmi >= FOUND_IN_PART else "NOT found"
         parts.append(f"{found} (plan_nmi {nmi:.3f} of 1)")
-    ways = {"planner_mask_delta_loss": "without the belief", "plan_gain": "with the best plan alone"}
+    ways = {  # what the loss is of, and who does as well then
+        "planner_mask_delta_loss": ("without the belief", "an even mixture of the plans"),
+        "plan_gain": ("with the best plan alone", "one plan alone"),
+    }
     known = {name: metrics[name] for name in ways if is_number(metrics.get(name))}
-    if known:
-        changes = [f"by {value:+.4f} {ways[name]} ({name})" for name, value in known.items()]
-        used = "used" if min(known.values()) >= USED else "not used"
-        parts.append(f"{used}: the loss changes {' and '.join(changes)}")
+    idle = {name: value for name, value in known.items() if value < USED}
+    reasons = []
+    if idle:
+        for name, value in idle.items():
+            does = "does as well" if value > -USED else "does better"
+            reasons.append(f"{ways[name][1]} {does} ({name} {value:+.4f})")
+        parts.append(f"not used: {' and '.join(reasons)}")
+    elif known:
+        for name, value in known.items():
+            reasons.append(f"by {value:.4f} {ways[name][0]} ({name})")
+        parts.append(f"used: the loss rises {' and '.join(reasons)}")
     return ["The plan is " + " and ".join(parts)] if parts else []
 
 

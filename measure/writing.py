@@ -11,6 +11,7 @@ Dimensions: B texts, P tokens of a prompt, n tokens written, K plans, V vocabula
 """
 
 import math
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -270,11 +271,13 @@ def generate(
 
 
 def preview(model, corpus, rt, tokens: int) -> str:
-    """A sample of a model in training, with the same random numbers every time; reads preview_prompt of its cfg."""
+    """A line or two of what a model in training writes, with the same random numbers every time, from its cfg's
+    preview_prompt on."""
     prompt = torch.tensor([corpus.prompt_ids(model.cfg.preview_prompt)], device=rt.device)
     written = generate(model, prompt, tokens, rt.generator(7, device="cpu"), temperature=0.8, top_k=50)
     model.train()
-    return corpus.text(written.tokens[0].tolist())
+    text = corpus.text(written.tokens[0].tolist())
+    return textwrap.fill(f"  it writes: {text}", 100, subsequent_indent="    ")
 
 
 def ban_ngrams(log_p: torch.Tensor, history: list[list[int]], n: int) -> torch.Tensor:

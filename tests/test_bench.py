@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -40,8 +41,12 @@ def test_without_a_name_it_lists_and_runs_nothing(capsys, monkeypatch):
     monkeypatch.setattr(ghmm, "bench", lambda options: pytest.fail("it measures"))
     assert bench.main([]) == []
     printed = capsys.readouterr().out
-    assert all(f"python bench.py {name} " in printed for name in (*bench.BENCHES, "all"))
-    assert all(f"{it.minutes:>3} min " in printed for it in bench.BENCHES.values())
+    listed = re.findall(r"^  (\w+) +(\d+) min ", printed, re.MULTILINE)
+    minutes = {name: it.minutes for name, it in bench.BENCHES.items()}
+    assert {name: int(each) for name, each in listed} == minutes | {"all": sum(minutes.values()) - minutes["gpu"]}
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    assert max(map(len, (printed + capsys.readouterr().out).splitlines())) <= 100
 
 
 def test_all_is_what_needs_no_gpu():
@@ -71,6 +76,7 @@ def test_a_checkout_goes_to_the_benchmark_whose_file_it_has(capsys):
     ("ghmm --only=x", "--only is for scale and gpu alone"), ("scale --only=zebra", "There are: ghmm step"),
     ("ghmm --device=cpu", "--device is for gpu alone"), ("gpu --device=meta --short", "invalid choice: 'meta'"),
     ("gpu --device=cpu --short --only=zebra", "There are: ghmm default"), ("arxiv --full", "apelr and state"),
+    ("ghmm --jsn=x", "--jsn=x: no such option, did you mean '--json'?"), ("al", "did you mean 'all'"),
     ("arxiv --peer_python=x", "is for ghmm alone"),
     ("arxiv --peer=.", "no model.py (nanoGPT, for arxiv)"),
     ("arxiv apelr --peer=.", "no model.py (nanoGPT, for arxiv) or src/apelr/model_v2.py (APEL-R, for apelr)"),

@@ -377,6 +377,24 @@ def test_a_copy_of_each_page_is_sampled_like_the_page(experiment, settings, key,
     assert json.loads(Path("found.json").read_text())[key] is not None and result[key]
 
 
+def test_cells_are_told_verdict_first_then_a_table_then_the_files(repository, data, capsys):
+    train_copy("state", repository, data)
+    capsys.readouterr()
+    result = sample.main(["run", "--device=cpu", "--out=here"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sample: reading run" and told[1].startswith("after 2 steps the model ")
+    row = next(line.split() for line in told if line.startswith("model "))
+    assert float(row[1].rstrip("*")) == pytest.approx(result["pearson_delta"], rel=1e-3)
+    assert told[-1].startswith("written to here: pred.h5ad, real.h5ad (") and max(map(len, told)) <= 100
+    assert all(Path(name).exists() for name in result["written"])
+    given = sample.main(["run", "--device=cpu", "--adata=here/real.h5ad", "--cells=3", "--out=here"])
+    assert given["written"] == ["here/predicted.h5ad"] and given["step"] == 2
+    count = given["cells"] // 3
+    told = capsys.readouterr().out.splitlines()
+    assert told[2].split() == ["cell", "type", "perturbation", "control", "cells", "predicted"]
+    assert [line.split()[-1] for line in told[3:]] == ["3"] * count
+
+
 def test_a_copy_in_a_repository_of_its_own_is_sampled_by_the_script(repository, data):
     """As a user starts it: sample.py finds the page in its own folder."""
     train_copy("ghmm", repository, data)
