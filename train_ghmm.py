@@ -285,8 +285,7 @@ def make_contexts(process: Process, length: int, max_words: int, samples: int, s
     # The belief after a token knows all that the tokens so far say of the next: p(x | belief) = belief T[x] r.
     beliefs = process.beliefs(words)[:, 1:]  # [N, T, S], without the one before the first token
     optimal = process.next_token_probs(beliefs)  # [N, T, V]
-    exact = every is not None
-    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact, process.state_names)
+    return Contexts(words, weights / weights.sum(), optimal, beliefs, every is not None, process.state_names)
 
 
 def final_contexts(process: Process, cfg: Config) -> Contexts:
