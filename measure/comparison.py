@@ -29,7 +29,7 @@ from sources.sweeps import digest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("config.json", "metrics.jsonl", "summary.json")  # a folder that has two of them is a run's
 # Settings that do not tell what a run finds: those of how it is watched, and words of a sweep.
-APART = {*NO_SETTINGS, SEED, "wandb_project", "wandb_entity", "study", "study_seeds", "report"}
+APART = {*NO_SETTINGS, SEED, "study", "study_seeds", "report"}
 # What is drawn over steps: of lines of training, and of evaluations.
 CURVES = {
     "ghmm": ("loss/ema", "excess_loss"),
