@@ -1,7 +1,7 @@
 """Train a page once for every combination of listed settings, each run in a folder of its own, and compare the results.
 
     python sweep.py train_ghmm.py --lr=1e-3,1e-4 --seed=0,1,2 --jobs=2     # 6 runs, 2 at a time
-    python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'# values that are lists
+    python sweep.py train_state.py --decoder_hidden_dims='[1024],[512,512]'  # values that are lists
     python sweep.py train_arxiv.py --study=nested:1,2,4 --seed=0,1         # the runs of a study
     python sweep.py train_ghmm.py --lr=1e-3,1e-4 --shard=3/10              # for an array of jobs
     python sweep.py train_ghmm.py --trials=20 --lr=log:1e-5..1e-2          # a search by TPE

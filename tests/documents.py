@@ -76,15 +76,15 @@ def commands_of_document(path: Path) -> Iterator[Command]:
                 yield Command(text, comment, f"{path.name}:{fence.line + number}")
     text = prose(path)
     for match in SPAN.finditer(text):
-        words = " ".join(match[1].split())
+        words = " ".join(match[1].replace("\\|", "|").split())
         if COMMAND.match(words) and " " in words:
             yield Command(words, "", f"{path.name}:{text[:match.start()].count(chr(10)) + 1}", False)
 
 
 def commands_of_script(path: Path) -> Iterator[Command]:
-    """Of the docstring of a page or a door: what stands four spaces in."""
+    """Of the docstring of a page or a door: what stands four spaces in and begins with a program."""
     for number, line in enumerate(docstring(path).splitlines(), 1):
-        if re.match(r"    \S", line):
+        if re.match(r"    (python|torchrun|echo|cp) ", line):
             for _, text, comment in shell_lines(line):
                 yield Command(text, comment, f"{path.name}:{number}")
 
