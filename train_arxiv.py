@@ -8,7 +8,7 @@ component known is I(component; document) <= log K nats. On synthetic documents 
     python train_arxiv.py                                      # 4 hidden Markov components beside the exact optimum
     python train_arxiv.py --study=nested:1,2,4 --jobs=2 --out_dir=out/nested    # XE against K: 9 runs, 5 minutes
     python train_arxiv.py config/arxiv.py --study=all31 --controls     # every subset of five arXiv categories
-    python train_arxiv.py --report=out/arxiv_study             # the report again, of the runs that there are
+    python train_arxiv.py --report=out/nested                  # the report again, of the runs that there are
     torchrun --nproc_per_node=8 train_arxiv.py config/arxiv.py
 
 The default takes 1 minute on two cores and ends within 1% of the optimum at every position. The model is GPT-2's

@@ -160,10 +160,6 @@ PICTURES = {  # by the name of their file: what is on them, and what to look for
         " Triangles are the best baseline."
     ),
     "metrics": "Means of the model and of the baselines over the conditions, a panel a metric.",
-    "pearson_delta_by_perturbation": (
-        "Correlation of predicted and measured change, a line a condition; rings are the best baseline."
-    ),
-    "mae_by_perturbation": "Mean absolute error of a gene, a line a condition; rings are the best baseline.",
     "excess_by_position": "How far cross entropy is above the exact optimum after so many tokens: 0 is perfect.",
     "excess_loss": "How far the loss is above the floor while training: 0 is perfect.",
     "loss": "Loss while training, and where it was evaluated; dashed is what no predictor can be below, where known.",
@@ -209,6 +205,17 @@ def meaning(name: str, experiment: str = "") -> str:
     if place and alike:
         return known[alike[0]].replace(alike[0].partition("_at_")[2], number).partition("; likewise")[0]
     return f"{known[stem]}, after {number} tokens" if place and stem in known else ""
+
+
+def caption(picture: str, experiment: str = "") -> str:
+    """What is on a picture of a run, by the name of its file without .png."""
+    if picture in PICTURES:
+        return PICTURES[picture]
+    name = picture.removesuffix("_by_perturbation")
+    said = meaning(name, experiment) if name != picture else ""
+    if said:
+        return f"{name}: {said.partition('; likewise')[0]}. A line is a condition; rings are the best baseline."
+    return f"{picture.replace('_', ' ').capitalize()}."
 
 
 def table(experiment: str) -> list[str]:

@@ -646,7 +646,7 @@ def test_the_minimal_training_run_from_python(data):
     write_h5ad("cells.h5ad", X, columns, [f"g{i}" for i in range(GENES)], {"X_hvg": X})
     shutil.copy(data / "cells.toml", "starter.toml")
     names = {}
-    assert MINIMAL in Path(train_state.__file__).with_name("README.md").read_text()
+    assert MINIMAL in Path(train_state.__file__).with_name("docs").joinpath("sources.md").read_text()
     exec(MINIMAL, names)  # noqa: S102
     assert names["summary"]["steps"] == 2 and names["summary"]["conditions"] == 2
     cfg = names["cfg"]

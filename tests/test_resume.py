@@ -219,7 +219,7 @@ def test_a_finished_run_without_its_summary_is_evaluated_again_and_not_trained(f
 def test_a_finished_run_with_another_setting_is_refused_with_the_choices(finished, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     error = refused(capsys, "--lr=1e-3")
-    for words in ("lr: 0.003 -> 0.001", "another out_dir", "resume=never", f"resume={Path('run/last.pt')}"):
+    for words in ("lr: 0.003 -> 0.001", "another --out_dir", "resume=never", f"resume={Path('run/last.pt')}"):
         assert words in error
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
     assert "max_steps: 60 -> 70" in refused(capsys, "--max_steps=70")
