@@ -301,8 +301,8 @@ def all_of(found: set[str], spool: Spool, source: Source) -> list[str]:
         lacking = [name for name in names if not spool.counts[split, name]]
         rest = [name for name in names if spool.counts[split, name]]
         if lacking and rest:
-            raise DataError(f"{source.input}, {split}: no document of {', '.join(lacking)}; raise validation_fraction, "
-                            f"use more documents, or name what to keep: categories={','.join(rest)}")
+            raise DataError(f"{source.input}, {split}: no document of {', '.join(lacking)}; use more documents, "
+                            f"deal them anew by --split_column='', or name what to keep: categories={','.join(rest)}")
     return names
 
 
