@@ -196,7 +196,7 @@ def hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
 def print_config(cfg: Any) -> str:
     """The text of a .py config file that sets every field to its value in cfg."""
     lines, last_group = [f"# every setting of a run of {_script(type(cfg)).name}"], ""
-    for name, group, comment in _described_fields(type(cfg)):
+    for name, group, comment in described_fields(type(cfg)):
         lines += ["", f"# {group}"] if group != last_group else []
         lines.append(f"{name} = {_source(getattr(cfg, name))}" + (f"  # {comment}" if comment else ""))
         last_group = group
@@ -228,7 +228,7 @@ def help_text(Config: type, prog: str, dialects: Iterable[Any] = (), usage: str 
     lines, last_group = [*_fitted(doc, width), ""] if doc else [], ""
     lines += _fitted(f"usage: {usage}", width)
     kinds, defaults = _kinds(Config), _defaults(Config)
-    for name, group, comment in _described_fields(Config):
+    for name, group, comment in described_fields(Config):
         if only is None or name in only:
             lines += ["", group] if group != last_group else []
             lines += _row(f"  --{name}={_typed(defaults[name])}", comment, _type_name(kinds[name]), width)
@@ -1224,7 +1224,7 @@ def _script(Config: type) -> Path:
     return Path(getattr(sys.modules.get(Config.__module__), "__file__", None) or "script.py")
 
 
-def _described_fields(Config: type) -> list[tuple[str, str, str]]:
+def described_fields(Config: type) -> list[tuple[str, str, str]]:
     """(field, group heading, comment) in the fields' order; a subclass may reword its base's comments."""
     described: dict[str, tuple[str, str]] = {}
     for cls in reversed(Config.__mro__):

@@ -76,6 +76,7 @@ from sources.foreign import ICL
 from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
 from sources.foreign_checkpoints import checkpoint_in
 from sources.shared import closest, counted, counter_rng, make_once, quoted
+from sources.study_arxiv import STUDIES
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 # Of summary.json, said at the end.
@@ -153,6 +154,10 @@ class Config:
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = self.lr / 10
+
+    @staticmethod
+    def more_help() -> str:
+        return STUDIES
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""

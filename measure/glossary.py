@@ -146,6 +146,19 @@ FIGURES = {
         "baselines": "the same figures of predictions that learn nothing but means",
     },
 }
+COLUMNS = {  # of the tables of a study, beside the figures
+    "sets": "sets of K categories that there are runs of",
+    "of": "whose cross entropy the law is of",
+    "law": "how cross entropy (XE) grows with K",
+    "low": "lower end of the 95% interval",
+    "high": "upper end of the 95% interval",
+    "rms": "how far the law is off at the K that it is fitted to: root mean square, nats",
+    "held_out_rms": "how far it is off at a K that it has not seen, each K in turn: root mean square, nats",
+    "sd_sets": "standard deviation over sets, each category's own level taken off",
+    "sd_seeds": "standard deviation over seeds within a set",
+    "se_documents": "standard error by the documents that were drawn",
+    "position": "tokens read",
+}
 PICTURES = {  # by the name of their file: what is on them, and what to look for
     "beliefs": (
         "Beliefs about the state of the process, and what a linear map reads out of the activations, a point for each"
@@ -192,6 +205,8 @@ def meaning(name: str, experiment: str = "") -> str:
     name: of summary.json, dotted where it is in a table there; or a column, such as xe_sd.
     """
     known = FIGURES[""] | FIGURES.get(experiment, {})
+    if experiment == "arxiv":
+        known = COLUMNS | known
     if name in known:
         return known[name]
     *tables, last = name.split(".")

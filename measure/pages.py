@@ -22,7 +22,7 @@ import torch
 from common.errors import DataError, reason, regular_file, replacing, system_sentence
 from common.runlog import places, read_json
 from common.telling import note
-from configurator import Text, config_dict, convert
+from configurator import Text, config_dict, convert, described_fields
 from measure import figures
 from measure.forced import plan_rows
 from measure.glossary import caption, meaning
@@ -331,9 +331,11 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
         text.append(f"What cannot be typed ({', '.join(untold)}) it takes from the file.")
         words = [str(run / "config.json")]
     defaults = config_dict(Config())
+    said = {name: comment for name, group, comment in described_fields(Config)}  # as --help has it
     rows = []
     for name, value in settings.items():
-        rows.append({"setting": name, "value": typed(value), "default": typed(defaults[name])})
+        row = {"setting": name, "value": typed(value), "default": typed(defaults[name]), "what it is": said[name]}
+        rows.append(row)
     return Section("Settings", text, tables=[rows], commands=[command_line(from_here(script), words)])
 
 

@@ -199,7 +199,7 @@ def test_init_from_takes_a_folder_of_the_source(data, runs, capsys):
     folder = as_arc_state(runs("--source_files"), "theirs")
     frozen = ("--lr=0", "--min_lr=0", "--weight_decay=0", "--max_steps=1")
     train(data, f"--init_from={folder}", "--n_layers=3", *frozen, "--out_dir=tuned")
-    assert "taken over from theirs: n_layers = 1" in capsys.readouterr().out
+    assert "taken over from theirs: n_layers = 1" in capsys.readouterr().err
     theirs = read_checkpoint(folder / "checkpoints/final.ckpt")["state_dict"]
     mine = checkpoint.load(Path("tuned"))["model"]
     name = "transformer_backbone.layers.0.mlp.up_proj.weight"

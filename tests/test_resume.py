@@ -255,7 +255,8 @@ def test_an_unfinished_run_goes_on_with_another_learning_rate_and_says_so(unfini
 
 def test_a_resume_without_changes_claims_none(unfinished, capsys):
     run()
-    assert " -> " not in capsys.readouterr().out
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(" -> run") and not any(" -> " in line for line in lines)
 
 
 @pytest.mark.parametrize("setting, key, value", [("--weight_decay=0.5", "weight_decay", 0.5),
@@ -451,8 +452,9 @@ def test_the_command_line_tells_of_damage_in_one_line(finished):
     done = subprocess.run([sys.executable, ROOT / "train_ghmm.py", *SHORT], env=environment, capture_output=True,
                           text=True, timeout=100)
     assert done.returncode == 2
-    console = (done.stdout + done.stderr).splitlines()
+    console = done.stderr.splitlines()
     assert len(console) == 1 and console[0].startswith("error: ") and "last.pt" in console[0]
+    assert done.stdout == "train_ghmm: mess3, transformer, 60 steps -> run\n"
 
 
 # --------------------------------------------------------------------------------------------------------- saving
