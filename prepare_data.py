@@ -303,6 +303,9 @@ class StateConfig:
     seed: int = 1337
 
     def check(self) -> list[str]:
+        if self.action == "synthetic" and self.input:
+            return [f"input = {self.input}: synthetic cells need none; for yours: state preprocess --input=FILE.h5ad, "
+                    "or state toml --input=FILE.h5ad where they are log1p already"]
         missing = self.action != "synthetic" and not self.input
         return [f"{self.action} needs cells: --input=FILE.h5ad"] if missing else []
 
@@ -593,7 +596,7 @@ def after_state(cfg: StateConfig, found: dict) -> list[str]:
 
 def after_cells(cfg: CellsConfig, found: dict) -> list[str]:
     plain = CellsConfig()
-    words = [f"--{name}={value}" for name, value in vars(cfg).items()
+    words = [f"--{name}={'none' if value is None else value}" for name, value in vars(cfg).items()
              if name != "folder" and value != getattr(plain, name)]
     return [f"python train_state.py {shlex.join(words)}"]
 
@@ -675,7 +678,7 @@ def prepare(argv: list[str]) -> dict:
         fail("arxiv: folders in S3 are copied first: aws s3 cp --recursive s3://BUCKET/PREFIX data/papers, then python "
              "prepare_data.py arxiv --input=data/papers")
     if job not in JOBS:
-        fail(f"no job {job!r}{closest(job, JOBS)} Jobs: {', '.join(JOBS)}")
+        fail(f"no job {job!r}{closest(job, JOBS) or '.'} Jobs: {', '.join(JOBS)}")
     if {"-h", "--help"} & set(words):
         print_text(job_help(job))
         raise SystemExit(0)

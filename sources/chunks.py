@@ -301,8 +301,8 @@ def all_of(found: set[str], spool: Spool, source: Source) -> list[str]:
         lacking = [name for name in names if not spool.counts[split, name]]
         rest = [name for name in names if spool.counts[split, name]]
         if lacking and rest:
-            raise DataError(f"{source.input}, {split}: no document of {', '.join(lacking)}; raise validation_fraction, "
-                            f"use more documents, or name what to keep: categories={','.join(rest)}")
+            raise DataError(f"{source.input}, {split}: no document of {', '.join(lacking)}; use more documents, "
+                            f"deal them anew by --split_column='', or name what to keep: categories={','.join(rest)}")
     return names
 
 
@@ -770,13 +770,14 @@ def inspect_chunks(path: str | Path, tokens: int = 20) -> dict:
     path = Path(path)
     file, names, codes = open_chunks(path)
     with file:
-        chunks = map_tokens(file)
-        documents = read(member(file, "doc_idx_for_chunk"))
-        N, n = chunks.shape  # read block by block: the file may be larger than memory
         vocab_size = whole_attribute(file, "vocab_size", 1, MOST_TOKENS) or 0  # 0: the file does not say
-        counts, negative = count_tokens(chunks, vocab_size)
-        problems = range_problems(counts, negative, vocab_size)
-        problems += repeats(path, chunks)
+        with doing(f"reading {path}, and looking for chunks that repeat"):
+            chunks = map_tokens(file)
+            documents = read(member(file, "doc_idx_for_chunk"))
+            N, n = chunks.shape  # read block by block: the file may be larger than memory
+            counts, negative = count_tokens(chunks, vocab_size)
+            problems = range_problems(counts, negative, vocab_size)
+            problems += repeats(path, chunks)
         of_each = counted(n, "token")
         print(f"{path}: {counted(N, 'chunk')} of {of_each}, {N * n:,} in all, vocabulary {vocab_size or 'unknown'}")
         sizes = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, regular_file
-from common.telling import note
+from common.telling import doing, note
 from sources.digests import CHECKED_WHOLE, check_file, of_file, sha256
 from sources.plain_json import read_json
 from sources.shared import counted, nearest, report
@@ -208,7 +208,8 @@ def inspect_stream(folder: Path, tokens: int = 20) -> dict:
     if tokenizer and tokenizer.hash() != meta["tokenizer_hash"]:
         problems.append(f"{meta['tokenizer']} is not the tokenizer that made these tokens")
     for split, stream in streams.items():
-        counts = count_stream(stream, vocab_size)
+        with doing(f"reading {split}.bin, {counted(len(stream), 'token')}"):
+            counts = count_stream(stream, vocab_size)
         beyond = len(stream) - counts.sum()
         if beyond:
             those = counted(beyond, "token is", "tokens are")
@@ -230,7 +231,8 @@ def inspect_stream(folder: Path, tokens: int = 20) -> dict:
         print(f"  {split:<5} {tokens_held:>20} {documents_held:>19}; {kinds}; most frequent: {', '.join(words)}")
     if problems:
         report(problems)
-    verify(folder, meta, whole=True)
+    with doing(f"taking checksums of {folder}"):
+        verify(folder, meta, whole=True)
     known = meta.get("files") or {}
     if not known:  # of an earlier version
         for split in streams:

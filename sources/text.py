@@ -160,7 +160,7 @@ def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
     """The rows of a table. Raises DataError for a row that only a guess could read: what follows it would be wrong."""
     csv.field_size_limit(MOST_CHARACTERS)
     with open_text(path, newline="") as file:
-        rows = csv.reader(lines_of(file, path), strict=True)
+        rows = csv.reader(lines_of(file, path), delimiter=delimiter_of(path), strict=True)
         names = None
         number = 1  # of a row: the names are row 1, and a text may go over many lines
         while True:
@@ -187,6 +187,13 @@ def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
                 raise DataError(f"{where}, line {begin}: {len(row)} cells under {counted(len(names), 'name')}; a text "
                                 "that has a comma needs quotes around it")
             yield where, dict(zip_longest(names, row[: len(names)]))
+
+
+def delimiter_of(path: Path) -> str:
+    """What stands between the names of a table's columns: a comma, or what takes its place where commas are decimal."""
+    with open_text(path) as file:
+        names = next((line for line in lines_of(file, path) if line.strip()), "")
+    return max(",;\t", key=names.count)
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -347,7 +354,10 @@ def hub_errors(name: str) -> Iterator[None]:
 
 def open_hub(name: str, config: str) -> dict:
     """{split: rows}, streamed."""
-    datasets = optional("datasets", "datasets")
+    try:
+        datasets = optional("datasets", "datasets")
+    except DataError as error:
+        raise DataError(f"{name}: {error}; files of your own need none: --input=FILE or FOLDER") from error
     with hub_errors(name):
         return datasets.load_dataset(name, config or None, streaming=True)
 

@@ -401,8 +401,8 @@ def test_a_split_that_a_table_leaves_empty_is_dealt():
 @pytest.mark.parametrize("labels, words", [
     (range(300), "column 'label' has more than 256 labels, so it names no categories: use another label_column=NAME"),
     (["a", "long " * 60], "column 'label' has the label 'long long"),
-    (["a", "b", "rare"], "validation: no document of rare; raise validation_fraction, use more documents, or name what "
-                         "to keep: categories=a,b"),
+    (["a", "b", "rare"], "validation: no document of rare; use more documents, deal them anew by --split_column='', or "
+                         "name what to keep: categories=a,b"),
     (["a", "b", "untrained"], "train: no document of untrained")])
 def test_labels_that_cannot_all_be_categories_are_refused(labels, words, capsys):
     labelled(list(labels))
@@ -896,6 +896,7 @@ def test_a_damaged_or_foreign_data_file_is_one_clear_line(damage, words, capsys)
 
 @pytest.mark.parametrize("line, words", [
     ("arxv", "no job 'arxv', did you mean 'arxiv'?"), ("inspect", "inspect needs a file"), ("inspect x.h5", "no such"),
+    ("state counts.h5ad", "for yours: state preprocess --input=FILE.h5ad"), ("help", "no job 'help'. Jobs: text, "),
     ("ergodic --chunk_size=0", "chunk_size: expected"), ("ergodic --components=[{\"process\":\"mes3\"}]", "'mess3'"),
     ("ergodic --components=[3]", "components: expected list[dict]"), ("ergodic --sede=1", "did you mean seed"),
     ("ergodic --components=[{\"process\":\"sns\",\"name\":\"a\"},{\"process\":\"sns\",\"name\":\"a\"}]",

@@ -439,6 +439,12 @@ def test_a_row_may_end_early_or_be_empty_and_lines_in_quotes_are_counted():
     assert found == [("a.csv, row 2", "a\nb"), ("a.csv, row 3", None), ("a.csv, row 4", "c"), ("a.csv, row 5", 'd "e"')]
 
 
+@pytest.mark.parametrize("delimiter", ",;\t")
+def test_a_table_may_have_semicolons_or_tabs_between_its_columns(delimiter):
+    write("a.csv", f'\nid{delimiter}"text"\n1{delimiter}"a, b; c\td"\n')
+    assert [record for _, record in text_source.csv_records(Path("a.csv"))] == [{"id": "1", "text": "a, b; c\td"}]
+
+
 def test_a_quote_that_takes_in_the_rest_of_a_large_file_is_not_held_in_memory(capsys, monkeypatch):
     monkeypatch.setattr(text_source, "MOST_CHARACTERS", 1_000)
     told = refused(capsys, "text", *SMALL, write("a.csv", 'text\na\n"b\n' + "more of it\n" * 1_000))
