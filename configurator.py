@@ -57,13 +57,13 @@ NONES = {"none": None, "null": None}
 IGNORED = "(ignored)"  # where the keys go that an alias sends to None
 READ = "(read by the dialect)"  # what an alias is of a key that only a dialect's `complete` knows how to read
 CONFIG_GROUP = "config_name"  # of a dialect: what --config-name=NAME stands for
-BARE = "files go bare, without --{key}: {value}"
+BARE = "files go bare, without {key}: {command}"
 ELSEWHERE = {  # names of other systems, for which a page has its own way: what a refusal adds
-    "config": BARE, "config_file": BARE, "cfg": BARE,
+    **dict.fromkeys(("config", "config_file", "cfg", "c", "conf", "yaml", "f", "file"), BARE),
     "config_path": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "config_dir": "name the configuration file itself, bare: FOLDER/NAME.yaml",
     "checkpoint": BARE,
-    "set": "settings go bare too, without --{key}: {value}",
+    "set": "settings go bare too, without {key}: {value}",
 }  # fmt: skip
 LARGEST_FILE = 4_000_000  # bytes of a configuration file
 MOST_NODES = 100_000  # of a YAML file with its aliases written out, and of references looked up in one
@@ -196,7 +196,7 @@ def hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
 def print_config(cfg: Any) -> str:
     """The text of a .py config file that sets every field to its value in cfg."""
     lines, last_group = [f"# every setting of a run of {_script(type(cfg)).name}"], ""
-    for name, group, comment in _described_fields(type(cfg)):
+    for name, group, comment in described_fields(type(cfg)):
         lines += ["", f"# {group}"] if group != last_group else []
         lines.append(f"{name} = {_source(getattr(cfg, name))}" + (f"  # {comment}" if comment else ""))
         last_group = group
@@ -228,7 +228,7 @@ def help_text(Config: type, prog: str, dialects: Iterable[Any] = (), usage: str 
     lines, last_group = [*_fitted(doc, width), ""] if doc else [], ""
     lines += _fitted(f"usage: {usage}", width)
     kinds, defaults = _kinds(Config), _defaults(Config)
-    for name, group, comment in _described_fields(Config):
+    for name, group, comment in described_fields(Config):
         if only is None or name in only:
             lines += ["", group] if group != last_group else []
             lines += _row(f"  --{name}={_typed(defaults[name])}", comment, _type_name(kinds[name]), width)
@@ -338,6 +338,7 @@ class Settings:
         self.aliases = {key: getattr(name, "field", name) or IGNORED for key, name in names.items()}
         self.alias_depth = max((key.count(".") + 1 for key in self.aliases), default=0)
         self.derived: dict[str, tuple[float, Derived, str]] = {}
+        self.argv: list[str] = []
         self.errors: list[str] = []
         self.ignored: list[str] = []
         self.dialects, self.dialect = dialects, None
@@ -409,8 +410,11 @@ class Settings:
             name = IGNORED if self.is_ours else None
         plain = key.replace("-", "_")
         if plain in ELSEWHERE and plain not in self.kinds and source == "command line":
-            hint = ELSEWHERE[plain].format(key=key, value=raw).removesuffix(": true")  # a key without a value
-            if plain == "checkpoint" and "resume" in self.kinds:
+            typed = f"-{key}" if len(key) == 1 else f"--{key}"
+            hint = ELSEWHERE[plain].format(key=typed, value=raw, command=self.command_with(key, raw))
+            if isinstance(raw, Alone):
+                hint = hint.partition(":")[0]
+            elif plain == "checkpoint" and "resume" in self.kinds:
                 hint = f"--resume={raw} goes on from it, --analyze={raw} measures it, sample.py {raw} uses it"
             if plain == "cfg" and raw in ("job", "hydra", "all"):
                 hint = "--print_config prints all settings, and stops"
@@ -441,10 +445,26 @@ class Settings:
                 self.errors.append(f"{where}{alias}: {expected}: {_reason(error)}")
         return None
 
+    def command_with(self, key: str, file: str) -> str:
+        """The command line as it would be right, with a file bare in the place of --key=file."""
+        words = []
+        for word in self.argv:
+            name, equals, _ = word.lstrip("-").partition("=")
+            if name == key and word != key:
+                words.append(file)
+            elif not (words and words[-1] == word == file):  # behind --key, as a word of its own
+                words.append(word)
+        return shlex.join(["python", _script(self.Config).name, *words])
+
     def suggest(self, key: str) -> str:
-        names = [*self.kinds, *(alias for alias in self.aliases if "." not in alias)]
-        near = _nearest(key.replace("-", "_").lower().removeprefix("no_"), names, 1)
-        return f", did you mean {near[0]}?" if near else "; --help lists them all"
+        """What a name may have been meant as: one that is spelled nearly so, else those that it is a part of."""
+        key = key.replace("-", "_").lower().removeprefix("no_")
+        names = [*self.kinds, *(alias for alias in self.aliases if "." not in alias and not alias.startswith("_"))]
+        parts = [name for name in self.kinds
+                 if len(key) > 2 and (f"_{key}_" in f"_{name}_" or f"_{name}_" in f"_{key}_" or name.startswith(key))
+                 or len(name) > 2 and key.startswith(name)]
+        near = _nearest(key, names, 1, 0.8) or parts[:3] or _nearest(key, [name for name in names if len(name) > 3], 1)
+        return f", did you mean {' or '.join(near)}?" if near else "; --help lists them all"
 
     # ------------------------------------------------------------------------------- dialects of other systems
 
@@ -563,7 +583,8 @@ class Settings:
 
     def split(self, argv: Iterable[str]) -> tuple[list[str], list[tuple[str, Any]]]:
         """The config files and the (key, value) overrides of a command line."""
-        files, overrides, words = [], [], deque(argv)
+        self.argv = list(argv)
+        files, overrides, words = [], [], deque(self.argv)
         while words:
             word = words.popleft()
             key, equals, value = word.partition("=")
@@ -578,10 +599,35 @@ class Settings:
                 overrides.append((match[1], Text(value)))
             elif word.endswith(SUFFIXES) and not word.startswith("-"):
                 files.append(word)
+            elif word.startswith("-") and key.lstrip("-") in {*ELSEWHERE, *self.kinds, *self.aliases}:
+                overrides += self.one_dash(word, words)
             else:
-                self.errors.append(f"command line: {_short(word)}: expected --key=value, "
-                                   f"or a config file that ends in {', '.join(SUFFIXES)}")
+                self.errors.append(f"command line: {_short(word)}: {self.no_setting(word)}")
         return files, overrides
+
+    def one_dash(self, word: str, words: deque[str]) -> list[tuple[str, Any]]:
+        """-c FILE is told how files go; -lr=3 is one dash short."""
+        key, equals, value = word.lstrip("-").partition("=")
+        if key in self.kinds or key in self.aliases:
+            self.errors.append(f"command line: {_short(word)}: two dashes, -{word}")
+            return []
+        return [(key, Text(value))] if equals else self.option(key, words)
+
+    def no_setting(self, word: str) -> str:
+        """What a word may have been meant as that is no setting and no file of them."""
+        if os.path.isfile(os.path.join(word, "config.json")) and "analyze" in self.kinds:
+            return f"a run goes behind a setting: --analyze={word} measures it again, --resume={word} goes on from it"
+        files = self.config_files()
+        near = _nearest(Path(word).name, [Path(name).stem for name in files], 1)
+        if near and not word.startswith("-"):
+            return f"did you mean {next(path for name, path in files.items() if Path(name).stem == near[0])}?"
+        return f"expected --key=value, or a config file that ends in {', '.join(SUFFIXES)}"
+
+    def config_files(self) -> dict[str, str]:
+        """{name: path} of what is in config/, beside the script."""
+        folder = _script(self.Config).parent
+        return {file.name: file.relative_to(folder).as_posix()
+                for file in sorted((folder / "config").rglob("*")) if file.suffix in SUFFIXES}
 
     def option(self, key: str, words: deque[str]) -> list[tuple[str, Any]]:
         """`--key` without a value of its own is a switch, or takes the next word."""
@@ -592,7 +638,7 @@ class Settings:
         if words and (words[0].lower() in known if "true" in known else not words[0].startswith("--")):
             return [(key, Text(words.popleft()))]
         if "true" in known or name not in self.kinds:  # an unknown name is the error to report
-            return [(key, Text("true"))]
+            return [(key, Alone("true"))]
         self.errors.append(f"command line: {key}: needs a value, as in --{key}={_source(self.values[name])}")
         return []
 
@@ -626,15 +672,13 @@ class Settings:
 
     def find(self, name: str) -> Path | None:
         """The config file `name`, from the working directory or from the folder of the script."""
-        folder = _script(self.Config).parent
         for path in self.places(name):
             if os.path.isfile(path):
                 return path
         if "\0" not in name and os.path.lexists(name):  # a folder, a pipe, a link to nothing
             self.errors.append(f"command line: no config file {_short(name)}: what has this name is no regular file")
             return None
-        there = {file.name: file.relative_to(folder).as_posix()
-                 for file in sorted((folder / "config").rglob("*")) if file.suffix in SUFFIXES}
+        there = self.config_files()
         near = _nearest(Path(name).name, there, 3) or list(there)[:8]
         hint = f"; there is {', '.join(there[file] for file in near)}" if near else ""
         self.errors.append(f"command line: no config file {_short(name)}{hint}")
@@ -871,10 +915,10 @@ def _line_number(error: BaseException, path: Path) -> str:
     return f":{number}" if number else ""
 
 
-def _nearest(word: str, names: Iterable[str], most: int) -> list[str]:
+def _nearest(word: str, names: Iterable[str], most: int, cutoff: float = 0.6) -> list[str]:
     """Those of names that are like the word, the likest first; upper and lower case are the same."""
     spellings = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(word.lower(), spellings, most)
+    near = difflib.get_close_matches(word.lower(), spellings, most, cutoff)
     return [spellings[name] for name in near]
 
 
@@ -900,6 +944,10 @@ class Text(str):
 
     A plain str comes from .py, JSON or quotes, and means itself wherever a str is allowed.
     """
+
+
+class Alone(Text):
+    """The "true" of a key without a value."""
 
 
 def convert(value: Any, kind: Any) -> Any:
@@ -939,7 +987,7 @@ def _to_union(value: Any, kinds: tuple) -> Any:
             return convert(value, kind)
         except ValueError as error:
             reasons += [str(error)] if kind is not types.NoneType else []
-    raise ValueError(", ".join(dict.fromkeys(reasons)))
+    raise ValueError(", ".join(sorted(dict.fromkeys(reasons), key=lambda reason: reason.endswith("?"))))
 
 
 def _to_choice(value: Any, choices: tuple) -> Any:
@@ -954,7 +1002,16 @@ def _to_choice(value: Any, choices: tuple) -> Any:
     for choice in choices:  # upper and lower case are the same where no choice is so written
         if isinstance(choice, str) and isinstance(value, str) and choice.lower() == value.lower():
             return choice
-    raise ValueError("not one of these")
+    near = _likely(value, [choice for choice in choices if isinstance(choice, str) and choice])
+    raise ValueError(f"did you mean {near}?" if near else "not one of these")
+
+
+def _likely(value: Any, choices: list[str]) -> str | None:
+    """The one of the choices that a word begins, or is like; None where there is no such one."""
+    word = str(value).lower()
+    begun = [choice for choice in choices if word and choice.lower().startswith(word)]
+    near = begun if len(begun) == 1 else _nearest(word, choices, 1)
+    return near[0] if near else None
 
 
 def _to_sequence(value: Any, origin: type, args: tuple) -> list | tuple:
@@ -1031,6 +1088,8 @@ def _to_float(value: Any) -> float:
         number = None if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):
         number = None
+    if number is None and isinstance(value, str) and re.fullmatch(r"\d{1,3}(,\d{3})+", value):
+        raise ValueError("leave the commas out")
     if number is None:
         raise ValueError("not a number")
     if math.isnan(number):
@@ -1165,7 +1224,7 @@ def _script(Config: type) -> Path:
     return Path(getattr(sys.modules.get(Config.__module__), "__file__", None) or "script.py")
 
 
-def _described_fields(Config: type) -> list[tuple[str, str, str]]:
+def described_fields(Config: type) -> list[tuple[str, str, str]]:
     """(field, group heading, comment) in the fields' order; a subclass may reword its base's comments."""
     described: dict[str, tuple[str, str]] = {}
     for cls in reversed(Config.__mro__):

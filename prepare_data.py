@@ -542,34 +542,42 @@ class Job(NamedTuple):
     following: Callable[[Any, dict], list[str]]  # of its settings and its result: the commands that use it
 
 
-def train_on(page: str, cfg: Any, *more: str) -> str:
-    """The command that trains a page on what a job has made."""
-    name = Path(cfg.out_dir).name
-    words = [f"--data={cfg.out_dir}", *more, f"--out_dir=out/{name}"]
-    return f"python train_{page}.py {shlex.join(words)}"
+UNASKED = {"apelr": "data/text", "arxiv": "data/ergodic", "state": "data/state"}  # what a page trains on by itself
+
+
+def train_on(page: str, folder: str, *more: str, run: str = "", data: str = "--data={}") -> str:
+    """The command that trains a page on what a job has put into a folder; run: what its own folder is called more."""
+    if folder == UNASKED[page]:
+        return shlex.join(["python", f"train_{page}.py", *more])
+    words = [data.format(folder), *more, f"--out_dir=out/{Path(folder).name}{run}"]
+    return shlex.join(["python", f"train_{page}.py", *words])
 
 
 def after_text(cfg: TextConfig, meta: dict) -> list[str]:
     most = min(meta["train_tokens"], meta["val_tokens"]) - 1  # tokens that a window may predict
-    return [train_on("apelr", cfg, *([f"--seq_len={max(1, most)}"] if most < SEQ_LEN else []))]
+    return [train_on("apelr", cfg.out_dir, *([f"--seq_len={max(1, most)}"] if most < SEQ_LEN else []))]
 
 
 def after_planted(cfg: PlantedConfig, meta: dict) -> list[str]:
-    if cfg == PlantedConfig(seed=cfg.seed):
-        return ["python train_apelr.py config/planted.py"]
-    sizes = [f"--num_plan_states={cfg.num_plans}", f"--chunk_size={cfg.chunk_size}",
-             f"--seq_len={meta['document_length'] - 1}", f"--version={cfg.version}"]
-    return [train_on("apelr", cfg, *sizes).replace(".py ", ".py config/planted.py ", 1)]
+    """The command of config/planted.py, with what of these documents is not as there."""
+    usual = {"num_plan_states": (cfg.num_plans, 4), "chunk_size": (cfg.chunk_size, 16),
+             "seq_len": (meta["document_length"] - 1, 127), "version": (cfg.version, "v2_planner_required"),
+             "data": (cfg.out_dir, "data/planted"), "out_dir": (f"out/{Path(cfg.out_dir).name}", "out/planted")}
+    words = [f"--{name}={value}" for name, (value, there) in usual.items() if value != there]
+    return [shlex.join(["python", "train_apelr.py", "config/planted.py", *words])]
 
 
 def after_chunks(cfg: ArxivConfig | ErgodicConfig, sizes: dict) -> list[str]:
     """A training on all components, on as much of each as the smallest has, and a study over their number."""
     chunks = sizes["train"].values()
     K = len(chunks)
-    everything = ["--budget=tokens", f"--budget_tokens={K * min(chunks) * cfg.chunk_size}"] if K > 1 else []
-    study = [f"python train_arxiv.py --data={shlex.quote(cfg.out_dir)} --study=nested:{','.join(powers(K))} "
-             f"--out_dir=out/{shlex.quote(Path(cfg.out_dir).name)}_study"]
-    return [train_on("arxiv", cfg, *everything), *(study if K > 1 else [])]
+    if K == 1:
+        return [train_on("arxiv", cfg.out_dir)]
+    everything = ["--budget=tokens", f"--budget_tokens={K * min(chunks) * cfg.chunk_size}"]
+    if cfg.out_dir == UNASKED["arxiv"]:
+        everything = []  # it is made for the page's own budget
+    study = f"--study=nested:{','.join(powers(K))}"
+    return [train_on("arxiv", cfg.out_dir, *everything), train_on("arxiv", cfg.out_dir, study, run="_study")]
 
 
 def powers(K: int) -> list[str]:
@@ -580,8 +588,7 @@ def powers(K: int) -> list[str]:
 def after_state(cfg: StateConfig, found: dict) -> list[str]:
     if cfg.action != "synthetic":
         return []  # which say it themselves
-    return [f"python train_state.py --toml={shlex.quote(cfg.out_dir)}/synthetic.toml "
-            f"--out_dir=out/{shlex.quote(Path(cfg.out_dir).name)}"]
+    return [train_on("state", cfg.out_dir, data="--toml={}/synthetic.toml")]
 
 
 def after_cells(cfg: CellsConfig, found: dict) -> list[str]:

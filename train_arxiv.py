@@ -8,7 +8,7 @@ component known is I(component; document) <= log K nats. On synthetic documents 
     python train_arxiv.py                                      # 4 hidden Markov components beside the exact optimum
     python train_arxiv.py --study=nested:1,2,4 --jobs=2 --out_dir=out/nested    # XE against K: 9 runs, 5 minutes
     python train_arxiv.py config/arxiv.py --study=all31 --controls     # every subset of five arXiv categories
-    python train_arxiv.py --report=out/arxiv_study             # the report again, of the runs that there are
+    python train_arxiv.py --report=out/nested                  # the report again, of the runs that there are
     torchrun --nproc_per_node=8 train_arxiv.py config/arxiv.py
 
 The default takes 1 minute on two cores and ends within 1% of the optimum at every position. The model is GPT-2's
@@ -76,6 +76,7 @@ from sources.foreign import ICL
 from sources.foreign_arxiv import ALIASES, source_checkpoint, without_last_position
 from sources.foreign_checkpoints import checkpoint_in
 from sources.shared import closest, counted, counter_rng, make_once, quoted
+from sources.study_arxiv import STUDIES
 
 EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keeps it
 # Of summary.json, said at the end.
@@ -153,6 +154,10 @@ class Config:
     def __post_init__(self):
         if self.min_lr is None:
             self.min_lr = self.lr / 10
+
+    @staticmethod
+    def more_help() -> str:
+        return STUDIES
 
     def check(self) -> list[str]:
         """What is wrong with the combination of settings, a sentence each."""

@@ -8,6 +8,7 @@ stream (Shai et al. 2024, arXiv:2405.15943).
     python train_ghmm.py                            # Mess3 on two CPU cores, 2 minutes: excess < 0.1%, r2 > 0.99
     python train_ghmm.py config/ghmm_rrxor.py       # RRXOR: its belief geometry is spread over the layers
     python train_ghmm.py --process=tom_quantum --alpha=1 --beta=7.14 --out_dir=out/tom   # any process of --help
+    python train_ghmm.py --matrices=my.npz --out_dir=out/my   # a process of your own, T[x][i, j] [V, S, S]
     torchrun --nproc_per_node=8 train_ghmm.py config/ghmm_mess3.py
     python train_ghmm.py --analyze=out/ghmm         # the analysis and pictures of any run folder or checkpoint
 
@@ -284,8 +285,7 @@ def make_contexts(process: Process, length: int, max_words: int, samples: int, s
     # The belief after a token knows all that the tokens so far say of the next: p(x | belief) = belief T[x] r.
     beliefs = process.beliefs(words)[:, 1:]  # [N, T, S], without the one before the first token
     optimal = process.next_token_probs(beliefs)  # [N, T, V]
-    exact = every is not None
-    return Contexts(words, weights / weights.sum(), optimal, beliefs, exact, process.state_names)
+    return Contexts(words, weights / weights.sum(), optimal, beliefs, every is not None, process.state_names)
 
 
 def final_contexts(process: Process, cfg: Config) -> Contexts:

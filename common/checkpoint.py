@@ -28,9 +28,13 @@ from common.runtime import Meter, Runtime, tensors_at_most
 from common.telling import note, note_once
 
 FORMAT_VERSION = 2  # 1 had no digest
-# Settings that change how a run is started or watched, not what it finds.
-NO_SETTINGS = ("out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "out", "compare_baseline",
-               "log_interval", "log_level", "save_interval", "keep_last", "wandb", "tensorboard", "device", "compile")
+# Settings that change how a run is started or watched, not what it finds. Evaluations choose the best weights, and may
+# end a run: when they come is no matter of watching.
+NO_SETTINGS = (
+    "out_dir", "s3_config", "resume", "load_checkpoint_step", "analyze", "out", "compare_baseline", "prepare",
+    "ram_budget_gb", "log_interval", "log_level", "save_interval", "keep_last", "preview_prompt", "preview_tokens",
+    "wandb", "wandb_project", "wandb_entity", "tensorboard", "device", "compile",
+)  # fmt: skip
 FIRST_NAMES = ("ghmm", "arxiv", "state", "apelr")
 METER = {"seconds": float, "units": int, "since": {str: torch.Tensor}, "elapsed": float}
 # What is in a checkpoint, as fits() has it (meter: not in the oldest); and in its extra, where it is there.
@@ -506,12 +510,22 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
     if copy.exists() and not filecmp.cmp(copy, script, shallow=False):
         changes = [*changes, f"{copy.name}: edited since"]
     if cfg.resume == "auto" and changes and path.name == "last.pt" and is_over(state):
-        raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): use another "
-                              f"out_dir, or resume={path} to go on from it, or resume=never to train anew, which "
-                              "replaces the checkpoints that are there")
+        raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): the same "
+                              f"command with --resume={path} goes on from step {state['step']}{_pace(state, cfg)}; "
+                              "another --out_dir trains a run beside it, and --resume=never anew, which replaces the "
+                              "checkpoints that are there")
     if path.parent.resolve() != folder.resolve() or not _goes_on_with_best(folder / "best.pt", path, state["step"]):
         state["best"] = math.inf
     return path, state, changes
+
+
+def _pace(state: dict, cfg) -> str:
+    """What a longer run than that of a checkpoint makes of the learning rate."""
+    for name in ("max_steps", "epochs"):
+        end, before = getattr(cfg, name, None), state["config"].get(name)
+        if end and before and end > before and cfg.schedule == "cosine":
+            return f" to {name} = {end}, first with a higher learning rate again: that of the cosine that ends there"
+    return ""
 
 
 def _goes_on_with_best(best: Path, path: Path, step: int) -> bool:

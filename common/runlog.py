@@ -296,6 +296,8 @@ def say_again(step: int, result: dict, headlines: Collection[str], last_line: st
 
 def first_line(script: str, cfg, makes: str) -> None:
     """Say at once who is at work (the page's __file__), on what and where, before anything that takes its time."""
+    if LEVELS.index(getattr(cfg, "log_level", "INFO")) > LEVELS.index("INFO"):
+        return
     if cfg.analyze:
         begin(script, f"a look at {cfg.analyze}", cfg.out, sys.stdout)
     else:

@@ -136,7 +136,7 @@ class Work:
         from tqdm import tqdm  # slow to import, and only needed here
 
         form = "{desc} ... {elapsed}" if self.unit is None else None
-        self.drawn = tqdm(desc=self.what, total=self.total, unit=self.unit or "", bar_format=form, leave=False,
+        self.drawn = tqdm(desc=self.what, total=self.total, unit=f" {self.unit or ''}", bar_format=form, leave=False,
                           dynamic_ncols=True, mininterval=0.2)
 
     def speak(self) -> None:

@@ -29,7 +29,7 @@ from sources.sweeps import digest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("config.json", "metrics.jsonl", "summary.json")  # a folder that has two of them is a run's
 # Settings that do not tell what a run finds: those of how it is watched, and words of a sweep.
-APART = {*NO_SETTINGS, SEED, "wandb_project", "wandb_entity", "study", "study_seeds", "report"}
+APART = {*NO_SETTINGS, SEED, "study", "study_seeds", "report"}
 # What is drawn over steps: of lines of training, and of evaluations.
 CURVES = {
     "ghmm": ("loss/ema", "excess_loss"),
@@ -240,7 +240,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "") -> list[str]:
         raise InputError(f"{error.filename or out} cannot be written ({error.strerror}): name another folder, "
                          "--out=FOLDER") from error  # fmt: skip
     lead = lead or f"{counted(len(told), 'run')}, and nothing here tells which is better."
-    lines = [lead, *(line for line in lines if line != lead)]
+    lines = [lead, *(line for line in lines if line not in lead)]  # a study says its verdict in several lines, too
     if not studied:  # a study has tables of its own
         lines += terminal_table(told, shown, less_is_better)
     return [*lines, *in_short([*notes, *left_out]), f"all of it in {out / 'report.html'}"]

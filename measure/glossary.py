@@ -146,6 +146,19 @@ FIGURES = {
         "baselines": "the same figures of predictions that learn nothing but means",
     },
 }
+COLUMNS = {  # of the tables of a study, beside the figures
+    "sets": "sets of K categories that there are runs of",
+    "of": "whose cross entropy the law is of",
+    "law": "how cross entropy (XE) grows with K",
+    "low": "lower end of the 95% interval",
+    "high": "upper end of the 95% interval",
+    "rms": "how far the law is off at the K that it is fitted to: root mean square, nats",
+    "held_out_rms": "how far it is off at a K that it has not seen, each K in turn: root mean square, nats",
+    "sd_sets": "standard deviation over sets, each category's own level taken off",
+    "sd_seeds": "standard deviation over seeds within a set",
+    "se_documents": "standard error by the documents that were drawn",
+    "position": "tokens read",
+}
 PICTURES = {  # by the name of their file: what is on them, and what to look for
     "beliefs": (
         "Beliefs about the state of the process, and what a linear map reads out of the activations, a point for each"
@@ -160,10 +173,6 @@ PICTURES = {  # by the name of their file: what is on them, and what to look for
         " Triangles are the best baseline."
     ),
     "metrics": "Means of the model and of the baselines over the conditions, a panel a metric.",
-    "pearson_delta_by_perturbation": (
-        "Correlation of predicted and measured change, a line a condition; rings are the best baseline."
-    ),
-    "mae_by_perturbation": "Mean absolute error of a gene, a line a condition; rings are the best baseline.",
     "excess_by_position": "How far cross entropy is above the exact optimum after so many tokens: 0 is perfect.",
     "excess_loss": "How far the loss is above the floor while training: 0 is perfect.",
     "loss": "Loss while training, and where it was evaluated; dashed is what no predictor can be below, where known.",
@@ -196,6 +205,8 @@ def meaning(name: str, experiment: str = "") -> str:
     name: of summary.json, dotted where it is in a table there; or a column, such as xe_sd.
     """
     known = FIGURES[""] | FIGURES.get(experiment, {})
+    if experiment == "arxiv":
+        known = COLUMNS | known
     if name in known:
         return known[name]
     *tables, last = name.split(".")
@@ -209,6 +220,17 @@ def meaning(name: str, experiment: str = "") -> str:
     if place and alike:
         return known[alike[0]].replace(alike[0].partition("_at_")[2], number).partition("; likewise")[0]
     return f"{known[stem]}, after {number} tokens" if place and stem in known else ""
+
+
+def caption(picture: str, experiment: str = "") -> str:
+    """What is on a picture of a run, by the name of its file without .png."""
+    if picture in PICTURES:
+        return PICTURES[picture]
+    name = picture.removesuffix("_by_perturbation")
+    said = meaning(name, experiment) if name != picture else ""
+    if said:
+        return f"{name}: {said.partition('; likewise')[0]}. A line is a condition; rings are the best baseline."
+    return f"{picture.replace('_', ' ').capitalize()}."
 
 
 def table(experiment: str) -> list[str]:

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import shorten
 
 from common.checkpoint import NO_SETTINGS
-from measure.figures import figure
+from measure.figures import COLOURS, GREY, figure, legend_below
 from measure.pages import Cell, Section
 from measure.sweeps import in_columns
 from sources.outcomes import NUMBER, TABLE, TEXTS, check, read_object
@@ -268,20 +269,17 @@ def draw(out: Path, name: str, study: list[HeldOut]) -> None:
             means, rivals = [], []
             for place, runs in enumerate(types.values()):
                 values = drawn([run.model[metric] for run in runs])
-                panel.plot(values, [place] * len(runs), ".", color="C0", markersize=4)
+                panel.plot(values, [place] * len(runs), ".", color=COLOURS[0], markersize=4)
                 means.append(mean_of([run.model[metric] for run in runs]))
                 rivals.append(mean_of([run.rival[metric] for run in runs]))
-            ring = {"color": "k", "markersize": 8, "markerfacecolor": "none", "label": RIVAL}
-            dot = {"color": "C0", "markersize": 5, "label": "model"}
+            ring = {"color": GREY, "markersize": 8, "markerfacecolor": "none", "label": RIVAL}
+            dot = {"color": COLOURS[0], "markersize": 5, "label": "model"}
             panel.plot(drawn(rivals), places, "o", **ring)
             panel.plot(drawn(means), places, "o", **dot)
             panel.set_xlabel(f"{metric} ({BETTER[metric]} is better)")
-            panel.grid(axis="x", linewidth=0.3)
-        axes[0].set_yticks(places, list(types), fontsize=8)
+        axes[0].set_yticks(places, [shorten(name, 30, placeholder=" ...") for name in types])
         axes[0].invert_yaxis()
-        named = axes[0].get_legend_handles_labels()
-        whole = axes[0].figure
-        whole.legend(*named, loc="outside upper center", ncols=2, fontsize=8)
+        legend_below(axes[0].figure, *axes[0].get_legend_handles_labels())
 
 
 def drawn(values: list[Number]) -> list[float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from common.runlog import read_metrics
-from measure.figures import COLOURS, MARKERS, band, curve, figure, legend_below, panels, plain_log, spans
+from measure.figures import COLOURS, FEW_POINTS, MARKERS, band, curve, figure, legend_below, panels, plain_log, spans
 from measure.sweeps import HEADS, Group
 from sources.outcomes import is_number
 from sources.sweeps import digest
@@ -126,7 +126,11 @@ def draw_group(axes, runs: list[dict[int, float]], place: int, name: str | None)
         return
     style = "-" if place < len(COLOURS) else "-."
     order = 4 + MOST_CURVES - place  # the best is on top
-    colour = curve(axes, steps, mean, name, color=colour_of(place), linestyle=style, zorder=order)
+    # Markers tell curves apart on paper, and groups of one colour: a few of them, at other steps for each group.
+    marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+    stride = 1 + len(steps) // FEW_POINTS
+    line = {"linestyle": style, "zorder": order, "marker": marker, "markevery": (place % stride, stride)}
+    colour = curve(axes, steps, mean, name, color=colour_of(place), **line)
     if len(runs) == 1:
         return
     band(axes, steps, [min(column) for column in columns], [max(column) for column in columns], colour)

@@ -22,10 +22,10 @@ import torch
 from common.errors import DataError, reason, regular_file, replacing, system_sentence
 from common.runlog import places, read_json
 from common.telling import note
-from configurator import Text, config_dict, convert
+from configurator import Text, config_dict, convert, described_fields
 from measure import figures
 from measure.forced import plan_rows
-from measure.glossary import PICTURES, meaning
+from measure.glossary import caption, meaning
 from sources.outcomes import is_number
 from sources.shared import from_here
 
@@ -117,12 +117,12 @@ def template():
 def filled(section: Section, experiment: str = "") -> dict:
     """What the template takes of a section."""
     text, pictures = list(section.text), []
-    for path, caption in section.pictures:
+    for path, said in section.pictures:
         picture = embedded(path)
         if picture:
-            pictures.append(picture | {"caption": caption})
+            pictures.append(picture | {"caption": said})
         else:
-            text.append(f"The picture {path.name} is not there: {caption}")
+            text.append(f"The picture {path.name} is not there: {said}")
     return {
         "title": section.title,
         "text": text,
@@ -243,7 +243,7 @@ def run_sections(folder: Path, Config: type, result: dict) -> list[Section]:
     headlines, rest = figures_of(result, experiment_of(Config))
     return [
         Section("", tables=[headlines]),
-        Section("", pictures=pictures_of(folder)),
+        Section("", pictures=pictures_of(folder, experiment_of(Config))),
         *plans_section(folder),
         settings_section(run, Config, config),
         Section("Machine and time", tables=[machine(run / script_of(Config).name, result)]),
@@ -302,13 +302,13 @@ def plain_values(values: dict) -> dict:
     return plain
 
 
-def pictures_of(folder: Path) -> list[tuple[Path, str]]:
+def pictures_of(folder: Path, experiment: str) -> list[tuple[Path, str]]:
     """The pictures of a run in the order in which they were drawn; not those of an earlier run in its folder."""
     times = {path: path.stat().st_mtime for path in sorted((folder / "plots").glob("*.png"))}
     pictures = []
     for path in sorted(times, key=times.get):
         if times[path] >= begun(folder):
-            pictures.append((path, PICTURES.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")))
+            pictures.append((path, caption(path.stem, experiment)))
     return pictures
 
 
@@ -331,9 +331,11 @@ def settings_section(run: Path, Config: type, config: dict | None) -> Section:
         text.append(f"What cannot be typed ({', '.join(untold)}) it takes from the file.")
         words = [str(run / "config.json")]
     defaults = config_dict(Config())
+    said = {name: comment for name, group, comment in described_fields(Config)}  # as --help has it
     rows = []
     for name, value in settings.items():
-        rows.append({"setting": name, "value": typed(value), "default": typed(defaults[name])})
+        row = {"setting": name, "value": typed(value), "default": typed(defaults[name]), "what it is": said[name]}
+        rows.append(row)
     return Section("Settings", text, tables=[rows], commands=[command_line(from_here(script), words)])
 
 

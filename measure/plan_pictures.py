@@ -198,7 +198,7 @@ def draw_plans(
     variety = [len(set(row[: -(-length // C)])) for row, length in zip(ends, drawn, strict=True)]
     chosen = int(np.argmax(variety))
     begins = [t for t in range(1, after.shape[1]) if (t + model.offset) % C == 0]
-    title = f"Belief over {counted(K, 'plan')} after each token of a validation passage; a line: a chunk begins."
+    title = f"Belief over {counted(K, 'plan')} after each token of validation text, with a line where a chunk begins."
     if len(starts) > 1 and K > 1:
         title += f" Of {len(starts)} passages it is the one in which most plans are the likeliest somewhere."
     draw_beliefs(
@@ -374,7 +374,7 @@ def mark_chunks(
         for row in range(places[begin].row, places[end - 1].row + 1):
             inside = [place for place in places[begin:end] if place.row == row]
             room = inside[-1].column + inside[-1].width - inside[0].column
-            name = f"true plan {true[c]}" if room > 11 else str(true[c])
+            name = f"true plan {true[c]}" if room > 8 else str(true[c])
             left = LEFT + inside[0].column * LETTER
             write(axes, left + 0.03, top + row * block + above / 2, name)
 

@@ -46,6 +46,7 @@ APART = (*NO_SETTINGS, "categories", "seed", "study", "study_seeds", "report", "
          "control_of", "final_split", "icl_early", "icl_late", "eval_chunks", "bootstrap", "probe", "precision",
          "matmul_precision", "wandb_project", "wandb_entity")  # fmt: skip
 MOST_LINES = 7  # for a terminal; one more says where the report is
+WORDS = "XE is the cross entropy of the next token, K the number of categories that a model is trained on."
 NOT_SAID = "not said"  # by results of older runs
 
 
@@ -472,7 +473,7 @@ def law_section(group: Group, arrays: Arrays, found: dict | None, optimum: dict 
     model, *errors = law_terms(arrays, found)
     tables = [laws, by_position, bars_by_kind(arrays.study)]
     said_first = f"{group.short}: " if group.short else ""
-    answer = Section(title, [said_first + " ".join(sentences), *errors], tables, pictures)
+    answer = Section(title, [said_first + " ".join(sentences), WORDS, *errors], tables, pictures)
     return Part(
         [answer, Section(titled("How laws are fitted", group), [model], folded=True)], {"xe_law": rows}, sentences
     )

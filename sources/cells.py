@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shlex
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from sources.cell_store import (
 )
 from sources.foreign_checkpoints import read_checkpoint
 from sources.h5ad import H5ad
-from sources.labels import in_words, no_control
+from sources.labels import LABELS, in_words, no_control
 from sources.shared import counted, is_first_of_machine, suggest
 from sources.splits import (
     SPLITS,
@@ -214,7 +215,7 @@ class Cells:
 
 def read_plan(toml: str | Path, reading: Reading) -> Plan:
     """What a TOML says of who trains, or an h5ad file's starter. Raises DataError."""
-    labels = {name: getattr(reading, name) for name in ("pert_col", "control_pert", "cell_type_key", "batch_col")}
+    labels = {name: getattr(reading, name) for name in LABELS}
     return read_toml(toml_of(toml, reading.keys()["input"], **labels), reading.strict)
 
 
@@ -313,6 +314,10 @@ def inspect(path: str | Path, **settings) -> dict:
     for title, names in (("cell_type", cells.cell_types), ("perturbation", cells.perturbations)):
         for name in names:
             print_line(f"{title} {name}", [splits[split][title].get(name, 0) for split in SPLITS])
+    words = in_words({name: getattr(reading, name) or "" for name in LABELS})
+    if not reading.embed_key:
+        words += " --embed_key=none --output_space=all"
+    print(f"next: python train_state.py --toml={shlex.quote(str(path))} {words}")
     return {
         "toml": str(path),
         "files": [str(file) for file in cells.files],

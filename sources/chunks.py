@@ -432,13 +432,13 @@ def point_at_small(sizes: dict[str, int]) -> None:
              "more documents or a smaller chunk_size make more, categories=NAME,NAME goes without it")
 
 
-def of_each(sizes: Counter) -> str:
+def of_each(sizes: Counter, most_listed: int = MOST_LISTED) -> str:
     """Chunks of each category, or of the smallest and the largest of many."""
-    if len(sizes) <= MOST_LISTED:
+    if len(sizes) <= most_listed:
         return ", ".join(f"{category} {size:,}" for category, size in sizes.items())
     ranked = sizes.most_common()
     (largest, most), (smallest, least) = ranked[0], ranked[-1]
-    return f"of {len(sizes)} categories, {smallest} {least:,} to {largest} {most:,}"
+    return f"{smallest} {least:,} to {largest} {most:,}"
 
 
 def prepare_chunks(
@@ -500,9 +500,10 @@ def prepare_chunks(
                     encode(spool, split, category, encoder, threads, chunks)
                 chunks.write(shop.folder / f"{split}.h5", tokenizer="tokenizer.json", source=input, seed=seed)
             sizes[split] = dict(chunks.sizes)
+            listed = of_each(chunks.sizes, MOST_LISTED if split == "train" else 2)
             print(
-                f"{split}: {counted(chunks.sizes.total(), 'chunk')} of {counted(chunk_size, 'token')} "
-                f"({of_each(chunks.sizes)}); {counted(chunks.dropped, 'tail token')} dropped"
+                f"{split}: {counted(chunks.sizes.total(), 'chunk')} of {counted(chunk_size, 'token')} ({listed}); "
+                f"{counted(chunks.dropped, 'tail token')} dropped"
             )
         if "train" not in sizes or "validation" not in sizes:
             raise DataError(f"{input} leaves no validation documents: raise validation_fraction or add documents")

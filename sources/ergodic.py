@@ -157,7 +157,8 @@ def ergodic(
             owner = []  # the component of each chunk
             with contextlib.closing(ChunkSpool(shop.folder, split, chunk_size, vocab_size)) as chunks:
                 for k, (name, process) in enumerate(zip(names, processes, strict=True)):
-                    for documents in draw(process, count, length, seed, (s, k), f"drawing {split} of {name}"):
+                    text = f"drawing {count:,} {'training' if split == 'train' else split} documents of {name}"
+                    for documents in draw(process, count, length, seed, (s, k), text):
                         for ids in documents.numpy():
                             chunks.add(name, ids)
                         if split == "train":

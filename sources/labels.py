@@ -26,6 +26,7 @@ COLUMNS = {
     "batch_col": ("gemgroup", "batch", "plate", "lane", "biorep", "replicate", "rep", "donor", "donorid", "patient",
                   "library", "sample", "sampleid"),
 }  # fmt: skip
+LABELS = ("pert_col", "control_pert", "cell_type_key", "batch_col")  # settings that say what obs says
 LONG = 4  # letters of a name that is sought within others
 MOST_VALUES = 20_000  # of a column that tells cells apart by kind: more are names of cells, or measurements
 
@@ -62,8 +63,7 @@ class Labels:
 
     def words(self) -> str:
         """What a command says of them. An empty batch_col or cell_type_key: all cells are of one."""
-        names = ("pert_col", "control_pert", "cell_type_key", "batch_col")
-        return in_words({name: getattr(self, name) for name in names})
+        return in_words({name: getattr(self, name) for name in LABELS})
 
 
 def in_words(settings: dict[str, str]) -> str:

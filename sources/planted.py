@@ -207,7 +207,8 @@ def planted(
             generator = np.random.default_rng([seed, s])  # of the split: 0 made the plans
             plans = new_array(shop.folder / f"{split}_plans.npy", np.int64, count, document_chunks)
             with open(shop.folder / f"{split}.bin", "wb") as file:
-                for begin in bar(range(0, count, BLOCK), f"drawing {count:,} {split} documents", unit="thousands"):
+                what = f"drawing {count:,} {'training' if split == 'train' else 'validation'} documents"
+                for begin in bar(range(0, count, BLOCK), what, unit="thousands"):
                     rows = slice(begin, min(begin + BLOCK, count))
                     tokens, plans[rows] = process.sample(rows.stop - begin, generator)
                     documents = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos)

@@ -300,6 +300,7 @@ class MixedState(NamedTuple):
 
 
 IMPOSSIBLE = 1e-13  # where weights may be negative, a probability below this is rounding of an exact 0
+MOST_BELIEFS = 2**25  # numbers of beliefs at a time
 RESCALE = 16  # tokens between two rescalings of a belief, or fewer: float64 holds the product of so many probabilities
 
 
@@ -665,9 +666,14 @@ class Process:
             # The same sum by sampled words: each entropy is exact, only their mean is not.
             generator = torch.Generator(self.device).manual_seed(seed)
             tokens = self.sample(samples, length, generator)
-            beliefs, _ = self._filter(tokens)
-            late = beliefs[len(estimates) :].transpose(1, 2)  # [l, samples, S] of the lengths that are left
-            entropy = self._entropy(late)  # [l, samples]
+            # A block of words at a time: beliefs of them all would fill the memory where they are long.
+            at_once = max(1, MOST_BELIEFS // (length * self.num_states))
+            parts = []
+            for block in tokens.split(at_once):
+                beliefs, _ = self._filter(block)
+                late = beliefs[len(estimates) :].transpose(1, 2)  # [l, block, S] of the lengths that are left
+                parts.append(self._entropy(late))
+            entropy = torch.cat(parts, 1)  # [l, samples]
             errors = entropy.std(1) / samples**0.5
             estimates += map(Estimate, entropy.mean(1).tolist(), errors.tolist())
         return estimates

@@ -15,6 +15,15 @@ from sources.digests import fingerprint
 from sources.shared import closest
 from sources.studies import Variation
 
+STUDIES = """\
+studies of XE against K: a run a set of categories, each in a folder below out_dir, then report.html
+  --study=all  every subset of the categories; all31: the same, of five
+  --study=k=1,2  subsets of these sizes
+  --study=nested:1,2,4  sets that grow, in several orders of the categories (--orders=N, by default as many as these)
+  --study=NAME,NAME  runs by name, such as K2_restless_sticky
+  --controls  beside them each category alone, at its share of the tokens: what less text costs
+  --seed=1,2 --jobs=2  for each seed; two at a time. See also python sweep.py --help
+  --report=FOLDER  the report again, of runs that there are"""  # for --help
 LONGEST_NAME = 200  # of a run, without its seed: a folder's may have 255 bytes
 PLAIN = re.compile(r"[\w.+-]+")  # a name that a command line has as it is
 

@@ -708,6 +708,37 @@ def test_help_survives_a_terminal_without_unicode(script):
     assert done.returncode == 0 and done.stdout.startswith("Trains a thing \\u2192 a model.")
 
 
+@pytest.mark.parametrize("word, hint", [
+    ("--precision=bf", "precision: expected auto|bf16|fp16, got 'bf': did you mean bf16?"),
+    ("--precision=fp61", "did you mean fp16?"), ("--precision=zz", "got 'zz': not one of these"),
+    ("--precision=", "got '': not one of these"),
+    ("--amp=aut", "got 'aut': not one of true, false, yes, no, on, off, 1, 0, did you mean auto?"),
+    ("--max_steps=1,000", "got '1,000': leave the commas out"), ("--lr=3e-4x", "got '3e-4x': not a number"),
+    ("--steps=3", "steps: no such setting, did you mean max_steps?"),
+    ("--batch=3", "batch: no such setting, did you mean batch_size?"),
+    ("--max_step=3", "did you mean max_steps?"), ("--blorp=3", "blorp: no such setting; --help lists them all"),
+    ("-lr=3", "command line: '-lr=3': two dashes, --lr=3"), ("-x", "'-x': expected --key=value, or a config file"),
+    ("ghmm_rrxr", "'ghmm_rrxr': did you mean config/ghmm_rrxor.py?"),
+    ("ghmm_rrxr.py", "no config file 'ghmm_rrxr.py'; there is config/ghmm_rrxor.py"),
+    ("blorp", "'blorp': expected --key=value, or a config file that ends in .py"),
+])  # fmt: skip
+def test_a_slip_of_the_pen_is_told_what_it_may_have_been(word, hint, capsys, monkeypatch):
+    monkeypatch.setattr(configurator, "_script", lambda Config: ROOT / "x.py")
+    assert hint in only_error(capsys, word)
+
+
+def test_a_run_folder_without_a_setting_is_told_what_to_do_with_it(tmp_path, capsys):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(SystemExit):
+        configure(importlib.import_module("train_ghmm").Config, [str(tmp_path)])
+    assert f"--analyze={tmp_path} measures it again, --resume={tmp_path} goes on from it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word, steps", [("1e3", 1000), ("1_000", 1000), ("2E2", 200), ("+7", 7)])
+def test_whole_numbers_as_people_write_them(word, steps):
+    assert configure(Config, [f"--max_steps={word}"]).max_steps == steps
+
+
 # ----------------------------------------------------------------------------------------- saved configurations
 
 
@@ -1105,9 +1136,12 @@ def test_hydra_s_own_settings_have_no_effect(tmp_path):
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["--config=a.yaml"], "config: files go bare, without --config: a.yaml"),
-        (["--config", "a.yaml"], "config: files go bare, without --config: a.yaml"),
-        (["--checkpoint", "x.pt"], "checkpoint: files go bare, without --checkpoint: x.pt"),
+        (["--lr=3", "--config=a.yaml"],
+         "config: files go bare, without --config: python test_configurator.py --lr=3 a.yaml"),
+        (["--config", "a b.yaml", "--lr=3"], "without --config: python test_configurator.py 'a b.yaml' --lr=3"),
+        (["-c", "a.yaml", "lr=3"], "c: files go bare, without -c: python test_configurator.py a.yaml lr=3"),
+        (["--yaml=a.yaml"], "yaml: files go bare, without --yaml: python test_configurator.py a.yaml"),
+        (["--checkpoint", "x.pt"], "checkpoint: files go bare, without --checkpoint: python test_configurator.py x.pt"),
         (["--config"], "config: files go bare, without --config"),
         (["--config-path=conf"], "name the configuration file itself, bare"),
         (["--dialect=none"], "dialect: no such setting"),  # where there is none to choose

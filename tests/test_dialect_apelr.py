@@ -645,7 +645,7 @@ def test_what_print_config_prints_is_that_run_again(file, capsys):
 def test_a_file_goes_bare_and_so_do_its_overrides(capsys):
     """python -m apelr.train --config FILE [--set KEY=VALUE ...] is python train_apelr.py FILE [KEY=VALUE ...]."""
     path = written()
-    assert f"config: files go bare, without --config: {path}" in refused(capsys, "--config", path)
+    assert f"config: files go bare, without --config: python train_apelr.py {path}" in refused(capsys, "--config", path)
     assert "set: settings go bare too, without --set: train.lr=0.5" in refused(capsys, path, "--set", "train.lr=0.5")
     cfg = read({}, "train.lr=0.5", "model.num_layers=2", "train.loss_weights.plan_js_div=0.25")
     assert (cfg.lr, cfg.n_layers, cfg.weights()["plan_js_div"]) == (0.5, 2, 0.25)

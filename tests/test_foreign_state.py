@@ -199,7 +199,7 @@ def test_init_from_takes_a_folder_of_the_source(data, runs, capsys):
     folder = as_arc_state(runs("--source_files"), "theirs")
     frozen = ("--lr=0", "--min_lr=0", "--weight_decay=0", "--max_steps=1")
     train(data, f"--init_from={folder}", "--n_layers=3", *frozen, "--out_dir=tuned")
-    assert "taken over from theirs: n_layers = 1" in capsys.readouterr().out
+    assert "taken over from theirs: n_layers = 1" in capsys.readouterr().err
     theirs = read_checkpoint(folder / "checkpoints/final.ckpt")["state_dict"]
     mine = checkpoint.load(Path("tuned"))["model"]
     name = "transformer_backbone.layers.0.mlp.up_proj.weight"
@@ -646,7 +646,7 @@ def test_the_minimal_training_run_from_python(data):
     write_h5ad("cells.h5ad", X, columns, [f"g{i}" for i in range(GENES)], {"X_hvg": X})
     shutil.copy(data / "cells.toml", "starter.toml")
     names = {}
-    assert MINIMAL in Path(train_state.__file__).with_name("README.md").read_text()
+    assert MINIMAL in Path(train_state.__file__).with_name("docs").joinpath("sources.md").read_text()
     exec(MINIMAL, names)  # noqa: S102
     assert names["summary"]["steps"] == 2 and names["summary"]["conditions"] == 2
     cfg = names["cfg"]

@@ -762,10 +762,10 @@ def test_evaluation_reads_long_contexts_in_parts(monkeypatch):
 @pytest.mark.parametrize("r2, spread, untrained, claims", [
     (0.99, 0.001, 0.9, True), (0.5, 0.05, 0.47, False), (0.9, 0.001, 0.95, False), (-0.1, 0.0, -0.5, False),
     (0.5, None, 0.1, True)])
-def test_the_last_line_claims_the_belief_only_where_training_gained(r2, spread, untrained, claims):
+def test_the_verdict_claims_the_belief_only_where_training_gained(r2, spread, untrained, claims):
     told = belief_in_words({"r2_concat": r2, "r2_concat_spread": spread, "untrained_r2_concat": untrained,
                             "untrained_r2_concat_spread": None})
-    assert ("hold the belief" in told) == claims and ("no gain" in told) != claims
+    assert ("reads the belief out" in told) == claims and ("no gain" in told) != claims
     assert f"{r2:.4f}" in told and f"{untrained:.4f}" in told and "None" not in told
 
 

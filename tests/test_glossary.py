@@ -7,7 +7,7 @@ import pytest
 
 from measure import pages
 from measure.effects import METRICS
-from measure.glossary import FIGURES, PICTURES, meaning, table
+from measure.glossary import FIGURES, PICTURES, caption, meaning, table
 from measure.plans import USED
 from measure.report import INFORMATION, PARTS
 from measure.sweeps import OBJECTIVES
@@ -61,3 +61,5 @@ def test_every_picture_of_a_run_has_a_caption():
         if path.name not in ("figures.py", "study_pictures.py"):  # a study says on its page what is on them
             drawn |= set(re.findall(r'(?:figure|panels)\(folder, "(\w+)"', path.read_text()))
     assert len(drawn) >= 10 and not drawn - PICTURES.keys()
+    assert caption("mse_by_perturbation", "state").startswith(f"mse: {FIGURES['state']['mse']}. A line")
+    assert caption("of_my_own", "state") == "Of my own."

@@ -133,13 +133,14 @@ def test_the_command_of_a_page_makes_the_settings_of_the_run(name, tmp_path, cap
     assert (python, script) == ("python", f"{name}.py") and all(len(line) < 120 for line in command.splitlines())
     saved = json.loads((folder / "config.json").read_text())
     assert settings_by(page, words, capsys) == saved
-    told = dict(re.findall(r"<tr>\s*<td[^>]*>(\w+)</td>\s*<td[^>]*>(.*?)</td>\s*<td[^>]*>.*?</td>\s*</tr>", text))
+    cell = r"\s*<td[^>]*>(.*?)</td>"
+    told = {name: said for name, value, default, said in re.findall(rf"<tr>{cell * 4}\s*</tr>", text)}
     if name == "train_state":  # the text none would be read as nothing: the file says it
         assert words == [str(folder / "config.json")] and "cannot be typed (perturbation_features_file)" in text
     else:
         # Those that were chosen, and none that only follows from them: a last learning rate of a tenth of the first.
         assert sorted(word[2:].split("=")[0] for word in words) == sorted(CHOSEN[name])
-    assert {*CHOSEN[name]} <= told.keys()
+    assert {*CHOSEN[name]} <= told.keys() and all(told[setting] for setting in CHOSEN[name])  # what --help says of it
 
 
 def test_the_page_of_a_run_says_what_it_found_and_where(tmp_path, monkeypatch):

@@ -107,6 +107,8 @@ def test_names_of_shares_stand_apart_and_inside():
 def test_the_passage_drawn_is_that_of_most_plans_with_all_plans_named(K, corpus, tmp_path, monkeypatch):
     model, told = planner(V2, K), []
     monkeypatch.setattr(plan_pictures, "draw_beliefs", lambda *args, are_words: told.append((*args, are_words)))
+    for name in ("draw_usage", "draw_transition"):
+        monkeypatch.setattr(plan_pictures, name, lambda *args: None)
     starts = corpus.spread(10, 30, V2)
     draw_plans(tmp_path, model, corpus, starts, [1 / K] * K)
     ((_, name, beliefs, labels, begins, title, true, names, are_words),) = told
@@ -128,16 +130,15 @@ def test_the_passage_drawn_is_that_of_most_plans_with_all_plans_named(K, corpus,
     assert ("plan " if K == 1 else f"{K} plans ") in title
 
 
-@pytest.mark.parametrize("K", [1, 2, 16])
-def test_a_picture_has_a_strip_for_every_row_of_text(K, tmp_path):
-    """Its height grows with rows of text and with plans, and stays below what fits a page."""
+@pytest.mark.parametrize("K", [1, 16])
+def test_a_picture_grows_with_its_text_until_a_page_is_full(K, tmp_path):
     from matplotlib.image import imread
 
     sizes = []
-    for count in (10, 60, 4_000):
+    for count in (10, 400):
         labels = [WORDS[i % 10] for i in range(count)]
         beliefs = np.full((count, K), 1 / K)
         names = [f"plan {k}" for k in range(K)]
         plan_pictures.draw_beliefs(tmp_path, f"strip{count}", beliefs, labels, [4, 8], "title " * 40, [0, 0, 0], names)
         sizes.append(imread(tmp_path / "plots" / f"strip{count}.png").shape[0] / 150)
-    assert sizes[0] < sizes[1] <= sizes[2] < plan_pictures.TALLEST + 5
+    assert sizes[0] + heights(K, True)[2] <= sizes[1] < plan_pictures.TALLEST + 5

@@ -219,7 +219,7 @@ def test_a_finished_run_without_its_summary_is_evaluated_again_and_not_trained(f
 def test_a_finished_run_with_another_setting_is_refused_with_the_choices(finished, capsys):
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     error = refused(capsys, "--lr=1e-3")
-    for words in ("lr: 0.003 -> 0.001", "another out_dir", "resume=never", f"resume={Path('run/last.pt')}"):
+    for words in ("lr: 0.003 -> 0.001", "another --out_dir", "resume=never", f"resume={Path('run/last.pt')}"):
         assert words in error
     assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
     assert "max_steps: 60 -> 70" in refused(capsys, "--max_steps=70")
@@ -255,7 +255,8 @@ def test_an_unfinished_run_goes_on_with_another_learning_rate_and_says_so(unfini
 
 def test_a_resume_without_changes_claims_none(unfinished, capsys):
     run()
-    assert " -> " not in capsys.readouterr().out
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(" -> run") and not any(" -> " in line for line in lines)
 
 
 @pytest.mark.parametrize("setting, key, value", [("--weight_decay=0.5", "weight_decay", 0.5),
@@ -451,8 +452,9 @@ def test_the_command_line_tells_of_damage_in_one_line(finished):
     done = subprocess.run([sys.executable, ROOT / "train_ghmm.py", *SHORT], env=environment, capture_output=True,
                           text=True, timeout=100)
     assert done.returncode == 2
-    console = (done.stdout + done.stderr).splitlines()
+    console = done.stderr.splitlines()
     assert len(console) == 1 and console[0].startswith("error: ") and "last.pt" in console[0]
+    assert done.stdout == "train_ghmm: mess3, transformer, 60 steps -> run\n"
 
 
 # --------------------------------------------------------------------------------------------------------- saving

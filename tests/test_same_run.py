@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import python, refusal
+from comparison import unequal
 
 import prepare_data
 import sample
+from common import checkpoint
 from common.runlog import read_metrics
 from configurator import config_dict, configure, from_dict
 
@@ -107,6 +109,30 @@ def test_a_run_in_all_its_lives(experiment, capsys):
     main(experiment)(settings)
     assert [(record["step"], record["split"]) for record in lines()] == [(r["step"], r["split"]) for r in whole]
     assert lines() == whole
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_finished_run_goes_on_to_more_steps_when_asked(experiment, capsys):
+    """At a constant rate it ends as a run of so many steps does; the way it is watched is no other setting."""
+    settings = [*COMMON, *make_data(experiment), "--schedule=constant"]
+    page = main(experiment)
+    page([*settings, "--out_dir=whole"])
+    page([*settings, "--max_steps=8"])
+    capsys.readouterr()
+    watched = ["--log_interval=3", "--save_interval=2", "--keep_last=0", "--tensorboard=false"]
+    page([*settings, "--max_steps=8", *watched])
+    assert "ended at step 8, nothing was left to train" in capsys.readouterr().out
+    told = refusal(capsys, page, *settings)
+    assert "finished run with other settings (max_steps: 8 -> 12)" in told and "--resume=never" in told
+    assert "with --resume=run/last.pt goes on from step 8;" in told
+    assert "goes on from step 8 to max_steps = 12, first with a higher learning rate" in refusal(
+        capsys, page, *settings[:-1])  # of a cosine
+    page([*settings, "--resume=run/last.pt"])
+    assert "max_steps: 8 -> 12" in capsys.readouterr().out
+    run, whole = (checkpoint.load(Path(folder)) for folder in ("run", "whole"))
+    assert run["step"] == 12 and unequal(run["model"], whole["model"]) == []
+    page(settings)
+    assert "ended at step 12, nothing was left to train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

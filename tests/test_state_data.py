@@ -793,6 +793,9 @@ def test_inspect_counts_what_the_splits_hold(capsys):
     line = next(line for line in told.splitlines() if line.startswith("cell_type x.y"))
     assert line.split()[2:] == [str(found["splits"]["train"]["cell_type"]["x.y"]), "-", "-"]
     assert f"; in no split: {(e.member == 0).sum()} cells" in told
+    assert told.splitlines()[-1] == ("next: python train_state.py --toml=e.toml --pert_col=gene "
+                                     "--control_pert=non-targeting --cell_type_key=cell_type --batch_col=gem_group "
+                                     "--embed_key=none --output_space=all")
 
 
 # ------------------------------------------------------------------------------------------- files in other forms

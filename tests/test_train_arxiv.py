@@ -544,6 +544,16 @@ def test_the_verdict_the_summary_and_the_picture_say_what_icl_gain_is(monkeypatc
     assert definition in titles[0]
 
 
+def test_help_lists_the_studies(capsys):
+    with pytest.raises(SystemExit):
+        train_arxiv.main(["--help"])
+    told = capsys.readouterr().out
+    named = re.findall(r"^  --study=(\S+)", told, re.MULTILINE)
+    assert named == ["all", "k=1,2", "nested:1,2,4", "NAME,NAME"]
+    for study in (*named[:3], "K2_a_b"):
+        assert plan_study(study, ["a", "b", "c", "d"])
+
+
 def test_each_optimum_is_dashed_in_the_colour_of_its_curve(monkeypatch):
     drawn = []
 

@@ -432,7 +432,7 @@ def test_a_finished_run_with_another_setting_is_refused_with_the_choices(change,
     shutil.copytree(plain, "run")
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     told = refused(capsys, *TINY, "--max_steps=8", "--source_files", f"--toml={data / 'synthetic.toml'}", change)
-    assert words in told and "resume=never" in told and "another out_dir" in told
+    assert words in told and "resume=never" in told and "another --out_dir" in told
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
@@ -746,7 +746,7 @@ def test_genes_that_x_has_are_read_by_name_where_x_hvg_has_not(change, data, cap
     capsys.readouterr()
     for name in ("given", "other"):
         predict("run", f"--adata={name}.h5ad", "--perturbations=p1", f"--out={name}")
-        assert ("read from X, by name" in capsys.readouterr().out) == (name == "other")
+        assert ("read from X, by name" in capsys.readouterr().err) == (name == "other")
     assert np.allclose(cells_of("given/predicted.h5ad"), cells_of("other/predicted.h5ad"), atol=1e-5)
     with h5ad_source.H5ad("other/predicted.h5ad") as file:
         assert list(file.gene_names) == [f"g{i:02}" for i in range(8)]
