@@ -44,7 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ from measure.transcript import (
 )
 from measure.writing import generate
 from sources import foreign_checkpoints
-from sources.controls import control_expression, find_controls, gene_order, matrix_to_read, names_in
+from sources.controls import Controls, control_expression, find_controls, gene_order, matrix_to_read, names_in
 from sources.foreign_apelr import is_source_checkpoint, untold
 from sources.h5ad import H5ad, write_h5ad
 from sources.plain_json import read_json
@@ -717,15 +717,20 @@ def names_of(cells, rows: np.ndarray) -> np.ndarray:
     return names.astype(str)
 
 
-def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: Config, rt: Runtime, show: Show
-                  ) -> dict:
-    """What the control cells of cfg.adata become under the wanted perturbations: predicted.h5ad.
+class Given(NamedTuple):
+    """Control cells of a file, as a model reads them."""
 
-    Wanted of each cell type are cfg.perturbations, or those of the file's own perturbed cells, as many cells as there
-    are, or else all that the model knows. Every predicted cell has a control cell of its type for input (the mean of
-    n_basal_samples, if the model was trained so): each once as far as they go, in an order drawn from the seed.
+    controls: Controls
+    expression: torch.Tensor  # [cells, D]
+    batches: np.ndarray | None  # codes [cells], where the model reads batches
+    wanted: list[str]  # perturbations
+    genes: np.ndarray | None
+
+
+def read_given(page: ModuleType, run, model, extra: dict, known: dict, cfg: Config) -> Given:
+    """The control cells of cfg.adata, and what is wanted of them: cfg.perturbations, or those of the file's own
+    perturbed cells, or else all that the model knows. Raises InputError.
     """
-    known = page.known_perturbations(run, extra)
     reads_batches = hasattr(model, "batch_encoder")
     batch_col = run.batch_col if reads_batches else None
     with H5ad(cfg.adata) as file:
@@ -748,6 +753,20 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
             codes = page.codes_of(controls.batches, extra["batches"], "batch", cfg.adata)
             batches = np.array(codes)[controls.batch]
         expression = torch.from_numpy(control_expression(file, controls, key, run.counts, order))
+    return Given(controls, expression, batches, wanted, genes)
+
+
+def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: Config, rt: Runtime, show: Show
+                  ) -> dict:
+    """What the control cells of cfg.adata become under the wanted perturbations: predicted.h5ad.
+
+    Of a condition as many cells are predicted as the file has of it, or as it has control cells. Each has a control
+    cell of its type for input (the mean of n_basal_samples, if the model was trained so): each once as far as they go,
+    in an order drawn from the seed.
+    """
+    known = page.known_perturbations(run, extra)
+    given = read_given(page, run, model, extra, known, cfg)
+    controls = given.controls
 
     def express(batch: dict) -> torch.Tensor:
         return page.expressed(model, model.predict(batch)["cells"])
@@ -757,18 +776,18 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     types = []
     perturbations = []
     rows = []  # of what is printed
-    conditions = [(t, p) for t in range(len(controls.cell_types)) for p in range(len(wanted))]
-    told = f"predicting {counted(len(conditions), 'condition')}"
-    for t, p in bar(conditions, told, unit="condition"):
-        cell_type, name = controls.cell_types[t], wanted[p]
+    conditions = [(t, p) for t in range(len(controls.cell_types)) for p in range(len(given.wanted))]
+    for t, p in bar(conditions, f"predicting {counted(len(conditions), 'condition')}", unit="condition"):
+        cell_type = controls.cell_types[t]
+        name = given.wanted[p]
         places = controls.of_type(cell_type)
         n = cfg.cells or controls.perturbed[cell_type, name] or len(places)
         draws = np.random.default_rng([cfg.seed, t, p])  # of this condition alone
         chosen = draw_controls(len(places), n, run.n_basal_samples, draws)
         predicted += predict_cells(
             express,
-            expression,
-            batches,
+            given.expression,
+            given.batches,
             places[chosen],
             known[name],
             run.cell_set_len,
@@ -777,6 +796,8 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
         types += [cell_type] * n
         perturbations += [name] * n
         rows.append((cell_type, name, f"{len(places):,}", f"{n:,}"))
+
+    genes = given.genes
     if model.gene_decoder is not None:
         width = predicted[0].shape[1]
         genes = extra.get("count_genes") or [f"feature_{i}" for i in range(width)]
@@ -790,13 +811,13 @@ def predict_adata(page: ModuleType, run, model, extra: dict, folder: Path, cfg: 
     with doing(f"writing {target}, {cells}"):
         write_h5ad(target, np.concatenate(predicted), columns, np.array(genes))
     cell_types = counted(len(controls.cell_types), "cell type")
-    show(sentence(f"{cells} of {cell_types} under {counted(len(wanted), 'perturbation')} written to {target}"))
+    show(sentence(f"{cells} of {cell_types} under {counted(len(given.wanted), 'perturbation')} written to {target}"))
     show(table(("cell type", "perturbation", "control cells", "predicted"), rows))
     return {
         "experiment": "state",
         "cells": len(types),
         "cell_types": controls.cell_types,
-        "perturbations": wanted,
+        "perturbations": given.wanted,
         "written": [str(target)],
     }
 

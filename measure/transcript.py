@@ -12,7 +12,8 @@ MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of p
 UNSURE = "."  # where no plan has half of the belief
 OF_STRIP = (
     f"Under the text: the likeliest plan before each token, {UNSURE} where none has half of the belief; | begins a "
-    "chunk, \u21b5 ends a line."
+    "chunk, \u21b5 ends a line. Of each plan: its share of the belief over what was written, and tokens that it "
+    "predicts more than the plans do on average."
 )
 
 

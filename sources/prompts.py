@@ -56,7 +56,7 @@ def prompts_in(name: str) -> list[tuple[str, str | list]]:
 def text_of(name: str) -> str:
     """What a file holds, or for - standard input."""
     if name == "-":
-        with doing("reading prompts from standard input, to its end"):
+        with doing("reading prompts from standard input, to its end (of --prompt=TEXT none is read)"):
             return sys.stdin.read()
     content = regular_file(name, InputError).read_bytes()
     try:
