@@ -77,7 +77,7 @@ from sources.splits import SPLITS, grouped
 
 EXPERIMENT = "state"  # what sample.py treats a run of this page as; a copy keeps it
 # Of summary.json, said at the end beside the table of model and baselines.
-HEADLINES = ("val_loss",)
+HEADLINES = ("val_loss", "seconds")
 SYNTHETIC = "data/state/synthetic.toml"  # made when it is missing
 
 
@@ -1023,7 +1023,7 @@ def train(cfg: Config) -> dict:
         path, state, changes = checkpoint.start_from(
             rt, cfg, folder, __file__, lambda old, path: differences(old, cfg, ALIASES, path), data
         )
-        summary = ended_before(rt, folder, path, state, changes, HEADLINES)
+        summary = ended_before(rt, folder, path, state, changes, HEADLINES, effects.table_of)
         if summary:
             return summary
         step, best = 0, math.inf

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -247,11 +247,12 @@ def run_facts(rt, step: int, meter, unit: str = "tokens") -> dict:
 
 
 def ended_before(rt, folder: Path, path: Path | None, state: dict | None, changes: list,
-                 headlines: Collection[str] = ()) -> dict | None:
+                 headlines: Collection[str] = (), table_of: Callable[[dict], str] | None = None) -> dict | None:
     """The summary of a run that has ended, told once more; None where there is something left to do.
 
     Args:
         path, state, changes: what checkpoint.start_from found. headlines: see conclusion.
+        table_of: what stands below these.
     """
 
     def read() -> dict | None:
@@ -265,7 +266,8 @@ def ended_before(rt, folder: Path, path: Path | None, state: dict | None, change
     summary = rt.from_main(read)
     if summary and rt.is_main:
         print(f"{folder}: this run ended at step {state['step']}, nothing was left to train. It said:")
-        print("\n".join([*conclusion(summary, headlines), places(folder)]))
+        table = [table_of(summary)] if table_of else []
+        print("\n".join([*conclusion(summary, headlines), *table, places(folder)]))
     return summary
 
 

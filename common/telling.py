@@ -17,7 +17,7 @@ from common.errors import print_aside
 
 SILENT_S = 2.0  # a piece of work with a count that is over sooner says nothing where nobody watches
 SHORT_S = 1.0  # and one without
-AGAIN_S, RARER = 10.0, 1.5  # to the second line, and how much longer each wait is than the one before
+AGAIN_S, RARER = 4.5, 0.1  # to the next line, or as a share of the time so far, where that is longer
 
 
 def is_rank_0() -> bool:
@@ -74,7 +74,7 @@ def in_words(seconds: float) -> str:
 def bar(items: Iterable | None, what: str, total: int | None = None, unit: str = "", active: bool = True):
     """The items, with how far they are: a bar on a terminal, else lines on stderr where they take over two seconds.
 
-    "analysing 88,572 prefixes ... 12%, about 15 s left": at two seconds, then ten later, then ever more rarely.
+    "analysing 88,572 prefixes ... 12%, about 15 s left": at two seconds, then every five, after a minute more rarely.
 
     Args:
         items: or None, for work that is counted by update(n) inside `with bar(None, ...) as work`.
@@ -142,19 +142,18 @@ class Work:
     def speak(self) -> None:
         """In a thread: a line from time to time, or the seconds on a terminal."""
         wait = SHORT_S if self.unit is None else SILENT_S
-        following = AGAIN_S
         while not self.is_over.wait(wait):
             if self.drawn is not None:
                 self.drawn.refresh()
                 continue
             say(f"{self.what} ...{self.so_far()}")
-            wait, following = following, RARER * following
+            wait = max(AGAIN_S, RARER * (time.monotonic() - self.began))
 
     def so_far(self) -> str:
         """How much is done, and how long the rest will take at the pace so far."""
         seconds = time.monotonic() - self.began
         if self.unit is None or not self.done:
-            return f" {in_words(seconds)}" if seconds > AGAIN_S else ""
+            return f" {in_words(seconds)}" if seconds > 2 * SHORT_S else ""
         if not self.total:
             return f" {self.done:,} {self.unit}".rstrip()
         left = seconds / self.done * max(0, self.total - self.done)

@@ -537,7 +537,7 @@ def format_table(results: dict) -> str:
     for name, result in results.items():
         line = f"{name:<{longest}}"
         for metric in best:
-            value = result["mean"][metric]
+            value = result["mean"].get(metric)
             text = f"{value:.4g}" if is_defined(value) else "-"
             mark = "*" if value == best[metric] else " "
             line += f" {text:>{width[metric]}}{mark}"
@@ -547,7 +547,7 @@ def format_table(results: dict) -> str:
 
 def table_of(summary: dict) -> str:
     """The same of what summary.json says."""
-    means = {"model": summary} | summary["baselines"]
+    means = {"model": summary} | summary.get("baselines", {})
     return format_table({name: {"mean": metrics} for name, metrics in means.items()})
 
 

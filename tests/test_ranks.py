@@ -161,7 +161,8 @@ def differ(argv: list[str]) -> None:
     ("settings", "lr is not the same on all ranks: 0.003 on rank 0 (HOST), 0.5 on rank 1 (HOST). Give all"),
 ])  # fmt: skip
 def test_ranks_with_other_data_or_settings_are_refused_before_anything_is_written(what, words, tmp_path):
-    told, = two_ranks("test_ranks", what, function="differ", folder=tmp_path, code=2).splitlines()
+    first, told = two_ranks("test_ranks", what, function="differ", folder=tmp_path, code=2).splitlines()
+    assert first == "train_ghmm: mess3, transformer, 3 steps -> run"
     assert told.startswith("error: " + words.replace("HOST", platform.node())), told
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -187,7 +188,7 @@ def edited() -> None:
 def test_a_rank_that_is_killed_ends_the_others_which_name_it_once(rank, agent, tmp_path):
     told = two_ranks("test_ranks", "killed", rank, function="train_to_an_end", folder=tmp_path, agent=agent,
                      code=(-signal.SIGKILL, 1) if rank == 0 else (1, -signal.SIGKILL))
-    errors = [line for line in told.splitlines() if not re.match("device |process |floor ", line)]
+    errors = [line for line in told.splitlines() if not re.match("train_ghmm: |device |process |floor |step ", line)]
     assert len(errors) == 1, told
     who = rf"error: rank {rank} died \({platform.node()}, pid \d+\)"
     assert re.fullmatch(f"{who}: the same command goes on from step 10", errors[0])
@@ -224,7 +225,7 @@ def told_to_stop_before_training(argv: list[str]) -> None:
 
 def test_ranks_told_to_stop_before_training_end_at_once_and_one_says_so(tmp_path):
     told = two_ranks("test_ranks", function="told_to_stop_before_training", folder=tmp_path, code=128 + signal.SIGTERM)
-    assert told == "stopped by SIGTERM\n" and list(tmp_path.iterdir()) == []
+    assert told.splitlines()[1:] == ["stopped by SIGTERM"] and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------ the environment of a job

@@ -260,6 +260,7 @@ def make_files() -> None:
     for i, story in enumerate(stories()):
         Path(f"stories/{i}.txt").write_text(story)
     Path("stories.txt").write_text("\n<|endoftext|>\n".join(stories()))
+    Path("shakespeare.txt").write_text("\n\n".join(stories()))
     synthetic(out_dir="data/state", **CELLS)
     write_cells("controls.h5ad", "gene", ["non-targeting"], ["c0", "c1"])
     write_cells("counts.h5ad", "gene", ["non-targeting", "p1", "p2"], ["B", "NK", "T"], counts=True)

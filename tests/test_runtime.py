@@ -377,7 +377,7 @@ def signalled(monkeypatch, module, name: str, *numbers: int) -> None:
 @pytest.mark.parametrize("module, name, words", [
     (train_ghmm, "build_process", ()), (train_arxiv, "open_data", ()), (train_apelr, "open_data", ()),
     (train_state, "open_data", ()), (prepare_data, "configure", ("text",)), (bench, "print", ("ghmm",)),
-    (sample, "page_stem", ("out/none",)), (sweep, "import_page", ("train_ghmm.py",)),
+    (sample, "run_named", ("out/none",)), (sweep, "import_page", ("train_ghmm.py",)),
 ], ids=lambda value: getattr(value, "__name__", None))  # fmt: skip
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_it_trains_and_in_other_commands_a_signal_ends_all_at_once(module, name, words, number, tmp_path, capfd,
@@ -494,7 +494,7 @@ def test_a_long_log_goes_on_in_a_new_file(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "LOG_BYTES", 500)
     train_ghmm.main([*FIVE, "--out_dir=run"])
     old, new = (tmp_path / "run" / "train.log.1").read_text(), (tmp_path / "run" / "train.log").read_text()
-    assert len(old) > 500 > len(new) and "done: loss" in new
+    assert len(old) > 500 > len(new) and "done: mess3" in old + new and "all of it in run/report.html" in new
 
 
 def test_wandb_settings_come_from_the_environment_or_a_dotenv_file(tmp_path, monkeypatch):
@@ -690,7 +690,7 @@ def test_two_ranks_train_like_one_with_the_same_global_batch(ranks, tmp_path, mo
 
 def test_only_rank_0_writes_and_prints(ranks):
     main, other = ranks.found
-    assert any("last.pt" in line for line in main["written"]) and "done: loss" in main["console"]
+    assert any("last.pt" in line for line in main["written"]) and "\ndone: mess3" in main["console"]
     assert other["written"] == [] and other["console"] == ""
 
 
@@ -728,7 +728,7 @@ def test_a_sigterm_to_torchrun_saves_and_the_same_command_goes_on_to_the_bit(ran
     stopped = re.search(r"stopped by a signal after step (\d+)", console)
     assert stopped, console
     assert checkpoint.load(tmp_path / "run")["step"] == int(stopped[1]) < 200
-    assert two_ranks("test_runtime", *LONG, function="without_pictures", folder=tmp_path).count("done: loss") == 1
+    assert two_ranks("test_runtime", *LONG, function="without_pictures", folder=tmp_path).count("done: mess3") == 1
     assert unequal(trained_state(ranks.out / "whole" / "run"), trained_state(tmp_path / "run")) == []
     assert metrics(ranks.out / "whole" / "run") == metrics(tmp_path / "run")
 
@@ -741,7 +741,9 @@ def without_pictures(argv: list[str]) -> None:
 def test_an_error_of_all_ranks_is_told_once(tmp_path):
     lines = two_ranks("train_ghmm", *TINY, "--grad_accum=3", folder=tmp_path, code=2).splitlines()
     assert list(tmp_path.iterdir()) == []
-    assert len(lines) == 1 and lines[0].startswith("error: ") and "multiple of grad_accum * ranks = 6" in lines[0]
+    first, told = lines
+    assert first == "train_ghmm: mess3, transformer, 1,500 steps -> out/ghmm"
+    assert told.startswith("error: ") and "multiple of grad_accum * ranks = 6" in told
 
 
 class Stack(torch.nn.Module):

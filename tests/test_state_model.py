@@ -996,7 +996,7 @@ def test_the_shape_of_a_checkpoint_is_taken_over(tmp_path, capsys):
     sizes = ("d_model", "n_layers", "n_heads", "d_head", "d_mlp", "n_decoder_layers")
     assert [getattr(cfg, name) for name in sizes] == [H, 2, 4, 4, 32, 3]
     assert (cfg.use_basal_projection, cfg.bidirectional_attention, cfg.rotary, cfg.lr) == (False, True, False, 3e-4)
-    assert f"d_model = {H}" in capsys.readouterr().out and "project_out.0.weight" in weights
+    assert f"d_model = {H}" in capsys.readouterr().err and "project_out.0.weight" in weights
     dims = dict(input_dim=D, output_dim=D, pert_dim=P, batch_dim=3, gene_dim=G, hvg_dim=D, decodes=False)
     model = ts.build_model(cfg, dims)
     assert all(k.startswith("pert_encoder.") for k in ts.initialise(model, weights, cfg))

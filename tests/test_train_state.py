@@ -227,7 +227,7 @@ def test_a_model_of_one_step_is_said_not_to_beat_the_baselines(data, capsys):
     assert result["pearson_delta"] < rivals[best]
     assert f"DOES NOT BEAT the baseline {best}" in verdict and f"{rivals[best]:.4f} ({best})" in verdict
     after = told[told.index(verdict) + 1 :]  # at most eight lines, of a terminal's width
-    assert len(after) <= 7 and "report" in after[-1]
+    assert len(after) <= 8 and "report" in after[-1]
     assert [line.split()[0] for line in after[-5:-1]] == ["model", *rivals]
     assert f" {rivals[best]:.4g}*" in after[-5 + 1 + list(rivals).index(best)] and all(len(row) <= 100 for row in after)
 
