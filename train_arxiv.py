@@ -82,6 +82,7 @@ EXPERIMENT = "arxiv"  # what sample.py treats a run of this page as; a copy keep
 # Of summary.json, said at the end.
 HEADLINES = ("test_xe", "val_xe", "icl_gain", "oracle_icl_gain", "largest_relative_excess", "seconds")
 SYNTHETIC = "data/ergodic"  # made when it is missing
+MOST_RESAMPLES = 100_000
 
 
 @dataclass
@@ -166,6 +167,9 @@ class Config:
             wrong.append(f"d_model = {self.d_model} is no multiple of n_heads = {self.n_heads}")
         if (self.budget == "tokens") != (self.budget_tokens is not None):
             wrong.append("budget = tokens and budget_tokens go together")
+        if self.bootstrap > MOST_RESAMPLES:
+            wrong.append(f"bootstrap = {self.bootstrap:,} resamples lie in memory together: take at most "
+                         f"{MOST_RESAMPLES:,}")
         if self.control_of and len(self.categories or ()) != 1:
             wrong.append(f"control_of = {self.control_of} is of a run on one category: name it with categories")
         if self.categories is not None and (not self.categories or len(set(self.categories)) != len(self.categories)):

@@ -204,12 +204,8 @@ def plot_triangle(folder: Path, title: str, cloud: Cloud) -> None:
 
 
 def plot_planes(folder: Path, title: str, cloud: Cloud, directions: Directions) -> None:
-    """Beliefs of more dimensions in planes of their principal components, coloured by the first three."""
+    """Beliefs of more dimensions in planes of principal components, each in the shades of the first that it has not."""
     true, said = directions.place(cloud.beliefs), directions.place(cloud.predicted)
-    low, high = true.aminmax(dim=0)
-    width = torch.where(high - low > 1e-6, high - low, 1.0)
-    colours = 0.85 * (true - low) / width  # never white, on which it would be lost
-    colours = torch.nn.functional.pad(colours, (0, 3))[:, :3].clamp(0, 1).numpy()
     planes = [(0, 1)]
     strong = sum(share > WEAK for share in directions.explained[:4])
     if strong > 2:
@@ -217,10 +213,14 @@ def plot_planes(folder: Path, title: str, cloud: Cloud, directions: Directions) 
     with figure(folder, "beliefs", 10, 0.6 + 4.9 * len(planes), len(planes), 2, title=title, squeeze=False) as rows:
         name_sides(*rows[0])
         for (i, j), panels in zip(planes, rows, strict=True):
+            others = [k for k in range(min(strong, 3)) if k not in (i, j)]
+            shade = others[0] if others else i
+            colours = shades(true[:, shade])
             for axes, points in zip(panels, (true, said), strict=True):
                 axes.scatter(points[:, i], points[:, j], s=cloud.sizes, c=colours, linewidths=0)
                 axes.set_xlabel(direction_name(cloud, directions, i))
             panels[0].set_ylabel(direction_name(cloud, directions, j))
+            panels[1].set_ylabel(f"shade: component {shade + 1} of the process's belief")
             share_limits(panels)
             if cloud.is_posterior:
                 certain = directions.place(torch.eye(len(cloud.names), dtype=torch.float64))

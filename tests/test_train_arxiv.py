@@ -1124,6 +1124,7 @@ def spoil(folder: Path, name: str) -> None:
     ("torn", "", "train.h5"), ("missing", "", "no such file"), ("beyond", "", "token 4, but vocab_size = 4"),
     ("negative", "", "-1"), ("other_size", "", "differ in chunk size"), ("", "--categories=a,a", "each once"),
     ("", "--batch_size=9 --grad_accum=2", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
+    ("", "--bootstrap=100_001", "take at most 100,000"),
     ("", "--budget_tokens=100", "budget_tokens go together"), ("", "--budget=tokens", "go together"),
     ("", "--budget=tokens --budget_tokens=9000", "less than its share"), ("", "--categories=", "categories"),
     ("", "--control_of=2", "one category"), ("", "--final_split=train", "final_split"),
