@@ -17,6 +17,7 @@ from common.errors import print_aside
 
 SILENT_S = 2.0  # a piece of work with a count that is over sooner says nothing where nobody watches
 SHORT_S = 1.0  # and one without
+QUIET_S = 3.0  # pieces that follow one another, each over sooner: from then on the one at work speaks
 AGAIN_S, RARER = 4.5, 0.1  # to the next line, or as a share of the time so far, where that is longer
 
 
@@ -25,8 +26,12 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK") in (None, "", "0")
 
 
+quiet = {"since": 0.0, "until": 0.0}  # pieces of work that said nothing: their begin, and the end of the last
+
+
 def say(line: str) -> None:
     """A line on stderr that no progress bar tears, if stderr takes any."""
+    quiet["since"] = time.monotonic()
     if "tqdm" not in sys.modules:
         print_aside(line)
         return
@@ -112,6 +117,8 @@ class Work:
 
     def __enter__(self) -> "Work":
         self.began = time.monotonic()
+        if self.began - quiet["until"] > SHORT_S:  # something else was going on
+            quiet["since"] = self.began
         if not self.active:
             return self
         if sys.stderr.isatty():
@@ -123,6 +130,7 @@ class Work:
 
     def __exit__(self, *error) -> None:
         self.is_over.set()
+        quiet["until"] = time.monotonic()
         if self.drawn is not None:
             self.drawn.close()
 
@@ -142,6 +150,8 @@ class Work:
     def speak(self) -> None:
         """In a thread: a line from time to time, or the seconds on a terminal."""
         wait = SHORT_S if self.unit is None else SILENT_S
+        left = QUIET_S - (self.began - quiet["since"])
+        wait = min(wait, max(left, SHORT_S / 5))
         while not self.is_over.wait(wait):
             if self.drawn is not None:
                 self.drawn.refresh()

@@ -70,6 +70,15 @@ def test_work_that_counts_by_itself_and_a_total_that_nobody_knows(hurry, capsys)
     assert capsys.readouterr().err.splitlines()[0] == "reading ... 1,234 files"
 
 
+def test_short_pieces_in_a_row_are_not_silent_together(hurry, capsys, monkeypatch):
+    monkeypatch.setattr(telling, "SILENT_S", 0.2)
+    monkeypatch.setattr(telling, "QUIET_S", 0.3)
+    for name in ("one", "two", "three"):
+        for _ in telling.bar(range(15), name):
+            time.sleep(0.01)
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()][0] in ("two", "three")
+
+
 def test_other_ranks_and_what_is_not_active_say_nothing(hurry, capsys, monkeypatch):
     with telling.doing("reading", active=False):
         time.sleep(0.05)
