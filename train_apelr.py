@@ -7,7 +7,7 @@ the loss is a likelihood, and on planted data both loss and plan have a known op
 
     python train_apelr.py                             # offline English text, v2, 2 minutes on two cores
     python train_apelr.py --compare_baseline          # and first a baseline of equal size, on the same batches
-    python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 1 minute
+    python train_apelr.py config/planted.py           # a known plan: loss and plan recovered, 3 minutes
     python train_apelr.py config/v2_fast.py           # TinyStories on one GPU, after prepare_data.py text
     torchrun --nproc_per_node=8 train_apelr.py config/v2_fast.py
     python train_apelr.py theirs.yaml                 # a file of APEL-R: what it leaves out has the defaults of there

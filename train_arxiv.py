@@ -11,7 +11,7 @@ component known is I(component; document) <= log K nats. On synthetic documents 
     python train_arxiv.py --report=out/nested                  # the report again, of the runs that there are
     torchrun --nproc_per_node=8 train_arxiv.py config/arxiv.py
 
-The default takes 1 minute on two cores and ends within 1% of the optimum at every position. The model is GPT-2's
+The default takes 2 minutes on two cores and ends within 1% of the optimum at every position. The model is GPT-2's
 (Radford et al. 2019); the budget and the subsets of categories are those of the source, ICL-non-ergodic-arxiv.
 
 Dimensions: B batch, n tokens of a chunk, T = n - 1 predictions (position t is made after t tokens), V tokens of the
