@@ -175,7 +175,8 @@ def finish(drawn) -> None:
         grid = axes.get_subplotspec()
         whole = grid.get_gridspec() if grid else None
         width = drawn.get_figwidth() * (len(grid.colspan) / whole.ncols if grid else 1.0)
-        height = (drawn.get_figheight() - getattr(drawn, "below", 0)) * (len(grid.rowspan) / whole.nrows if grid else 1.0)
+        height = drawn.get_figheight() - getattr(drawn, "below", 0)
+        height *= len(grid.rowspan) / whole.nrows if grid else 1.0
         for text, room in ((axes.title, width), (axes.xaxis.label, width - 0.4), (axes.yaxis.label, height - 0.4)):
             text.set_text(wrapped(text.get_text(), room - 0.4, text.get_fontsize()))
     free_legends(drawn)
