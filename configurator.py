@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -187,7 +188,7 @@ def hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
     for place, word in enumerate(argv):
         name, equals, folder = word.removeprefix("--").partition("=")
         if name == "report" and name not in Config.__annotations__:
-            words = ["report", *([folder] if equals else argv[place + 1:])]
+            words = ["report", *argv[:place], *([folder] if equals else ()), *argv[place + 1:]]
     # In the place of this process: one that waited for it would kill it at Ctrl-C, before its runs have saved.
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(sweep), *words])
@@ -1234,26 +1235,29 @@ def described_fields(Config: type) -> list[tuple[str, str, str]]:
     return [(name, *described.get(name, ("settings", ""))) for name in _kinds(Config)]
 
 
-def _comments(cls: type) -> Iterator[tuple[str, str, str]]:
-    """(field, group heading, comment) from a class's own source: a comment line of its own heads a group, or goes on
-    with the comment above it where it begins with ^."""
+@functools.cache
+def _comments(cls: type) -> tuple[tuple[str, str, str], ...]:
+    """(field, group heading, comment) of each, from a class's own source: a comment line of its own heads a group, or
+    goes on with the comment above it where it begins with ^."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
         tree = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):
-        return  # no source, as at a prompt: the settings work without their comments
+        return ()  # no source, as at a prompt: the settings work without their comments
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
               if token.type == tokenize.COMMENT]
     comments = {token.start[0]: token.string.lstrip("#").strip() for token in tokens}
     for number in sorted(comments, reverse=True):
         if comments[number].startswith("^") and number - 1 in comments:
             comments[number - 1] += comments.pop(number)[1:]
+    found = []
     group, line = "settings", tree.lineno
     for node in tree.body:
         heading = " ".join(comments.get(above, "").strip("-= ") for above in range(line + 1, node.lineno))
         group, line = heading.strip() or group, node.end_lineno
         if isinstance(node, ast.AnnAssign):
-            yield node.target.id, group, comments.get(line, "")
+            found.append((node.target.id, group, comments.get(line, "")))
+    return tuple(found)
 
 
 # --------------------------------------------------------------------------------------------- values as text

@@ -761,7 +761,8 @@ def analyze(cfg: Config) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     with clear_errors():
         cfg = configure(Config, argv, ALIASES, SIMPLEXITY)
-        first_line(__file__, cfg, f"{cfg.process}, {cfg.model}, {counted(cfg.max_steps, 'step')}")
+        process = cfg.matrices if isinstance(cfg.matrices, str) else cfg.process
+        first_line(__file__, cfg, f"{process}, {cfg.model}, {counted(cfg.max_steps, 'step')}")
         return analyze(cfg) if cfg.analyze else train(cfg)
 
 

@@ -510,22 +510,26 @@ def _start(cfg, folder: Path, script: str, differences, data: dict, kinds: dict)
     if copy.exists() and not filecmp.cmp(copy, script, shallow=False):
         changes = [*changes, f"{copy.name}: edited since"]
     if cfg.resume == "auto" and changes and path.name == "last.pt" and is_over(state):
-        raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): the same "
-                              f"command with --resume={path} goes on from step {state['step']}{_pace(state, cfg)}; "
-                              "another --out_dir trains a run beside it, and --resume=never anew, which replaces the "
-                              "checkpoints that are there")
+        raise CheckpointError(f"{folder} holds a finished run with other settings ({'; '.join(changes)}): "
+                              f"{_going_on(path, state, cfg)}; another --out_dir trains a run beside it, and "
+                              "--resume=never anew, which replaces the checkpoints that are there")
     if path.parent.resolve() != folder.resolve() or not _goes_on_with_best(folder / "best.pt", path, state["step"]):
         state["best"] = math.inf
     return path, state, changes
 
 
-def _pace(state: dict, cfg) -> str:
-    """What a longer run than that of a checkpoint makes of the learning rate."""
+def _going_on(path: Path, state: dict, cfg) -> str:
+    """How a finished run goes on, and what a longer one makes of the learning rate."""
+    here = f"goes on from step {state['step']}"
     for name in ("max_steps", "epochs"):
         end, before = getattr(cfg, name, None), state["config"].get(name)
-        if end and before and end > before and cfg.schedule == "cosine":
-            return f" to {name} = {end}, first with a higher learning rate again: that of the cosine that ends there"
-    return ""
+        if end and before and end > before:
+            line = f"the same command with --resume={path} {here}"
+            if cfg.schedule == "cosine":
+                line += (f" to {name} = {end}, first with a higher learning rate again: that of the cosine that ends "
+                         "there")
+            return line
+    return f"with more steps and --resume={path} it {here}"
 
 
 def _goes_on_with_best(best: Path, path: Path, step: int) -> bool:

@@ -2,6 +2,7 @@
 reads them; and what stands there about files, settings and minutes is so."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,8 +217,8 @@ def world(tmp_path_factory, one_thread):
         patch.setattr(os, "execv", handed_over)
         patch.setattr("benchmarks.ghmm.check_jax", nothing)
         patch.setattr(text, "documentation", lambda: [(f"story {i}", story) for i, story in enumerate(stories())])
-        patch.setattr(train_arxiv, "ergodic", partial(ergodic, train_documents=20, validation_documents=5))
-        patch.setattr(train_state, "synthetic", partial(synthetic, **CELLS))
+        patch.setattr(train_arxiv, "ergodic", functools.partial(ergodic, train_documents=20, validation_documents=5))
+        patch.setattr(train_state, "synthetic", functools.partial(synthetic, **CELLS))
         shutil.copytree(ROOT / "config", "config")
         make_files()
         yield folder
@@ -237,6 +237,7 @@ def stories(number: int = 60, seed: int = 0) -> list[str]:
     return ["Once upon a time " + " ".join(rng.choice(words, 40)) + "." for _ in range(number)]
 
 
+@functools.cache
 def papers(seed: int = 0) -> list[dict]:
     """Documents of five categories, enough of each for three splits."""
     return [{"text": text, "category": CATEGORIES[i % 5], "label": i % 5} for i, text in enumerate(stories(300, seed))]

@@ -127,6 +127,8 @@ def test_a_finished_run_goes_on_to_more_steps_when_asked(experiment, capsys):
     assert "with --resume=run/last.pt goes on from step 8;" in told
     assert "goes on from step 8 to max_steps = 12, first with a higher learning rate" in refusal(
         capsys, page, *settings[:-1])  # of a cosine
+    assert "with more steps and --resume=run/last.pt it goes on from step 8" in refusal(
+        capsys, page, *settings, "--max_steps=7")
     page([*settings, "--resume=run/last.pt"])
     assert "max_steps: 8 -> 12" in capsys.readouterr().out
     run, whole = (checkpoint.load(Path(folder)) for folder in ("run", "whole"))
