@@ -188,7 +188,7 @@ def hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
     for place, word in enumerate(argv):
         name, equals, folder = word.removeprefix("--").partition("=")
         if name == "report" and name not in Config.__annotations__:
-            words = ["report", *([folder] if equals else argv[place + 1:])]
+            words = ["report", *argv[:place], *([folder] if equals else ()), *argv[place + 1:]]
     # In the place of this process: one that waited for it would kill it at Ctrl-C, before its runs have saved.
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(sweep), *words])

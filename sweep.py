@@ -214,7 +214,7 @@ def report(argv: list[str]) -> list[str]:
     from measure.comparison import compare, find_runs, place_for
 
     options, words = take_apart(argv, ("out", "open"), ("open",))
-    paths = [store.local(word.head + word.value) for word in words]
+    paths = [store.local(word.head + word.value) for word in words if word.head + word.value]
     usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
     for path in paths:
         if not path.exists():
@@ -254,7 +254,8 @@ def sweep(argv: list[str]) -> Any:
     page, script = import_page(argv[0])
     cfg, words, sweeper = read_words(page, words)
     if not shows:  # what follows may have to read or to make data
-        begin(__file__, shlex.join([script.name, *(word for word in argv[1:] if "=" in word)]), file=sys.stdout)
+        typed = [word for word in argv[1:] if word not in ("-m", "--multirun")]
+        begin(__file__, shlex.join([script.name, *typed]), file=sys.stdout)
     shown, less_is_better = objective(getattr(page, "EXPERIMENT", ""), cfg.objective)
     plan = plan_search(page, script, words, sweeper, cfg, (shown or [""])[0], less_is_better)
     plan = plan or plan_runs(page, script, words, sweeper, cfg)

@@ -3,6 +3,7 @@
 Dimensions: P prefixes, S states.
 """
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,16 @@ import torch
 from common.runlog import read_metrics
 from common.telling import doing
 from measure.beliefs import pca
-from measure.figures import COLOURS, curve, figure, legend_below, plain_log, spans
+from measure.figures import COLOURS, curve, curve_with_optimum, figure, legend, legend_below, plain_log, spans
 from sources.outcomes import is_number
 
 MOST_SHOWN = 60_000  # prefixes of a picture, the likeliest
 CORNERS = COLOURS[:3]  # of the triangle, mixed inside
 FLAT = 1e-9  # share of the variance from which on a direction is one of rounding
 MOST_NAMED = 2  # states on each side of an axis
+NEAR = 0.03  # of a panel: states so near one another have one label
+NAME_SIZE = 7  # points of the names of states
+PANEL = 3.9  # side of a panel of a plane, in inches
 WEAK = 0.01  # share of the variance from which on a third direction has a panel
 
 
@@ -41,12 +45,13 @@ def plot_loss_by_position(folder: Path, title: str, result: dict) -> None:
     floor = result["optimal_loss_by_position"]
     positions = range(1, len(loss) + 1)
     with figure(folder, "loss_by_position", 6, 4, title=title) as axes:
-        curve(axes, positions, loss, "model")
-        if any(floor):  # on top, as a good model is as low
-            axes.plot(positions, floor, "--", color="k", linewidth=1, label="floor, the least that is possible")
+        if any(floor):
+            curve_with_optimum(axes, positions, loss, floor, "model", "floor, the least that is possible")
+        else:
+            curve(axes, positions, loss, "model")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="tokens read", ylabel="loss of the next token (nats)")
-        axes.legend()
+        legend(axes)
 
 
 def plot_excess_loss(folder: Path, title: str) -> None:
@@ -163,18 +168,28 @@ def plot_line(folder: Path, title: str, cloud: Cloud, directions: Directions) ->
     ends = [float(true.min()), float(true.max())]
     with figure(folder, "beliefs", 5.5, 5.5, title=title) as axes:
         axes.plot(ends, ends, color="0.5", linewidth=0.8, label="equal")
-        axes.scatter(true, said, s=2 * cloud.sizes, c=shades(true), linewidths=0, label="a context")
+        axes.scatter(true, said, s=2 * cloud.sizes, c=shades(true).to_rgba(true), linewidths=0, label="a context")
         axes.set_aspect("equal", adjustable="datalim")
         axes.set(xlabel=f"true {name}", ylabel="the same, read out of the activations")
         axes.legend(loc="upper left")
 
 
-def shades(values: torch.Tensor) -> np.ndarray:
-    """Colours [P, 4] of values, without the pale end of the map."""
+def shades(values: torch.Tensor):
+    """The scale of shades for values [P], without the pale end of the map."""
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
 
-    width = (values.max() - values.min()).clamp_min(1e-12)
-    return colormaps["viridis"](0.85 * ((values - values.min()) / width).numpy())
+    low, high = float(values.min()), float(values.max())
+    dark = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))
+    return ScalarMappable(Normalize(low, max(high, low + 1e-12)), dark)
+
+
+def halo() -> list:
+    """What keeps a text readable on dots."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2, foreground="white")]
 
 
 def name_sides(left, right) -> None:
@@ -198,7 +213,7 @@ def plot_triangle(folder: Path, title: str, cloud: Cloud) -> None:
             for (x, y), name, colour in zip(corners.tolist(), cloud.names, CORNERS, strict=True):
                 above = y > 0
                 axes.text(x, y + (0.02 if above else -0.02), name, color=colour, ha="center",
-                          va="bottom" if above else "top")
+                          va="bottom" if above else "top", path_effects=halo())
             axes.set_aspect("equal")
             axes.set_axis_off()
 
@@ -210,17 +225,19 @@ def plot_planes(folder: Path, title: str, cloud: Cloud, directions: Directions) 
     strong = sum(share > WEAK for share in directions.explained[:4])
     if strong > 2:
         planes.append((2, 3) if strong > 3 else (0, 2))
-    with figure(folder, "beliefs", 10, 0.6 + 4.9 * len(planes), len(planes), 2, title=title, squeeze=False) as rows:
+    with figure(folder, "beliefs", 10.6, 0.6 + 4.9 * len(planes), len(planes), 2, title=title, squeeze=False) as rows:
         name_sides(*rows[0])
         for (i, j), panels in zip(planes, rows, strict=True):
             others = [k for k in range(min(strong, 3)) if k not in (i, j)]
             shade = others[0] if others else i
-            colours = shades(true[:, shade])
+            scale = shades(true[:, shade])
+            colours = scale.to_rgba(true[:, shade])
             for axes, points in zip(panels, (true, said), strict=True):
                 axes.scatter(points[:, i], points[:, j], s=cloud.sizes, c=colours, linewidths=0)
                 axes.set_xlabel(direction_name(cloud, directions, i))
             panels[0].set_ylabel(direction_name(cloud, directions, j))
-            panels[1].set_ylabel(f"shade: component {shade + 1} of the process's belief")
+            name = f"shade in both: component {shade + 1} of the process's belief"
+            panels[0].figure.colorbar(scale, ax=list(panels), label=name, shrink=0.75, aspect=30, pad=0.02)
             share_limits(panels)
             if cloud.is_posterior:
                 certain = directions.place(torch.eye(len(cloud.names), dtype=torch.float64))
@@ -260,18 +277,50 @@ def mark_states(panels, names: list[str], places: torch.Tensor) -> None:
     """Where certainty of a state lies, places [S, 2], in panels that reach there; on the left by name."""
     left, _ = panels
     (x0, x1), (y0, y1) = left.get_xlim(), left.get_ylim()
-    labels = {}
-    for name, (x, y) in zip(names, places.tolist(), strict=True):
-        if x0 <= x <= x1 and y0 <= y <= y1:
-            for axes in panels:
-                axes.plot(x, y, "x", color="0.4", markersize=5, zorder=1)
-            spot = round(4 * (x - x0) / (x1 - x0)), round(14 * (y - y0) / (y1 - y0))  # with room for one label
-            labels.setdefault(spot, []).append((name, x, y))
-    for near in labels.values():
-        _, x, y = near[0]
-        said = [name for name, *_ in near]
-        aside, side = (5, "left") if x < (x0 + x1) / 2 else (-5, "right")
-        left.annotate(listed(said), (x, y), (aside, 5), textcoords="offset points", ha=side, color="0.25", size=7)
+    shares = [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in places.tolist()]  # of the panel
+    spots = []  # each with the states of about one place
+    for name, (x, y) in zip(names, shares, strict=True):
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            continue
+        for axes in panels:
+            axes.plot(x, y, "x", color="0.4", markersize=5, zorder=3, transform=axes.transAxes)
+        near = [said for said, x_said, y_said in spots if max(abs(x - x_said), abs(y - y_said)) < NEAR]
+        if near:
+            near[0].append(name)
+        else:
+            spots.append(([name], x, y))
+    taken = []
+    for said, x, y in spots:
+        write_beside(left, listed(said), x, y, taken)
+
+
+def write_beside(axes, text: str, x: float, y: float, taken: list[tuple]) -> None:
+    """A text at a corner of a point, given in shares of the axes, where it is off those that were written before.
+
+    taken: boxes (left, bottom, right, top) of texts, to which this one's is added.
+    """
+    wide, high = (0.62 * len(text) * NAME_SIZE / 72 / PANEL, 1.5 * NAME_SIZE / 72 / PANEL)
+    boxes = {}
+    for up, right in itertools.product((1, -1), (1, -1) if x < 0.5 else (-1, 1)):
+        left, bottom = x + (0.012 if right > 0 else -0.012 - wide), y + (0.008 if up > 0 else -0.008 - high)
+        boxes[up, right] = (left, bottom, left + wide, bottom + high)
+    free = [corner for corner, box in boxes.items() if is_free(box, taken)]
+    up, right = (free or list(boxes))[0]
+    taken.append(boxes[up, right])
+    axes.annotate(text, (x, y), (5 * right, 3 * up), xycoords="axes fraction", textcoords="offset points",
+                  ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top", color="0.2", size=NAME_SIZE,
+                  path_effects=halo(), zorder=4)
+
+
+def is_free(box: tuple, taken: list[tuple]) -> bool:
+    """Whether a box (left, bottom, right, top) is inside of the axes and on no other one."""
+    left, bottom, right, top = box
+    if left < 0 or bottom < 0 or right > 1 or top > 1:
+        return False
+    for other_left, other_bottom, other_right, other_top in taken:
+        if left < other_right and right > other_left and bottom < other_top and top > other_bottom:
+            return False
+    return True
 
 
 def listed(names: list[str]) -> str:

@@ -38,6 +38,7 @@ CURVES = {
     "state": ("loss", "val_loss"),
 }
 MOST_LINES = 4  # for a terminal, beside the verdict and the table
+BEST = "Best of"  # begins the verdict where there is a best
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
@@ -230,7 +231,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "") -> list[str]:
         sections = sections_of(ranked, ended, shown, notes, out)
         if studied:
             sections = [*studied, *(replace(section, folded=True) for section in sections)]
-        has_best = sentence and len(ranked) > 1 and ranked[0].values(shown[0]) and not problems(ranked)
+        has_best = sentence.startswith(BEST) and ranked[0].values(shown[0])
         sections.append(commands(ended, ranked[0] if has_best else None, out))
         if left_out:
             sections.append(Section("Not compared", left_out))
@@ -397,10 +398,13 @@ def verdict(ranked: list[Group], name: str, less_is_better: bool) -> str:
         return f"The rows differ in {', '.join(apart)}: {head} tells how hard each is, and none is the best."
     better = "less" if less_is_better else "more"
     names = labels(ranked)
-    text = f"Best of {len(ranked)} by {head} ({better} is better): {names[0]}, "
+    text = f"{BEST} {len(ranked)} by {head} ({better} is better): {names[0]}, "
     if len(known) == 1:
-        return f"{text}{spread(best, name)}."
+        return f"{text}{spread(best, name)}; of the others none has a number there."
     second = known[1]
+    if best.mean(name) == second.mean(name):
+        same = f"{names[0]} and {names[1]} came to the same, {best.text(name)}"
+        return f"None of {len(ranked)} is the best by {head}: {same}."
     is_alike = len(best.values(name)) == len(second.values(name))  # the spreads of both are said once
     text += best.text(name) if is_alike else spread(best, name)
     text += f"; next {names[1]}, {spread(second, name)}."

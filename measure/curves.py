@@ -14,7 +14,18 @@ import torch.nn.functional as F
 
 from common.errors import DataError, replacing
 from common.telling import bar, doing
-from measure.figures import COLOURS, GREY, band, curve, curve_with_optimum, figure, legend, legend_below, plain_log
+from measure.figures import (
+    GREY,
+    band,
+    curve,
+    curve_with_optimum,
+    figure,
+    in_order,
+    legend,
+    legend_below,
+    look,
+    plain_log,
+)
 from sources.ergodic import mixture_log_prob
 from sources.shared import counter_rng
 
@@ -630,26 +641,26 @@ def draw_run(folder: Path, title: str, results: dict, history: list[dict]) -> No
         draw_history(folder, title, history)
 
 
-def colours(groups: dict) -> dict[str, str]:
-    """A colour for each category, the same in all pictures."""
+def looks(groups: dict) -> dict[str, dict]:
+    """The style of each category's curve, the same in all pictures."""
     names = [name for name in groups if name not in TOGETHER]
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    return {name: look(place) for place, name in enumerate(names)}
 
 
 def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None:
     """XE by position of every category with its interval, dotted where it was not trained on, and its exact optimum."""
     with figure(folder, "xe_by_position", title=title) as axes:
-        for name, colour in colours(groups).items():
+        for name, style in looks(groups).items():
             group = groups[name]
             positions, xe = binned(np.array(group["xe_by_position"]))
             label = name if name in seen else f"{name} (unseen)"
-            style = {"color": colour, "linestyle": "-" if name in seen else ":"}
+            style = style | {"linestyle": "-" if name in seen else ":"}
             if "oracle_xe_by_position" in group:
                 _, optimum = binned(np.array(group["oracle_xe_by_position"]))
                 curve_with_optimum(axes, positions, xe, optimum, label, **style)
             else:
                 curve(axes, positions, xe, label, **style)
-            band(axes, positions, *group["binned_interval"], colour)
+            band(axes, positions, *group["binned_interval"], style["color"])
         T = len(groups["seen"]["xe_by_position"])
         axes.set_title(f"icl_gain {groups['seen']['icl_gain']:.4f}: {gain_definition(T)}")
         plain_log(axes)
@@ -659,7 +670,7 @@ def draw_curves(folder: Path, title: str, groups: dict, seen: list[str]) -> None
 
 def show_names(axes) -> None:
     """A legend inside, or below where it has more names than there is room for."""
-    named = axes.get_legend_handles_labels()
+    named = in_order(axes)
     if len(named[0]) > MOST_INSIDE:
         legend_below(axes.figure, *named)
     else:
@@ -671,7 +682,7 @@ def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None
 
     In nats where an optimum comes near 0: percent of that would hide all others.
     """
-    shades = colours(groups)
+    styles = looks(groups)
     lowest = min(min(groups[name]["oracle_xe_by_position"]) for name in seen)
     in_percent = lowest > 0.01
     unit = "%" if in_percent else "nats"
@@ -682,7 +693,7 @@ def draw_excess(folder: Path, title: str, groups: dict, seen: list[str]) -> None
             if in_percent:
                 _, optimum = binned(np.array(group["oracle_xe_by_position"]))
                 excess = 100 * excess / optimum
-            curve(axes, positions, excess, name, color=shades[name])
+            curve(axes, positions, excess, name, **styles[name])
         axes.axhline(0, color=GREY, linewidth=0.8, linestyle="--", label="exact optimum")
         plain_log(axes)
         axes.set(xlabel="tokens read", ylabel=f"excess over the exact optimum ({unit})")

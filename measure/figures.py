@@ -8,8 +8,9 @@
         legend(axes)
     with panels(folder, "delta", 5, title="five in rows of 3 and 2") as axes: ...   # a list of five
 
-When it is saved, every logarithmic axis gets plain numbers, a line of one point its marker, and titles their breaks, so
-that a page of your own has the style by drawing into `figure`. "C0" to "C6" are COLOURS.
+When it is saved, every logarithmic axis gets plain numbers, a line of one point its marker, titles and names of axes
+their breaks, and a legend that lies on data another place, so that a page of your own has the style by drawing into
+`figure`. "C0" to "C6" are COLOURS.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from math import ceil, floor, log10
 from pathlib import Path
+from typing import Any
 
 from common.errors import reason, replacing, system_sentence
 from common.telling import note
@@ -57,6 +59,7 @@ STYLE = {
     "image.cmap": "cividis",  # as good as the same to all eyes, and ordered in grey
 }
 SIGN = 0.6 / 72  # width of a sign in inches, a point of font size
+LEGEND_LINE = 0.19  # height of a line of a legend, in inches
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,21 +161,68 @@ def placed(whole, rows: list[int]) -> list:
 
 
 def finish(drawn) -> None:
-    """What makes any figure one of ours: plain numbers, single points to be seen, titles that wrap."""
+    """What makes any figure one of ours: plain numbers, single points to be seen, texts that wrap, legends off data."""
     for axes in drawn.axes:
         for which in ("x", "y"):
             if getattr(axes, f"get_{which}scale")() == "log":
                 plain_log(axes, which)
         for line in axes.lines:
             if len(line.get_xdata()) == 1 and line.get_marker() in ("None", "none", "", None):
-                line.set(marker="o")
+                line.set(marker="x" if line.get_color() == GREY else "o")
         steps = {x for line in axes.lines for x in line.get_xdata()}
         if len(steps) == 1 and axes.get_xlabel() == "step":
             axes.set_xticks(list(steps))  # a run with one evaluation
         grid = axes.get_subplotspec()
-        share = len(grid.colspan) / grid.get_gridspec().ncols if grid else 1.0
-        title = axes.title
-        title.set_text(wrapped(title.get_text(), share * drawn.get_figwidth() - 0.4, title.get_fontsize()))
+        whole = grid.get_gridspec() if grid else None
+        width = drawn.get_figwidth() * (len(grid.colspan) / whole.ncols if grid else 1.0)
+        height = drawn.get_figheight() - getattr(drawn, "below", 0)
+        height *= len(grid.rowspan) / whole.nrows if grid else 1.0
+        for text, room in ((axes.title, width), (axes.xaxis.label, width - 0.4), (axes.yaxis.label, height - 0.4)):
+            text.set_text(wrapped(text.get_text(), room - 0.4, text.get_fontsize()))
+    free_legends(drawn)
+
+
+def free_legends(drawn) -> None:
+    """A legend that lies on data goes below the picture; of several axes with legends, it gets room above the data."""
+    named = [axes for axes in drawn.axes if axes.get_legend()]
+    if not named:
+        return
+    drawn.draw_without_rendering()
+    for axes in named:
+        if not covers(axes):
+            continue
+        if len(named) == 1:
+            axes.get_legend().remove()
+            legend_below(drawn, *in_order(axes))
+            return
+        raise_top(axes)
+
+
+def raise_top(axes) -> None:
+    """Room above the data, a tenth of the axis at a time, until the legend has a place there."""
+    for _ in range(6):
+        low, high = axes.get_ylim()
+        top = high * (high / low) ** 0.1 if axes.get_yscale() == "log" else high + 0.1 * (high - low)
+        axes.set_ylim(low, top)
+        axes.figure.draw_without_rendering()
+        if not covers(axes):
+            return
+
+
+def covers(axes) -> bool:
+    """Whether the legend lies on a line, a dot, an area or a bar of its axes."""
+    box = axes.get_legend().get_window_extent()
+    for line in axes.lines:
+        if len(line.get_xdata()) and line.get_transform().transform_path(line.get_path()).intersects_bbox(box, False):
+            return True
+    for drawn in axes.collections:
+        dots = drawn.get_offset_transform().transform(drawn.get_offsets())
+        paths = [] if len(dots) > 1 else [drawn.get_transform().transform_path(path) for path in drawn.get_paths()]
+        is_filled = len(drawn.get_facecolor()) > 0
+        inside = (dots > (box.x0, box.y0)) & (dots < (box.x1, box.y1))
+        if inside.all(1).any() or any(path.intersects_bbox(box, is_filled) for path in paths):
+            return True
+    return any(patch.get_window_extent().overlaps(box) for patch in axes.patches)
 
 
 def wrapped(text: str, width: float, size: float = 9) -> str:
@@ -196,6 +246,14 @@ def curve(axes, x: Sequence, y: Sequence, label: str | None = None, **style) -> 
     return colour
 
 
+def look(place: int) -> dict[str, Any]:
+    """Style of the curve in a place of a picture: its colour, and from where colours begin again a marker too."""
+    style = {"color": COLOURS[place % len(COLOURS)]}
+    if place >= len(COLOURS):
+        style |= {"marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)], "markevery": 2}
+    return style
+
+
 def curve_with_optimum(axes, x: Sequence, y: Sequence, optimum: Sequence, label: str | None = None,
                        optimum_label: str = "exact optimum", **style) -> str:
     """A curve and, dashed in its colour, the best that any predictor can do; returns the colour.
@@ -217,18 +275,29 @@ def band(axis, x: Sequence, low: Sequence, high: Sequence, colour: str, label: s
 
 def legend(axes, **options) -> None:
     """A legend of axes, the line for the optimum of all curves last. options: such as loc, ncols."""
+    axes.legend(*in_order(axes), **options)
+
+
+def in_order(axes) -> tuple[list, list[str]]:
+    """(handles, labels) of a legend, the line for the optimum of all curves last."""
     named = list(zip(*axes.get_legend_handles_labels(), strict=True))
     named.sort(key=lambda pair: pair[0] in getattr(axes, "optima", ()))
-    axes.legend([handle for handle, label in named], [label for handle, label in named], **options)
+    return [handle for handle, label in named], [label for handle, label in named]
 
 
 def legend_below(drawn, handles: list, labels: list[str]) -> None:
-    """A legend under all panels of a figure, in as many columns as have room; long labels wrap."""
+    """A legend under all panels of a figure, which grows by its lines, in as many columns as have room."""
     size = STYLE["legend.fontsize"]
     labels = [wrapped(label, drawn.get_figwidth() - 0.8, size) for label in labels]
     room = drawn.get_figwidth() / (SIGN * size)  # in signs
     columns = max(1, int(room / (max(map(len, labels), default=1) + 6)))  # 6 for the line beside a name
-    drawn.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels), 4)))
+    columns = max(1, min(columns, len(labels), 5))
+    columns = ceil(len(labels) / max(1, ceil(len(labels) / columns)))  # of about one length
+    longest = max((label.count("\n") + 1 for label in labels), default=1)
+    lines = longest * ceil(len(labels) / max(1, columns))
+    drawn.below = LEGEND_LINE * (lines - 1)  # for one there is room
+    drawn.set_figheight(drawn.get_figheight() + drawn.below)
+    drawn.legend(handles, labels, loc="outside lower center", ncols=max(1, columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------

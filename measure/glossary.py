@@ -162,7 +162,8 @@ COLUMNS = {  # of the tables of a study, beside the figures
 PICTURES = {  # by the name of their file: what is on them, and what to look for
     "beliefs": (
         "Beliefs about the state of the process, and what a linear map reads out of the activations, a point for each"
-        " context. The more alike the two are, the better the network holds the belief."
+        " context, larger where it is likelier. The more alike the two are, the better the network holds the belief."
+        " Where there are crosses, each is certainty of a state."
     ),
     "belief": "What the model believes about the plan after each token of a passage: dark is sure.",
     "component_probe": (

@@ -69,8 +69,7 @@ def draw_curves(out: Path, ranked: list[Group], keys: tuple[str, str]) -> None:
         (out / "plots" / "curves.png").unlink(missing_ok=True)
         return
     width = 5.0 if len(shown) > 1 else 7.0  # inches
-    height = 3.6 + 0.2 * (min(len(ranked), MOST_CURVES) + 1)  # with the legend
-    with panels(out, "curves", len(shown), width, height) as axes:
+    with panels(out, "curves", len(shown), width, 4.0) as axes:
         for panel, (title, curves) in zip(axes, shown.items(), strict=True):
             for place, runs in enumerate(curves):
                 draw_group(panel, runs, place, name_in_legend(ranked, place))

@@ -107,7 +107,7 @@ def draw_categories(folder: Path, rows: list[dict]) -> None:
             means = [row["xe"] for row in points]
             deviations = [row["xe_sd"] for row in points]
             label = f"{group}: {category}" if group else category
-            style = BARS | {"fmt": MARKERS[place % len(MARKERS)]}
+            style = BARS | {"fmt": MARKERS[(place + place // len(MARKERS)) % len(MARKERS)]}
             axes.errorbar(K, means, bars(deviations), linestyle="-", label=label, **style)
         plain_log(axes, "x", ks)
         axes.set(xlabel="categories K", ylabel="cross entropy (nats)")
@@ -136,10 +136,10 @@ def draw_law(folder: Path, name: str, found: dict, optimum: dict | None, title: 
                 label = "95% of a + b log K" if is_named else None
                 axes.fill_between(fine, low, high, color=BLUE, alpha=FAINT, linewidth=0, label=label)
             if optimum:
-                draw_points(axes, optimum, "k", "exact optimum" if is_named else None, hollow=True)
+                draw_points(axes, optimum, BLUE, "exact optimum" if is_named else None, hollow=True)
                 curve = mean_curve(LAWS[0], optimum["laws"][LAWS[0]]["fit"], fine)
                 label = "a + b log K of the optimum" if is_named else None
-                axes.plot(fine, curve, "-", color="k", linewidth=0.8, label=label)
+                axes.plot(fine, curve, "-.", color=BLUE, linewidth=0.8, label=label)
         linear.set_xticks(sizes)
         linear.set(xlabel="categories K", ylabel="cross entropy, mean over positions (nats)")
         plain_log(logarithmic, "x", list(sizes))
@@ -154,7 +154,7 @@ def draw_points(axes, found: dict, colour: str, label: str | None, hollow: bool 
     if found["varied"]:
         low, high = interval(paired_means(level_tables(found))[..., -1])
         errors = np.maximum([means - low, high - means], 0)
-    face = "none" if hollow else colour
+    face = "white" if hollow else colour
     axes.errorbar(found["sizes"], means, errors, color=colour, markerfacecolor=face, label=label, **BARS)
 
 
@@ -178,15 +178,15 @@ def draw_slopes(folder: Path, name: str, found: dict, optimum: dict | None, posi
     with figure(folder, name, title=title) as axes:
         shown = [("model", found, BLUE)]
         if optimum:
-            shown.append(("exact optimum", optimum, "k"))
+            shown.append(("exact optimum", optimum, BLUE))
         for label, law_of, colour in shown:
             law = law_of["laws"][LAWS[0]]
             b = law["b"]
             errors = None
             if label == "model" and found["varied"]:
                 errors = np.maximum([b - law["low"], law["high"] - b], 0)[:, :-1]
-            style = "-" if label == "model" else "--"
-            axes.errorbar(positions, b[:-1], errors, color=colour, linestyle=style, label=label, **BARS)
+            style = {"linestyle": "-"} if label == "model" else {"linestyle": "--", "markerfacecolor": "white"}
+            axes.errorbar(positions, b[:-1], errors, color=colour, label=label, **BARS, **style)
         axes.axhline(0, color="k", linewidth=0.6)
         plain_log(axes)
         axes.set(xlabel="tokens read", ylabel="growth of XE (nats per e-fold of K)")
@@ -260,7 +260,7 @@ def draw_context(folder: Path, name: str, rows: list[dict], title: str) -> None:
         axes.errorbar(ks, values, np.maximum([values - low, high - values], 0), color=BLUE, label="model", **BARS)
         optimum = bars([row.get("optimum_icl_score") for row in rows])
         if np.isfinite(optimum).any():
-            axes.plot(ks, optimum, "o--", color="k", markerfacecolor="none", linewidth=0.8, label="exact optimum")
+            axes.plot(ks, optimum, "o--", color=BLUE, markerfacecolor="white", linewidth=0.8, label="exact optimum")
         axes.axhline(0, color="k", linewidth=0.6)
         axes.set(ylabel="in-context score (nats)")
         drawn = [axes]

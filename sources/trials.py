@@ -191,7 +191,8 @@ class Trials:
             return []
         done.sort(key=lambda trial: trial.value, reverse=not less_is_better)
         best = done[0]
-        again = command(self.plan.script, self.plan.typed(best.values))
+        # Beside the study: the folder of a run that names none may be taken.
+        again = command(self.plan.script, [*self.plan.typed(best.values), f"--out_dir={self.folder}_best"])
         facts = {
             "run": self.name_of(best),
             self.objective: best.value,

@@ -262,6 +262,20 @@ def test_the_split_of_the_final_numbers_is_that_of_the_summary_and_its_content_c
     assert not [name for name in rows()[0] if "control_of" in name]  # a setting that the summary says again
 
 
+def test_of_equal_results_none_is_the_best_and_the_only_result_has_no_next(undrawn):
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        write_run(name, 0.5, lr=lr)
+    lines = compare([Path("a"), Path("b")], Path("."))
+    assert lines[0] == "None of 2 is the best by excess_loss: lr=0.1 and lr=0.2 came to the same, 0.5."
+    assert "repeats the best run" not in Path("report.html").read_text()
+    write_run("c", 0.4, lr=0.3)
+    assert compare([Path("a"), Path("c")], Path("."))[0].startswith("Best of 2 by excess_loss")
+    assert "repeats the best run" in Path("report.html").read_text()
+    write_run("d", math.nan, lr=0.4)
+    told = compare([Path("a"), Path("d")], Path("."))[0]
+    assert told == "Best of 2 by excess_loss (less is better): lr=0.1, 0.5; of the others none has a number there."
+
+
 def test_steps_that_follow_from_other_settings_are_no_column_and_another_optimum_has_no_best(undrawn):
     write_run("a", 0.5, lr=0.1, summary={"steps": 10})
     write_run("b", 0.6, lr=0.2, summary={"steps": 20, "optimal_loss": 1.0001})

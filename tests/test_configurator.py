@@ -1186,9 +1186,9 @@ def test_the_words_of_a_study_are_left_to_sweep_by_pages_alone(monkeypatch, caps
         assert called[-1] == [str(ROOT / "sweep.py"), __file__, *words]
         monkeypatch.delattr(sys.modules[Config.__module__], "train")
     monkeypatch.setattr(sys.modules[Config.__module__], "train", None, raising=False)
-    for words in (["--report=out/a"], ["--report", "out/a"]):
+    for words in (["--report=out/a", "--out=out/b"], ["--report", "out/a", "--out=out/b"]):
         with pytest.raises(SystemExit):
             configure(Config, words)
-        assert called[-1] == [str(ROOT / "sweep.py"), "report", "out/a"]
+        assert called[-1] == [str(ROOT / "sweep.py"), "report", "out/a", "--out=out/b"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--launcher='torchrun --nproc_per_node=N'" in only_error(capsys, "-m", "lr=1,2")

@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 
 from measure import figures
-from measure.figures import COLOURS, band, curve, curve_with_optimum, figure, legend, panels, plain_log, wrapped
+from measure.figures import (
+    COLOURS,
+    band,
+    covers,
+    curve,
+    curve_with_optimum,
+    figure,
+    legend,
+    legend_below,
+    look,
+    panels,
+    plain_log,
+    wrapped,
+)
 
 # Of Machado, Oliveira and Fernandes 2009, without one of the three cones, for linear RGB.
 EYES = {
@@ -118,6 +131,63 @@ def test_few_points_have_markers_that_differ_by_curve_and_many_have_none(axes):
     curve(axes, range(100), range(100))
     markers = [line.get_marker() for line in axes.lines]
     assert markers[0] != markers[1] and "None" not in markers[:2] and markers[2] == "None"
+
+
+def zigzag(axes, name: str = "a") -> None:
+    axes.plot(np.arange(40), np.arange(40) % 2, label=name)
+
+
+def test_a_legend_on_data_goes_below_and_one_beside_it_stays(tmp_path):
+    with figure(tmp_path, "full") as full:
+        zigzag(full)
+        legend(full)
+    (below,) = full.figure.legends
+    assert full.get_legend() is None and [text.get_text() for text in below.get_texts()] == ["a"]
+    with figure(tmp_path, "free") as free:
+        free.plot([0, 1], [0, 1], label="a")
+        legend(free)
+    assert free.get_legend() and not free.figure.legends
+    with figure(tmp_path, "two", columns=2) as two:
+        for axes in two:
+            zigzag(axes)
+            legend(axes)
+    assert not any(map(covers, two)) and all(axes.get_ylim()[1] > 1.1 for axes in two)
+
+
+@pytest.mark.parametrize("draw", [
+    lambda axes: axes.plot([0, 1], [0, 1]),
+    lambda axes: axes.scatter([0.5, 9], [0.5, 9]),
+    lambda axes: axes.fill_between([0, 1], [0, 0], [1, 1]),
+    lambda axes: axes.errorbar([0.5], [0.5], [0.5], fmt="none"),
+    lambda axes: axes.bar([0.5], [1]),
+])  # fmt: skip
+def test_a_legend_is_seen_to_lie_on_whatever_is_drawn(axes, draw):
+    axes.plot([], [], label="a")
+    legend(axes, loc="center")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.figure.draw_without_rendering()
+    assert not covers(axes)
+    draw(axes)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.figure.draw_without_rendering()
+    assert covers(axes)
+
+
+def test_many_names_below_a_picture_take_nothing_from_it_and_long_names_of_axes_are_inside(tmp_path):
+    heights = {}
+    for count in (2, 14):
+        with figure(tmp_path, "names") as axes:
+            axes.set(xlabel=12 * "a long name ", ylabel=12 * "a long name ")
+            for place in range(count):
+                axes.plot([1, 2], [place, place], label=f"category_of_a_long_name_{place}" * 2, **look(place))
+            legend_below(axes.figure, *axes.get_legend_handles_labels())
+        heights[count] = axes.get_window_extent().height
+        for text in (axes.xaxis.label, axes.yaxis.label):
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= axes.figure.bbox.x1 and box.y1 <= axes.figure.bbox.y1
+    assert heights[14] > 0.9 * heights[2]
+    styles = {(line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len(styles) == 14
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])])

@@ -427,8 +427,8 @@ def starts(number: int) -> list[int]:
 
 
 def test_a_search_runs_its_trials_shows_the_best_first_and_goes_on_to_more(page, capsys):
-    words = (LR, "--layers=int:1..4", "--act=relu,gelu", "--jobs=2")
-    told = searched(*words, "--trials=4")
+    typed = (LR, "--layers=int:1..4", "--act=relu,gelu", "--jobs=2")
+    told = searched(*typed, "--trials=4")
     out = capsys.readouterr().out
     assert "a study of 4 runs of train_tiny.py in s" in out and "by excess_loss, of which less is better:" in out
     assert [line["status"] for line in told] == ["done"] * 4 and told[0]["run"].startswith("trial0000,lr=")
@@ -444,14 +444,15 @@ def test_a_search_runs_its_trials_shows_the_best_first_and_goes_on_to_more(page,
     best = json.loads(Path("s/best.json").read_text())
     chosen = ranked[0]["settings"]
     assert best["run"] == ranked[0]["run"] and best["excess_loss"] == ranked[0]["summary"]["excess_loss"]
-    assert best["command"] == "python train_tiny.py --lr={lr} --layers={layers} --act={act}".format(**chosen)
+    words = "--lr={lr} --layers={layers} --act={act} --out_dir=s_best".format(**chosen)
+    assert best["command"] == f"python train_tiny.py {words}"
     assert f"the best again: {best['command']}" in out
 
     # The same command has nothing to do; a larger number adds trials.
-    searched(*words, "--trials=4")
+    searched(*typed, "--trials=4")
     again = capsys.readouterr().out
     assert "in s, 4 ended before" in again and again[again.index("\nby "):] == out[out.index("\nby "):]
-    assert len(searched(*words, "--trials=6")) == 6
+    assert len(searched(*typed, "--trials=6")) == 6
     assert [starts(number) for number in range(6)] == [[0]] * 6
 
 
