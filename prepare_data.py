@@ -1,13 +1,13 @@
-"""Turn raw sources into training files. The first argument is the job, the rest are its typed settings.
+"""Turn raw sources into training files: the first argument is the job, the rest are its settings.
 
-    python prepare_data.py text --input=stories/            # then: python train_apelr.py --data=data/stories
-    python prepare_data.py arxiv --input=papers.jsonl       # then: python train_arxiv.py --data=data/papers
-    python prepare_data.py state preprocess --input=counts.h5ad     # then: python train_state.py --toml=...
-    python prepare_data.py inspect data/papers              # what is in a file or folder, and what is wrong with it
-    python prepare_data.py arxiv --help                     # what a job reads and writes, and its settings
+    python prepare_data.py text --input=stories/                 # for train_apelr.py
+    python prepare_data.py arxiv --input=papers.jsonl            # for train_arxiv.py
+    python prepare_data.py state preprocess --input=counts.h5ad  # for train_state.py
+    python prepare_data.py inspect data/papers                   # what is in it, what is wrong
+    python prepare_data.py arxiv --help                          # what a job reads and writes
 
-Each job says at its end what it made and the command that trains on it. Files are written beside their final place and
-renamed at the end: what exists is complete.
+Each job says at its end what it made, and the command that trains on it. Files are written beside
+their final place and renamed at the end: what exists is complete.
 """
 
 # First, as a Ctrl-C while what follows is imported shall be quiet.
@@ -188,7 +188,7 @@ class TextConfig:
 
 @dataclass
 class ErgodicConfig:
-    """Synthetic documents of K hidden Markov components with their exact optimum, for train_arxiv.py.
+    """Documents of K known hidden Markov components, with their optimum, for train_arxiv.py.
 
         python prepare_data.py ergodic                                # 4 components, 48,000 documents: 2 s
         python prepare_data.py ergodic --chunk_size=50 --train_documents=2000 --out_dir=data/short
@@ -216,7 +216,7 @@ class ErgodicConfig:
 
 @dataclass
 class PlantedConfig:
-    """Synthetic documents whose plans are known, with the exact filter over them, for train_apelr.py.
+    """Documents of known plans, with the exact filter over them, for train_apelr.py.
 
         python prepare_data.py planted                                # 20,000 documents of 4 plans: 2 s
         python prepare_data.py planted --num_plans=8 --self_transition=0.9 --out_dir=data/planted8
@@ -312,7 +312,7 @@ class StateConfig:
 
 @dataclass
 class CellsConfig:
-    """The cells of a TOML, made ready for train_state.py, which else does it at its first start.
+    """The cells of a TOML, made ready for train_state.py, which else does so as it starts.
 
         python prepare_data.py cells --toml=my.toml                   # with the settings that train_state.py is to have
 
@@ -530,8 +530,14 @@ def import_run(path: str, out_dir: str = "", source_attention: str = "auto") -> 
     count = sum(p.numel() for p in model.parameters())
     print(f"{file}: {count:,} parameters after {counted(step, 'step')}, written to {folder}")
     data = "--toml=my.toml" if system == "state" else "--data=FOLDER"
-    for word, command in zip(("next:", *[" " * 5] * len(commands)), commands, strict=False):
-        print(word, command.format(page=system, run=folder, data=data))
+    told = [command.format(page=system, run=shlex.quote(str(folder)), data=data) for command in commands]
+    # First what can be typed as it stands.
+    ready = [command for command in told if data not in command]
+    for word, command in zip(("next:", *[" " * 5] * len(ready)), ready, strict=False):
+        print(word, command)
+    waiting = [command for command in told if data in command]
+    if waiting:
+        print(f"{'and' if ready else 'next'}, with data of yours in the place of {data}:", *waiting, sep="\n      ")
     return {"experiment": system, "step": step, "parameters": count, "out_dir": str(folder)}
 
 
@@ -606,8 +612,8 @@ JOBS = {
     "text": Job(TextConfig, lambda **settings: call("sources.text.prepare_text", settings),
                 lambda cfg: cfg.input or "the documentation in Python", after_text),
     "arxiv": Job(ArxivConfig, arxiv, lambda cfg: f"chunks of {cfg.chunk_size} tokens of {cfg.input}", after_chunks),
-    "planted": Job(PlantedConfig, planted, lambda cfg: f"{cfg.train_documents:,} documents of {cfg.num_plans} plans",
-                   after_planted),
+    "planted": Job(PlantedConfig, planted,
+                   lambda cfg: f"{cfg.train_documents:,} documents of {counted(cfg.num_plans, 'plan')}", after_planted),
     "ergodic": Job(ErgodicConfig, lambda **settings: call("sources.ergodic.ergodic", settings),
                    lambda cfg: f"{cfg.train_documents:,} documents of each component", after_chunks),
     "state": Job(StateConfig, state, lambda cfg: f"{cfg.action} {cfg.input or f'cells of {cfg.num_cell_types} types'}",

@@ -4,10 +4,13 @@ Dimensions: B texts, L tokens of one, K plans.
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import torch
+
+from measure.transcript import columns_of, fill
+
+LONGEST = 24  # columns of a token among others, which is cut if it is longer
 
 
 def fixed_belief(logits: torch.Tensor, planner_mode: str, forced_state: int | None) -> torch.Tensor | None:
@@ -58,8 +61,9 @@ def plan_table(rows: Sequence[tuple[str, str, float | None]], width: int = 100) 
     for label, text, nats in rows:
         number = "" if nats is None or not math.isfinite(nats) else f"{nats:.2f}"
         shown = " \u21b5 ".join(" ".join(line.split()) for line in text.split("\n")).strip()
+        shown = drawable(shown) if shown else ""
         head = f"{label:>{longest}}  {number:>5}  "
-        lines += textwrap.wrap(shown, width, initial_indent=head, subsequent_indent=indent) or [head.rstrip()]
+        lines += fill(shown, width, head, indent) or [head.rstrip()]
     return "\n".join(lines)
 
 
@@ -98,7 +102,7 @@ def plan_legend(
         words = words_of(typical[str(k)]) if typical else []
         line += "  typical:" if words else ""
         for word in words:
-            if len(line) + 1 + len(word) > width:
+            if columns_of(line) + 1 + columns_of(word) > width:
                 break
             line += f" {word}"
         lines.append(line)
@@ -110,9 +114,17 @@ def share_of(value: float) -> str:
 
 
 def words_of(tokens: list[dict]) -> list[str]:
-    """Tokens of token_table as they can be read side by side: those of blanks alone are left out."""
+    """Tokens of token_table as they can be read side by side, cut where they are long; those of blanks are left out."""
     words = [token["token"].strip(" ") for token in tokens]
-    return [drawable(word) for word in words if word]
+    return [cut_short(drawable(word)) for word in words if word]
+
+
+def cut_short(text: str) -> str:
+    if columns_of(text) <= LONGEST:
+        return text
+    while columns_of(text) >= LONGEST:
+        text = text[:-1]
+    return text + "\u2026"
 
 
 def drawable(text: str) -> str:

@@ -3,6 +3,7 @@
 Dimensions: B windows, L tokens of one, N chunks of a window, K plans.
 """
 
+import functools
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 
 from common.runlog import read_metrics
 from measure.figures import COLOURS, GREY, curve, curve_with_optimum, figure, legend, wrapped
-from measure.forced import drawable, plan_legend, share_of
+from measure.forced import cut_short, drawable, plan_legend, share_of
 from sources.outcomes import is_number
 from sources.shared import counted
 
@@ -24,7 +25,6 @@ LETTER = 0.602 * SIZE / 72  # its width, in DejaVu Sans Mono
 LINE = 0.17  # height of a line of text
 COLUMNS = 96  # letters in a row
 TALLEST = 8.5  # of all rows together
-LONGEST = 24  # letters of a token, which is cut if it is longer
 LEFT = 0.65  # of a row, for the names of plans
 BOUNDARY = COLOURS[1]  # a chunk begins
 SHADES = "Blues"  # from white to dark, in print and for all eyes
@@ -113,12 +113,14 @@ def draw_usage(folder: Path, usage: Sequence[float]) -> None:
             axes.annotate(
                 name,
                 (steps[-1], middles[k]),
-                (1.03, height),
+                (1.05, height),
                 textcoords="axes fraction",
                 va="center",
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5},
+                # From the left edge of the name, over which it would else be drawn.
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "relpos": (0, 0.5)},
             )
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def apart(heights: Sequence[float], least: float) -> list[float]:
@@ -200,7 +202,7 @@ def draw_plans(
     begins = [t for t in range(1, after.shape[1]) if (t + model.offset) % C == 0]
     title = f"Belief over {counted(K, 'plan')} after each token of validation text, with a line where a chunk begins."
     if len(starts) > 1 and K > 1:
-        title += f" Of {len(starts)} passages it is the one in which most plans are the likeliest somewhere."
+        title += f" Of {len(starts)} passages the one in which most plans become the likeliest."
     draw_beliefs(
         folder,
         "belief",
@@ -242,9 +244,7 @@ def lay_out(labels: Sequence[str], are_words: bool = False) -> list[Letters]:
     places = []
     row = column = 0
     for label in labels:
-        text = drawable(label)
-        if len(text) > LONGEST:
-            text = text[: LONGEST - 1] + "…"
+        text = cut_short(drawable(label))
         width = max(1, letters_of(text)) + are_words
         if column + width > COLUMNS:
             row += 1
@@ -268,12 +268,25 @@ def that_fit(places: Sequence[Letters], block: float) -> int:
 
 
 def letters_of(text: str) -> int:
-    """The width of a text in letters: those of Chinese and its like are as wide as two, accents alone as none."""
+    """The width of a drawn text in letters: a box for what the font has not is as wide as two, an accent as none.
+
+    An accent that begins a token has nothing to stand on: it is drawn on a circle.
+    """
     width = 0
-    for character in text:
-        if not unicodedata.combining(character):
-            width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    for i, character in enumerate(text):
+        if ord(character) not in glyphs():
+            width += 2
+        elif not unicodedata.combining(character) or i == 0:
+            width += 1
     return width
+
+
+@functools.cache
+def glyphs() -> frozenset[int]:
+    """What the font of the text can draw."""
+    from matplotlib import font_manager, ft2font
+
+    return frozenset(ft2font.FT2Font(font_manager.findfont("DejaVu Sans Mono")).get_charmap())
 
 
 def draw_beliefs(
@@ -301,6 +314,8 @@ def draw_beliefs(
     if length < len(places):
         title += f" The first {length:,} of {len(places):,} tokens."
     places = places[:length]
+    if not glyphs().issuperset(map(ord, "".join(place.text for place in places))):
+        title += " Boxes are letters that the font has not."
     boundaries = [begin for begin in boundaries if begin < length]
     width = LEFT + COLUMNS * LETTER + 0.15
     heading = wrapped(title, width - 0.2).split("\n")

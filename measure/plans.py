@@ -17,6 +17,7 @@ from kernels.log_probs import block_logits, block_rows, blocks
 from measure.compare_baseline import BESIDE
 from measure.forced import fixed_belief, plan_rows, plan_table, written_nll  # noqa: F401 - the page takes one
 from measure.plan_pictures import draw_loss, draw_plans
+from measure.transcript import fill
 from measure.writing import generate
 from sources.outcomes import is_number
 
@@ -157,8 +158,8 @@ def write_plans(folder: Path, report: dict) -> None:
     lines = ["share: of chunks, by the belief at their start. alone: loss with this plan alone, nats a token", ""]
     lines.append("plan  share   alone  typical tokens")
     for row in plan_rows(report):
-        line = f"{row['plan']:>4}  {row['share']:>5}  {row['loss alone']:6.3f}  {row['typical tokens']}"
-        lines.append(line.rstrip())
+        head = f"{row['plan']:>4}  {row['share']:>5}  {row['loss alone']:6.3f}  "
+        lines += fill(row["typical tokens"], 100, head, " " * len(head)) or [head.rstrip()]
     if report["written"]:
         rows = []
         for entry in report["written"]:

@@ -3,11 +3,13 @@ their text."""
 
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 MOST_COLUMNS = 100  # longer lines read badly; also what is assumed where there is no console
 MOST_NUMBERED = 1_000  # tokens of a sample that get numbers under them: who wants more reads them from a file
 INDENT = "  "
+FILLER = "\ufdd0"  # while lines are cut: the second column of a wide letter, a mark of no width; no text has it
 MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of plans
 UNSURE = "."  # where no plan has half of the belief
 OF_STRIP = (
@@ -21,6 +23,28 @@ def console_columns() -> int:
     """Characters a line."""
     width = shutil.get_terminal_size((MOST_COLUMNS, 24)).columns
     return max(40, min(MOST_COLUMNS, width))
+
+
+def columns_of(text: str) -> int:
+    """The width of a text in a console: letters of Chinese and its like are as wide as two, accents have none."""
+    width = 0
+    for letter in text:
+        if unicodedata.category(letter) not in ("Mn", "Me"):
+            width += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+    return width
+
+
+def filled_up(text: str) -> str:
+    """A text with a FILLER behind each letter that is as wide as two, so that its length is its width."""
+    return text if text.isascii() else "".join(letter + FILLER * (columns_of(letter) - 1) for letter in text)
+
+
+def fill(text: str, width: int, first: str, rest: str) -> list[str]:
+    """The lines of a text, broken at words where it has them; first, rest: what stands before the first and others."""
+    text = filled_up(text)
+    width -= FILLER in text  # a line may end in the middle of a letter
+    lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return [line.replace(FILLER, "") for line in lines]
 
 
 def harmless(text: str) -> str:
@@ -37,13 +61,7 @@ def wrapped(text: str) -> str:
     """A text indented, its own line ends kept and longer lines broken at words."""
     lines = []
     for line in harmless(text).split("\n"):
-        lines += textwrap.wrap(
-            line,
-            console_columns(),
-            initial_indent=INDENT,
-            subsequent_indent=INDENT,
-            break_on_hyphens=False,
-        ) or [""]
+        lines += fill(line, console_columns(), INDENT, INDENT) or [""]
     return "\n".join(lines)
 
 
@@ -115,15 +133,18 @@ def strip(words: Sequence[str], marks: str, begins: Sequence[int]) -> str:
             text += "|"
             under += "|"
         word = on_one_line(word) or "\u00b7"
-        text += word
-        under += sign * len(word)
+        text += filled_up(word)
+        for letter in word:
+            under += sign * columns_of(letter) or FILLER  # under an accent stands nothing
     room = console_columns() - len(INDENT)
     lines = []
     while text:
         cut = len(text)
         if cut > room:
             cut = text.rfind(" ", 1, room) + 1 or room  # after a word, where there is one
-        lines += [(INDENT + text[:cut]).rstrip(), INDENT + under[:cut], ""]
+            cut -= text[cut] == FILLER  # not within a letter
+        above, below = text[:cut].replace(FILLER, ""), under[:cut].replace(FILLER, "")
+        lines += [(INDENT + above).rstrip(), INDENT + below, ""]
         text = text[cut:]
         under = under[cut:]
     return "\n".join(lines[:-1])

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,15 +45,18 @@ def kind_of(path: Path) -> str:
 def text_files(path: Path) -> list[Path]:
     """A file, or those of a folder that can be read, sorted; says which others it has.
 
-    Hidden files are no data: a hidden folder may be this preparation's own. Raises DataError if none is left.
+    Hidden files are no data: a hidden folder may be this preparation's own. Raises DataError if none is left, and for a
+    folder that may not be read: what is in it could not be counted.
     """
     if not path.is_dir():
         return [regular_file(path)]
+    refuse_locked(path)
     files, skipped = [], []
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
             continue
         if file.is_dir() and not file.is_symlink():
+            refuse_locked(file)
             continue
         if file.is_file() and kind_of(file) and not is_prepared(file):
             files.append(file)
@@ -64,6 +68,11 @@ def text_files(path: Path) -> list[Path]:
     if skipped:
         print(f"{path}: {counted(len(files), 'file')} read, {len(skipped):,} skipped: {by_kind(skipped)}")
     return files
+
+
+def refuse_locked(folder: Path) -> None:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise DataError(f"the folder {folder} may not be read: get the right to it, or leave it out")
 
 
 def by_kind(names: list[str]) -> str:

@@ -103,7 +103,7 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
         raise DataError(f"cannot read {path}: it is not {error.encoding} (byte {byte:#x}: {error.reason}); save it as "
                         "UTF-8") from error
     except UNREADABLE as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:  # pyarrow's own errors for damaged files
         if type(error).__module__.startswith("pyarrow"):
             raise DataError(f"cannot read {path}: {error}") from error
@@ -298,6 +298,8 @@ def cut_text(path: Path, whole_files: bool = False, seen: Counter | None = None)
         for text in texts:
             yield text.strip(b"\r\n")
     texts = cut(rest, LEAST)
+    if pieces + len(texts) > 1 and not texts[-1].strip():
+        texts.pop()  # what stands behind the last mark or cut is no document without text, but nothing
     if seen is not None:
         is_whole = pieces + len(texts) == 1
         seen["whole" if is_whole else "marked" if marked else "running"] += 1
@@ -449,19 +451,19 @@ def point_at_held_out(files: list[Path]) -> None:
              f"--val_input={held_out[0]}")
 
 
-def how_cut(seen: Counter) -> str:
-    """Where the documents of files end, with how many files are which: "98 files are a document each"."""
-    parts = []
+def how_cut(seen: Counter) -> list[str]:
+    """Where the documents of files end, a line for each way: "98 files are a document each"."""
+    lines = []
     if seen["whole"]:
-        parts.append(counted(seen["whole"], "file is a document", "files are a document each"))
+        lines.append(counted(seen["whole"], "file is a document", "files are a document each"))
     if seen["marked"]:
-        parts.append(f"{counted(seen['marked'], 'file is', 'files are')} cut at {MARK.decode()}")
+        lines.append(f"{counted(seen['marked'], 'file is', 'files are')} cut at {MARK.decode()}")
     if seen["running"]:
-        parts.append(f"{counted(seen['running'], 'file is', 'files are')} cut at blank lines, every {LEAST:,} bytes or "
-                     f"more (not with --whole_files; {MARK.decode()} says where)")
+        files = counted(seen["running"], "file is", "files are")
+        lines.append(f"{files} cut at blank lines, every {LEAST:,} bytes or more; --whole_files does not cut")
     if seen["tables"] and seen["records"]:
-        parts.append(f"a document is a line, row or item of {counted(seen['tables'], 'file')}")
-    return "; ".join(parts)
+        lines.append(f"{counted(seen['tables'], 'file has', 'files have')} a document a line, row or item")
+    return lines
 
 
 def documents_of(source: str, split: str, reading: Reading, seen: Counter) -> Iterator[str]:
@@ -484,7 +486,8 @@ def documents_of(source: str, split: str, reading: Reading, seen: Counter) -> It
             seen["records"] += 1
             if not text.isascii() and not is_unicode(text):
                 if not seen["bytes"]:
-                    note(f"{where} is not UTF-8: its bytes stay as they are; save it as UTF-8 if they are letters")
+                    note(f"{where} is not UTF-8: its bytes stay as they are; save it as UTF-8 if it is text, or "
+                         "else leave it out")
                 seen["bytes"] += 1
             yield text
             bytes_left -= size_of(text)
@@ -589,10 +592,13 @@ def gather_text(source: str, val_source: str, reading: Reading, seed: int, spool
     if not val_source:
         fill_splits(spool, "", ("train", "val"), place)
     name, train, val = source or "Python's help", spool.counts["train", ""], spool.counts["val", ""]
+    if not val_source and train + val == 1:
+        raise DataError(f"{name} is one document, of which none can be held out to validate on: use more text, put "
+                        f"{MARK.decode()} between documents, or name other text, --val_input=FILE")
     if not train:
         raise DataError(f"{name} leaves no training document: use more text, or a smaller val_fraction")
     if not val:
-        raise DataError(f"{val_source or name} leaves no validation document: use more text, or name a val_input")
+        raise DataError(f"{val_source or name} leaves no validation document: use more text, or --val_input=FILE")
     if left_out:
         seen["left out"] = left_out
     say_gathered(train, val, seen, reading)
@@ -602,15 +608,15 @@ def say_gathered(train: int, val: int, seen: Counter, reading: Reading) -> None:
     """How many documents there are for what, where they were cut, and what was left out."""
     told = [f"{train:,} for training, {val:,} for validation"]
     if seen["left out"]:
-        told.append(f"left out {seen['left out']:,} of training that are in validation too")
+        told.append(f"left out {seen['left out']:,} that are in validation too")
     if seen["empty"]:
         kind = f"of less than {counted(reading.min_chars, 'character')}" if reading.min_chars else "without text"
-        told.append(f"skipped {counted(seen['empty'], 'document')} {kind}")
+        told.append(f"skipped {seen['empty']:,} {kind}")
     if seen["bytes"]:
-        told.append(f"{counted(seen['bytes'], 'document is', 'documents are')} not UTF-8")
+        told.append(f"{seen['bytes']:,} not UTF-8")
     print(f"documents: {'; '.join(told)}")
-    if how_cut(seen):
-        print(f"  {how_cut(seen)}")
+    for line in how_cut(seen):
+        print(f"  {line}")
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -710,7 +716,8 @@ def write_tokens(path: Path, spool: Spool, split: str, tokenizer: Tokenizer, thr
             if full:
                 break
     if not sizes["tokens"]:
-        raise DataError(f"the first document of {split} has more than {most:,} tokens: allow more")
+        setting, kind = ("max_tokens", "training") if split == "train" else ("max_val_tokens", "validation")
+        raise DataError(f"{setting} = {most:,}: the first document of {kind} has more tokens; allow more")
     if unknown:
         note(f"{unknown:,} of {sizes['tokens']:,} tokens of the {split} text are unk: characters that the tokenizer "
              "has no token for, which are lost")
@@ -771,6 +778,6 @@ def prepare_text(
             )
         shop.finish("tokenizer.json", "train.bin", "val.bin", "meta.json")
     print(f"tokens: {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation, of "
-          f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes; vocabulary {encoder.vocab_size:,} ({encoder.kind}"
-          f"); written to {out_dir}")
+          f"{meta['val_bytes'] / meta['val_tokens']:.2f} bytes each")
+    print(f"written to {out_dir}; vocabulary of {encoder.vocab_size:,} ({encoder.kind})")
     return meta

@@ -516,7 +516,7 @@ def test_short_documents_are_left_out_and_the_tokens_end_with_a_document(capsys)
     assert (meta["val_documents"], meta["val_tokens"]) == (1, 13)
     assert prepare_data.main(["inspect", "out"])["problems"] == []
     told = refused(capsys, *words, "--max_tokens=3", main=prepare_data.main)
-    assert "the first document of train has more than 3 tokens" in told
+    assert "max_tokens = 3: the first document of training has more tokens" in told
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -407,9 +407,12 @@ def test_only_adamw_is_gone_on_with_but_the_weights_are_read(state, itos, text, 
     assert prepare_data.main(["import", "runs/x", "--out_dir=out/x"])["step"] == 7
 
 
-def test_a_checkpoint_that_names_numpy_and_pathlib_is_read(itos):
+def test_a_checkpoint_that_names_numpy_and_pathlib_is_read(itos, capsys):
     path = source_run("runs/x", itos, global_step=np.int64(7), tokenizer_path=Path("gone/tokenizer.json"))
-    assert prepare_data.main(["import", "runs/x", "--out_dir=out/x"])["step"] == 7
+    assert prepare_data.main(["import", "runs/x", "--out_dir=out/my x"])["step"] == 7
+    told = capsys.readouterr().out
+    # What can be typed as it stands comes first, and a name with a blank is quoted.
+    assert "\nnext: python sample.py 'out/my x'\nand, with data of yours in the place of --data=FOLDER:\n" in told
     assert tokenizer_file(path) == path.with_name("tokenizer.json")
     assert sample.main([str(path), "--prompt=a cat", "--max_new_tokens=2", "--device=cpu"])["step"] == 7
 

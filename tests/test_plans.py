@@ -7,8 +7,9 @@ import torch
 
 import train_apelr
 from measure import plan_pictures, plans
-from measure.forced import drawable, plan_legend, plan_table, written_nll
-from measure.plan_pictures import COLUMNS, LONGEST, apart, draw_plans, heights, lay_out, letters_of, that_fit
+from measure.forced import LONGEST, drawable, plan_legend, plan_table, written_nll
+from measure.plan_pictures import COLUMNS, apart, draw_plans, heights, lay_out, letters_of, that_fit
+from measure.transcript import columns_of
 from measure.writing import advance, predict, prefill
 from sources.corpus import Corpus
 
@@ -70,6 +71,9 @@ def test_a_table_of_texts_keeps_every_word_within_its_width():
     assert lines[1].startswith(" belief   1.23  word0 word1") and "plan 10" in lines
     assert [word for word in table.split() if word.startswith("word")] == long.split()
     assert table.split().count("\u21b5") == 2 and table.count("x") == 250 + 1
+    wide = plan_table([("0", "\u4e2d" * 200 + "\x1b[2J", 1.0)])  # two columns a letter, and what a console would obey
+    assert max(map(columns_of, wide.splitlines())) in (99, 100) and wide.count("\u4e2d") == 200
+    assert "\x1b" not in wide and "\u00b7[2J" in wide
 
 
 def test_a_legend_names_every_plan_and_cuts_at_whole_tokens():
@@ -78,6 +82,8 @@ def test_a_legend_names_every_plan_and_cuts_at_whole_tokens():
     assert [line.split()[1] for line in lines] == [str(k) for k in range(12)] and max(map(len, lines)) <= 60
     assert lines[0] == "plan 0     50%  true plan 0  typical: token0\u21b5 token1\u21b5"
     assert plan_legend([1.0, 0.0]) == ["plan 0   100%", "plan 1   0.0%"]
+    wide = plan_legend([1.0], {"0": [{"token": "\u4e2d" * 40}] * 3}, width=70)[0]
+    assert columns_of(wide) <= 70 and wide.count("\u2026") == 1  # a token is cut, and the second has no room
 
 
 def test_every_token_has_its_place_and_rows_hold_no_more_than_they_can():
@@ -94,7 +100,7 @@ def test_every_token_has_its_place_and_rows_hold_no_more_than_they_can():
     block = heights(4, False)[2]
     shown = that_fit(places, block)
     assert 0 < shown < len(places) and places[shown].row == places[shown - 1].row + 1
-    assert letters_of("\u4e2de\u0301x") == 4
+    assert letters_of("\u4e2de\u0301x") == 4 and letters_of("\u0301x") == 2 and letters_of("\U0001f1e9") == 2
 
 
 def test_names_of_shares_stand_apart_and_inside():

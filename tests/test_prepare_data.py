@@ -927,7 +927,9 @@ def test_the_help_of_a_job_is_about_that_job(job, capsys):
     assert max(map(len, told.splitlines())) <= 100
     with pytest.raises(SystemExit):
         prepare_data.main(["--help"])
-    assert f"  {job:<9} {settings.__doc__.splitlines()[0]}\n" in capsys.readouterr().out
+    overview = capsys.readouterr().out
+    assert f"  {job:<9} {settings.__doc__.splitlines()[0]}\n" in overview
+    assert max(map(len, overview.splitlines())) <= 100
 
 
 def test_what_is_not_there_to_inspect_is_suggested_and_h5ad_files_of_a_folder_are_inspected(capsys):

@@ -329,14 +329,36 @@ def test_where_documents_are_cut_is_said_with_how_many_files(capsys):
     write("in/long.txt", long)
     write("in/a.jsonl", jsonl(texts[9:]))
     prepare("--input=in")
-    assert ("  3 files are a document each; 1 file is cut at <|endoftext|>; 1 file is cut at blank lines, every 2,000 "
-            in (told := capsys.readouterr().out))
-    assert "; a document is a line, row or item of 1 file\n" in told and len(told.splitlines()) <= 8
+    told = capsys.readouterr().out
+    for line in ("3 files are a document each", "1 file is cut at <|endoftext|>",
+                 "1 file has a document a line, row or item",
+                 "1 file is cut at blank lines, every 2,000 bytes or more; --whole_files does not cut"):
+        assert f"\n  {line}\n" in told
+    assert max(map(len, told.splitlines())) <= 100
     pieces = [text for text in everything() if text.decode() in long]
     assert len(pieces) > 5 and b"".join(documents("train") + documents("val")).count(b"<|") == 0
     prepare("--input=in", "--whole_files")
     assert "  5 files are a document each" in capsys.readouterr().out
     assert everything() == encoded([*texts[:3], "<|endoftext|>".join(texts[3:9]), long, *texts[9:]])
+
+
+@pytest.mark.parametrize("end", ["", "\n", "<|endoftext|>", "<|endoftext|>\n\n"])
+def test_what_stands_behind_the_last_cut_of_a_file_is_no_document(end, capsys):
+    texts = stories()
+    write("a.txt", "<|endoftext|>".join(texts) + end)
+    write("b.txt", " ".join(texts) * 60 + end.replace("<|endoftext|>", ""))  # no line to cut at
+    for name in ("a.txt", "b.txt"):
+        prepare(f"--input={name}")
+        assert "without text" not in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_refused_by_its_name(capsys, monkeypatch):
+    write("in/a.txt", stories()[0])
+    write("in/locked/b.txt", stories()[1])
+    may = os.access
+    for locked in ("in", "in/locked"):
+        monkeypatch.setattr(os, "access", lambda path, mode, locked=locked: str(path) != locked and may(path, mode))
+        assert f"the folder {locked} may not be read" in refused(capsys, "text", "--input=in", *SMALL)
 
 
 def test_a_file_that_calls_itself_held_out_among_others_is_pointed_at(capsys):
@@ -355,7 +377,7 @@ def test_text_that_is_not_utf_8_is_kept_and_the_first_file_is_named(capsys):
         write(f"in/{i}.txt", f"gr\xfc\xdfe {i}".encode("latin-1") if i else "gr\xfc\xdfe")
     prepare("--input=in", "--vocab_size=none")
     told = capsys.readouterr()
-    assert "note: in/1.txt is not UTF-8" in told.err and "2 documents are not UTF-8" in told.out
+    assert "note: in/1.txt is not UTF-8" in told.err and "; 2 not UTF-8" in told.out
     assert sorted(everything()) == sorted([b"gr\xfc\xdfe 1", b"gr\xfc\xdfe 2", "gr\xfc\xdfe".encode()])
 
 
@@ -455,9 +477,9 @@ def test_documents_without_text_are_skipped_and_counted(capsys):
     texts = stories()
     rows = [{"text": text} for text in [*texts, None, float("nan"), "", " \n"]]
     prepare(write("a.jsonl", jsonl(rows)))
-    assert "skipped 4 documents without text" in capsys.readouterr().out and everything() == encoded(texts)
+    assert "skipped 4 without text" in capsys.readouterr().out and everything() == encoded(texts)
     prepare(write("a.jsonl", jsonl(rows[: len(texts) + 1])))
-    assert "skipped 1 document without text" in capsys.readouterr().out
+    assert "skipped 1 without text" in capsys.readouterr().out
 
 
 def test_all_ways_and_any_number_of_threads_give_the_same_bytes():
@@ -506,7 +528,7 @@ def test_the_hubs_own_validation_split_is_used_and_what_it_shares_with_training_
         validation=[{"text": text} for text in ["", None, *texts[38:58]]])
     meta = prepare("--input=tinystories", "--max_documents=39")  # and 0.3 times as many for validation
     assert sorted(documents("val")) == encoded(texts[38:50]) and meta["source"] == "tinystories"
-    assert sorted(documents("train")) == encoded(texts[:38]) and "left out 1 of training" in capsys.readouterr().out
+    assert sorted(documents("train")) == encoded(texts[:38]) and "left out 1 that are in" in capsys.readouterr().out
 
 
 def test_the_lines_of_wikitext_are_joined_to_articles(monkeypatch):
@@ -675,7 +697,7 @@ def test_a_kill_between_two_renames_leaves_no_set_that_looks_whole(monkeypatch):
 
 @pytest.mark.parametrize("name, text, more, words", [
     ("a.json", [], "", "leaves no training document"), ("a.json", ["", " \n"], "", "leaves no training document"),
-    ("a.txt", "", "", "is empty"), ("a.json", ["one"], "", "leaves no validation document"),
+    ("a.txt", "", "", "is empty"), ("a.json", ["one"], "", "a.json is one document"),
     ("a.json", stories(), "--val_input=b.json", "b.json: no such file"),
     ("a.json", [{"body": "b", "id": 1}], "", "no column 'text'; there are 'body', 'id'. Name it: --text_column=NAME"),
     ("a.jsonl", '{"text": "a"}\n{"body": "b"}\n', "", "a.jsonl, line 2: no column 'text'; there are 'body'"),

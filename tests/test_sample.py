@@ -22,7 +22,7 @@ import train_ghmm
 import train_state
 from common import checkpoint
 from common.errors import CheckpointError, InputError
-from measure import plans, sequences, speed, transcript
+from measure import plans, sequences, transcript
 from measure.sequences import continue_sequences, first_largest
 from measure.writing import advance, predict, prefill
 from sources import foreign_checkpoints, prompts
@@ -241,6 +241,16 @@ def test_a_strip_has_the_mark_of_a_token_under_all_of_it_and_nothing_is_cut(widt
     assert [above, below] == expected
 
 
+def test_marks_stand_under_letters_that_are_as_wide_as_two(width):
+    words = ["\u4e2d\u6587", "a", "e\u0301", "\u5b57" * 30, " b"] * 6
+    lines = transcript.strip(words, "01234" * 6, []).splitlines()
+    above, below = lines[::3], lines[1::3]
+    assert max(map(transcript.columns_of, lines)) <= width
+    assert "".join(line[2:] for line in below) == ("0000" + "1" + "2" + "3" * 60 + "44") * 6
+    for text, marks in zip(above, below, strict=True):
+        assert transcript.columns_of(text) in (len(marks), len(marks) - 1)  # a blank at the end is not written
+
+
 def test_the_likeliest_plan_is_a_letter_from_ten_on():
     beliefs = [[0.0] * 10 + [0.9, 0.1], [0.5] + [0.5] + [0.0] * 10, [0.4, 0.3, 0.3] + [0.0] * 9]
     assert transcript.likeliest_plans(beliefs) == "a0."
@@ -260,7 +270,6 @@ def runs(tmp_path_factory, one_thread) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((train_ghmm, "plot_run"), (plans, "draw_loss"), (plans, "draw_plans")):
             patch.setattr(module, name, lambda *args, **options: None)
-        patch.setattr(speed, "RATE_SECONDS", 0)
         train_ghmm.main([*shared, "--n_layers=1", "--d_model=16", "--d_mlp=16", "--n_ctx=5", "--max_words=300",
                          f"--out_dir={folder / 'out/ghmm'}"])
         train_apelr.main([*shared, "--num_plan_states=2", "--chunk_size=4", "--seq_len=15", "--token_dim=8",
