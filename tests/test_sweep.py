@@ -767,7 +767,7 @@ def test_where_nobody_watches_a_run_at_work_is_told_of_ever_more_rarely(monkeypa
             assert lines == [["[0/2] a: getting ready"], ["[0/2] a: step 40 of 1,000 | 03:22 left"]][len(times) - 1]
     assert times[:9] == [5, 10, 15, 20, 25, 30, 35, 40, 45]
     waits = [later - time for time, later in pairwise(times)]
-    assert all(wait <= max(5, 0.1 * time + 2) for time, wait in zip(times, waits, strict=False)) and waits[-1] > 15
+    assert all(wait <= max(5, time / 9 + 1) for time, wait in zip(times, waits, strict=False)) and waits[-1] > 15
 
 
 def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
