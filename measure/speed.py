@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 RATE_SECONDS = 0.2  # of measuring; the median of at least three products
+RATE_SIZE = 1024  # of their matrices on a CPU
 
 
 def matmul_rate(rt) -> float:
     """FLOP/s that large matrix products reach on this device in this precision: what a model's are held against."""
-    size = 8192 if rt.device.type == "cuda" else 1024
+    size = 8192 if rt.device.type == "cuda" else RATE_SIZE
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(rt.precision, torch.float32)
     a, b = torch.ones(2, size, size, device=rt.device, dtype=kind)
     rates = []

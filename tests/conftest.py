@@ -60,6 +60,15 @@ def files_of_hdf5_are_not_read_twice():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def the_machine_is_not_measured():
+    """At the start of each run of two of the pages: a quarter of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "RATE_SECONDS", 0)
+        patch.setattr(speed, "RATE_SIZE", 64)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def what_is_loaded_is_not_searched_for_garbage():
     """Of a million objects of torch, matplotlib and pytest: a search takes 0.2 s, and goes on all the time."""
@@ -91,8 +100,7 @@ def one_thread():
 
 @pytest.fixture
 def quickly(in_a_folder_of_its_own, monkeypatch):
-    """Without the measurement of the machine, and without the pictures of apelr and state, which take long."""
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
+    """Without the pictures of apelr and state, which take long."""
     for name in ("draw_loss", "draw_plans"):
         monkeypatch.setattr(plans, name, lambda *args, **options: None)
     monkeypatch.setattr(effects, "plot_metrics", lambda *args, **options: None)

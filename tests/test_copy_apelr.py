@@ -12,7 +12,7 @@ from commands import refusal
 
 import train_apelr
 from common import checkpoint
-from measure import plans, speed
+from measure import plans
 
 PAGE = Path(train_apelr.__file__)
 TINY = ("--num_plan_states=3", "--chunk_size=4", "--seq_len=15", "--token_dim=8", "--d_model=16", "--n_layers=1",
@@ -87,7 +87,6 @@ def imported(monkeypatch, text: str):
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     for name in ("draw_loss", "draw_plans"):
         monkeypatch.setattr(plans, name, lambda *args, **options: None)
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -15,10 +15,10 @@ import prepare_data
 import train_arxiv
 from common import checkpoint
 from common.runtime import Runtime
-from measure import speed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "train_arxiv.py").read_text(encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 TINY = ("--n_layers=1", "--d_model=16", "--n_heads=2", "--d_mlp=32", "--batch_size=8", "--max_steps=6", "--lr=1e-2",
         "--warmup_steps=2", "--bootstrap=20", "--log_interval=5", "--device=cpu", "--precision=fp32")
 PARTS = [{"name": "a", "process": "coin", "p": 0.9, "vocab_map": [0, 1]},
@@ -62,11 +62,6 @@ LOSS = ("""                xe, _ = model(part[:, :-1], part[:, 1:])
 """, """                logits, _ = model(part[:, :-1])
                 xe = token_xe(logits, part[:, 1:])[:, 3:]
 """)
-
-
-@pytest.fixture(autouse=True)
-def quickly(in_a_folder_of_its_own, monkeypatch):
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")

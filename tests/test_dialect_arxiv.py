@@ -24,7 +24,6 @@ from common import checkpoint, runlog
 from common.errors import CheckpointError, DataError
 from common.runtime import Runtime
 from configurator import configure
-from measure import speed
 from measure.curves import draw_history
 from sources.chunks import chunk_arrays, split_paths, train_and_validation
 from sources.foreign import ICL, ICL_NEWEST
@@ -50,7 +49,6 @@ TINY = (
 @pytest.fixture(autouse=True)
 def quick(in_a_folder_of_its_own, monkeypatch):
     monkeypatch.setattr(train_arxiv, "draw_run", lambda *args: None)
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 def read(*words: str) -> Config:

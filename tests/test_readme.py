@@ -23,7 +23,7 @@ import sweep
 import train_arxiv
 import train_ghmm
 import train_state
-from measure import effects, plans, speed
+from measure import effects, plans
 from measure.glossary import FIGURES
 from sources import hdf5, jobs, text
 from sources.ergodic import ergodic
@@ -187,7 +187,7 @@ def nothing(*args, **options) -> None:
 
 
 # Pictures have their own tests, and the machine is not measured.
-QUICK = [(speed, "RATE_SECONDS", 0), (train_ghmm, "plot_run", nothing), (train_arxiv, "draw_run", nothing),
+QUICK = [(train_ghmm, "plot_run", nothing), (train_arxiv, "draw_run", nothing),
          (plans, "draw_loss", nothing), (plans, "draw_plans", nothing), (effects, "plot_metrics", nothing)]
 
 

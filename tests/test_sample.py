@@ -22,7 +22,7 @@ import train_ghmm
 import train_state
 from common import checkpoint
 from common.errors import CheckpointError, InputError
-from measure import plans, sequences, speed, transcript
+from measure import plans, sequences, transcript
 from measure.sequences import continue_sequences, first_largest
 from measure.writing import advance, predict, prefill
 from sources import foreign_checkpoints, prompts
@@ -270,7 +270,6 @@ def runs(tmp_path_factory, one_thread) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((train_ghmm, "plot_run"), (plans, "draw_loss"), (plans, "draw_plans")):
             patch.setattr(module, name, lambda *args, **options: None)
-        patch.setattr(speed, "RATE_SECONDS", 0)
         train_ghmm.main([*shared, "--n_layers=1", "--d_model=16", "--d_mlp=16", "--n_ctx=5", "--max_words=300",
                          f"--out_dir={folder / 'out/ghmm'}"])
         train_apelr.main([*shared, "--num_plan_states=2", "--chunk_size=4", "--seq_len=15", "--token_dim=8",

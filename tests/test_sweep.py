@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -758,13 +759,15 @@ def test_where_nobody_watches_a_run_at_work_is_told_of_ever_more_rarely(monkeypa
     source = SimpleNamespace(total=2, count_ended=lambda: 0, steps=lambda: {"a": 1000, "b": 1000})
     shown = progress.Progress(source, at_a_time=1)
     run, times = Simulated("a", 1000, now, ready=6, pace=0.1, ending=0), []
-    for _ in range(60):
+    for _ in range(200):
         now += 1
         shown.show([run.at(now)])
         times += [now - 1000] * bool(lines := capsys.readouterr().out.splitlines())
         if len(times) <= 2 and lines:
-            assert lines == [["[0/2] a: getting ready"], ["[0/2] a: step 80 of 1,000 | 03:18 left"]][len(times) - 1]
-    assert times == [6, 14, 26, 43]
+            assert lines == [["[0/2] a: getting ready"], ["[0/2] a: step 40 of 1,000 | 03:22 left"]][len(times) - 1]
+    assert times[:9] == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    waits = [later - time for time, later in pairwise(times)]
+    assert all(wait <= max(5, time / 9 + 1) for time, wait in zip(times, waits, strict=False)) and waits[-1] > 15
 
 
 def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():

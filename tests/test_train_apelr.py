@@ -47,7 +47,6 @@ def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
     for name in PICTURES:
         monkeypatch.setattr(plans, name, lambda *args, **options: None)
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,6 @@ def writers(text, tmp_path_factory, one_thread) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in PICTURES:
             patch.setattr(plans, name, lambda *args, **options: None)
-        patch.setattr(speed, "RATE_SECONDS", 0)
         for version in (V1, V2, "baseline"):
             found[version] = folder / version
             train_apelr.main([*TINY, f"--data={text}", f"--version={version}", f"--out_dir={found[version]}",

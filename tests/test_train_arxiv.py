@@ -57,7 +57,6 @@ FIVE = ["cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL"]
 def without_pictures(in_a_folder_of_its_own, monkeypatch):
     """Unless it asks, a test draws no pictures."""
     monkeypatch.setattr(train_arxiv, "draw_run", lambda *args: None)
-    monkeypatch.setattr(speed, "RATE_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
