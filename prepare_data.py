@@ -429,9 +429,11 @@ def inspect(path: str, tokens: int = 20, **columns) -> dict:
         return chunks.inspect_folder(file, tokens)
     if file.is_dir() and not (file / "meta.json").exists() and any(file.glob("*.h5ad")):
         return {path.name: contents.inspect_cells(str(path)) for path in sorted(file.glob("*.h5ad"))}
+    if (file / "last.pt").exists():
+        raise DataError(f"{path} is a run, which its report.html shows; inspect reads data")
     if file.is_dir():
         return streams.inspect_stream(file, tokens)
-    if file.suffix in (".bin", ".json"):
+    if file.suffix == ".bin" or file.name in ("meta.json", "tokenizer.json"):
         return streams.inspect_stream(file.parent, tokens)
     if kind_of(file):
         raise DataError(f"{path} is text, and inspect reads what is made of it: a folder of prepare_data.py, .h5, "

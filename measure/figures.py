@@ -241,17 +241,17 @@ def curve(axes, x: Sequence, y: Sequence, label: str | None = None, **style) -> 
     """A line, with markers where it has few points; returns its colour, by default the next of COLOURS."""
     (line,) = axes.plot(x, y, label=label, **style)
     colour = line.get_color()
+    if len(x) <= FEW_POINTS:
+        line.set_markevery(None)  # each of them
     if len(x) <= FEW_POINTS and "marker" not in style:
         line.set(marker=MARKERS[COLOURS.index(colour)] if colour in COLOURS else MARKERS[0])
     return colour
 
 
 def look(place: int) -> dict[str, Any]:
-    """Style of the curve in a place of a picture: its colour, and from where colours begin again a marker too."""
-    style = {"color": COLOURS[place % len(COLOURS)]}
-    if place >= len(COLOURS):
-        style |= {"marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)], "markevery": 2}
-    return style
+    """Style of the curve in a place of a picture: a colour and, for print and where colours begin again, a marker."""
+    marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[place % len(COLOURS)], "marker": marker, "markevery": (place % 3, 3)}
 
 
 def curve_with_optimum(axes, x: Sequence, y: Sequence, optimum: Sequence, label: str | None = None,

@@ -278,7 +278,7 @@ def draw(out: Path, name: str, study: list[HeldOut]) -> None:
             panel.plot(drawn(means), places, "o", **dot)
             panel.set_xlabel(f"{metric} ({BETTER[metric]} is better)")
         axes[0].set_yticks(places, [shorten(name, 30, placeholder=" ...") for name in types])
-        axes[0].invert_yaxis()
+        axes[0].set_ylim(len(types) - 0.5, -0.5)  # the first on top
         legend_below(axes[0].figure, *axes[0].get_legend_handles_labels())
 
 

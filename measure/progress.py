@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from common.telling import AGAIN_S, RARER
 from sources.jobs import Job
 
 LOSSES = ("loss", "loss/ema", "val_loss", "val_xe", "val_nll")  # what is shown of a run, whichever comes first
 SHOW_SECONDS = 0.5
-FIRST_SECONDS, RARER = 5.0, 1.5  # of silence before a run at work is told of, and how much longer each one is
 
 
 class HowFar(NamedTuple):
@@ -42,7 +42,7 @@ class Progress:
         self.costs: list[HowFar] = []  # of the runs that ended here
         self.jobs: list[Job] = []
         self.shown = 0.0
-        self.told, self.wait = time.perf_counter(), FIRST_SECONDS  # of the last line, and until the next
+        self.began = self.told = time.perf_counter()  # of the sweep, and of its last line
         self.is_terminal = sys.stderr.isatty()
         self.bars: dict[str, tqdm] = {}  # by name of a run
         self.bar = self.new_bar(0, self.total, "{n_fmt}/{total_fmt} runs |{bar}| {elapsed}{postfix}")
@@ -56,7 +56,7 @@ class Progress:
         self.jobs = jobs
         now = time.perf_counter()
         if not self.is_terminal:
-            if jobs and now > self.told + self.wait:
+            if jobs and now > self.told + max(AGAIN_S, RARER * (now - self.began)):
                 self.tell(jobs[0])
             return
         if now < self.shown + SHOW_SECONDS:
@@ -76,7 +76,6 @@ class Progress:
             text += f" of {far.total:,}"
         if left is not None:
             text += f" | {tqdm.format_interval(left)} left"
-        self.wait *= RARER
         self.say(f"[{self.ended}/{self.total}] {job.run.name}: {text}")
 
     def show_run(self, job: Job) -> None:

@@ -16,6 +16,7 @@ from measure.figures import (
     figure,
     legend,
     legend_below,
+    look,
     plain_log,
 )
 from measure.xe_by_k import LAWS, Fit, fit_law, interval, mean_of, paired_means, predicted
@@ -61,7 +62,8 @@ def draw_curves(folder: Path, by_group: dict, T: int, tokens: str) -> None:
         for g, (group, by_k) in enumerate(by_group.items()):
             levels = category_levels(by_k, T)
             for K, runs in by_k.items():
-                style = {"color": shade("viridis", ks.index(K), len(ks), 0.8), "linestyle": STYLES[g % 4]}
+                place = ks.index(K)
+                style = look(place) | {"color": shade("viridis", place, len(ks), 0.8), "linestyle": STYLES[g % 4]}
                 positions, xe = binned(stack(runs, "xe_by_position", levels))
                 label = f"{group}: K = {K}" if group else f"K = {K}"
                 if len(runs) > 1:

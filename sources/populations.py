@@ -230,8 +230,9 @@ def synthetic(
         write_toml(shop.folder / "synthetic.toml", type_names, pert_names)
         shop.finish("synthetic.h5ad", "truth.npz", "synthetic.toml")
     perturbations = counted(P, "perturbation")
-    print(f"synthetic: {counted(len(X), 'cell')}, {counted(K, 'cell type')}, {perturbations} and {CONTROL}, "
-          f"{counted(G, 'gene')}; {noise_in_words(noise, type_names[-1])}; written to {out_dir}")
+    print(f"{counted(len(X), 'cell')}, {counted(K, 'cell type')}, {perturbations} and {CONTROL}, {counted(G, 'gene')}; "
+          f"written to {out_dir}")
+    print(noise_in_words(noise, type_names[-1]))
     return {"cells": len(X), **noise}
 
 

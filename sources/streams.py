@@ -81,6 +81,8 @@ def how_to_make(folder: Path) -> str:
     """The end of a sentence about a folder of tokens that is none: which one may be meant, or what makes it."""
     if folder.is_file() or any(file.suffix in RAW for file in folder.glob("*")):
         place = Path("data") / (folder.resolve().stem or "text")
+        if place.resolve() == folder.resolve():
+            place = Path(f"{place}_tokens")
         making = shlex.join(["python", "prepare_data.py", "text", f"--input={folder}", f"--out_dir={place}"])
         return f". {folder} holds text, and data is a folder of tokens made of it: {making}, then data={place}"
     prepared = [meta.parent.name for meta in Path("data").glob("*/meta.json")]

@@ -85,7 +85,7 @@ def read_file(path: Path, column: str, texts: Callable[[Path], Iterable[str | by
     try:
         if kind == ".txt":
             for text in texts(path):
-                yield str(path), {column: text, "category": path.parent.name}
+                yield str(path), {column: text, "category": Path(os.path.abspath(path)).parent.name}
         elif kind == ".jsonl" or kind == ".json" and has_lines(path):
             yield from jsonl_records(path, column)
         elif kind == ".json":

@@ -129,6 +129,8 @@ def test_few_points_have_markers_that_differ_by_curve_and_many_have_none(axes):
     for colour in COLOURS[:2]:
         curve(axes, [1, 2], [3, 4], color=colour)
     curve(axes, range(100), range(100))
+    curve(axes, [1], [3], **look(2))
+    assert axes.lines[-1].get_markevery() is None
     markers = [line.get_marker() for line in axes.lines]
     assert markers[0] != markers[1] and "None" not in markers[:2] and markers[2] == "None"
 

@@ -940,6 +940,15 @@ def test_what_is_not_there_to_inspect_is_suggested_and_h5ad_files_of_a_folder_ar
     assert list(prepare_data.main(["inspect", "cells"])) == ["synthetic.h5ad"]
     Path("a.txt").write_text("text")
     assert "a.txt is text, and inspect reads what is made of it" in refused(capsys, "inspect", "a.txt")
+    Path("b.json").write_text('["text"]')
+    assert "b.json is text, and inspect" in refused(capsys, "inspect", "b.json")
+    Path("run").mkdir()
+    Path("run/last.pt").touch()
+    Path("run/plans.txt").write_text("no text to train on")
+    assert "run is a run, which its report.html shows" in refused(capsys, "inspect", "run")
+    Path("data/tales").mkdir(parents=True)
+    Path("data/tales/a.txt").write_text("text")  # whose tokens are not put among them
+    assert "--out_dir=data/tales_tokens, then data=data/tales_tokens" in refused(capsys, "inspect", "data/tales")
 
 
 @pytest.mark.parametrize("job, function, left_out", [

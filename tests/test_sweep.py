@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -438,13 +439,15 @@ def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(cap
     assert starts("lr=0.1") == starts("lr=0.3") == [0]
 
 
-def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys):
+def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "comparison", lambda runs, folder, wanted: ["One run: excess_loss 0.11.", "all of it"])
     told = swept("--lr=7,0.1", code=1)
     assert [(line["run"], line["status"], line["exit_code"]) for line in told] == [
         ("lr=7", "failed", 1), ("lr=0.1", "done", 0)]
     assert told[0]["last_lines"] == ["a first line", "error: the loss is not finite"] and "summary" not in told[0]
     out = capsys.readouterr().out
     assert "lr=7: failed (exit code 1): error: the loss is not finite" in out.splitlines()
+    assert "\ndone, but 1 of 2 runs failed: One run: excess_loss 0.11.\n" in out
     swept("--lr=7,0.1", code=1)
     assert starts("lr=7") == [0, 0] and starts("lr=0.1") == [0]
 
@@ -758,13 +761,15 @@ def test_where_nobody_watches_a_run_at_work_is_told_of_ever_more_rarely(monkeypa
     source = SimpleNamespace(total=2, count_ended=lambda: 0, steps=lambda: {"a": 1000, "b": 1000})
     shown = progress.Progress(source, at_a_time=1)
     run, times = Simulated("a", 1000, now, ready=6, pace=0.1, ending=0), []
-    for _ in range(60):
+    for _ in range(200):
         now += 1
         shown.show([run.at(now)])
         times += [now - 1000] * bool(lines := capsys.readouterr().out.splitlines())
         if len(times) <= 2 and lines:
-            assert lines == [["[0/2] a: getting ready"], ["[0/2] a: step 80 of 1,000 | 03:18 left"]][len(times) - 1]
-    assert times == [6, 14, 26, 43]
+            assert lines == [["[0/2] a: getting ready"], ["[0/2] a: step 40 of 1,000 | 03:22 left"]][len(times) - 1]
+    assert times[:9] == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    waits = [later - time for time, later in pairwise(times)]
+    assert all(wait <= max(5, time / 9 + 1) for time, wait in zip(times, waits, strict=False)) and waits[-1] > 15
 
 
 def test_what_a_run_takes_is_by_its_steps_and_what_it_takes_beside():
