@@ -168,7 +168,9 @@ def run_sweep(plan: Any, cfg: Config, script: Path, shown: list[str], less_is_be
     done = [Path(line["folder"]) for line in told if line["status"] == "done"]
     lines = comparison([path for path in done if path.is_dir()], source.folder, cfg.objective) if compares else []
     if lines:
-        print(f"\ndone: {lines[0]}")
+        failed = sum(line["status"] == "failed" for line in told)
+        but = f", but {failed} of {counted(len(told), 'run')} failed" if failed else ""
+        print(f"\ndone{but}: {lines[0]}")
     show_table([line for line in told if line["status"] != "done" or not lines], shown, less_is_better)
     if came:
         leave(f"stopped by a signal with {source.count_ended()} of {source.total} ended; the same command goes on from "

@@ -13,6 +13,7 @@ from math import sqrt
 from os.path import normpath
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from common.checkpoint import NO_SETTINGS
@@ -39,6 +40,7 @@ CURVES = {
 }
 MOST_LINES = 4  # for a terminal, beside the verdict and the table
 BEST = "Best of"  # begins the verdict where there is a best
+WHY = 120  # signs of what stopped a run
 FEW = 3  # results of an experiment that is not known
 FACTS = ("steps", "seconds", "tokens_per_second", "cells_per_second")  # numbers of a summary that are no results
 
@@ -296,11 +298,14 @@ def read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def progress(run: Run) -> str:
-    """How far a run came, by its last line of metrics.jsonl."""
+    """How far a run came, by its last line of metrics.jsonl, and what stopped it, by that of train.log."""
     records = read_metrics(run.folder)
     step = records[-1]["step"] if records else 0
     most = run.config.get("max_steps")
-    return f"step {step} of {most}" if most else f"step {step}"
+    text = f"step {step} of {most}" if most else f"step {step}"
+    log = run.folder / "train.log"
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] if log.is_file() else []
+    return f"{text}, {shorten(last[0], WHY, placeholder=' ...')}" if last and last[0].startswith("stopped by") else text
 
 
 def tell(runs: list[Run]) -> list[dict]:

@@ -22,7 +22,8 @@ import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_ghmm", "train_arxiv", "train_apelr", "train_state")
-LATE = ("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats")  # runs import them late
+# What runs import late: torch._dynamo comes with the first optimizer, and takes a second.
+LATE = ("jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "scipy.stats", "torch._dynamo")
 
 
 def python(*command, folder: Path) -> subprocess.CompletedProcess:

@@ -369,10 +369,12 @@ def test_what_is_no_whole_run_is_a_line_and_the_rest_goes_on(undrawn):
     Path("runs/good/aaa.py").write_text("")  # of the user's own
     Path("runs/good/analysis").mkdir()
     Path("runs/good/analysis/summary.json").write_text("{}")  # no run: it has nothing else
+    Path("runs/begun/train.log").write_text("step 20\nstopped by FloatingPointError: the loss was not finite\n")
     lines = compare(find_runs([Path("runs"), Path("runs/good"), Path("runs/good/summary.json")]), Path("runs"))
     told = Path("runs/report.html").read_text()
     assert lines[-2] == "... and 3 more of such lines there:" and all(line in told for line in lines[-5:-2])
-    assert "runs/begun: not ended, step 20 of 40" in told and "runs/torn: left out, for summary.json is damaged" in told
+    assert "runs/begun: not ended, step 20 of 40, stopped by FloatingPointError: the loss was not finite" in told
+    assert "runs/torn: left out, for summary.json is damaged" in told
     assert "runs/null: left out, for config.json is damaged (holds no" in told
     assert "runs/bare: left out, for it has no copy" in told
     assert "runs/pipe: left out, for it has no copy" in told

@@ -936,8 +936,23 @@ def test_beliefs_of_more_dimensions_are_drawn_in_planes_of_their_components(name
         np.testing.assert_allclose(shift, np.broadcast_to(shift[0], shift.shape), atol=1e-12)
     first, second = rows[0][0].get_xlabel(), rows[0][0].get_ylabel()
     assert f"component 1, {explained[0]:.0%}" in first and f"component 2, {explained[1]:.0%}" in second
+    scales = [axes.get_ylabel() for axes in left.figure.axes if axes not in rows.flat]
+    assert len(scales) == planes and all("shade in both: component" in scale for scale in scales)
     kind = "state" if name == "rrxor" else "dimension"
     assert kind in first and not {"state", "dimension"} <= set(first.split())
+
+
+def test_names_of_states_are_off_one_another_and_those_of_one_place_are_one(tmp_path):
+    with figure(tmp_path, "names", 10.6, 5.5, columns=2) as panels:
+        for axes in panels:
+            axes.set(xlim=(0, 1), ylim=(0, 1))
+        places = torch.tensor([[0.5, 0.5], [0.51, 0.51], [0.3, 0.5], [0.56, 0.53], [0.98, 0.5], [1.5, 0.5]])
+        pictures.mark_states(panels, [f"state {s}" for s in range(6)], places)
+    texts = panels[0].texts
+    assert [text.get_text() for text in texts] == ["state 0, state 1", "state 2", "state 3", "state 4"]
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x1 <= panels[0].bbox.x1 for box in boxes) and not panels[1].texts
 
 
 def test_states_of_a_mixture_are_named_by_their_component(tmp_path, monkeypatch):

@@ -439,13 +439,15 @@ def test_the_same_command_again_runs_nothing_and_more_values_run_what_is_new(cap
     assert starts("lr=0.1") == starts("lr=0.3") == [0]
 
 
-def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys):
+def test_a_failing_run_is_recorded_and_passed_over_and_tried_again(capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "comparison", lambda runs, folder, wanted: ["One run: excess_loss 0.11.", "all of it"])
     told = swept("--lr=7,0.1", code=1)
     assert [(line["run"], line["status"], line["exit_code"]) for line in told] == [
         ("lr=7", "failed", 1), ("lr=0.1", "done", 0)]
     assert told[0]["last_lines"] == ["a first line", "error: the loss is not finite"] and "summary" not in told[0]
     out = capsys.readouterr().out
     assert "lr=7: failed (exit code 1): error: the loss is not finite" in out.splitlines()
+    assert "\ndone, but 1 of 2 runs failed: One run: excess_loss 0.11.\n" in out
     swept("--lr=7,0.1", code=1)
     assert starts("lr=7") == [0, 0] and starts("lr=0.1") == [0]
 
