@@ -414,6 +414,8 @@ def test_a_checkpoint_that_names_numpy_and_pathlib_is_read(itos, capsys):
     told = capsys.readouterr().out
     # What can be typed as it stands comes first, and a name with a blank is quoted.
     assert "\nnext: python sample.py 'out/my x'\nand, with data of yours in the place of --data=FOLDER:\n" in told
+    told = refused(capsys, "import", "out/my x", main=prepare_data.main)
+    assert "out/my x is of train_apelr.py already, nothing to import" in told
     assert tokenizer_file(path) == path.with_name("tokenizer.json")
     assert sample.main([str(path), "--prompt=a cat", "--max_new_tokens=2", "--device=cpu"])["step"] == 7
 
