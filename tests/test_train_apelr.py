@@ -307,7 +307,7 @@ def test_two_ranks_train_like_one(version, planted):
     ("--loss_weights={'rep_unlikelihood': 0.1, 'rep_window': 4, 'future_contrastive': 0.1}",),
 ])
 def test_every_kind_of_model_trains(settings, text):
-    result = run(text, "--max_steps=30", "--eval_interval=30", *settings)
+    result = run(text, "--max_steps=20", "--eval_interval=20", *settings)
     losses = [r["nll"] for r in records("run") if r["split"] == "train"]
     assert np.isfinite(result["val_nll"]) and losses[-1] < losses[0]
 

@@ -400,9 +400,9 @@ LONG = (*RUN, "--max_steps=60", "--log_interval=1", "--keep_last=0")
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory, one_thread) -> Path:
+def undisturbed(data, tmp_path_factory, one_thread) -> Path:
     """The LONG run, which nothing disturbed."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_state.effects, "plot_metrics", lambda *args, **options: None)
         train_state.main([*LONG, f"--toml={data / 'rich.toml'}", f"--out_dir={folder}"])
@@ -410,7 +410,7 @@ def alone(data, tmp_path_factory, one_thread) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data, alone):
+def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data, undisturbed):
     settings = [*LONG, f"--toml={data / 'rich.toml'}"]
     job, metrics = Job("train_state", *settings), Path("run/metrics.jsonl")
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 12, job, "line 12 of metrics.jsonl")
@@ -418,7 +418,7 @@ def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(numbe
     assert job.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert 0 < checkpoint.load(Path("run"))["step"] < 60 and not Path("run/summary.json").exists()
     assert train_state.main(settings)["steps"] == 60
-    assert_as_if_uninterrupted("run", alone)
+    assert_as_if_uninterrupted("run", undisturbed)
 
 
 def test_other_seeds_give_other_bits(data, plain):
