@@ -222,11 +222,11 @@ def importable(path: Path) -> str:
     """The system of a foreign checkpoint. Raises CheckpointError for a file that is ours already, or of no system."""
     if (path / "_METADATA").exists():
         raise CheckpointError(f"{path} is a checkpoint of Penzai (Orbax), whose networks are not built here")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the checkpoint in it, a .pt or .ckpt file")
     page = checkpoint.experiment_of(path)
     if page:
-        raise CheckpointError(f"{path} is a checkpoint of {page}.py already: nothing to import")
+        raise CheckpointError(f"{path} is of {page}.py already, nothing to import: python sample.py {path}")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder without a checkpoint of a known name: name the .pt or .ckpt file")
     if not is_equinox(path):
         read_checkpoint(path, mmap=True)  # which says what is wrong with a file that cannot be read
     system = system_of(path)

@@ -507,7 +507,7 @@ def test_short_documents_are_left_out_and_the_tokens_end_with_a_document(capsys)
     words = ["text", "--input=a.jsonl", "--val_input=v.jsonl", "--tokenizer=char", "--out_dir=out"]
     meta = prepare_data.main([*words, "--min_chars=10"])
     assert (meta["train_documents"], meta["train_tokens"], meta["val_documents"]) == (5, 11 + 4 * 12, 2)
-    assert "skipped 1 document of less than 10 characters" in capsys.readouterr().out
+    assert "skipped 1 of less than 10 characters" in capsys.readouterr().out
     meta = prepare_data.main([*words, "--min_chars=10", "--max_tokens=35", "--max_val_tokens=25"])
     assert (meta["train_documents"], meta["train_tokens"]) == (3, 35)
     assert (meta["val_documents"], meta["val_tokens"], meta["val_bytes"]) == (2, 25, 23)

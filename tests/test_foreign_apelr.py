@@ -19,6 +19,7 @@ import train_apelr
 from common import checkpoint
 from common.errors import CheckpointError, DataError
 from common.runtime import Runtime, learning_rate
+from measure import sample_texts
 from measure.writing import predict, prefill
 from sources.corpus import read_corpus
 from sources.foreign_apelr import V1, V2, tokenizer_file
@@ -413,6 +414,8 @@ def test_a_checkpoint_that_names_numpy_and_pathlib_is_read(itos, capsys):
     told = capsys.readouterr().out
     # What can be typed as it stands comes first, and a name with a blank is quoted.
     assert "\nnext: python sample.py 'out/my x'\nand, with data of yours in the place of --data=FOLDER:\n" in told
+    told = refused(capsys, "import", "out/my x", main=prepare_data.main)
+    assert "out/my x is of train_apelr.py already, nothing to import" in told
     assert tokenizer_file(path) == path.with_name("tokenizer.json")
     assert sample.main([str(path), "--prompt=a cat", "--max_new_tokens=2", "--device=cpu"])["step"] == 7
 
@@ -556,13 +559,13 @@ def test_what_the_transformer_of_the_source_cannot_do_is_one_sentence(itos, text
 def asked(monkeypatch) -> list[dict]:
     """What sample.py asks of the writing."""
     calls = []
-    write = sample.generate
+    write = sample_texts.generate
 
     def recorded(model, prompt, tokens, generator, **options):
         calls.append({"prompt": prompt.tolist(), "tokens": tokens, **options})
         return write(model, prompt, min(tokens, 5), generator, **options)
 
-    monkeypatch.setattr(sample, "generate", recorded)
+    monkeypatch.setattr(sample_texts, "generate", recorded)
     return calls
 
 

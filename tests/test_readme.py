@@ -322,8 +322,8 @@ def small(name: str, words: list[str]) -> list[str]:
     """The words of a page or door with those that make it small; what is listed stays, and what FEWER has said."""
     kept = {named(word) for word in words if word in FEWER or "," in word or ".." in word}
     words = [FEWER.get(word, word) for word in words]
-    if "report" in map(named, words):
-        return words  # it trains nothing, and has settings of its own
+    if any(named(word) == "report" for word in words):  # trains nothing, and takes no settings
+        return words
     job = " ".join(words[:2]) if " ".join(words[:2]) in SMALL else words[0] if words else ""
     kind = {"sweep": job.removesuffix(".py"), "prepare_data": job}.get(name, name)
     return words + [word for word in SMALL.get(kind, "").split() if named(word) not in kept]

@@ -552,7 +552,7 @@ def test_what_cannot_be_imported_is_refused_in_one_sentence(repository, data, ca
     Path("text.pt").write_text("no checkpoint")
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     torch.save({"model_state_dict": {"token_emb.weight": torch.zeros(3, 4)}, "model_version": "v9"}, "future.pt")
-    for path, words in (("run/last.pt", "is a checkpoint of train_mine.py already"), ("run", "is a folder"),
+    for path, words in (("run/last.pt", "is of train_mine.py already"), ("run", "is of train_mine.py already"),
                         ("text.pt", "is damaged or no checkpoint"), ("nowhere.pt", "there is no checkpoint nowhere.pt"),
                         ("foreign.pt", "is no checkpoint of APEL-R"), ("future.pt", "v9")):
         assert words in refused(capsys, "import", path, main=prepare_data.main)
