@@ -62,10 +62,12 @@ Runs that differ in their seed alone are averaged. Runs of a page and of its cop
 those of a study (train_arxiv.py --study, train_state.py --holdout) beside what they are a study of.
 Of runs that have not ended it says how far they are. Nothing is trained, and no run is changed.
 
-usage: python sweep.py report FOLDER ... [--out=FOLDER] [--open]
+usage: python sweep.py report FOLDER ... [--out=FOLDER] [--objective=NAME] [--open]
 
   FOLDER          of a run, or of any number of them, at any depth
   --out=FOLDER    where report.html, comparison.csv and plots/ are written; default the first FOLDER
+  --objective=NAME
+                  what runs are compared by, of summary.json; -NAME: more of it is better
   --open          show report.html in a browser"""
 LIKE = 0.85  # from here on a word of no page is a setting of the sweep with a slip of the pen
 Jobs = Annotated[int, Range("int >= 1 or -1", "must be at least 1, or -1", lambda jobs: jobs >= 1 or jobs == -1)]
@@ -209,15 +211,15 @@ def comparison(runs: list[Path], folder: Path, wanted: str) -> list[str]:
 
 
 def report(argv: list[str]) -> list[str]:
-    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--open]: what compare says of runs that there are."""
+    """sweep.py report FOLDER_OR_RUNS... [--out=FOLDER] [--objective=NAME] [--open]: what compare says of them."""
     if "--help" in argv or "-h" in argv:
         print_text(REPORT)
         raise SystemExit(0)
     from measure.comparison import compare, find_runs, place_for
 
-    options, words = take_apart(argv, ("out", "open"), ("open",))
+    options, words = take_apart(argv, ("out", "objective", "open"), ("open",))
     paths = [store.local(word.head + word.value) for word in words if word.head + word.value]
-    usage = "sweep.py report FOLDER... [--out=FOLDER] [--open]"
+    usage = "sweep.py report FOLDER... [--out=FOLDER] [--objective=NAME] [--open]"
     for path in paths:
         if not path.exists():
             what = "option" if str(path).startswith("--") else "folder"
@@ -230,7 +232,7 @@ def report(argv: list[str]) -> list[str]:
     found = find_runs(paths)
     begin(__file__, f"comparing {counted(len(found), 'run')}", place_for(out) / "report.html")
     with doing(f"reading and drawing {counted(len(found), 'run')}"):
-        lines = compare(found, out)
+        lines = compare(found, out, options.get("objective", ""))
     print_text("\n".join(lines))
     if options.get("open") == "True":
         import webbrowser

@@ -234,7 +234,7 @@ def compare(runs: list[Path], out: Path, wanted: str = "") -> list[str]:
         if studied:
             sections = [*studied, *(replace(section, folded=True) for section in sections)]
         has_best = sentence.startswith(BEST) and ranked[0].values(shown[0])
-        sections.append(commands(ended, ranked[0] if has_best else None, out))
+        sections.append(commands(ended, ranked[0] if has_best else None, out, wanted))
         if left_out:
             sections.append(Section("Not compared", left_out))
         scripts = ", ".join(dict.fromkeys(run.script for run in ended))
@@ -534,11 +534,12 @@ def sections_of(ranked: list[Group], ended: list[Run], shown: list[str], notes: 
     ]
 
 
-def commands(ended: list[Run], best: Group | None, out: Path) -> Section:
+def commands(ended: list[Run], best: Group | None, out: Path, wanted: str) -> Section:
     """What makes this page again, and the best run, where one is."""
     folders = [run.folder for run in ended]
     below = all(folder.is_relative_to(out) for folder in folders)
     words = [str(out)] if below else [*map(str, folders), f"--out={out}"]
+    words += [f"--objective={wanted}"] if wanted else []
     text = ["The first command makes this page again, of the runs that have ended by then."]
     lines = [command_line(from_here(ROOT / "sweep.py"), ["report", *words])]
     script = ROOT / ended[0].script

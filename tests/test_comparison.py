@@ -391,7 +391,8 @@ def test_a_comparison_in_the_folder_of_a_run_leaves_its_files_as_they_are(undraw
     Path("run/report.html").write_text("mine")
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert compare([Path("run")], Path("run"))[-1] == "all of it in run/report/report.html"
-    assert sweep.report(["run/summary.json"])[-1] == "all of it in run/report/report.html"
+    told = sweep.report(["run/summary.json", "--objective=-loss"])
+    assert "loss" in told[0] and "excess_loss" not in told[0] and told[-1] == "all of it in run/report/report.html"
     assert before == {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
     assert find_runs([Path("run")]) == [Path("run")] == find_runs([Path("run/summary.json")])
 
@@ -422,6 +423,8 @@ def test_an_experiment_of_the_users_own_is_shown_without_a_best(undrawn):
     assert not any("Best" in line for line in lines) and [row["mine"] for row in rows()] == ["4.0", "2.0"]
     lines = compare([Path("a"), Path("b")], Path("."), wanted="max:mine")
     assert any(line.startswith("Best of 2 by mine (more is better): ") for line in lines) and rows()[0]["mine"] == "4.0"
+    page = Path("report.html").read_text().replace(" \\\n   ", "")
+    assert "--objective=max:mine" in page
 
 
 def test_curves_are_those_of_the_files_and_many_groups_have_one_grey(monkeypatch):
