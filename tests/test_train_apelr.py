@@ -265,13 +265,13 @@ def test_a_run_stopped_and_started_again_ends_with_the_same_bits(step, planted, 
 
 
 def test_a_killed_run_started_again_ends_with_the_same_bits(planted):
-    settings = [*RUN, f"--data={planted[V2]}", "--max_steps=160", "--log_interval=1", "--keep_last=0"]
+    settings = [*RUN, f"--data={planted[V2]}", "--max_steps=80", "--log_interval=1", "--keep_last=0"]
     train_apelr.main([*settings, "--out_dir=alone"])
     job, metrics = Job("train_apelr", *settings), Path("run/metrics.jsonl")
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 20, job, "line 20 of metrics.jsonl")
     job.kill()
-    assert job.wait() == -signal.SIGKILL and 0 < checkpoint.load(Path("run"))["step"] < 160
-    assert train_apelr.main(settings)["steps"] == 160
+    assert job.wait() == -signal.SIGKILL and 0 < checkpoint.load(Path("run"))["step"] < 80
+    assert train_apelr.main(settings)["steps"] == 80
     assert_as_if_uninterrupted(Path("run"), Path("alone"))
 
 

@@ -396,17 +396,29 @@ def test_a_run_stopped_and_started_again_ends_with_the_same_bits(step, data, who
     assert_as_if_uninterrupted("run", whole)
 
 
+LONG = (*RUN, "--max_steps=60", "--log_interval=1", "--keep_last=0")
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory, one_thread) -> Path:
+    """The LONG run, which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state.effects, "plot_metrics", lambda *args, **options: None)
+        train_state.main([*LONG, f"--toml={data / 'rich.toml'}", f"--out_dir={folder}"])
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data):
-    settings = [*RUN, f"--toml={data / 'rich.toml'}", "--max_steps=100", "--log_interval=1", "--keep_last=0"]
-    train_state.main([*settings, "--out_dir=alone"])
+def test_a_run_ended_by_a_signal_and_started_again_ends_with_the_same_bits(number, data, alone):
+    settings = [*LONG, f"--toml={data / 'rich.toml'}"]
     job, metrics = Job("train_state", *settings), Path("run/metrics.jsonl")
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 12, job, "line 12 of metrics.jsonl")
     job.send_signal(number)
     assert job.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-    assert 0 < checkpoint.load(Path("run"))["step"] < 100 and not Path("run/summary.json").exists()
-    assert train_state.main(settings)["steps"] == 100
-    assert_as_if_uninterrupted("run", "alone")
+    assert 0 < checkpoint.load(Path("run"))["step"] < 60 and not Path("run/summary.json").exists()
+    assert train_state.main(settings)["steps"] == 60
+    assert_as_if_uninterrupted("run", alone)
 
 
 def test_other_seeds_give_other_bits(data, plain):
