@@ -104,10 +104,12 @@ def make_starter(path: Path, beside: bool, key: str = "", **given: str | None) -
     except DataError as error:
         raise DataError(f"{path}: {error}; its columns are {quoted(labels.read)}") from None
     if split.perturbations:
-        held_out = (
-            f"{len(split.perturbations)} of {counted(len(perturbations) - 1, 'perturbation')} of the only cell type, "
-            f"{split.cell_type}"
-        )
+        where = f"of the only cell type, {split.cell_type}"
+        if not labels.cell_type_key:
+            rest = [name for name in labels.read if name not in (labels.pert_col, labels.batch_col)]
+            hint = f" (is it --cell_type_key= one of {quoted(rest)}?)" if rest else ""
+            where = f"of all cells alike, as no column is called as one of cell types{hint}"
+        held_out = f"{len(split.perturbations)} of {counted(len(perturbations) - 1, 'perturbation')} {where}"
     else:
         kinds = counted(len(cell_types), "cell type")
         if comment:

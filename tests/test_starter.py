@@ -161,6 +161,13 @@ def test_preprocess_writes_a_toml_and_prints_a_command_that_trains(columns, tabl
     assert Path("data/my cells/c.toml").read_text().startswith("# python train_state.py --toml='data/my cells/c.toml'")
 
 
+def test_a_column_that_may_be_of_cell_types_is_asked_for(capsys):
+    write(kind=["T", "B"], drug=["DMSO", "A", "B", "C"])
+    prepare_data.main(["state", "preprocess", "--input=c.h5ad", "--out_dir=data"])
+    told = capsys.readouterr().out
+    assert "1 of 3 perturbations of all cells alike" in told and "--cell_type_key= one of 'kind'?" in told
+
+
 def test_types_without_control_cells_are_left_out_of_the_toml(capsys):
     write(cell_type=["B", "T", "NK"], gene=["non-targeting", "p", "q"])
     with H5ad("c.h5ad") as cells:
