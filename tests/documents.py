@@ -74,6 +74,10 @@ def commands_of_document(path: Path) -> Iterator[Command]:
         if fence.language == "sh":
             for number, text, comment in shell_lines(fence.text):
                 yield Command(text, comment, f"{path.name}:{fence.line + number}")
+        elif not fence.language:  # what a command prints, below the command
+            for number, line in enumerate(fence.text.splitlines()):
+                if line.startswith("$ "):
+                    yield Command(line.removeprefix("$ "), "", f"{path.name}:{fence.line + number}")
     text = prose(path)
     for match in SPAN.finditer(text):
         words = " ".join(match[1].replace("\\|", "|").split())
@@ -107,8 +111,7 @@ def commands_of_config(path: Path) -> Iterator[Command]:
     """Of its header: after "Before:" or two spaces in."""
     for number, text, comment in shell_lines(header(path)):
         text = text.removeprefix("Before: ")
-        match = COMMAND.match(text)
-        if match:
+        if COMMAND.match(text) or text.startswith(("python ", "torchrun ")):  # also one whose script is not there
             text = re.split(r" (?:Then:|\()", text)[0]
             yield Command(text, comment, f"config/{path.name}:{number + 1}")
 

@@ -72,6 +72,25 @@ def test_every_file_of_ours_that_a_document_names_is_there(path):
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+THEIR_SCRIPTS = {"main.py", "simplexity/train_model.py", "simplexity/run_experiment.py", "src/main_hydra_app.py",
+                 "train_mine.py"}  # of other systems, and the copy of a page  # fmt: skip
+
+
+@named(documents())
+def test_every_script_that_a_sentence_starts_is_there(path):
+    spans = " ".join(f"`{match[1]}`" for match in SPAN.finditer(prose(path)))
+    names = re.findall(r"`(?:python3?|torchrun)(?: --[^ `]*)* ([\w/]+\.py)", spans)
+    assert [name for name in names if name not in THEIR_SCRIPTS and not (ROOT / name).exists()] == []
+
+
+@named(DOCUMENTS)
+def test_a_block_of_commands_is_marked_as_one(path):
+    """Else nothing runs them."""
+    assert {fence.language for fence in fences(path)} <= {"", "python", "sh", "toml"}
+    lines = [line for fence in fences(path) if not fence.language for line in fence.text.splitlines()]
+    assert [line for line in lines if COMMAND.match(line)] == []
+
+
 @named(documents())
 def test_nothing_is_left_to_be_filled_in(path):
     assert re.findall(r"@[A-Z_]+@", path.read_text(encoding="utf-8")) == []
