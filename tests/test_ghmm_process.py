@@ -388,18 +388,18 @@ def test_next_token_probs_are_ratios_of_word_probabilities(process):
     torch.testing.assert_close(found.sum(-1), torch.ones(4, 6).double())
 
 
-def test_a_hundred_thousand_tokens_have_the_log_prob_of_a_forward_pass_in_log_space():
+def test_twenty_thousand_tokens_have_the_log_prob_of_a_forward_pass_in_log_space():
     process = make_process("mess3", x=0.05, a=0.85)
-    tokens = process.sample(1, 100_000, seeded(15))
+    tokens = process.sample(1, 20_000, seeded(15))
     found = process.log_prob(tokens)[0].numpy()
     assert np.isfinite(found).all()
     log_T = np.log(process.transition_matrices.numpy())
     alpha, total = np.log(process.initial_state.numpy()), 0.0
-    running = np.empty(100_000)
+    running = np.empty(20_000)
     for t, token in enumerate(tokens[0].tolist()):
         alpha = np.logaddexp.reduce(alpha[:, None] + log_T[token], axis=0)
         running[t] = alpha.max() + math.log(np.exp(alpha - alpha.max()).sum())
-    assert running[-1] < -50_000  # far below what float64 holds as a probability
+    assert running[-1] < -10_000  # far below what float64 holds as a probability
     np.testing.assert_allclose(found, np.diff(running, prepend=total), atol=1e-9)
 
 
