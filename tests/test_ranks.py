@@ -103,9 +103,9 @@ def wait_for_a_long_analysis(argv: list[str]) -> None:
     open_group = dist.init_process_group
     dist.init_process_group = lambda *args, **options: open_group(*args, **options, timeout=timedelta(seconds=1))
     with Runtime(settings()) as rt:
-        assert rt.from_main(lambda: time.sleep(1.5) or "results") == "results"
+        assert rt.from_main(lambda: time.sleep(1.2) or "results") == "results"
         if rt.is_main:
-            time.sleep(1.5)
+            time.sleep(1.2)
 
 
 def test_a_long_analysis_of_rank_0_does_not_run_into_the_timeout_of_exchanges(tmp_path):
