@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union
 
 from common.errors import speaks
-from common.telling import note
+from common.telling import begin, note
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False,
@@ -189,6 +189,8 @@ def hand_to_sweep(Config: type, argv: list[str]) -> NoReturn:
         name, equals, folder = word.removeprefix("--").partition("=")
         if name == "report" and name not in Config.__annotations__:
             words = ["report", *argv[:place], *([folder] if equals else ()), *argv[place + 1:]]
+    if not {"--print_config", "--print-config"} & set(argv):  # torch is imported once more: this is before it
+        begin(str(script), f"{'a report' if words[0] == 'report' else 'several runs'}, by sweep.py", file=sys.stdout)
     # In the place of this process: one that waited for it would kill it at Ctrl-C, before its runs have saved.
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, str(sweep), *words])

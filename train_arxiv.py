@@ -6,7 +6,7 @@ component's own, and what is lost on the way is information: summed over positio
 component known is I(component; document) <= log K nats. On synthetic documents both are known exactly.
 
     python train_arxiv.py                                      # 4 hidden Markov components beside the exact optimum
-    python train_arxiv.py --study=nested:1,2,4 --jobs=2 --out_dir=out/nested    # XE against K: 9 runs, 5 minutes
+    python train_arxiv.py --study=nested:1,2,4 --jobs=2 --out_dir=out/nested    # XE against K: 9 runs, 8 minutes
     python train_arxiv.py config/arxiv.py --study=all31 --controls     # every subset of five arXiv categories
     python train_arxiv.py --report=out/nested                  # the report again, of the runs that there are
     torchrun --nproc_per_node=8 train_arxiv.py config/arxiv.py

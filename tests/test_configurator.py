@@ -1186,11 +1186,13 @@ def test_the_words_of_a_study_are_left_to_sweep_by_pages_alone(monkeypatch, caps
         with pytest.raises(SystemExit):
             configure(Config, words)
         assert called[-1] == [str(ROOT / "sweep.py"), __file__, *words]
+        assert capsys.readouterr().out == "test_configurator: several runs, by sweep.py\n"
         monkeypatch.delattr(sys.modules[Config.__module__], "train")
     monkeypatch.setattr(sys.modules[Config.__module__], "train", None, raising=False)
     for words in (["--report=out/a", "--out=out/b"], ["--report", "out/a", "--out=out/b"]):
         with pytest.raises(SystemExit):
             configure(Config, words)
         assert called[-1] == [str(ROOT / "sweep.py"), "report", "out/a", "--out=out/b"]
+        assert capsys.readouterr().out == "test_configurator: a report, by sweep.py\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--launcher='torchrun --nproc_per_node=N'" in only_error(capsys, "-m", "lr=1,2")
