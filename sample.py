@@ -8,7 +8,7 @@
     python sample.py out/apelr --prompts=prompts.txt --json=samples.json    # a prompt a line
     echo "Once upon a time" | python sample.py out/apelr --force_state=3
     python sample.py out/state                    # held-out conditions: h5ad, metrics, pictures
-    python sample.py out/state --adata=controls.h5ad --perturbations=p3,p7  # what they would become
+    python sample.py out/state --adata=controls.h5ad --perturbations=p03,p07  # they become
     python sample.py out/apelr --help             # the settings of its experiment alone
 
 ghmm: tokens, with their log-probabilities under the true process and under the model. arxiv: text
@@ -60,6 +60,7 @@ HERE = Path(__file__).resolve().parent  # where pages are imported from, and onl
 Temperature = Annotated[float, Range("0 or float >= 1e-6", "must be 0 or at least 1e-6", lambda t: t == 0 or t >= 1e-6)]
 Penalty = Annotated[float, Range("float >= 1", "must be at least 1", lambda value: value >= 1)]
 Seed = Annotated[int, Range("int >= 0", "must be in [0, 2**63)", lambda value: 0 <= value < 2**63)]
+BESIDE = (".json", ".jsonl", ".log", ".html", ".csv", ".txt", ".py")  # files of a run folder that are no checkpoints
 COLUMNS = ("pert_col", "cell_type_key", "batch_col", "control_pert", "embed_key")  # of an h5ad, that may have others
 
 
@@ -213,20 +214,26 @@ def with_json_file(argv: list[str]) -> list[str]:
 def run_named(name: str) -> Path:
     """The run folder or checkpoint of the first argument. Raises CheckpointError, naming those that it may mean."""
     path = foreign_checkpoints.checkpoint_in(name)
+    is_beside = path.is_dir() or path.is_file() and path.suffix in BESIDE
+    if is_beside and not (path / "last.pt").exists() and (path.parent / "last.pt").exists():
+        raise CheckpointError(f"{path} is no checkpoint, but lies in the run {path.parent}: name that")
     if path.is_file() or path.exists() and not path.is_dir() or (path / "last.pt").exists():
         return path
     inside = runs_in(path)
     if inside:
-        raise CheckpointError(f"{name} is a folder of {counted(len(inside), 'run')}: name one of {some_of(inside)}")
+        raise CheckpointError(f"{path} is a folder of {counted(len(inside), 'run')}: name one of {some_of(inside)}")
     if path.is_dir():
         return path  # reading it says what is wrong with it
     around = runs_in(path.parent) or runs_in(Path("out"))
     near = difflib.get_close_matches(str(path), map(str, around), 1, 0.75)
     told = f"there is no run or checkpoint {name}"
     if near:
-        told += f", did you mean {near[0]}?"
-    raise CheckpointError(f"{told} There are {some_of(around)}" if around else
-                          f"{told}: name a folder that a page trained in, or a checkpoint file")
+        told += f", did you mean {near[0]}? There are {some_of(around)}"
+    elif around:
+        told += f": there are {some_of(around)}"
+    else:
+        told += ": name a folder that a page trained in, or a checkpoint file"
+    raise CheckpointError(told)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -249,7 +256,11 @@ def bare_command(argv: list[str]) -> str:
             file = value or "".join(words[i + 1 : i + 2]) or "CHECKPOINT"
             rest = words[:i] + words[i + (1 if value else 2) :]
             return f"a checkpoint goes bare, before the options: {shlex.join(['python', 'sample.py', file, *rest])}"
-    return f"the first argument is a run folder or checkpoint, not {argv[0]!r}: python sample.py out/ghmm {argv[0]}"
+    runs = [word for word in words if Path(word, "last.pt").exists() or Path(word).is_file() and word.endswith(".pt")]
+    run = runs[0] if runs else "RUN"
+    words = [word for word in words if word != run]
+    told = shlex.join(["python", "sample.py", run, *words])
+    return f"the first argument is a run folder or checkpoint, not {argv[0]!r}: {told}"
 
 
 def main(argv: list[str] | None = None) -> dict:

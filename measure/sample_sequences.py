@@ -52,7 +52,8 @@ def sample_ghmm(page: ModuleType, path: Path, cfg, show: Show) -> dict:
             evaluation = page.evaluate(model, contexts, optimal, rt)
     kl = evaluation["kl_by_position"]
     result["kl_by_position"] = kl
-    show("\nKL(optimal || model) in nats: what its prediction loses to the best possible one, after reading")
+    show("\n" + sentence("KL(optimal || model) in nats: what its prediction loses to the best possible one, after "
+                          "reading"))
     show(beneath({"tokens": [str(i) for i in range(1, len(kl) + 1)], "KL": [f"{x:.1e}" for x in kl]}))
     return result
 

@@ -103,7 +103,8 @@ def read_prompt(written: str | list, place: str, tokenizer: Tokenizer | None, vo
         digits = str(part)  # of JSON it may be a number, also one that is no id, or anything
         is_id = digits.isdecimal() and digits.isascii() and len(digits) < 19 and int(digits) < vocab_size
         if not is_id:
-            why = "" if tokenizer or isinstance(written, list) else ", as no tokenizer lies beside this run"
+            is_number = digits.lstrip("-").isdecimal()
+            why = "" if tokenizer or is_number or isinstance(written, list) else ", as this run has no tokenizer"
             raise InputError(f"{place}: {part!r:.60} is no token id: expected those from 0 to {vocab_size - 1}, "
                              f"like 0,1{why}")
         ids.append(int(digits))

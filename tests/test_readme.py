@@ -54,7 +54,7 @@ SMALL = {
     "state preprocess": "",
     "state inspect": "",
     "state toml": "",
-    "state": "--num_cell_types=4 --num_perturbations=8 --num_genes=20 --num_batches=1 --cells_per_condition=8 "
+    "state": "--num_cell_types=4 --num_perturbations=12 --num_genes=20 --num_batches=1 --cells_per_condition=8 "
              "--controls_per_cell_type=8",
 }  # fmt: skip
 # Words that make many runs, and those of fewer.
@@ -224,7 +224,7 @@ def world(tmp_path_factory, one_thread):
         yield folder
 
 
-CELLS = {"num_cell_types": 4, "num_perturbations": 8, "num_genes": 20, "num_batches": 1, "cells_per_condition": 8,
+CELLS = {"num_cell_types": 4, "num_perturbations": 12, "num_genes": 20, "num_batches": 1, "cells_per_condition": 8,
          "controls_per_cell_type": 8}  # fmt: skip
 CATEGORIES = ("cs.DS", "math.ST", "math.GR", "cs.IT", "cs.PL")
 

@@ -349,7 +349,14 @@ def test_a_name_that_is_no_run_brings_those_that_are_near(runs, capsys, monkeypa
     monkeypatch.chdir(Path(runs["ghmm"]).parents[1])
     told = refused(capsys, "out/gmm")
     assert "no run or checkpoint out/gmm, did you mean out/ghmm? There are out/apelr, out/ghmm" in told
-    assert "did you mean" not in refused(capsys, "x")
+    assert refused(capsys, "x").endswith("no run or checkpoint x: there are out/apelr, out/ghmm")
+    assert refused(capsys, "out/ghmm", "--prompt=9").endswith("expected those from 0 to 2, like 0,1")
+    assert refused(capsys, "out/ghmm", "--prompt=a").endswith("like 0,1, as this run has no tokenizer")
+    Path("out/ghmm/folder").mkdir()
+    for name in ("config.json", "folder"):
+        told = f"out/ghmm/{name} is no checkpoint, but lies in the run out/ghmm: name that"
+        assert told in refused(capsys, f"out/ghmm/{name}")
+    assert refused(capsys, "--prompt", "0", "out/ghmm").endswith(": python sample.py out/ghmm --prompt 0")
     assert "out is a folder of 2 runs: name one of out/apelr, out/ghmm" in refused(capsys, "out")
     assert "no checkpoint at text/last.pt" in refused(capsys, "text")
 
