@@ -20,18 +20,8 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint
-from common.errors import (
-    InputError,
-    RunError,
-    hush,
-    leave,
-    reason,
-    regular_file,
-    replacing,
-    system_sentence,
-    writing,
-)  # fmt: skip
-from common.telling import begin, in_words, note
+from common.errors import InputError, RunError, hush, leave, reason, regular_file, replacing, system_sentence, writing
+from common.telling import begin, fitted, in_words, note
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
@@ -151,7 +141,7 @@ class RunLog:
         if not self.active or LEVELS.index(level) < self.level:
             return
         try:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(fitted(text), file=sys.stdout)
             sys.stdout.flush()
         except OSError as e:  # whoever read it has gone, or its disk is full
             hush(sys.stdout)
@@ -267,7 +257,7 @@ def ended_before(rt, folder: Path, path: Path | None, state: dict | None, change
     if summary and rt.is_main:
         print(f"{folder}: this run ended at step {state['step']}, nothing was left to train. It said:")
         table = [table_of(summary)] if table_of else []
-        print("\n".join([*conclusion(summary, headlines), *table, places(folder)]))
+        print(fitted("\n".join([*conclusion(summary, headlines), *table, places(folder)])))
     return summary
 
 
@@ -293,7 +283,7 @@ def places(folder: Path) -> str:
 
 def say_again(step: int, result: dict, headlines: Collection[str], last_line: str) -> None:
     """What a look at a run ends with: as the run itself."""
-    print("\n".join([*conclusion(result, headlines, f"step {step}"), last_line]))
+    print(fitted("\n".join([*conclusion(result, headlines, f"step {step}"), last_line])))
 
 
 def first_line(script: str, cfg, makes: str) -> None:

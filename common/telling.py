@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,17 @@ def begin(script: str, makes: str, place: object = "", file: IO | None = None) -
     elif is_rank_0():
         with contextlib.suppress(OSError):  # a stream that takes nothing is told of where results are lost
             print(line, file=file, flush=True)
+
+
+def fitted(text: str) -> str:
+    """Lines for standard output: on a terminal broken at words, the rest of each indented; elsewhere as they are."""
+    try:
+        width = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return text
+    fill = functools.partial(textwrap.fill, width=width, subsequent_indent="  ", break_long_words=False,
+                             break_on_hyphens=False)
+    return "\n".join(fill(line) if 20 < width < len(line) else line for line in text.split("\n"))
 
 
 def in_words(seconds: float) -> str:

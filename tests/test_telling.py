@@ -117,6 +117,24 @@ def test_a_run_ends_with_its_verdict_and_few_numbers(tmp_path):
     assert runlog.places(tmp_path) == f"pictures in {tmp_path / 'plots'}, all of it in {tmp_path / 'report.html'}"
 
 
+@pytest.mark.parametrize("columns", [0, 40, None])
+def test_a_long_line_is_broken_at_words_on_a_terminal_alone(monkeypatch, capsys, columns):
+    def size(descriptor):
+        if columns is None:
+            raise OSError
+        return SimpleNamespace(columns=columns)
+
+    monkeypatch.setattr(telling.os, "get_terminal_size", size)
+    monkeypatch.setattr(telling.sys, "stdout", SimpleNamespace(fileno=lambda: 1, write=sys.stdout.write))
+    text = "step      1/20 | loss 1.0\ndone: " + "the least of all " * 3 + "0" * 50
+    lines = telling.fitted(text).split("\n")
+    if columns == 40:
+        assert lines[0] == "step      1/20 | loss 1.0" and max(map(len, lines[:-1])) <= 40
+        assert lines[1:] == ["done: the least of all the least of all", "  the least of all", "  " + "0" * 50]
+    else:
+        assert lines == text.split("\n")
+
+
 def test_no_page_waits_for_a_compiler_that_it_does_not_use():
     """To import torch's takes over a second, before the first line."""
     pages = ", ".join(sorted(path.stem for path in ROOT.glob("train_*.py")))
