@@ -299,7 +299,8 @@ def load(path: Path, script: str | None = None, **kinds) -> dict:
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no checkpoint at {path}: name a run folder or a checkpoint file (resume also takes "
+                              "auto and never)")
     state, problem = _read(path)
     if problem:
         steps = {other: found["step"] for other in sorted(path.parent.glob("*.pt"))
@@ -525,11 +526,11 @@ def _going_on(path: Path, state: dict, cfg) -> str:
         end, before = getattr(cfg, name, None), state["config"].get(name)
         if end and before and end > before:
             line = f"the same command with --resume={path} {here}"
-            if cfg.schedule == "cosine":
+            if cfg.schedule == "cosine" and state["step"] > cfg.warmup_steps:
                 line += (f" to {name} = {end}, first with a higher learning rate again: that of the cosine that ends "
                          "there")
             return line
-    return f"with more steps and --resume={path} it {here}"
+    return f"with more steps and --resume={path} it {here}, where the model is the same"
 
 
 def _goes_on_with_best(best: Path, path: Path, step: int) -> bool:

@@ -127,6 +127,7 @@ def test_a_finished_run_goes_on_to_more_steps_when_asked(experiment, capsys):
     assert "with --resume=run/last.pt goes on from step 8;" in told
     assert "goes on from step 8 to max_steps = 12, first with a higher learning rate" in refusal(
         capsys, page, *settings[:-1])  # of a cosine
+    assert "goes on from step 8;" in refusal(capsys, page, *settings[:-1], "--warmup_steps=8")  # that has not begun
     assert "with more steps and --resume=run/last.pt it goes on from step 8" in refusal(
         capsys, page, *settings, "--max_steps=7")
     page([*settings, "--resume=run/last.pt"])
