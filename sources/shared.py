@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import tempfile
@@ -233,8 +234,10 @@ def quoted(names: Iterable[str], most: int = 12) -> str:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """", did you mean 'x'?", or "" where none of names is near."""
-    near = nearest(name, names)
+    """", did you mean 'x'?", or "" where none of names is near, and not one alone has it as a word."""
+    names = list(map(str, names))
+    having = [known for known in names if name and str(name).casefold() in re.split(r"[^a-z0-9]", known.casefold())]
+    near = nearest(name, names) or (having[0] if len(having) == 1 else None)
     return "" if near is None else f", did you mean {near!r}?"
 
 

@@ -30,6 +30,12 @@ def test_case_does_not_hide_the_name_that_is_meant():
     assert nearest("zebra", ["isg15"]) is None and closest("zebra", ["isg15"]) == ""
 
 
+def test_a_word_of_one_name_alone_is_that_name():
+    names = ["no_consecutive_ones", "days_of_week", "days_of_a_month"]
+    assert closest("WEEK", names) == ", did you mean 'days_of_week'?"
+    assert closest("days", names) == "" == closest("", ["_a"]) == closest("wee", names)
+
+
 def test_a_blank_at_the_end_of_a_name_is_seen_in_what_is_offered_and_in_the_list():
     assert suggest("gene", ["gene ", "batch"]) == "; did you mean 'gene '? There are 'gene ', 'batch'"
     assert suggest("zebra", ["gene ", 3]) == "; there are 'gene ', '3'" and suggest("x", []) == "; there are none"
