@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from sources.shared import (
     room_for,
     spooled_array,
 )
+from sources.streams import RAW
 from sources.text import (
     Spool,
     fill_splits,
@@ -516,13 +518,24 @@ def prepare_chunks(
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def how_to_make(folder: Path) -> str:
+    """The end of a sentence about a folder without chunks: what makes them of its documents, or which one may be meant.
+    """
+    if folder.is_file() or any(file.suffix in RAW for file in folder.glob("*")):
+        making = shlex.join(["python", "prepare_data.py", "arxiv", f"--input={folder}"])
+        return f". {folder} holds documents, and data is a folder of chunks made of them: {making}"
+    near = nearest(folder.name, [file.parent.name for file in folder.parent.glob("*/train.h5")])
+    meant = f"; did you mean {folder.parent / near}? Or" if near else ";"
+    return f"{meant} make it with python prepare_data.py arxiv or ergodic"
+
+
 def open_chunks(path: str | Path) -> tuple[h5py.File, list[str], np.ndarray]:
     """(file, category names, category code of every chunk) of an HDF5 file of this layout or of the source's.
 
     Raises DataError for a file that is missing, truncated or foreign, or lacks a dataset.
     """
     if not Path(path).exists():
-        raise DataError(f"{path}: no such file; make it with python prepare_data.py arxiv or ergodic")
+        raise DataError(f"{path}: no such file{how_to_make(Path(path).parent)}")
     file = open_hdf5(path)
     try:
         return file, *layout(file)

@@ -1119,7 +1119,10 @@ def spoil(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("damage, line, words", [
-    ("", "--categories=a,bb", "'bb', did you mean 'b'"), ("", "--data=nowhere", "no such file"),
+    ("", "--categories=a,bb", "'bb', did you mean 'b'"), ("", "--data=nowhere", "no such file; make it with"),
+    ("", "--data=dota", "did you mean data? Or make it with"),
+    ("", "--data=a.csv", "a.csv holds documents, and data is a folder of chunks made of them: python prepare_data.py "
+     "arxiv --input=a.csv"),
     ("torn", "", "train.h5"), ("missing", "", "no such file"), ("beyond", "", "token 4, but vocab_size = 4"),
     ("negative", "", "-1"), ("other_size", "", "differ in chunk size"), ("", "--categories=a,a", "each once"),
     ("", "--batch_size=9 --grad_accum=2", "multiple of grad_accum"), ("", "--n_heads=3", "no multiple of n_heads = 3"),
@@ -1132,6 +1135,7 @@ def spoil(folder: Path, name: str) -> None:
     ("", "--dropout=1", "dropout: expected float in [0, 1)"), ("", "--resume=gone.pt", "gone.pt")])
 def test_bad_input_is_one_line_and_nothing_is_written(damage, line, words, data, capsys):
     shutil.copytree(data, "data")
+    Path("a.csv").write_text("text,label\na,b\n")
     spoil(Path("data"), damage)
     before = sorted(Path.cwd().rglob("*"))
     assert words in refused(capsys, *TINY, "--data=data", *line.split())
