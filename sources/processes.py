@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.errors import InputError, reason
+from common.errors import InputError, reason, regular_file
 from sources.arrays import read_array
 from sources.shared import closest, counted
 
@@ -1017,8 +1017,9 @@ def _scaling(process: Process, matrices: np.ndarray) -> list[str]:
         hint = ""
         if np.allclose(M.sum(0), 1):
             hint = "; its columns do: if T[x][i, j] is a step from j to i there, transpose each matrix"
+        divided = f", all divided by {scale:.6g}" if abs(scale - 1) > 1e-9 else " as they are"
         return [f"{process.name}: rows of the sum of its matrices add up to {rows.min():.4g} to {rows.max():.4g}, not "
-                f"to 1{hint}. Taken for a generalised process, all divided by {scale:.6g}"]
+                f"to 1{hint}. Taken for a generalised process{divided}"]
     if abs(scale - 1) > 1e-9:
         return [f"{process.name}: matrices divided by {scale:.12g}, the largest eigenvalue of their sum, so that "
                 "probabilities add up to 1"]
@@ -1034,12 +1035,18 @@ def _read_matrices(matrices=None) -> np.ndarray:
     if matrices is None or (isinstance(matrices, str) and not matrices):
         raise ProcessError("process custom needs matrices: a nested list [V, S, S] or the path of an .npy or .npz file")
     is_file = isinstance(matrices, (str, Path))
+    if is_file:
+        regular_file(matrices, ProcessError)
     try:
         data = read_array(matrices, "matrices") if is_file else matrices
         if is_file and data.dtype.kind not in "iufb":
             raise ValueError(f"it holds {data.dtype}")
         return np.asarray(data, dtype=np.float64)
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        if is_file and Path(matrices).suffix not in (".npy", ".npz"):
+            raise ProcessError(
+                f"{matrices} is no .npy or .npz file: write numbers of shape [V, S, S] with numpy.save"
+            ) from error
         source = matrices if is_file else "the nested list"
         raise ProcessError(
             f"cannot read matrices from {source}: {error}; expected numbers of shape [V, S, S]"

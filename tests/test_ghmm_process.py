@@ -684,6 +684,8 @@ def test_an_unknown_process_is_answered_with_the_nearest_and_the_list():
     with pytest.raises(ProcessError, match="did you mean 'mess3'") as caught:
         make_process("mes3")
     assert all(name in str(caught.value) for name in [*PROCESSES, "nonergodic", "custom"])
+    with pytest.raises(ProcessError, match="did you mean 'days_of_week'"):  # a word of one name alone
+        make_process("days")
     with pytest.raises(ProcessError, match="unknown process 'zzzz'") as caught:
         make_process("zzzz")
     assert "did you mean" not in str(caught.value)
@@ -750,7 +752,7 @@ def test_a_custom_stack_is_scaled_to_principal_eigenvalue_one():
 @pytest.mark.parametrize("matrices, message", [
     (None, "needs matrices"), ("", "needs matrices"), ([], r"expected \[V, S, S\]"), ([[1.0]], r"expected \[V, S, S\]"),
     ([[[1.0, 0.0]]], r"shape \[1, 1, 2\]"), ([[[1.0], [0.0, 1.0]]], "cannot read"), ([[["a"]]], "cannot read"),
-    ([[[math.nan]]], "NaN"), ([[[math.inf]]], "NaN or infinite"), ("absent.npy", "matrices from absent.npy"),
+    ([[[math.nan]]], "NaN"), ([[[math.inf]]], "NaN or infinite"), ("absent.npy", "^absent.npy: no such file$"),
     ([[[0.0]], [[0.0]]], "eigenvalues"), ([[[0.0, 1.0], [-1.0, 0.0]]], "eigenvalues"),
     ([[[-1.0]], [[-1.0]]], "eigenvalues"),
 ])
@@ -1088,7 +1090,7 @@ def test_matrices_whose_rows_do_not_add_up_to_1_are_said(transposed):
     note, = make_process("custom", matrices=T.tolist()).notes
     rows = "0.3 to 1.7" if transposed else "0.9 to 1"
     assert f"rows of the sum of its matrices add up to {rows}, not to 1" in note
-    assert ("transpose" in note) == transposed
+    assert ("transpose" in note) == transposed == note.endswith("Taken for a generalised process as they are")
 
 
 def test_a_process_from_a_file_has_its_name(tmp_path):
@@ -1100,6 +1102,11 @@ def test_a_process_from_a_file_has_its_name(tmp_path):
     np.savez(tmp_path / "two.npz", a=np.ones(1), b=np.ones(1))
     with pytest.raises(ProcessError, match=r"two\.npz has no array called 'matrices'.*it holds: a, b"):
         make_process("custom", matrices=str(tmp_path / "two.npz"))
+    (tmp_path / "bits.json").write_text("[[[1.0]]]")
+    with pytest.raises(ProcessError, match=r"bits\.json is no \.npy or \.npz file: write numbers .* with numpy\.save$"):
+        make_process("custom", matrices=str(tmp_path / "bits.json"))
+    with pytest.raises(ProcessError, match=r"none\.npy: no such file$"):
+        make_process("custom", matrices=str(tmp_path / "none.npy"))
 
 
 def test_no_entropy_is_below_0_by_rounding():
