@@ -683,7 +683,8 @@ class Settings:
             return None
         there = self.config_files()
         near = _nearest(Path(name).name, there, 3) or list(there)[:8]
-        hint = f"; there is {', '.join(there[file] for file in near)}" if near else ""
+        more = ", ..." if len(near) == 8 < len(there) else ""
+        hint = f"; there is {', '.join(there[file] for file in near)}{more}" if near else ""
         self.errors.append(f"command line: no config file {_short(name)}{hint}")
         return None
 

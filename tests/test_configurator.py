@@ -561,12 +561,15 @@ def test_a_file_of_the_working_directory_comes_first(script, tmp_path):
     assert script("config/small.py").stdout == "Config(lr=6.0, clip=None)\n"
 
 
-def test_a_missing_file_names_the_near_ones(script):
+def test_a_missing_file_names_the_near_ones(script, tmp_path):
     done = script("config/smal.py", "--lrr=3")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == [
         "error: command line: no config file 'config/smal.py'; there is config/small.py",
         "error: command line: lrr: no such setting, did you mean lr?"]
+    for name in "abcdefgh":
+        write(tmp_path / "project" / "config", f"{name}.py", "")
+    assert script("config/0123.py").stderr.rstrip().endswith("config/h.py, ...")
 
 
 def test_a_script_shows_its_help(script):
