@@ -92,7 +92,8 @@ def plot_r2_by_layer(folder: Path, title: str, analysis: dict) -> None:
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.bar_label(bars, labels, fontsize=8, padding=4, bbox=behind)
         for value, style, name in controls:
-            axes.axhline(max(0.0, value), color="0.25", linestyle=style, label=f"{name}: {value:.4f}", zorder=1.5)
+            axes.axhline(max(0.0, value), color="0.25", linestyle=style, label=f"{name}: {value:.4f}", zorder=1.5,
+                         path_effects=halo(3) if value > 0 else None)  # on a dark bar, too
         axes.set(ylabel="r2 of the belief, held out", ylim=(0, 1.16))
         axes.grid(visible=False, axis="x")
         legend_below(axes.figure, *axes.get_legend_handles_labels())
@@ -185,11 +186,11 @@ def shades(values: torch.Tensor):
     return ScalarMappable(Normalize(low, max(high, low + 1e-12)), dark)
 
 
-def halo() -> list:
-    """What keeps a text readable on dots."""
+def halo(width: float = 2) -> list:
+    """What keeps a text readable on dots, and a line on bars. width: in points, of the line with it."""
     from matplotlib.patheffects import withStroke
 
-    return [withStroke(linewidth=2, foreground="white")]
+    return [withStroke(linewidth=width, foreground="white")]
 
 
 def name_sides(left, right) -> None:
