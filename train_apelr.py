@@ -87,7 +87,7 @@ HEAD_GAIN = 4.0  # of the heads' start: at 1 the loss after 400 steps is 0.2 nat
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
-    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see docs/runs.md
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint,
     # ^ ours or the source's
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt

@@ -89,7 +89,7 @@ MOST_RESAMPLES = 100_000
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder; of a study, the folder of its runs
-    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see docs/runs.md
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to measure again instead of training

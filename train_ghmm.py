@@ -71,7 +71,7 @@ HEADLINES = ("loss", "optimal_loss", "excess_loss", "r2_concat", "seconds")
 class Config:
     # output
     out_dir: str = checkpoint.default_out_dir(__file__)  # run folder
-    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see README
+    s3_config: str = ""  # .ini of a bucket that out_dir is copied to, see docs/runs.md
     resume: str = "auto"  # auto: go on from out_dir/last.pt if there is one | never: start anew | path of a checkpoint
     load_checkpoint_step: int | None = None  # go on from out_dir/step_N.pt
     analyze: str = ""  # run folder or checkpoint to analyse instead of training
