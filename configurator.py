@@ -450,7 +450,8 @@ class Settings:
 
     def command_with(self, key: str, file: str) -> str:
         """The command line as it would be right, with a file bare in the place of --key=file."""
-        words = []
+        begin = len(sys.argv) - len(self.argv)
+        words = sys.argv[1:begin] if sys.argv[begin:] == self.argv else []  # a job or a run, which a script has read
         for word in self.argv:
             name, equals, _ = word.lstrip("-").partition("=")
             if name == key and word != key:

@@ -1158,6 +1158,12 @@ def test_names_that_other_programs_have_for_files(capsys, words, hint):
     assert hint in error and "true" not in error
 
 
+def test_words_that_a_script_has_read_itself_stay_in_the_line_that_is_right(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "text", "--config", "a.yaml", "--lr=3"])
+    assert only_error(capsys, "--config", "a.yaml", "--lr=3").endswith("python test_configurator.py text a.yaml --lr=3")
+    assert only_error(capsys, "--config", "a.yaml").endswith("python test_configurator.py a.yaml")  # of another line
+
+
 def test_many_runs_are_left_to_sweep(monkeypatch):
     called = []
 
