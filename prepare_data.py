@@ -286,7 +286,7 @@ class StateConfig:
     pert_col: str = ""  # obs columns that must be there, with a value for every cell; default: as they are found
     cell_type_key: str = ""
     batch_col: str = ""
-    control_pert: str = ""  # a value that pert_col (default: gene) must have
+    control_pert: str = ""  # a value that pert_col must have, or gene where that is not named
     # synthetic
     num_cell_types: at_least(4) = 16  # c0, c1, ...; the last is for zero-shot prediction, the one before for few-shot
     num_perturbations: at_least(2) = 12  # p0, p1, ... and non-targeting

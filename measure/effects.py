@@ -676,6 +676,11 @@ def _labels(records: list[dict]) -> list[str]:
     return longer
 
 
+def _part_shown(shown: np.ndarray, labels: list[str]) -> str:
+    """What a title says where not all conditions are in the picture."""
+    return f", {len(shown)} of them from the best to the worst" if len(shown) < len(labels) else ""
+
+
 def plot_effects(folder: Path, title: str, results: dict, most: int = 12) -> None:
     """plots/delta.png: true against predicted effect of every gene, a panel each condition, and the best baseline's."""
     model, rival = results["model"], best_baseline(results)
@@ -683,6 +688,7 @@ def plot_effects(folder: Path, title: str, results: dict, most: int = 12) -> Non
     if not len(shown):
         return
     labels = _labels(model["per_condition"])
+    title += _part_shown(shown, labels)
     size, in_a_row = next(layout for count, layout in PANELS.items() if len(shown) <= count)
     title = f"{title}: mean change of each gene from control cells"
     with panels(folder, "delta", len(shown), size, size + 0.3, title, in_a_row) as axes:
@@ -758,6 +764,7 @@ def plot_by_perturbation(folder: Path, title: str, results: dict, metric: str, m
     if len(shown) < 2:
         return
     labels = _labels(records)
+    title += _part_shown(shown, labels)
     rival = best_baseline(results, metric)
     lines = range(len(shown))
     # Rings for the rival, drawn first, so that both are seen where they agree.

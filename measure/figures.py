@@ -56,6 +56,7 @@ STYLE = {
     "axes.formatter.useoffset": False,
     "legend.framealpha": 0.85,
     "legend.edgecolor": "none",
+    "text.parse_math": False,  # names of drugs and types may have a $
     "image.cmap": "cividis",  # as good as the same to all eyes, and ordered in grey
 }
 SIGN = 0.6 / 72  # width of a sign in inches, a point of font size

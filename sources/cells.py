@@ -170,7 +170,7 @@ class Cells:
                 codes = np.unique(self.perturbation[self.file == f])
                 known = [self.perturbations[code] for code in codes]
                 told, likely = no_control(pert_col, control_pert, known)
-                again = f" try {in_words({'control_pert': likely})}" if likely else ""
+                again = f"; try {in_words({'control_pert': likely})}" if likely else ""
                 raise DataError(f"{path}: {told}{again}")
 
     @property
@@ -309,8 +309,8 @@ def inspect(path: str | Path, **settings) -> dict:
     )
     print_line("", SPLITS)
     print_line("perturbed cells", [splits[split]["perturbed"] for split in SPLITS])
-    serves = "  (the control cells of a type serve each of its splits)"
-    print_line("control cells", [splits[split]["control"] for split in SPLITS], serves)
+    print_line("control cells", [splits[split]["control"] for split in SPLITS])
+    print("  (the control cells of a type serve each of its splits)")
     for title, names in (("cell_type", cells.cell_types), ("perturbation", cells.perturbations)):
         for name in names:
             print_line(f"{title} {name}", [splits[split][title].get(name, 0) for split in SPLITS])
@@ -344,9 +344,10 @@ def count_names(codes: np.ndarray, names: list[str]) -> dict[str, int]:
     return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
-def print_line(title: str, values, note: str = "") -> None:
-    """A title and a value of each split in columns; - for none."""
-    print(f"{title:32}" + "".join(f"{value or '-':>12}" for value in values) + note)
+def print_line(title: str, values) -> None:
+    """A title and a number or name of each split in columns; - for none."""
+    columns = [value if isinstance(value, str) else f"{value:,}" if value else "-" for value in values]
+    print(f"{title:32}" + "".join(f"{text:>12}" for text in columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------

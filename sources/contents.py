@@ -10,8 +10,11 @@ from common.errors import DataError
 from sources import hdf5
 from sources.cell_store import content_digest, load_codes, read_meta, verify
 from sources.h5ad import H5ad, kind_of_values
-from sources.labels import Labels, find_labels
+from sources.labels import Labels, find_labels, in_words
 from sources.shared import counted, progress, report
+
+MOST_SHOWN = 6  # values of a column
+ROOM = 51  # signs of them, on a line of 100
 
 
 def inspect_cells(path: str) -> dict:
@@ -36,6 +39,9 @@ def next_command(path: str, labels: Labels, matrices: dict[str, dict]) -> str:
     """What to do with cells, by what their columns look like: a matrix X_hvg to train on first, then a TOML."""
     action = "toml" if "obsm/X_hvg" in matrices else "preprocess"
     columns = labels.words() if labels.pert_col and labels.control_pert else "--pert_col=... --control_pert=..."
+    if labels.pert_col and labels.control_pert and labels.batch_col and labels.are_of_one_type():
+        # The next job finds the rest itself, and lets batches take the place of types.
+        columns = in_words({name: getattr(labels, name) for name in ("pert_col", "control_pert")})
     return f"next: python prepare_data.py state {action} --input={shlex.quote(path)} {columns}"
 
 
@@ -49,8 +55,11 @@ def inspect_columns(cells: H5ad, problems: list[str]) -> dict[str, list[str]]:
             problems.append(str(error))
             continue
         columns[name] = values
-        more = ", ..." if len(values) > 6 else ""
-        print(f"  obs {name:<20} {counted(len(values), 'value'):>15}: {', '.join(values[:6])}{more}")
+        shown = values[:MOST_SHOWN]
+        while len(shown) > 1 and len(", ".join(shown)) > ROOM:
+            shown = shown[:-1]
+        more = ", ..." if len(shown) < len(values) else ""
+        print(f"  obs {name:<20} {counted(len(values), 'value'):>15}: {', '.join(shown)}{more}")
     return columns
 
 

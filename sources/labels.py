@@ -61,6 +61,10 @@ class Labels:
     batch_col: str = ""
     read: dict[str, tuple[np.ndarray, list[str]]] = field(default_factory=dict)  # column -> (codes [cells], values)
 
+    def are_of_one_type(self) -> bool:
+        """Whether the cells are of one type, as far as a column says."""
+        return not self.cell_type_key or len(self.read[self.cell_type_key][1]) == 1
+
     def words(self) -> str:
         """What a command says of them. An empty batch_col or cell_type_key: all cells are of one."""
         return in_words({name: getattr(self, name) for name in LABELS})

@@ -1,6 +1,7 @@
 """Counts of cells to expression: normalise, log1p, choose variable genes."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,10 @@ def checked_counts(
     with doing(f"looking at {matrix.where}, {counted(cells.n_obs, 'cell')}"):
         values = matrix.check()
     kind = kind_of_values(values)
-    others = f"if the counts are elsewhere, use --layer= one of {', '.join(cells.keys)}"
+    layers = [key for key in cells.keys if key != matrix.key and not key.startswith("obsm/")]
+    others = "there is no layer beside"
+    if layers:
+        others = f"if the counts are elsewhere, use --layer= one of {', '.join(layers)}"
     if kind == "nothing but zeros":
         raise DataError(f"{matrix.where} holds nothing but zeros; {others}")
     if kind not in ("counts", "log1p", "normalised, not logged"):
@@ -400,7 +404,8 @@ def next_step(path: Path, columns: dict[str, str], control_pert: str) -> None:
         write_starter(input=str(path), **columns, control_pert=control_pert)
     except DataError as error:
         note(f"no TOML that says which cells train was written: {error}")
-        print(f"next: python prepare_data.py state toml --input={path} --pert_col=... --control_pert=...")
+        asked = "--pert_col=... --control_pert=... --cell_type_key=..."
+        print(f"next: python prepare_data.py state toml --input={shlex.quote(str(path))} {asked}")
 
 
 def what_was_done(found: Found, target_sum: float) -> str:

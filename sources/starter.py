@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,12 +111,14 @@ def make_starter(path: Path, beside: bool, key: str = "", **given: str | None) -
             hint = f" (is it --cell_type_key= one of {quoted(rest)}?)" if rest else ""
             where = f"of all cells alike, as no column is called as one of cell types{hint}"
         held_out = f"{len(split.perturbations)} of {counted(len(perturbations) - 1, 'perturbation')} {where}"
+        unknown = ", of which names alone tell a model nothing: give it --perturbation_features_file"
     else:
         kinds = counted(len(cell_types), "cell type")
         if comment:
             kinds = f"{len(cell_types)} of {labels.cell_type_key}"
         held_out = f"{split.cell_type}, 1 of {kinds}"
-    held_out += f" ({counted(split.cells, 'perturbed cell')})"
+        unknown = ""
+    held_out += f" ({counted(split.cells, 'perturbed cell')}){unknown}"
     words = labels.words()
     if lost:
         words += " --drop_unlabelled"
@@ -143,8 +146,7 @@ def take_replicates(labels: Labels) -> list[str]:
 
     A model that knows perturbations by name cannot predict one that it never saw, but one in another batch.
     """
-    types = labels.read[labels.cell_type_key][1] if labels.cell_type_key else ["all"]
-    if len(types) > 1 or not labels.batch_col:
+    if not labels.are_of_one_type() or not labels.batch_col:
         return []
     labels.cell_type_key, labels.batch_col = labels.batch_col, ""
     return [f"# All cells are of one type, so {labels.cell_type_key} takes the place of types: one of its values is",
@@ -168,8 +170,9 @@ def count_cells(labels: Labels) -> tuple[np.ndarray, list[str], list[str], bool]
 
 def toml_lines(path: Path, beside: bool, split: Split, cell_types: list[str], perturbations: list[str]) -> list[str]:
     """The TOML of a split of the cells of one file."""
-    name = re.sub(r"\W", "_", path.stem)  # of the data set: a dot would end it
-    file = path.name if beside else pattern([path])
+    name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)  # of the data set: a key of TOML; a dot would end it
+    place = pattern([path])  # or why a TOML cannot name it
+    file = path.name if beside else place
     held = literal(f"{name}.{split.cell_type}")
     lines = [
         "# Which cells train, and which are held out to test; cell types and perturbations as obs names them.",
@@ -179,7 +182,7 @@ def toml_lines(path: Path, beside: bool, split: Split, cell_types: list[str], pe
     ]
     if split.left_out:
         # Each type by itself, as a data set under [training] trains with all of its types.
-        lines += [f"# Left out, for they have no control cells: {named(split.left_out)}", "[zeroshot]"]
+        lines += ["# Left out, for they have no control cells:", *named(split.left_out), "[zeroshot]"]
         trained = [kind for kind in cell_types if kind not in (*split.left_out, split.cell_type)]
         lines += [f'{literal(f"{name}.{kind}")} = "train"' for kind in trained]
     else:
@@ -190,14 +193,14 @@ def toml_lines(path: Path, beside: bool, split: Split, cell_types: list[str], pe
             f'[fewshot.{held}]',
             "# Perturbations that are held out, of the only cell type. A model that knows them by name alone cannot",
             "# predict what it never saw: give it vectors, --perturbation_features_file=FILE.npz. There are",
-            f"# {named(perturbations)}",
+            *named(perturbations),
             f"test = [{', '.join(map(literal, split.perturbations))}]",
         ]
     if not split.left_out:
         lines += ["[zeroshot]"]
     lines += [
         "# What is held out as a whole: only its control cells train. Put another in its place, or add a line:",
-        f"# {named(kind for kind in cell_types if kind not in split.left_out)}",
+        *named(kind for kind in cell_types if kind not in split.left_out),
         f'{held} = "test"',
         "",
     ]
@@ -210,10 +213,13 @@ def toml_lines(path: Path, beside: bool, split: Split, cell_types: list[str], pe
     return [*lines, "# What validates is drawn of what trains (--val_fraction=0.1), unless a line above says \"val\"."]
 
 
-def named(names: Iterable[str]) -> str:
+def named(names: Iterable[str]) -> list[str]:
+    """Lines of comment that list names."""
     names = list(names)
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(map(literal, names[:MOST_NAMED])) + more
+    text = ", ".join(map(literal, names[:MOST_NAMED])) + more
+    return textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ", break_long_words=False,
+                         break_on_hyphens=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +247,7 @@ def write_starter(
 ) -> dict:
     """Write FILE.toml beside FILE.h5ad unless there is one; say what it holds out, and the next command.
 
+    A TOML that is there keeps the command of its first line, as its cell types are of the columns named in it.
     Raises DataError, as of make_starter.
     """
     path = Path(input)
@@ -257,6 +264,9 @@ def write_starter(
     command = f"python train_state.py --toml={shlex.quote(shown)} {starter.words} --out_dir=out/{safe(path.stem)}"
     if toml.exists():
         print(f"{shown} is there already and stays as it is: remove it for a new one")
+        first_line = toml.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        if first_line.startswith(f"# python train_state.py --toml={shlex.quote(shown)} "):
+            command = first_line.removeprefix("# ")
     else:
         put(toml, f"# {command}\n#\n{starter.text}")
         print(f"{shown} says which cells train: held out is {starter.held_out}; edit it as you like")

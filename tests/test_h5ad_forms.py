@@ -157,7 +157,7 @@ def test_raw_is_read_with_its_own_genes(prefix, capsys):
         for part in ("X", "var"):
             other.copy(part, file, f"{prefix}{part}")
     told = refusal(capsys, prepare_data.main, "state", "preprocess", "--input=a.h5ad", "--output=out.h5ad")
-    assert "use --layer= one of X, raw/X" in told
+    assert "use --layer= one of raw/X" in told
     found = preprocess("--layer=raw/X", "--num_hvgs=9", "--keep_counts")
     assert found["genes"] == G and found["left_out"] == ["X as it was"]
     np.testing.assert_allclose(matrix(), LOG1P, rtol=1e-5)

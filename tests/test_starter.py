@@ -16,7 +16,7 @@ from common.errors import DataError
 from sources.h5ad import H5ad, write_h5ad
 from sources.labels import find_labels, in_words
 from sources.splits import read_toml
-from sources.starter import split_of
+from sources.starter import make_starter, split_of
 
 TINY = ("--d_model=16 --n_layers=1 --n_heads=2 --d_mlp=16 --cell_set_len=4 --batch_size=2 --max_steps=1 "
         "--warmup_steps=0 --device=cpu --precision=fp32").split()
@@ -182,17 +182,45 @@ def test_types_without_control_cells_are_left_out_of_the_toml(capsys):
     assert train_state.main([*words, *TINY])["steps"] == 1
 
 
-def test_a_toml_that_is_there_stays(capsys):
-    write(cell_type=["B", "T"], gene=["non-targeting", "p"])
-    preprocess(capsys)
+def test_a_toml_that_is_there_stays_with_its_columns(capsys):
+    write(cell_type=["B", "T"], gene=["non-targeting", "p"], donor=["x", "y"])
+    words = preprocess(capsys)
     toml = Path("data/my cells/c.toml")
+    assert preprocess(capsys, "--cell_type_key=donor") == words and "--cell_type_key=cell_type" in words
     toml.write_text("# mine\n")
-    preprocess(capsys)
+    assert "--cell_type_key=donor" in preprocess(capsys, "--cell_type_key=donor")
     assert toml.read_text() == "# mine\n"
     toml.unlink()
     made = prepare_data.main(["state", "toml", "--input=data/my cells/c.h5ad"])
     assert "is there already" not in capsys.readouterr().out and made["toml"] == str(toml)
     assert read_toml(toml).zeroshot == {("c", "T"): "test"}
+
+
+def test_names_of_any_signs_make_a_toml_that_is_read():
+    write("µ'ü (1).h5ad", cell_type=["B", "T"], gene=["non-targeting", "p"])
+    made = prepare_data.main(["state", "toml", "--input=µ'ü (1).h5ad"])
+    assert list(read_toml(made["toml"]).zeroshot.values()) == ["test"]
+    write("{x}.h5ad", cell_type=["B", "T"], gene=["non-targeting", "p"])
+    with pytest.raises(DataError, match="cannot name a path with braces"):
+        make_starter(Path("{x}.h5ad"), beside=True)
+
+
+def test_lists_of_names_are_comments_of_some_lines():
+    write(cell_type=["only"], gene=["non-targeting", *(f"a long name of a gene {i}" for i in range(9))])
+    starter = make_starter(Path("c.h5ad"), beside=True)
+    assert "names alone tell a model nothing" in starter.held_out
+    comments = [line for line in starter.text.splitlines() if '"a long name' in line and line.startswith("#")]
+    assert len(comments) == 3 and max(map(len, comments)) <= 100 and tomllib.loads(starter.text)["fewshot"]
+
+
+def test_inspect_of_one_type_leaves_its_place_to_replicates(capsys):
+    write(cell_type=["only"], gene=["non-targeting", "p"], bio_rep=["r1", "r2", "r3"], size=np.arange(99) / 7)
+    prepare_data.main(["inspect", "c.h5ad"])
+    told = capsys.readouterr().out.splitlines()
+    assert max(map(len, told[:-1])) <= 100 and any("obs size" in line and line.endswith(", ...") for line in told)
+    assert told[-1].startswith("next: ")
+    prepare_data.main([*shlex.split(told[-1])[3:], "--out_dir=data"])
+    assert "held out is r2, 1 of 3 of bio_rep" in capsys.readouterr().out
 
 
 def test_columns_that_cannot_be_told_are_a_note_and_the_cells_are_written_all_the_same(capsys):
