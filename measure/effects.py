@@ -678,7 +678,7 @@ def _labels(records: list[dict]) -> list[str]:
 
 def _part_shown(shown: np.ndarray, labels: list[str]) -> str:
     """What a title says where not all conditions are in the picture."""
-    return f", {len(shown)} of them from the best to the worst" if len(shown) < len(labels) else ""
+    return f", {len(shown)} shown, best to worst" if len(shown) < len(labels) else ""
 
 
 def plot_effects(folder: Path, title: str, results: dict, most: int = 12) -> None:

@@ -217,9 +217,10 @@ def named(names: Iterable[str]) -> list[str]:
     """Lines of comment that list names."""
     names = list(names)
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    text = ", ".join(map(literal, names[:MOST_NAMED])) + more
-    return textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ", break_long_words=False,
-                         break_on_hyphens=False)
+    joined = [literal(name).replace(" ", "\0") for name in names[:MOST_NAMED]]  # no line breaks within a name
+    lines = textwrap.wrap(", ".join(joined) + more, 100, initial_indent="# ", subsequent_indent="# ",
+                          break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -550,7 +550,7 @@ def test_pictures_show_what_is_defined(screen, tmp_path, drawn):
     title = "a $\\frac{$ title"  # no mathematics
     plot_metrics(tmp_path, title, evaluate_conditions(**alone, baseline_means={"control_mean": controls_of(alone)}))
     assert len(drawn["pearson_delta_by_perturbation"].get_yticks()) == 4 == len(drawn["delta"])
-    assert "4 of them from the best to the worst" in drawn["delta"][0].figure.get_suptitle()
+    assert ", 4 shown, best to worst" in drawn["delta"][0].figure.get_suptitle()
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(drawn)
     assert len(drawn["mae_by_perturbation"].get_yticks()) == 8
     nobody = evaluate_conditions(**screen | {"control_type": np.full(105, 9)})
