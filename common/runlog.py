@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.errors import InputError, RunError, hush, leave, reason, regular_file, replacing, system_sentence, writing
-from common.telling import begin, fitted, in_words, note
+from common.telling import begin, duration, fitted, note
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
@@ -217,7 +217,7 @@ class RunLog:
         if is_first and loss is not None and step < next_line:
             told = f"step {step:>6}/{self.bar.total} | loss {float(loss):.4f} | "  # waits for the step to end
             most = (next_line - step) * meter.since_start()
-            self.say(f"{told}the next line at step {next_line}, in at most {in_words(most)}")
+            self.say(f"{told}the next line at step {next_line}, in at most {duration(most)}")
 
     def summary(self, values: dict, headlines: Collection[str] = ()) -> None:
         """Write summary.json, and say what it comes to: see conclusion."""

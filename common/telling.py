@@ -79,7 +79,7 @@ def fitted(text: str) -> str:
     return "\n".join(fill(line) if 20 < width < len(line) else line for line in text.split("\n"))
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """15 s, 3 min, 2.5 h."""
     if seconds < 100:
         return f"{max(seconds, 1):.0f} s"
@@ -175,8 +175,8 @@ class Work:
         """How much is done, and how long the rest will take at the pace so far."""
         seconds = time.monotonic() - self.began
         if self.unit is None or not self.done:
-            return f" {in_words(seconds)}" if seconds > 2 * SHORT_S else ""
+            return f" {duration(seconds)}" if seconds > 2 * SHORT_S else ""
         if not self.total:
             return f" {self.done:,} {self.unit}".rstrip()
         left = seconds / self.done * max(0, self.total - self.done)
-        return f" {min(self.done / self.total, 1):.0%}, about {in_words(left)} left"
+        return f" {min(self.done / self.total, 1):.0%}, about {duration(left)} left"
