@@ -561,6 +561,7 @@ def verdict(means: dict) -> str:
     correlation = means["pearson_delta"]
     correlations = {name: values["pearson_delta"] for name, values in means["baselines"].items()}
     best = best_of("pearson_delta", correlations)
+    is_worse, on_error = _verdict_on_error(means)
     if not is_defined(correlation):
         line = f"nothing to judge on {held_out}: Pearson delta needs an effect, control cells and several genes"
     elif best is None:
@@ -570,24 +571,28 @@ def verdict(means: dict) -> str:
         if correlation > correlations[best]:
             all_known = all(map(is_defined, correlations.values()))
             judged = "beats every baseline" if all_known else "beats every baseline that has a figure"
+            if is_worse:
+                judged += " by Pearson delta alone"
         line = (
             f"the model {judged} on {held_out}: "
             f"Pearson delta {correlation:.4f}, best baseline {correlations[best]:.4f} ({best})"
         )
-    return line + _verdict_on_error(means)
+    return line + on_error
 
 
-def _verdict_on_error(means: dict) -> str:
-    """The part of the verdict on the mean absolute error, which may be defined where correlation is not."""
+def _verdict_on_error(means: dict) -> tuple[bool, str]:
+    """Whether the mean absolute error is no better than a baseline's, and the part of the verdict on it, which may be
+    defined where correlation is not."""
     error = means["mae"]
     if not is_defined(error):
-        return ""
+        return False, ""
     errors = {name: values["mae"] for name, values in means["baselines"].items()}
     nearest = best_of("mae", errors)
     if nearest is None:
-        return f"; MAE {error:.4f}"
-    worse = " (worse)" if error >= errors[nearest] else ""
-    return f"; MAE {error:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest})"
+        return False, f"; MAE {error:.4f}"
+    is_worse = error >= errors[nearest]
+    worse = " (worse)" if is_worse else ""
+    return is_worse, f"; MAE {error:.4f}{worse}, best baseline {errors[nearest]:.4f} ({nearest})"
 
 
 def write_metrics(path: Path, results: dict) -> None:

@@ -536,7 +536,10 @@ def test_a_baseline_is_best_on_defined_figures_alone(table):
     ((None, 1.0), (0.5, 2.0), "nothing to judge on 1 held-out condition: ", "beat"),
     ((0.5, 1.0), (None, 2.0), "no baseline to compare with on 1 held-out condition: Pearson delta 0.5000; MAE", "beat"),
     ((0.5, None), (0.4, None), "beats every baseline on 1 held-out condition: Pearson delta 0.5000", "MAE"),
-    ((0.5, 1.0), (0.4, None), "; MAE 1.0000", "worse")])
+    ((0.5, 1.0), (0.4, None), "; MAE 1.0000", "worse"),
+    ((0.5, 1.0), (0.4, 2.0), "beats every baseline on 1 held-out", "alone"),
+    ((0.5, 3.0), (0.4, 2.0), "beats every baseline by Pearson delta alone on 1 held-out", "NOT"),
+])
 def test_a_verdict_leaves_out_what_is_undefined(model, rival, words, absent):
     names = ("pearson_delta", "mae")
     means = dict(zip(names, model, strict=True))
